@@ -1,0 +1,189 @@
+"""Budgets: from scores and a target cost to the channels that each group keeps.
+
+A group offers a ladder of widths: multiples of `channel_multiple` (and of the heads, inside attention), down to a floor, and
+its dense width. Two ways of walking down the ladders until the share `ratio` of the dense cost is gone:
+
+- ranking per group: every group keeps the same share of its channels, found by bisection;
+- global ranking: the lowest-scored unit of all goes first, one after another.
+
+Both end with single steps of single groups towards the target, so that it is met to within one unit of one group.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .channel_groups import ChannelGroup
+from .cost_model import CostModel
+
+__all__ = ["BUDGET_TOLERANCE", "allocate_global", "allocate_per_group", "check_reachable", "select_channels", "width_ladder"]
+
+BUDGET_TOLERANCE = 0.01  # share of the dense cost
+ATTENTION_UNITS = ("head_dim", "heads")
+
+
+def width_ladder(
+    group: ChannelGroup, channel_multiple: int = 1, min_keep_ratio: float = 0.0, attention_unit: str = "head_dim"
+) -> list[int]:
+    """Widths that a group may have, the dense one first.
+
+    Args:
+        group: The channel group.
+        channel_multiple: Kept channels are a multiple of this (>= 1), or all.
+        min_keep_ratio: Share of the channels that is always kept, in [0, 1].
+        attention_unit: Inside attention, `"head_dim"` shrinks all heads alike, `"heads"` removes whole heads.
+
+    Returns:
+        Widths in descending order, each >= 1.
+    """
+    unit = channel_multiple
+    if group.attention is not None:
+        heads, head_dim = group.heads, group.num_channels // group.heads
+        unit = math.lcm(unit, heads if attention_unit == "head_dim" else head_dim)
+    floor = max(1, math.ceil(min_keep_ratio * group.num_channels))
+    below = [width for width in range(unit, group.num_channels, unit) if width >= floor]
+    return [group.num_channels, *reversed(below)]
+
+
+def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:
+    """Refuse a budget that no widths on the ladders meet.
+
+    Raises:
+        ValueError: More is asked for than can be removed.
+    """
+    most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
+    if ratio > most + BUDGET_TOLERANCE:
+        raise ValueError(
+            f"ratio={ratio:g} of {target} cannot be removed: at most {most:.3f} can, with the floor and channel multiple "
+            f"asked for (min_keep_ratio, channel_multiple)"
+        )
+
+
+def _nearest(ladder: Sequence[int], width: float) -> int:
+    return min(range(len(ladder)), key=lambda rung: abs(ladder[rung] - width))
+
+
+def _polish(
+    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], rungs: list[int], moves: int = 20
+) -> np.ndarray:
+    """Take the single steps that bring the removed share closest to `ratio`, until none helps."""
+
+    def kept(candidate: Sequence[int]) -> np.ndarray:
+        return np.array([ladder[rung] for ladder, rung in zip(ladders, candidate)])
+
+    gap = abs(cost.removed(target, kept(rungs)) - ratio)
+    for _ in range(moves):
+        best = None
+        if gap > BUDGET_TOLERANCE / 20:
+            for index, ladder in enumerate(ladders):
+                for step in (-1, 1):
+                    if not 0 <= rungs[index] + step < len(ladder):
+                        continue
+                    candidate = [*rungs[:index], rungs[index] + step, *rungs[index + 1 :]]
+                    candidate_gap = abs(cost.removed(target, kept(candidate)) - ratio)
+                    if candidate_gap < gap:
+                        best, gap = candidate, candidate_gap
+        if best is None:
+            break
+        rungs = best
+    return kept(rungs)
+
+
+def allocate_per_group(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> np.ndarray:
+    """Widths that remove `ratio` of the cost with (nearly) the same share kept in every group.
+
+    Args:
+        cost: The cost model.
+        target: One of `TARGETS`.
+        ratio: Share of the dense cost to remove, in [0, 1].
+        ladders: Widths that each group may have (`width_ladder`).
+
+    Returns:
+        Kept channels of each group, int64 with shape `(groups,)`.
+    """
+
+    def rungs_at(share: float) -> list[int]:
+        return [_nearest(ladder, (1 - share) * ladder[0]) for ladder in ladders]
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        kept = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])
+        low, high = (middle, high) if cost.removed(target, kept) <= ratio else (low, middle)
+    return _polish(cost, target, ratio, ladders, rungs_at(low))
+
+
+def allocate_global(
+    cost: CostModel,
+    target: str,
+    ratio: float,
+    ladders: Sequence[Sequence[int]],
+    scores: Sequence[Tensor],
+    cost_aware: bool = False,
+) -> np.ndarray:
+    """Widths that remove `ratio` of the cost by taking the lowest-scored units of all groups first.
+
+    Args:
+        cost: The cost model.
+        target: One of `TARGETS`.
+        ratio: Share of the dense cost to remove, in [0, 1].
+        ladders: Widths that each group may have (`width_ladder`).
+        scores: Comparable scores of each group's channels, each with shape `(num_channels,)`.
+        cost_aware: Whether a unit's score is divided by the cost that removing it from the dense model saves.
+
+    Returns:
+        Kept channels of each group, int64 with shape `(groups,)`.
+    """
+    ordered = [np.sort(score.double().cpu().numpy()) for score in scores]
+    price = cost.marginal(target, cost.dense) if cost_aware else np.ones(len(ladders))
+
+    def unit_score(index: int, rung: int) -> float:
+        """Mean score of the channels between two rungs."""
+        first, last = (len(ordered[index]) - ladders[index][r] for r in (rung, rung + 1))
+        mean = float(ordered[index][first:last].mean())
+        # A negative score asks for removal all the more where it is cheap in importance per cost saved.
+        return mean / price[index] if mean >= 0 else mean * price[index] / price.mean() ** 2
+
+    rungs = [0] * len(ladders)
+    kept = cost.dense.copy()
+    heap = [(unit_score(index, 0), index) for index, ladder in enumerate(ladders) if len(ladder) > 1]
+    heapq.heapify(heap)
+    while heap and cost.removed(target, kept) < ratio:
+        _, index = heapq.heappop(heap)
+        rungs[index] += 1
+        kept[index] = ladders[index][rungs[index]]
+        if rungs[index] + 1 < len(ladders[index]):
+            heapq.heappush(heap, (unit_score(index, rungs[index]), index))
+    return _polish(cost, target, ratio, ladders, rungs)
+
+
+def select_channels(group: ChannelGroup, scores: Tensor, keep: int, attention_unit: str = "head_dim") -> Tensor:
+    """Keep the highest-scored channels of a group; among equals, the first.
+
+    Args:
+        group: The channel group.
+        scores: With shape `(num_channels,)`.
+        keep: Channels to keep; inside attention, a width of the group's ladder.
+        attention_unit: As in `width_ladder`.
+
+    Returns:
+        True for kept channels, with shape `(num_channels,)`.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError(f"scores of {group.name} are not finite")
+    head_dim = group.num_channels // group.heads
+    by_head = scores.view(group.heads, head_dim)
+    mask = torch.zeros_like(by_head, dtype=torch.bool)
+    if group.attention is not None and attention_unit == "heads":
+        heads = by_head.sum(dim=1).argsort(descending=True, stable=True)[: keep // head_dim]
+        mask[heads] = True
+    else:
+        best = by_head.argsort(dim=1, descending=True, stable=True)[:, : keep // group.heads]
+        mask.scatter_(1, best, True)
+    return mask.view(-1)

@@ -1,0 +1,116 @@
+"""Cost of a model as a function of how many channels each group keeps, without building it.
+
+With n the vector of kept channels, every width is linear in n, and every cost a sum of products of widths:
+
+    in_l(n)  = a_l + A_l n          out_l(n) = b_l + B_l n
+    MACs(n)  = sum_l positions_l area_l in_l out_l  +  sum_attentions 2 tokens^2 inner(n)
+    params(n) = sum_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms channels(n)
+
+so that a candidate costs microseconds, and budgets can be searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from .channel_groups import ChannelGroup
+from .evaluation.cost import layer_positions
+
+__all__ = ["TARGETS", "CostModel"]
+
+TARGETS = ("macs", "params", "channels")
+
+
+class CostModel:
+    """Costs of every pruned version of a model.
+
+    Args:
+        unet: The dense (or masked) model; only shapes are read.
+        groups: Its channel groups.
+        sample_size: Height and width that MACs are counted for (default: the model's).
+    """
+
+    def __init__(
+        self, unet: nn.Module, groups: Sequence[ChannelGroup], sample_size: int | tuple[int, int] | None = None
+    ) -> None:
+        self.groups = list(groups)
+        self.dense = np.array([group.num_channels for group in groups], dtype=np.int64)
+        positions = layer_positions(unet, sample_size)
+        modules = dict(unet.named_modules())
+
+        # How many positions of each parameter dimension belong to each group.
+        share: dict[tuple[str, str, int], np.ndarray] = {}
+        for index, group in enumerate(self.groups):
+            for piece in group.slices:
+                row = share.setdefault((piece.module, piece.parameter, piece.dim), np.zeros(len(self.groups)))
+                row[index] += 1
+
+        def width(name: str, dim: int, size: int) -> tuple[float, np.ndarray]:
+            row = share.get((name, "weight", dim), np.zeros(len(self.groups)))
+            return size - float(row @ self.dense), row
+
+        rows: list[tuple] = []  # in and out widths, MACs per product, parameters per product and per output channel
+        linear_macs = np.zeros(len(self.groups))
+        norms: list[tuple[float, np.ndarray]] = []
+        for name, module in modules.items():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                shape = module.weight.shape
+                area = shape[2] * shape[3] if len(shape) == 4 else 1
+                wide_in, wide_out = width(name, 1, shape[1]), width(name, 0, shape[0])
+                rows.append((wide_in, wide_out, area * positions[name], area, 0.0 if module.bias is None else 1.0))
+            elif isinstance(module, nn.Embedding):
+                shape = module.weight.shape
+                rows.append(((float(shape[0]), np.zeros(len(self.groups))), width(name, 1, shape[1]), 0, 1, 0.0))
+            elif isinstance(module, nn.GroupNorm):
+                norms.append(width(name, 0, module.num_channels))
+            elif isinstance(module, Attention):
+                _, row = width(f"{name}.to_q", 0, module.to_q.out_features)
+                linear_macs += 2 * positions[name] ** 2 * row
+        self._in0, self._in = np.array([r[0][0] for r in rows]), np.stack([r[0][1] for r in rows])
+        self._out0, self._out = np.array([r[1][0] for r in rows]), np.stack([r[1][1] for r in rows])
+        self._macs, self._area, self._bias = (np.array([r[k] for r in rows], dtype=float) for k in (2, 3, 4))
+        self._attention = linear_macs
+        self._norm0, self._norm = sum(n[0] for n in norms), sum((n[1] for n in norms), np.zeros(len(self.groups)))
+        # Parameters outside the layers above (random Fourier features) do not change.
+        counted = self.params(self.dense)
+        self._other = sum(p.numel() for p in unet.parameters()) - counted
+
+    _other = 0.0
+
+    def _widths(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._in0 + self._in @ kept, self._out0 + self._out @ kept
+
+    def macs(self, kept: np.ndarray) -> float:
+        """MACs of one forward at batch 1 with `kept` channels in each group, an array of shape `(groups,)`."""
+        wide_in, wide_out = self._widths(kept)
+        return float(self._macs @ (wide_in * wide_out) + self._attention @ kept)
+
+    def params(self, kept: np.ndarray) -> float:
+        """Parameters with `kept` channels in each group."""
+        wide_in, wide_out = self._widths(kept)
+        products = self._area @ (wide_in * wide_out) + self._bias @ wide_out
+        return float(products + 2 * (self._norm0 + self._norm @ kept) + self._other)
+
+    def channels(self, kept: np.ndarray) -> float:
+        """Channels that are left in all groups together."""
+        return float(np.sum(kept))
+
+    def cost(self, target: str, kept: np.ndarray) -> float:
+        """The cost that `target` (one of `TARGETS`) names."""
+        if target not in TARGETS:
+            raise ValueError(f"target={target} must be one of {', '.join(TARGETS)}")
+        return {"macs": self.macs, "params": self.params, "channels": self.channels}[target](kept)
+
+    def removed(self, target: str, kept: np.ndarray) -> float:
+        """Share of the dense cost that is removed, in [0, 1]."""
+        return 1.0 - self.cost(target, kept) / self.cost(target, self.dense)
+
+    def marginal(self, target: str, kept: np.ndarray) -> np.ndarray:
+        """Cost of the last channel of each group, an array of shape `(groups,)`."""
+        base = self.cost(target, kept)
+        steps = np.eye(len(self.groups), dtype=np.int64)
+        return np.array([base - self.cost(target, kept - step) for step in steps])

@@ -1,0 +1,144 @@
+"""What a model costs: parameters, multiply-accumulates (MACs), latency.
+
+MACs are those of one forward at batch 1: convolutions (output positions x kernel area x input x output channels), linear
+layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels). Norms,
+activations and additions are not counted, as is usual in this field.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+__all__ = ["count_macs", "count_parameters", "layer_positions", "measure_latency", "spatial_size"]
+
+
+def spatial_size(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width that a model works on.
+
+    Args:
+        unet: A `UNet2DModel` or subclass.
+        sample_size: Overrides the model's own `sample_size`.
+
+    Raises:
+        ValueError: Neither is given.
+    """
+    size = sample_size if sample_size is not None else unet.config.sample_size
+    if size is None:
+        raise ValueError("the model's config has sample_size=None: pass sample_size to say what size to count for")
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trained values. Masked parameters count whole, until the model is compacted."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
+    """Output positions of every convolution and linear layer, and tokens of every attention, in one forward at batch 1.
+
+    The forward runs on the meta device, on a copy without memory, so that it costs milliseconds at any size.
+    """
+    height, width = spatial_size(unet, sample_size)
+    with torch.device("meta"):
+        twin = type(unet).from_config(unet.config).eval()
+        labels = None
+        if twin.config.class_embed_type == "identity":
+            labels = torch.zeros(1, twin.time_embedding.linear_2.out_features)
+        elif twin.class_embedding is not None:
+            labels = torch.zeros(1, dtype=torch.long)
+        sample = torch.zeros(1, twin.config.in_channels, height, width)
+        timestep = torch.zeros(1, dtype=torch.long)
+    positions: dict[str, int] = {}
+
+    def record(name: str):
+        def hook(module, inputs, output):
+            if isinstance(module, nn.Conv2d):
+                positions[name] = output.shape[2] * output.shape[3]
+            elif isinstance(module, nn.Linear):
+                positions[name] = output.numel() // output.shape[-1]
+            else:  # attention, over an input of shape (1, channels, height, width)
+                positions[name] = inputs[0].shape[2] * inputs[0].shape[3]
+
+        return hook
+
+    for name, module in twin.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, Attention)):
+            module.register_forward_hook(record(name))
+    with torch.no_grad():
+        twin(sample, timestep, class_labels=labels)
+    return positions
+
+
+def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> int:
+    """MACs of one forward at batch 1 (see the module docstring).
+
+    Args:
+        unet: A `UNet2DModel` or `GFPrunedUNet2DModel`.
+        sample_size: Height and width in pixels (default: the model's).
+
+    Returns:
+        Multiply-accumulates.
+    """
+    total = 0
+    modules = dict(unet.named_modules())
+    for name, positions in layer_positions(unet, sample_size).items():
+        module = modules[name]
+        if isinstance(module, Attention):
+            total += 2 * positions * positions * module.to_q.out_features
+        else:
+            total += positions * module.weight.numel()
+    return total
+
+
+@torch.no_grad()
+def measure_latency(
+    unet: nn.Module,
+    batch_size: int = 1,
+    sample_size: int | tuple[int, int] | None = None,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> dict[str, float | int | str]:
+    """Median time of one forward after warm-up.
+
+    Args:
+        unet: The model, where it is and in its dtype; a copy is put into evaluation mode.
+        batch_size: Samples in one forward.
+        sample_size: Height and width in pixels (default: the model's).
+        repeats: Measured forwards (>= 1).
+        warmup: Forwards before that.
+
+    Returns:
+        Milliseconds per forward and samples per second, with the batch size, dtype, device and number of threads.
+    """
+    height, width = spatial_size(unet, sample_size)
+    parameter = next(unet.parameters())
+    model = copy.deepcopy(unet).eval()
+    sample = torch.randn(batch_size, unet.config.in_channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    labels = None
+    if model.config.class_embed_type == "identity":
+        labels = sample.new_zeros(batch_size, model.time_embedding.linear_2.out_features)
+    elif model.class_embedding is not None:
+        labels = torch.zeros(batch_size, dtype=torch.long, device=parameter.device)
+    times = []
+    for index in range(warmup + repeats):
+        start = time.perf_counter()
+        model(sample, 500, class_labels=labels)
+        if parameter.device.type == "cuda":
+            torch.cuda.synchronize()
+        if index >= warmup:
+            times.append(time.perf_counter() - start)
+    median = statistics.median(times)
+    return {
+        "latency_ms": 1000 * median,
+        "samples_per_second": batch_size / median,
+        "batch_size": batch_size,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if parameter.device.type == "cuda" else parameter.device.type,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,98 @@
+"""Step loss: the noise-prediction error on held-out images, with fixed noise and a fixed timestep grid.
+
+    L(theta) = mean over images x, grid timesteps t of  || eps - eps_theta(sqrt(abar_t) x + sqrt(1 - abar_t) eps, t) ||^2
+
+Ho et al., "Denoising Diffusion Probabilistic Models", equation 14, https://arxiv.org/abs/2006.11239. Noise and timesteps
+are drawn once from `seed`, so that two evaluations differ only by the model: a curve of this loss over training shows
+jumps that the training loss hides in its noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["StepLoss", "noise_target"]
+
+
+def noise_target(noise_scheduler, clean_images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the model is trained to output: the noise, the clean images or the velocity, as `prediction_type` says.
+
+    Args:
+        noise_scheduler: A Diffusers scheduler with `add_noise`.
+        clean_images: Images in [-1, 1], with shape `(batch, channels, height, width)`.
+        noise: Gaussian noise of the same shape.
+        timesteps: Integer timesteps, with shape `(batch,)`.
+
+    Returns:
+        The target, of the shape of `noise`.
+
+    Raises:
+        ValueError: The scheduler's `prediction_type` is not one of these.
+    """
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return clean_images
+    if prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(clean_images, noise, timesteps)
+    raise ValueError(f"prediction_type={prediction_type} must be 'epsilon', 'sample' or 'v_prediction'")
+
+
+class StepLoss:
+    """Step loss of a model on fixed images, noise and timesteps.
+
+    Args:
+        images: Held-out images in [-1, 1], with shape `(images, channels, height, width)`.
+        noise_scheduler: A Diffusers scheduler with `add_noise`; its timesteps span the grid.
+        class_labels: Labels with shape `(images,)`, for conditional models.
+        grid: Number of timesteps (>= 1), spread evenly; each image is noised at every one of them in turn.
+        seed: Seed of the noise.
+        batch_size: Images in one forward.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        noise_scheduler,
+        class_labels: Tensor | None = None,
+        grid: int = 16,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> None:
+        if grid < 1:
+            raise ValueError(f"grid={grid} must be at least 1 timestep")
+        steps = noise_scheduler.config.num_train_timesteps
+        timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
+        # Every image meets several timesteps, every timestep several images: image i takes timesteps i, i + 1, ...
+        repeats = max(1, min(grid, 1024 // max(1, len(images))))
+        self.images = images.repeat(repeats, 1, 1, 1)
+        index = torch.arange(len(images)).repeat(repeats) + torch.arange(repeats).repeat_interleave(len(images)) * (
+            grid // repeats
+        )
+        self.timesteps = timesteps[index % grid]
+        generator = torch.Generator().manual_seed(seed)
+        self.noise = torch.randn(self.images.shape, generator=generator)
+        self.class_labels = None if class_labels is None else class_labels.repeat(repeats)
+        self.noise_scheduler = noise_scheduler
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> float:
+        """Mean squared error of `model`, which is put into evaluation mode and back."""
+        parameter = next(model.parameters())
+        training = model.training
+        model.eval()
+        total = 0.0
+        for start in range(0, len(self.images), self.batch_size):
+            chunk = slice(start, start + self.batch_size)
+            images, noise = self.images[chunk].to(parameter.device), self.noise[chunk].to(parameter.device)
+            timesteps = self.timesteps[chunk].to(parameter.device)
+            labels = None if self.class_labels is None else self.class_labels[chunk].to(parameter.device)
+            noisy = self.noise_scheduler.add_noise(images, noise, timesteps).to(parameter.dtype)
+            prediction = model(noisy, timesteps, class_labels=labels).sample.float()
+            target = noise_target(self.noise_scheduler, images, noise, timesteps)
+            total += ((prediction - target) ** 2).mean(dim=(1, 2, 3)).sum().item()
+        model.train(training)
+        return total / len(self.images)

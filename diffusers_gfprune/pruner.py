@@ -1,0 +1,255 @@
+"""GradientFlowPruner: progressive soft pruning, then hard pruning, then compaction (arXiv 2501.09464, section III).
+
+At each update the channels are ranked (`importance`), a budget says how many each group keeps (`budget`), and those that go
+get the mask value p_t of the schedule (`schedules`); everything is ranked again at the next update, so that a channel comes
+back to 1 when its rank recovers. Weights train throughout: the pruner only sets masks (`masking`). Between two rankings of
+the soft phase, the mask value of the pruned channels goes on falling at every step, so that the path is continuous.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from . import masking
+from .budget import (
+    BUDGET_TOLERANCE,
+    allocate_global,
+    allocate_per_group,
+    check_reachable,
+    select_channels,
+    width_ladder,
+)
+from .channel_groups import trace_channel_groups
+from .compaction import CompactionPlan, carry_ema, carry_optimizer, compact, plan_compaction
+from .configuration import GFPruneConfig
+from .cost_model import CostModel
+from .importance import CalibrationBatch, normalize_scores, score_channels
+from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+
+__all__ = ["GradientFlowPruner", "MaskUpdate"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MaskUpdate:
+    """What one ranking did.
+
+    Attributes:
+        step: Training step.
+        phase: `"soft"` or `"hard"`.
+        sparsity: Share of the target's dense cost that the kept channels leave out, in [0, 1].
+        mask_value: p_t of the pruned channels, in [0, 1].
+        kept_channels: Channels with mask 1.
+        revived_channels: Channels that were pruned after the last ranking and are kept now.
+        newly_pruned_channels: Channels that were kept after the last ranking and are pruned now.
+        macs: MACs of the model that the kept channels would make.
+        params: Parameters of that model.
+    """
+
+    step: int
+    phase: str
+    sparsity: float
+    mask_value: float
+    kept_channels: int
+    revived_channels: int
+    newly_pruned_channels: int
+    macs: float
+    params: float
+
+    def to_dict(self) -> dict:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+class GradientFlowPruner:
+    """Prunes a UNet while it trains.
+
+    Traces the model's channel groups and puts masks on it, in place; parameters stay the same objects, so that an optimizer
+    may be made before or after.
+
+    Example:
+        ```python
+        pruner = GradientFlowPruner(unet, GFPruneConfig(target="macs", ratio=0.5, total_steps=10_000))
+        for step, batch in enumerate(dataloader):
+            pruner.step(step, calibration_batches)
+            if pruner.finished:
+                break
+            ...  # loss, backward, optimizer step as usual
+        small = pruner.compact(optimizer=optimizer, ema=ema)
+        ```
+
+    Args:
+        unet: A dense `UNet2DModel`.
+        config: Every option.
+        noise_scheduler: Adds noise to calibration images (default: `DDPMScheduler()`).
+        sample_size: Height and width that MACs are counted for (default: the model's).
+
+    Raises:
+        ValueError: The model cannot be pruned, or the budget cannot be met. The model is not changed then.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        config: GFPruneConfig,
+        noise_scheduler=None,
+        sample_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        self.unet = unet
+        self.config = config
+        self.noise_scheduler = noise_scheduler or DDPMScheduler()
+        self.schedule = config.schedule()
+        self.groups = trace_channel_groups(unet)
+        self.cost = CostModel(unet, self.groups, sample_size)
+        self.ladders = [
+            width_ladder(group, config.channel_multiple, config.min_keep_ratio, config.attention_unit) for group in self.groups
+        ]
+        check_reachable(self.cost, config.target, config.ratio, self.ladders)
+        self.planned_widths = self._allocate(config.ratio)
+        achieved = self.cost.removed(config.target, self.planned_widths)
+        if abs(achieved - config.ratio) > BUDGET_TOLERANCE:
+            logger.warning(
+                "channel_multiple=%d allows %s to be cut by %.3f or so, not by ratio=%.3f: pruning by %.3f",
+                config.channel_multiple,
+                config.target,
+                achieved,
+                config.ratio,
+                achieved,
+            )
+        masking.attach(unet, self.groups)
+        self.kept = {group.name: torch.ones(group.num_channels, dtype=torch.bool) for group in self.groups}
+        self.scores: dict[str, Tensor] | None = None
+        self.history: list[MaskUpdate] = []
+        self.finished = False
+
+    # --- masks ---
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Copies of the masks by group name, each with shape `(num_channels,)`, values in [0, 1]."""
+        return self.unet.channel_masks.as_dict()
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Set some or all masks by hand.
+
+        Args:
+            masks: Values in [0, 1] with shape `(num_channels,)`, by group name.
+
+        Raises:
+            ValueError: No such group, or a mask that no smaller model could have: an empty group, heads left with
+                different numbers of channels. Nothing is changed then.
+        """
+        self.unet.channel_masks.set(masks)
+        self.kept = {name: (mask == 1).cpu() for name, mask in self.masks.items()}
+
+    def _write_masks(self, value: float) -> None:
+        masks = {name: torch.where(kept, 1.0, value) for name, kept in self.kept.items()}
+        self.unet.channel_masks.set(masks)
+
+    # --- the schedule ---
+
+    def _allocate(self, ratio: float, scores: Mapping[str, Tensor] | None = None) -> np.ndarray:
+        target = self.config.target
+        if self.config.ranking == "global" and scores is not None:
+            comparable = normalize_scores(scores, self.config.normalization)
+            ordered = [comparable[group.name] for group in self.groups]
+            return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
+        return allocate_per_group(self.cost, target, ratio, self.ladders)
+
+    def _rank(self, batches: Sequence[CalibrationBatch]) -> None:
+        scores = score_channels(self.unet, self.groups, batches, self.noise_scheduler, self.config)
+        if self.scores is not None and self.config.score_decay > 0:
+            decay = self.config.score_decay
+            scores = {n: decay * self.scores[n] + (1 - decay) * s.cpu() for n, s in scores.items()}
+        self.scores = {name: values.cpu() for name, values in scores.items()}
+
+    def step(
+        self,
+        step: int,
+        calibration_batches: Sequence[CalibrationBatch] | Callable[[], Sequence[CalibrationBatch]],
+    ) -> MaskUpdate | None:
+        """Bring the masks to where the schedule wants them at `step`. Call it before every training step.
+
+        Args:
+            step: Training step, from 0.
+            calibration_batches: Batches `(clean_images, noise, timesteps[, class_labels])`, or a function that returns
+                them, which is called only when channels are ranked.
+
+        Returns:
+            What changed, when channels were ranked at this step.
+        """
+        if self.finished:
+            return None
+        update = None
+        if self.schedule.is_update(step):
+            update = self._update(step, calibration_batches() if callable(calibration_batches) else calibration_batches)
+        elif self.schedule.phase(step) == "soft" and self.history:
+            self._write_masks(self.schedule.mask_value(step))
+        if step >= self.schedule.end_steps:
+            self.finished = True
+        return update
+
+    def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:
+        self._rank(batches)
+        share = self.schedule.sparsity(step)
+        widths = self._allocate(share * self.config.ratio, self.scores) if share > 0 else self.cost.dense
+        before = self.kept
+        self.kept = {
+            group.name: select_channels(group, self.scores[group.name], int(width), self.config.attention_unit)
+            for group, width in zip(self.groups, widths)
+        }
+        value = self.schedule.mask_value(step)
+        self._write_masks(value)
+        update = MaskUpdate(
+            step=step,
+            phase=self.schedule.phase(step) if step < self.schedule.end_steps else "hard",
+            sparsity=self.cost.removed(self.config.target, widths),
+            mask_value=value,
+            kept_channels=int(widths.sum()),
+            revived_channels=sum(int((self.kept[name] & ~before[name]).sum()) for name in self.kept),
+            newly_pruned_channels=sum(int((~self.kept[name] & before[name]).sum()) for name in self.kept),
+            macs=self.cost.macs(widths),
+            params=self.cost.params(widths),
+        )
+        self.history.append(update)
+        return update
+
+    # --- the end ---
+
+    def compaction_plan(self) -> CompactionPlan:
+        """What `compact` keeps; masks must be binary."""
+        return plan_compaction(self.unet, self.groups, self.masks)
+
+    def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> GFPrunedUNet2DModel:
+        """The small model that the binary masks leave, with the outputs of the masked one.
+
+        Args:
+            optimizer: An optimizer of the masked model, which goes on with the small one, state and all.
+            ema: A Diffusers `EMAModel` of the masked model, which goes on likewise.
+
+        Returns:
+            The small model. The masked model is left as it is.
+
+        Raises:
+            ValueError: Masks are not binary, or optimizer state is of an unknown kind.
+        """
+        plan = self.compaction_plan()
+        small = compact(self.unet, plan)
+        if optimizer is not None:
+            carry_optimizer(optimizer, self.unet, small, plan)
+        if ema is not None:
+            carry_ema(ema, self.unet, small, plan)
+        return small
+
+    def detach(self) -> UNet2DModel:
+        """Take the masks off: the dense model back, bit for bit, with the weights as trained since."""
+        masking.detach(self.unet)
+        return self.unet

@@ -1,0 +1,55 @@
+"""PruneDDPMPipeline: `DDPMPipeline` for dense and pruned models, with one-call pruning where the package is installed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+
+from diffusers import DDPMPipeline
+
+__all__ = ["PruneDDPMPipeline"]
+
+
+class PruneDDPMPipeline(DDPMPipeline):
+    r"""
+    Pipeline for unconditional image generation with a dense or a pruned UNet.
+
+    Parameters:
+        unet ([`UNet2DModel`] or `GFPrunedUNet2DModel`): Denoises the image latents.
+        scheduler ([`SchedulerMixin`]): [`DDPMScheduler`] or [`DDIMScheduler`].
+    """
+
+    def prune(self, images, **options) -> PruneDDPMPipeline:
+        """Prune the UNet by gradient flow, in one shot and without training.
+
+        Args:
+            images: Calibration images like those the model was trained on: a tensor in [-1, 1] with shape
+                `(images, channels, height, width)`, or a list of PIL images of the model's size.
+            **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`, and `batch_size` (default 32),
+                `class_labels` (with shape `(images,)`, for conditional models) and `seed` (of noise and timesteps,
+                default 0).
+
+        Returns:
+            A new pipeline with a `GFPrunedUNet2DModel`; this one is left as it was.
+
+        Raises:
+            ImportError: The package `diffusers_gfprune` is not installed.
+            ValueError: The budget cannot be met, or the images do not fit the model.
+        """
+        from diffusers_gfprune.one_shot import prune_unet
+
+        unet = prune_unet(self.unet, self.scheduler, images, **options)
+        return type(self)(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))
+
+    @functools.wraps(DDPMPipeline.save_pretrained)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        os.makedirs(save_directory, exist_ok=True)
+        target = os.path.join(save_directory, "pipeline.py")
+        if not (os.path.exists(target) and os.path.samefile(__file__, target)):
+            shutil.copyfile(__file__, target)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
+        # Stock Diffusers resolves `DDPMPipeline`, and knows nothing of this class; the samples are the same.
+        DDPMPipeline(unet=self.unet, scheduler=self.scheduler).save_config(save_directory, push_to_hub, **kwargs)

@@ -1,0 +1,427 @@
+"""GFPrunedUNet2DModel: a `UNet2DModel` whose layers have the widths that pruning left.
+
+The configuration is that of the dense model plus three tables, so that `from_pretrained` builds the small model straight
+from `config.json`:
+
+    layer_channels     {"down_blocks.0.resnets.0.conv1": [48, 21], ...}    input and output channels of a layer
+    norm_group_sizes   {"down_blocks.0.resnets.0.norm2": [3, 2, 4, ...]}   channels in each norm group
+    attention_heads    {"down_blocks.1.attentions.0": 3}                   heads that are left
+
+A layer that a table does not name is as wide as in the dense model. Pruned norm groups may differ in size, because a kept
+channel stays in the group it was trained in; for weights `W[c, g] = 1 / size_g` (channel `c` in group `g`)
+
+    mean_g = sum_c W[c, g] mean_c        var_g = sum_c W[c, g] (var_c + (mean_c - mean_g)^2)        (law of total variance)
+    y_c = gamma_c (x_c - mean_g) / sqrt(var_g + eps) + beta_c                                       (Wu and He, 2018)
+
+which is group normalization (https://arxiv.org/abs/1803.08494) with groups of any size, and, with other weights, over a
+masked set of channels.
+
+This one file is the whole model: it travels inside saved folders as `diffusers_gfprune.py`, and imports nothing but the
+standard library, torch and Diffusers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import GaussianFourierProjection
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+__all__ = ["GFPrunedUNet2DModel", "RaggedGroupNorm", "group_membership", "weighted_group_norm"]
+
+MODULE_FILE = "diffusers_gfprune.py"
+MAX_WIDTH = 2**16  # channels of a layer: refuses a hostile config before anything is allocated
+MAX_LAYERS_PER_BLOCK = 64
+
+
+# --- group normalization with weighted channels ------------------------------------------------------------------------
+
+
+def _normalize(x: Tensor, weights: Tensor, group_of: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """The equations of the module docstring as plain, differentiable operations; `x` has shape `(B, C, N)`."""
+    mean = x.mean(dim=2)  # (B, C)
+    var = x.var(dim=2, correction=0)
+    scale, shift = _scale_and_shift(mean, var, weights, group_of, gamma, beta, eps)[:2]
+    return torch.addcmul(shift[:, :, None], x, scale[:, :, None])
+
+
+def _scale_and_shift(mean, var, weights, group_of, gamma, beta, eps):
+    """Channel moments `(B, C)` to `y = x * scale + shift`, and what the backward pass needs of the way there."""
+    group_mean = (mean @ weights)[:, group_of]  # (B, G) -> (B, C)
+    offset = mean - group_mean
+    inverse_std = torch.rsqrt((var + offset * offset) @ weights + eps)[:, group_of]
+    scale = gamma * inverse_std
+    return scale, beta - group_mean * scale, group_mean, inverse_std
+
+
+class _WeightedGroupNorm(torch.autograd.Function):
+    """`_normalize` with few passes over `x`: two forward, four backward.
+
+    Autograd would keep and re-read five tensors of the size of `x`. Below, the gradient of `x` is an affine function of
+    the output gradient and `x` with coefficients per channel: dx = g * scale + x * p + q.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weights, group_of, gamma, beta, eps):
+        batch, channels, positions = x.shape
+        # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
+        _, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
+        mean = mean.view(batch, channels)
+        var = (rstd.view(batch, channels) ** -2 - eps).clamp_min(0)
+        scale, shift, group_mean, inverse_std = _scale_and_shift(mean, var, weights, group_of, gamma, beta, eps)
+        ctx.save_for_backward(x, weights, group_of, gamma, beta, scale, mean, group_mean, inverse_std)
+        ctx.eps = eps
+        return torch.addcmul(shift[:, :, None], x, scale[:, :, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weights, group_of, gamma, beta, scale, mean, group_mean, inverse_std = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a double backward: let autograd differentiate the plain form
+            wanted = [t for t, need in zip((x, gamma, beta), ctx.needs_input_grad[0:1] + ctx.needs_input_grad[3:5]) if need]
+            y = _normalize(x, weights, group_of, gamma, beta, ctx.eps)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            pick = [next(found) if need else None for need in ctx.needs_input_grad]
+            return tuple(pick)
+        batch, channels, positions = x.shape
+        grad = grad.contiguous()
+        grad_x_sum = torch.bmm(grad.view(-1, 1, positions), x.reshape(-1, positions, 1)).view(batch, channels)
+        grad_sum = grad.sum(dim=2)  # (B, C)
+        centred = grad_x_sum - group_mean * grad_sum  # sum over positions of grad * (x - mean_g)
+        # d loss / d mean_g and d loss / d var_g, spread back over channels with their weights
+        spread = weights.t()  # (G, C)
+        by_group = torch.zeros(batch, weights.shape[1], dtype=x.dtype, device=x.device)
+        d_var = by_group.index_add(1, group_of, -0.5 * gamma * centred * inverse_std**3)  # (B, G)
+        d_mean = by_group.index_add(1, group_of, -scale * grad_sum)
+        p = 2 / positions * (d_var @ spread)  # (B, C): coefficient of (x - mean_g)
+        q = (d_mean @ spread) / positions - p * group_mean
+        grad_input = torch.addcmul(q[:, :, None], x, p[:, :, None]).addcmul_(grad, scale[:, :, None])
+        grad_gamma = (centred * inverse_std).sum(dim=0)
+        return grad_input, None, None, grad_gamma, grad_sum.sum(dim=0), None
+
+
+def weighted_group_norm(x: Tensor, weights: Tensor, group_of: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """Group normalization whose statistics weigh channels (see the module docstring).
+
+    Args:
+        x: Input with shape `(batch, channels, *)`, any floating dtype; statistics are taken in float32.
+        weights: Weights of channels in groups with shape `(channels, groups)`, float32; the column of a group sums to 1,
+            or to 0 where all of its channels are masked.
+        group_of: Group of every channel, int64 with shape `(channels,)`.
+        gamma: Scale with shape `(channels,)`.
+        beta: Shift with shape `(channels,)`.
+        eps: Added to the variance (> 0).
+
+    Returns:
+        The normalized tensor, of the shape and dtype of `x`.
+    """
+    device = x.device.type
+    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with autocast:  # the small matrix products below must not run in half precision
+        flat = x.flatten(2).contiguous()
+        if flat.dtype != torch.float32 and flat.dtype != torch.float64:
+            flat = flat.float()
+        arguments = flat, weights.to(flat.dtype), group_of, gamma.to(flat.dtype), beta.to(flat.dtype), eps
+        # A compiler fuses the plain form by itself, and cannot see into the kernels of the other.
+        function = _normalize if torch.compiler.is_compiling() else _WeightedGroupNorm.apply
+        return function(*arguments).to(x.dtype).view(x.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def group_membership(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which channel is in which norm group.
+
+    Tables, not buffers of the modules: a buffer that is not saved stays on the meta device when weights are loaded into an
+    empty model.
+
+    Returns:
+        Ones and zeros with shape `(channels, groups)`, float32, and the group of every channel, int64 `(channels,)`.
+    """
+    with torch.inference_mode(False):  # or training after sampling would meet an inference tensor
+        sizes = torch.tensor(group_sizes, device=device)
+        groups = torch.arange(len(group_sizes), device=device)
+        group_of = groups.repeat_interleave(sizes, output_size=sum(group_sizes))
+        return (group_of[:, None] == groups).float(), group_of
+
+
+class RaggedGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` whose groups may differ in size.
+
+    Args:
+        group_sizes: Channels in each group, in order (each >= 1).
+        eps: Added to the variance (> 0).
+    """
+
+    def __init__(self, group_sizes: Sequence[int], eps: float = 1e-5, device=None, dtype=None) -> None:
+        # One group while the base class checks divisibility; the real sizes follow.
+        super().__init__(1, sum(group_sizes), eps, affine=True, device=device, dtype=dtype)
+        self.num_groups = len(group_sizes)
+        self.group_sizes = tuple(group_sizes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        membership, group_of = group_membership(self.group_sizes, input.device)
+        weights = membership / membership.sum(dim=0)
+        return weighted_group_norm(input, weights, group_of, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"group_sizes={list(self.group_sizes)}, eps={self.eps}"
+
+
+# --- configuration -----------------------------------------------------------------------------------------------------
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value, low: int, high: int) -> None:
+    if not _is_int(value) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
+
+
+def _check_dense_config(config: Mapping) -> None:
+    """Refuse dense arguments that could not be built or would allocate without bound."""
+    for name in ("in_channels", "out_channels"):
+        _check_integer(name, config[name], 1, MAX_WIDTH)
+    _check_integer("layers_per_block", config["layers_per_block"], 1, MAX_LAYERS_PER_BLOCK)
+    for name in ("norm_num_groups", "attn_norm_num_groups", "attention_head_dim", "time_embedding_dim"):
+        if config[name] is not None:
+            _check_integer(name, config[name], 1, MAX_WIDTH)
+    for name in ("num_class_embeds", "num_train_timesteps"):
+        if config[name] is not None:
+            _check_integer(name, config[name], 1, 10**7)
+    channels = config["block_out_channels"]
+    if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= 16:
+        raise ValueError(f"block_out_channels={channels!r} must be a list of 1 to 16 integers")
+    for value in channels:
+        _check_integer("block_out_channels", value, 1, MAX_WIDTH)
+
+
+def _check_table(name: str, table) -> None:
+    if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
+        raise ValueError(f"{name} must map module names to numbers, got {type(table).__name__}")
+
+
+def _dense_channels(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output channels of a layer that the table may narrow."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return None
+
+
+# --- narrowing ---------------------------------------------------------------------------------------------------------
+
+
+def _narrow_layer(module: nn.Module, in_channels: int, out_channels: int) -> nn.Module:
+    if isinstance(module, nn.Conv2d):
+        return nn.Conv2d(
+            in_channels, out_channels, module.kernel_size, module.stride, module.padding, bias=module.bias is not None
+        )
+    if isinstance(module, nn.Linear):
+        return nn.Linear(in_channels, out_channels, bias=module.bias is not None)
+    return nn.Embedding(in_channels, out_channels)
+
+
+def _narrow_norm(module: nn.GroupNorm, sizes: Sequence[int]) -> nn.GroupNorm:
+    if len(set(sizes)) == 1:
+        return nn.GroupNorm(len(sizes), sum(sizes), eps=module.eps)
+    return RaggedGroupNorm(sizes, eps=module.eps)
+
+
+def _checked_layer(name: str, module: nn.Module | None, channels) -> nn.Module:
+    dense = None if module is None else _dense_channels(module)
+    if dense is None:
+        raise ValueError(f"layer_channels names {name!r}, which is no convolution, linear layer or embedding")
+    if not isinstance(channels, (list, tuple)) or len(channels) != 2 or not all(map(_is_int, channels)):
+        raise ValueError(f"layer_channels[{name!r}]={channels!r} must be two integers: input and output channels")
+    for value, bound in zip(channels, dense):
+        if not 1 <= value <= bound:
+            raise ValueError(f"layer_channels[{name!r}]={list(channels)} must be from 1 to the dense {list(dense)}")
+    fixed = {"conv_in": 0, "conv_out": 1}.get(name, 0 if isinstance(module, nn.Embedding) else None)
+    if fixed is not None and channels[fixed] != dense[fixed]:
+        raise ValueError(f"layer_channels[{name!r}]={list(channels)} changes {dense[fixed]} channels that are never pruned")
+    return _narrow_layer(module, *channels)
+
+
+def _checked_norm(name: str, module: nn.Module | None, sizes) -> nn.Module:
+    if not isinstance(module, nn.GroupNorm):
+        raise ValueError(f"norm_group_sizes names {name!r}, which is no group norm")
+    if not isinstance(sizes, (list, tuple)) or not sizes or not all(map(_is_int, sizes)):
+        raise ValueError(f"norm_group_sizes[{name!r}]={sizes!r} must be a list of integers")
+    largest = module.num_channels // module.num_groups
+    if len(sizes) > module.num_groups or not all(1 <= size <= largest for size in sizes):
+        raise ValueError(
+            f"norm_group_sizes[{name!r}]={list(sizes)} must be up to {module.num_groups} sizes from 1 to {largest}"
+        )
+    return _narrow_norm(module, sizes)
+
+
+def _set_static_attributes(unet: nn.Module, attention_heads: Mapping[str, int]) -> None:
+    """Make the widths that Diffusers' blocks remember follow their layers."""
+    for name, module in unet.named_modules():
+        if isinstance(module, ResnetBlock2D):
+            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
+            for sampler in (module.upsample, module.downsample):
+                if isinstance(sampler, (Upsample2D, Downsample2D)):
+                    sampler.channels = sampler.out_channels = module.conv1.in_channels
+        elif isinstance(module, (Upsample2D, Downsample2D)) and isinstance(getattr(module, "conv", None), nn.Conv2d):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+        elif isinstance(module, Attention):
+            heads = attention_heads.get(name, module.heads)
+            inner = module.to_q.out_features
+            if not _is_int(heads) or not 1 <= heads <= module.heads or inner % heads:
+                raise ValueError(
+                    f"attention_heads[{name!r}]={heads!r} must be from 1 to {module.heads} and divide {inner} channels"
+                )
+            module.heads = module.sliceable_head_dim = heads
+            module.inner_dim = module.inner_kv_dim = inner
+            module.query_dim = module.cross_attention_dim = module.to_q.in_features
+            module.out_dim = module.out_context_dim = module.to_out[0].out_features
+            module.scale = (inner // heads) ** -0.5
+
+
+def _materialize(unet: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device freshly initialized weights on `device`."""
+    for module in unet.modules():
+        if isinstance(module, GaussianFourierProjection):
+            weight = torch.randn(module.weight.shape, device=device) * 16  # the scale that UNet2DModel passes
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif next(module.parameters(recurse=False), None) is not None:
+            module.to_empty(device=device, recurse=False)
+            module.reset_parameters()
+
+
+_DENSE_PARAMETERS = [p for p in inspect.signature(UNet2DModel.__init__).parameters.values() if p.name != "self"]
+
+
+def _with_dense_signature(init):
+    """Show `init` with the arguments of `UNet2DModel` before its own, as Diffusers' configuration reads them."""
+    own = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in [first, *_DENSE_PARAMETERS, *own]]
+    init.__signature__ = inspect.Signature(parameters)
+    return init
+
+
+class GFPrunedUNet2DModel(UNet2DModel):
+    r"""
+    A [`UNet2DModel`] with the widths that gradient-flow pruning left (arXiv 2501.09464).
+
+    Takes every argument of [`UNet2DModel`], with the values of the dense model, and:
+
+    Parameters:
+        layer_channels (`dict[str, tuple[int, int]]`, *optional*): Input and output channels of narrowed layers.
+        norm_group_sizes (`dict[str, list[int]]`, *optional*): Channels in each group of narrowed group norms.
+        attention_heads (`dict[str, int]`, *optional*): Heads left in attentions that lost some.
+
+    Raises:
+        ValueError: A width is not an integer, not in the range of the dense model, or the widths do not fit together.
+            Nothing is allocated before that is known.
+    """
+
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
+
+    @register_to_config
+    @_with_dense_signature
+    def __init__(
+        self,
+        *args,
+        layer_channels: dict[str, tuple[int, int]] | None = None,
+        norm_group_sizes: dict[str, list[int]] | None = None,
+        attention_heads: dict[str, int] | None = None,
+        **kwargs,
+    ):
+        dense = {p.name: p.default for p in _DENSE_PARAMETERS}
+        dense.update(zip(dense, args))
+        dense.update(kwargs)
+        layer_channels, norm_group_sizes = layer_channels or {}, norm_group_sizes or {}
+        attention_heads = attention_heads or {}
+        tables = {"layer_channels": layer_channels, "norm_group_sizes": norm_group_sizes, "attention_heads": attention_heads}
+        for name, table in tables.items():
+            _check_table(name, table)
+        _check_dense_config(dense)
+
+        # 1. the dense skeleton, without memory
+        device = nn.Linear(1, 1).weight.device  # where weights go now: a device context, or meta while loading
+        with torch.device("meta"):
+            super().__init__(**dense)
+            # 2. narrow it
+            modules = dict(self.named_modules())
+            for name, channels in layer_channels.items():
+                self.set_submodule(name, _checked_layer(name, modules.get(name), channels))
+            for name, sizes in norm_group_sizes.items():
+                self.set_submodule(name, _checked_norm(name, modules.get(name), sizes))
+            for name in attention_heads:
+                if not isinstance(modules.get(name), Attention):
+                    raise ValueError(f"attention_heads names {name!r}, which is no attention")
+            _set_static_attributes(self, attention_heads)
+        # 3. prove that the widths fit together, still without memory
+        self._check_widths()
+        if device.type != "meta":
+            _materialize(self, device)
+
+    @torch.no_grad()
+    def _check_widths(self) -> None:
+        side = 2 ** len(self.config.block_out_channels)
+        labels = None
+        if self.config.class_embed_type == "identity":
+            labels = torch.empty(1, self.time_embedding.linear_2.out_features, device="meta")
+        elif self.class_embedding is not None:
+            labels = torch.zeros(1, dtype=torch.long, device="meta")
+        sample = torch.empty(1, self.config.in_channels, side, side, device="meta", dtype=self.dtype)
+        training = self.training
+        try:
+            self.eval()(sample, torch.zeros(1, dtype=torch.long, device="meta"), class_labels=labels)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "a sampler got another width than its own"
+            raise ValueError(f"the widths in the config do not fit together: {reason}") from error
+        finally:
+            self.train(training)
+
+    @classmethod
+    @functools.wraps(UNet2DModel.from_pretrained.__func__)
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("use_safetensors=False: pruned models are loaded from safetensors only")
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+        # Diffusers only warns here, and leaves such weights random.
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                names = sorted(str(key) for key in info[problem])
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: the weights do not fit the config: "
+                    f"{len(names)} {problem.replace('_', ' ')}, first {names[0]}"
+                )
+        return (model, info) if wants_info else model
+
+    @functools.wraps(UNet2DModel.save_pretrained)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        # Before the weights, so that an upload which the base class starts holds this file too.
+        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            target = os.path.join(save_directory, MODULE_FILE)
+            if not (os.path.exists(target) and os.path.samefile(__file__, target)):
+                shutil.copyfile(__file__, target)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+# Saved pipelines name the library of a component by its class's module: this package, whose file travels with them.
+GFPrunedUNet2DModel.__module__ = "diffusers_gfprune"
