@@ -6,7 +6,6 @@ model (1: greyscale, 3: RGB), the resolution from the model's `sample_size`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-__all__ = ["DataArguments", "ImageFolderDataset", "endless_batches", "load_images", "train_dataloader"]
+__all__ = ["DataArguments", "ImageFolderDataset", "endless_batches", "load_images", "stack_rows", "train_dataloader"]
 
 PIL_MODES = {1: "L", 3: "RGB"}
 
@@ -217,6 +216,7 @@ def endless_batches(dataloader: DataLoader):
         yield from dataloader
 
 
-def describe(args: DataArguments) -> str:
-    """The image source as JSON, for reports."""
-    return json.dumps({"dataset_name": args.dataset_name, "train_data_dir": args.train_data_dir})
+def stack_rows(rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images of some items with shape `(n, channels, height, width)`, and their labels with shape `(n,)`, if any."""
+    labels = torch.stack([row["class_labels"] for row in rows]) if "class_labels" in rows[0] else None
+    return torch.stack([row["pixel_values"] for row in rows]), labels

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
-from image_data import DataArguments, endless_batches, load_images, train_dataloader
+from image_data import DataArguments, endless_batches, load_images, stack_rows, train_dataloader
 
 
 @dataclass
@@ -71,12 +71,8 @@ def main() -> None:
     conditional = model.config.num_class_embeds is not None
     images, held_out = load_images(data_args, model.config.sample_size, model.config.in_channels, conditional)
     dataloader = train_dataloader(images, args.train_batch_size, data_args.dataloader_num_workers, args.seed)
-    rows = [held_out[index] for index in range(len(held_out))]
-    step_loss = StepLoss(
-        torch.stack([row["pixel_values"] for row in rows]),
-        noise_scheduler,
-        torch.stack([row["class_labels"] for row in rows]) if conditional else None,
-    )
+    held_out_images, held_out_labels = stack_rows([held_out[index] for index in range(len(held_out))])
+    step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=args.adam_weight_decay
     )

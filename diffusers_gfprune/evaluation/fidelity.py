@@ -70,7 +70,9 @@ def sample_images(
 
 
 def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
-    """Fréchet distance between raw pixels.
+    """Fréchet distance between raw pixels, over the pixels that vary in the reference.
+
+    A pixel that is the same in every reference image (a corner that is always black) would make its covariance singular.
 
     Args:
         images: In [0, 1] with shape `(images, channels, height, width)`; more images than pixels.
@@ -84,8 +86,10 @@ def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
     """
     from cleanfid.fid import frechet_distance
 
+    varies = reference.flatten(1).double().std(dim=0) > 1e-3
+
     def moments(batch: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        features = batch.flatten(1).double().numpy()
+        features = batch.flatten(1)[:, varies].double().numpy()
         if len(features) <= features.shape[1]:
             raise ValueError(f"{len(features)} images are too few for the covariance of {features.shape[1]} pixel values")
         return features.mean(axis=0), np.cov(features, rowvar=False)

@@ -1,0 +1,116 @@
+"""The files of a run: where it starts from, whether it can be written, and how it appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+__all__ = ["RunFolder", "load_dense_pipeline", "write_json"]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> tuple[UNet2DModel, DDPMScheduler]:
+    """Load the UNet and the scheduler of a trained DDPM, from safetensors only.
+
+    Args:
+        name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories, at the root.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: There is no such model, it is no DDPM with a `UNet2DModel`, or its weights are missing, damaged, of
+            another shape, or a pickle.
+    """
+    argument = f"pretrained_model_name_or_path={name_or_path}"
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).is_dir():
+        raise ValueError(f"{argument} is not a folder")
+    try:
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            folder = Path(DDPMPipeline.download(name_or_path, revision=revision, use_safetensors=True))
+        index = json.loads((folder / "model_index.json").read_text())
+        component = index.get("unet", [None, None])[1]
+        if component != "UNet2DModel":
+            raise ValueError(f"its unet is a {component}, not a UNet2DModel")
+        unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+        weights = [path.name for path in unet_folder.iterdir() if path.name.startswith("diffusion_pytorch_model")]
+        if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in weights):
+            found = ", ".join(weights) or "no weights"
+            raise ValueError(f"its unet has {found}: only safetensors are loaded, pickles never are")
+        unet, info = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, output_loading_info=True)
+        scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+        scheduler = DDPMScheduler.from_pretrained(scheduler_folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(f"{argument} cannot be loaded: {_first_line(error)}") from error
+    # Diffusers leaves weights that a file lacks random, with a warning only.
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
+        raise ValueError(f"{argument}: {len(wrong)} weights do not fit its config, first {wrong[0]}")
+    return unet, scheduler
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file; NaN and infinity are refused."""
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+class RunFolder:
+    """A folder that appears under its name only when it is complete.
+
+    Until then everything is written to a hidden folder beside it, which makes sure early that it can be.
+
+    Args:
+        output_dir: The folder.
+        overwrite: Whether an existing folder is replaced (at the end, not before).
+
+    Raises:
+        ValueError: The folder exists and may not be replaced, or cannot be created.
+    """
+
+    def __init__(self, output_dir: str, overwrite: bool) -> None:
+        self.path = Path(output_dir)
+        self.overwrite = overwrite
+        self.staging = self.path.with_name(f".{self.path.name}.incomplete")
+        if self.path.exists() and not overwrite:
+            raise ValueError(f"output_dir={output_dir} exists: name another folder, or pass --overwrite_output_dir")
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make the hidden folder, and check that a pipeline with `model` will fit on the disk."""
+        try:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir(parents=True)
+            free = shutil.disk_usage(self.staging).free
+        except OSError as error:
+            raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
+        needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 64 * 2**20  # and pictures, reports
+        if free < needed:
+            self.discard()
+            raise ValueError(
+                f"output_dir={self.path} needs {needed / 2**20:.0f} MiB, but the disk has {free / 2**20:.0f} MiB free"
+            )
+
+    def publish(self) -> None:
+        """Move the hidden folder to its name."""
+        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.path.exists():
+            if not self.overwrite:
+                raise ValueError(f"output_dir={self.path} appeared while the run went on; the result is in {self.staging}")
+            os.replace(self.path, replaced)
+        os.replace(self.staging, self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the hidden folder."""
+        shutil.rmtree(self.staging, ignore_errors=True)
