@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from diffusers_gfprune import GradientFlowPruner
@@ -87,7 +88,7 @@ def training_loss(model, noise_scheduler, batch: dict[str, torch.Tensor]) -> tor
 
 def seconds_per_step(model, noise_scheduler, images, batch_size: int, device: torch.device) -> float:
     """Time of one training step of the model as it is, from two steps on a copy, for the plan."""
-    twin = copy.deepcopy(model).to(device).train()
+    twin = copy.deepcopy(model).to(device).train().requires_grad_(True)
     pixels, labels = stack_rows([images[index % len(images)] for index in range(batch_size)])
     batch = {"pixel_values": pixels.to(device)}
     if labels is not None:
@@ -100,6 +101,7 @@ def seconds_per_step(model, noise_scheduler, images, batch_size: int, device: to
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Prune as the command line says."""
     # 1. arguments, model, data: everything that can be wrong is found here
     args = parse_arguments(argv)
     folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
@@ -114,18 +116,21 @@ def main(argv: list[str] | None = None) -> None:
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     config = args.pruning.config(args.training.max_train_steps)
     pruner = GradientFlowPruner(unet, config, noise_scheduler)
-    step_time = seconds_per_step(
-        dense.requires_grad_(True), noise_scheduler, images, args.training.train_batch_size, accelerator.device
-    )
-    dense.requires_grad_(False)
+    step_time = seconds_per_step(dense, noise_scheduler, images, args.training.train_batch_size, accelerator.device)
     accelerator.print(describe_plan(pruner, args, step_time))
     if args.run.dry_run:
         return
-    if accelerator.is_main_process:
-        folder.prepare(dense)
+    with folder:
+        if accelerator.is_main_process:
+            folder.prepare(dense)
+        run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloader, images, held_out)
+    accelerator.end_training()
 
+
+def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloader, images, held_out) -> None:
+    """Train and prune, then measure, save and show."""
     # 2. optimizer, average, calibration and validation images
-    t = args.training
+    t, config = args.training, pruner.config
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=t.learning_rate,
@@ -165,9 +170,8 @@ def main(argv: list[str] | None = None) -> None:
             curves.seconds["scoring"] += time.perf_counter() - clock
         if pruner.finished and phase != "finetune":
             before = step_loss(unet)
-            small = pruner.compact(optimizer=optimizer.optimizer, ema=ema)
-            unet = small
-            model = accelerator.prepare_model(small)
+            unet = pruner.compact(optimizer=optimizer.optimizer, ema=ema)
+            model = accelerator.prepare_model(unet)
             curves.compaction = {"step": step, "step_loss_masked": before, "step_loss_compacted": step_loss(unet)}
         if not pruner.finished:
             curves.schedule_steps.append(step)
@@ -218,15 +222,14 @@ def main(argv: list[str] | None = None) -> None:
         before = step_loss(unet)
         unet = pruner.compact(ema=ema)
         curves.compaction = {"step": t.max_train_steps, "step_loss_masked": before, "step_loss_compacted": step_loss(unet)}
-    if ema is not None:
-        ema.copy_to(unet.parameters())
     curves.validation_steps.append(t.max_train_steps)
     curves.validation_loss.append(step_loss(unet))
+    if ema is not None:
+        ema.copy_to(unet.parameters())
 
     # 4. measure, save, show
     if accelerator.is_main_process:
         finish(args, folder, pruner, curves, unet, dense, noise_scheduler, images, step_loss, dense_step_loss)
-    accelerator.end_training()
 
 
 def finish(args: Arguments, folder, pruner, curves, unet, dense, noise_scheduler, images, step_loss, dense_step_loss):
@@ -265,5 +268,5 @@ def print_results(measured: dict, folder: RunFolder) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"prune_ddpm.py: error: {error}")
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"prune_ddpm.py: error: {' '.join(str(error).split())}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -114,3 +115,14 @@ class RunFolder:
     def discard(self) -> None:
         """Remove the hidden folder."""
         shutil.rmtree(self.staging, ignore_errors=True)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        """After an error, keep what was saved of a trained model, and nothing else."""
+        if error is not None and self.staging.exists():
+            if (self.staging / "model_index.json").exists():
+                print(f"the trained pipeline was saved before this error, in {self.staging}", file=sys.stderr)
+            else:
+                self.discard()

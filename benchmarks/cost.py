@@ -1,0 +1,219 @@
+"""What pruning costs, as ratios from one run: masked and plain steps, scoring, compacted and dense forwards.
+
+    python benchmarks/cost.py                     everything, into benchmarks/results/cost.json (about ten minutes)
+
+Times are medians of interleaved pairs (A B A B ...), so that a change of the machine's speed meets both sides; ratios are
+medians of the ratios of the pairs. Peak memory is the largest resident set of a process of its own, less what the process
+held before it built the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.importance import score_channels
+
+ROOT = Path(__file__).resolve().parent.parent
+CIFAR10 = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+BATCH_SIZES = {"digits": 64, "cifar10": 4}
+SCORING_BATCHES = {"digits": 4, "cifar10": 2}
+REPEATS = {"digits": 25, "cifar10": 7}
+
+
+def build(model: str) -> UNet2DModel:
+    """The digits teacher, or the configuration of google/ddpm-cifar10-32 with random weights."""
+    torch.manual_seed(0)
+    if model == "digits":
+        return UNet2DModel.from_pretrained(ROOT / "training/digits/teacher/unet")
+    return UNet2DModel(**CIFAR10)
+
+
+def batches_for(unet: UNet2DModel, model: str, count: int) -> list[tuple[torch.Tensor, ...]]:
+    size, batch = unet.config.sample_size, BATCH_SIZES[model]
+    shape = (batch, unet.config.in_channels, size, size)
+    return [(torch.rand(shape) * 2 - 1, torch.randn(shape), torch.randint(0, 1000, (batch,))) for _ in range(count)]
+
+
+class Trainer:
+    """Plain training steps of a model, masked or not."""
+
+    def __init__(self, unet: UNet2DModel, batches) -> None:
+        self.unet, self.batches = unet.train(), batches
+        self.scheduler = DDPMScheduler()
+        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+
+    def steps(self) -> None:
+        """One step on every batch."""
+        for clean, noise, timesteps in self.batches:
+            noisy = self.scheduler.add_noise(clean, noise, timesteps)
+            loss = torch.nn.functional.mse_loss(self.unet(noisy, timesteps).sample, noise)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def paired(first: Callable[[], object], second: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Medians of interleaved runs in milliseconds, and the median ratio first / second."""
+
+    def timed(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    first(), second()
+    pairs = [(timed(first), timed(second)) for _ in range(repeats)]
+    return {
+        "ms": 1000 * statistics.median(pair[0] for pair in pairs),
+        "baseline_ms": 1000 * statistics.median(pair[1] for pair in pairs),
+        "ratio": statistics.median(pair[0] / pair[1] for pair in pairs),
+        "repeats": repeats,
+    }
+
+
+def half_masked(unet: UNet2DModel, **options) -> GradientFlowPruner:
+    """Masks at half the MACs, by magnitude: binary, as in the hard phase."""
+    config = GFPruneConfig.from_preset("one-shot", total_steps=1, ratio=0.5, criterion="magnitude", **options)
+    pruner = GradientFlowPruner(unet, config)
+    pruner.step(0, [])
+    return pruner
+
+
+def measure_masked_step(model: str) -> dict[str, float]:
+    """A training step with masks against one without."""
+    dense = build(model)
+    masked = copy.deepcopy(dense)
+    batches = batches_for(dense, model, 1)
+    half_masked(masked)
+    return paired(Trainer(masked, batches).steps, Trainer(dense, batches).steps, REPEATS[model])
+
+
+def scorer(unet: UNet2DModel, batches, hvp: str, hessian_batches: str) -> Callable[[], object]:
+    config = GFPruneConfig(hvp=hvp, hessian_batches=hessian_batches)
+    pruner = GradientFlowPruner(unet, config)
+    return lambda: score_channels(unet, pruner.groups, batches, pruner.noise_scheduler, config)
+
+
+def measure_scoring(model: str, hvp: str, hessian_batches: str) -> dict[str, float]:
+    """Scoring on k batches against k plain training steps."""
+    dense = build(model)
+    batches = batches_for(dense, model, SCORING_BATCHES[model])
+    score = scorer(copy.deepcopy(dense), batches, hvp, hessian_batches)
+    return paired(score, Trainer(dense, batches).steps, max(3, REPEATS[model] // 3))
+
+
+def measure_compacted_forward(model: str) -> dict[str, float]:
+    """Speed-up of the compacted forward at batch 16, against what its MACs promise."""
+    dense = build(model).eval()
+    pruner = half_masked(copy.deepcopy(dense), channel_multiple=8)
+    small = pruner.compact().eval()
+    promised = 1 / (1 - pruner.history[-1].sparsity)
+    size = dense.config.sample_size
+    x = torch.randn(16, dense.config.in_channels, size, size)
+    with torch.no_grad():
+        times = paired(lambda: dense(x, 500), lambda: small(x, 500), 3 * REPEATS[model])
+    return {
+        "dense_ms": times["ms"],
+        "compacted_ms": times["baseline_ms"],
+        "speed_up": times["ratio"],
+        "promised_by_macs": promised,
+        "share_of_promise": times["ratio"] / promised,
+        "repeats": times["repeats"],
+    }
+
+
+def measure_setup(model: str) -> dict[str, float]:
+    """Seconds for tracing and attaching, and for compaction."""
+    unet = build(model)
+    start = time.perf_counter()
+    pruner = half_masked(unet)
+    attach_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    pruner.compact()
+    return {"trace_attach_rank_seconds": attach_seconds, "compaction_seconds": time.perf_counter() - start}
+
+
+def peak_memory(model: str, what: str) -> float:
+    """MiB that this process needs at most for training steps (`plain`) or for scoring after them, above its start."""
+
+    def resident() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before = resident()
+    unet = build(model)
+    batches = batches_for(unet, model, SCORING_BATCHES[model])
+    if what == "plain":
+        Trainer(unet, batches).steps()
+    else:
+        # A run that scores also holds its optimizer state, as the plain step does.
+        trainer = Trainer(unet, batches[:1])
+        for parameter in unet.parameters():
+            trainer.optimizer.state[parameter] = {
+                "step": torch.tensor(1.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter).add_(0),
+            }
+        scorer(unet, batches, what, "mean")()
+    return resident() - before
+
+
+def memory_in_process(model: str, what: str) -> float:
+    command = [sys.executable, __file__, "--memory", model, what]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(BATCH_SIZES), default=list(BATCH_SIZES))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/cost.json")
+    parser.add_argument("--memory", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        print(peak_memory(*args.memory))
+        return
+
+    found: dict[str, dict] = {
+        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    }
+    for model in args.models:
+        rows = found[model] = {"batch_size": BATCH_SIZES[model], "scoring_batches": SCORING_BATCHES[model]}
+        rows["setup"] = measure_setup(model)
+        rows["masked_step"] = measure_masked_step(model)
+        rows["compacted_forward"] = measure_compacted_forward(model)
+        for hvp in ("exact", "finite-difference"):
+            for batches in ("mean", "each"):
+                rows[f"scoring_{hvp}_{batches}"] = measure_scoring(model, hvp, batches)
+        memory = {what: memory_in_process(model, what) for what in ("plain", "exact", "finite-difference")}
+        rows["peak_memory_mib"] = memory
+        rows["peak_memory_ratio"] = {what: memory[what] / memory["plain"] for what in memory}
+        print(model, json.dumps(rows, indent=2))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

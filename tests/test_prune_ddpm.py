@@ -1,0 +1,274 @@
+"""training/prune_ddpm.py, started the way users start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import diffusers_gfprune
+from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = ROOT / "training/digits/teacher"
+SHORT = [
+    *("--max_train_steps", "20", "--train_batch_size", "16", "--calibration_batches", "1", "--eval_images", "80"),
+    *("--ddim_num_inference_steps", "4", "--validation_steps", "10", "--validation_images", "16"),
+]
+
+
+def run_script(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+    """Run the script with the arguments of a short run, of which later ones win."""
+    command = [*launcher, "training/prune_ddpm.py", *SHORT, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def digits(output_dir: Path, *arguments: object) -> list[object]:
+    return [
+        *("--pretrained_model_name_or_path", TEACHER, "--dataset_name", "training/digits"),
+        *("--output_dir", output_dir, *arguments),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A short run on the digits, through `accelerate launch`, and what it printed."""
+    output = tmp_path_factory.mktemp("runs") / "digits"
+    launcher = (
+        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    )
+    run = run_script(*digits(output, "--use_ema"), launcher=launcher)
+    assert run.returncode == 0, run.stderr
+    return output, run.stdout
+
+
+def test_run_leaves_exactly_these_files(finished_run: tuple[Path, str]) -> None:
+    output, _ = finished_run
+    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json",
+        "pruning.png",
+        "pruning_report.json",
+        "results.json",
+        "samples.png",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusers_gfprune.py",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    assert [path.name for path in output.parent.iterdir()] == [output.name]  # nothing half-made beside it
+
+
+def test_run_says_its_plan_and_its_results(finished_run: tuple[Path, str]) -> None:
+    _, printed = finished_run
+    for text in ("plan: remove 50.0% of macs", "soft 2, hard 2, fine-tuning 16", "FD-pixels", "SSIM to dense"):
+        assert text in printed
+
+
+def test_run_meets_its_budget(finished_run: tuple[Path, str]) -> None:
+    output, _ = finished_run
+    results = json.loads((output / "results.json").read_text())
+    assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(0.5, abs=0.01)
+    unet = diffusers_gfprune.GFPrunedUNet2DModel.from_pretrained(output / "unet")
+    assert count_macs(unet) == results["pruned"]["macs"]
+    assert count_parameters(unet) == results["pruned"]["parameters"]
+
+
+def test_report_is_consistent(finished_run: tuple[Path, str]) -> None:
+    output, _ = finished_run
+    report = json.loads((output / "pruning_report.json").read_text())
+    kept = sum(group["kept_channels"] for group in report["channel_groups"])
+    assert report["mask_updates"][-1]["kept_channels"] == kept
+    assert report["mask_updates"][-1]["phase"] == "hard"
+    assert report["curves"]["compaction"]["step"] == 4
+    masked, compacted = (report["curves"]["compaction"][f"step_loss_{name}"] for name in ("masked", "compacted"))
+    assert compacted == pytest.approx(masked, rel=1e-4)
+    assert len(report["curves"]["schedule_steps"]) == 4
+
+
+@pytest.mark.parametrize("scheduler", [None, DDIMScheduler, DPMSolverMultistepScheduler])
+def test_run_loads_as_a_pipeline(finished_run: tuple[Path, str], scheduler: type | None) -> None:
+    output, _ = finished_run
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    if scheduler is not None:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        if scheduler is DPMSolverMultistepScheduler:  # DDPMPipeline passes a generator that this scheduler also takes
+            assert type(pipeline.scheduler) is scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert images.shape == (2, 8, 8, 1) and np.isfinite(images).all()
+
+
+def test_same_seed_gives_the_same_weights(finished_run: tuple[Path, str], tmp_path: Path) -> None:
+    """A run is a function of its arguments."""
+    output, _ = finished_run
+    again = run_script(*digits(tmp_path / "again", "--use_ema", "--eval_images", 0))
+    assert again.returncode == 0, again.stderr
+    first, second = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (output, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    run = run_script(*digits(tmp_path / "run", "--dry_run"))
+    assert run.returncode == 0, run.stderr
+    assert "macs" in run.stdout and "time       about" in run.stdout and "conv_in" in run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_masks_that_freeze_at_the_last_step(tmp_path: Path) -> None:
+    """With M at the end of the run there is no fine-tuning, and the result is still compacted."""
+    run = run_script(*digits(tmp_path / "run", "--hard_fraction", 1.0, "--eval_images", 0, "--max_train_steps", 6))
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(0.5, abs=0.01)
+
+
+def image_folder(path: Path, size: tuple[int, int] = (8, 8), mode: str = "L", count: int = 40) -> Path:
+    path.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        shape = size if mode == "L" else (*size, 3)
+        Image.fromarray(generator.integers(0, 255, shape, dtype=np.uint8), mode).save(path / f"{index}.png")
+    return path
+
+
+def test_image_folder_as_data(tmp_path: Path) -> None:
+    """A folder of image files, not square and larger than the model's images, trains as well."""
+    folder = image_folder(tmp_path / "images", size=(12, 16))
+    run = run_script(
+        *("--pretrained_model_name_or_path", TEACHER, "--train_data_dir", folder, "--output_dir", tmp_path / "run"),
+        *("--max_train_steps", 6, "--eval_images", 0, "--random_flip", "--preset", "one-shot", "--criterion", "taylor"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run/model_index.json").exists()
+
+
+def teacher_copy(path: Path) -> Path:
+    shutil.copytree(TEACHER, path)
+    return path
+
+
+def pickled_teacher(path: Path) -> Path:
+    """A teacher whose weights are a pickle that would leave a file if it were loaded."""
+
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(path / "harm"), "w"))
+
+    teacher_copy(path)
+    (path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    (path / "unet/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Harm()))
+    return path
+
+
+def truncated_teacher(path: Path) -> Path:
+    weights = teacher_copy(path) / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    return path
+
+
+def teacher_without_a_weight(path: Path) -> Path:
+    weights = teacher_copy(path) / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_out.bias"]
+    save_file(tensors, weights)
+    return path
+
+
+def nan_teacher(path: Path) -> Path:
+    weights = teacher_copy(path) / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"][:] = float("nan")
+    save_file(tensors, weights)
+    return path
+
+
+BAD_INPUT = {
+    "missing model": (["--pretrained_model_name_or_path", "./nowhere"], "pretrained_model_name_or_path=./nowhere"),
+    "missing data": (["--dataset_name", "./nowhere"], "dataset_name=./nowhere is not a folder"),
+    "two data sources": (["--train_data_dir", "."], "dataset_name"),
+    "wrong resolution": (["--resolution", "16"], "resolution=16"),
+    "ratio of 0": (["--ratio", "0"], "ratio=0"),
+    "ratio above 1": (["--ratio", "1.5"], "ratio=1.5"),
+    "unreachable budget": (["--ratio", "0.97", "--min_keep_ratio", "0.5"], "ratio=0.97 of macs cannot be removed"),
+    "unknown criterion": (["--criterion", "guess"], "criterion=guess must be one of gradient-flow"),
+    "batch larger than data": (["--train_batch_size", "5000"], "train_batch_size=5000"),
+    "no such column": (["--image_column", "picture"], "image_column=picture"),
+    "phases out of order": (["--soft_fraction", "0.5"], "soft_fraction=0.5 and hard_fraction=0.2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_arguments_end_in_one_clear_line(name: str, tmp_path: Path) -> None:
+    arguments, message = BAD_INPUT[name]
+    run = run_script(*digits(tmp_path / "run", *arguments))
+    assert_refused(run, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_MODELS = {
+    "pickle": (pickled_teacher, "pickles never are"),
+    "truncated": (truncated_teacher, "cannot be loaded"),
+    "missing weight": (teacher_without_a_weight, "conv_out.bias"),
+    "nan": (nan_teacher, "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_end_in_one_clear_line(name: str, tmp_path: Path) -> None:
+    make, message = BAD_MODELS[name]
+    model = make(tmp_path / "model")
+    run = run_script(*digits(tmp_path / "run", "--pretrained_model_name_or_path", model))
+    assert_refused(run, message)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert not (model / "harm").exists()
+
+
+def test_images_that_do_not_fit_the_model(tmp_path: Path) -> None:
+    small = image_folder(tmp_path / "small", size=(4, 4))
+    colour = image_folder(tmp_path / "colour", mode="RGB")
+    for folder, message in ((small, "4x4 pixels are smaller"), (colour, "mode RGB")):
+        run = run_script(
+            *("--pretrained_model_name_or_path", TEACHER, "--train_data_dir", folder, "--output_dir", tmp_path / "run")
+        )
+        assert_refused(run, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    assert_refused(run_script(*digits(output)), "output_dir=")
+    assert (output / "mine.txt").read_text() == "precious"
+    overwritten = run_script(*digits(output, "--overwrite_output_dir", "--max_train_steps", 6, "--eval_images", 0))
+    assert overwritten.returncode == 0, overwritten.stderr
+    assert not (output / "mine.txt").exists() and (output / "model_index.json").exists()
+
+
+def test_diverging_loss_is_an_error(tmp_path: Path) -> None:
+    run = run_script(*digits(tmp_path / "run", "--learning_rate", 1e30, "--max_grad_norm", 1e30))
+    assert_refused(run, "lower learning_rate=1e+30")
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused(run: subprocess.CompletedProcess, message: str) -> None:
+    """Non-zero exit, and one line on standard error that says what is wrong, without a traceback."""
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("prune_ddpm.py: error: ")]
+    assert len(errors) == 1 and message in errors[0], run.stderr
