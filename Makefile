@@ -1,6 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
-LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# CPU threads of one process (Accelerate alone would use one)
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
 # More arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
@@ -21,7 +24,7 @@ prune: install ## prune the digits DDPM that ships with the repository (about fi
 		--pretrained_model_name_or_path training/digits/teacher --dataset_name training/digits \
 		--target macs --ratio 0.5 --max_train_steps 1500 --train_batch_size 64 --calibration_batches 4 \
 		--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 30 --use_ema --ema_max_decay 0.995 \
-		--validation_steps 50 --output_dir runs/digits-gfpruned $(ARGS)
+		--validation_steps 50 --ddim_num_inference_steps 50 --output_dir runs/digits-gfpruned $(ARGS)
 
 test: install ## run the tests
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal

@@ -70,7 +70,7 @@ def _nearest(ladder: Sequence[int], width: float) -> int:
 
 
 def _polish(
-    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], rungs: list[int], moves: int = 20
+    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], rungs: list[int], moves: int = 500
 ) -> np.ndarray:
     """Take the single steps that bring the removed share closest to `ratio`, until none helps."""
 
@@ -116,7 +116,9 @@ def allocate_per_group(cost: CostModel, target: str, ratio: float, ladders: Sequ
         middle = (low + high) / 2
         kept = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])
         low, high = (middle, high) if cost.removed(target, kept) <= ratio else (low, middle)
-    return _polish(cost, target, ratio, ladders, rungs_at(low))
+    # Where single steps are long, the walk from one side can get stuck.
+    ends = [_polish(cost, target, ratio, ladders, rungs_at(share)) for share in (low, high)]
+    return min(ends, key=lambda kept: abs(cost.removed(target, kept) - ratio))
 
 
 def allocate_global(

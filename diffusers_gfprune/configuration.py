@@ -28,6 +28,8 @@ PRESETS: dict[str, dict] = {
         "score_slices": "all",
         "score_at": "masked",
         "score_decay": 0.0,
+        "interpolate_masks": False,
+        "revival_margin": 0.0,
         "sparsity_schedule": "linear",
         "mask_schedule": "linear",
         "soft_fraction": 0.1,
@@ -93,6 +95,16 @@ class GFPruneConfig:
     )
     sparsity_schedule: str = _choice("cubic", SCHEDULES, "Shape of s_t, which rises to the target.")
     mask_schedule: str = _choice("linear", SCHEDULES, "Shape of p_t, which falls from 1 to 0.")
+    interpolate_masks: bool = field(
+        default=True, metadata={"help": "Soft phase: move masks in a straight line from ranking to ranking, without jumps."}
+    )
+    revival_margin: float = field(
+        default=0.2,
+        metadata={
+            "help": "A pruned channel comes back only if its score is higher than that of a kept one by this share of the "
+            "group's mean |score| (>= 0)."
+        },
+    )
     pruning_seed: int = field(default=0, metadata={"help": "Seed of the random criterion."})
 
     def __post_init__(self) -> None:
@@ -118,6 +130,8 @@ class GFPruneConfig:
         for name in ("min_keep_ratio", "score_decay", "diff_pruning_threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if self.revival_margin < 0:
+            raise ValueError(f"revival_margin={self.revival_margin} must not be negative")
         if self.total_steps < 1:
             raise ValueError(f"total_steps={self.total_steps} must be at least 1")
         if not 0 <= self.soft_fraction <= self.hard_fraction <= 1:
@@ -140,7 +154,7 @@ class GFPruneConfig:
         soft = round(self.soft_fraction * self.total_steps)
         end = round(self.hard_fraction * self.total_steps)
         interval = self.update_interval or max(1, (soft or end) // 10)
-        return PruningSchedule(soft, end, interval, self.sparsity_schedule, self.mask_schedule)
+        return PruningSchedule(soft, end, interval, self.sparsity_schedule, self.mask_schedule, self.interpolate_masks)
 
     def to_dict(self) -> dict:
         """All fields, for JSON."""

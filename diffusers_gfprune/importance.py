@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .channel_groups import ChannelGroup
 from .configuration import GFPruneConfig
+from .evaluation.eval_mode import evaluating
 from .evaluation.step_loss import noise_target
 from .masking import MASKS_MODULE, dense_parameters
 
@@ -87,7 +88,7 @@ class ScoringContext:
         self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in wanted}
 
     def loss(self, batch: CalibrationBatch, sample_weights: Tensor | None = None) -> Tensor:
-        """Noise-prediction loss of a batch, a scalar; `sample_weights` has shape `(batch,)` and mean 1."""
+        """Noise-prediction loss of a batch, a scalar: the mean of errors times `sample_weights (batch,)`."""
         errors = self.sample_losses(batch)
         return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
 
@@ -144,22 +145,28 @@ class ScoringContext:
 
 
 @contextmanager
-def _scoring_mode(unet: nn.Module, score_at: str, math_attention: bool) -> Iterator[None]:
-    """Evaluation mode, gradients on, full precision; at dense weights if asked; attention that differentiates twice."""
+def _scoring_mode(context: ScoringContext) -> Iterator[None]:
+    """Evaluation mode, gradients on (for frozen weights too), full precision; at dense weights if asked; attention that
+    differentiates twice where that is needed."""
+    unet, config = context.unet, context.config
     masks = getattr(unet, MASKS_MODULE, None)
-    device = next(unet.parameters()).device.type
-    training = unet.training
-    unet.eval()
+    twice = config.criterion == "gradient-flow" and config.hvp == "exact"
+    frozen = [parameter for parameter in context.parameters.values() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     try:
         with (
+            evaluating(unet),
+            torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(device, enabled=False),
-            masks.suspended() if masks is not None and score_at == "dense" else nullcontext(),
-            sdpa_kernel(SDPBackend.MATH) if math_attention else nullcontext(),
+            torch.autocast(next(unet.parameters()).device.type, enabled=False),
+            masks.suspended() if masks is not None and config.score_at == "dense" else nullcontext(),
+            sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(),
         ):
             yield
     finally:
-        unet.train(training)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def score_channels(
@@ -188,9 +195,9 @@ def score_channels(
         raise ValueError(f"criterion={config.criterion} must be one of {', '.join(_CRITERIA)}")
     if config.criterion not in ("magnitude", "random") and len(batches) == 0:
         raise ValueError(f"criterion={config.criterion} needs calibration batches, got none")
-    exact = config.criterion == "gradient-flow" and config.hvp == "exact"
-    with _scoring_mode(unet, config.score_at, math_attention=exact):
-        scores = _CRITERIA[config.criterion](ScoringContext(unet, groups, batches, noise_scheduler, config))
+    context = ScoringContext(unet, groups, batches, noise_scheduler, config)
+    with _scoring_mode(context):
+        scores = _CRITERIA[config.criterion](context)
     for name, values in scores.items():
         if not torch.isfinite(values).all():
             raise ValueError(f"scores of {name} are not finite: the model or the calibration images hold NaN or infinity")
@@ -242,8 +249,9 @@ def _exact_product(context: ScoringContext, batches: Sequence[CalibrationBatch])
     return total
 
 
-# Central differences err by O(h^2) in the step and O(eps / h) in rounding: h ~ eps^(1/3), relative to the weights.
-FINITE_DIFFERENCE_STEP = torch.finfo(torch.float32).eps ** (1 / 3)
+# Length of the step relative to the weights. The gradient is a steep direction: truncation errors show long before eps^(1/3),
+# the textbook step, while half precision cannot represent a shorter one than 1e-3.
+FINITE_DIFFERENCE_STEPS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 
 @torch.no_grad()
@@ -255,7 +263,8 @@ def _difference_product(context: ScoringContext, batches: Sequence[CalibrationBa
     length = torch.sqrt(sum((v.double() ** 2).sum() for v in vector.values()))
     if length == 0:
         return vector
-    step = float(FINITE_DIFFERENCE_STEP * size / length)
+    relative = max(FINITE_DIFFERENCE_STEPS[parameter.dtype] for parameter in context.parameters.values())
+    step = float(relative * size / length)
     saved = {name: parameter.detach().clone() for name, parameter in context.parameters.items()}
     product: dict[str, Tensor] = {}
     try:

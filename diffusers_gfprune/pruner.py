@@ -1,9 +1,11 @@
 """GradientFlowPruner: progressive soft pruning, then hard pruning, then compaction (arXiv 2501.09464, section III).
 
-At each update the channels are ranked (`importance`), a budget says how many each group keeps (`budget`), and those that go
-get the mask value p_t of the schedule (`schedules`); everything is ranked again at the next update, so that a channel comes
-back to 1 when its rank recovers. Weights train throughout: the pruner only sets masks (`masking`). Between two rankings of
-the soft phase, the mask value of the pruned channels goes on falling at every step, so that the path is continuous.
+At each ranking the channels are scored (`importance`), a budget says how many each group keeps (`budget`), and the lowest go:
+their masks fall to the p_t of the schedule (`schedules`). Everything is ranked again at the next update, so that a channel
+comes back to 1 when its rank recovers. Weights train throughout: the pruner only sets masks (`masking`).
+
+Two departures from the published form, each an option, because rankings are noisy: masks of the soft phase move in a straight
+line from ranking to ranking (`interpolate_masks`), and a channel comes back only on clear evidence (`revival_margin`).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .channel_groups import trace_channel_groups
 from .compaction import CompactionPlan, carry_ema, carry_optimizer, compact, plan_compaction
 from .configuration import GFPruneConfig
 from .cost_model import CostModel
-from .importance import CalibrationBatch, normalize_scores, score_channels
+from .importance import CalibrationBatch, criteria, normalize_scores, score_channels
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
@@ -46,8 +48,8 @@ class MaskUpdate:
         step: Training step.
         phase: `"soft"` or `"hard"`.
         sparsity: Share of the target's dense cost that the kept channels leave out, in [0, 1].
-        mask_value: p_t of the pruned channels, in [0, 1].
-        kept_channels: Channels with mask 1.
+        mask_value: p_t that pruned channels get, at once or, with `interpolate_masks`, by the next ranking; in [0, 1].
+        kept_channels: Channels that get mask 1, likewise.
         revived_channels: Channels that were pruned after the last ranking and are kept now.
         newly_pruned_channels: Channels that were kept after the last ranking and are pruned now.
         macs: MACs of the model that the kept channels would make.
@@ -103,6 +105,8 @@ class GradientFlowPruner:
         noise_scheduler=None,
         sample_size: int | tuple[int, int] | None = None,
     ) -> None:
+        if config.criterion not in criteria():
+            raise ValueError(f"criterion={config.criterion} must be one of {', '.join(criteria())}")
         self.unet = unet
         self.config = config
         self.noise_scheduler = noise_scheduler or DDPMScheduler()
@@ -127,6 +131,7 @@ class GradientFlowPruner:
         masking.attach(unet, self.groups)
         self.kept = {group.name: torch.ones(group.num_channels, dtype=torch.bool) for group in self.groups}
         self.scores: dict[str, Tensor] | None = None
+        self._path: tuple[int, int, dict[str, Tensor], dict[str, Tensor]] | None = None  # steps and masks of its two ends
         self.history: list[MaskUpdate] = []
         self.finished = False
 
@@ -149,10 +154,7 @@ class GradientFlowPruner:
         """
         self.unet.channel_masks.set(masks)
         self.kept = {name: (mask == 1).cpu() for name, mask in self.masks.items()}
-
-    def _write_masks(self, value: float) -> None:
-        masks = {name: torch.where(kept, 1.0, value) for name, kept in self.kept.items()}
-        self.unet.channel_masks.set(masks)
+        self._path = None
 
     # --- the schedule ---
 
@@ -164,12 +166,21 @@ class GradientFlowPruner:
             return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
         return allocate_per_group(self.cost, target, ratio, self.ladders)
 
-    def _rank(self, batches: Sequence[CalibrationBatch]) -> None:
+    def _rank(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+        """Scores that channels are ranked by: averaged over rankings, with a head start for kept channels."""
         scores = score_channels(self.unet, self.groups, batches, self.noise_scheduler, self.config)
-        if self.scores is not None and self.config.score_decay > 0:
+        # Scores fall with the loss; in units of their mean, later rankings weigh as much in the average as earlier ones.
+        scale = torch.cat([values.abs() for values in scores.values()]).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        scores = {name: (values / scale).cpu() for name, values in scores.items()}
+        if self.scores is not None:
             decay = self.config.score_decay
-            scores = {n: decay * self.scores[n] + (1 - decay) * s.cpu() for n, s in scores.items()}
-        self.scores = {name: values.cpu() for name, values in scores.items()}
+            scores = {name: decay * self.scores[name] + (1 - decay) * values for name, values in scores.items()}
+        self.scores = scores
+        margin = self.config.revival_margin
+        return {
+            name: values + margin * values.abs().mean() * self.kept[name] if (~self.kept[name]).any() else values
+            for name, values in scores.items()
+        }
 
     def step(
         self,
@@ -191,26 +202,27 @@ class GradientFlowPruner:
         update = None
         if self.schedule.is_update(step):
             update = self._update(step, calibration_batches() if callable(calibration_batches) else calibration_batches)
-        elif self.schedule.phase(step) == "soft" and self.history:
-            self._write_masks(self.schedule.mask_value(step))
+        self._follow_path(step)
         if step >= self.schedule.end_steps:
             self.finished = True
         return update
 
     def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:
-        self._rank(batches)
-        share = self.schedule.sparsity(step)
-        widths = self._allocate(share * self.config.ratio, self.scores) if share > 0 else self.cost.dense
+        ranked = self._rank(batches)
+        goal = self.schedule.goal_step(step)
+        share = self.schedule.sparsity(goal)
+        widths = self._allocate(share * self.config.ratio, ranked) if share > 0 else self.cost.dense
         before = self.kept
         self.kept = {
-            group.name: select_channels(group, self.scores[group.name], int(width), self.config.attention_unit)
+            group.name: select_channels(group, ranked[group.name], int(width), self.config.attention_unit)
             for group, width in zip(self.groups, widths)
         }
-        value = self.schedule.mask_value(step)
-        self._write_masks(value)
+        value = self.schedule.mask_value(goal)
+        goals = {name: torch.where(kept, 1.0, value) for name, kept in self.kept.items()}
+        self._path = (step, goal, {name: mask.cpu() for name, mask in self.masks.items()}, goals)
         update = MaskUpdate(
             step=step,
-            phase=self.schedule.phase(step) if step < self.schedule.end_steps else "hard",
+            phase="soft" if step < self.schedule.soft_steps else "hard",
             sparsity=self.cost.removed(self.config.target, widths),
             mask_value=value,
             kept_channels=int(widths.sum()),
@@ -221,6 +233,18 @@ class GradientFlowPruner:
         )
         self.history.append(update)
         return update
+
+    def _follow_path(self, step: int) -> None:
+        """Set masks to where the last ranking wants them at `step`."""
+        if self._path is None:
+            return
+        start_step, goal_step, starts, goals = self._path
+        if step >= goal_step:
+            self.unet.channel_masks.set(goals)  # exactly, not by arithmetic: compaction needs zeros and ones
+            self._path = None
+        else:
+            share = (step - start_step) / (goal_step - start_step)
+            self.unet.channel_masks.set({name: torch.lerp(starts[name], goals[name], share) for name in goals})
 
     # --- the end ---
 

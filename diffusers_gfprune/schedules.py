@@ -10,6 +10,11 @@ With N = soft_steps, M = end_steps and f = t / N (arXiv 2501.09464, section III-
     cosine       rise(f) = (1 - cos(pi f)) / 2                       (Loshchilov and Hutter, arXiv 1608.03983)
     exponential  rise(f) = (1 - exp(-5 f)) / (1 - exp(-5))
     cubic        rise(f) = 1 - (1 - f)^3                             (Zhu and Gupta, arXiv 1710.01878, equation 1)
+
+As published, masks jump at every ranking and hold in between: late in the soft phase, a channel that is picked then falls
+from 1 to nearly 0 at once. With `interpolate`, a ranking says where each mask will be at the *next* one, and masks move
+there in a straight line: every channel, picked late or coming back, moves continuously, and the one ranked last before N
+reaches a binary mask at N.
 """
 
 from __future__ import annotations
@@ -56,6 +61,7 @@ class PruningSchedule:
         update_interval: Steps between two rankings (>= 1).
         sparsity_schedule: Shape of s_t.
         mask_schedule: Shape of 1 - p_t.
+        interpolate: Whether masks of the soft phase move in a straight line from ranking to ranking.
     """
 
     soft_steps: int
@@ -63,6 +69,7 @@ class PruningSchedule:
     update_interval: int
     sparsity_schedule: str = "linear"
     mask_schedule: str = "linear"
+    interpolate: bool = False
 
     def phase(self, step: int) -> str:
         """`"soft"`, `"hard"` or `"finetune"`."""
@@ -77,13 +84,30 @@ class PruningSchedule:
         return 1.0 - rise(self.mask_schedule, step / self.soft_steps) if step < self.soft_steps else 0.0
 
     def update_steps(self) -> list[int]:
-        """Every step at which channels are ranked again. N is one of them, whatever the interval."""
-        soft = range(self.update_interval, self.soft_steps, self.update_interval)
-        hard = range(self.soft_steps, max(self.end_steps, self.soft_steps + 1), self.update_interval)
+        """Every step at which channels are ranked.
+
+        With `interpolate`, the soft phase ranks at its beginnings (0, not N, where the last goal is reached); else N is one
+        of them, whatever the interval.
+        """
+        if self.interpolate and self.soft_steps > 0:
+            soft = range(0, self.soft_steps, self.update_interval)
+            hard = range(self.soft_steps + self.update_interval, self.end_steps, self.update_interval)
+        else:
+            soft = range(self.update_interval, self.soft_steps, self.update_interval)
+            hard = range(self.soft_steps, max(self.end_steps, self.soft_steps + 1), self.update_interval)
         return [*soft, *hard]
 
     def is_update(self, step: int) -> bool:
         """Whether channels are ranked at `step`."""
+        smooth = self.interpolate and self.soft_steps > 0
         if step < self.soft_steps:
-            return step > 0 and step % self.update_interval == 0
-        return step == self.soft_steps or (step < self.end_steps and (step - self.soft_steps) % self.update_interval == 0)
+            return (step > 0 or smooth) and step % self.update_interval == 0
+        if step == self.soft_steps:
+            return not smooth
+        return step < self.end_steps and (step - self.soft_steps) % self.update_interval == 0
+
+    def goal_step(self, step: int) -> int:
+        """The step whose s_t and p_t a ranking at `step` aims at: the next ranking or N with `interpolate`, else itself."""
+        if self.interpolate and step < self.soft_steps:
+            return min(step + self.update_interval, self.soft_steps)
+        return step

@@ -16,6 +16,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .eval_mode import evaluating
+
 __all__ = ["frechet_distance_pixels", "psnr_to_reference", "sample_images", "ssim_to_reference"]
 
 
@@ -55,17 +57,15 @@ def sample_images(
     ddim.set_timesteps(num_inference_steps)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.stack([torch.randn(unet.config.in_channels, *size, generator=generator) for _ in range(num_images)])
-    training = unet.training
-    unet.eval()
     images = []
-    for start in tqdm(range(0, num_images, batch_size), desc=progress, disable=progress is None):
-        x = noise[start : start + batch_size].to(parameter.device)
-        labels = None if class_labels is None else class_labels[start : start + batch_size].to(parameter.device)
-        for timestep in ddim.timesteps:
-            prediction = unet(x.to(parameter.dtype), timestep, class_labels=labels).sample.float()
-            x = ddim.step(prediction, timestep, x, eta=0.0).prev_sample
-        images.append((x / 2 + 0.5).clamp(0, 1).cpu())
-    unet.train(training)
+    with evaluating(unet):
+        for start in tqdm(range(0, num_images, batch_size), desc=progress, disable=progress is None):
+            x = noise[start : start + batch_size].to(parameter.device)
+            labels = None if class_labels is None else class_labels[start : start + batch_size].to(parameter.device)
+            for timestep in ddim.timesteps:
+                prediction = unet(x.to(parameter.dtype), timestep, class_labels=labels).sample.float()
+                x = ddim.step(prediction, timestep, x, eta=0.0).prev_sample
+            images.append((x / 2 + 0.5).clamp(0, 1).cpu())
     return torch.cat(images)
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .eval_mode import evaluating
+
 __all__ = ["StepLoss", "noise_target"]
 
 
@@ -47,7 +49,8 @@ class StepLoss:
         images: Held-out images in [-1, 1], with shape `(images, channels, height, width)`.
         noise_scheduler: A Diffusers scheduler with `add_noise`; its timesteps span the grid.
         class_labels: Labels with shape `(images,)`, for conditional models.
-        grid: Number of timesteps (>= 1), spread evenly; each image is noised at every one of them in turn.
+        grid: Number of timesteps (>= 1), spread evenly. Every timestep meets as many images as every other (give or take
+            one); with fewer than 1,024 images, each image is used at several timesteps.
         seed: Seed of the noise.
         batch_size: Images in one forward.
     """
@@ -65,7 +68,7 @@ class StepLoss:
             raise ValueError(f"grid={grid} must be at least 1 timestep")
         steps = noise_scheduler.config.num_train_timesteps
         timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
-        # Every image meets several timesteps, every timestep several images: image i takes timesteps i, i + 1, ...
+        # Repetition r of image i takes timestep i + r * (grid // repeats) of the grid, round and round.
         repeats = max(1, min(grid, 1024 // max(1, len(images))))
         self.images = images.repeat(repeats, 1, 1, 1)
         index = torch.arange(len(images)).repeat(repeats) + torch.arange(repeats).repeat_interleave(len(images)) * (
@@ -80,19 +83,17 @@ class StepLoss:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> float:
-        """Mean squared error of `model`, which is put into evaluation mode and back."""
+        """Mean squared error of `model`, in evaluation mode for the time being."""
         parameter = next(model.parameters())
-        training = model.training
-        model.eval()
         total = 0.0
-        for start in range(0, len(self.images), self.batch_size):
-            chunk = slice(start, start + self.batch_size)
-            images, noise = self.images[chunk].to(parameter.device), self.noise[chunk].to(parameter.device)
-            timesteps = self.timesteps[chunk].to(parameter.device)
-            labels = None if self.class_labels is None else self.class_labels[chunk].to(parameter.device)
-            noisy = self.noise_scheduler.add_noise(images, noise, timesteps).to(parameter.dtype)
-            prediction = model(noisy, timesteps, class_labels=labels).sample.float()
-            target = noise_target(self.noise_scheduler, images, noise, timesteps)
-            total += ((prediction - target) ** 2).mean(dim=(1, 2, 3)).sum().item()
-        model.train(training)
+        with evaluating(model):
+            for start in range(0, len(self.images), self.batch_size):
+                chunk = slice(start, start + self.batch_size)
+                images, noise = self.images[chunk].to(parameter.device), self.noise[chunk].to(parameter.device)
+                timesteps = self.timesteps[chunk].to(parameter.device)
+                labels = None if self.class_labels is None else self.class_labels[chunk].to(parameter.device)
+                noisy = self.noise_scheduler.add_noise(images, noise, timesteps).to(parameter.dtype)
+                prediction = model(noisy, timesteps, class_labels=labels).sample.float()
+                target = noise_target(self.noise_scheduler, images, noise, timesteps)
+                total += ((prediction - target) ** 2).mean(dim=(1, 2, 3)).sum().item()
         return total / len(self.images)

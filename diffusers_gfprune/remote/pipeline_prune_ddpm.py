@@ -37,7 +37,10 @@ class PruneDDPMPipeline(DDPMPipeline):
             ImportError: The package `diffusers_gfprune` is not installed.
             ValueError: The budget cannot be met, or the images do not fit the model.
         """
-        from diffusers_gfprune.one_shot import prune_unet
+        try:
+            from diffusers_gfprune.one_shot import prune_unet
+        except ImportError as error:
+            raise ImportError("prune() needs the package diffusers-gfprune to be installed") from error
 
         unet = prune_unet(self.unet, self.scheduler, images, **options)
         return type(self)(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))

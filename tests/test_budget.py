@@ -1,0 +1,306 @@
+"""Budgets: ladders of widths, targets that are met, and the channels that a width keeps."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from architectures import CIFAR10, build
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from diffusers_gfprune.budget import (
+    BUDGET_TOLERANCE,
+    allocate_global,
+    allocate_per_group,
+    check_reachable,
+    select_channels,
+    width_ladder,
+)
+from diffusers_gfprune.channel_groups import ChannelGroup, trace_channel_groups
+from diffusers_gfprune.cost_model import TARGETS, CostModel
+
+RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+MIN_KEEP_RATIO = 0.1  # the default of GFPruneConfig
+
+
+@cache
+def cost_of(name: str) -> CostModel:
+    """Cost model of a test architecture, or of the CIFAR-10 model (without memory for its weights)."""
+    if name == "cifar10":
+        with torch.device("meta"):
+            unet = UNet2DModel(**CIFAR10)
+    else:
+        unet = build(name)
+    return CostModel(unet, trace_channel_groups(unet))
+
+
+def ladders_of(cost: CostModel, channel_multiple: int = 1, min_keep_ratio: float = MIN_KEEP_RATIO) -> list[list[int]]:
+    """The widths that every group may have."""
+    return [width_ladder(group, channel_multiple, min_keep_ratio) for group in cost.groups]
+
+
+def random_scores(cost: CostModel) -> list[Tensor]:
+    """Scores of every group, uniform in [0, 1)."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.rand(group.num_channels, generator=generator) for group in cost.groups]
+
+
+def plain_group(num_channels: int) -> ChannelGroup:
+    """A group outside attention."""
+    return ChannelGroup("conv", num_channels, slices=())
+
+
+def attention_group(num_channels: int, heads: int) -> ChannelGroup:
+    """The inner channels of an attention."""
+    return ChannelGroup("attn.to_q", num_channels, slices=(), heads=heads, attention="attn")
+
+
+# --- ladders -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "multiple", "floor", "expected"),
+    [
+        (5, 1, 0.0, [5, 4, 3, 2, 1]),
+        (20, 8, 0.0, [20, 16, 8]),  # the dense width is always there, multiple or not
+        (16, 8, 0.0, [16, 8]),
+        (16, 32, 0.0, [16]),  # nothing smaller is a multiple
+        (10, 1, 0.65, [10, 9, 8, 7]),  # ceil(6.5) = 7 are always kept
+        (32, 8, 0.5, [32, 24, 16]),
+        (32, 8, 0.51, [32, 24]),
+        (1, 1, 0.0, [1]),
+        (6, 1, 1.0, [6]),
+    ],
+)
+def test_ladder_of_a_plain_group(channels: int, multiple: int, floor: float, expected: list[int]) -> None:
+    """Multiples down to the floor, dense width first, never 0."""
+    assert width_ladder(plain_group(channels), multiple, floor) == expected
+
+
+@pytest.mark.parametrize(
+    ("channels", "heads", "multiple", "unit", "expected"),
+    [
+        (32, 4, 1, "head_dim", [32, 28, 24, 20, 16, 12, 8, 4]),  # one channel of each of 4 heads at a time
+        (32, 4, 1, "heads", [32, 24, 16, 8]),  # one head of 8 channels at a time
+        (32, 4, 8, "head_dim", [32, 24, 16, 8]),
+        (24, 2, 8, "head_dim", [24, 16, 8]),
+        (24, 2, 8, "heads", [24]),  # lcm(8, 12) = 24: whole heads of 12 channels are no multiple of 8
+        (24, 3, 3, "heads", [24]),  # lcm(3, 8) = 24
+        (8, 1, 1, "heads", [8]),  # the only head cannot go
+        (8, 8, 1, "heads", [8, 7, 6, 5, 4, 3, 2, 1]),
+    ],
+)
+def test_ladder_inside_attention(channels: int, heads: int, multiple: int, unit: str, expected: list[int]) -> None:
+    """Heads shrink alike or go whole, so that what is left can be reshaped to heads."""
+    assert width_ladder(attention_group(channels, heads), multiple, 0.0, unit) == expected
+
+
+def test_attention_floor_counts_channels() -> None:
+    """A floor of 30 % of 32 channels is 10 channels, hence 3 of each of the 4 heads."""
+    assert width_ladder(attention_group(32, 4), 1, 0.3)[-1] == 12
+
+
+# --- budgets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
+def test_group_ranking_meets_the_budget(name: str, target: str) -> None:
+    """Invariant 3: the share that is removed is the one asked for, within 1 % of the dense cost."""
+    cost = cost_of(name)
+    ladders = ladders_of(cost)
+    for ratio in RATIOS:
+        check_reachable(cost, target, ratio, ladders)
+        kept = allocate_per_group(cost, target, ratio, ladders)
+        assert cost.removed(target, kept) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
+        assert all(width in ladder for width, ladder in zip(kept, ladders))
+
+
+@pytest.mark.parametrize("cost_aware", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["base", "three-levels"])
+def test_global_ranking_meets_the_budget(name: str, target: str, cost_aware: bool) -> None:
+    """As above, whatever the scores."""
+    cost = cost_of(name)
+    ladders, scores = ladders_of(cost), random_scores(cost)
+    for ratio in RATIOS:
+        kept = allocate_global(cost, target, ratio, ladders, scores, cost_aware)
+        assert cost.removed(target, kept) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
+        assert all(width in ladder for width, ladder in zip(kept, ladders))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
+def test_budget_is_met_with_widths_that_are_multiples(name: str, target: str) -> None:
+    """Invariant 3 where steps are coarse: multiples of 8 come within 1 % here, so no answer may be further away."""
+    cost = cost_of(name)
+    ladders = ladders_of(cost, channel_multiple=8)
+    gaps = {}
+    for ratio in RATIOS[:-1]:
+        check_reachable(cost, target, ratio, ladders)
+        gaps[ratio] = cost.removed(target, allocate_per_group(cost, target, ratio, ladders)) - ratio
+    assert {ratio: gap for ratio, gap in gaps.items() if abs(gap) > BUDGET_TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("ranking", ["group", "global"])
+@pytest.mark.parametrize("name", ["base", "three-levels"])
+def test_kept_widths_are_multiples_or_dense(name: str, ranking: str) -> None:
+    """Hardware wants multiples of 8; a group that is not pruned keeps its width."""
+    cost = cost_of(name)
+    ladders = ladders_of(cost, channel_multiple=8)
+    for ratio in RATIOS[:-1]:
+        if ranking == "group":
+            kept = allocate_per_group(cost, "macs", ratio, ladders)
+        else:
+            kept = allocate_global(cost, "macs", ratio, ladders, random_scores(cost))
+        assert ((kept % 8 == 0) | (kept == cost.dense)).all()
+        assert (kept < cost.dense).any()
+
+
+def test_group_ranking_keeps_nearly_the_same_share_everywhere() -> None:
+    """Ranking per group removes a uniform share; only the last steps towards the target differ between groups."""
+    cost = cost_of("cifar10")
+    kept = allocate_per_group(cost, "macs", 0.5, ladders_of(cost))
+    shares = kept / cost.dense
+    assert shares.max() - shares.min() < 0.05
+
+
+def test_nothing_is_removed_at_ratio_zero() -> None:
+    """The soft phase starts here."""
+    cost = cost_of("base")
+    ladders = ladders_of(cost)
+    assert (allocate_per_group(cost, "macs", 0.0, ladders) == cost.dense).all()
+    assert (allocate_global(cost, "macs", 0.0, ladders, random_scores(cost)) == cost.dense).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("macs", {"min_keep_ratio": 0.9}),
+        ("params", {"min_keep_ratio": 0.9}),
+        ("channels", {"channel_multiple": 16}),
+        ("channels", {"channel_multiple": 64}),
+    ],
+)
+def test_unreachable_budget_is_refused(target: str, options: dict) -> None:
+    """An impossible budget is an error that says what is possible, before any training."""
+    cost = cost_of("base")
+    ladders = ladders_of(cost, **options)
+    most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
+    with pytest.raises(ValueError, match=rf"ratio=0.7 of {target} .*at most {most:.3f}"):
+        check_reachable(cost, target, 0.7, ladders)
+    check_reachable(cost, target, most, ladders)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["base", "three-levels"])
+def test_no_group_is_ever_empty(name: str, target: str) -> None:
+    """Close to the most that can go, without a floor, every group still keeps a channel in each head."""
+    cost = cost_of(name)
+    ladders = ladders_of(cost, min_keep_ratio=0.0)
+    smallest = np.array([group.heads for group in cost.groups])
+    ratio = cost.removed(target, smallest) - 1e-3
+    check_reachable(cost, target, ratio, ladders)
+    for kept in (
+        allocate_per_group(cost, target, ratio, ladders),
+        allocate_global(cost, target, ratio, ladders, random_scores(cost)),
+        # asked for more than there is, the ladders end before the groups do
+        allocate_per_group(cost, target, 1.0, ladders),
+        allocate_global(cost, target, 1.0, ladders, random_scores(cost)),
+    ):
+        assert (kept >= smallest).all()
+
+
+def test_global_ranking_takes_the_group_with_lower_scores_first() -> None:
+    """Half of one group's channels asked for, that group alone is cut; all of them, it goes down to its floor."""
+    cost = cost_of("base")
+    ladders = ladders_of(cost)
+    low = next(index for index, group in enumerate(cost.groups) if group.name == "mid_block.resnets.0.conv1")
+    scores = [1 + score for score in random_scores(cost)]
+    scores[low] = scores[low] / 100
+    half = cost.dense.copy()
+    half[low] //= 2
+    kept = allocate_global(cost, "channels", cost.removed("channels", half), ladders, scores)
+    assert kept.tolist() == half.tolist()
+
+    kept = allocate_global(cost, "channels", 0.2, ladders, scores)
+    assert kept[low] == ladders[low][-1]
+    assert (kept < cost.dense).sum() > 1
+
+
+def test_global_ranking_follows_the_scores_within_a_group() -> None:
+    """Of two groups alike but for one unimportant quarter, the quarter goes."""
+    cost = cost_of("base")
+    ladders = ladders_of(cost)
+    scores = [torch.ones(group.num_channels) for group in cost.groups]
+    low = next(index for index, group in enumerate(cost.groups) if group.name == "mid_block.resnets.1.conv1")
+    scores[low][::4] = 0.0
+    quarter = cost.dense.copy()
+    quarter[low] -= len(scores[low][::4])
+    kept = allocate_global(cost, "channels", cost.removed("channels", quarter), ladders, scores)
+    assert kept.tolist() == quarter.tolist()
+
+
+def test_cost_aware_ranking_takes_the_dearest_group_first() -> None:
+    """At equal importance, a channel goes where it saves most."""
+    cost = cost_of("base")
+    ladders = ladders_of(cost)
+    scores = [torch.ones(group.num_channels) for group in cost.groups]
+    price = cost.marginal("params", cost.dense)
+    # the dearest unit of a ladder: channels outside attention are taken one by one
+    dearest = max(range(len(price)), key=lambda index: price[index])
+    kept = allocate_global(cost, "params", 1.5 * price[dearest] / cost.params(cost.dense), ladders, scores, cost_aware=True)
+    assert kept[dearest] < cost.dense[dearest]
+    assert cost.dense.sum() - kept.sum() <= 3
+
+
+# --- channels of a width -----------------------------------------------------------------------------------------------
+
+
+def kept_indices(group: ChannelGroup, scores: list[float], keep: int, unit: str = "head_dim") -> list[int]:
+    """Indices of the channels that are kept."""
+    return select_channels(group, torch.tensor(scores), keep, unit).nonzero().flatten().tolist()
+
+
+def test_highest_scores_are_kept() -> None:
+    """Signed scores: the most negative go first."""
+    assert kept_indices(plain_group(5), [0.3, -2.0, 5.0, 0.1, -0.5], 3) == [0, 2, 3]
+    assert kept_indices(plain_group(5), [0.3, -2.0, 5.0, 0.1, -0.5], 5) == [0, 1, 2, 3, 4]
+    assert kept_indices(plain_group(5), [0.3, -2.0, 5.0, 0.1, -0.5], 1) == [2]
+
+
+def test_among_equals_the_first_are_kept() -> None:
+    """Ties are broken the same way on every machine."""
+    assert kept_indices(plain_group(6), [1.0] * 6, 4) == [0, 1, 2, 3]
+    assert kept_indices(plain_group(6), [1.0, 2.0, 1.0, 2.0, 1.0, 2.0], 4) == [0, 1, 3, 5]
+    assert kept_indices(attention_group(6, 3), [1.0] * 6, 4, "heads") == [0, 1, 2, 3]
+    assert kept_indices(attention_group(6, 3), [1.0] * 6, 3, "head_dim") == [0, 2, 4]
+
+
+def test_heads_shrink_alike() -> None:
+    """Each head keeps its own best, even where all of another head score higher."""
+    scores = [1.0, 4.0, 2.0, 3.0, 90.0, 70.0, 80.0, 60.0]  # two heads of 4 channels
+    assert kept_indices(attention_group(8, 2), scores, 4) == [1, 3, 4, 6]
+    assert kept_indices(attention_group(8, 2), scores, 2) == [1, 4]
+
+
+def test_heads_are_removed_whole_by_the_sum_of_their_scores() -> None:
+    """The middle head has the best channel, and the lowest sum."""
+    scores = [2.0, 2.0, 3.0, -3.0, 1.5, 1.5]  # three heads of 2 channels
+    assert kept_indices(attention_group(6, 3), scores, 4, "heads") == [0, 1, 4, 5]
+    assert kept_indices(attention_group(6, 3), scores, 2, "heads") == [0, 1]
+
+
+def test_unit_of_attention_does_not_matter_elsewhere() -> None:
+    """A group outside attention loses single channels either way."""
+    assert kept_indices(plain_group(4), [4.0, 1.0, 3.0, 2.0], 3, "heads") == [0, 2, 3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused(value: float) -> None:
+    """A NaN sorts somewhere; the model would be pruned at random without a word."""
+    with pytest.raises(ValueError, match="scores of conv are not finite"):
+        select_channels(plain_group(3), torch.tensor([1.0, value, 2.0]), 2)

@@ -1,0 +1,534 @@
+"""The invariant of the package: a compacted model has the outputs of the masked one, and training goes on with it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, CIFAR10, build, inputs, random_masks
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from diffusers_gfprune.channel_groups import ChannelGroup, trace_channel_groups
+from diffusers_gfprune.compaction import CompactionPlan, carry_ema, carry_optimizer, compact, plan_compaction
+from diffusers_gfprune.masking import attach, dense_parameters
+from diffusers_gfprune.remote.unet_2d_gfpruned import GFPrunedUNet2DModel, RaggedGroupNorm
+
+SEEDS = (0, 1, 2, 3)
+TO_Q = "down_blocks.1.attentions.0.to_q"
+
+
+@functools.lru_cache
+def traced(name: str = "base") -> tuple[ChannelGroup, ...]:
+    """The groups of one of the ARCHITECTURES, traced once for all tests."""
+    return tuple(trace_channel_groups(build(name)))
+
+
+def masked(masks: dict[str, Tensor] | int, name: str = "base") -> UNet2DModel:
+    """A masked model; an integer is the seed of random masks."""
+    unet = build(name)
+    attach(unet, traced(name)).set(random_masks(list(traced(name)), masks) if isinstance(masks, int) else masks)
+    return unet
+
+
+def planned(unet: UNet2DModel, name: str = "base") -> CompactionPlan:
+    """The plan for the masks that the model has."""
+    return plan_compaction(unet, traced(name), unet.channel_masks.as_dict())
+
+
+def compacted(unet: UNet2DModel, name: str = "base") -> GFPrunedUNet2DModel:
+    """The small model for the masks that the model has."""
+    return compact(unet, planned(unet, name))
+
+
+@torch.no_grad()
+def run(unet: nn.Module) -> Tensor:
+    """The output for the standard inputs."""
+    return unet(**inputs(unet)).sample
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference||, in float64."""
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def head_mask(*widths: int) -> Tensor:
+    """A mask of 4 heads with 8 channels each, which keeps the first so many of each head."""
+    return torch.cat([(torch.arange(8) < width).float() for width in widths])
+
+
+def kept_slice(unet: UNet2DModel, name: str, tensor: Tensor, groups: Iterable[ChannelGroup] = ()) -> Tensor:
+    """The part of a dense-shaped tensor whose channels are all kept, straight from the groups' definition."""
+    flags = [torch.ones(size, dtype=torch.bool) for size in tensor.shape]
+    for group in groups or traced():
+        for piece in group.slices:
+            if piece.name == name:
+                flags[piece.dim][list(piece.positions)] = unet.channel_masks[group.name] == 1
+    for dim, keep in enumerate(flags):
+        tensor = tensor.index_select(dim, keep.nonzero().flatten())
+    return tensor
+
+
+def loss(unet: nn.Module, seed: int = 1) -> Tensor:
+    """A loss to train on."""
+    return unet(**inputs(unet, seed=seed)).sample.square().sum()
+
+
+# --- invariant 2: compaction is lossless -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def architecture(request) -> tuple[str, UNet2DModel, Tensor]:
+    """A model with masks, made once for all seeds, and its dense output."""
+    unet = build(request.param)
+    dense_output = run(unet)
+    attach(unet, traced(request.param))
+    return request.param, unet, dense_output
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
+def test_compacted_equals_masked(architecture: tuple[str, UNet2DModel, Tensor], seed: int):
+    """For any binary masks: this is what makes pruning free of sudden loss of information."""
+    name, unet, dense_output = architecture
+    unet.channel_masks.set(random_masks(list(traced(name)), seed))
+    masked_output = run(unet)
+    small = compacted(unet, name)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in unet.parameters())
+    assert relative_error(masked_output, dense_output) > 0.1  # or the masks would not matter
+    assert relative_error(run(small), masked_output) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["base", "scale-shift", "three-levels", "class-embedding", "one-norm-group", "two-layers"])
+def test_gradients_of_compacted_equal_those_of_masked(name: str):
+    """Fine-tuning on the small model is what training under the masks would have been."""
+    unet = masked(1, name)
+    plan = planned(unet, name)
+    small = compact(unet, plan)
+    loss(unet).backward()
+    loss(small).backward()
+    found, expected = [], []
+    for key, parameter in dense_parameters(unet).items():
+        found.append(small.get_parameter(key).grad.flatten())
+        # d/d(a w) = (d/dw) / a
+        expected.append(kept_slice(unet, key, parameter.grad, traced(name)).flatten() / plan.factors.get(key, 1.0))
+    assert relative_error(torch.cat(found), torch.cat(expected)) <= 1e-4
+
+
+def test_compacted_equals_masked_on_cifar10():
+    """The model of the paper at its real size: google/ddpm-cifar10-32."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**CIFAR10).eval()
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 35_746_307
+    groups = trace_channel_groups(unet)
+    arguments = inputs(unet, batch_size=1)
+    with torch.no_grad():
+        dense_output = unet(**arguments).sample
+        attach(unet, groups).set(random_masks(groups, seed=0))
+        masked_output = unet(**arguments).sample
+        small = compact(unet, plan_compaction(unet, groups, unet.channel_masks.as_dict()))
+        output = small(**arguments).sample
+    assert sum(parameter.numel() for parameter in small.parameters()) < 20_000_000
+    assert relative_error(masked_output, dense_output) > 0.1
+    assert relative_error(output, masked_output) <= 1e-4
+
+
+def test_all_ones_compact_to_the_dense_model():
+    """Nothing to remove: no tables, the same weights and outputs bit for bit."""
+    unet = masked({})
+    small = compacted(unet)
+    assert (small.config.layer_channels, small.config.norm_group_sizes, small.config.attention_heads) == ({}, {}, {})
+    dense = build()
+    assert list(small.state_dict()) == list(dense.state_dict())
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in small.state_dict().items())
+    assert torch.equal(run(small), run(dense))
+
+
+def test_weights_are_the_kept_slices():
+    """Channels keep their order and their values, but for the factor of queries."""
+    unet = masked(0)
+    plan = planned(unet)
+    small = compact(unet, plan)
+    assert {name for name in plan.factors if not name.endswith((".to_q.weight", ".to_q.bias"))} == set()
+    for name, parameter in dense_parameters(unet).items():
+        expected = kept_slice(unet, name, parameter.detach()) * plan.factors.get(name, 1.0)
+        assert torch.equal(small.get_parameter(name).detach(), expected), name
+
+
+def test_one_channel_left_everywhere():
+    """The smallest model that masks allow."""
+    ones = {group.name: (torch.arange(group.num_channels) == group.num_channels - 1).float() for group in traced()}
+    unet = masked(ones)
+    small = compacted(unet)
+    assert {module.out_channels for module in small.modules() if isinstance(module, nn.Conv2d)} == {1}
+    assert relative_error(run(small), run(unet)) <= 1e-4
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.5, 1e-6, 1 - 1e-6])
+def test_masks_that_are_not_binary_are_refused(value: float):
+    """A soft mask has no smaller model: rounding it would change the outputs without a word."""
+    mask = torch.ones(16)
+    mask[3] = value
+    unet = masked({"conv_in": mask})
+    with pytest.raises(ValueError, match="conv_in has the value .*only binary masks"):
+        planned(unet)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(16), torch.ones(15)], ids=["empty", "short"])
+def test_masks_without_a_smaller_model_are_refused(mask: Tensor):
+    """Masks may come from elsewhere than `ChannelMasks`, which refuses these."""
+    masks = {group.name: torch.ones(group.num_channels) for group in traced()}
+    with pytest.raises(ValueError, match="conv_in"):
+        plan_compaction(build(), traced(), {**masks, "conv_in": mask})
+
+
+@pytest.mark.parametrize(
+    ("widths", "factor", "heads"),
+    [
+        ((2, 2, 2, 2), 0.5, None),  # sqrt(2 / 8)
+        ((5, 5, 5, 5), math.sqrt(5 / 8), None),
+        ((8, 0, 8, 8), None, 3),
+        ((0, 0, 8, 0), None, 1),
+        ((0, 2, 2, 0), 0.5, 2),
+        ((8, 8, 8, 8), None, None),
+    ],
+)
+def test_attention_keeps_the_dense_scale(widths: tuple[int, ...], factor: float | None, heads: int | None):
+    """Attention divides by the square root of the head's width, which to_q makes up for; whole heads need nothing."""
+    attention = "down_blocks.1.attentions.0"
+    unet = masked({TO_Q: head_mask(*widths)})
+    plan = planned(unet)
+    expected = {} if factor is None else {f"{TO_Q}.{name}": pytest.approx(factor) for name in ("weight", "bias")}
+    assert plan.factors == expected
+    assert plan.attention_heads == ({} if heads is None else {attention: heads})
+    small = compact(unet, plan)
+    kept = head_mask(*widths).bool()
+    weights = dense_parameters(unet)
+    for letter, scale in (("q", factor or 1.0), ("k", 1.0), ("v", 1.0)):
+        for parameter in ("weight", "bias"):
+            name = f"{attention}.to_{letter}.{parameter}"
+            torch.testing.assert_close(small.get_parameter(name), weights[name][kept] * scale)
+    module = small.get_submodule(attention)
+    assert (module.heads, module.inner_dim) == (heads or 4, sum(widths))
+    assert relative_error(run(small), run(unet)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("per_group", "sizes", "kind"),
+    [
+        ((4, 4, 4, 4), None, nn.GroupNorm),
+        ((2, 2, 2, 2), [2, 2, 2, 2], nn.GroupNorm),
+        ((3, 0, 3, 3), [3, 3, 3], nn.GroupNorm),
+        ((0, 0, 0, 1), [1], nn.GroupNorm),
+        ((1, 2, 3, 4), [1, 2, 3, 4], RaggedGroupNorm),
+        ((4, 0, 1, 0), [4, 1], RaggedGroupNorm),
+    ],
+)
+def test_norm_groups_are_native_where_equal_and_ragged_elsewhere(
+    per_group: tuple[int, ...], sizes: list[int] | None, kind: type
+):
+    """A kept channel stays in the group it was trained in; a group without channels is gone."""
+    mask = torch.cat([(torch.arange(4) < width).float() for width in per_group])
+    name = "down_blocks.0.resnets.0.norm2"
+    unet = masked({"down_blocks.0.resnets.0.conv1": mask})
+    small = compacted(unet)
+    assert small.config.norm_group_sizes == ({} if sizes is None else {name: sizes})
+    norm = small.get_submodule(name)
+    assert type(norm) is kind
+    assert (norm.num_groups, norm.num_channels) == (len(sizes or per_group), sum(per_group))
+    assert relative_error(run(small), run(unet)) <= 1e-4
+
+
+def test_norm_groups_that_straddle_the_concatenation():
+    """48 channels in 4 norm groups of 12: the third holds 8 channels of the hidden state and 4 of the skip."""
+    hidden, skip = torch.ones(32), torch.ones(16)
+    hidden[24:32] = torch.tensor([1.0, 0, 1, 0, 1, 0, 0, 0])  # 3 of 8 in the third group
+    skip[:4] = torch.tensor([0.0, 1, 0, 1])  # 2 of 4 in the third group
+    unet = masked({"up_blocks.0.upsamplers.0.conv": hidden, "conv_in": skip})
+    small = compacted(unet)
+    assert small.config.norm_group_sizes["up_blocks.1.resnets.0.norm1"] == [12, 12, 5, 12]
+    assert relative_error(run(small), run(unet)) <= 1e-4
+
+
+def test_tables_name_the_layers_that_changed_and_no_others():
+    """The published config is what a reader of it sees: input and output channels by layer."""
+    unet = masked({"down_blocks.0.resnets.0.conv1": (torch.arange(16) % 4 < 3).float(), TO_Q: head_mask(8, 8, 0, 8)})
+    config = compacted(unet).config
+    attention = "down_blocks.1.attentions.0"
+    assert config.layer_channels == {
+        "down_blocks.0.resnets.0.conv1": [16, 12],
+        "down_blocks.0.resnets.0.time_emb_proj": [64, 12],
+        "down_blocks.0.resnets.0.conv2": [12, 16],
+        f"{attention}.to_q": [32, 24],
+        f"{attention}.to_k": [32, 24],
+        f"{attention}.to_v": [32, 24],
+        f"{attention}.to_out.0": [24, 32],
+    }
+    assert config.norm_group_sizes == {"down_blocks.0.resnets.0.norm2": [3, 3, 3, 3]}
+    assert config.attention_heads == {attention: 3}
+    assert {key: value for key, value in config.items() if key in build().config} == dict(build().config)
+
+
+@pytest.mark.parametrize("name", ["base", "scale-shift", "class-embedding", "fourier-time"])
+def test_the_config_alone_rebuilds_the_model(name: str):
+    """`from_pretrained` has nothing but config.json: through JSON, it builds the same shapes."""
+    small = compacted(masked(0, name), name)
+    twin = GFPrunedUNet2DModel.from_config(json.loads(json.dumps(dict(small.config))))
+    twin.load_state_dict(small.state_dict())
+    assert torch.equal(run(twin.eval()), run(small))
+
+
+# --- what the small model takes over -----------------------------------------------------------------------------------
+
+
+def test_the_masked_model_is_left_alone():
+    """Compaction may be tried on the way: weights, masks and outputs stay, and no memory is shared."""
+    unet = masked(0)
+    state = {name: value.clone() for name, value in unet.state_dict().items()}
+    before = run(unet)
+    small = compacted(unet)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    assert list(unet.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
+    assert torch.equal(run(unet), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype):
+    """A model pruned in half precision must not come back in full."""
+    small = compacted(masked(0).to(dtype))
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    assert {parameter.device.type for parameter in small.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_kept(training: bool):
+    """Dropout goes on, or stays off, in every module."""
+    small = compacted(masked(0).train(training))
+    assert {module.training for module in small.modules()} == {training}
+
+
+def test_requires_grad_is_kept():
+    """Frozen weights stay frozen, and no others."""
+    unet = masked(0)
+    frozen = {"conv_in.weight", "conv_out.bias", "mid_block.attentions.0.to_q.weight", "conv_norm_out.weight"}
+    for name, parameter in dense_parameters(unet).items():
+        parameter.requires_grad_(name not in frozen)
+    small = compacted(unet)
+    assert {name for name, parameter in small.named_parameters() if not parameter.requires_grad} == frozen
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradient_checkpointing_is_kept(enabled: bool):
+    """A run that needs it for memory would fail without, right after compaction."""
+    unet = masked(0)
+    if enabled:
+        unet.enable_gradient_checkpointing()
+    assert compacted(unet).is_gradient_checkpointing is enabled
+
+
+# --- optimizer state ---------------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, eps=1e-3),
+    "adamw-amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, eps=1e-3, amsgrad=True),
+    "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
+}
+
+
+def trained(unet: UNet2DModel, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+    """Take steps, which also fills the optimizer's state."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(unet, seed=step).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "powers"),
+    [
+        ("adamw", {"exp_avg": -1, "exp_avg_sq": -2}),
+        ("adamw-amsgrad", {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}),
+        ("sgd-momentum", {"momentum_buffer": -1}),
+    ],
+)
+def test_optimizer_state_is_sliced_like_the_weights(kind: str, powers: dict[str, int]):
+    """Moments of kept channels go on, those of queries with the inverse factor; step counts stay."""
+    unet = masked({})
+    optimizer = OPTIMIZERS[kind](unet.parameters())
+    trained(unet, optimizer)
+    unet.channel_masks.set({**random_masks(list(traced()), 0), TO_Q: head_mask(2, 0, 2, 2)})
+    state = {name: copy.deepcopy(optimizer.state[parameter]) for name, parameter in dense_parameters(unet).items()}
+    plan = planned(unet)
+    assert plan.factors[f"{TO_Q}.weight"] == 0.5
+    small = compact(unet, plan)
+    carry_optimizer(optimizer, unet, small, plan)
+
+    parameters = dict(small.named_parameters())
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len(parameters)
+    assert all(ours is theirs for ours, theirs in zip(held, parameters.values()))
+    assert len(optimizer.state) == len(parameters)
+    for name, parameter in parameters.items():
+        assert optimizer.state[parameter].keys() == state[name].keys()
+        for key, power in powers.items():
+            expected = kept_slice(unet, name, state[name][key]) * plan.factors.get(name, 1.0) ** power
+            torch.testing.assert_close(optimizer.state[parameter][key], expected, rtol=1e-6, atol=0)
+            assert optimizer.state[parameter][key].shape == parameter.shape
+        if "step" in state[name]:
+            assert optimizer.state[parameter]["step"].item() == 2
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_after_compaction_is_the_step_before_it(kind: str):
+    """Pruning, then training equals training, then pruning, where no query is rescaled."""
+    whole_attention = {group.name: torch.ones(group.num_channels) for group in traced() if group.attention is not None}
+    unet = masked({})
+    optimizer = OPTIMIZERS[kind](unet.parameters())
+    trained(unet, optimizer)  # so that channels that are pruned next have moments too
+    unet.channel_masks.set({**random_masks(list(traced()), 0), **whole_attention})
+    trained(unet, optimizer)
+    plan = planned(unet)
+    assert not plan.factors
+    small = compact(unet, plan)
+    twin, twin_optimizer = copy.deepcopy((unet, optimizer))
+
+    carry_optimizer(optimizer, unet, small, plan)
+    before = {name: parameter.detach().clone() for name, parameter in small.named_parameters()}
+    for model, its_optimizer in ((small, optimizer), (twin, twin_optimizer)):
+        its_optimizer.zero_grad()
+        loss(model, seed=7).backward()
+        its_optimizer.step()
+    expected = dict(compacted(twin).named_parameters())
+    for name, parameter in small.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-5, msg=name)
+    moved = torch.cat([(parameter.detach() - before[name]).flatten() for name, parameter in small.named_parameters()])
+    assert moved.abs().mean() > 1e-4
+
+
+def test_param_groups_keep_their_options_and_scheduler():
+    """Weight decay by group, and a learning-rate schedule that holds the optimizer, go on."""
+    unet = masked(0)
+    named = dense_parameters(unet)
+    biases = [parameter for name, parameter in named.items() if name.endswith("bias")]
+    weights = [parameter for name, parameter in named.items() if not name.endswith("bias")]
+    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": 0.3}], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    trained(unet, optimizer, steps=1)
+    scheduler.step()
+    plan = planned(unet)
+    small = compact(unet, plan)
+    carry_optimizer(optimizer, unet, small, plan)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.3]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(biases), len(weights)]
+    assert all(
+        small.get_parameter(n) is p
+        for (n, _), p in zip([item for item in named.items() if item[0].endswith("bias")], optimizer.param_groups[0]["params"])
+    )
+    trained(small, optimizer, steps=1)
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.025]
+
+
+def test_an_optimizer_without_state_is_carried():
+    """Compaction before the first step, as in one-shot pruning."""
+    unet = masked(0)
+    optimizer = torch.optim.AdamW(unet.parameters())
+    plan = planned(unet)
+    small = compact(unet, plan)
+    carry_optimizer(optimizer, unet, small, plan)
+    before = run(small)
+    trained(small, optimizer, steps=1)
+    assert relative_error(run(small), before) > 1e-4
+
+
+def _linear_weights(unet: UNet2DModel) -> list[nn.Parameter]:
+    return [parameter for parameter in unet.parameters() if parameter.ndim == 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda unet: torch.optim.Adagrad(unet.parameters()), "Adagrad has state 'sum'"),
+        (lambda unet: torch.optim.RMSprop(unet.parameters()), "RMSprop has state 'square_avg'"),
+        (lambda unet: torch.optim.Adafactor(unet.parameters()), "Adafactor has state"),
+        (lambda unet: torch.optim.Adafactor(_linear_weights(unet)), "Adafactor has state"),  # has no state of their shape
+    ],
+    ids=["adagrad", "rmsprop", "adafactor", "factored-adafactor"],
+)
+def test_unknown_state_is_refused_and_the_optimizer_left_whole(make: Callable, message: str):
+    """How such state scales is not known, and state that is carried wrongly is worse than an error."""
+    unet = masked(0)
+    optimizer = make(unet)
+    trained(unet, optimizer, steps=1)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {parameter: copy.deepcopy(dict(optimizer.state[parameter])) for parameter in held}
+    plan = planned(unet)
+    small = compact(unet, plan)
+    with pytest.raises(ValueError, match=message):
+        carry_optimizer(optimizer, unet, small, plan)
+    now = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert all(ours is theirs for ours, theirs in zip(now, held, strict=True))
+    assert list(optimizer.state) == held
+    for parameter in held:
+        assert optimizer.state[parameter].keys() == state[parameter].keys()
+        for key, value in state[parameter].items():
+            assert torch.equal(torch.as_tensor(optimizer.state[parameter][key]), torch.as_tensor(value))
+
+
+def test_a_foreign_parameter_is_refused():
+    """An optimizer that also trains something else has no place for it in the small model."""
+    unet = masked(0)
+    other = nn.Parameter(torch.zeros(3, 5))
+    optimizer = torch.optim.AdamW([*unet.parameters(), other])
+    plan = planned(unet)
+    small = compact(unet, plan)
+    with pytest.raises(ValueError, match=r"shape \(3, 5\)"):
+        carry_optimizer(optimizer, unet, small, plan)
+    assert optimizer.param_groups[0]["params"][0] is next(iter(unet.parameters()))
+    assert optimizer.param_groups[0]["params"][-1] is other
+
+
+# --- averaged weights --------------------------------------------------------------------------------------------------
+
+
+def test_ema_is_carried_by_name():
+    """The carried average is what compacting a model with the averaged weights gives, and it goes on averaging."""
+    unet = masked(0)
+    ema = EMAModel(unet.parameters(), decay=0.5, min_decay=0.5)
+    with torch.no_grad():
+        for shadow in ema.shadow_params:
+            shadow.add_(torch.randn(shadow.shape))
+    averaged = copy.deepcopy(unet)
+    ema.copy_to(averaged.parameters())
+    plan = planned(unet)
+    small = compact(unet, plan)
+    carry_ema(ema, unet, small, plan)
+    expected = dict(compacted(averaged).named_parameters())
+    for (name, parameter), shadow in zip(small.named_parameters(), ema.shadow_params, strict=True):
+        assert shadow.shape == parameter.shape
+        assert torch.equal(shadow, expected[name]), name
+    ema.step(small.parameters())
+    ema.step(small.parameters())
+    ema.copy_to(small.parameters())
+    assert torch.isfinite(run(small)).all()
+
+
+def test_an_average_of_another_model_is_refused():
+    """`EMAModel` matches by position, and would mix up the tensors without a word."""
+    unet = masked(0)
+    ema = EMAModel(build("two-layers").parameters())
+    plan = planned(unet)
+    with pytest.raises(ValueError, match="parameters"):
+        carry_ema(ema, unet, compact(unet, plan), plan)

@@ -1,0 +1,174 @@
+"""GFPruneConfig: what is out of range is refused by name, presets are what they say, fractions become steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from diffusers_gfprune.configuration import PRESETS, GFPruneConfig
+from diffusers_gfprune.schedules import PruningSchedule
+
+INVALID = [
+    ("target", "flops"),
+    ("attention_unit", "head"),
+    ("hvp", "approximate"),
+    ("hessian_batches", "sum"),
+    ("aggregation", "mean"),
+    ("score_slices", "input"),
+    ("score_at", "sparse"),
+    ("normalization", "softmax"),
+    ("ranking", "layer"),
+    ("sparsity_schedule", "quadratic"),
+    ("mask_schedule", "step"),
+    ("ratio", 0.0),
+    ("ratio", 1.0),
+    ("ratio", -0.2),
+    ("ratio", 50),
+    ("ratio", float("nan")),
+    ("channel_multiple", 0),
+    ("channel_multiple", -8),
+    ("min_keep_ratio", -0.1),
+    ("min_keep_ratio", 1.0),
+    ("score_decay", 1.0),
+    ("score_decay", -0.5),
+    ("diff_pruning_threshold", 1.5),
+    ("diff_pruning_threshold", -0.05),
+    ("revival_margin", -0.1),
+    ("total_steps", 0),
+    ("soft_fraction", -0.1),
+    ("soft_fraction", 0.3),  # later than hard_fraction, 0.2
+    ("hard_fraction", 1.2),
+    ("hard_fraction", 0.05),  # earlier than soft_fraction, 0.1
+    ("update_interval", 0),
+    ("update_interval", -5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), INVALID)
+def test_invalid_field_is_refused_by_name_and_value(name: str, value) -> None:
+    """Whoever reads the error must know which argument to change, and what it was."""
+    with pytest.raises(ValueError) as error:
+        GFPruneConfig(**{name: value})
+    assert f"{name}={value}" in str(error.value)
+
+
+def test_every_field_with_choices_has_an_invalid_value_above() -> None:
+    """A choice that is added without validation would otherwise go unnoticed."""
+    with_choices = {f.name for f in fields(GFPruneConfig) if "choices" in f.metadata}
+    assert with_choices <= {name for name, _ in INVALID}
+
+
+@pytest.mark.parametrize("field", [f for f in fields(GFPruneConfig) if "choices" in f.metadata], ids=lambda f: f.name)
+def test_every_choice_is_accepted(field) -> None:
+    """The choices shown in the help text are those that validation knows."""
+    for choice in field.metadata["choices"]:
+        assert getattr(GFPruneConfig(**{field.name: choice}), field.name) == choice
+    assert field.default in field.metadata["choices"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_keep_ratio", 0.0),
+        ("score_decay", 0.0),
+        ("diff_pruning_threshold", 0.0),
+        ("revival_margin", 0.0),
+        ("channel_multiple", 1),
+        ("total_steps", 1),
+        ("update_interval", 1),
+    ],
+)
+def test_ends_of_ranges_are_accepted(name: str, value) -> None:
+    """Ranges are closed at their lower end."""
+    assert getattr(GFPruneConfig(**{name: value}), name) == value
+
+
+def test_equal_fractions_are_accepted() -> None:
+    """No hard phase, and one-shot pruning, are both legal."""
+    assert GFPruneConfig(soft_fraction=0.2, hard_fraction=0.2).schedule().soft_steps == 20_000
+    assert GFPruneConfig(soft_fraction=0.0, hard_fraction=0.0).schedule().end_steps == 0
+
+
+def test_every_field_has_help_text() -> None:
+    """The command line is made from the fields; one without help would be an argument nobody understands."""
+    for field in fields(GFPruneConfig):
+        text = field.metadata.get("help", "")
+        assert len(text) > 10 and text.endswith("."), field.name
+
+
+def test_paper_preset_is_the_method_of_the_paper() -> None:
+    """arXiv 2501.09464: signed sums of theta (H g) on masked weights, linear schedules, N = 10 % and M = 20 %."""
+    config = GFPruneConfig.from_preset("paper")
+    assert (config.criterion, config.aggregation, config.hessian_batches) == ("gradient-flow", "signed", "mean")
+    assert (config.score_at, config.score_slices, config.score_decay) == ("masked", "all", 0.0)
+    assert (config.sparsity_schedule, config.mask_schedule) == ("linear", "linear")
+    assert (config.interpolate_masks, config.revival_margin) == (False, 0.0)
+    schedule = config.schedule()
+    assert (schedule.soft_steps, schedule.end_steps) == (10_000, 20_000)
+
+
+def test_one_shot_preset_prunes_at_step_zero() -> None:
+    """No phase is left, only the ranking at step 0."""
+    schedule = GFPruneConfig.from_preset("one-shot", total_steps=1000).schedule()
+    assert (schedule.soft_steps, schedule.end_steps, schedule.update_steps()) == (0, 0, [0])
+
+
+def test_default_preset_is_the_default() -> None:
+    """Otherwise `--preset default` would differ from no preset."""
+    assert GFPruneConfig.from_preset("default") == GFPruneConfig()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_overrides_win_over_the_preset(preset: str) -> None:
+    """A named setting is a start, not a cage."""
+    config = GFPruneConfig.from_preset(preset, ratio=0.3, criterion="magnitude")
+    assert (config.ratio, config.criterion) == (0.3, "magnitude")
+
+
+def test_presets_name_fields_only() -> None:
+    """A typo in a preset would only show when somebody uses it."""
+    names = {field.name for field in fields(GFPruneConfig)}
+    assert all(set(preset) <= names for preset in PRESETS.values())
+
+
+def test_unknown_preset_is_refused() -> None:
+    """The message lists the presets."""
+    with pytest.raises(ValueError, match="preset=fast .*paper"):
+        GFPruneConfig.from_preset("fast")
+
+
+def test_overrides_of_a_preset_are_validated() -> None:
+    """A soft phase does not fit into the one-shot preset, which ends at step 0."""
+    with pytest.raises(ValueError, match="soft_fraction=0.1 and hard_fraction=0.0"):
+        GFPruneConfig.from_preset("one-shot", soft_fraction=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"total_steps": 10_000}, (1000, 2000, 100)),
+        ({"total_steps": 10_000, "update_interval": 50}, (1000, 2000, 50)),
+        ({"total_steps": 1000, "soft_fraction": 0.25, "hard_fraction": 0.25}, (250, 250, 25)),
+        # without a soft phase, the default interval is a tenth of the hard one
+        ({"total_steps": 1000, "soft_fraction": 0.0, "hard_fraction": 0.5}, (0, 500, 50)),
+        # an interval is at least one step, however short the run
+        ({"total_steps": 30}, (3, 6, 1)),
+        ({"total_steps": 1, "soft_fraction": 0.0, "hard_fraction": 0.0}, (0, 0, 1)),
+    ],
+)
+def test_schedule_in_steps(options: dict, expected: tuple[int, int, int]) -> None:
+    """Fractions of the run become N, M and an interval; shapes are handed on."""
+    for interpolate in (True, False):
+        config = GFPruneConfig(
+            sparsity_schedule="cosine", mask_schedule="exponential", interpolate_masks=interpolate, **options
+        )
+        schedule = PruningSchedule(*expected, "cosine", "exponential", interpolate=interpolate)
+        assert config.schedule() == schedule
+
+
+def test_to_dict_goes_through_json_and_back() -> None:
+    """Saved runs hold the configuration as JSON."""
+    config = GFPruneConfig(target="params", ratio=0.3, update_interval=7)
+    assert GFPruneConfig(**json.loads(json.dumps(config.to_dict()))) == config

@@ -1,0 +1,124 @@
+"""training/run_folder.py: runs appear whole or not at all, and dense pipelines load in every layout."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = ROOT / "training/digits/teacher"
+sys.path.insert(0, str(ROOT / "training"))
+
+from run_folder import RunFolder, load_dense_pipeline, write_json  # noqa: E402
+
+
+def test_publish_moves_everything_at_once(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    with folder:
+        folder.prepare(nn.Linear(2, 2))
+        write_json(folder.staging / "results.json", {"a": 1})
+        assert not folder.path.exists()
+        folder.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (folder.path / "results.json").read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_overwriting_replaces_only_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/old.txt").write_text("old")
+    folder = RunFolder(str(tmp_path / "run"), overwrite=True)
+    with folder:
+        folder.prepare(nn.Linear(2, 2))
+        assert (folder.path / "old.txt").exists()
+        folder.publish()
+    assert not (folder.path / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    with pytest.raises(ValueError, match="nan"), folder:
+        folder.prepare(nn.Linear(2, 2))
+        raise ValueError("nan")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_after_the_pipeline_was_saved_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A plot that fails after days of training must not cost the model."""
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    with pytest.raises(OSError, match="plot"), folder:
+        folder.prepare(nn.Linear(2, 2))
+        (folder.staging / "model_index.json").write_text("{}")
+        raise OSError("plot")
+    assert (folder.staging / "model_index.json").exists()
+    assert str(folder.staging) in capsys.readouterr().err
+
+
+def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(2**30, 2**30 - 2**20, 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    with pytest.raises(ValueError, match="the disk has 1 MiB free"):
+        folder.prepare(nn.Linear(2, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = RunFolder(str(tmp_path / "file/run"), overwrite=False)
+    with pytest.raises(ValueError, match="cannot be written"):
+        folder.prepare(nn.Linear(2, 2))
+
+
+def test_a_write_that_fails_at_the_end_is_one_clear_line(tmp_path: Path) -> None:
+    """Files may grow to 100 KB only: saving the weights fails as it does on a full disk."""
+    command = [
+        *(sys.executable, "training/prune_ddpm.py", "--pretrained_model_name_or_path", TEACHER),
+        *("--dataset_name", "training/digits", "--output_dir", tmp_path / "run", "--preset", "one-shot"),
+        *("--criterion", "random", "--max_train_steps", "1", "--eval_images", "0", "--validation_images", "8"),
+    ]
+    run = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert len([line for line in run.stderr.splitlines() if line.startswith("prune_ddpm.py: error: ")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_components_at_the_root(tmp_path: Path) -> None:
+    """Old repositories, such as google/ddpm-cifar10-32, have no subfolders."""
+    for source in (TEACHER / "unet", TEACHER / "scheduler", TEACHER):
+        for path in source.iterdir():
+            if path.is_file():
+                shutil.copy(path, tmp_path / path.name)
+    unet, scheduler = load_dense_pipeline(str(tmp_path))
+    expected, _ = load_dense_pipeline(str(TEACHER))
+    assert scheduler.config.num_train_timesteps == 1000
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), expected.parameters()))
+
+
+def test_another_kind_of_pipeline_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TEACHER, tmp_path / "model")
+    index = tmp_path / "model/model_index.json"
+    index.write_text(index.read_text().replace("UNet2DModel", "UNet2DConditionModel"))
+    with pytest.raises(ValueError, match="its unet is a UNet2DConditionModel"):
+        load_dense_pipeline(str(tmp_path / "model"))
+
+
+def test_a_broken_index_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TEACHER, tmp_path / "model")
+    (tmp_path / "model/model_index.json").write_text("{not json")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_dense_pipeline(str(tmp_path / "model"))
