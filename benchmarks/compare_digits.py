@@ -1,16 +1,17 @@
 """Gradient flow against one-shot criteria on the digits, at equal MACs and steps: the results table of the README.
 
-    python benchmarks/compare_digits.py                  every setting and seed, into benchmarks/results/digits.json
-    python benchmarks/compare_digits.py --table          print the table of that file
+    python benchmarks/compare_digits.py                  every setting and seed, one file a run in benchmarks/results/digits/
+    python benchmarks/compare_digits.py --table          print the table of those files
 
-Each run is `make prune` with the arguments of its setting and seed. Runs that the file already has are not made again, so
-that an interrupted comparison goes on.
+Each run is `make prune` with the arguments of its setting and seed, and leaves its results.json. A run whose file is there is
+not made again, so that an interrupted comparison goes on, and two of them can share the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,37 +19,48 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/digits"
+# File name, title, arguments of `make prune`
 SETTINGS = {
-    "gradient flow, two phases (default)": "",
-    "gradient flow, two phases (as published)": "--preset paper",
-    "gradient flow, one-shot": "--preset one-shot",
-    "magnitude, one-shot": "--preset one-shot --criterion magnitude",
-    "Diff-Pruning, one-shot": "--preset one-shot --criterion diff-pruning",
-    "random, one-shot": "--preset one-shot --criterion random",
+    "two-phase": ("gradient flow, two phases (default)", ""),
+    "paper": ("gradient flow, two phases, as published", "--preset paper"),
+    "one-shot": ("gradient flow, one-shot", "--preset one-shot"),
+    "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "--preset one-shot --criterion diff-pruning"),
+    "one-shot-magnitude": ("magnitude, one-shot", "--preset one-shot --criterion magnitude"),
+    "one-shot-random": ("random, one-shot", "--preset one-shot --criterion random"),
 }
 COLUMNS = {"step_loss": "step loss", "fd_pixels": "FD-pixels", "ssim_to_dense": "SSIM to dense"}
 
 
-def run(setting: str, seed: int) -> dict:
-    """One run of `make prune` with other arguments; returns its results.json."""
+def result_file(setting: str, seed: int) -> Path:
+    return RESULTS / f"{setting}-seed{seed}.json"
+
+
+def run(setting: str, seed: int) -> None:
+    """One run of `make prune` with other arguments; keeps its results.json."""
     with tempfile.TemporaryDirectory() as folder:
         # --pruning_seed: so that random choices differ from seed to seed
-        arguments = f"{SETTINGS[setting]} --seed {seed} --pruning_seed {seed} --output_dir {folder}/run"
+        arguments = f"{SETTINGS[setting][1]} --seed {seed} --pruning_seed {seed} --output_dir {folder}/run"
         subprocess.run(["make", "--silent", "prune", f"ARGS={arguments}"], cwd=ROOT, check=True)
-        return json.loads((Path(folder) / "run/results.json").read_text())
+        complete = result_file(setting, seed).with_suffix(".tmp")
+        complete.write_text((Path(folder) / "run/results.json").read_text())
+        os.replace(complete, result_file(setting, seed))
 
 
-def table(found: dict) -> str:
-    """Markdown: mean and sample standard deviation over seeds."""
-    first = next(iter(next(iter(found["runs"].values())).values()))
+def table() -> str:
+    """Markdown: mean over seeds, and the sample standard deviation where there are several."""
+    found = {}
+    for setting in SETTINGS:
+        files = sorted(RESULTS.glob(f"{setting}-seed*.json"))
+        if files:
+            found[setting] = [json.loads(path.read_text()) for path in files]
     header = ["setting", "seeds", "MACs", *COLUMNS.values()]
-    dense = first["dense"]
-    dense_cells = ["dense", "-", f"{dense['macs'] / 1e6:.1f}M"]
-    dense_cells += [f"{dense[key]:.4f}" if key in dense else "1" for key in COLUMNS]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", "| " + " | ".join(dense_cells) + " |"]
-    for setting, by_seed in found["runs"].items():
-        runs = [results["pruned"] for results in by_seed.values()]
-        cells = [setting, str(len(runs)), f"{statistics.mean(r['macs'] for r in runs) / 1e6:.1f}M"]
+    dense = next(iter(found.values()))[0]["dense"]
+    cells = ["dense", "-", f"{dense['macs'] / 1e6:.1f}M", *(f"{dense[key]:.4f}" if key in dense else "1" for key in COLUMNS)]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", "| " + " | ".join(cells) + " |"]
+    for setting, results in found.items():
+        runs = [result["pruned"] for result in results]
+        cells = [SETTINGS[setting][0], str(len(runs)), f"{statistics.mean(r['macs'] for r in runs) / 1e6:.1f}M"]
         for key in COLUMNS:
             values = [r[key] for r in runs]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
@@ -61,22 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/digits.json")
-    parser.add_argument("--table", action="store_true", help="print the table of an existing file and stop")
+    parser.add_argument("--table", action="store_true", help="print the table of the runs that are there and stop")
     args = parser.parse_args()
-    found = json.loads(args.output.read_text()) if args.output.exists() else {"runs": {}}
-    if args.table:
-        print(table(found))
-        return
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for setting in args.settings:
-            runs = found["runs"].setdefault(setting, {})
-            if str(seed) not in runs:
-                print(f"--- {setting}, seed {seed}", file=sys.stderr)
-                runs[str(seed)] = run(setting, seed)
-                args.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        for seed in args.seeds:
+            for setting in args.settings:
+                if not result_file(setting, seed).exists():
+                    print(f"--- {SETTINGS[setting][0]}, seed {seed}", file=sys.stderr)
+                    run(setting, seed)
+    print(table())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from .channel_groups import ChannelGroup
 from .masking import MASKS_MODULE, check_mask, dense_name, dense_parameters
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
-__all__ = ["CompactionPlan", "carry_ema", "carry_optimizer", "compact", "plan_compaction"]
+__all__ = ["CompactionPlan", "carry_ema", "carry_optimizer", "check_ema", "compact", "plan_compaction"]
 
 # How optimizer state of a weight scales when the weight is multiplied by a: a ** power.
 STATE_POWERS = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2, "momentum_buffer": -1}
@@ -176,8 +176,8 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
             new = small.get_parameter(name)
             moved.append(new)
             for key, value in optimizer.state.get(old, {}).items():
-                if isinstance(value, Tensor) and value.shape == old.shape and value.ndim > 0:
-                    if key not in STATE_POWERS:
+                if isinstance(value, Tensor) and value.ndim > 0:
+                    if key not in STATE_POWERS or value.shape != old.shape:
                         raise ValueError(f"{type(optimizer).__name__} has state {key!r}, which cannot be compacted")
                     value = plan.take(name, value, STATE_POWERS[key])
                 elif isinstance(value, Tensor):
@@ -189,6 +189,17 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
         param_group["params"] = moved
     optimizer.state.clear()
     optimizer.state.update(state)
+
+
+def check_ema(ema, unet: nn.Module) -> None:
+    """Refuse an `EMAModel` that has another number of parameters than the model.
+
+    Raises:
+        ValueError: It has.
+    """
+    count = len(list(unet.parameters()))
+    if len(ema.shadow_params) != count:
+        raise ValueError(f"the average has {len(ema.shadow_params)} parameters, the model {count}")
 
 
 def carry_ema(ema, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> None:
@@ -205,8 +216,9 @@ def carry_ema(ema, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> N
     Raises:
         ValueError: The average has another number of parameters than the model.
     """
+    check_ema(ema, unet)
     names = list(dense_parameters(unet))
-    if len(names) != len(ema.shadow_params):
-        raise ValueError(f"the average has {len(ema.shadow_params)} parameters, the model {len(names)}")
     averaged = {name: plan.take(name, shadow) for name, shadow in zip(names, ema.shadow_params)}
     ema.shadow_params = [averaged[name] for name, _ in small.named_parameters()]
+    if ema.model_cls is not None:  # what its save_pretrained builds
+        ema.model_cls, ema.model_config = type(small), small.config

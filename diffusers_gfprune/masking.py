@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .channel_groups import ChannelGroup
-from .remote.unet_2d_gfpruned import group_membership, weighted_group_norm
+from .remote.unet_2d_gfpruned import norm_tables, weighted_group_norm
 
 __all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "detach", "dense_parameters"]
 
@@ -82,9 +82,14 @@ class ChannelMasks(nn.Module):
         """Copies of the masks by group name, each with shape `(num_channels,)`."""
         return {name: self[name].detach().clone() for name in self.groups}
 
-    def set(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace some or all masks; nothing changes if one of them is refused (see `check_mask`)."""
-        for name, mask in masks.items():
+    def set(self, masks: Mapping[str, Tensor], check: bool = True) -> None:
+        """Replace some or all masks; nothing changes if one of them is refused.
+
+        Args:
+            masks: By group name.
+            check: Whether to refuse what could not be compacted (see `check_mask`).
+        """
+        for name, mask in masks.items() if check else ():
             if name not in self.groups:
                 raise ValueError(f"{name} is no channel group; groups are {', '.join(list(self.groups)[:3])}, ...")
             check_mask(self.groups[name], torch.as_tensor(mask))
@@ -166,10 +171,10 @@ class MaskedGroupNorm(nn.GroupNorm):
         if vector.owner[0].all_ones:
             return super().forward(input)
         sizes = (self.num_channels // self.num_groups,) * self.num_groups
-        membership, group_of = group_membership(sizes, input.device)
+        membership, _ = norm_tables(sizes, input.device)
         weights = membership * vector().float()[:, None]  # (channels, groups)
         weights = weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-        return weighted_group_norm(input, weights, group_of, self.weight, self.bias, self.eps)
+        return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
 
 
 def _refuse_to_save(*args, **kwargs):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .configuration import GFPruneConfig
+from .evaluation.cost import spatial_size
 from .pruner import GradientFlowPruner
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
@@ -90,9 +91,17 @@ def prune_unet(
 
     Returns:
         The small model.
+
+    Raises:
+        ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
     config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
     pixels = images_to_tensor(images, unet.config.in_channels)
+    if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):
+        wanted = "x".join(map(str, spatial_size(unet)))
+        raise ValueError(f"images are {pixels.shape[2]}x{pixels.shape[3]} pixels, the model's sample_size is {wanted}")
+    if class_labels is not None and len(class_labels) != len(pixels):
+        raise ValueError(f"class_labels has {len(class_labels)} labels for {len(pixels)} images")
     pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler)
     pruner.step(0, calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed))
     return pruner.compact()

@@ -29,7 +29,7 @@ from .budget import (
     width_ladder,
 )
 from .channel_groups import trace_channel_groups
-from .compaction import CompactionPlan, carry_ema, carry_optimizer, compact, plan_compaction
+from .compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .configuration import GFPruneConfig
 from .cost_model import CostModel
 from .importance import CalibrationBatch, criteria, normalize_scores, score_channels
@@ -200,9 +200,10 @@ class GradientFlowPruner:
         if self.finished:
             return None
         update = None
+        self._follow_path(step)
         if self.schedule.is_update(step):
             update = self._update(step, calibration_batches() if callable(calibration_batches) else calibration_batches)
-        self._follow_path(step)
+            self._follow_path(step)
         if step >= self.schedule.end_steps:
             self.finished = True
         return update
@@ -244,7 +245,8 @@ class GradientFlowPruner:
             self._path = None
         else:
             share = (step - start_step) / (goal_step - start_step)
-            self.unet.channel_masks.set({name: torch.lerp(starts[name], goals[name], share) for name in goals})
+            between = {name: torch.lerp(starts[name], goals[name], share) for name in goals}
+            self.unet.channel_masks.set(between, check=False)  # heads may differ on the way
 
     # --- the end ---
 
@@ -263,10 +265,13 @@ class GradientFlowPruner:
             The small model. The masked model is left as it is.
 
         Raises:
-            ValueError: Masks are not binary, or optimizer state is of an unknown kind.
+            ValueError: Masks are not binary, or the optimizer or the average is not this model's, or has state of an
+                unknown kind. Both are as they were then.
         """
         plan = self.compaction_plan()
         small = compact(self.unet, plan)
+        if ema is not None:
+            check_ema(ema, self.unet)  # before the optimizer is touched: both go on, or neither
         if optimizer is not None:
             carry_optimizer(optimizer, self.unet, small, plan)
         if ema is not None:

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -523,6 +524,18 @@ def test_ema_is_carried_by_name():
     ema.step(small.parameters())
     ema.copy_to(small.parameters())
     assert torch.isfinite(run(small)).all()
+
+
+def test_a_carried_average_saves_the_small_model(tmp_path: Path):
+    """An average made as `train_unconditional.py` does, with the model's class and config, saves itself."""
+    unet = masked(0)
+    ema = EMAModel(unet.parameters(), model_cls=UNet2DModel, model_config=unet.config)
+    plan = planned(unet)
+    small = compact(unet, plan)
+    carry_ema(ema, unet, small, plan)
+    ema.save_pretrained(tmp_path)
+    loaded = GFPrunedUNet2DModel.from_pretrained(tmp_path)
+    assert torch.equal(run(loaded), run(small))
 
 
 def test_an_average_of_another_model_is_refused():

@@ -75,13 +75,18 @@ def test_masked_arithmetic_with_ones_changes_nothing(name: str):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_detach_gives_back_the_same_model(name: str):
-    """Weights bit for bit, the same parameter objects in the same order, the same classes, and nothing left behind."""
+    """Weights bit for bit, the same parameter objects in the same order, the same classes, and nothing left behind.
+
+    While attached too, parameters keep order and identity: `EMAModel` knows them by position, optimizers by object.
+    """
     unet = build(name)
     state = {key: value.clone() for key, value in unet.state_dict().items()}
     parameters = dict(unet.named_parameters())
     classes = {key: type(module) for key, module in unet.named_modules()}
     attributes = {key: set(vars(module)) for key, module in unet.named_modules()}
     masks = attach(unet, traced(name))
+    assert list(dense_parameters(unet)) == list(parameters)
+    assert all(now is then for now, then in zip(unet.parameters(), parameters.values(), strict=True))
     masks.set(random_masks(list(traced(name)), seed=0))
     run(unet)
     detach(unet)
@@ -135,18 +140,6 @@ def test_attach_after_detach_starts_from_ones():
 
 
 # --- parameters while masked -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_parameters_keep_order_and_identity_while_attached(name: str):
-    """Optimizers hold parameters by object, and `EMAModel` by position."""
-    unet = build(name)
-    before = dict(unet.named_parameters())
-    attach(unet, traced(name))
-    after = list(unet.parameters())
-    assert list(dense_parameters(unet)) == list(before)
-    assert len(after) == len(before)
-    assert all(now is then for now, then in zip(after, before.values()))
 
 
 @pytest.mark.parametrize(

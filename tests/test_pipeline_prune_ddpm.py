@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -282,6 +283,19 @@ def test_saving_again_into_the_same_folder(tmp_path: Path):
     again = quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert isinstance(again.scheduler, DDIMScheduler)
     assert np.array_equal(sample(again), sample(quiet(loaded)))
+
+
+def test_the_shipped_pipeline_saves_into_its_own_folder(tmp_path: Path):
+    """Whoever opts into pipeline.py runs that very file, which must not be copied onto itself."""
+    pruned_pipeline().save_pretrained(tmp_path)
+    spec = importlib.util.spec_from_file_location("shipped_pipeline", tmp_path / "pipeline.py")
+    shipped = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shipped)
+    loaded = quiet(shipped.PruneDDPMPipeline.from_pretrained(tmp_path))
+    loaded.save_pretrained(tmp_path)
+    assert files_in(tmp_path) == SAVED_FILES
+    assert (tmp_path / "pipeline.py").read_bytes() == Path(pipeline_file.__file__).read_bytes()
+    assert np.array_equal(sample(loaded), sample(pruned_pipeline()))
 
 
 def test_variants_lie_side_by_side(tmp_path: Path):

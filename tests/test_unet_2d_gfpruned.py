@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, BASE, build, inputs, random_masks
+from diffusers import UNet2DModel
 from diffusers.models.embeddings import GaussianFourierProjection
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ import diffusers_gfprune.remote.unet_2d_gfpruned as module_file
 from diffusers_gfprune import GFPrunedUNet2DModel
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.compaction import compact, plan_compaction
-from diffusers_gfprune.remote.unet_2d_gfpruned import RaggedGroupNorm, group_membership, weighted_group_norm
+from diffusers_gfprune.remote.unet_2d_gfpruned import RaggedGroupNorm, norm_tables, weighted_group_norm
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -71,16 +73,16 @@ class NoMemory(TorchDispatchMode):
 
 
 def mean_weights(*sizes: int) -> tuple[Tensor, Tensor]:
-    """Weights of plain means over groups of such sizes, and the group of every channel."""
-    membership, group_of = group_membership(sizes, CPU)
-    return membership / membership.sum(dim=0), group_of
+    """Weights of plain means over groups of such sizes, and which channel is in which group."""
+    membership, weights = norm_tables(sizes, CPU)
+    return weights, membership
 
 
 def masked_weights(mask: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
     """Weights of means over what `mask` keeps, as masked norms make them."""
-    membership, group_of = group_membership(sizes, CPU)
+    membership, _ = norm_tables(sizes, CPU)
     weights = membership * mask[:, None]
-    return weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny), group_of
+    return weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny), membership
 
 
 WEIGHT_CASES = {
@@ -97,22 +99,22 @@ WEIGHT_CASES = {
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_weighted_group_norm_differentiates_twice(case: str, check):
     """The hand-written backward, and the double backward that exact gradient flow needs."""
-    weights, group_of = WEIGHT_CASES[case]
+    weights, membership = WEIGHT_CASES[case]
     x = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
     gamma, beta = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert check(lambda *args: weighted_group_norm(args[0], weights, group_of, *args[1:], 1e-2), (x, gamma, beta))
+    assert check(lambda *args: weighted_group_norm(args[0], weights, membership, *args[1:], 1e-2), (x, gamma, beta))
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("gamma",), ("beta",), ("x", "beta"), ("gamma", "beta")])
 def test_weighted_group_norm_with_some_inputs_frozen(wanted: tuple[str, ...]):
     """Gradients of single inputs, once and with a graph, are those of all inputs."""
-    weights, group_of = WEIGHT_CASES["ragged"]
+    weights, membership = WEIGHT_CASES["ragged"]
     values = {"x": torch.randn(2, 6, 5), "gamma": torch.randn(6), "beta": torch.randn(6)}
     direction = torch.randn(2, 6, 5)
 
     def gradients(names: tuple[str, ...], create_graph: bool) -> dict[str, Tensor]:
         leaves = {name: value.clone().requires_grad_(name in names) for name, value in values.items()}
-        y = weighted_group_norm(leaves["x"], weights, group_of, leaves["gamma"], leaves["beta"], 1e-5)
+        y = weighted_group_norm(leaves["x"], weights, membership, leaves["gamma"], leaves["beta"], 1e-5)
         found = torch.autograd.grad(y, [leaves[name] for name in names], direction, create_graph=create_graph)
         return dict(zip(names, found))
 
@@ -154,13 +156,13 @@ def test_zero_weights_remove_channels():
     """What a zero-weighted channel holds is unseen by the others."""
     mask = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1])
     kept = mask.bool()
-    weights, group_of = masked_weights(mask, 4, 4)
+    weights, membership = masked_weights(mask, 4, 4)
     x, gamma, beta = torch.randn(2, 8, 4, 4), torch.randn(8), torch.randn(8)
-    found = weighted_group_norm(x, weights, group_of, gamma, beta, 1e-5)
+    found = weighted_group_norm(x, weights, membership, gamma, beta, 1e-5)
     expected = F.group_norm(x[:, kept], 2, gamma[kept], beta[kept], 1e-5)
     torch.testing.assert_close(found[:, kept], expected, rtol=1e-5, atol=1e-5)
     x[:, ~kept] = 1e4
-    again = weighted_group_norm(x, weights, group_of, gamma, beta, 1e-5)
+    again = weighted_group_norm(x, weights, membership, gamma, beta, 1e-5)
     assert torch.equal(again[:, kept], found[:, kept])
 
 
@@ -169,7 +171,7 @@ def test_weighted_group_norm_is_as_accurate_as_native(offset: float, spread: flo
     """E[x^2] - E[x]^2 would lose all digits at a mean of 300; forward and gradient against float64."""
     x, direction = torch.randn(2, 48, 64) * spread + offset, torch.randn(2, 48, 64)
     gamma, beta = torch.randn(48), torch.randn(48)
-    weights, group_of = mean_weights(*[12] * 4)
+    weights, membership = mean_weights(*[12] * 4)
 
     def outputs(function, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = x.to(dtype).requires_grad_()
@@ -180,7 +182,7 @@ def test_weighted_group_norm_is_as_accurate_as_native(offset: float, spread: flo
         return F.group_norm(x, 4, gamma, beta, 1e-5)
 
     def ours(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        return weighted_group_norm(x, weights, group_of, gamma, beta, 1e-5)
+        return weighted_group_norm(x, weights, membership, gamma, beta, 1e-5)
 
     for found, with_native, exact in zip(
         outputs(ours, torch.float32), outputs(native, torch.float32), outputs(native, torch.float64)
@@ -199,6 +201,31 @@ def test_weighted_group_norm_keeps_the_dtype(dtype: torch.dtype):
     assert found.dtype == dtype
     exact = weighted_group_norm(x.double(), *WEIGHT_CASES["ragged"], gamma.double(), beta.double(), 1e-5)
     torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_weighted_group_norm_is_exact_under_autocast():
+    """Its small matrix products make statistics, which bfloat16 would round to two digits."""
+    x, gamma, beta = torch.randn(2, 6, 4, 4), torch.randn(6), torch.randn(6)
+    expected = weighted_group_norm(x, *WEIGHT_CASES["ragged"], gamma, beta, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weighted_group_norm(x, *WEIGHT_CASES["ragged"], gamma, beta, 1e-5)
+    assert torch.equal(found, expected)
+
+
+def test_norm_tables_known_answer():
+    """Three channels in the first group, one in the second."""
+    membership, weights = norm_tables((3, 1), CPU)
+    assert torch.equal(membership, torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]]))
+    torch.testing.assert_close(weights, torch.tensor([[1 / 3, 0], [1 / 3, 0], [1 / 3, 0], [0, 1]]))
+
+
+@pytest.mark.parametrize("case", WEIGHT_CASES)
+def test_sampling_and_training_normalize_alike(case: str):
+    """Without gradients another path is taken, which must give the same bits."""
+    x, gamma, beta = torch.randn(2, 6, 4, 4), torch.randn(6), torch.randn(6, requires_grad=True)
+    expected = weighted_group_norm(x, *WEIGHT_CASES[case], gamma, beta, 1e-5)
+    with torch.no_grad():
+        assert torch.equal(weighted_group_norm(x, *WEIGHT_CASES[case], gamma, beta, 1e-5), expected)
 
 
 # --- ragged group norm -------------------------------------------------------------------------------------------------
@@ -229,9 +256,8 @@ def test_ragged_group_norm_looks_like_a_group_norm():
 
 def test_training_after_sampling_in_inference_mode():
     """The tables of groups are cached: made in inference mode, they must still serve a backward pass."""
-    group_membership.cache_clear()
-    norm = RaggedGroupNorm([3, 1, 2])
-    x = torch.randn(2, 6, 4)
+    norm = RaggedGroupNorm([3, 1, 2, 11])  # sizes that no other test has cached
+    x = torch.randn(2, 17, 4)
     with torch.inference_mode():
         norm(x)
     norm(x).square().sum().backward()
@@ -578,6 +604,12 @@ def test_the_shipped_module_loads_the_model_by_itself(tmp_path: Path):
     assert torch.equal(run(loaded), run(pruned()))
     loaded.save_pretrained(tmp_path)  # copies its own file onto itself
     assert (tmp_path / "diffusers_gfprune.py").read_bytes() == Path(module_file.__file__).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["save_pretrained", "from_pretrained"])
+def test_overrides_show_the_signature_of_diffusers(method: str):
+    """Pipelines look for `variant` and others in the signature, and pass on only what they find."""
+    assert inspect.signature(getattr(GFPrunedUNet2DModel, method)) == inspect.signature(getattr(UNet2DModel, method))
 
 
 def test_variant_is_saved_beside_the_main_weights(tmp_path: Path):

@@ -27,7 +27,6 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from diffusers import UNet2DModel
@@ -39,86 +38,94 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-__all__ = ["GFPrunedUNet2DModel", "RaggedGroupNorm", "group_membership", "weighted_group_norm"]
+__all__ = ["GFPrunedUNet2DModel", "RaggedGroupNorm", "norm_tables", "weighted_group_norm"]
 
 MODULE_FILE = "diffusers_gfprune.py"
 MAX_WIDTH = 2**16  # channels of a layer: refuses a hostile config before anything is allocated
 MAX_LAYERS_PER_BLOCK = 64
+MAX_PARAMETERS = 2**33
 
 
 # --- group normalization with weighted channels ------------------------------------------------------------------------
 
 
-def _normalize(x: Tensor, weights: Tensor, group_of: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def _normalize(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The equations of the module docstring as plain, differentiable operations; `x` has shape `(B, C, N)`."""
-    mean = x.mean(dim=2)  # (B, C)
-    var = x.var(dim=2, correction=0)
-    scale, shift = _scale_and_shift(mean, var, weights, group_of, gamma, beta, eps)[:2]
+    mean, var = x.mean(dim=2), x.var(dim=2, correction=0)  # (B, C)
+    scale, shift, _, _ = _scale_and_shift(mean, var, weights, membership, gamma, beta, eps)
     return torch.addcmul(shift[:, :, None], x, scale[:, :, None])
 
 
-def _scale_and_shift(mean, var, weights, group_of, gamma, beta, eps):
+def _scale_and_shift(mean, var, weights, membership, gamma, beta, eps):
     """Channel moments `(B, C)` to `y = x * scale + shift`, and what the backward pass needs of the way there."""
-    group_mean = (mean @ weights)[:, group_of]  # (B, G) -> (B, C)
+    group_mean = (mean @ weights) @ membership.t()  # (B, G), then each channel gets its group's
     offset = mean - group_mean
-    inverse_std = torch.rsqrt((var + offset * offset) @ weights + eps)[:, group_of]
+    group_var = (torch.addcmul(var, offset, offset) @ weights) @ membership.t()
+    inverse_std = torch.rsqrt(group_var + eps)
     scale = gamma * inverse_std
-    return scale, beta - group_mean * scale, group_mean, inverse_std
+    return scale, torch.addcmul(beta, group_mean, scale, value=-1), group_mean, inverse_std
+
+
+def _fast_forward(x, weights, membership, gamma, beta, eps):
+    """`_normalize` in two passes over `x`, and the statistics."""
+    batch, channels, positions = x.shape
+    # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
+    _, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
+    mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
+    var = (rstd**-2 - eps).clamp_min_(0)
+    scale, shift, group_mean, inverse_std = _scale_and_shift(mean, var, weights, membership, gamma, beta, eps)
+    return torch.addcmul(shift[:, :, None], x, scale[:, :, None]), (mean, rstd, scale, group_mean, inverse_std)
 
 
 class _WeightedGroupNorm(torch.autograd.Function):
-    """`_normalize` with few passes over `x`: two forward, four backward.
+    """`_normalize` with few passes over `x`.
 
     Autograd would keep and re-read five tensors of the size of `x`. Below, the gradient of `x` is an affine function of
     the output gradient and `x` with coefficients per channel: dx = g * scale + x * p + q.
     """
 
     @staticmethod
-    def forward(ctx, x, weights, group_of, gamma, beta, eps):
-        batch, channels, positions = x.shape
-        # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
-        _, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
-        mean = mean.view(batch, channels)
-        var = (rstd.view(batch, channels) ** -2 - eps).clamp_min(0)
-        scale, shift, group_mean, inverse_std = _scale_and_shift(mean, var, weights, group_of, gamma, beta, eps)
-        ctx.save_for_backward(x, weights, group_of, gamma, beta, scale, mean, group_mean, inverse_std)
+    def forward(ctx, x, weights, membership, gamma, beta, eps):
+        output, statistics = _fast_forward(x, weights, membership, gamma, beta, eps)
+        ctx.save_for_backward(x, weights, membership, gamma, beta, *statistics)
         ctx.eps = eps
-        return torch.addcmul(shift[:, :, None], x, scale[:, :, None])
+        return output
 
     @staticmethod
     def backward(ctx, grad):
-        x, weights, group_of, gamma, beta, scale, mean, group_mean, inverse_std = ctx.saved_tensors
+        x, weights, membership, gamma, beta, mean, rstd, scale, group_mean, inverse_std = ctx.saved_tensors
         if torch.is_grad_enabled():  # a double backward: let autograd differentiate the plain form
-            wanted = [t for t, need in zip((x, gamma, beta), ctx.needs_input_grad[0:1] + ctx.needs_input_grad[3:5]) if need]
-            y = _normalize(x, weights, group_of, gamma, beta, ctx.eps)
+            needed = ctx.needs_input_grad
+            wanted = [t for t, need in ((x, needed[0]), (gamma, needed[3]), (beta, needed[4])) if need]
+            y = _normalize(x, weights, membership, gamma, beta, ctx.eps)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            pick = [next(found) if need else None for need in ctx.needs_input_grad]
-            return tuple(pick)
+            return tuple(next(found) if need else None for need in needed)
         batch, channels, positions = x.shape
         grad = grad.contiguous()
-        grad_x_sum = torch.bmm(grad.view(-1, 1, positions), x.reshape(-1, positions, 1)).view(batch, channels)
-        grad_sum = grad.sum(dim=2)  # (B, C)
-        centred = grad_x_sum - group_mean * grad_sum  # sum over positions of grad * (x - mean_g)
-        # d loss / d mean_g and d loss / d var_g, spread back over channels with their weights
-        spread = weights.t()  # (G, C)
-        by_group = torch.zeros(batch, weights.shape[1], dtype=x.dtype, device=x.device)
-        d_var = by_group.index_add(1, group_of, -0.5 * gamma * centred * inverse_std**3)  # (B, G)
-        d_mean = by_group.index_add(1, group_of, -scale * grad_sum)
-        p = 2 / positions * (d_var @ spread)  # (B, C): coefficient of (x - mean_g)
-        q = (d_mean @ spread) / positions - p * group_mean
+        # Sums over positions, per sample and channel, of grad * (x - mean) / std and of grad, in one pass: the native kernel
+        # takes samples and channels together for the channels of a single sample.
+        rows = batch * channels
+        _, grad_x_sum, grad_sum = torch.ops.aten.native_group_norm_backward(
+            grad, x, mean.view(1, rows), rstd.view(1, rows), None, 1, rows, positions, rows, [False, True, True]
+        )
+        grad_sum = grad_sum.view(batch, channels)
+        centred = torch.addcmul(grad_x_sum.view(batch, channels) / rstd, mean - group_mean, grad_sum)  # x - mean_g
+        # d loss / d mean_g and d loss / d var_g, and from there to the channels that each statistic is made of
+        d_var = -0.5 * gamma * centred * inverse_std**3
+        p = ((d_var @ membership) @ weights.t()).mul_(2 / positions)  # (B, C): coefficient of (x - mean_g)
+        q = torch.addcmul((((-scale * grad_sum) @ membership) @ weights.t()) / positions, p, group_mean, value=-1)
         grad_input = torch.addcmul(q[:, :, None], x, p[:, :, None]).addcmul_(grad, scale[:, :, None])
-        grad_gamma = (centred * inverse_std).sum(dim=0)
-        return grad_input, None, None, grad_gamma, grad_sum.sum(dim=0), None
+        return grad_input, None, None, (centred * inverse_std).sum(dim=0), grad_sum.sum(dim=0), None
 
 
-def weighted_group_norm(x: Tensor, weights: Tensor, group_of: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def weighted_group_norm(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """Group normalization whose statistics weigh channels (see the module docstring).
 
     Args:
         x: Input with shape `(batch, channels, *)`, any floating dtype; statistics are taken in float32.
         weights: Weights of channels in groups with shape `(channels, groups)`, float32; the column of a group sums to 1,
             or to 0 where all of its channels are masked.
-        group_of: Group of every channel, int64 with shape `(channels,)`.
+        membership: 1 where a channel is in a group, else 0, with shape `(channels, groups)`, float32.
         gamma: Scale with shape `(channels,)`.
         beta: Shift with shape `(channels,)`.
         eps: Added to the variance (> 0).
@@ -127,32 +134,43 @@ def weighted_group_norm(x: Tensor, weights: Tensor, group_of: Tensor, gamma: Ten
         The normalized tensor, of the shape and dtype of `x`.
     """
     device = x.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with autocast:  # the small matrix products below must not run in half precision
-        flat = x.flatten(2).contiguous()
-        if flat.dtype != torch.float32 and flat.dtype != torch.float64:
-            flat = flat.float()
-        arguments = flat, weights.to(flat.dtype), group_of, gamma.to(flat.dtype), beta.to(flat.dtype), eps
-        # A compiler fuses the plain form by itself, and cannot see into the kernels of the other.
-        function = _normalize if torch.compiler.is_compiling() else _WeightedGroupNorm.apply
-        return function(*arguments).to(x.dtype).view(x.shape)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # the small matrix products must not run in half precision
+            return weighted_group_norm(x, weights, membership, gamma, beta, eps)
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    flat = x.flatten(2).to(dtype).contiguous()
+    arguments = flat, weights.to(dtype), membership.to(dtype), gamma.to(dtype), beta.to(dtype), eps
+    if torch.compiler.is_compiling():  # a compiler fuses the plain form by itself
+        output = _normalize(*arguments)
+    elif torch.is_grad_enabled():
+        output = _WeightedGroupNorm.apply(*arguments)
+    else:
+        output = _fast_forward(*arguments)[0]
+    return output.to(x.dtype).view(x.shape)
 
 
-@functools.lru_cache(maxsize=4096)
-def group_membership(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which channel is in which norm group.
-
-    Tables, not buffers of the modules: a buffer that is not saved stays on the meta device when weights are loaded into an
-    empty model.
-
-    Returns:
-        Ones and zeros with shape `(channels, groups)`, float32, and the group of every channel, int64 `(channels,)`.
-    """
+def _norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # or training after sampling would meet an inference tensor
         sizes = torch.tensor(group_sizes, device=device)
         groups = torch.arange(len(group_sizes), device=device)
         group_of = groups.repeat_interleave(sizes, output_size=sum(group_sizes))
-        return (group_of[:, None] == groups).float(), group_of
+        membership = (group_of[:, None] == groups).float()
+        return membership, membership / sizes
+
+
+_cached_norm_tables = functools.lru_cache(maxsize=4096)(_norm_tables)
+
+
+def norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which channel is in which norm group, and its weight there if all count alike.
+
+    Cached tables, not buffers of the modules: a buffer that is not saved stays on the meta device when weights are loaded
+    into an empty model.
+
+    Returns:
+        `membership` and `weights` of `weighted_group_norm`, each with shape `(channels, groups)`, float32.
+    """
+    return (_norm_tables if torch.compiler.is_compiling() else _cached_norm_tables)(group_sizes, device)
 
 
 class RaggedGroupNorm(nn.GroupNorm):
@@ -170,9 +188,8 @@ class RaggedGroupNorm(nn.GroupNorm):
         self.group_sizes = tuple(group_sizes)
 
     def forward(self, input: Tensor) -> Tensor:
-        membership, group_of = group_membership(self.group_sizes, input.device)
-        weights = membership / membership.sum(dim=0)
-        return weighted_group_norm(input, weights, group_of, self.weight, self.bias, self.eps)
+        membership, weights = norm_tables(self.group_sizes, input.device)
+        return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"group_sizes={list(self.group_sizes)}, eps={self.eps}"
@@ -208,9 +225,12 @@ def _check_dense_config(config: Mapping) -> None:
         _check_integer("block_out_channels", value, 1, MAX_WIDTH)
 
 
-def _check_table(name: str, table) -> None:
+def _checked_table(name: str, table) -> Mapping:
+    if table is None:
+        return {}
     if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
         raise ValueError(f"{name} must map module names to numbers, got {type(table).__name__}")
+    return table
 
 
 def _dense_channels(module: nn.Module) -> tuple[int, int] | None:
@@ -283,10 +303,11 @@ def _set_static_attributes(unet: nn.Module, attention_heads: Mapping[str, int]) 
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
         elif isinstance(module, Attention):
             heads = attention_heads.get(name, module.heads)
-            inner = module.to_q.out_features
-            if not _is_int(heads) or not 1 <= heads <= module.heads or inner % heads:
+            inner, head_dim = module.to_q.out_features, module.inner_dim // module.heads
+            if not _is_int(heads) or not 1 <= heads <= module.heads or inner % heads or inner // heads > head_dim:
                 raise ValueError(
-                    f"attention_heads[{name!r}]={heads!r} must be from 1 to {module.heads} and divide {inner} channels"
+                    f"attention_heads[{name!r}]={heads!r} must be from 1 to {module.heads} and divide {inner} channels "
+                    f"into heads of at most {head_dim}"
                 )
             module.heads = module.sliceable_head_dim = heads
             module.inner_dim = module.inner_kv_dim = inner
@@ -349,17 +370,21 @@ class GFPrunedUNet2DModel(UNet2DModel):
         dense = {p.name: p.default for p in _DENSE_PARAMETERS}
         dense.update(zip(dense, args))
         dense.update(kwargs)
-        layer_channels, norm_group_sizes = layer_channels or {}, norm_group_sizes or {}
-        attention_heads = attention_heads or {}
-        tables = {"layer_channels": layer_channels, "norm_group_sizes": norm_group_sizes, "attention_heads": attention_heads}
-        for name, table in tables.items():
-            _check_table(name, table)
+        if len(dense) > len(_DENSE_PARAMETERS):
+            unknown = next(name for name in kwargs if name not in {p.name for p in _DENSE_PARAMETERS})
+            raise TypeError(f"GFPrunedUNet2DModel got an unexpected keyword argument {unknown!r}")
+        layer_channels = _checked_table("layer_channels", layer_channels)
+        norm_group_sizes = _checked_table("norm_group_sizes", norm_group_sizes)
+        attention_heads = _checked_table("attention_heads", attention_heads)
         _check_dense_config(dense)
 
         # 1. the dense skeleton, without memory
         device = nn.Linear(1, 1).weight.device  # where weights go now: a device context, or meta while loading
         with torch.device("meta"):
-            super().__init__(**dense)
+            try:
+                super().__init__(**dense)
+            except (TypeError, AttributeError, KeyError, UnboundLocalError, ZeroDivisionError) as error:
+                raise ValueError(f"the dense part of the config cannot be built: {error}") from error
             # 2. narrow it
             modules = dict(self.named_modules())
             for name, channels in layer_channels.items():
@@ -370,6 +395,9 @@ class GFPrunedUNet2DModel(UNet2DModel):
                 if not isinstance(modules.get(name), Attention):
                     raise ValueError(f"attention_heads names {name!r}, which is no attention")
             _set_static_attributes(self, attention_heads)
+        count = sum(parameter.numel() for parameter in self.parameters())
+        if count > MAX_PARAMETERS:
+            raise ValueError(f"the config asks for {count:,} parameters, more than {MAX_PARAMETERS:,}")
         # 3. prove that the widths fit together, still without memory
         self._check_widths()
         if device.type != "meta":
@@ -377,6 +405,14 @@ class GFPrunedUNet2DModel(UNet2DModel):
 
     @torch.no_grad()
     def _check_widths(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, ResnetBlock2D):
+                # The forward below would not notice a width of 1, which broadcasts.
+                residual = module.conv_shortcut.out_channels if module.conv_shortcut is not None else module.conv1.in_channels
+                halves = 2 if module.time_embedding_norm == "scale_shift" else 1
+                projected = module.time_emb_proj.out_features
+                if module.conv2.out_channels != residual or projected != halves * module.conv1.out_channels:
+                    raise ValueError(f"the widths in the config do not fit together in {name}")
         side = 2 ** len(self.config.block_out_channels)
         labels = None
         if self.config.class_embed_type == "identity":
@@ -414,12 +450,20 @@ class GFPrunedUNet2DModel(UNet2DModel):
 
     @functools.wraps(UNet2DModel.save_pretrained)
     def save_pretrained(self, save_directory, *args, **kwargs):
-        # Before the weights, so that an upload which the base class starts holds this file too.
-        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
+        given = inspect.signature(UNet2DModel.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+        if not given.get("safe_serialization", True):
+            raise ValueError("safe_serialization=False: pruned models are saved as safetensors only")
+        if given.get("is_main_process", True) and not os.path.isfile(save_directory):
+            # Before the weights, so that an upload which the base class starts holds this file too.
             os.makedirs(save_directory, exist_ok=True)
             target = os.path.join(save_directory, MODULE_FILE)
             if not (os.path.exists(target) and os.path.samefile(__file__, target)):
                 shutil.copyfile(__file__, target)
+            # Diffusers leaves the index of an earlier, sharded save behind, and would load by it.
+            variant = f".{given['variant']}" if given.get("variant") else ""
+            index = os.path.join(save_directory, f"diffusion_pytorch_model.safetensors.index{variant}.json")
+            if os.path.exists(index):
+                os.remove(index)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
