@@ -200,7 +200,10 @@ def score_channels(
         scores = _CRITERIA[config.criterion](context)
     for name, values in scores.items():
         if not torch.isfinite(values).all():
-            raise ValueError(f"scores of {name} are not finite: the model or the calibration images hold NaN or infinity")
+            raise ValueError(
+                f"scores of {name} are not finite: the weights (did training diverge?) or the calibration images hold NaN "
+                f"or infinity"
+            )
     return scores
 
 

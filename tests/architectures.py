@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from diffusers_gfprune.channel_groups import ChannelGroup
+from diffusers_gfprune import GFPrunedUNet2DModel
+from diffusers_gfprune.channel_groups import ChannelGroup, trace_channel_groups
+from diffusers_gfprune.compaction import compact, plan_compaction
 
 BASE = {
     "sample_size": 8,
@@ -147,3 +153,29 @@ def random_masks(groups: list[ChannelGroup], seed: int) -> dict[str, Tensor]:
     """A random mask for every group."""
     generator = torch.Generator().manual_seed(seed)
     return {group.name: random_mask(group, generator) for group in groups}
+
+
+@functools.lru_cache
+def pruned(name: str = "base", seed: int = 0) -> GFPrunedUNet2DModel:
+    """A pruned model, ragged norms and missing heads included. Shared by tests: copy it before changing it."""
+    unet = build(name)
+    groups = trace_channel_groups(unet)
+    return compact(unet, plan_compaction(unet, groups, random_masks(groups, seed)))
+
+
+@torch.no_grad()
+def run(unet: nn.Module) -> Tensor:
+    """The output for the standard inputs, in the model's dtype."""
+    arguments = inputs(unet)
+    return unet(**{**arguments, "sample": arguments["sample"].to(unet.dtype)}).sample
+
+
+class NoMemory(TorchDispatchMode):
+    """Fails a test that makes a tensor of more than a few values outside of the meta device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                assert leaf.numel() <= 1000, f"{func} allocated {tuple(leaf.shape)}"
+        return result

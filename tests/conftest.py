@@ -17,3 +17,13 @@ torch.set_num_threads(1)
 def fixed_seed():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def scripted():
+    """The script of the criterion "scripted", empty before and after."""
+    from pruner_helpers import script
+
+    script.clear()
+    yield script
+    script.clear()

@@ -2,84 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import math
-from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, CIFAR10, build, inputs, random_masks
+from compaction_helpers import (
+    SEEDS,
+    TO_Q,
+    compacted,
+    head_mask,
+    kept_slice,
+    loss,
+    masked,
+    planned,
+    relative_error,
+    run,
+    traced,
+)
 from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from diffusers_gfprune.channel_groups import ChannelGroup, trace_channel_groups
-from diffusers_gfprune.compaction import CompactionPlan, carry_ema, carry_optimizer, compact, plan_compaction
+from diffusers_gfprune.channel_groups import trace_channel_groups
+from diffusers_gfprune.compaction import compact, plan_compaction
 from diffusers_gfprune.masking import attach, dense_parameters
 from diffusers_gfprune.remote.unet_2d_gfpruned import GFPrunedUNet2DModel, RaggedGroupNorm
-
-SEEDS = (0, 1, 2, 3)
-TO_Q = "down_blocks.1.attentions.0.to_q"
-
-
-@functools.lru_cache
-def traced(name: str = "base") -> tuple[ChannelGroup, ...]:
-    """The groups of one of the ARCHITECTURES, traced once for all tests."""
-    return tuple(trace_channel_groups(build(name)))
-
-
-def masked(masks: dict[str, Tensor] | int, name: str = "base") -> UNet2DModel:
-    """A masked model; an integer is the seed of random masks."""
-    unet = build(name)
-    attach(unet, traced(name)).set(random_masks(list(traced(name)), masks) if isinstance(masks, int) else masks)
-    return unet
-
-
-def planned(unet: UNet2DModel, name: str = "base") -> CompactionPlan:
-    """The plan for the masks that the model has."""
-    return plan_compaction(unet, traced(name), unet.channel_masks.as_dict())
-
-
-def compacted(unet: UNet2DModel, name: str = "base") -> GFPrunedUNet2DModel:
-    """The small model for the masks that the model has."""
-    return compact(unet, planned(unet, name))
-
-
-@torch.no_grad()
-def run(unet: nn.Module) -> Tensor:
-    """The output for the standard inputs."""
-    return unet(**inputs(unet)).sample
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference||, in float64."""
-    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
-def head_mask(*widths: int) -> Tensor:
-    """A mask of 4 heads with 8 channels each, which keeps the first so many of each head."""
-    return torch.cat([(torch.arange(8) < width).float() for width in widths])
-
-
-def kept_slice(unet: UNet2DModel, name: str, tensor: Tensor, groups: Iterable[ChannelGroup] = ()) -> Tensor:
-    """The part of a dense-shaped tensor whose channels are all kept, straight from the groups' definition."""
-    flags = [torch.ones(size, dtype=torch.bool) for size in tensor.shape]
-    for group in groups or traced():
-        for piece in group.slices:
-            if piece.name == name:
-                flags[piece.dim][list(piece.positions)] = unet.channel_masks[group.name] == 1
-    for dim, keep in enumerate(flags):
-        tensor = tensor.index_select(dim, keep.nonzero().flatten())
-    return tensor
-
-
-def loss(unet: nn.Module, seed: int = 1) -> Tensor:
-    """A loss to train on."""
-    return unet(**inputs(unet, seed=seed)).sample.square().sum()
-
 
 # --- invariant 2: compaction is lossless -------------------------------------------------------------------------------
 
@@ -337,211 +285,3 @@ def test_gradient_checkpointing_is_kept(enabled: bool):
     if enabled:
         unet.enable_gradient_checkpointing()
     assert compacted(unet).is_gradient_checkpointing is enabled
-
-
-# --- optimizer state ---------------------------------------------------------------------------------------------------
-
-OPTIMIZERS: dict[str, Callable] = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, eps=1e-3),
-    "adamw-amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, eps=1e-3, amsgrad=True),
-    "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
-}
-
-
-def trained(unet: UNet2DModel, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
-    """Take steps, which also fills the optimizer's state."""
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss(unet, seed=step).backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("kind", "powers"),
-    [
-        ("adamw", {"exp_avg": -1, "exp_avg_sq": -2}),
-        ("adamw-amsgrad", {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}),
-        ("sgd-momentum", {"momentum_buffer": -1}),
-    ],
-)
-def test_optimizer_state_is_sliced_like_the_weights(kind: str, powers: dict[str, int]):
-    """Moments of kept channels go on, those of queries with the inverse factor; step counts stay."""
-    unet = masked({})
-    optimizer = OPTIMIZERS[kind](unet.parameters())
-    trained(unet, optimizer)
-    unet.channel_masks.set({**random_masks(list(traced()), 0), TO_Q: head_mask(2, 0, 2, 2)})
-    state = {name: copy.deepcopy(optimizer.state[parameter]) for name, parameter in dense_parameters(unet).items()}
-    plan = planned(unet)
-    assert plan.factors[f"{TO_Q}.weight"] == 0.5
-    small = compact(unet, plan)
-    carry_optimizer(optimizer, unet, small, plan)
-
-    parameters = dict(small.named_parameters())
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert len(held) == len(parameters)
-    assert all(ours is theirs for ours, theirs in zip(held, parameters.values()))
-    assert len(optimizer.state) == len(parameters)
-    for name, parameter in parameters.items():
-        assert optimizer.state[parameter].keys() == state[name].keys()
-        for key, power in powers.items():
-            expected = kept_slice(unet, name, state[name][key]) * plan.factors.get(name, 1.0) ** power
-            torch.testing.assert_close(optimizer.state[parameter][key], expected, rtol=1e-6, atol=0)
-            assert optimizer.state[parameter][key].shape == parameter.shape
-        if "step" in state[name]:
-            assert optimizer.state[parameter]["step"].item() == 2
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_after_compaction_is_the_step_before_it(kind: str):
-    """Pruning, then training equals training, then pruning, where no query is rescaled."""
-    whole_attention = {group.name: torch.ones(group.num_channels) for group in traced() if group.attention is not None}
-    unet = masked({})
-    optimizer = OPTIMIZERS[kind](unet.parameters())
-    trained(unet, optimizer)  # so that channels that are pruned next have moments too
-    unet.channel_masks.set({**random_masks(list(traced()), 0), **whole_attention})
-    trained(unet, optimizer)
-    plan = planned(unet)
-    assert not plan.factors
-    small = compact(unet, plan)
-    twin, twin_optimizer = copy.deepcopy((unet, optimizer))
-
-    carry_optimizer(optimizer, unet, small, plan)
-    before = {name: parameter.detach().clone() for name, parameter in small.named_parameters()}
-    for model, its_optimizer in ((small, optimizer), (twin, twin_optimizer)):
-        its_optimizer.zero_grad()
-        loss(model, seed=7).backward()
-        its_optimizer.step()
-    expected = dict(compacted(twin).named_parameters())
-    for name, parameter in small.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=1e-5, msg=name)
-    moved = torch.cat([(parameter.detach() - before[name]).flatten() for name, parameter in small.named_parameters()])
-    assert moved.abs().mean() > 1e-4
-
-
-def test_param_groups_keep_their_options_and_scheduler():
-    """Weight decay by group, and a learning-rate schedule that holds the optimizer, go on."""
-    unet = masked(0)
-    named = dense_parameters(unet)
-    biases = [parameter for name, parameter in named.items() if name.endswith("bias")]
-    weights = [parameter for name, parameter in named.items() if not name.endswith("bias")]
-    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": 0.3}], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
-    trained(unet, optimizer, steps=1)
-    scheduler.step()
-    plan = planned(unet)
-    small = compact(unet, plan)
-    carry_optimizer(optimizer, unet, small, plan)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.3]
-    assert [len(group["params"]) for group in optimizer.param_groups] == [len(biases), len(weights)]
-    assert all(
-        small.get_parameter(n) is p
-        for (n, _), p in zip([item for item in named.items() if item[0].endswith("bias")], optimizer.param_groups[0]["params"])
-    )
-    trained(small, optimizer, steps=1)
-    scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.025]
-
-
-def test_an_optimizer_without_state_is_carried():
-    """Compaction before the first step, as in one-shot pruning."""
-    unet = masked(0)
-    optimizer = torch.optim.AdamW(unet.parameters())
-    plan = planned(unet)
-    small = compact(unet, plan)
-    carry_optimizer(optimizer, unet, small, plan)
-    before = run(small)
-    trained(small, optimizer, steps=1)
-    assert relative_error(run(small), before) > 1e-4
-
-
-def _linear_weights(unet: UNet2DModel) -> list[nn.Parameter]:
-    return [parameter for parameter in unet.parameters() if parameter.ndim == 2]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda unet: torch.optim.Adagrad(unet.parameters()), "Adagrad has state 'sum'"),
-        (lambda unet: torch.optim.RMSprop(unet.parameters()), "RMSprop has state 'square_avg'"),
-        (lambda unet: torch.optim.Adafactor(unet.parameters()), "Adafactor has state"),
-        (lambda unet: torch.optim.Adafactor(_linear_weights(unet)), "Adafactor has state"),  # has no state of their shape
-    ],
-    ids=["adagrad", "rmsprop", "adafactor", "factored-adafactor"],
-)
-def test_unknown_state_is_refused_and_the_optimizer_left_whole(make: Callable, message: str):
-    """How such state scales is not known, and state that is carried wrongly is worse than an error."""
-    unet = masked(0)
-    optimizer = make(unet)
-    trained(unet, optimizer, steps=1)
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {parameter: copy.deepcopy(dict(optimizer.state[parameter])) for parameter in held}
-    plan = planned(unet)
-    small = compact(unet, plan)
-    with pytest.raises(ValueError, match=message):
-        carry_optimizer(optimizer, unet, small, plan)
-    now = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert all(ours is theirs for ours, theirs in zip(now, held, strict=True))
-    assert list(optimizer.state) == held
-    for parameter in held:
-        assert optimizer.state[parameter].keys() == state[parameter].keys()
-        for key, value in state[parameter].items():
-            assert torch.equal(torch.as_tensor(optimizer.state[parameter][key]), torch.as_tensor(value))
-
-
-def test_a_foreign_parameter_is_refused():
-    """An optimizer that also trains something else has no place for it in the small model."""
-    unet = masked(0)
-    other = nn.Parameter(torch.zeros(3, 5))
-    optimizer = torch.optim.AdamW([*unet.parameters(), other])
-    plan = planned(unet)
-    small = compact(unet, plan)
-    with pytest.raises(ValueError, match=r"shape \(3, 5\)"):
-        carry_optimizer(optimizer, unet, small, plan)
-    assert optimizer.param_groups[0]["params"][0] is next(iter(unet.parameters()))
-    assert optimizer.param_groups[0]["params"][-1] is other
-
-
-# --- averaged weights --------------------------------------------------------------------------------------------------
-
-
-def test_ema_is_carried_by_name():
-    """The carried average is what compacting a model with the averaged weights gives, and it goes on averaging."""
-    unet = masked(0)
-    ema = EMAModel(unet.parameters(), decay=0.5, min_decay=0.5)
-    with torch.no_grad():
-        for shadow in ema.shadow_params:
-            shadow.add_(torch.randn(shadow.shape))
-    averaged = copy.deepcopy(unet)
-    ema.copy_to(averaged.parameters())
-    plan = planned(unet)
-    small = compact(unet, plan)
-    carry_ema(ema, unet, small, plan)
-    expected = dict(compacted(averaged).named_parameters())
-    for (name, parameter), shadow in zip(small.named_parameters(), ema.shadow_params, strict=True):
-        assert shadow.shape == parameter.shape
-        assert torch.equal(shadow, expected[name]), name
-    ema.step(small.parameters())
-    ema.step(small.parameters())
-    ema.copy_to(small.parameters())
-    assert torch.isfinite(run(small)).all()
-
-
-def test_a_carried_average_saves_the_small_model(tmp_path: Path):
-    """An average made as `train_unconditional.py` does, with the model's class and config, saves itself."""
-    unet = masked(0)
-    ema = EMAModel(unet.parameters(), model_cls=UNet2DModel, model_config=unet.config)
-    plan = planned(unet)
-    small = compact(unet, plan)
-    carry_ema(ema, unet, small, plan)
-    ema.save_pretrained(tmp_path)
-    loaded = GFPrunedUNet2DModel.from_pretrained(tmp_path)
-    assert torch.equal(run(loaded), run(small))
-
-
-def test_an_average_of_another_model_is_refused():
-    """`EMAModel` matches by position, and would mix up the tensors without a word."""
-    unet = masked(0)
-    ema = EMAModel(build("two-layers").parameters())
-    plan = planned(unet)
-    with pytest.raises(ValueError, match="parameters"):
-        carry_ema(ema, unet, compact(unet, plan), plan)

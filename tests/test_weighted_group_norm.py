@@ -1,0 +1,220 @@
+"""Group norms with weighted channels and ragged groups: values, gradients, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusers_gfprune.remote.unet_2d_gfpruned import RaggedGroupNorm, norm_tables, weighted_group_norm
+
+CPU = torch.device("cpu")
+
+
+# --- weighted group norm -----------------------------------------------------------------------------------------------
+
+
+def mean_weights(*sizes: int) -> tuple[Tensor, Tensor]:
+    """Weights of plain means over groups of such sizes, and which channel is in which group."""
+    membership, weights = norm_tables(sizes, CPU)
+    return weights, membership
+
+
+def masked_weights(mask: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+    """Weights of means over what `mask` keeps, as masked norms make them."""
+    membership, _ = norm_tables(sizes, CPU)
+    weights = membership * mask[:, None]
+    return weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny), membership
+
+
+WEIGHT_CASES = {
+    "equal": mean_weights(2, 2, 2),
+    "ragged": mean_weights(1, 3, 2),
+    "one-channel-groups": mean_weights(1, 1, 1, 1, 1, 1),
+    "soft": masked_weights(torch.tensor([1.0, 0.3, 1, 0.7, 0.1, 1]), 2, 2, 2),
+    "removed-channels": masked_weights(torch.tensor([1.0, 0, 1, 1, 0, 1]), 2, 2, 2),
+    "removed-group": masked_weights(torch.tensor([0.0, 0, 1, 1, 1, 0]), 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHT_CASES)
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_weighted_group_norm_differentiates_twice(case: str, check):
+    """The hand-written backward, and the double backward that exact gradient flow needs."""
+    weights, membership = WEIGHT_CASES[case]
+    x = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
+    gamma, beta = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert check(lambda *args: weighted_group_norm(args[0], weights, membership, *args[1:], 1e-2), (x, gamma, beta))
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("gamma",), ("beta",), ("x", "beta"), ("gamma", "beta")])
+def test_weighted_group_norm_with_some_inputs_frozen(wanted: tuple[str, ...]):
+    """Gradients of single inputs, once and with a graph, are those of all inputs."""
+    weights, membership = WEIGHT_CASES["ragged"]
+    values = {"x": torch.randn(2, 6, 5), "gamma": torch.randn(6), "beta": torch.randn(6)}
+    direction = torch.randn(2, 6, 5)
+
+    def gradients(names: tuple[str, ...], create_graph: bool) -> dict[str, Tensor]:
+        leaves = {name: value.clone().requires_grad_(name in names) for name, value in values.items()}
+        y = weighted_group_norm(leaves["x"], weights, membership, leaves["gamma"], leaves["beta"], 1e-5)
+        found = torch.autograd.grad(y, [leaves[name] for name in names], direction, create_graph=create_graph)
+        return dict(zip(names, found))
+
+    expected = gradients(("x", "gamma", "beta"), create_graph=False)
+    for create_graph in (False, True):
+        for name, gradient in gradients(wanted, create_graph).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])
+@pytest.mark.parametrize("shape", [(2, 12, 5, 7), (2, 12, 9), (2, 12, 1, 2), (3, 12, 2, 3, 4)])
+def test_weighted_group_norm_equals_native_for_equal_weights(shape: tuple[int, ...], groups: int):
+    """Images, tokens and volumes."""
+    x, gamma, beta = torch.randn(shape) * 2 + 1, torch.randn(12), torch.randn(12)
+    found = weighted_group_norm(x, *mean_weights(*[12 // groups] * groups), gamma, beta, 1e-5)
+    expected = F.group_norm(x.double(), groups, gamma.double(), beta.double(), 1e-5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert found.shape == x.shape
+
+
+def test_weighted_group_norm_of_a_single_position():
+    """The bottom of a deep model on a small image: statistics run over channels only."""
+    x, gamma, beta = torch.randn(2, 12, 1, 1), torch.randn(12), torch.randn(12)
+    found = weighted_group_norm(x, *mean_weights(4, 4, 4), gamma, beta, 1e-5)
+    torch.testing.assert_close(found, F.group_norm(x, 3, gamma, beta, 1e-5), rtol=1e-4, atol=1e-5)
+    alone = weighted_group_norm(x, *mean_weights(*[1] * 12), gamma, beta, 1e-5)  # a single value has no variance
+    torch.testing.assert_close(alone.flatten(1), beta.expand(2, 12), rtol=0, atol=1e-3)
+
+
+def test_weighted_group_norm_of_channels_last_memory():
+    """Convolutions on many devices return this layout."""
+    x = torch.randn(2, 12, 5, 7).contiguous(memory_format=torch.channels_last)
+    gamma, beta = torch.randn(12), torch.randn(12)
+    found = weighted_group_norm(x, *mean_weights(4, 4, 4), gamma, beta, 1e-5)
+    torch.testing.assert_close(found, F.group_norm(x, 3, gamma, beta, 1e-5), rtol=1e-5, atol=1e-5)
+
+
+def test_zero_weights_remove_channels():
+    """What a zero-weighted channel holds is unseen by the others."""
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1])
+    kept = mask.bool()
+    weights, membership = masked_weights(mask, 4, 4)
+    x, gamma, beta = torch.randn(2, 8, 4, 4), torch.randn(8), torch.randn(8)
+    found = weighted_group_norm(x, weights, membership, gamma, beta, 1e-5)
+    expected = F.group_norm(x[:, kept], 2, gamma[kept], beta[kept], 1e-5)
+    torch.testing.assert_close(found[:, kept], expected, rtol=1e-5, atol=1e-5)
+    x[:, ~kept] = 1e4
+    again = weighted_group_norm(x, weights, membership, gamma, beta, 1e-5)
+    assert torch.equal(again[:, kept], found[:, kept])
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(300.0, 1.0), (-300.0, 1.0), (0.0, 1e-4), (5.0, 1e-2), (0.0, 1e4)])
+def test_weighted_group_norm_is_as_accurate_as_native(offset: float, spread: float):
+    """E[x^2] - E[x]^2 would lose all digits at a mean of 300; forward and gradient against float64."""
+    x, direction = torch.randn(2, 48, 64) * spread + offset, torch.randn(2, 48, 64)
+    gamma, beta = torch.randn(48), torch.randn(48)
+    weights, membership = mean_weights(*[12] * 4)
+
+    def outputs(function, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        y = function(leaf, gamma.to(dtype), beta.to(dtype))
+        return y.detach().double(), torch.autograd.grad(y, leaf, direction.to(dtype))[0].double()
+
+    def native(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return F.group_norm(x, 4, gamma, beta, 1e-5)
+
+    def ours(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return weighted_group_norm(x, weights, membership, gamma, beta, 1e-5)
+
+    for found, with_native, exact in zip(
+        outputs(ours, torch.float32), outputs(native, torch.float32), outputs(native, torch.float64)
+    ):
+        scale = exact.abs().max()
+        assert (found - exact).abs().max() <= 5 * (with_native - exact).abs().max() + 1e-6 * scale
+        assert (found - exact).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weighted_group_norm_keeps_the_dtype(dtype: torch.dtype):
+    """Half precision is normalized in float32, and comes back as it was."""
+    x = (torch.randn(2, 6, 4, 4) * 30).to(dtype)
+    gamma, beta = torch.randn(6).to(dtype), torch.randn(6).to(dtype)
+    found = weighted_group_norm(x, *WEIGHT_CASES["ragged"], gamma, beta, 1e-5)
+    assert found.dtype == dtype
+    exact = weighted_group_norm(x.double(), *WEIGHT_CASES["ragged"], gamma.double(), beta.double(), 1e-5)
+    torch.testing.assert_close(found.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_weighted_group_norm_is_exact_under_autocast():
+    """Its small matrix products make statistics, which bfloat16 would round to two digits."""
+    x, gamma, beta = torch.randn(2, 6, 4, 4), torch.randn(6), torch.randn(6)
+    expected = weighted_group_norm(x, *WEIGHT_CASES["ragged"], gamma, beta, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weighted_group_norm(x, *WEIGHT_CASES["ragged"], gamma, beta, 1e-5)
+    assert torch.equal(found, expected)
+
+
+def test_norm_tables_known_answer():
+    """Three channels in the first group, one in the second."""
+    membership, weights = norm_tables((3, 1), CPU)
+    assert torch.equal(membership, torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]]))
+    torch.testing.assert_close(weights, torch.tensor([[1 / 3, 0], [1 / 3, 0], [1 / 3, 0], [0, 1]]))
+
+
+@pytest.mark.parametrize("case", WEIGHT_CASES)
+def test_sampling_and_training_normalize_alike(case: str):
+    """Without gradients another path is taken, which must give the same bits."""
+    x, gamma, beta = torch.randn(2, 6, 4, 4), torch.randn(6), torch.randn(6, requires_grad=True)
+    expected = weighted_group_norm(x, *WEIGHT_CASES[case], gamma, beta, 1e-5)
+    with torch.no_grad():
+        assert torch.equal(weighted_group_norm(x, *WEIGHT_CASES[case], gamma, beta, 1e-5), expected)
+
+
+# --- ragged group norm -------------------------------------------------------------------------------------------------
+
+
+def test_ragged_group_norm_is_a_norm_of_each_group():
+    """Group by group the same as native norms of one group."""
+    sizes = (3, 1, 5, 2)
+    norm = RaggedGroupNorm(sizes, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 11, 4, 6)
+    pieces = zip(x.split(sizes, dim=1), norm.weight.split(sizes), norm.bias.split(sizes))
+    expected = torch.cat([F.group_norm(part, 1, gamma, beta, 1e-3) for part, gamma, beta in pieces], dim=1)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ragged_group_norm_looks_like_a_group_norm():
+    """Diffusers, accelerate and users look at type, names and repr."""
+    norm = RaggedGroupNorm([3, 1, 2], eps=1e-6)
+    assert isinstance(norm, nn.GroupNorm)
+    assert (norm.num_channels, norm.num_groups, norm.eps) == (6, 3, 1e-6)
+    assert {name: tuple(value.shape) for name, value in norm.state_dict().items()} == {"weight": (6,), "bias": (6,)}
+    assert repr(norm) == "RaggedGroupNorm(group_sizes=[3, 1, 2], eps=1e-06)"
+    assert torch.equal(norm.weight, torch.ones(6))
+    assert torch.equal(norm.bias, torch.zeros(6))
+
+
+def test_training_after_sampling_in_inference_mode():
+    """The tables of groups are cached: made in inference mode, they must still serve a backward pass."""
+    norm = RaggedGroupNorm([3, 1, 2, 11])  # sizes that no other test has cached
+    x = torch.randn(2, 17, 4)
+    with torch.inference_mode():
+        norm(x)
+    norm(x).square().sum().backward()
+    assert norm.weight.grad.abs().sum() > 0
+
+
+def test_compiled_ragged_group_norm_equals_eager():
+    """The compiler gets the plain form: outputs and gradients are those of the other."""
+    torch._dynamo.reset()
+    norm = RaggedGroupNorm([3, 1, 2])
+    nn.init.normal_(norm.weight)
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 6, 4, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(norm(x).pow(3).sum(), x)
+    (found,) = torch.autograd.grad(compiled(x).pow(3).sum(), x)
+    torch.testing.assert_close(compiled(x), norm(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
