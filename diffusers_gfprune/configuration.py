@@ -65,7 +65,9 @@ class GFPruneConfig:
     # criterion
     criterion: str = field(
         default="gradient-flow",
-        metadata={"help": "Importance: gradient-flow, taylor, diff-pruning, magnitude, random, or one you registered."},
+        metadata={
+            "help": "Importance: gradient-flow, taylor, diff-pruning, magnitude or random (in Python, also one you register)."
+        },
     )
     hvp: str = _choice("exact", HVP_METHODS, "How H g is computed: double backward, or differences of gradients.")
     hessian_batches: str = _choice(

@@ -99,7 +99,10 @@ class ScoringContext:
         noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
         labels = labels[0] if labels else None
         prediction = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
-        return ((prediction - noise_target(self.noise_scheduler, clean, noise, timesteps)) ** 2).mean(dim=(1, 2, 3))
+        target = noise_target(self.noise_scheduler, clean, noise, timesteps)
+        if prediction.shape != target.shape:
+            raise ValueError(f"the model predicts shape {tuple(prediction.shape)}, its target has {tuple(target.shape)}")
+        return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
 
     def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
         """Gradient of a scalar by parameter name."""
@@ -150,7 +153,8 @@ def _scoring_mode(context: ScoringContext) -> Iterator[None]:
     differentiates twice where that is needed."""
     unet, config = context.unet, context.config
     masks = getattr(unet, MASKS_MODULE, None)
-    twice = config.criterion == "gradient-flow" and config.hvp == "exact"
+    # Your own criterion may differentiate twice, too.
+    once = config.criterion in ("taylor", "diff-pruning", "magnitude", "random") or config.hvp == "finite-difference"
     frozen = [parameter for parameter in context.parameters.values() if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -161,7 +165,7 @@ def _scoring_mode(context: ScoringContext) -> Iterator[None]:
             torch.enable_grad(),
             torch.autocast(next(unet.parameters()).device.type, enabled=False),
             masks.suspended() if masks is not None and config.score_at == "dense" else nullcontext(),
-            sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(),
+            nullcontext() if once else sdpa_kernel(SDPBackend.MATH),
         ):
             yield
     finally:
@@ -279,6 +283,7 @@ def _difference_product(context: ScoringContext, batches: Sequence[CalibrationBa
                     gradient = context.gradients(context.loss(batch) * (sign / (2 * step * len(batches))))
                 for name, value in gradient.items():
                     product[name] = product[name].add_(value) if name in product else value
+                del gradient  # before the next one is made
     finally:
         for name, parameter in context.parameters.items():
             parameter.data.copy_(saved[name])

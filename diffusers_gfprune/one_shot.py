@@ -95,6 +95,11 @@ def prune_unet(
     Raises:
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
+    for name in ("preset", "total_steps", "soft_fraction", "hard_fraction", "update_interval"):
+        if name in options:
+            raise ValueError(f"{name}={options[name]}: pruning in one call has no schedule; train with GradientFlowPruner")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
     pixels = images_to_tensor(images, unet.config.in_channels)
     if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):
@@ -102,6 +107,6 @@ def prune_unet(
         raise ValueError(f"images are {pixels.shape[2]}x{pixels.shape[3]} pixels, the model's sample_size is {wanted}")
     if class_labels is not None and len(class_labels) != len(pixels):
         raise ValueError(f"class_labels has {len(class_labels)} labels for {len(pixels)} images")
-    pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler)
+    pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler, sample_size=tuple(pixels.shape[2:]))
     pruner.step(0, calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed))
     return pruner.compact()

@@ -111,6 +111,7 @@ class GradientFlowPruner:
         self.config = config
         self.noise_scheduler = noise_scheduler or DDPMScheduler()
         self.schedule = config.schedule()
+        self.history: list[MaskUpdate] = []
         self.groups = trace_channel_groups(unet)
         self.cost = CostModel(unet, self.groups, sample_size)
         self.ladders = [
@@ -118,21 +119,12 @@ class GradientFlowPruner:
         ]
         check_reachable(self.cost, config.target, config.ratio, self.ladders)
         self.planned_widths = self._allocate(config.ratio)
-        achieved = self.cost.removed(config.target, self.planned_widths)
-        if abs(achieved - config.ratio) > BUDGET_TOLERANCE:
-            logger.warning(
-                "channel_multiple=%d allows %s to be cut by %.3f or so, not by ratio=%.3f: pruning by %.3f",
-                config.channel_multiple,
-                config.target,
-                achieved,
-                config.ratio,
-                achieved,
-            )
+        if config.ranking == "group":
+            self._warn_if_missed()
         masking.attach(unet, self.groups)
         self.kept = {group.name: torch.ones(group.num_channels, dtype=torch.bool) for group in self.groups}
         self.scores: dict[str, Tensor] | None = None
         self._path: tuple[int, int, dict[str, Tensor], dict[str, Tensor]] | None = None  # steps and masks of its two ends
-        self.history: list[MaskUpdate] = []
         self.finished = False
 
     # --- masks ---
@@ -205,7 +197,10 @@ class GradientFlowPruner:
             update = self._update(step, calibration_batches() if callable(calibration_batches) else calibration_batches)
             self._follow_path(step)
         if step >= self.schedule.end_steps:
+            if not self.history:
+                raise ValueError(f"step={step} is past the last ranking, and none was made: call step() from 0 on")
             self.finished = True
+            self._warn_if_missed()
         return update
 
     def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:
@@ -247,6 +242,21 @@ class GradientFlowPruner:
             share = (step - start_step) / (goal_step - start_step)
             between = {name: torch.lerp(starts[name], goals[name], share) for name in goals}
             self.unet.channel_masks.set(between, check=False)  # heads may differ on the way
+
+    def _warn_if_missed(self) -> None:
+        """Say aloud that the widths allowed cannot meet the budget."""
+        share = self.history[-1].sparsity if self.history else self.cost.removed(self.config.target, self.planned_widths)
+        if abs(share - self.config.ratio) > BUDGET_TOLERANCE:
+            logger.warning(
+                "ratio=%.3f of %s is not met: the nearest that channel_multiple=%d, attention_unit=%s and min_keep_ratio=%g "
+                "allow is %.3f",
+                self.config.ratio,
+                self.config.target,
+                self.config.channel_multiple,
+                self.config.attention_unit,
+                self.config.min_keep_ratio,
+                share,
+            )
 
     # --- the end ---
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import diffusers_gfprune
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
+from diffusers_gfprune.evaluation.step_loss import StepLoss
+from diffusers_gfprune.one_shot import images_to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "training/digits/teacher"
@@ -60,6 +63,7 @@ def test_run_leaves_exactly_these_files(finished_run: tuple[Path, str]) -> None:
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     assert files == {
         "model_index.json",
+        "pipeline.py",
         "pruning.png",
         "pruning_report.json",
         "results.json",
@@ -208,6 +212,9 @@ BAD_INPUT = {
     "unknown criterion": (["--criterion", "guess"], "criterion=guess must be one of gradient-flow"),
     "batch larger than data": (["--train_batch_size", "5000"], "train_batch_size=5000"),
     "no such column": (["--image_column", "picture"], "image_column=picture"),
+    "unknown schedule": (["--lr_scheduler", "foo"], "invalid choice: 'foo'"),
+    "column without images": (["--image_column", "label"], "image_column=label holds no images"),
+    "output over the model": (["--output_dir", str(TEACHER), "--overwrite_output_dir"], "which this run reads"),
     "phases out of order": (["--soft_fraction", "0.5"], "soft_fraction=0.5 and hard_fraction=0.2"),
 }
 
@@ -236,6 +243,34 @@ def test_bad_models_end_in_one_clear_line(name: str, tmp_path: Path) -> None:
     assert_refused(run, message)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
     assert not (model / "harm").exists()
+
+
+def test_errors_through_the_launcher_are_one_clear_line_too(tmp_path: Path) -> None:
+    """With --quiet, as the README says; Accelerate adds a traceback of its own otherwise."""
+    launcher = (str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1")
+    assert_refused(run_script(*digits(tmp_path / "run", "--ratio", 2), launcher=launcher), "ratio=2")
+
+
+def test_a_broken_image_in_the_middle_is_named(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:40])
+    run = run_script(
+        *("--pretrained_model_name_or_path", TEACHER, "--train_data_dir", folder, "--output_dir", tmp_path / "run"),
+        *("--preset", "one-shot", "--criterion", "random", "--eval_images", 0, "--validation_images", 4),
+    )
+    assert_refused(run, "of column image: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"images"}
+
+
+def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:
+    """Scores and results are those of the model as it is saved, not of autocast."""
+    run = run_script(*digits(tmp_path / "run", "--mixed_precision", "bf16", "--eval_images", 0, "--max_train_steps", 6))
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    rows = datasets.load_dataset("parquet", data_files=str(ROOT / "training/digits/data/validation.parquet"))["train"]
+    held_out = images_to_tensor(rows["image"][:16], channels=1)
+    assert StepLoss(held_out, pipeline.scheduler)(pipeline.unet) == pytest.approx(results["pruned"]["step_loss"], rel=1e-5)
 
 
 def test_images_that_do_not_fit_the_model(tmp_path: Path) -> None:

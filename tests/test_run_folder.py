@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import subprocess
@@ -95,6 +96,41 @@ def test_a_write_that_fails_at_the_end_is_one_clear_line(tmp_path: Path) -> None
     assert run.returncode != 0 and "Traceback" not in run.stderr
     assert len([line for line in run.stderr.splitlines() if line.startswith("prune_ddpm.py: error: ")]) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_of_a_run_that_did_not_end_is_kept(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"), overwrite=True)
+    folder.staging.mkdir()
+    (folder.staging / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="a run that did not end"):
+        folder.check()
+    assert (folder.staging / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "."])
+def test_what_the_run_reads_is_never_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="which this run reads"):
+        RunFolder(str(tmp_path / name), overwrite=True, inputs=[str(tmp_path / "model"), None]).check()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "abc"}),
+        ("unet/config.json", {"block_out_channels": None}),
+        ("unet/config.json", {"norm_num_groups": 0}),
+        ("model_index.json", {"unet": None}),
+        ("unet/config.json", {"out_channels": 2}),
+    ],
+)
+def test_broken_configurations_are_refused(file: str, change: dict, tmp_path: Path) -> None:
+    shutil.copytree(TEACHER, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="pretrained_model_name_or_path="):
+        load_dense_pipeline(str(tmp_path / "model"))
 
 
 def test_components_at_the_root(tmp_path: Path) -> None:

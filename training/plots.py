@@ -46,7 +46,7 @@ def plot_pruning(path: Path, report: dict) -> None:
     soft, end = report["phases"]["soft_end_step"], report["phases"]["hard_end_step"]
     figure, axes = plt.subplots(3, 2, figsize=(11, 9), constrained_layout=True)
     steps = curves["schedule_steps"]
-    axes[0, 0].plot(steps, curves["sparsity"], label="s_t (share of the target)")
+    axes[0, 0].plot(steps, curves["sparsity"], label="s_t (share of the cost removed)")
     axes[0, 0].plot(steps, curves["mask_value"], label="p_t (mask value)")
     axes[0, 0].set_title("schedules")
     axes[0, 0].legend()

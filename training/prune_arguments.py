@@ -19,6 +19,9 @@ from image_data import DataArguments
 __all__ = ["Arguments", "parse_arguments"]
 
 
+LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
 @dataclass
 class ModelArguments:
     """The dense model."""
@@ -84,7 +87,9 @@ class TrainingArguments:
     max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps of the whole run (>= 1)."})
     train_batch_size: int = field(default=64, metadata={"help": "Images per step (>= 1)."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW (> 0)."})
-    lr_scheduler: str = field(default="constant", metadata={"help": "Schedule, by its name in Diffusers."})
+    lr_scheduler: str = field(
+        default="constant", metadata={"help": "Schedule, by its name in Diffusers.", "choices": LR_SCHEDULERS}
+    )
     lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up (>= 0)."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Decay of AdamW's first moment, in [0, 1)."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's second moment, in [0, 1)."})
@@ -163,6 +168,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         groups,
         description="Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", choices=list(PRESETS), default="default")

@@ -1,6 +1,6 @@
 """Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.
 
-    accelerate launch training/prune_ddpm.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
+    accelerate launch --quiet training/prune_ddpm.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --target macs --ratio 0.5 --max_train_steps 100000 --output_dir runs/cifar10
 
 The method is that of Wan et al., arXiv 2501.09464: soft pruning with a falling mask value up to step N, hard pruning up to
@@ -18,17 +18,16 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune import GradientFlowPruner, PruneDDPMPipeline
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
 from image_data import endless_batches, load_images, stack_rows, train_dataloader
 from plots import plot_pruning, save_sample_grid
-from prune_arguments import Arguments, parse_arguments
+from prune_arguments import parse_arguments
 from reporting import describe_plan, pruning_report, results
 from run_folder import RunFolder, load_dense_pipeline, write_json
 
@@ -69,7 +68,7 @@ class CalibrationImages:
             images, labels = stack_rows([self.dataset[int(index)] for index in chosen])
             noise = torch.randn(images.shape, generator=self.generator)
             strata = torch.arange(self.batch_size) + torch.rand(self.batch_size, generator=self.generator)
-            timesteps = (strata * self.num_train_timesteps / self.batch_size).long()
+            timesteps = (strata * self.num_train_timesteps / self.batch_size).long().clamp_(max=self.num_train_timesteps - 1)
             batches.append((images, noise, timesteps) if labels is None else (images, noise, timesteps, labels))
         return batches
 
@@ -87,7 +86,7 @@ def training_loss(model, noise_scheduler, batch: dict[str, torch.Tensor]) -> tor
 
 
 def seconds_per_step(model, noise_scheduler, images, batch_size: int, device: torch.device) -> float:
-    """Time of one training step of the model as it is, from two steps on a copy, for the plan."""
+    """Time of a forward and backward of the dense model, the last of three on a copy, for the plan."""
     twin = copy.deepcopy(model).to(device).train().requires_grad_(True)
     pixels, labels = stack_rows([images[index % len(images)] for index in range(batch_size)])
     batch = {"pixel_values": pixels.to(device)}
@@ -97,6 +96,8 @@ def seconds_per_step(model, noise_scheduler, images, batch_size: int, device: to
         for _ in range(3):
             start = time.perf_counter()
             training_loss(twin, noise_scheduler, batch).backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -104,14 +105,18 @@ def main(argv: list[str] | None = None) -> None:
     """Prune as the command line says."""
     # 1. arguments, model, data: everything that can be wrong is found here
     args = parse_arguments(argv)
-    folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir)
+    inputs = (args.model.pretrained_model_name_or_path, args.data.dataset_name, args.data.train_data_dir)
+    folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir, inputs)
+    if not args.run.dry_run:
+        folder.check()
     accelerator = Accelerator(mixed_precision=args.training.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"num_processes={accelerator.num_processes}: run one process (accelerate launch --num_processes 1)")
     set_seed(args.run.seed)
     unet, noise_scheduler = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
     if unet.config.sample_size is None:
         raise ValueError("the model's config has sample_size=None: set it to the size the model was trained at")
-    conditional = unet.config.num_class_embeds is not None
-    images, held_out = load_images(args.data, unet.config.sample_size, unet.config.in_channels, conditional)
+    images, held_out = load_images(args.data, unet.config)
     dataloader = train_dataloader(images, args.training.train_batch_size, args.data.dataloader_num_workers, args.run.seed)
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     config = args.pruning.config(args.training.max_train_steps)
@@ -150,12 +155,14 @@ def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloa
         args.run.seed + 1,
     )
     held_out_images, held_out_labels = stack_rows([held_out[index] for index in range(len(held_out))])
-    step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
-    model, optimizer, dataloader, lr_scheduler = accelerator.prepare(unet, optimizer, dataloader, lr_scheduler)
-    dense.to(accelerator.device)
+    step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels, batch_size=args.evaluation.eval_batch_size)
+    # The model itself stays as it is: `prepare` would wrap its forward in autocast, for scores and measurements too.
+    unet.to(accelerator.device)
+    optimizer, dataloader, lr_scheduler = accelerator.prepare(optimizer, dataloader, lr_scheduler)
     if ema is not None:
         ema.to(accelerator.device)
-    dense_step_loss = step_loss(dense)
+    dense_step_loss = step_loss(dense.to(accelerator.device))
+    dense.to("cpu")  # until it is measured beside the pruned one
 
     # 3. training loop
     curves = Curves()
@@ -171,7 +178,6 @@ def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloa
         if pruner.finished and phase != "finetune":
             before = step_loss(unet)
             unet = pruner.compact(optimizer=optimizer.optimizer, ema=ema)
-            model = accelerator.prepare_model(unet)
             curves.compaction = {"step": step, "step_loss_masked": before, "step_loss_compacted": step_loss(unet)}
         if not pruner.finished:
             curves.schedule_steps.append(step)
@@ -194,7 +200,8 @@ def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloa
 
         # 3b. one training step
         clock = time.perf_counter()
-        loss = training_loss(model, noise_scheduler, next(batches))
+        with accelerator.autocast():
+            loss = training_loss(unet, noise_scheduler, next(batches))
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(
@@ -202,7 +209,7 @@ def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloa
                 f"look for broken weights in {args.model.pretrained_model_name_or_path}"
             )
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), t.max_grad_norm)
+        accelerator.clip_grad_norm_(unet.parameters(), t.max_grad_norm)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
@@ -229,14 +236,16 @@ def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloa
 
     # 4. measure, save, show
     if accelerator.is_main_process:
-        finish(args, folder, pruner, curves, unet, dense, noise_scheduler, images, step_loss, dense_step_loss)
+        dense.to(accelerator.device)
+        finish(args, folder, pruner, curves, unet, dense, noise_scheduler, images, held_out, step_loss, dense_step_loss)
 
 
-def finish(args: Arguments, folder, pruner, curves, unet, dense, noise_scheduler, images, step_loss, dense_step_loss):
+def finish(args, folder, pruner, curves, unet, dense, noise_scheduler, images, held_out, step_loss, dense_step_loss) -> None:
     """Write pipeline, results, report and pictures, and make the run folder appear."""
     unet.requires_grad_(False).eval()
-    DDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(folder.staging)
-    measured, dense_samples, samples = results(args, dense, unet, noise_scheduler, images, dense_step_loss, step_loss(unet))
+    PruneDDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(folder.staging)
+    losses = (dense_step_loss, step_loss(unet))
+    measured, dense_samples, samples = results(args, dense, unet, noise_scheduler, images, len(held_out), losses)
     write_json(folder.staging / "results.json", measured)
     report = pruning_report(args, pruner, curves, dense_step_loss)
     write_json(folder.staging / "pruning_report.json", report)

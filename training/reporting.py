@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["describe_plan", "package_versions", "pruning_report", "results"]
 
 FORMAT_VERSION = 1
 LATENCY_BATCH_SIZE = 16
+SSIM_WINDOW = 7
 
 
 def package_versions() -> dict[str, str]:
@@ -64,13 +66,15 @@ def describe_plan(pruner: GradientFlowPruner, args: Arguments, seconds_per_dense
     # Measured on the digits and CIFAR-10 models (benchmarks/cost.py): masks cost about a tenth of a step, a scoring pass
     # over one batch about three steps, and a compacted step what its MACs say.
     masked = 1.1 * seconds_per_dense_step * end
-    scoring = 3.0 * seconds_per_dense_step * len(updates) * args.pruning.calibration_batches
+    per_batch = {"gradient-flow": 3.0, "magnitude": 0.0, "random": 0.0}.get(config.criterion, 1.0)
+    images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or args.training.train_batch_size)
+    scoring = per_batch * seconds_per_dense_step * len(updates) * images / args.training.train_batch_size
     finetuning = seconds_per_dense_step * (1 - cost.removed("macs", pruner.planned_widths)) * (total - end)
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
         f"{args.pruning.calibration_batches} calibration batches",
         f"  time       about {_duration(masked + scoring + finetuning)} "
-        f"({seconds_per_dense_step:.3f} s for a dense step of {args.training.train_batch_size} images)",
+        f"without evaluation ({seconds_per_dense_step:.3f} s for a dense step of {args.training.train_batch_size} images)",
     ]
     return "\n".join(lines)
 
@@ -87,12 +91,19 @@ def _file_size(unet: nn.Module) -> int:
 
 
 def _reference_images(images, count: int) -> Tensor:
-    pixels, _ = stack_rows([images[index] for index in range(min(count, len(images)))])
+    plain = images.without_augmentation()
+    pixels, _ = stack_rows([plain[index] for index in range(min(count, len(plain)))])
     return pixels / 2 + 0.5
 
 
 def results(
-    args: Arguments, dense: nn.Module, pruned: nn.Module, noise_scheduler, images, dense_loss: float, pruned_loss: float
+    args: Arguments,
+    dense: nn.Module,
+    pruned: nn.Module,
+    noise_scheduler,
+    images,
+    num_held_out: int,
+    step_losses: tuple[float, float],
 ) -> tuple[dict, Tensor | None, Tensor | None]:
     """Measure the dense and the pruned model side by side.
 
@@ -102,7 +113,7 @@ def results(
     e = args.evaluation
     size = spatial_size(dense)
     measured: dict = {"format_version": FORMAT_VERSION}
-    for name, unet, loss in (("dense", dense, dense_loss), ("pruned", pruned, pruned_loss)):
+    for name, unet, loss in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
         measured[name] = {
             "parameters": count_parameters(unet),
             "macs": count_macs(unet),
@@ -118,7 +129,7 @@ def results(
         "eta": 0.0,
         "seed": e.eval_seed,
         "ema": args.training.use_ema,
-        "step_loss_images": args.data.validation_images,
+        "step_loss_images": num_held_out,
         "sample_size": list(size),
         "device": str(next(pruned.parameters()).device.type),
         "dtype": str(next(pruned.parameters()).dtype).removeprefix("torch."),
@@ -149,8 +160,10 @@ def results(
             measured[name]["fd_pixels"] = frechet_distance_pixels(samples[name], reference)
         measured["evaluation"]["fd_features"] = "raw pixels in [0, 1]"
         measured["evaluation"]["fd_reference_images"] = len(reference)
-    measured["pruned"]["ssim_to_dense"] = ssim_to_reference(samples["pruned"], samples["dense"])
-    measured["pruned"]["psnr_to_dense"] = psnr_to_reference(samples["pruned"], samples["dense"])
+    if min(size) >= SSIM_WINDOW:
+        measured["pruned"]["ssim_to_dense"] = ssim_to_reference(samples["pruned"], samples["dense"])
+    psnr = psnr_to_reference(samples["pruned"], samples["dense"])
+    measured["pruned"]["psnr_to_dense"] = psnr if math.isfinite(psnr) else None  # no difference at all
     return measured, samples["dense"], samples["pruned"]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -41,7 +42,7 @@ def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> tuple
         if not folder.is_dir():
             folder = Path(DDPMPipeline.download(name_or_path, revision=revision, use_safetensors=True))
         index = json.loads((folder / "model_index.json").read_text())
-        component = index.get("unet", [None, None])[1]
+        component = index["unet"][1]
         if component != "UNet2DModel":
             raise ValueError(f"its unet is a {component}, not a UNet2DModel")
         unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -52,12 +53,22 @@ def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> tuple
         unet, info = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, output_loading_info=True)
         scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
         scheduler = DDPMScheduler.from_pretrained(scheduler_folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
+        if scheduler.config.num_train_timesteps < 1:
+            raise ValueError(f"its scheduler has num_train_timesteps={scheduler.config.num_train_timesteps}")
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+        *(SafetensorError, HfHubHTTPError, HFValidationError),
+    ) as error:
         raise ValueError(f"{argument} cannot be loaded: {_first_line(error)}") from error
     # Diffusers leaves weights that a file lacks random, with a warning only.
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
         raise ValueError(f"{argument}: {len(wrong)} weights do not fit its config, first {wrong[0]}")
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"{argument} has in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}: models that "
+            f"also predict the variance cannot be pruned"
+        )
     return unet, scheduler
 
 
@@ -74,17 +85,28 @@ class RunFolder:
     Args:
         output_dir: The folder.
         overwrite: Whether an existing folder is replaced (at the end, not before).
-
-    Raises:
-        ValueError: The folder exists and may not be replaced, or cannot be created.
+        inputs: Paths that the run reads, which must not be replaced.
     """
 
-    def __init__(self, output_dir: str, overwrite: bool) -> None:
-        self.path = Path(output_dir)
+    def __init__(self, output_dir: str, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
+        self.path = Path(os.path.abspath(output_dir))
         self.overwrite = overwrite
-        self.staging = self.path.with_name(f".{self.path.name}.incomplete")
-        if self.path.exists() and not overwrite:
-            raise ValueError(f"output_dir={output_dir} exists: name another folder, or pass --overwrite_output_dir")
+        self.inputs = [Path(os.path.abspath(name)) for name in inputs if name and Path(name).exists()]
+        self.staging = self.path.parent / f".{self.path.name}.incomplete"
+
+    def check(self) -> None:
+        """Refuse a folder that may not be written.
+
+        Raises:
+            ValueError: It exists and may not be replaced, holds what the run reads, or an earlier run left a model beside it.
+        """
+        for name in self.inputs:
+            if self.path == name or self.path in name.parents:
+                raise ValueError(f"output_dir={self.path} holds {name}, which this run reads")
+        if self.path.exists() and not self.overwrite:
+            raise ValueError(f"output_dir={self.path} exists: name another folder, or pass --overwrite_output_dir")
+        if (self.staging / "model_index.json").exists():
+            raise ValueError(f"{self.staging} holds the model of a run that did not end: move or remove it first")
 
     def prepare(self, model: nn.Module) -> None:
         """Make the hidden folder, and check that a pipeline with `model` will fit on the disk."""

@@ -1,8 +1,7 @@
 """Train a dense DDPM from scratch: the teacher that `prune_ddpm.py` then makes smaller.
 
-    accelerate launch training/train_ddpm.py --model_config training/digits/unet_config.json \
-        --dataset_name training/digits --output_dir training/digits/teacher \
-        --train_batch_size 128 --max_train_steps 8000 --learning_rate 5e-4
+    accelerate launch --quiet training/train_ddpm.py --model_config training/digits/unet_config.json \
+        --dataset_name training/digits --output_dir runs/digits-teacher --max_train_steps 8000
 
 The loss is the simple noise-prediction loss of Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the weights that
 are saved are their exponential moving average. Arguments are named as in Diffusers' `train_unconditional.py`. For anything
@@ -52,6 +51,11 @@ class TrainArguments:
     validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches, noise and timesteps."})
 
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "max_train_steps", "ddpm_num_steps", "validation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
 
 def main() -> None:
     parser = HfArgumentParser((TrainArguments, DataArguments), description=__doc__.splitlines()[0])
@@ -62,14 +66,19 @@ def main() -> None:
     # 1. model, data, optimizer
     accelerator = Accelerator()
     set_seed(args.seed)
-    model = UNet2DModel.from_config(json.loads(Path(args.model_config).read_text()))
+    try:
+        model = UNet2DModel.from_config(json.loads(Path(args.model_config).read_text()))
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"model_config={args.model_config} makes no UNet2DModel: {error}") from error
     noise_scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
         prediction_type=args.prediction_type,
     )
     conditional = model.config.num_class_embeds is not None
-    images, held_out = load_images(data_args, model.config.sample_size, model.config.in_channels, conditional)
+    if model.config.sample_size is None:
+        raise ValueError(f"model_config={args.model_config} has no sample_size")
+    images, held_out = load_images(data_args, model.config)
     dataloader = train_dataloader(images, args.train_batch_size, data_args.dataloader_num_workers, args.seed)
     held_out_images, held_out_labels = stack_rows([held_out[index] for index in range(len(held_out))])
     step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)

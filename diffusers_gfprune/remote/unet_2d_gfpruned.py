@@ -302,6 +302,8 @@ def _set_static_attributes(unet: nn.Module, attention_heads: Mapping[str, int]) 
         elif isinstance(module, (Upsample2D, Downsample2D)) and isinstance(getattr(module, "conv", None), nn.Conv2d):
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
         elif isinstance(module, Attention):
+            if module.heads < 1:
+                raise ValueError(f"attention_head_dim leaves {name} ({module.query_dim} channels) no head")
             heads = attention_heads.get(name, module.heads)
             inner, head_dim = module.to_q.out_features, module.inner_dim // module.heads
             if not _is_int(heads) or not 1 <= heads <= module.heads or inner % heads or inner // heads > head_dim:
