@@ -186,12 +186,43 @@ def memory_in_process(model: str, what: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def table(found: dict) -> str:
+    """Markdown: what was asked for, and what was measured."""
+    lines = ["| | wanted (digits / CIFAR-10) | digits teacher | CIFAR-10 configuration |", "|---|---|---|---|"]
+
+    def row(title: str, wanted: str, value: Callable[[dict], str]) -> None:
+        lines.append("| " + " | ".join([title, wanted, *(value(found[model]) for model in BATCH_SIZES)]) + " |")
+
+    row("batch size", "", lambda m: str(m["batch_size"]))
+    row("masked step / plain step", "≤ 1.25 / ≤ 1.10", lambda m: f"{m['masked_step']['ratio']:.2f}")
+    for hvp, most in (("exact", "≤ 5"), ("finite-difference", "≤ 4")):
+        for batches, title in (("mean", "of the mean loss"), ("each", "batch by batch")):
+            name = f"scoring k batches / k plain steps: {hvp}, {title}"
+            row(name, most, lambda m, key=f"scoring_{hvp}_{batches}": f"{m[key]['ratio']:.2f}")
+    for hvp, most in (("exact", "≤ 2.5"), ("finite-difference", "≤ 1.2")):
+        row(f"peak memory of scoring / of a step: {hvp}", most, lambda m, key=hvp: f"{m['peak_memory_ratio'][key]:.2f}")
+    row(
+        "speed-up of the compacted forward, batch 16, `channel_multiple=8` (promised by MACs)",
+        "≥ 80 % of the promise",
+        lambda m: "{speed_up:.2f} ({promised_by_macs:.2f}): {share:.0f} %".format(
+            **m["compacted_forward"], share=100 * m["compacted_forward"]["share_of_promise"]
+        ),
+    )
+    row("tracing, attaching, ranking by magnitude", "≤ 5 s", lambda m: f"{m['setup']['trace_attach_rank_seconds']:.1f} s")
+    row("compaction", "≤ 5 s", lambda m: f"{m['setup']['compaction_seconds']:.1f} s")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(BATCH_SIZES), default=list(BATCH_SIZES))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/cost.json")
     parser.add_argument("--memory", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="print the table of an existing file and stop")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.output.read_text())))
+        return
     if args.memory:
         print(peak_memory(*args.memory))
         return
