@@ -19,7 +19,7 @@ A criterion is a function from a `ScoringContext` to scores by group name; `regi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -109,13 +109,29 @@ class ScoringContext:
         found = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=create_graph)
         return dict(zip(self.parameters, found))
 
+    def summed_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Gradient of a sum of scalars by parameter name, added up in place as they come.
+
+        Autograd adds into `.grad`, so that no second set of gradients is ever held; a user's own `.grad` is put back.
+        """
+        parameters = list(self.parameters.values())
+        held = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            for loss in losses:
+                torch.autograd.backward(loss, inputs=parameters)
+            return {
+                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                for name, parameter in self.parameters.items()
+            }
+        finally:
+            for parameter, gradient in zip(parameters, held):
+                parameter.grad = gradient
+
     def mean_gradient(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
         """Gradient of the mean loss over batches."""
-        total: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, gradient in self.gradients(self.loss(batch) / len(batches)).items():
-                total[name] = total[name].add_(gradient) if name in total else gradient
-        return total
+        return self.summed_gradients(self.loss(batch) / len(batches) for batch in batches)
 
     def reduce(self, contributions: Mapping[str, Tensor], aggregation: str) -> Scores:
         """Sum per-weight contributions over the slices of each channel.
@@ -245,15 +261,15 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
 def _exact_product(context: ScoringContext, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
     """H g of the mean loss over `batches`, by double backward: d(g . v)/dtheta with v = g held constant."""
     vector = context.mean_gradient(batches) if len(batches) > 1 else None
-    total: dict[str, Tensor] = {}
-    for batch in batches:
-        gradient = context.gradients(context.loss(batch) / len(batches), create_graph=True)
-        held = vector or {name: value.detach() for name, value in gradient.items()}
-        product = context.gradients(sum((gradient[name] * held[name]).sum() for name in gradient))
-        del gradient
-        for name, value in product.items():
-            total[name] = total[name].add_(value) if name in total else value
-    return total
+
+    def directional_derivatives() -> Iterator[Tensor]:
+        for batch in batches:
+            gradient = context.gradients(context.loss(batch) / len(batches), create_graph=True)
+            products = [(g * (vector[name] if vector else g.detach())).sum() for name, g in gradient.items()]
+            del gradient
+            yield torch.stack(products).sum()
+
+    return context.summed_gradients(directional_derivatives())
 
 
 # Length of the step relative to the weights. The gradient is a steep direction: truncation errors show long before eps^(1/3),
@@ -273,21 +289,25 @@ def _difference_product(context: ScoringContext, batches: Sequence[CalibrationBa
     relative = max(FINITE_DIFFERENCE_STEPS[parameter.dtype] for parameter in context.parameters.values())
     step = float(relative * size / length)
     saved = {name: parameter.detach().clone() for name, parameter in context.parameters.items()}
-    product: dict[str, Tensor] = {}
-    try:
+    scale = 1 / (2 * step * len(batches))
+
+    def scaled_losses() -> Iterator[Tensor]:
         for sign in (1.0, -1.0):
-            for name, parameter in context.parameters.items():
-                torch.add(saved[name], vector[name], alpha=sign * step, out=parameter.data)
+            with torch.no_grad():
+                for name, parameter in context.parameters.items():
+                    if sign > 0:
+                        parameter.data.add_(vector.pop(name), alpha=step)
+                    else:  # the mirror image, rounding included
+                        parameter.data.copy_(2 * saved[name] - parameter.data)
             for batch in batches:
-                with torch.enable_grad():
-                    gradient = context.gradients(context.loss(batch) * (sign / (2 * step * len(batches))))
-                for name, value in gradient.items():
-                    product[name] = product[name].add_(value) if name in product else value
-                del gradient  # before the next one is made
+                yield context.loss(batch) * (sign * scale)
+
+    try:
+        with torch.enable_grad():
+            return context.summed_gradients(scaled_losses())
     finally:
         for name, parameter in context.parameters.items():
             parameter.data.copy_(saved[name])
-    return product
 
 
 # --- criteria ----------------------------------------------------------------------------------------------------------
@@ -328,11 +348,8 @@ def _diff_pruning(context: ScoringContext) -> Scores:
         if bucket_loss < largest * context.config.diff_pruning_threshold:
             last = bucket[0].item() - 1
             break
-    total: dict[str, Tensor] = {}
-    for batch in context.batches:
-        loss = context.loss(batch, (batch[2] <= last).float().to(next(iter(context.parameters.values())).device))
-        for name, gradient in context.gradients(loss).items():
-            total[name] = total[name].add_(gradient) if name in total else gradient
+    device = next(iter(context.parameters.values())).device
+    total = context.summed_gradients(context.loss(batch, (batch[2] <= last).float().to(device)) for batch in context.batches)
     return context.reduce({n: context.parameters[n].detach() * g for n, g in total.items()}, "sum_abs")
 
 

@@ -68,6 +68,7 @@ class ChannelMasks(nn.Module):
         self.groups = {group.name: group for group in groups}
         for group in groups:
             self.register_buffer(self._key(group.name), torch.ones(group.num_channels))
+        self.version = 0  # of the values, for what is computed from them
         self.all_ones = True  # lets a model without a masked channel run its native kernels
         self.register_load_state_dict_post_hook(lambda module, _: module._refresh())
 
@@ -99,6 +100,7 @@ class ChannelMasks(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
+        self.version += 1
         self.all_ones = all(bool((self[name] == 1).all()) for name in self.groups)
 
     @contextmanager
@@ -172,9 +174,20 @@ class MaskedGroupNorm(nn.GroupNorm):
             return super().forward(input)
         sizes = (self.num_channels // self.num_groups,) * self.num_groups
         membership, _ = norm_tables(sizes, input.device)
-        weights = membership * vector().float()[:, None]  # (channels, groups)
-        weights = weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+        weights = self._weights(vector, membership)
         return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
+
+    def _weights(self, vector: MaskVector, membership: Tensor) -> Tensor:
+        """Weights of channels in their groups with shape `(channels, groups)`, kept until masks change or move."""
+        version, device = vector.owner[0].version, membership.device
+        if torch.compiler.is_compiling() or self.weights_cache is None or self.weights_cache[:2] != (version, device):
+            with torch.inference_mode(False):
+                weights = membership * vector().float()[:, None]
+                weights = weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+            if torch.compiler.is_compiling():
+                return weights
+            self.weights_cache = (version, device, weights)
+        return self.weights_cache[2]
 
 
 def _refuse_to_save(*args, **kwargs):
@@ -225,6 +238,7 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
         if isinstance(module, nn.GroupNorm) and not isinstance(module, MaskedGroupNorm):
             module.__class__ = MaskedGroupNorm
             module.channel_mask = (vector,)
+            module.weights_cache = None
         mask = ChannelMask(vector, dim, parameter.ndim).to(parameter.device)
         parametrize.register_parametrization(module, parameter_name, mask)
     parameter = next(unet.parameters())
@@ -242,7 +256,7 @@ def detach(unet: nn.Module) -> None:
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         if isinstance(module, MaskedGroupNorm):
             module.__class__ = nn.GroupNorm
-            del module.channel_mask
+            del module.channel_mask, module.weights_cache
     if hasattr(unet, MASKS_MODULE):
         delattr(unet, MASKS_MODULE)
         del unet.save_pretrained

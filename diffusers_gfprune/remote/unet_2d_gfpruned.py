@@ -70,11 +70,14 @@ def _fast_forward(x, weights, membership, gamma, beta, eps):
     """`_normalize` in two passes over `x`, and the statistics."""
     batch, channels, positions = x.shape
     # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
-    _, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
+    normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
     mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
     var = (rstd**-2 - eps).clamp_min_(0)
-    scale, shift, group_mean, inverse_std = _scale_and_shift(mean, var, weights, membership, gamma, beta, eps)
-    return torch.addcmul(shift[:, :, None], x, scale[:, :, None]), (mean, rstd, scale, group_mean, inverse_std)
+    scale, _, group_mean, inverse_std = _scale_and_shift(mean, var, weights, membership, gamma, beta, eps)
+    # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's.
+    shift = torch.addcmul(beta, mean - group_mean, scale)
+    output = torch.addcmul(shift[:, :, None], normalized, (scale / rstd)[:, :, None], out=normalized)
+    return output, (mean, rstd, scale, group_mean, inverse_std)
 
 
 class _WeightedGroupNorm(torch.autograd.Function):
@@ -111,9 +114,9 @@ class _WeightedGroupNorm(torch.autograd.Function):
         grad_sum = grad_sum.view(batch, channels)
         centred = torch.addcmul(grad_x_sum.view(batch, channels) / rstd, mean - group_mean, grad_sum)  # x - mean_g
         # d loss / d mean_g and d loss / d var_g, and from there to the channels that each statistic is made of
-        d_var = -0.5 * gamma * centred * inverse_std**3
-        p = ((d_var @ membership) @ weights.t()).mul_(2 / positions)  # (B, C): coefficient of (x - mean_g)
-        q = torch.addcmul((((-scale * grad_sum) @ membership) @ weights.t()) / positions, p, group_mean, value=-1)
+        d_both = torch.cat([centred * scale * inverse_std.square(), scale * grad_sum])  # (2 B, C)
+        p, q = ((d_both @ membership) @ weights.t()).mul_(-1 / positions).chunk(2)  # p: coefficient of (x - mean_g)
+        q = torch.addcmul(q, p, group_mean, value=-1)
         grad_input = torch.addcmul(q[:, :, None], x, p[:, :, None]).addcmul_(grad, scale[:, :, None])
         return grad_input, None, None, (centred * inverse_std).sum(dim=0), grad_sum.sum(dim=0), None
 
