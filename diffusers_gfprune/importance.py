@@ -277,6 +277,19 @@ def _exact_product(context: ScoringContext, batches: Sequence[CalibrationBatch])
 FINITE_DIFFERENCE_STEPS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 
+def _halves(batches: Sequence[CalibrationBatch]) -> list[tuple[CalibrationBatch, float]]:
+    """Each batch in two parts, with the weights that make their losses sum to the mean loss.
+
+    Differences hold two more copies of the weights than a training step does; half a batch at a time, they fit where
+    training fits, and sums of gradients do not notice.
+    """
+    return [
+        (part, len(part[0]) / (len(batch[0]) * len(batches)))
+        for batch in batches
+        for part in zip(*(column.split((len(column) + 1) // 2) for column in batch))
+    ]
+
+
 @torch.no_grad()
 def _difference_product(context: ScoringContext, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
     """H g = (grad L(theta + h g) - grad L(theta - h g)) / 2h + O(h^2). Weights are put back bit for bit."""
@@ -289,7 +302,6 @@ def _difference_product(context: ScoringContext, batches: Sequence[CalibrationBa
     relative = max(FINITE_DIFFERENCE_STEPS[parameter.dtype] for parameter in context.parameters.values())
     step = float(relative * size / length)
     saved = {name: parameter.detach().clone() for name, parameter in context.parameters.items()}
-    scale = 1 / (2 * step * len(batches))
 
     def scaled_losses() -> Iterator[Tensor]:
         for sign in (1.0, -1.0):
@@ -299,8 +311,8 @@ def _difference_product(context: ScoringContext, batches: Sequence[CalibrationBa
                         parameter.data.add_(vector.pop(name), alpha=step)
                     else:  # the mirror image, rounding included
                         parameter.data.copy_(2 * saved[name] - parameter.data)
-            for batch in batches:
-                yield context.loss(batch) * (sign * scale)
+            for part, weight in _halves(batches):
+                yield context.loss(part) * (sign * weight / (2 * step))
 
     try:
         with torch.enable_grad():
