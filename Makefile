@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
 
-prune: install ## prune the digits DDPM that ships with the repository (about five minutes on two cores)
+prune: install ## prune the digits DDPM that ships with the repository (about four minutes on two cores)
 	$(LAUNCH) training/prune_ddpm.py \
 		--pretrained_model_name_or_path training/digits/teacher --dataset_name training/digits \
 		--target macs --ratio 0.5 --max_train_steps 1500 --train_batch_size 64 --calibration_batches 4 \
