@@ -28,6 +28,8 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from .evaluation.cost import example_inputs
+
 __all__ = ["ChannelGroup", "GroupSlice", "trace_channel_groups"]
 
 SUPPORTED_BLOCKS = {
@@ -117,19 +119,6 @@ def _meta_twin(unet: UNet2DModel) -> UNet2DModel:
     return twin
 
 
-def example_inputs(unet: UNet2DModel, height: int, width: int, device: str = "meta") -> dict[str, torch.Tensor]:
-    """Inputs of one forward at batch 1, for tracing and counting."""
-    inputs = {
-        "sample": torch.zeros(1, unet.config.in_channels, height, width, device=device),
-        "timestep": torch.ones(1, dtype=torch.long, device=device),
-    }
-    if unet.config.class_embed_type == "identity":
-        inputs["class_labels"] = torch.zeros(1, unet.time_embedding.linear_2.out_features, device=device)
-    elif unet.class_embedding is not None:
-        inputs["class_labels"] = torch.zeros(1, dtype=torch.long, device=device)
-    return inputs
-
-
 Element = tuple[str, str, int]  # module, "out" or "in", channel index
 
 
@@ -143,7 +132,7 @@ def _dependent_elements(twin: UNet2DModel) -> list[tuple[Element, Element]]:
         warnings.simplefilter("ignore")
         graph = tp.DependencyGraph().build_dependency(
             twin.eval(),
-            example_inputs(twin, side, side),
+            example_inputs(twin, side, side, device="meta"),
             output_transform=lambda output: output.sample,
             ignored_params=[p for p in twin.parameters() if not p.requires_grad],
             verbose=False,

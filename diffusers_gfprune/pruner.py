@@ -200,7 +200,8 @@ class GradientFlowPruner:
             if not self.history:
                 raise ValueError(f"step={step} is past the last ranking, and none was made: call step() from 0 on")
             self.finished = True
-            self._warn_if_missed()
+            if self.config.ranking == "global":  # whose widths were not known before
+                self._warn_if_missed()
         return update
 
     def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:

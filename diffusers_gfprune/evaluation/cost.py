@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-__all__ = ["count_macs", "count_parameters", "layer_positions", "measure_latency", "spatial_size"]
+__all__ = ["count_macs", "count_parameters", "example_inputs", "layer_positions", "measure_latency", "spatial_size"]
 
 
 def spatial_size(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
@@ -39,6 +39,36 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def example_inputs(
+    unet: nn.Module,
+    height: int,
+    width: int,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """Arguments of a forward, for tracing, counting and timing: zeros, with labels where the model wants them.
+
+    Args:
+        unet: A `UNet2DModel` or subclass.
+        height: Of the sample in pixels.
+        width: Of the sample in pixels.
+        batch_size: Samples.
+        device: Where the arguments lie.
+        dtype: Of the sample.
+    """
+    where = {"device": device}
+    inputs = {
+        "sample": torch.zeros(batch_size, unet.config.in_channels, height, width, dtype=dtype, **where),
+        "timestep": torch.zeros(batch_size, dtype=torch.long, **where),
+    }
+    if unet.config.class_embed_type == "identity":
+        inputs["class_labels"] = torch.zeros(batch_size, unet.time_embedding.linear_2.out_features, dtype=dtype, **where)
+    elif unet.class_embedding is not None:
+        inputs["class_labels"] = torch.zeros(batch_size, dtype=torch.long, **where)
+    return inputs
+
+
 def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
     """Output positions of every convolution and linear layer, and tokens of every attention, in one forward at batch 1.
 
@@ -47,13 +77,6 @@ def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None =
     height, width = spatial_size(unet, sample_size)
     with torch.device("meta"):
         twin = type(unet).from_config(unet.config).eval()
-        labels = None
-        if twin.config.class_embed_type == "identity":
-            labels = torch.zeros(1, twin.time_embedding.linear_2.out_features)
-        elif twin.class_embedding is not None:
-            labels = torch.zeros(1, dtype=torch.long)
-        sample = torch.zeros(1, twin.config.in_channels, height, width)
-        timestep = torch.zeros(1, dtype=torch.long)
     positions: dict[str, int] = {}
 
     def record(name: str):
@@ -71,7 +94,7 @@ def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None =
         if isinstance(module, (nn.Conv2d, nn.Linear, Attention)):
             module.register_forward_hook(record(name))
     with torch.no_grad():
-        twin(sample, timestep, class_labels=labels)
+        twin(**example_inputs(twin, height, width, device="meta"))
     return positions
 
 
@@ -119,16 +142,12 @@ def measure_latency(
     height, width = spatial_size(unet, sample_size)
     parameter = next(unet.parameters())
     model = copy.deepcopy(unet).eval()
-    sample = torch.randn(batch_size, unet.config.in_channels, height, width, device=parameter.device, dtype=parameter.dtype)
-    labels = None
-    if model.config.class_embed_type == "identity":
-        labels = sample.new_zeros(batch_size, model.time_embedding.linear_2.out_features)
-    elif model.class_embedding is not None:
-        labels = torch.zeros(batch_size, dtype=torch.long, device=parameter.device)
+    inputs = example_inputs(model, height, width, batch_size, parameter.device, parameter.dtype)
+    inputs["sample"].normal_()
     times = []
     for index in range(warmup + repeats):
         start = time.perf_counter()
-        model(sample, 500, class_labels=labels)
+        model(**inputs)
         if parameter.device.type == "cuda":
             torch.cuda.synchronize()
         if index >= warmup:
