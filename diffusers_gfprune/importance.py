@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .channel_groups import ChannelGroup
 from .configuration import GFPruneConfig
+from .double_backward import LeanDoubleBackward
 from .evaluation.eval_mode import evaluating
 from .evaluation.step_loss import noise_target
 from .masking import MASKS_MODULE, dense_parameters
@@ -182,6 +183,7 @@ def _scoring_mode(context: ScoringContext) -> Iterator[None]:
             torch.autocast(next(unet.parameters()).device.type, enabled=False),
             masks.suspended() if masks is not None and config.score_at == "dense" else nullcontext(),
             nullcontext() if once else sdpa_kernel(SDPBackend.MATH),
+            nullcontext() if once else LeanDoubleBackward(),
         ):
             yield
     finally:

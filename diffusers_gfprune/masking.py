@@ -19,7 +19,7 @@ There is one stored mask per channel group, a buffer of the `ChannelMasks` modul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .channel_groups import ChannelGroup
-from .remote.unet_2d_gfpruned import norm_tables, weighted_group_norm
+from .double_backward import weighted_group_norm
+from .remote.unet_2d_gfpruned import norm_tables
 
 __all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "detach", "dense_parameters"]
 
@@ -135,6 +136,16 @@ class MaskVector(nn.Module):
         in_order = torch.equal(source, torch.arange(length))
         self.register_buffer("source", None if in_order else source, persistent=False)
 
+    @property
+    def all_ones(self) -> bool:
+        """Whether the model runs as if nothing were masked."""
+        return self.owner[0].all_ones
+
+    @property
+    def version(self) -> int:
+        """Of the values."""
+        return self.owner[0].version
+
     def forward(self) -> Tensor:
         """The mask with shape `(length,)`."""
         masks = self.owner[0]
@@ -143,6 +154,17 @@ class MaskVector(nn.Module):
             pieces.append(pieces[0].new_ones(1))
         vector = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return vector if self.source is None else vector[self.source]
+
+
+def _kept_per_version(holder: nn.Module, vector: MaskVector, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` computes from a mask, until masks change or the model moves (which changes `key`)."""
+    if torch.compiler.is_compiling():
+        return make()
+    key = (vector.version, *key)
+    if holder.kept is None or holder.kept[0] != key:
+        with torch.inference_mode(False):
+            holder.kept = (key, make())
+    return holder.kept[1]
 
 
 class ChannelMask(nn.Module):
@@ -158,11 +180,13 @@ class ChannelMask(nn.Module):
         super().__init__()
         self.vector = vector
         self.shape = [-1 if axis == dim else 1 for axis in range(ndim)]
+        self.kept: tuple | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.vector.owner[0].all_ones:
+        if self.vector.all_ones:
             return weight
-        return weight * self.vector().view(self.shape).to(weight.dtype)
+        key = weight.dtype, weight.device
+        return weight * _kept_per_version(self, self.vector, key, lambda: self.vector().view(self.shape).to(weight.dtype))
 
 
 class MaskedGroupNorm(nn.GroupNorm):
@@ -170,24 +194,18 @@ class MaskedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         (vector,) = self.channel_mask
-        if vector.owner[0].all_ones:
+        if vector.all_ones:
             return super().forward(input)
         sizes = (self.num_channels // self.num_groups,) * self.num_groups
         membership, _ = norm_tables(sizes, input.device)
-        weights = self._weights(vector, membership)
+        weights = _kept_per_version(self, vector, (input.device,), lambda: _norm_weights(vector(), membership))
         return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
 
-    def _weights(self, vector: MaskVector, membership: Tensor) -> Tensor:
-        """Weights of channels in their groups with shape `(channels, groups)`, kept until masks change or move."""
-        version, device = vector.owner[0].version, membership.device
-        if torch.compiler.is_compiling() or self.weights_cache is None or self.weights_cache[:2] != (version, device):
-            with torch.inference_mode(False):
-                weights = membership * vector().float()[:, None]
-                weights = weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-            if torch.compiler.is_compiling():
-                return weights
-            self.weights_cache = (version, device, weights)
-        return self.weights_cache[2]
+
+def _norm_weights(mask: Tensor, membership: Tensor) -> Tensor:
+    """Weights of channels in their norm groups, `(channels, groups)`; zeros for a group that is masked whole."""
+    weights = membership * mask.float()[:, None]
+    return weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _refuse_to_save(*args, **kwargs):
@@ -238,7 +256,7 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
         if isinstance(module, nn.GroupNorm) and not isinstance(module, MaskedGroupNorm):
             module.__class__ = MaskedGroupNorm
             module.channel_mask = (vector,)
-            module.weights_cache = None
+            module.kept = None
         mask = ChannelMask(vector, dim, parameter.ndim).to(parameter.device)
         parametrize.register_parametrization(module, parameter_name, mask)
     parameter = next(unet.parameters())
@@ -256,7 +274,7 @@ def detach(unet: nn.Module) -> None:
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         if isinstance(module, MaskedGroupNorm):
             module.__class__ = nn.GroupNorm
-            del module.channel_mask, module.weights_cache
+            del module.channel_mask, module.kept
     if hasattr(unet, MASKS_MODULE):
         delattr(unet, MASKS_MODULE)
         del unet.save_pretrained

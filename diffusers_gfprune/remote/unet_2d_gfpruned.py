@@ -52,76 +52,87 @@ MAX_PARAMETERS = 2**33
 def _normalize(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The equations of the module docstring as plain, differentiable operations; `x` has shape `(B, C, N)`."""
     mean, var = x.mean(dim=2), x.var(dim=2, correction=0)  # (B, C)
-    scale, shift, _, _ = _scale_and_shift(mean, var, weights, membership, gamma, beta, eps)
-    return torch.addcmul(shift[:, :, None], x, scale[:, :, None])
+    group_mean, offset, inverse_std = _group_statistics(mean, var, weights, membership, eps)
+    scale = gamma * inverse_std
+    return torch.addcmul((beta - group_mean * scale)[:, :, None], x, scale[:, :, None])
 
 
-def _scale_and_shift(mean, var, weights, membership, gamma, beta, eps):
-    """Channel moments `(B, C)` to `y = x * scale + shift`, and what the backward pass needs of the way there."""
+def _group_statistics(mean, var, weights, membership, eps):
+    """From moments of channels, `(B, C)`: the mean of their groups, their distance from it, and 1/std of their groups."""
     group_mean = (mean @ weights) @ membership.t()  # (B, G), then each channel gets its group's
     offset = mean - group_mean
-    group_var = (torch.addcmul(var, offset, offset) @ weights) @ membership.t()
-    inverse_std = torch.rsqrt(group_var + eps)
-    scale = gamma * inverse_std
-    return scale, torch.addcmul(beta, group_mean, scale, value=-1), group_mean, inverse_std
+    group_var = torch.addcmul(var, offset, offset) @ weights
+    return group_mean, offset, torch.rsqrt(group_var + eps) @ membership.t()
 
 
-def _fast_forward(x, weights, membership, gamma, beta, eps):
-    """`_normalize` in two passes over `x`, and the statistics."""
+def norm_forward(x, weights, membership, gamma, beta, eps):
+    """`_normalize` in two passes over `x`, and the statistics `(B, C)`: mean and 1/std of channels, scale, mean and 1/std of
+    their groups."""
     batch, channels, positions = x.shape
     # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
     normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
     mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
-    var = (rstd**-2 - eps).clamp_min_(0)
-    scale, _, group_mean, inverse_std = _scale_and_shift(mean, var, weights, membership, gamma, beta, eps)
-    # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's.
-    shift = torch.addcmul(beta, mean - group_mean, scale)
-    output = torch.addcmul(shift[:, :, None], normalized, (scale / rstd)[:, :, None], out=normalized)
+    var = rstd.pow(-2).sub_(eps).clamp_min_(0)
+    group_mean, offset, inverse_std = _group_statistics(mean, var, weights, membership, eps)
+    scale = gamma * inverse_std
+    # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's. Kernels
+    # with one broadcast operand are vectorized, those with two are not.
+    shift = torch.addcmul(beta, offset, scale)
+    output = normalized.mul_((scale / rstd)[:, :, None]).add_(shift[:, :, None])
     return output, (mean, rstd, scale, group_mean, inverse_std)
 
 
-class _WeightedGroupNorm(torch.autograd.Function):
-    """`_normalize` with few passes over `x`.
+def channel_sums(grad, x, mean, rstd, group_mean):
+    """Sums of `grad` and of `grad * (x - group_mean)` over positions, each `(B, C)`, in one pass."""
+    batch, channels, positions = x.shape
+    # The native kernel takes samples and channels together for the channels of a single sample.
+    rows = batch * channels
+    _, grad_x_sum, grad_sum = torch.ops.aten.native_group_norm_backward(
+        grad, x, mean.view(1, rows), rstd.view(1, rows), None, 1, rows, positions, rows, [False, True, True]
+    )
+    grad_sum = grad_sum.view(batch, channels)
+    return grad_sum, torch.addcmul(grad_x_sum.view(batch, channels) / rstd, mean - group_mean, grad_sum)
 
-    Autograd would keep and re-read five tensors of the size of `x`. Below, the gradient of `x` is an affine function of
-    the output gradient and `x` with coefficients per channel: dx = g * scale + x * p + q.
-    """
+
+def norm_backward(grad, x, weights, membership, gamma, mean, rstd, scale, group_mean, inverse_std):
+    """Gradients of `x`, `gamma` and `beta`, and the channel sums. That of `x` is an affine function of `grad` and `x` with
+    coefficients per channel, dx = g * scale + x * p + q."""
+    grad_sum, centred = channel_sums(grad, x, mean, rstd, group_mean)
+    # d loss / d mean_g and d loss / d var_g, and from there to the channels that each statistic is made of
+    d_both = torch.cat([centred * scale * inverse_std.square(), scale * grad_sum])  # (2 B, C)
+    p, q = ((d_both @ membership) @ weights.t()).mul_(-1 / x.shape[2]).chunk(2)  # p: coefficient of (x - mean_g)
+    q = torch.addcmul(q, p, group_mean, value=-1)
+    dx = torch.mul(x, p[:, :, None]).add_(q[:, :, None]).addcmul_(grad, scale[:, :, None])
+    return dx, (centred * inverse_std).sum(dim=0), grad_sum.sum(dim=0), grad_sum, centred
+
+
+class _WeightedGroupNorm(torch.autograd.Function):
+    """`_normalize` with few passes over `x`: autograd would keep and re-read five tensors of its size."""
 
     @staticmethod
     def forward(ctx, x, weights, membership, gamma, beta, eps):
-        output, statistics = _fast_forward(x, weights, membership, gamma, beta, eps)
-        ctx.save_for_backward(x, weights, membership, gamma, beta, *statistics)
+        output, statistics = norm_forward(x, weights, membership, gamma, beta, eps)
+        ctx.save_for_backward(x, weights, membership, gamma, *statistics, beta)
         ctx.eps = eps
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        x, weights, membership, gamma, beta, mean, rstd, scale, group_mean, inverse_std = ctx.saved_tensors
+        *saved, beta = ctx.saved_tensors
         if torch.is_grad_enabled():  # a double backward: let autograd differentiate the plain form
+            x, weights, membership, gamma, *_ = saved
             needed = ctx.needs_input_grad
             wanted = [t for t, need in ((x, needed[0]), (gamma, needed[3]), (beta, needed[4])) if need]
             y = _normalize(x, weights, membership, gamma, beta, ctx.eps)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return tuple(next(found) if need else None for need in needed)
-        batch, channels, positions = x.shape
-        grad = grad.contiguous()
-        # Sums over positions, per sample and channel, of grad * (x - mean) / std and of grad, in one pass: the native kernel
-        # takes samples and channels together for the channels of a single sample.
-        rows = batch * channels
-        _, grad_x_sum, grad_sum = torch.ops.aten.native_group_norm_backward(
-            grad, x, mean.view(1, rows), rstd.view(1, rows), None, 1, rows, positions, rows, [False, True, True]
-        )
-        grad_sum = grad_sum.view(batch, channels)
-        centred = torch.addcmul(grad_x_sum.view(batch, channels) / rstd, mean - group_mean, grad_sum)  # x - mean_g
-        # d loss / d mean_g and d loss / d var_g, and from there to the channels that each statistic is made of
-        d_both = torch.cat([centred * scale * inverse_std.square(), scale * grad_sum])  # (2 B, C)
-        p, q = ((d_both @ membership) @ weights.t()).mul_(-1 / positions).chunk(2)  # p: coefficient of (x - mean_g)
-        q = torch.addcmul(q, p, group_mean, value=-1)
-        grad_input = torch.addcmul(q[:, :, None], x, p[:, :, None]).addcmul_(grad, scale[:, :, None])
-        return grad_input, None, None, (centred * inverse_std).sum(dim=0), grad_sum.sum(dim=0), None
+        dx, dgamma, dbeta, *_ = norm_backward(grad.contiguous(), *saved)
+        return dx, None, None, dgamma, dbeta, None
 
 
-def weighted_group_norm(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def weighted_group_norm(
+    x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float, function=_WeightedGroupNorm
+) -> Tensor:
     """Group normalization whose statistics weigh channels (see the module docstring).
 
     Args:
@@ -132,6 +143,7 @@ def weighted_group_norm(x: Tensor, weights: Tensor, membership: Tensor, gamma: T
         gamma: Scale with shape `(channels,)`.
         beta: Shift with shape `(channels,)`.
         eps: Added to the variance (> 0).
+        function: The autograd function that computes it where gradients are wanted.
 
     Returns:
         The normalized tensor, of the shape and dtype of `x`.
@@ -139,16 +151,16 @@ def weighted_group_norm(x: Tensor, weights: Tensor, membership: Tensor, gamma: T
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # the small matrix products must not run in half precision
-            return weighted_group_norm(x, weights, membership, gamma, beta, eps)
+            return weighted_group_norm(x, weights, membership, gamma, beta, eps, function)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     flat = x.flatten(2).to(dtype).contiguous()
     arguments = flat, weights.to(dtype), membership.to(dtype), gamma.to(dtype), beta.to(dtype), eps
     if torch.compiler.is_compiling():  # a compiler fuses the plain form by itself
         output = _normalize(*arguments)
     elif torch.is_grad_enabled():
-        output = _WeightedGroupNorm.apply(*arguments)
+        output = function.apply(*arguments)
     else:
-        output = _fast_forward(*arguments)[0]
+        output = norm_forward(*arguments)[0]
     return output.to(x.dtype).view(x.shape)
 
 
