@@ -336,7 +336,7 @@ def _gradient_flow(context: ScoringContext) -> Scores:
     parts = []
     for chosen in batches:
         hg = product(context, chosen)
-        theta_hg = {name: context.parameters[name].detach() * value for name, value in hg.items()}
+        theta_hg = {name: value.mul_(context.parameters[name].detach()) for name, value in hg.items()}
         parts.append(context.reduce(theta_hg, context.config.aggregation))
     return _mean_scores(parts)
 
