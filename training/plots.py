@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torchvision.utils import make_grid, save_image  # noqa: E402
 
-__all__ = ["plot_pruning", "save_sample_grid"]
+__all__ = ["plot_pruning", "plot_widths", "save_sample_grid"]
 
 
 def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 16, rows: int = 2) -> None:
@@ -69,5 +69,29 @@ def plot_pruning(path: Path, report: dict) -> None:
         axis.axvspan(0, soft, color="tab:blue", alpha=0.08)
         axis.axvspan(soft, end, color="tab:orange", alpha=0.10)
         axis.set_xlabel("step (blue: soft phase, orange: hard phase)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_widths(path: Path, report: dict) -> None:
+    """Channels of every group, kept in front of dense.
+
+    Args:
+        path: PNG file.
+        report: Content of `pruning_report.json`.
+    """
+    groups = report["channel_groups"]
+    dense, kept = ([group[key] for group in groups] for key in ("dense_channels", "kept_channels"))
+    places = range(len(groups))
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.24 * len(groups)), constrained_layout=True)
+    axis.barh(places, dense, color="0.85", label="dense")
+    axis.barh(places, kept, color="tab:blue", label="kept")
+    for place, (before, after) in enumerate(zip(dense, kept)):
+        axis.text(before, place, f" {after} of {before}", va="center", fontsize=7)
+    axis.set_yticks(places, [group["name"] for group in groups], fontsize=7)
+    axis.invert_yaxis()
+    axis.margins(x=0.12, y=0.01)
+    axis.set_xlabel("channels")
+    axis.legend(loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)

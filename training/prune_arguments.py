@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.configuration import PRESETS, GFPruneConfig
+from diffusers_gfprune.hub import check_repo_id
 from diffusers_gfprune.importance import criteria
 from image_data import DataArguments
 
@@ -51,7 +53,15 @@ class OutputArguments:
             "choices": list(PRESETS),
         },
     )
+    save_model_steps: int = field(
+        default=0,
+        metadata={"help": "Steps of fine-tuning between two saves of the pipeline as it is (0: only at the end)."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of batches, noise, timesteps and calibration images."})
+
+    def __post_init__(self) -> None:
+        if self.save_model_steps < 0:
+            raise ValueError(f"save_model_steps={self.save_model_steps} must not be negative")
 
 
 @dataclass
@@ -141,6 +151,36 @@ class EvaluationArguments:
 
 
 @dataclass
+class HubArguments:
+    """Sharing the result."""
+
+    _argument_group_name = "hub"
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the pruned pipeline and its card to the Hub."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository, as namespace/name or name (default: the name of output_dir)."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Access token (default: that of `hf auth login`, or HF_TOKEN)."}
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When to push: at the end, or after every saved model as well.",
+            "choices": ["end", "every_save"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
+        given = [name for name in ("hub_model_id", "hub_private_repo") if getattr(self, name)]
+        if given and not self.push_to_hub:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])} needs --push_to_hub")
+
+
+@dataclass
 class Arguments:
     """All arguments, by group."""
 
@@ -150,11 +190,19 @@ class Arguments:
     pruning: PruningArguments
     training: TrainingArguments
     evaluation: EvaluationArguments
+    hub: HubArguments
+    words: list[str]  # of the command line
+
+    def __post_init__(self) -> None:
+        if self.hub.hub_strategy == "every_save" and not (self.hub.push_to_hub and self.run.save_model_steps):
+            raise ValueError("hub_strategy=every_save needs --push_to_hub and --save_model_steps")
 
     def to_dict(self) -> dict:
-        """Every value by argument name, for the report."""
-        groups = (self.model, self.run, self.data, self.pruning, self.training, self.evaluation)
-        return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+        """Every value by argument name, for the report; no access token."""
+        groups = (self.model, self.run, self.data, self.pruning, self.training, self.evaluation, self.hub)
+        values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+        del values["hub_token"]
+        return values
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
@@ -163,7 +211,16 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     Raises:
         ValueError: A value is out of its range.
     """
-    groups = (ModelArguments, OutputArguments, DataArguments, PruningArguments, TrainingArguments, EvaluationArguments)
+    words = sys.argv[1:] if argv is None else list(argv)
+    groups = (
+        ModelArguments,
+        OutputArguments,
+        DataArguments,
+        PruningArguments,
+        TrainingArguments,
+        EvaluationArguments,
+        HubArguments,
+    )
     parser = HfArgumentParser(
         groups,
         description="Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.",
@@ -172,5 +229,5 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     )
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", choices=list(PRESETS), default="default")
-    parser.set_defaults(**PRESETS[first_look.parse_known_args(argv)[0].preset])
-    return Arguments(*parser.parse_args_into_dataclasses(argv))
+    parser.set_defaults(**PRESETS[first_look.parse_known_args(words)[0].preset])
+    return Arguments(*parser.parse_args_into_dataclasses(words), words)

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,8 +26,10 @@ from tqdm.auto import tqdm
 
 from diffusers_gfprune import GradientFlowPruner, PruneDDPMPipeline
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
+from diffusers_gfprune.hub import HUB_ERRORS, PushError, prepare_repo, push_checkpoint, push_folder, reason, update_card
 from image_data import endless_batches, load_images, stack_rows, train_dataloader
-from plots import plot_pruning, save_sample_grid
+from plots import plot_pruning, plot_widths, save_sample_grid
+from provenance import command_line, describe_base_model, describe_dataset
 from prune_arguments import parse_arguments
 from reporting import describe_plan, pruning_report, results
 from run_folder import RunFolder, load_dense_pipeline, write_json
@@ -125,14 +128,32 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(describe_plan(pruner, args, step_time))
     if args.run.dry_run:
         return
+    repo_id = repository(args) if args.hub.push_to_hub and accelerator.is_main_process else None
     with folder:
         if accelerator.is_main_process:
             folder.prepare(dense)
-        run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloader, images, held_out)
+        run(args, accelerator, folder, repo_id, pruner, unet, dense, noise_scheduler, dataloader, images, held_out)
     accelerator.end_training()
+    if repo_id is not None:
+        url = push_folder(
+            args.run.output_dir,
+            repo_id,
+            token=args.hub.hub_token,
+            private=args.hub.hub_private_repo or None,
+        )
+        print(f"pushed: {url}")
 
 
-def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloader, images, held_out) -> None:
+def repository(args) -> str:
+    """The repository to push to, found to be there and writable before any long work."""
+    name = args.hub.hub_model_id or Path(args.run.output_dir).name
+    try:
+        return prepare_repo(name, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
+    except HUB_ERRORS as error:
+        raise ValueError(f"push_to_hub to {name} cannot work: {reason(error)}") from error
+
+
+def run(args, accelerator, folder, repo_id, pruner, unet, dense, noise_scheduler, dataloader, images, held_out) -> None:
     """Train and prune, then measure, save and show."""
     # 2. optimizer, average, calibration and validation images
     t, config = args.training, pruner.config
@@ -221,6 +242,9 @@ def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloa
             curves.train_steps.append(step)
             curves.train_loss.append(sum(recent) / len(recent))
             recent.clear()
+        if phase == "finetune" and args.run.save_model_steps and accelerator.is_main_process:
+            if (step + 1) % args.run.save_model_steps == 0 and step + 1 < t.max_train_steps:
+                save_model(args, folder, repo_id, unet, ema, noise_scheduler, step + 1)
         progress.update()
         progress.set_postfix(loss=f"{value:.4f}", kept=int(sum(kept.sum() for kept in pruner.kept.values())))
     progress.close()
@@ -237,21 +261,46 @@ def run(args, accelerator, folder, pruner, unet, dense, noise_scheduler, dataloa
     # 4. measure, save, show
     if accelerator.is_main_process:
         dense.to(accelerator.device)
-        finish(args, folder, pruner, curves, unet, dense, noise_scheduler, images, held_out, step_loss, dense_step_loss)
+        losses = (dense_step_loss, step_loss(unet))
+        finish(args, folder, repo_id, pruner, curves, unet, dense, noise_scheduler, images, len(held_out), losses)
 
 
-def finish(args, folder, pruner, curves, unet, dense, noise_scheduler, images, held_out, step_loss, dense_step_loss) -> None:
-    """Write pipeline, results, report and pictures, and make the run folder appear."""
+def save_model(args, folder, repo_id, unet, ema, noise_scheduler, step: int) -> None:
+    """Save the pipeline as it is, and push it if that is wanted; a push that fails is no reason to stop."""
+    if ema is not None:
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+    try:
+        folder.save(PruneDDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained)
+    finally:
+        if ema is not None:
+            ema.restore(unet.parameters())
+    if repo_id is not None and args.hub.hub_strategy == "every_save":
+        message = f"Step {step} of {args.training.max_train_steps}"
+        try:
+            push_checkpoint(folder.staging, repo_id, token=args.hub.hub_token, commit_message=message)
+        except PushError as error:
+            tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
+
+
+def finish(args, folder, repo_id, pruner, curves, unet, dense, noise_scheduler, images, num_held_out, losses) -> None:
+    """Write pipeline, results, report, card and pictures, and make the run folder appear."""
     unet.requires_grad_(False).eval()
     PruneDDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(folder.staging)
-    losses = (dense_step_loss, step_loss(unet))
-    measured, dense_samples, samples = results(args, dense, unet, noise_scheduler, images, len(held_out), losses)
+    measured, dense_samples, samples = results(args, dense, unet, noise_scheduler, images, num_held_out, losses)
     write_json(folder.staging / "results.json", measured)
-    report = pruning_report(args, pruner, curves, dense_step_loss)
+    origin = {
+        "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
+        "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
+        "command": command_line(args.words),
+    }
+    report = pruning_report(args, pruner, curves, losses[0], origin)
     write_json(folder.staging / "pruning_report.json", report)
     plot_pruning(folder.staging / "pruning.png", report)
+    plot_widths(folder.staging / "widths.png", report)
     if samples is not None:
         save_sample_grid(folder.staging / "samples.png", dense_samples, samples)
+    update_card(folder.staging, repo_id or args.hub.hub_model_id or folder.path.name)
     folder.publish()
     print_results(measured, folder)
 

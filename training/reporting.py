@@ -21,6 +21,7 @@ from diffusers_gfprune.evaluation.fidelity import (
     ssim_to_reference,
 )
 from image_data import stack_rows
+from provenance import portable
 from prune_arguments import Arguments
 
 __all__ = ["describe_plan", "package_versions", "pruning_report", "results"]
@@ -167,14 +168,21 @@ def results(
     return measured, samples["dense"], samples["pruned"]
 
 
-def pruning_report(args: Arguments, pruner: GradientFlowPruner, curves, dense_step_loss: float) -> dict:
-    """The content of `pruning_report.json`: what was removed, when, and how training went."""
+def pruning_report(args: Arguments, pruner: GradientFlowPruner, curves, dense_step_loss: float, origin: dict) -> dict:
+    """The content of `pruning_report.json`: what was removed, when, and how training went.
+
+    Args:
+        args: The command line.
+        pruner: After the last ranking.
+        curves: What was recorded along the run, a dataclass.
+        dense_step_loss: Of the base model.
+        origin: `base_model`, `dataset` and `command` (see `provenance`).
+    """
     return {
         "format_version": FORMAT_VERSION,
-        "base_model": args.model.pretrained_model_name_or_path,
-        "base_revision": args.model.revision,
+        **origin,
         "config": pruner.config.to_dict(),
-        "arguments": args.to_dict(),
+        "arguments": {name: portable(value) for name, value in args.to_dict().items()},
         "phases": {
             "soft_end_step": pruner.schedule.soft_steps,
             "hard_end_step": pruner.schedule.end_steps,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -123,6 +123,17 @@ class RunFolder:
                 f"output_dir={self.path} needs {needed / 2**20:.0f} MiB, but the disk has {free / 2**20:.0f} MiB free"
             )
 
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Replace the content of the hidden folder by what `write` puts into the folder that it is given."""
+        fresh, replaced = (self.path.with_name(f".{self.path.name}.{what}") for what in ("saving", "replaced"))
+        for leftover in (fresh, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        write(fresh)
+        os.replace(self.staging, replaced)
+        os.replace(fresh, self.staging)
+        shutil.rmtree(replaced, ignore_errors=True)
+
     def publish(self) -> None:
         """Move the hidden folder to its name."""
         replaced = self.path.with_name(f".{self.path.name}.replaced")
@@ -136,7 +147,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the hidden folder."""
-        shutil.rmtree(self.staging, ignore_errors=True)
+        for name in (self.staging, self.path.with_name(f".{self.path.name}.saving")):
+            shutil.rmtree(name, ignore_errors=True)
 
     def __enter__(self) -> RunFolder:
         return self

@@ -8,8 +8,10 @@ activations and additions are not counted, as is usual in this field.
 from __future__ import annotations
 
 import copy
+import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -119,6 +121,16 @@ def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None
     return total
 
 
+def hardware_name(device: torch.device) -> str:
+    """What computes: the name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 @torch.no_grad()
 def measure_latency(
     unet: nn.Module,
@@ -137,7 +149,7 @@ def measure_latency(
         warmup: Forwards before that.
 
     Returns:
-        Milliseconds per forward and samples per second, with the batch size, dtype, device and number of threads.
+        Milliseconds per forward and samples per second, with the batch size, dtype, device, hardware and number of threads.
     """
     height, width = spatial_size(unet, sample_size)
     parameter = next(unet.parameters())
@@ -158,6 +170,7 @@ def measure_latency(
         "samples_per_second": batch_size / median,
         "batch_size": batch_size,
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if parameter.device.type == "cuda" else parameter.device.type,
+        "device": parameter.device.type,
+        "hardware": hardware_name(parameter.device),
         "threads": torch.get_num_threads(),
     }

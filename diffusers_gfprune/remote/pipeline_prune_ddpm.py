@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
+import re
 import shutil
 
 from diffusers import DDPMPipeline
 
 __all__ = ["PruneDDPMPipeline"]
+
+# What a pruning run leaves beside the model, and what therefore goes where the model goes
+REPORT = "pruning_report.json"
+COMPANIONS = (REPORT, "results.json", "README.md", "samples.png", "widths.png", "pruning.png")
 
 
 class PruneDDPMPipeline(DDPMPipeline):
@@ -19,6 +25,8 @@ class PruneDDPMPipeline(DDPMPipeline):
         unet ([`UNet2DModel`] or `GFPrunedUNet2DModel`): Denoises the image latents.
         scheduler ([`SchedulerMixin`]): [`DDPMScheduler`] or [`DDIMScheduler`].
     """
+
+    _card: str | None = None
 
     def prune(self, images, **options) -> PruneDDPMPipeline:
         """Prune the UNet by gradient flow, in one shot and without training.
@@ -51,7 +59,21 @@ class PruneDDPMPipeline(DDPMPipeline):
         target = os.path.join(save_directory, "pipeline.py")
         if not (os.path.exists(target) and os.path.samefile(__file__, target)):
             shutil.copyfile(__file__, target)
+        # Weights loaded from a run are saved with its card and report, unless the folder has others.
+        source = self.config.get("_name_or_path") or ""
+        if os.path.isfile(os.path.join(source, REPORT)) and not os.path.exists(os.path.join(save_directory, REPORT)):
+            for name in COMPANIONS:
+                if os.path.isfile(os.path.join(source, name)):
+                    shutil.copyfile(os.path.join(source, name), os.path.join(save_directory, name))
+        card = pathlib.Path(save_directory, "README.md")
+        self._card = card.read_text("utf-8") if card.is_file() else None
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_folder(self, working_dir, repo_id, *args, **kwargs):
+        if self._card is not None:  # Diffusers has just written a generic card over it
+            card = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{repo_id}"', self._card)
+            pathlib.Path(working_dir, "README.md").write_text(card, "utf-8")
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         # Stock Diffusers resolves `DDPMPipeline`, and knows nothing of this class; the samples are the same.

@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
 
@@ -373,6 +374,8 @@ class GFPrunedUNet2DModel(UNet2DModel):
     """
 
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _auto_class = "AutoModel"  # config.json then says where a trusting AutoModel finds this file
+    _card: str | None = None
 
     @register_to_config
     @_with_dense_signature
@@ -447,6 +450,10 @@ class GFPrunedUNet2DModel(UNet2DModel):
             self.train(training)
 
     @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    @classmethod
     @functools.wraps(UNet2DModel.from_pretrained.__func__)
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         if kwargs.pop("use_safetensors", True) is False:
@@ -481,7 +488,14 @@ class GFPrunedUNet2DModel(UNet2DModel):
             index = os.path.join(save_directory, f"diffusion_pytorch_model.safetensors.index{variant}.json")
             if os.path.exists(index):
                 os.remove(index)
+        card = pathlib.Path(save_directory, "README.md")
+        self._card = card.read_text("utf-8") if card.is_file() else None
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_folder(self, working_dir, *args, **kwargs):
+        if self._card is not None:  # Diffusers has just written a generic card over it
+            pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
 
 # Saved pipelines name the library of a component by its class's module: this package, whose file travels with them.

@@ -1,0 +1,340 @@
+"""Runs to the Hub: which files go, the card they go with, and what to do when it fails.
+
+    python -m diffusers_gfprune.hub push runs/digits-gfpruned me/ddpm-digits-gfpruned [--private] [--dry_run]
+
+A repository gets the files named in `FILES` and nothing else, after a look for what must not leave the machine: tokens and
+paths. Weights of an earlier push that this one does not replace are deleted there, so that nobody loads a mixture. Files that
+the repository has already are not uploaded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from .model_card import check_card, render_card
+
+__all__ = [
+    "FILES",
+    "HUB_ERRORS",
+    "PushError",
+    "check_repo_id",
+    "files_to_push",
+    "prepare_repo",
+    "push_checkpoint",
+    "push_folder",
+    "reason",
+    "update_card",
+]
+
+PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
+WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.safetensors.index*.json")
+FILES = (
+    "README.md",
+    "model_index.json",
+    "pipeline.py",
+    "pruning_report.json",
+    "results.json",
+    *PICTURES.values(),
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusers_gfprune.py",
+    *WEIGHTS,
+)
+NEEDED = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "pruning_report.json", "results.json")
+TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
+HUB_ERRORS = (OSError, HTTPError)  # what the client raises; connection errors are no OSError
+
+
+class PushError(OSError):
+    """A push that did not happen; the folder is whole, and the message says how to try again."""
+
+
+def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """Which files of a run go to the Hub, and which stay.
+
+    Args:
+        folder: A finished run: a pruned pipeline with `results.json` and `pruning_report.json`.
+
+    Returns:
+        Relative paths that go, and that stay, sorted.
+
+    Raises:
+        ValueError: The folder is no finished run, or its weights are damaged.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"folder={folder} is not a folder")
+    present = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    missing = [name for name in NEEDED if name not in present]
+    if missing:
+        raise ValueError(f"folder={folder} is no finished pruning run: it has no {missing[0]}")
+    component = _read_json(root / "model_index.json").get("unet")
+    if component != ["diffusers_gfprune", "GFPrunedUNet2DModel"]:
+        raise ValueError(f"folder={folder} holds no pruned model: unet in its model_index.json is {component!r}")
+    going = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
+    weights = [name for name in going if name.endswith(".safetensors")]
+    if not weights:
+        raise ValueError(f"folder={folder} has no weights: unet/diffusion_pytorch_model.safetensors is missing")
+    for name in weights:
+        try:
+            with safe_open(root / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{root / name} is damaged: {' '.join(str(error).split())}") from error
+    return going, [name for name in present if name not in going]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token: str | None = None) -> None:
+    """Refuse files that hold a token, or a path of this machine.
+
+    Args:
+        folder: Where they lie.
+        names: Relative paths; only text files are read.
+        token: The token in use, to look for, too.
+
+    Raises:
+        ValueError: One of them does.
+    """
+    root = Path(folder).absolute()
+    # Short paths such as / or /root would be found where nothing is meant
+    places = {str(place) for place in (Path.home(), Path.cwd(), root, root.resolve()) if len(place.parts) > 2}
+    for name in names:
+        if not name.endswith((".md", ".json")):
+            continue
+        text = (root / name).read_text("utf-8")
+        if TOKEN.search(text) or (token and token in text):
+            raise ValueError(f"{root / name} holds an access token: remove it before you push")
+        found = next((place for place in sorted(places) if place in text), None)
+        if found is not None:
+            raise ValueError(f"{root / name} names the path {found} of this machine: remove it before you push")
+
+
+def update_card(folder: str | os.PathLike, repo_id: str) -> None:
+    """Write README.md for `repo_id`, from the results and the report of a run. A card edited by hand is kept as it is.
+
+    Args:
+        folder: A finished run.
+        repo_id: Where it goes.
+
+    Raises:
+        ValueError: A field is missing, or the card is not valid.
+    """
+    root = Path(folder)
+    results, report = _read_json(root / "results.json"), _read_json(root / "pruning_report.json")
+    pictures = {what: name for what, name in PICTURES.items() if (root / name).is_file()}
+    card, readme = render_card(results, report, repo_id, pictures), root / "README.md"
+    if readme.exists():
+        present = readme.read_text("utf-8")
+        earlier_id = re.search(r'from_pretrained\("([^"]+)"', present)
+        if earlier_id is None or present != render_card(results, report, earlier_id[1], pictures):
+            check_card(present)
+            return
+    complete = readme.with_name(".README.md.incomplete")
+    complete.write_text(card, "utf-8")
+    os.replace(complete, readme)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong between here and the Hub (one of `HUB_ERRORS`), for whoever has to put it right."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no access token: log in with `hf auth login`, or pass one"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    known = {
+        401: "the access token is missing, wrong or expired: log in with `hf auth login`, or pass one",
+        403: "the access token may not write there",
+        404: "there is no such repository, or the access token may not see it",
+        507: "the server has no room left",
+    }
+    if status in known:
+        return known[status]
+    if status is not None and status >= 500:
+        return f"the server answered {status}"
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if status is not None else f"the connection failed: {said}"
+
+
+def _failed(error: Exception, folder: str | os.PathLike, repo_id: str, private: bool | None) -> PushError:
+    again = f"python -m diffusers_gfprune.hub push {folder} {repo_id}{' --private' if private else ''}"
+    return PushError(f"push to {repo_id} failed: {reason(error)}. {folder} is whole; try again: {again}")
+
+
+def check_repo_id(repo_id: str, argument: str = "repo_id") -> None:
+    """Refuse what can be no repository; `argument` is its name where it was given.
+
+    Raises:
+        ValueError: The name is malformed.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{argument}={repo_id} is no repository name: {' '.join(str(error).split())}") from error
+
+
+def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """Make sure that a repository is there and may be written to.
+
+    Args:
+        repo_id: `name` or `namespace/name`.
+        token: Access token (default: the one that the client is logged in with).
+        private: Whether it must be private; None: as it is, or public.
+
+    Returns:
+        The full id.
+
+    Raises:
+        ValueError: The name is malformed, or the repository is public and must not be.
+        huggingface_hub.errors.HfHubHTTPError: The server refused.
+    """
+    check_repo_id(repo_id)
+    api = HfApi(token=token)
+    full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(full_id).private:
+        raise ValueError(f"{full_id} exists and is public: make it private on the Hub, or push to another repository")
+    return full_id
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload pruned DDPM",
+    create_pr: bool = False,
+) -> str:
+    """Push a finished run. Trying again uploads only what is missing.
+
+    Args:
+        folder: The run.
+        repo_id: `name` or `namespace/name`; made if it is not there.
+        token: Access token (default: the one that the client is logged in with).
+        private: Whether the repository must be private; None: as it is, or public.
+        revision: Branch to commit to (default: `main`).
+        commit_message: Of the commit.
+        create_pr: Open a pull request instead of committing.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        ValueError: The folder is no finished run, its card is not valid, or it holds something private. Nothing is pushed.
+        PushError: The server or the connection failed; the folder is whole.
+    """
+    check_repo_id(repo_id)
+    files_to_push(folder)
+    try:
+        full_id = prepare_repo(repo_id, token=token, private=private)
+    except HUB_ERRORS as error:
+        raise _failed(error, folder, repo_id, private) from error
+    update_card(folder, full_id)
+    names, _ = files_to_push(folder)
+    check_nothing_private(folder, names, token or get_token())
+    try:
+        commit = HfApi(token=token).upload_folder(
+            repo_id=full_id,
+            folder_path=folder,
+            allow_patterns=names,
+            delete_patterns=list(WEIGHTS),
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    except HUB_ERRORS as error:
+        raise _failed(error, folder, full_id, private) from error
+    return commit.pr_url or commit.commit_url
+
+
+def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | None = None, commit_message: str) -> None:
+    """Push the pipeline of a run that goes on: model, scheduler and code; card and results follow with `push_folder`.
+
+    Args:
+        folder: A saved pipeline.
+        repo_id: A repository that is there (see `prepare_repo`).
+        token: Access token (default: the one that the client is logged in with).
+        commit_message: Of the commit.
+
+    Raises:
+        PushError: The server or the connection failed.
+    """
+    try:
+        HfApi(token=token).upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[name for name in FILES if name not in ("README.md", "pruning_report.json", "results.json")],
+            delete_patterns=list(WEIGHTS),
+            commit_message=commit_message,
+        )
+    except HUB_ERRORS as error:
+        raise PushError(f"push to {repo_id} failed: {reason(error)}") from error
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m diffusers_gfprune.hub", description="Share pruned models on the Hub.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    push = commands.add_parser("push", help="push a finished pruning run", allow_abbrev=False)
+    push.add_argument("folder", help="output_dir of the run")
+    push.add_argument("repo_id", help="repository: namespace/name, or name in your own namespace")
+    push.add_argument("--token", help="access token (default: that of `hf auth login`, or HF_TOKEN)")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    push.add_argument("--revision", help="branch to commit to (default: main)")
+    push.add_argument("--commit_message", default="Upload pruned DDPM", help="of the commit")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and stop")
+    args = parser.parse_args(argv)
+    try:
+        if args.dry_run:
+            check_repo_id(args.repo_id)
+            names, left = files_to_push(args.folder)
+            check_nothing_private(args.folder, names, args.token or get_token())
+            names = sorted({*names, "README.md"})
+            print(f"would push to {args.repo_id}{' (private)' if args.private else ''}:")
+            for name in names:
+                path = Path(args.folder, name)
+                print(f"  {_size(path.stat().st_size) if path.exists() else 'new':>12}  {name}")
+            if left:
+                print(f"would leave out: {', '.join(left)}")
+            return
+        url = push_folder(
+            args.folder,
+            args.repo_id,
+            token=args.token,
+            private=args.private,
+            revision=args.revision,
+            commit_message=args.commit_message,
+            create_pr=args.create_pr,
+        )
+        print(f"pushed: {url}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Model cards: `results.json` and `pruning_report.json` in, a README for the Hub out.
+
+Every figure on the card is read from these two files; the template (`model_cards/template.md.jinja`) has none of its own, and
+a field that it asks for and the files lack is an error. `check_card` looks at what the Hub's own client does not: licence ids,
+tags, task, figures that are not finite.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+__all__ = ["LICENSES", "check_card", "render_card"]
+
+METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
+GRADIENT_FLOW = "gradient-flow"
+PACKAGE, DISTRIBUTION = "diffusers_gfprune", "diffusers-gfprune"
+PIPELINE_TAG = "unconditional-image-generation"
+TAGS = ["diffusers", "ddpm", "pruning", "model-compression", "diffusers-gfprune"]
+NOT_FID = "Not FID: compare it with nothing else."
+CITATIONS = """\
+@article{wan2025pruning,
+  title   = {Pruning for Sparse Diffusion Models based on Gradient Flow},
+  author  = {Wan, Ben and Zheng, Tianyi and Chen, Zhaoyu and Wang, Yuxiao and Wang, Jia},
+  journal = {arXiv preprint arXiv:2501.09464},
+  year    = {2025}
+}
+@inproceedings{ho2020denoising,
+  title     = {Denoising Diffusion Probabilistic Models},
+  author    = {Ho, Jonathan and Jain, Ajay and Abbeel, Pieter},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2020}
+}"""
+
+# https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+    lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+    """.split()
+)
+
+
+def _share_removed(dense: float, pruned: float) -> float:
+    return 1 - pruned / dense
+
+
+def _link(entry: Mapping, kind: str) -> str:
+    """A source as Markdown: a link where it is on the Hub."""
+    if entry["hub_id"] is None:
+        return f"`{entry['name']}`"
+    return f"[{entry['hub_id']}](https://huggingface.co/{kind}{entry['hub_id']})"
+
+
+def _distances(results: Mapping) -> list[dict]:
+    """Fréchet distances that were measured, with their feature network."""
+    evaluation = results["evaluation"]
+    if "fd_features" not in evaluation:
+        return []
+    return [
+        {
+            "id": "fd-pixels",
+            "title": "FD-pixels",
+            "dense": results["dense"]["fd_pixels"],
+            "pruned": results["pruned"]["fd_pixels"],
+            "features": evaluation["fd_features"],
+            "reference_images": evaluation["fd_reference_images"],
+            "warning": NOT_FID,
+        }
+    ]
+
+
+def _similarities(results: Mapping) -> list[dict]:
+    if not results["evaluation"]["num_images"]:
+        return []
+    titles = {"ssim_to_dense": ("ssim", "SSIM to the dense samples"), "psnr_to_dense": ("psnr", "PSNR to the dense samples")}
+    return [
+        {"id": name, "title": title, "pruned": results["pruned"][key]}
+        for key, (name, title) in titles.items()
+        if results["pruned"].get(key) is not None  # small images have no SSIM, equal ones no PSNR
+    ]
+
+
+def _metadata(results: Mapping, report: Mapping, model_name: str) -> ModelCardData:
+    base, dataset = report["base_model"], report["dataset"]
+    metrics = [*_distances(results), *_similarities(results)]
+    found = [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=dataset["hub_id"] or "other",
+            dataset_name=dataset["name"],
+            metric_type=metric["id"],
+            metric_name=metric["title"],
+            metric_value=metric["pruned"],
+        )
+        for metric in metrics
+    ]
+    options = {}
+    if base["hub_id"] is not None:
+        options = {"base_model": base["hub_id"], "base_model_relation": "finetune"}
+    if dataset["hub_id"] is not None:
+        options["datasets"] = [dataset["hub_id"]]
+    if found:
+        options.update(model_name=model_name, eval_results=found, metrics=sorted({metric["id"] for metric in metrics}))
+    license = base["license"] or "unknown"
+    tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"] == GRADIENT_FLOW else list(TAGS)
+    return ModelCardData(license=license, library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=tags, **options)
+
+
+FILTERS = {
+    "thousands": lambda value: f"{value:,}",
+    "percent": lambda value: f"{value:.1%}",
+    "change": lambda value: f"{-value:+.1%}",
+    "mebibytes": lambda value: f"{value / 2**20:.2f} MiB",
+    "milliseconds": lambda value: f"{value:.2f} ms",
+    "figure": lambda value: f"{value:.4g}",
+}
+
+
+def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mapping[str, str] | None = None) -> str:
+    """The card of a run.
+
+    Args:
+        results: Content of `results.json`.
+        report: Content of `pruning_report.json`.
+        repo_id: Where the model will be, for the loading examples.
+        pictures: Files beside the card, by what they show: `"samples"`, `"widths"`, `"pruning"`.
+
+    Returns:
+        Markdown with a YAML header.
+
+    Raises:
+        ValueError: A field is missing, or what came out is no valid card.
+    """
+    shown = {"samples": None, "widths": None, "pruning": None, **(pictures or {})}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters.update(FILTERS)
+    model_name = repo_id.split("/")[-1]
+    try:
+        dense, pruned, criterion = results["dense"], results["pruned"], report["config"]["criterion"]
+        removed = {key: _share_removed(dense[key], pruned[key]) for key in ("parameters", "macs", "weight_file_bytes")}
+        removed["latency"] = _share_removed(dense["latency"]["latency_ms"], pruned["latency"]["latency_ms"])
+        template = environment.from_string(files(f"{PACKAGE}.model_cards").joinpath("template.md.jinja").read_text("utf-8"))
+        text = template.render(
+            results=results,
+            report=report,
+            repo_id=repo_id,
+            model_name=model_name,
+            pictures=shown,
+            removed=removed,
+            method=METHOD if criterion == GRADIENT_FLOW else f"structured pruning (criterion `{criterion}`)",
+            package=PACKAGE,
+            distribution=DISTRIBUTION,
+            base_link=_link(report["base_model"], ""),
+            dataset_link=_link(report["dataset"], "datasets/"),
+            distances=_distances(results),
+            similarities=_similarities(results),
+            revived=sum(update["revived_channels"] for update in report["mask_updates"]),
+            license_known=report["base_model"]["license"] not in (None, "unknown"),
+            citations=CITATIONS,
+        )
+        metadata = _metadata(results, report, model_name).to_yaml()
+    except jinja2.UndefinedError as error:
+        raise ValueError(f"results.json or pruning_report.json lacks a field of the model card: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"results.json or pruning_report.json lacks the field {error} of the model card") from error
+    card = f"---\n{metadata}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
+    check_card(card)
+    return card
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, Mapping):
+        return [number for item in value.values() for number in _numbers(item)]
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, float) else []
+
+
+def check_card(card: str) -> None:
+    """Refuse a card that the Hub would show wrongly, or not at all.
+
+    Args:
+        card: Markdown with a YAML header.
+
+    Raises:
+        ValueError: The header does not parse, or has an unknown licence, task or library, malformed tags, a base model or data
+            set that is no Hub id, figures that are not finite, or a `model-index` that says nothing.
+    """
+    try:
+        parsed = ModelCard(card, ignore_metadata_errors=False)
+    except Exception as error:  # the client raises what its YAML parser raises
+        raise ValueError(f"the card's metadata cannot be read: {' '.join(str(error).split())}") from error
+    data = parsed.data.to_dict()
+    if not data:
+        raise ValueError("the card has no metadata")
+    if data.get("license") not in LICENSES:
+        raise ValueError(f"license={data.get('license')!r} of the card is none that the Hub knows")
+    for name, wanted in (("library_name", "diffusers"), ("pipeline_tag", PIPELINE_TAG)):
+        if data.get(name) != wanted:
+            raise ValueError(f"{name}={data.get(name)!r} of the card must be {wanted!r}")
+    tags = data.get("tags")
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
+        raise ValueError(f"tags={tags!r} of the card must be words")
+    ids = [data["base_model"]] if "base_model" in data else []
+    for hub_id in [*ids, *data.get("datasets", [])]:
+        if not isinstance(hub_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
+            raise ValueError(f"{hub_id!r} in the card's metadata is no Hub id")
+    if not all(math.isfinite(number) for number in _numbers(data)):
+        raise ValueError("the card's metadata holds a figure that is not finite")
+    if "model-index" in data and not parsed.data.eval_results:
+        raise ValueError("the card's model-index holds no result")
+    if re.search(r"(?<![\w-])(nan|inf)(?![\w-])", parsed.text):
+        raise ValueError("the card shows a figure that is not finite")

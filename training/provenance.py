@@ -1,0 +1,79 @@
+"""Where a run came from, in words that travel: base model, data set and command, without paths of this machine or tokens."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+
+from diffusers_gfprune.hub import HUB_ERRORS
+
+__all__ = ["command_line", "describe_base_model", "describe_dataset", "portable"]
+
+SECRETS = ("--hub_token",)
+
+
+def portable(value: object) -> object:
+    """A path of this machine as its last part; everything else, relative paths included, as it is."""
+    if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
+        return Path(value).name
+    return value
+
+
+def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") -> str:
+    """The command of a run, one argument a line, ready for a shell."""
+    parts: list[str] = []
+    skip = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if skip or name in SECRETS:
+            skip = not skip and not equals
+            continue
+        word = f"{name}={portable(value)}" if equals and name.startswith("--") else str(portable(word))
+        if word.startswith("--") or not parts:
+            parts.append(shlex.quote(word))
+        else:
+            parts[-1] += " " + shlex.quote(word)
+    return " \\\n    ".join([f"accelerate launch {script}", *parts])
+
+
+def _card_license(card: ModelCard) -> str | None:
+    license = card.data.get("license")
+    return license if isinstance(license, str) else None
+
+
+def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[str, str | None]:
+    """Name, Hub id, commit and licence of the dense model, as far as they can be known.
+
+    Args:
+        name_or_path: A Hub id or a local folder.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        `name`, and `hub_id`, `revision` and `license`, which are None where they are unknown.
+    """
+    found = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
+    if os.path.isdir(name_or_path):
+        readme = Path(name_or_path) / "README.md"
+        if readme.is_file():
+            found["license"] = _card_license(ModelCard.load(readme, ignore_metadata_errors=True))
+        return found
+    found["hub_id"] = name_or_path
+    try:
+        info = HfApi().model_info(name_or_path, revision=revision)
+    except HUB_ERRORS:  # offline, with the model in the cache
+        return found
+    found["revision"] = info.sha
+    license = info.card_data.get("license") if info.card_data is not None else None
+    found["license"] = license if isinstance(license, str) else None
+    return found
+
+
+def describe_dataset(dataset_name: str | None, train_data_dir: str | None) -> dict[str, str | None]:
+    """Name and, where it is there, Hub id of the images."""
+    if dataset_name is not None and not os.path.exists(dataset_name):
+        return {"name": dataset_name, "hub_id": dataset_name}
+    return {"name": str(portable(dataset_name or train_data_dir)), "hub_id": None}
