@@ -62,12 +62,14 @@ def test_run_leaves_exactly_these_files(finished_run: tuple[Path, str]) -> None:
     output, _ = finished_run
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     assert files == {
+        "README.md",
         "model_index.json",
         "pipeline.py",
         "pruning.png",
         "pruning_report.json",
         "results.json",
         "samples.png",
+        "widths.png",
         "scheduler/scheduler_config.json",
         "unet/config.json",
         "unet/diffusers_gfprune.py",

@@ -1,0 +1,211 @@
+"""Cards are rendered from results and report alone, and are what the Hub takes."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from diffusers_gfprune.model_card import CITATIONS, LICENSES, check_card, render_card
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "model_cards"
+RUNS = sorted(path.parent for path in CARDS.glob("*/results.json"))
+PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
+
+
+def content(run: Path) -> tuple[dict, dict]:
+    return tuple(json.loads((run / name).read_text()) for name in ("results.json", "pruning_report.json"))
+
+
+@pytest.fixture
+def files() -> tuple[dict, dict]:
+    """Results and report of the default run on the digits."""
+    return content(CARDS / "digits-gfpruned")
+
+
+def header(card: str) -> dict:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_the_default_run_has_a_card():
+    assert CARDS / "digits-gfpruned" in RUNS
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_committed_card_is_what_its_files_render_to(run):
+    card = (run / "README.md").read_text()
+    assert card == render_card(*content(run), run.name, PICTURES)
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", card):
+        assert (run / picture).is_file()
+
+
+def test_template_has_no_number_of_its_own():
+    template = (CARDS / "template.md.jinja").read_text()
+    assert re.findall(r"(?<![A-Za-z_])\d", template) == []
+
+
+def test_figures_on_the_card_are_those_of_the_files(files):
+    results, report = files
+    results["pruned"]["parameters"], results["dense"]["parameters"] = 123_456, 1_234_560
+    results["pruned"]["ssim_to_dense"] = 0.8765
+    results["pruned"]["fd_pixels"] = 0.4321
+    results["evaluation"]["seed"] = 97531
+    card = render_card(results, report, "me/model")
+    assert "| parameters | 1,234,560 | 123,456 | -90.0% |" in card
+    assert "| SSIM to the dense samples | | 0.8765 | |" in card
+    assert "seed 97531" in " ".join(card.split())
+    assert {"type": "fd-pixels", "value": 0.4321, "name": "FD-pixels"} in header(card)["model-index"][0]["results"][0][
+        "metrics"
+    ]
+    assert "FID" in card and "fid" not in header(card)["metrics"]  # what was not measured is not claimed
+
+
+def test_both_ways_to_load_name_the_repository(files):
+    card = render_card(*files, "me/model")
+    assert 'from_pretrained("me/model", trust_remote_code=True)' in card
+    assert 'from_pretrained("me/model")\n' in card
+    assert "# model\n" in card
+
+
+def test_metadata(files):
+    results, report = files
+    report["base_model"] = {"name": "org/dense", "hub_id": "org/dense", "revision": "abc", "license": "mit"}
+    report["dataset"] = {"name": "org/images", "hub_id": "org/images"}
+    data = header(render_card(results, report, "me/model"))
+    assert data["base_model"] == "org/dense" and data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["org/images"] and data["license"] == "mit"
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "unconditional-image-generation"
+    found = ModelCard(render_card(results, report, "me/model")).data.eval_results
+    assert {result.metric_type for result in found} == {"fd-pixels", "ssim", "psnr"}
+    assert {result.dataset_name for result in found} == {"org/images"}
+
+
+def test_local_sources_are_no_hub_ids(files):
+    data = header(render_card(*files, "me/model"))
+    assert "base_model" not in data and "datasets" not in data
+
+
+@pytest.mark.parametrize("license", [None, "unknown"])
+def test_unknown_licence_is_a_warning(files, license):
+    results, report = files
+    report["base_model"]["license"] = license
+    card = render_card(results, report, "me/model")
+    assert "**The licence of the base model is not recorded.**" in card
+    assert header(card)["license"] == "unknown"
+
+
+def test_known_licence_is_inherited(files):
+    results, report = files
+    report["base_model"]["license"] = "cc-by-nc-4.0"
+    card = render_card(results, report, "me/model")
+    assert "`cc-by-nc-4.0`, inherited" in card and "not recorded.**" not in card
+
+
+def test_other_criteria_are_not_called_gradient_flow(files):
+    results, report = files
+    report["config"]["criterion"] = "magnitude"
+    card = render_card(results, report, "me/model")
+    assert "structured pruning (criterion `magnitude`)" in card
+    assert "gradient-flow pruning](" not in card and "gradient-flow" not in header(card)["tags"]
+
+
+def test_run_without_samples(files):
+    results, report = files
+    results["evaluation"]["num_images"] = 0
+    for name in ("fd_features", "fd_reference_images"):
+        del results["evaluation"][name]
+    card = render_card(results, report, "me/model")
+    assert "SSIM" not in card and "FD-pixels" not in card and "model-index" not in header(card)
+
+
+PATHS = [
+    ("results", "dense", "macs"),
+    ("results", "pruned", "step_loss"),
+    ("results", "pruned", "latency", "hardware"),
+    ("results", "pruned", "weight_file_bytes"),
+    ("results", "evaluation", "seed"),
+    ("results", "evaluation", "fd_reference_images"),
+    ("results", "pruned", "fd_pixels"),
+    ("report", "base_model"),
+    ("report", "base_model", "license"),
+    ("report", "base_model", "revision"),
+    ("report", "dataset"),
+    ("report", "command"),
+    ("report", "config", "ratio"),
+    ("report", "phases", "soft_end_step"),
+    ("report", "mask_updates"),
+    ("report", "arguments", "seed"),
+    ("report", "versions"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
+def test_missing_field_is_an_error_that_names_it(files, path):
+    holder = dict(zip(("results", "report"), copy.deepcopy(files)))
+    at = holder
+    for key in path[:-1]:
+        at = at[key]
+    del at[path[-1]]
+    with pytest.raises(ValueError, match=path[-1]):
+        render_card(holder["results"], holder["report"], "me/model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("path", [("pruned", "step_loss"), ("pruned", "ssim_to_dense")], ids=".".join)
+def test_figures_that_are_not_finite_are_refused(files, path, value):
+    results, report = files
+    results[path[0]][path[1]] = value
+    with pytest.raises(ValueError, match="finite"):
+        render_card(results, report, "me/model")
+
+
+HEADER = {
+    "license": "mit",
+    "library_name": "diffusers",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["diffusers"],
+}
+
+
+def card_with(**changes: object) -> str:
+    data = {key: value for key, value in {**HEADER, **changes}.items() if value is not None}
+    return f"---\n{yaml.safe_dump(data)}---\n\n# A model\n"
+
+
+def test_a_plain_card_passes():
+    check_card(card_with())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"license": "Apache 2"}, "license='Apache 2'"),
+        ({"license": None}, "license=None"),
+        ({"pipeline_tag": "image-making"}, "pipeline_tag='image-making'"),
+        ({"library_name": "torch"}, "library_name='torch'"),
+        ({"tags": ["two words"]}, "tags"),
+        ({"tags": "diffusers"}, "tags"),
+        ({"base_model": "/home/me/model"}, "'/home/me/model'"),
+        ({"datasets": ["a/b/c"]}, "'a/b/c'"),
+        ({"model-index": [{"name": "x", "results": []}]}, "model-index"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_cards_that_the_hub_would_show_wrongly(changes, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        check_card(card_with(**changes))
+
+
+@pytest.mark.parametrize("card", ["# no metadata\n", "---\nlicense: [mit\n---\n# broken\n"], ids=["none", "broken"])
+def test_cards_without_readable_metadata(card):
+    with pytest.raises(ValueError, match="metadata"):
+        check_card(card)
+
+
+def test_licences_and_citations():
+    assert {"apache-2.0", "mit", "cc-by-4.0", "openrail", "unknown", "other"} <= LICENSES
+    assert "2501.09464" in CITATIONS and "Denoising Diffusion Probabilistic Models" in CITATIONS
