@@ -4,8 +4,10 @@ Importing this package registers it with Diffusers: `DiffusionPipeline.from_pret
 the classes here, and runs no code from them.
 """
 
+from types import ModuleType as _ModuleType
+
 from diffusers import pipelines as _pipelines
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  Diffusers looks it up in a pipeline module
+from diffusers.models.modeling_utils import ModelMixin as _ModelMixin
 
 from .configuration import GFPruneConfig
 from .importance import register_criterion
@@ -23,8 +25,19 @@ __all__ = [
     "register_criterion",
 ]
 
+
+class _Registered(_ModuleType):
+    """What a repository may name in model_index.json, and nothing else of this package."""
+
+    class NotThere(AttributeError, ValueError):
+        pass
+
+    def __getattr__(self, name: str):
+        raise self.NotThere(f"{name} is no class of diffusers_gfprune that a repository can name: it has GFPrunedUNet2DModel")
+
+
 # Diffusers resolves the library names in model_index.json among its own pipeline modules and a fixed list; it imports
 # nothing that a repository merely names. Undocumented, so a test guards it.
-import sys as _sys
-
-_pipelines.diffusers_gfprune = _sys.modules[__name__]
+_pipelines.diffusers_gfprune = _Registered(__name__)
+for _class in (GFPrunedUNet2DModel, PruneDDPMPipeline, _ModelMixin):  # the last one Diffusers looks up itself
+    setattr(_pipelines.diffusers_gfprune, _class.__name__, _class)

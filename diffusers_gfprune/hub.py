@@ -54,7 +54,8 @@ FILES = (
 )
 NEEDED = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "pruning_report.json", "results.json")
 TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
-HUB_ERRORS = (OSError, HTTPError)  # what the client raises; connection errors are no OSError
+# What the client raises: connection errors are no OSError, and failed uploads of large files come as a RuntimeError.
+HUB_ERRORS = (OSError, HTTPError, RuntimeError)
 
 
 class PushError(OSError):
@@ -158,6 +159,8 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
 
 def reason(error: Exception) -> str:
     """What went wrong between here and the Hub (one of `HUB_ERRORS`), for whoever has to put it right."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS):
+        error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no access token: log in with `hf auth login`, or pass one"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
@@ -210,6 +213,7 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     check_repo_id(repo_id)
     api = HfApi(token=token)
     full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.auth_check(full_id, write=True)  # making what exists succeeds for those who may only read it
     if private and not api.model_info(full_id).private:
         raise ValueError(f"{full_id} exists and is public: make it private on the Hub, or push to another repository")
     return full_id

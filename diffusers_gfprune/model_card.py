@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 
 import jinja2
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 __all__ = ["LICENSES", "check_card", "render_card"]
@@ -128,6 +129,16 @@ FILTERS = {
 }
 
 
+def _strict(form: Callable[[object], str]) -> Callable[[object], str]:
+    """A filter that says which field is missing, where formatting would only say that something is."""
+
+    def checked(value: object) -> str:
+        str(value)  # raises where it is undefined
+        return form(value)
+
+    return checked
+
+
 def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mapping[str, str] | None = None) -> str:
     """The card of a run.
 
@@ -145,7 +156,7 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
     """
     shown = {"samples": None, "widths": None, "pruning": None, **(pictures or {})}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters.update(FILTERS)
+    environment.filters.update({name: _strict(form) for name, form in FILTERS.items()})
     model_name = repo_id.split("/")[-1]
     try:
         dense, pruned, criterion = results["dense"], results["pruned"], report["config"]["criterion"]
@@ -202,8 +213,9 @@ def check_card(card: str) -> None:
         parsed = ModelCard(card, ignore_metadata_errors=False)
     except Exception as error:  # the client raises what its YAML parser raises
         raise ValueError(f"the card's metadata cannot be read: {' '.join(str(error).split())}") from error
-    data = parsed.data.to_dict()
-    if not data:
+    header = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    data = yaml.safe_load(header[1]) if header else None  # as written: the client turns what it does not expect into lists
+    if not isinstance(data, dict):
         raise ValueError("the card has no metadata")
     if data.get("license") not in LICENSES:
         raise ValueError(f"license={data.get('license')!r} of the card is none that the Hub knows")

@@ -18,7 +18,7 @@ OURS = "diffusers_gfprune"
 
 REMOTE = sorted((PACKAGE / "remote").glob("*.py"))
 # Modules that know nothing else of ours, as the remote files but for one lazy import.
-LEAVES = [PACKAGE / "schedules.py", *sorted((PACKAGE / "evaluation").glob("*.py"))]
+LEAVES = [PACKAGE / "model_card.py", PACKAGE / "schedules.py", *sorted((PACKAGE / "evaluation").glob("*.py"))]
 ALL = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -110,7 +110,11 @@ def test_library_does_not_import_training(path: Path) -> None:
 
 def test_import_registers_the_package_with_diffusers() -> None:
     """Without this attribute `from_pretrained` cannot resolve the library that model_index.json names."""
-    assert diffusers.pipelines.diffusers_gfprune is diffusers_gfprune
+    registered = diffusers.pipelines.diffusers_gfprune
+    assert registered.GFPrunedUNet2DModel is diffusers_gfprune.GFPrunedUNet2DModel
+    assert registered.PruneDDPMPipeline is diffusers_gfprune.PruneDDPMPipeline
+    with pytest.raises(ValueError, match="GradientFlowPruner is no class"):
+        registered.GradientFlowPruner
     assert diffusers_gfprune.ModelMixin is diffusers.ModelMixin  # Diffusers looks it up there
 
 

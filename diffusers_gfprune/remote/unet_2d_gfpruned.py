@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 import pathlib
 import shutil
@@ -471,6 +472,11 @@ class GFPrunedUNet2DModel(UNet2DModel):
                     f"{len(names)} {problem.replace('_', ' ')}, first {names[0]}"
                 )
         return (model, info) if wants_info else model
+
+    def to_json_string(self) -> str:
+        # Where this copy was loaded from is nobody's business, and often a path.
+        content = {key: value for key, value in json.loads(super().to_json_string()).items() if key != "_name_or_path"}
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     @functools.wraps(UNet2DModel.save_pretrained)
     def save_pretrained(self, save_directory, *args, **kwargs):
