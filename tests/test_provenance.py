@@ -1,0 +1,73 @@
+"""Where a run came from is told without paths of the machine and without tokens."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import WRITE, HubServer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+
+from provenance import command_line, describe_base_model, describe_dataset, portable  # noqa: E402
+
+CARD = b"---\nlicense: cc-by-4.0\n---\n# Dense\n"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path / "home", WRITE)
+        yield hub
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("/home/me/models/x", "x"), ("~/x", "x"), ("runs/x", "runs/x"), ("org/model", "org/model"), (3, 3), (None, None)],
+)
+def test_portable(value, wanted):
+    assert portable(value) == wanted
+
+
+def test_command_line():
+    words = [
+        "--ratio",
+        "0.5",
+        "--output_dir=/home/me/runs/x",
+        "--hub_token",
+        "hf_secret",
+        "--use_ema",
+        "--dataset_name",
+        "a b",
+    ]
+    command = command_line([*words, "--hub_token=hf_secret", "--seed", "3"])
+    assert "hf_secret" not in command and "/home" not in command
+    wanted = ["--ratio", "0.5", "--output_dir=x", "--use_ema", "--dataset_name", "a b", "--seed", "3"]
+    assert shlex.split(command.replace("\\\n", " ")) == ["accelerate", "launch", "training/prune_ddpm.py", *wanted]
+
+
+def test_local_model_with_and_without_a_card(tmp_path):
+    assert describe_base_model(str(tmp_path)) == {"name": tmp_path.name, "hub_id": None, "revision": None, "license": None}
+    (tmp_path / "README.md").write_bytes(CARD)
+    assert describe_base_model(str(tmp_path))["license"] == "cc-by-4.0"
+
+
+def test_model_on_the_hub(server):
+    commit = server.add_repo("alice/dense", {"README.md": CARD})
+    found = describe_base_model("alice/dense")
+    assert found == {"name": "alice/dense", "hub_id": "alice/dense", "revision": str(commit), "license": "cc-by-4.0"}
+    server.add_repo("alice/bare", {"config.json": b"{}"})
+    assert describe_base_model("alice/bare")["license"] is None
+
+
+def test_model_on_a_hub_that_does_not_answer(server):
+    server.close()
+    found = describe_base_model("alice/dense", "v1")
+    assert found == {"name": "alice/dense", "hub_id": "alice/dense", "revision": "v1", "license": None}
+
+
+def test_dataset(tmp_path):
+    assert describe_dataset("org/images", None) == {"name": "org/images", "hub_id": "org/images"}
+    assert describe_dataset(str(tmp_path), None) == {"name": tmp_path.name, "hub_id": None}
+    assert describe_dataset(None, "/data/faces") == {"name": "faces", "hub_id": None}

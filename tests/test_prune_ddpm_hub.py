@@ -1,0 +1,91 @@
+"""The script pushes what it made, as users start it, to a Hub that the real client speaks to."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_helpers import contents
+from hub_server import READ, WRITE, HubServer
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = [
+    *("--max_train_steps", "20", "--train_batch_size", "16", "--calibration_batches", "1", "--eval_images", "80"),
+    *("--ddim_num_inference_steps", "4", "--validation_steps", "10", "--validation_images", "16", "--use_ema"),
+    *("--pretrained_model_name_or_path", "training/digits/teacher", "--dataset_name", "training/digits"),
+]
+
+
+def run_script(server: HubServer, folder: Path, *arguments: object, token: str | None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "training/prune_ddpm.py", *SHORT, "--output_dir", folder / "run", *arguments]
+    environment = {**os.environ, **server.environment(folder / "home", token), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
+    return subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Path, subprocess.CompletedProcess]]:
+    """A run that pushes every saved model; the first of these pushes fails."""
+    folder = tmp_path_factory.mktemp("pushed")
+    with HubServer() as server:
+        server.fail("POST", "/api/models/.*/commit/.*")
+        options = ("--push_to_hub", "--hub_model_id", "alice/digits", "--hub_private_repo", "--hub_token", WRITE)
+        run = run_script(server, folder, *options, "--save_model_steps", 6, "--hub_strategy", "every_save", token=None)
+        yield server, folder / "run", run
+
+
+def test_run_is_pushed_whole(pushed) -> None:
+    server, folder, run = pushed
+    assert run.returncode == 0, run.stderr
+    files = {name: data for name, data in server.files("alice/digits").items() if name != ".gitattributes"}
+    assert files == contents(folder)
+    assert server.repositories[("models", "alice/digits")].private
+    assert f"pushed: {server.endpoint}/alice/digits/commit/" in run.stdout
+
+
+def test_saved_models_are_pushed_on_the_way_and_a_failure_does_not_stop_the_run(pushed) -> None:
+    server, _, run = pushed
+    assert "push to alice/digits failed: the server answered 500; training goes on" in run.stderr
+    commits = [request.status for request in server.requests if request.method == "POST" and "/commit/" in request.path]
+    assert commits == [500, 200, 200, 200]  # after steps 6, 12 and 18, and at the end
+
+
+def test_no_token_and_no_path_anywhere(pushed) -> None:
+    server, folder, run = pushed
+    assert WRITE not in run.stdout + run.stderr
+    for name, data in server.files("alice/digits").items():
+        assert WRITE.encode() not in data and str(folder.parent).encode() not in data, name
+
+
+def test_card_on_the_hub_says_where_it_came_from(pushed) -> None:
+    card = pushed[0].files("alice/digits")["README.md"].decode()
+    assert 'from_pretrained("alice/digits")' in card and "license: apache-2.0" in card
+    assert "accelerate launch training/prune_ddpm.py" in card and "--hub_token" not in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "message"),
+    [
+        (
+            ["--push_to_hub", "--hub_model_id", "alice/read-only"],
+            READ,
+            "push_to_hub to alice/read-only cannot work: .*may not write",
+        ),
+        (["--push_to_hub", "--hub_model_id", "bob/x"], WRITE, "push_to_hub to bob/x cannot work: .*may not write"),
+        (["--push_to_hub"], None, "push_to_hub to run cannot work: .*token"),
+        (["--push_to_hub", "--hub_model_id", "two words"], WRITE, "hub_model_id=two words is no repository name"),
+        (["--hub_model_id", "alice/x"], WRITE, "hub_model_id=alice/x needs --push_to_hub"),
+        (["--push_to_hub", "--hub_strategy", "every_save"], WRITE, "hub_strategy=every_save needs"),
+    ],
+)
+def test_what_cannot_be_pushed_is_said_before_training(tmp_path: Path, arguments, token, message) -> None:
+    with HubServer() as server:
+        server.add_repo("alice/read-only", {})
+        run = run_script(server, tmp_path, *arguments, token=token)
+    assert run.returncode == 1
+    assert re.search(f"^prune_ddpm.py: error: {message}", run.stderr.splitlines()[-1])
+    assert "soft pruning" not in run.stderr and not (tmp_path / "run").exists()
