@@ -26,14 +26,15 @@ __all__ = [
 ]
 
 
+class _NotThere(AttributeError, ValueError):
+    """A class that a repository cannot name."""
+
+
 class _Registered(_ModuleType):
     """What a repository may name in model_index.json, and nothing else of this package."""
 
-    class NotThere(AttributeError, ValueError):
-        pass
-
     def __getattr__(self, name: str):
-        raise self.NotThere(f"{name} is no class of diffusers_gfprune that a repository can name: it has GFPrunedUNet2DModel")
+        raise _NotThere(f"{name} is no class of diffusers_gfprune that a repository can name: it has GFPrunedUNet2DModel")
 
 
 # Diffusers resolves the library names in model_index.json among its own pipeline modules and a fixed list; it imports

@@ -14,16 +14,23 @@ import fnmatch
 import json
 import os
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .model_card import check_card, render_card
+from .model_card import check_card, is_as_rendered, rename_in_card, render_card
 
 __all__ = [
     "FILES",
@@ -52,8 +59,16 @@ FILES = (
     "unet/diffusers_gfprune.py",
     *WEIGHTS,
 )
-NEEDED = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "pruning_report.json", "results.json")
-TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
+COMPANIONS = ("README.md", "pruning_report.json", "results.json", *PICTURES.values())  # what says how good the weights are
+NEEDED = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusers_gfprune.py",
+    "pruning_report.json",
+    "results.json",
+)
+TOKEN = re.compile(r"\b(hf_|hf_oauth_|api_org_)[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
 # What the client raises: connection errors are no OSError, and failed uploads of large files come as a RuntimeError.
 HUB_ERRORS = (OSError, HTTPError, RuntimeError)
 
@@ -107,12 +122,21 @@ def _read_json(path: Path) -> dict:
     return content
 
 
+def _strings(value: object) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
 def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token: str | None = None) -> None:
     """Refuse files that hold a token, or a path of this machine.
 
     Args:
         folder: Where they lie.
-        names: Relative paths; only text files are read.
+        names: Relative paths; only cards and JSON are read.
         token: The token in use, to look for, too.
 
     Raises:
@@ -127,13 +151,17 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
         text = (root / name).read_text("utf-8")
         if TOKEN.search(text) or (token and token in text):
             raise ValueError(f"{root / name} holds an access token: remove it before you push")
-        found = next((place for place in sorted(places) if place in text), None)
-        if found is not None:
-            raise ValueError(f"{root / name} names the path {found} of this machine: remove it before you push")
+        found = [place for place in sorted(places) if place in text]
+        if name.endswith(".json"):
+            found += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
+        if found:
+            raise ValueError(f"{root / name} names the path {found[0]} of this machine: remove it before you push")
 
 
 def update_card(folder: str | os.PathLike, repo_id: str) -> None:
-    """Write README.md for `repo_id`, from the results and the report of a run. A card edited by hand is kept as it is.
+    """Write README.md for `repo_id`, from the results and the report of a run.
+
+    A card edited by hand keeps its text; only the examples that load the model name the new repository.
 
     Args:
         folder: A finished run.
@@ -146,12 +174,9 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
     results, report = _read_json(root / "results.json"), _read_json(root / "pruning_report.json")
     pictures = {what: name for what, name in PICTURES.items() if (root / name).is_file()}
     card, readme = render_card(results, report, repo_id, pictures), root / "README.md"
-    if readme.exists():
-        present = readme.read_text("utf-8")
-        earlier_id = re.search(r'from_pretrained\("([^"]+)"', present)
-        if earlier_id is None or present != render_card(results, report, earlier_id[1], pictures):
-            check_card(present)
-            return
+    if readme.exists() and not is_as_rendered(readme.read_text("utf-8")):
+        card = rename_in_card(readme.read_text("utf-8"), repo_id)
+        check_card(card)
     complete = readme.with_name(".README.md.incomplete")
     complete.write_text(card, "utf-8")
     os.replace(complete, readme)
@@ -163,6 +188,8 @@ def reason(error: Exception) -> str:
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no access token: log in with `hf auth login`, or pass one"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such branch"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     known = {
         401: "the access token is missing, wrong or expired: log in with `hf auth login`, or pass one",
@@ -174,12 +201,15 @@ def reason(error: Exception) -> str:
         return known[status]
     if status is not None and status >= 500:
         return f"the server answered {status}"
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = TOKEN.sub("***", " ".join(str(error).split())) or type(error).__name__
     return said if status is not None else f"the connection failed: {said}"
 
 
-def _failed(error: Exception, folder: str | os.PathLike, repo_id: str, private: bool | None) -> PushError:
-    again = f"python -m diffusers_gfprune.hub push {folder} {repo_id}{' --private' if private else ''}"
+def _failed(
+    error: Exception, folder: str | os.PathLike, repo_id: str, private: bool | None, revision: str | None
+) -> PushError:
+    words = ["python", "-m", "diffusers_gfprune.hub", "push", str(folder), repo_id]
+    again = shlex.join([*words, *(["--private"] if private else []), *(["--revision", revision] if revision else [])])
     return PushError(f"push to {repo_id} failed: {reason(error)}. {folder} is whole; try again: {again}")
 
 
@@ -227,7 +257,6 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload pruned DDPM",
-    create_pr: bool = False,
 ) -> str:
     """Push a finished run. Trying again uploads only what is missing.
 
@@ -238,7 +267,6 @@ def push_folder(
         private: Whether the repository must be private; None: as it is, or public.
         revision: Branch to commit to (default: `main`).
         commit_message: Of the commit.
-        create_pr: Open a pull request instead of committing.
 
     Returns:
         URL of the commit.
@@ -252,7 +280,7 @@ def push_folder(
     try:
         full_id = prepare_repo(repo_id, token=token, private=private)
     except HUB_ERRORS as error:
-        raise _failed(error, folder, repo_id, private) from error
+        raise _failed(error, folder, repo_id, private, revision) from error
     update_card(folder, full_id)
     names, _ = files_to_push(folder)
     check_nothing_private(folder, names, token or get_token())
@@ -264,15 +292,16 @@ def push_folder(
             delete_patterns=list(WEIGHTS),
             revision=revision,
             commit_message=commit_message,
-            create_pr=create_pr,
         )
-    except HUB_ERRORS as error:
-        raise _failed(error, folder, full_id, private) from error
-    return commit.pr_url or commit.commit_url
+    except (*HUB_ERRORS, ValueError) as error:  # ValueError: an answer that makes no sense
+        raise _failed(error, folder, full_id, private, revision) from error
+    return commit.commit_url
 
 
 def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | None = None, commit_message: str) -> None:
-    """Push the pipeline of a run that goes on: model, scheduler and code; card and results follow with `push_folder`.
+    """Push the pipeline of a run that goes on: model, scheduler and code.
+
+    Card and results follow with `push_folder`; those of an earlier run are deleted, since they say nothing of these weights.
 
     Args:
         folder: A saved pipeline.
@@ -282,16 +311,21 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
 
     Raises:
         PushError: The server or the connection failed.
+        ValueError: A file holds a token or a path of this machine.
     """
+    present = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+    names = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
+    names = sorted(set(names) - set(COMPANIONS))
+    check_nothing_private(folder, names, token or get_token())
     try:
         HfApi(token=token).upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[name for name in FILES if name not in ("README.md", "pruning_report.json", "results.json")],
-            delete_patterns=list(WEIGHTS),
+            allow_patterns=names,
+            delete_patterns=[*WEIGHTS, *COMPANIONS],
             commit_message=commit_message,
         )
-    except HUB_ERRORS as error:
+    except (*HUB_ERRORS, ValueError) as error:
         raise PushError(f"push to {repo_id} failed: {reason(error)}") from error
 
 
@@ -310,9 +344,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     push.add_argument("--private", action="store_true", default=None, help="make the repository private")
     push.add_argument("--revision", help="branch to commit to (default: main)")
     push.add_argument("--commit_message", default="Upload pruned DDPM", help="of the commit")
-    push.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     push.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and stop")
     args = parser.parse_args(argv)
+    args.token = args.token.strip() if args.token else None
     try:
         if args.dry_run:
             check_repo_id(args.repo_id)
@@ -333,7 +367,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             private=args.private,
             revision=args.revision,
             commit_message=args.commit_message,
-            create_pr=args.create_pr,
         )
         print(f"pushed: {url}")
     except (ValueError, OSError) as error:

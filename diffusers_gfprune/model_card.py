@@ -7,6 +7,7 @@ tags, task, figures that are not finite.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["LICENSES", "check_card", "render_card"]
+__all__ = ["LICENSES", "check_card", "is_as_rendered", "rename_in_card", "render_card"]
 
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
@@ -186,9 +187,28 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
         raise ValueError(f"results.json or pruning_report.json lacks a field of the model card: {error}") from error
     except KeyError as error:
         raise ValueError(f"results.json or pruning_report.json lacks the field {error} of the model card") from error
+    except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"results.json or pruning_report.json has a malformed field: {error}") from error
     card = f"---\n{metadata}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
     check_card(card)
-    return card
+    return f"{card}\n{_seal(card)}\n"
+
+
+def _seal(card: str) -> str:
+    """A comment by which an edited card is told from one as it was rendered."""
+    return f"<!-- rendered by diffusers-gfprune, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
+
+
+def is_as_rendered(card: str) -> bool:
+    """Whether nobody has edited a card since `render_card` made it."""
+    body, newline, seal = card.removesuffix("\n").rpartition("\n")
+    return bool(newline) and seal == _seal(body)
+
+
+def rename_in_card(card: str, repo_id: str) -> str:
+    """The card with `repo_id` in its examples, where it had the repository that it was made for."""
+    earlier = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', card)
+    return card if earlier is None else card.replace(f'from_pretrained("{earlier[1]}"', f'from_pretrained("{repo_id}"')
 
 
 def _numbers(value: object) -> list[float]:
@@ -217,7 +237,7 @@ def check_card(card: str) -> None:
     data = yaml.safe_load(header[1]) if header else None  # as written: the client turns what it does not expect into lists
     if not isinstance(data, dict):
         raise ValueError("the card has no metadata")
-    if data.get("license") not in LICENSES:
+    if not isinstance(data.get("license"), str) or data["license"] not in LICENSES:
         raise ValueError(f"license={data.get('license')!r} of the card is none that the Hub knows")
     for name, wanted in (("library_name", "diffusers"), ("pipeline_tag", PIPELINE_TAG)):
         if data.get(name) != wanted:
@@ -225,8 +245,8 @@ def check_card(card: str) -> None:
     tags = data.get("tags")
     if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
         raise ValueError(f"tags={tags!r} of the card must be words")
-    ids = [data["base_model"]] if "base_model" in data else []
-    for hub_id in [*ids, *data.get("datasets", [])]:
+    ids = [data.get(name) or [] for name in ("base_model", "datasets")]  # one id, or several
+    for hub_id in [hub_id for found in ids for hub_id in (found if isinstance(found, list) else [found])]:
         if not isinstance(hub_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
             raise ValueError(f"{hub_id!r} in the card's metadata is no Hub id")
     if not all(math.isfinite(number) for number in _numbers(data)):

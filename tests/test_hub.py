@@ -90,11 +90,20 @@ def test_card_names_the_repository_it_is_in(server: HubServer, run: Path) -> Non
     assert ModelCard.load("alice/other").data.pipeline_tag == "unconditional-image-generation"
 
 
-def test_card_edited_by_hand_is_kept(server: HubServer, run: Path) -> None:
-    card = (run / "README.md").read_text() + "\nIn my own words.\n"
+def test_card_edited_by_hand_keeps_its_text(server: HubServer, run: Path) -> None:
+    card = (run / "README.md").read_text() + '\nIn my own words. See `from_pretrained("org/dense")`.\n'
     (run / "README.md").write_text(card)
     push_folder(run, REPO)
-    assert on_hub(server)["README.md"].decode() == card
+    assert on_hub(server)["README.md"].decode() == card.replace('"digits-gfpruned"', f'"{REPO}"')
+
+
+def test_card_follows_the_results(server: HubServer, run: Path) -> None:
+    push_folder(run, REPO)
+    results = json.loads((run / "results.json").read_text())
+    results["pruned"]["ssim_to_dense"] = 0.1234
+    (run / "results.json").write_text(json.dumps(results))
+    push_folder(run, REPO)
+    assert b"| 0.1234 |" in on_hub(server)["README.md"]
 
 
 def test_card_that_the_hub_would_show_wrongly_is_refused(server: HubServer, run: Path) -> None:
@@ -134,16 +143,16 @@ def test_public_repository_is_not_taken_for_private(server: HubServer, run: Path
 
 
 def test_checkpoint_is_pushed_without_results(server: HubServer, run: Path) -> None:
-    server.add_repo(REPO, {})
+    push_folder(run, REPO)  # of an earlier run, whose results say nothing of these weights
     push_checkpoint(run, REPO, commit_message="Step 5 of 10")
-    assert set(on_hub(server)) == PUSHED - {"README.md", "results.json", "pruning_report.json"}
+    assert set(on_hub(server)) == {name for name in PUSHED if "/" in name or name in ("model_index.json", "pipeline.py")}
 
 
 # --- what must not leave the machine -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["README.md", "pruning_report.json"])
-@pytest.mark.parametrize("secret", ["hf_" + "aB3" * 11, WRITE], ids=["a token", "the token in use"])
+@pytest.mark.parametrize("secret", ["hf_" + "aB3" * 11, "hf_oauth_" + "aB3" * 11, WRITE], ids=["user", "oauth", "in use"])
 def test_tokens_are_not_pushed(server: HubServer, run: Path, name: str, secret: str) -> None:
     if name.endswith(".md"):
         (run / name).write_text((run / name).read_text() + secret)
@@ -156,9 +165,10 @@ def test_tokens_are_not_pushed(server: HubServer, run: Path, name: str, secret: 
     assert server.uploads() == [] and on_hub(server) == {}
 
 
-def test_paths_of_this_machine_are_not_pushed(server: HubServer, run: Path) -> None:
+@pytest.mark.parametrize("path", [str(Path.cwd() / "cache"), "/data/somewhere", str(Path.home())])
+def test_paths_of_this_machine_are_not_pushed(server: HubServer, run: Path, path: str) -> None:
     report = json.loads((run / "pruning_report.json").read_text())
-    report["arguments"]["cache_dir"] = str(run / "cache")
+    report["arguments"]["cache_dir"] = path
     (run / "pruning_report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="pruning_report.json names the path"):
         push_folder(run, REPO)
@@ -176,6 +186,7 @@ BROKEN = {
     "no folder": (lambda run: run.rename(run.parent / "elsewhere"), "is not a folder"),
     "no results": (lambda run: (run / "results.json").unlink(), "has no results.json"),
     "no model index": (lambda run: (run / "model_index.json").unlink(), "has no model_index.json"),
+    "no model file": (lambda run: (run / "unet/diffusers_gfprune.py").unlink(), "has no unet/diffusers_gfprune.py"),
     "no weights": (lambda run: (run / WEIGHTS).unlink(), "has no weights"),
     "a dense model": (
         lambda run: (run / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}'),
@@ -255,6 +266,17 @@ def test_tokens_that_do_not_do(server: HubServer, run: Path, token: str, repo: s
     assert server.uploads() == []
 
 
+def test_token_that_no_header_takes_is_not_shown(server: HubServer, run: Path) -> None:
+    with pytest.raises(PushError) as error:
+        push_folder(run, REPO, token="hf_secret\nline")
+    assert "secret" not in str(error.value)
+
+
+def test_no_such_branch(server: HubServer, run: Path) -> None:
+    with pytest.raises(PushError, match="no such branch.*--revision v9"):
+        push_folder(run, REPO, revision="v9")
+
+
 def test_without_a_token(server: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(PushError, match="token"):
@@ -312,6 +334,14 @@ def test_saving_with_push_to_hub_keeps_the_card(server: HubServer, run: Path) ->
     card = (run / "README.md").read_bytes()
     PruneDDPMPipeline.from_pretrained(run).save_pretrained(str(run), push_to_hub=True, repo_id=REPO)
     assert on_hub(server)["README.md"].replace(b'"alice/digits"', b'"digits-gfpruned"') == card
+    assert set(on_hub(server)) == PUSHED
+
+
+def test_pipeline_pushes_nothing_that_lies_beside_it(server: HubServer, run: Path) -> None:
+    (run / "checkpoint-5").mkdir()
+    for name in ("optimizer.bin", "checkpoint-5/.env", "unet/optimizer.safetensors"):
+        (run / name).write_text("stays")
+    PruneDDPMPipeline.from_pretrained(run).save_pretrained(str(run), push_to_hub=True, repo_id=REPO)
     assert set(on_hub(server)) == PUSHED
 
 

@@ -236,6 +236,13 @@ def truncated(files: dict[str, bytes], _: Path) -> None:
     files["unet/diffusion_pytorch_model.safetensors"] = files["unet/diffusion_pytorch_model.safetensors"][:-1000]
 
 
+def pickled_shard(files: dict[str, bytes], trace: Path) -> None:
+    names = load(files.pop("unet/diffusion_pytorch_model.safetensors"))
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "weights.pth")}
+    files["unet/diffusion_pytorch_model.safetensors.index.json"] = json.dumps(index).encode()
+    files["unet/weights.pth"] = pickle.dumps(Bomb(trace))
+
+
 def without_a_tensor(files: dict[str, bytes], _: Path) -> None:
     tensors = load(files["unet/diffusion_pytorch_model.safetensors"])
     del tensors["conv_in.bias"]
@@ -244,7 +251,7 @@ def without_a_tensor(files: dict[str, bytes], _: Path) -> None:
 
 NO_CLASS = "is no class of diffusers_gfprune that a repository can name"
 HOSTILE = {
-    "pickled weights": (pickled_weights, "no file named diffusion_pytorch_model.safetensors"),
+    "pickled weights": (pickled_weights, "file named diffusion_pytorch_model.safetensors"),
     "huge width": (config_with(layer_channels__conv_in=[1, 10**9]), "must be from 1 to the dense [1, 8]"),
     "huge dense width": (config_with(block_out_channels=[10**9, 10**9]), "block_out_channels=1000000000"),
     "negative width": (config_with(layer_channels__conv_in=[1, -3]), "layer_channels['conv_in']=[1, -3]"),
@@ -257,6 +264,7 @@ HOSTILE = {
     "heads": (config_with(attention_heads={"mid_block.attentions.0": 10**6}), "must be from 1 to 4"),
     "group sizes": (config_with(norm_group_sizes={"conv_norm_out": [10**9]}), "sizes from 1 to 2"),
     "truncated weights": (truncated, "Unable to load weights"),
+    "a shard that is a pickle": (pickled_shard, "safetensors"),
     "missing tensor": (without_a_tensor, "1 missing keys"),
     "another class": (index_with(["diffusers_gfprune", "GradientFlowPruner"]), NO_CLASS),
     "no such class": (index_with(["diffusers_gfprune", "Nothing"]), NO_CLASS),
@@ -264,14 +272,24 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_repositories_are_refused(server: HubServer, tmp_path: Path, what: str) -> None:
+PIPELINES_ONLY = ("another class", "no such class", "another library")
+
+
+@pytest.mark.parametrize(
+    ("what", "alone"),
+    [(what, alone) for what in HOSTILE for alone in (False, True) if not (alone and what in PIPELINES_ONLY)],
+    ids=lambda value: {True: "model", False: "pipeline"}.get(value, value),
+)
+def test_hostile_repositories_are_refused(server: HubServer, tmp_path: Path, what: str, alone: bool) -> None:
     files, trace = hub_files(server, REPO), tmp_path / "harm"
     HOSTILE[what][0](files, trace)
     repo = f"alice/{'-'.join(what.split())}"
     server.add_repo(repo, files)
     with pytest.raises((ValueError, OSError)) as error:
-        DiffusionPipeline.from_pretrained(repo)
+        if alone:
+            GFPrunedUNet2DModel.from_pretrained(repo, subfolder="unet")
+        else:
+            DiffusionPipeline.from_pretrained(repo)
     assert HOSTILE[what][1] in str(error.value)
     assert "\n" not in str(error.value) and not trace.exists()
 
@@ -318,6 +336,10 @@ found["custom"] = type(
 pipe.unet.push_to_hub("alice/unet-found")
 unet = AutoModel.from_pretrained("alice/unet-found", trust_remote_code=True)
 found["auto"] = type(unet).__name__
+try:
+    DiffusionPipeline.from_pretrained(HARMFUL, trust_remote_code=True)
+except SystemExit as error:
+    found["harm"] = str(error)
 print(json.dumps(found))
 """
 
@@ -327,7 +349,9 @@ def stranger(world: tuple[HubServer, Path], tmp_path_factory: pytest.TempPathFac
     """What an interpreter without the package found, and the folder it saved to."""
     hub, _ = world
     folder = tmp_path_factory.mktemp("stranger")
-    names = {"HELPERS": str(Path(__file__).parent), "REPO": REPO, "OUT": str(folder / "saved")}
+    files = hub_files(hub, REPO)
+    hub.add_repo("alice/harm", {**files, "unet/diffusers_gfprune.py": b"raise SystemExit('harm done')"})
+    names = {"HELPERS": str(Path(__file__).parent), "REPO": REPO, "HARMFUL": "alice/harm", "OUT": str(folder / "saved")}
     script = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + WITHOUT
     environment = {**os.environ, **hub.environment(folder / "home", WRITE), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=folder)
@@ -338,6 +362,11 @@ def stranger(world: tuple[HubServer, Path], tmp_path_factory: pytest.TempPathFac
 def test_without_trust_the_error_says_what_to_do(stranger: tuple[dict, Path]) -> None:
     message = stranger[0]["untrusted"]
     assert "unet" in message and "diffusers_gfprune.py" in message and "trust_remote_code=True" in message
+
+
+def test_with_trust_the_code_is_run(stranger: tuple[dict, Path]) -> None:
+    """So that the tests in which it is not run show something."""
+    assert stranger[0]["harm"] == "harm done"
 
 
 @pytest.mark.parametrize("which", ["samples", "again", "pushed"])

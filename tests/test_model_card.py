@@ -9,7 +9,14 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from diffusers_gfprune.model_card import CITATIONS, LICENSES, check_card, render_card
+from diffusers_gfprune.model_card import (
+    CITATIONS,
+    LICENSES,
+    check_card,
+    is_as_rendered,
+    rename_in_card,
+    render_card,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -33,6 +40,9 @@ def header(card: str) -> dict:
 
 def test_the_default_run_has_a_card():
     assert CARDS / "digits-gfpruned" in RUNS
+    _, report = content(CARDS / "digits-gfpruned")
+    # The last of the arguments in `make prune`
+    assert report["phases"]["total_steps"] == 1500 and report["arguments"]["output_dir"] == "runs/digits-gfpruned"
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -191,6 +201,8 @@ def test_a_plain_card_passes():
         ({"tags": "diffusers"}, "tags"),
         ({"base_model": "/home/me/model"}, "'/home/me/model'"),
         ({"datasets": ["a/b/c"]}, "'a/b/c'"),
+        ({"datasets": "a/b/c"}, "'a/b/c'"),
+        ({"license": ["mit"]}, "license=['mit']"),
         ({"model-index": [{"name": "x", "results": []}]}, "model-index"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -204,6 +216,37 @@ def test_cards_that_the_hub_would_show_wrongly(changes, named):
 def test_cards_without_readable_metadata(card):
     with pytest.raises(ValueError, match="metadata"):
         check_card(card)
+
+
+@pytest.mark.parametrize("changes", [{"base_model": ["org/a", "org/b"]}, {"datasets": []}, {"datasets": "org/x"}], ids=str)
+def test_metadata_that_people_write(changes):
+    check_card(card_with(**changes))
+
+
+MALFORMED = [("report", "config", []), ("results", "dense", {"macs": None}), ("report", "mask_updates", 3)]
+
+
+@pytest.mark.parametrize(("which", "key", "value"), MALFORMED, ids=lambda value: str(value))
+def test_malformed_field_is_an_error(files, which, key, value):
+    holder = dict(zip(("results", "report"), files))
+    holder[which][key] = {**holder[which][key], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match="malformed"):
+        render_card(holder["results"], holder["report"], "me/model")
+
+
+def test_edited_cards_are_told_from_rendered_ones(files):
+    card = render_card(*files, "me/model")
+    assert is_as_rendered(card)
+    assert not is_as_rendered(card.replace("# model", "# My model")) and not is_as_rendered(card + "More.\n")
+    assert not is_as_rendered("") and not is_as_rendered("# a card\n")
+
+
+def test_renaming_leaves_other_models_alone(files):
+    card = render_card(*files, "me/model").replace("## Use it", '## Use it\n\nDense: `from_pretrained("org/dense")`\n')
+    renamed = rename_in_card(card, "you/other")
+    assert renamed.count('from_pretrained("you/other"') == 2 and 'from_pretrained("me/model"' not in renamed
+    assert 'from_pretrained("org/dense")' in renamed
+    assert rename_in_card("# no example\n", "you/other") == "# no example\n"
 
 
 def test_licences_and_citations():

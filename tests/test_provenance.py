@@ -24,7 +24,15 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [("/home/me/models/x", "x"), ("~/x", "x"), ("runs/x", "runs/x"), ("org/model", "org/model"), (3, 3), (None, None)],
+    [
+        ("../../home/me/x", "x"),
+        ("/home/me/models/x", "x"),
+        ("~/x", "x"),
+        ("runs/x", "runs/x"),
+        ("org/model", "org/model"),
+        (3, 3),
+        (None, None),
+    ],
 )
 def test_portable(value, wanted):
     assert portable(value) == wanted
@@ -41,7 +49,7 @@ def test_command_line():
         "--dataset_name",
         "a b",
     ]
-    command = command_line([*words, "--hub_token=hf_secret", "--seed", "3"])
+    command = command_line([*words, "--hub_token=hf_secret", "--hub-token", "hf_secret", "--seed", "3"])
     assert "hf_secret" not in command and "/home" not in command
     wanted = ["--ratio", "0.5", "--output_dir=x", "--use_ema", "--dataset_name", "a b", "--seed", "3"]
     assert shlex.split(command.replace("\\\n", " ")) == ["accelerate", "launch", "training/prune_ddpm.py", *wanted]
@@ -65,6 +73,13 @@ def test_model_on_a_hub_that_does_not_answer(server):
     server.close()
     found = describe_base_model("alice/dense", "v1")
     assert found == {"name": "alice/dense", "hub_id": "alice/dense", "revision": "v1", "license": None}
+
+
+def test_licence_that_the_hub_does_not_know_is_unknown(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: my own\n---\n")
+    assert describe_base_model(str(tmp_path))["license"] is None
+    (tmp_path / "README.md").write_text("---\nlicense: MIT\n---\n")
+    assert describe_base_model(str(tmp_path))["license"] == "mit"
 
 
 def test_dataset(tmp_path):

@@ -158,3 +158,41 @@ def test_a_broken_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model/model_index.json").write_text("{not json")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_dense_pipeline(str(tmp_path / "model"))
+
+
+def started(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    folder.check()
+    folder.prepare(nn.Linear(1, 1))
+    return folder
+
+
+def test_saving_on_the_way_replaces_everything(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    folder.save(lambda fresh: (fresh / "old").write_text("1"))
+    folder.save(lambda fresh: (fresh / "new").write_text("2"))
+    assert [path.name for path in folder.staging.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == [folder.staging.name]
+
+
+def test_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    folder.save(lambda fresh: (fresh / "model_index.json").write_text("1"))
+
+    def fails(fresh: Path) -> None:
+        (fresh / "model_index.json").write_text("half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        folder.save(fails)
+    assert (folder.staging / "model_index.json").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.staging.name]
+
+
+@pytest.mark.parametrize("what", ["incomplete", "saving", "replaced"])
+def test_model_left_by_a_killed_run_is_not_overwritten(tmp_path: Path, what: str) -> None:
+    left = tmp_path / f".run.{what}"
+    left.mkdir()
+    (left / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"run.{what} holds the model of a run that did not end"):
+        RunFolder(str(tmp_path / "run"), overwrite=True).check()

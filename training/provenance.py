@@ -10,15 +10,16 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 
 from diffusers_gfprune.hub import HUB_ERRORS
+from diffusers_gfprune.model_card import LICENSES
 
 __all__ = ["command_line", "describe_base_model", "describe_dataset", "portable"]
 
-SECRETS = ("--hub_token",)
+SECRETS = ("--hub-token",)
 
 
 def portable(value: object) -> object:
-    """A path of this machine as its last part; everything else, relative paths included, as it is."""
-    if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
+    """A path of this machine as its last part; everything else, relative paths downwards included, as it is."""
+    if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts):
         return Path(value).name
     return value
 
@@ -29,7 +30,7 @@ def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") ->
     skip = False
     for word in argv:
         name, equals, value = word.partition("=")
-        if skip or name in SECRETS:
+        if skip or name.replace("_", "-") in SECRETS:  # either spelling is an argument
             skip = not skip and not equals
             continue
         word = f"{name}={portable(value)}" if equals and name.startswith("--") else str(portable(word))
@@ -40,9 +41,9 @@ def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") ->
     return " \\\n    ".join([f"accelerate launch {script}", *parts])
 
 
-def _card_license(card: ModelCard) -> str | None:
-    license = card.data.get("license")
-    return license if isinstance(license, str) else None
+def _known_license(license: object) -> str | None:
+    """A licence as the Hub spells it; None for what it does not know."""
+    return license.lower() if isinstance(license, str) and license.lower() in LICENSES else None
 
 
 def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[str, str | None]:
@@ -59,7 +60,7 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
     if os.path.isdir(name_or_path):
         readme = Path(name_or_path) / "README.md"
         if readme.is_file():
-            found["license"] = _card_license(ModelCard.load(readme, ignore_metadata_errors=True))
+            found["license"] = _known_license(ModelCard.load(readme, ignore_metadata_errors=True).data.get("license"))
         return found
     found["hub_id"] = name_or_path
     try:
@@ -67,8 +68,7 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
     except HUB_ERRORS:  # offline, with the model in the cache
         return found
     found["revision"] = info.sha
-    license = info.card_data.get("license") if info.card_data is not None else None
-    found["license"] = license if isinstance(license, str) else None
+    found["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
     return found
 
 

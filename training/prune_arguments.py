@@ -173,6 +173,7 @@ class HubArguments:
     )
 
     def __post_init__(self) -> None:
+        self.hub_token = self.hub_token.strip() if self.hub_token else None
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "hub_model_id")
         given = [name for name in ("hub_model_id", "hub_private_repo") if getattr(self, name)]

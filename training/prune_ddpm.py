@@ -279,14 +279,14 @@ def save_model(args, folder, repo_id, unet, ema, noise_scheduler, step: int) -> 
         message = f"Step {step} of {args.training.max_train_steps}"
         try:
             push_checkpoint(folder.staging, repo_id, token=args.hub.hub_token, commit_message=message)
-        except PushError as error:
+        except (PushError, ValueError) as error:
             tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
 
 
 def finish(args, folder, repo_id, pruner, curves, unet, dense, noise_scheduler, images, num_held_out, losses) -> None:
     """Write pipeline, results, report, card and pictures, and make the run folder appear."""
     unet.requires_grad_(False).eval()
-    PruneDDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained(folder.staging)
+    folder.save(PruneDDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained)
     measured, dense_samples, samples = results(args, dense, unet, noise_scheduler, images, num_held_out, losses)
     write_json(folder.staging / "results.json", measured)
     origin = {

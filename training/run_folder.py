@@ -92,7 +92,7 @@ class RunFolder:
         self.path = Path(os.path.abspath(output_dir))
         self.overwrite = overwrite
         self.inputs = [Path(os.path.abspath(name)) for name in inputs if name and Path(name).exists()]
-        self.staging = self.path.parent / f".{self.path.name}.incomplete"
+        self.staging = self._beside("incomplete")
 
     def check(self) -> None:
         """Refuse a folder that may not be written.
@@ -105,8 +105,9 @@ class RunFolder:
                 raise ValueError(f"output_dir={self.path} holds {name}, which this run reads")
         if self.path.exists() and not self.overwrite:
             raise ValueError(f"output_dir={self.path} exists: name another folder, or pass --overwrite_output_dir")
-        if (self.staging / "model_index.json").exists():
-            raise ValueError(f"{self.staging} holds the model of a run that did not end: move or remove it first")
+        for left in (self.staging, self._beside("saving"), self._beside("replaced")):
+            if (left / "model_index.json").exists():
+                raise ValueError(f"{left} holds the model of a run that did not end: move or remove it first")
 
     def prepare(self, model: nn.Module) -> None:
         """Make the hidden folder, and check that a pipeline with `model` will fit on the disk."""
@@ -123,20 +124,27 @@ class RunFolder:
                 f"output_dir={self.path} needs {needed / 2**20:.0f} MiB, but the disk has {free / 2**20:.0f} MiB free"
             )
 
-    def save(self, write: Callable[[Path], None]) -> None:
-        """Replace the content of the hidden folder by what `write` puts into the folder that it is given."""
-        fresh, replaced = (self.path.with_name(f".{self.path.name}.{what}") for what in ("saving", "replaced"))
+    def save(self, write: Callable[[Path], object]) -> None:
+        """Replace the content of the hidden folder by what `write` puts into the folder that it is given, or by nothing."""
+        fresh, replaced = self._beside("saving"), self._beside("replaced")
         for leftover in (fresh, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
-        write(fresh)
+        try:
+            write(fresh)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
         os.replace(self.staging, replaced)
         os.replace(fresh, self.staging)
         shutil.rmtree(replaced, ignore_errors=True)
 
+    def _beside(self, what: str) -> Path:
+        return self.path.with_name(f".{self.path.name}.{what}")
+
     def publish(self) -> None:
         """Move the hidden folder to its name."""
-        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        replaced = self._beside("replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.path.exists():
             if not self.overwrite:
@@ -147,8 +155,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove the hidden folder."""
-        for name in (self.staging, self.path.with_name(f".{self.path.name}.saving")):
-            shutil.rmtree(name, ignore_errors=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
 
     def __enter__(self) -> RunFolder:
         return self

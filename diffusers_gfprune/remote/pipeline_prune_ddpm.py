@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 
 from diffusers import DDPMPipeline
 
@@ -15,6 +17,8 @@ __all__ = ["PruneDDPMPipeline"]
 # What a pruning run leaves beside the model, and what therefore goes where the model goes
 REPORT = "pruning_report.json"
 COMPANIONS = (REPORT, "results.json", "README.md", "samples.png", "widths.png", "pruning.png")
+MODEL = ("model_index.json", "pipeline.py", "scheduler/*.json", "unet/diffusers_gfprune.py", "unet/config.json")
+WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.json")
 
 
 class PruneDDPMPipeline(DDPMPipeline):
@@ -70,10 +74,21 @@ class PruneDDPMPipeline(DDPMPipeline):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _upload_folder(self, working_dir, repo_id, *args, **kwargs):
-        if self._card is not None:  # Diffusers has just written a generic card over it
-            card = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{repo_id}"', self._card)
-            pathlib.Path(working_dir, "README.md").write_text(card, "utf-8")
-        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+        """Upload what belongs to a pruned pipeline, and nothing else that lies beside it."""
+        with tempfile.TemporaryDirectory() as folder:
+            for path in sorted(p for p in pathlib.Path(working_dir).rglob("*") if p.is_file()):
+                name = path.relative_to(working_dir).as_posix()
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *MODEL, *WEIGHTS)):
+                    copy = pathlib.Path(folder, name)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
+            if self._card is not None:  # Diffusers has just written a generic card over it
+                earlier = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', self._card)
+                old = f'from_pretrained("{earlier[1]}"' if earlier else None
+                card = self._card.replace(old, f'from_pretrained("{repo_id}"') if old else self._card
+                pathlib.Path(folder, "README.md").write_text(card, "utf-8")
+                pathlib.Path(working_dir, "README.md").write_text(card, "utf-8")
+            return super()._upload_folder(folder, repo_id, *args, **kwargs)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         # Stock Diffusers resolves `DDPMPipeline`, and knows nothing of this class; the samples are the same.

@@ -473,6 +473,13 @@ class GFPrunedUNet2DModel(UNet2DModel):
                 )
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+        for name in resolved_model_file or ():  # an index of safetensors can name any file
+            if not str(name).endswith(".safetensors"):
+                raise ValueError(f"{name} is no safetensors file: pruned models are loaded from safetensors only")
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+
     def to_json_string(self) -> str:
         # Where this copy was loaded from is nobody's business, and often a path.
         content = {key: value for key, value in json.loads(super().to_json_string()).items() if key != "_name_or_path"}
