@@ -211,6 +211,7 @@ BAD_INPUT = {
     "ratio of 0": (["--ratio", "0"], "ratio=0"),
     "ratio above 1": (["--ratio", "1.5"], "ratio=1.5"),
     "unreachable budget": (["--ratio", "0.97", "--min_keep_ratio", "0.5"], "ratio=0.97 of macs cannot be removed"),
+    "distillation above 1": (["--distillation_weight", "1.5"], "distillation_weight=1.5 must be in [0, 1]"),
     "unknown criterion": (["--criterion", "guess"], "criterion=guess must be one of gradient-flow"),
     "batch larger than data": (["--train_batch_size", "5000"], "train_batch_size=5000"),
     "no such column": (["--image_column", "picture"], "image_column=picture"),

@@ -106,6 +106,10 @@ class TrainingArguments:
     adam_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW (>= 0)."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW (> 0)."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm (> 0)."})
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight w of the dense model's noise prediction as the target, in [0, 1]; the noise has 1 - w."},
+    )
     use_ema: bool = field(default=False, metadata={"help": "Average the weights; the average is what is saved."})
     ema_max_decay: float = field(default=0.9999, metadata={"help": "Largest decay of the average, in [0, 1)."})
     mixed_precision: str | None = field(
@@ -123,6 +127,8 @@ class TrainingArguments:
         for name in ("lr_warmup_steps", "adam_weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1]")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")

@@ -76,16 +76,29 @@ class CalibrationImages:
         return batches
 
 
-def training_loss(model, noise_scheduler, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Noise-prediction loss of a batch, with fresh noise and timesteps."""
+def training_loss(
+    model, noise_scheduler, batch: dict[str, torch.Tensor], teacher=None, distillation_weight: float = 0.0
+) -> torch.Tensor:
+    """Noise-prediction loss of a batch, with fresh noise and timesteps.
+
+    With a teacher (the dense model), the loss is `(1 - w) |prediction - noise|^2 + w |prediction - teacher's prediction|^2`:
+    the teacher's prediction is the mean that noise is drawn around, a target of the same kind with less variance.
+    """
     clean_images = batch["pixel_values"]
     noise = torch.randn_like(clean_images)
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(0, steps, (len(clean_images),), device=clean_images.device)
     noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-    prediction = model(noisy_images, timesteps, class_labels=batch.get("class_labels")).sample
+    labels = batch.get("class_labels")
+    prediction = model(noisy_images, timesteps, class_labels=labels).sample.float()
     target = noise_target(noise_scheduler, clean_images, noise, timesteps)
-    return torch.nn.functional.mse_loss(prediction.float(), target.float())
+    loss = torch.nn.functional.mse_loss(prediction, target.float())
+    if not distillation_weight:
+        return loss
+    with torch.no_grad():
+        teacher_prediction = teacher(noisy_images, timesteps, class_labels=labels).sample.float()
+    distance = torch.nn.functional.mse_loss(prediction, teacher_prediction)
+    return (1 - distillation_weight) * loss + distillation_weight * distance
 
 
 def seconds_per_step(model, noise_scheduler, images, batch_size: int, device: torch.device) -> float:
@@ -183,7 +196,8 @@ def run(args, accelerator, folder, repo_id, pruner, unet, dense, noise_scheduler
     if ema is not None:
         ema.to(accelerator.device)
     dense_step_loss = step_loss(dense.to(accelerator.device))
-    dense.to("cpu")  # until it is measured beside the pruned one
+    if not t.distillation_weight:
+        dense.to("cpu")  # until it is measured beside the pruned one
 
     # 3. training loop
     curves = Curves()
@@ -222,7 +236,7 @@ def run(args, accelerator, folder, repo_id, pruner, unet, dense, noise_scheduler
         # 3b. one training step
         clock = time.perf_counter()
         with accelerator.autocast():
-            loss = training_loss(unet, noise_scheduler, next(batches))
+            loss = training_loss(unet, noise_scheduler, next(batches), dense, t.distillation_weight)
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(

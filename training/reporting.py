@@ -71,10 +71,12 @@ def describe_plan(pruner: GradientFlowPruner, args: Arguments, seconds_per_dense
     images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or args.training.train_batch_size)
     scoring = per_batch * seconds_per_dense_step * len(updates) * images / args.training.train_batch_size
     finetuning = seconds_per_dense_step * (1 - cost.removed("macs", pruner.planned_widths)) * (total - end)
+    # A forward of the dense model is about a third of a step of it.
+    distilling = seconds_per_dense_step * total / 3 if args.training.distillation_weight else 0.0
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
         f"{args.pruning.calibration_batches} calibration batches",
-        f"  time       about {_duration(masked + scoring + finetuning)} "
+        f"  time       about {_duration(masked + scoring + finetuning + distilling)} "
         f"without evaluation ({seconds_per_dense_step:.3f} s for a dense step of {args.training.train_batch_size} images)",
     ]
     return "\n".join(lines)
