@@ -23,9 +23,14 @@ RESULTS = ROOT / "benchmarks/results/digits"
 # File name, title, arguments of `make prune`
 SETTINGS = {
     "two-phase": ("gradient flow, two phases (default)", ""),
+    "two-phase-distilled": ("gradient flow, two phases, dense model as the teacher", "--distillation_weight 1"),
     "paper": ("gradient flow, two phases, as published", "--preset paper"),
     "one-shot": ("gradient flow, one-shot", "--preset one-shot"),
     "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "--preset one-shot --criterion diff-pruning"),
+    "one-shot-diff-pruning-distilled": (
+        "Diff-Pruning, one-shot, dense model as the teacher",
+        "--preset one-shot --criterion diff-pruning --distillation_weight 1",
+    ),
     "one-shot-magnitude": ("magnitude, one-shot", "--preset one-shot --criterion magnitude"),
     "one-shot-random": ("random, one-shot", "--preset one-shot --criterion random"),
 }
