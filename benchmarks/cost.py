@@ -138,7 +138,9 @@ def measure_compacted_forward(model: str, batch: int, compiled: bool) -> dict[st
     narrow = {"block_out_channels": [8] * len(dense.config.block_out_channels), "norm_num_groups": 8}
     if dense.config.attention_head_dim is not None:
         narrow["attention_head_dim"] = 8
-    fixed = UNet2DModel.from_config({**dense.config, **narrow}).eval()
+    # Without the private entries, one of which says that values given below are defaults
+    public = {key: value for key, value in dense.config.items() if not key.startswith("_")}
+    fixed = UNet2DModel(**{**public, **narrow}).eval()
     promised = 1 / (1 - pruner.history[-1].sparsity)
     size = dense.config.sample_size
     x, t = torch.randn(batch, dense.config.in_channels, size, size), torch.full((batch,), 500)
@@ -208,7 +210,9 @@ def table(found: dict) -> str:
     lines = ["| | wanted (digits / CIFAR-10) | digits teacher | CIFAR-10 configuration |", "|---|---|---|---|"]
 
     def row(title: str, wanted: str, value: Callable[[dict], str]) -> None:
-        lines.append("| " + " | ".join([title, wanted, *(value(found[model]) for model in BATCH_SIZES)]) + " |")
+        lines.append(
+            "| " + " | ".join([title, wanted, *(value(found[model]) for model in BATCH_SIZES if model in found)]) + " |"
+        )
 
     row("batch size of scoring", "", lambda m: str(m["batch_size"]))
     row(
@@ -256,9 +260,10 @@ def main() -> None:
         print(peak_memory(*args.memory))
         return
 
-    found: dict[str, dict] = {
-        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-    }
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    # Models that are not measured now keep what was measured on the same machine.
+    found: dict[str, dict] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    found = {**found, "machine": machine} if found.get("machine") == machine else {"machine": machine}
     for model in args.models:
         rows = found[model] = {"batch_size": BATCH_SIZES[model], "scoring_batches": SCORING_BATCHES[model]}
         rows["setup"] = measure_setup(model)
@@ -275,8 +280,8 @@ def main() -> None:
         rows["peak_memory_mib"] = memory
         rows["peak_memory_ratio"] = {what: memory[what] / memory["plain"] for what in memory}
         print(model, json.dumps(rows, indent=2))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
     print(f"written: {args.output}")
 
 
