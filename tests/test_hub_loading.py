@@ -79,6 +79,11 @@ def hub_files(server: HubServer, repo: str) -> dict[str, bytes]:
     return {name: data for name, data in server.files(repo).items() if name != ".gitattributes"}
 
 
+def remote_code() -> list[Path]:
+    """Code of repositories, where Diffusers copies it to before it runs it."""
+    return list(Path(os.environ["HF_MODULES_CACHE"]).rglob("*.py"))
+
+
 # --- with the package --------------------------------------------------------------------------------------------------
 
 PIPELINES = [DiffusionPipeline, DDPMPipeline, DDIMPipeline, PruneDDPMPipeline]
@@ -89,7 +94,7 @@ def test_pipelines_sample_as_before_the_push(server: HubServer, known: torch.Ten
     pipe = pipeline.from_pretrained(REPO)
     assert type(pipe.unet) is GFPrunedUNet2DModel
     assert torch.equal(samples(pipe), known)
-    assert "diffusers_modules" not in sys.modules  # where Diffusers puts code of repositories
+    assert not remote_code()
 
 
 def test_models(server: HubServer) -> None:
@@ -188,7 +193,7 @@ def test_harmful_code_does_not_run(server: HubServer, tmp_path: Path, loader) ->
     else:
         unet = loader.from_pretrained(HARMFUL).unet
     assert_published_output(unet)
-    assert not trace.exists() and "diffusers_modules" not in sys.modules
+    assert not trace.exists() and not remote_code()
 
 
 # --- hostile and broken repositories -----------------------------------------------------------------------------------
