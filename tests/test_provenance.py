@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import WRITE, HubServer
+from huggingface_hub import hf_hub_download
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
@@ -69,6 +70,15 @@ def test_model_on_the_hub(server):
     assert describe_base_model("alice/bare")["license"] is None
 
 
+def test_revision_is_that_of_the_files_that_were_loaded(server):
+    first = server.add_repo("alice/dense", {"README.md": CARD, "model_index.json": b"{}"})
+    hf_hub_download("alice/dense", "model_index.json")
+    server.commit("alice/dense", {"model_index.json": b"{ }"})
+    assert describe_base_model("alice/dense")["revision"] == str(first)
+    server.close()
+    assert describe_base_model("alice/dense")["revision"] == str(first)
+
+
 def test_model_on_a_hub_that_does_not_answer(server):
     server.close()
     found = describe_base_model("alice/dense", "v1")
@@ -85,4 +95,5 @@ def test_licence_that_the_hub_does_not_know_is_unknown(tmp_path):
 def test_dataset(tmp_path):
     assert describe_dataset("org/images", None) == {"name": "org/images", "hub_id": "org/images"}
     assert describe_dataset(str(tmp_path), None) == {"name": tmp_path.name, "hub_id": None}
+    assert describe_dataset("hf://datasets/org/images/x.parquet", None)["hub_id"] is None
     assert describe_dataset(None, "/data/faces") == {"name": "faces", "hub_id": None}

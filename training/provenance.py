@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
 from diffusers_gfprune.hub import HUB_ERRORS
 from diffusers_gfprune.model_card import LICENSES
 
 __all__ = ["command_line", "describe_base_model", "describe_dataset", "portable"]
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SECRETS = ("--hub-token",)
 
 
@@ -47,7 +49,7 @@ def _known_license(license: object) -> str | None:
 
 
 def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[str, str | None]:
-    """Name, Hub id, commit and licence of the dense model, as far as they can be known.
+    """Name, Hub id, commit and licence of the dense model, as far as they can be known. Call it once the model is loaded.
 
     Args:
         name_or_path: A Hub id or a local folder.
@@ -63,8 +65,12 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
             found["license"] = _known_license(ModelCard.load(readme, ignore_metadata_errors=True).data.get("license"))
         return found
     found["hub_id"] = name_or_path
+    # Files that were loaded lie in a folder named by their commit, while a branch may have moved on since.
+    cached = try_to_load_from_cache(name_or_path, "model_index.json", revision=revision)
+    if isinstance(cached, str):
+        found["revision"] = Path(cached).parent.name
     try:
-        info = HfApi().model_info(name_or_path, revision=revision)
+        info = HfApi().model_info(name_or_path, revision=found["revision"])
     except HUB_ERRORS:  # offline, with the model in the cache
         return found
     found["revision"] = info.sha
@@ -74,6 +80,6 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
 
 def describe_dataset(dataset_name: str | None, train_data_dir: str | None) -> dict[str, str | None]:
     """Name and, where it is there, Hub id of the images."""
-    if dataset_name is not None and not os.path.exists(dataset_name):
+    if dataset_name is not None and not os.path.exists(dataset_name) and HUB_ID.fullmatch(dataset_name):
         return {"name": dataset_name, "hub_id": dataset_name}
     return {"name": str(portable(dataset_name or train_data_dir)), "hub_id": None}

@@ -141,19 +141,19 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(describe_plan(pruner, args, step_time))
     if args.run.dry_run:
         return
+    origin = {
+        "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
+        "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
+        "command": command_line(args.words),
+    }
     repo_id = repository(args) if args.hub.push_to_hub and accelerator.is_main_process else None
     with folder:
         if accelerator.is_main_process:
             folder.prepare(dense)
-        run(args, accelerator, folder, repo_id, pruner, unet, dense, noise_scheduler, dataloader, images, held_out)
+        run(args, accelerator, folder, origin, repo_id, pruner, unet, dense, noise_scheduler, dataloader, images, held_out)
     accelerator.end_training()
     if repo_id is not None:
-        url = push_folder(
-            args.run.output_dir,
-            repo_id,
-            token=args.hub.hub_token,
-            private=args.hub.hub_private_repo or None,
-        )
+        url = push_folder(args.run.output_dir, repo_id, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
         print(f"pushed: {url}")
 
 
@@ -166,7 +166,9 @@ def repository(args) -> str:
         raise ValueError(f"push_to_hub to {name} cannot work: {reason(error)}") from error
 
 
-def run(args, accelerator, folder, repo_id, pruner, unet, dense, noise_scheduler, dataloader, images, held_out) -> None:
+def run(
+    args, accelerator, folder, origin, repo_id, pruner, unet, dense, noise_scheduler, dataloader, images, held_out
+) -> None:
     """Train and prune, then measure, save and show."""
     # 2. optimizer, average, calibration and validation images
     t, config = args.training, pruner.config
@@ -276,7 +278,7 @@ def run(args, accelerator, folder, repo_id, pruner, unet, dense, noise_scheduler
     if accelerator.is_main_process:
         dense.to(accelerator.device)
         losses = (dense_step_loss, step_loss(unet))
-        finish(args, folder, repo_id, pruner, curves, unet, dense, noise_scheduler, images, len(held_out), losses)
+        finish(args, folder, origin, repo_id, pruner, curves, unet, dense, noise_scheduler, images, len(held_out), losses)
 
 
 def save_model(args, folder, repo_id, unet, ema, noise_scheduler, step: int) -> None:
@@ -297,17 +299,12 @@ def save_model(args, folder, repo_id, unet, ema, noise_scheduler, step: int) -> 
             tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
 
 
-def finish(args, folder, repo_id, pruner, curves, unet, dense, noise_scheduler, images, num_held_out, losses) -> None:
+def finish(args, folder, origin, repo_id, pruner, curves, unet, dense, noise_scheduler, images, num_held_out, losses) -> None:
     """Write pipeline, results, report, card and pictures, and make the run folder appear."""
     unet.requires_grad_(False).eval()
     folder.save(PruneDDPMPipeline(unet=unet, scheduler=noise_scheduler).save_pretrained)
     measured, dense_samples, samples = results(args, dense, unet, noise_scheduler, images, num_held_out, losses)
     write_json(folder.staging / "results.json", measured)
-    origin = {
-        "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
-        "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
-        "command": command_line(args.words),
-    }
     report = pruning_report(args, pruner, curves, losses[0], origin)
     write_json(folder.staging / "pruning_report.json", report)
     plot_pruning(folder.staging / "pruning.png", report)
