@@ -30,7 +30,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .model_card import check_card, is_as_rendered, rename_in_card, render_card
+from .model_card import check_card, is_as_rendered, render_card
+from .remote.pipeline_prune_ddpm import COMPANIONS, MODEL, WEIGHTS, rename_in_card
 
 __all__ = [
     "FILES",
@@ -46,20 +47,7 @@ __all__ = [
 ]
 
 PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
-WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.safetensors.index*.json")
-FILES = (
-    "README.md",
-    "model_index.json",
-    "pipeline.py",
-    "pruning_report.json",
-    "results.json",
-    *PICTURES.values(),
-    "scheduler/scheduler_config.json",
-    "unet/config.json",
-    "unet/diffusers_gfprune.py",
-    *WEIGHTS,
-)
-COMPANIONS = ("README.md", "pruning_report.json", "results.json", *PICTURES.values())  # what says how good the weights are
+FILES = (*COMPANIONS, *MODEL, *WEIGHTS)
 NEEDED = (
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -275,15 +263,18 @@ def push_folder(
         ValueError: The folder is no finished run, its card is not valid, or it holds something private. Nothing is pushed.
         PushError: The server or the connection failed; the folder is whole.
     """
+    # Everything that can be wrong here is found before anything is made there.
     check_repo_id(repo_id)
     files_to_push(folder)
+    update_card(folder, repo_id)
+    names, _ = files_to_push(folder)
+    check_nothing_private(folder, names, token or get_token())
     try:
         full_id = prepare_repo(repo_id, token=token, private=private)
     except HUB_ERRORS as error:
         raise _failed(error, folder, repo_id, private, revision) from error
-    update_card(folder, full_id)
-    names, _ = files_to_push(folder)
-    check_nothing_private(folder, names, token or get_token())
+    if full_id != repo_id:  # now with its namespace
+        update_card(folder, full_id)
     try:
         commit = HfApi(token=token).upload_folder(
             repo_id=full_id,

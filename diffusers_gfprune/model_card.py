@@ -17,7 +17,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["LICENSES", "check_card", "is_as_rendered", "rename_in_card", "render_card"]
+__all__ = ["LICENSES", "check_card", "is_as_rendered", "render_card"]
 
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
@@ -203,12 +203,6 @@ def is_as_rendered(card: str) -> bool:
     """Whether nobody has edited a card since `render_card` made it."""
     body, newline, seal = card.removesuffix("\n").rpartition("\n")
     return bool(newline) and seal == _seal(body)
-
-
-def rename_in_card(card: str, repo_id: str) -> str:
-    """The card with `repo_id` in its examples, where it had the repository that it was made for."""
-    earlier = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', card)
-    return card if earlier is None else card.replace(f'from_pretrained("{earlier[1]}"', f'from_pretrained("{repo_id}"')
 
 
 def _numbers(value: object) -> list[float]:

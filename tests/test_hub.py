@@ -18,26 +18,15 @@ from hub_helpers import contents, digest, make_run
 from hub_server import OTHER, READ, WRITE, HubServer
 from huggingface_hub import ModelCard, file_download, snapshot_download
 from huggingface_hub.utils import _http
+from script_helpers import RUN_FILES
 
 import diffusers_gfprune
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
 from diffusers_gfprune.hub import PushError, files_to_push, main, push_checkpoint, push_folder, update_card
+from diffusers_gfprune.remote.pipeline_prune_ddpm import rename_in_card
 
 REPO = "alice/digits"
-PUSHED = {
-    "README.md",
-    "model_index.json",
-    "pipeline.py",
-    "pruning.png",
-    "pruning_report.json",
-    "results.json",
-    "samples.png",
-    "scheduler/scheduler_config.json",
-    "unet/config.json",
-    "unet/diffusers_gfprune.py",
-    "unet/diffusion_pytorch_model.safetensors",
-    "widths.png",
-}
+PUSHED = RUN_FILES
 CODE = Path(diffusers_gfprune.__file__).parent / "remote/unet_2d_gfpruned.py"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -110,7 +99,7 @@ def test_card_that_the_hub_would_show_wrongly_is_refused(server: HubServer, run:
     (run / "README.md").write_text("---\nlicense: my own\n---\n# Mine\n")
     with pytest.raises(ValueError, match="license='my own'"):
         push_folder(run, REPO)
-    assert on_hub(server) == {}
+    assert server.requests == []
 
 
 def test_pushing_again_uploads_no_weights(server: HubServer, run: Path) -> None:
@@ -148,6 +137,14 @@ def test_checkpoint_is_pushed_without_results(server: HubServer, run: Path) -> N
     assert set(on_hub(server)) == {name for name in PUSHED if "/" in name or name in ("model_index.json", "pipeline.py")}
 
 
+def test_renaming_leaves_other_models_alone(run: Path) -> None:
+    card = (run / "README.md").read_text().replace("## Use it", '## Use it\n\nDense: `from_pretrained("org/dense")`\n')
+    renamed = rename_in_card(card, "you/other")
+    assert renamed.count('from_pretrained("you/other"') == 2 and 'from_pretrained("digits-gfpruned"' not in renamed
+    assert 'from_pretrained("org/dense")' in renamed
+    assert rename_in_card("# no example\n", "you/other") == "# no example\n"
+
+
 # --- what must not leave the machine -----------------------------------------------------------------------------------
 
 
@@ -162,7 +159,7 @@ def test_tokens_are_not_pushed(server: HubServer, run: Path, name: str, secret: 
         update_card(run, "x")
     with pytest.raises(ValueError, match=f"{name} holds an access token"):
         push_folder(run, REPO)
-    assert server.uploads() == [] and on_hub(server) == {}
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("path", [str(Path.cwd() / "cache"), "/data/somewhere", str(Path.home())])
@@ -172,7 +169,7 @@ def test_paths_of_this_machine_are_not_pushed(server: HubServer, run: Path, path
     (run / "pruning_report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="pruning_report.json names the path"):
         push_folder(run, REPO)
-    assert on_hub(server) == {}
+    assert server.requests == []
 
 
 # --- what is no run ----------------------------------------------------------------------------------------------------
@@ -205,7 +202,7 @@ def test_what_is_no_finished_run_is_refused(server: HubServer, run: Path, how: s
     with pytest.raises(ValueError, match=message) as error:
         push_folder(run, REPO)
     assert "\n" not in str(error.value)
-    assert server.uploads() == []
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("repo_id", ["two words", "a/b/c", "a--b", "-a"])
@@ -334,6 +331,7 @@ def test_saving_with_push_to_hub_keeps_the_card(server: HubServer, run: Path) ->
     card = (run / "README.md").read_bytes()
     PruneDDPMPipeline.from_pretrained(run).save_pretrained(str(run), push_to_hub=True, repo_id=REPO)
     assert on_hub(server)["README.md"].replace(b'"alice/digits"', b'"digits-gfpruned"') == card
+    assert (run / "README.md").read_bytes() == card
     assert set(on_hub(server)) == PUSHED
 
 

@@ -14,7 +14,6 @@ from diffusers_gfprune.model_card import (
     LICENSES,
     check_card,
     is_as_rendered,
-    rename_in_card,
     render_card,
 )
 
@@ -239,14 +238,6 @@ def test_edited_cards_are_told_from_rendered_ones(files):
     assert is_as_rendered(card)
     assert not is_as_rendered(card.replace("# model", "# My model")) and not is_as_rendered(card + "More.\n")
     assert not is_as_rendered("") and not is_as_rendered("# a card\n")
-
-
-def test_renaming_leaves_other_models_alone(files):
-    card = render_card(*files, "me/model").replace("## Use it", '## Use it\n\nDense: `from_pretrained("org/dense")`\n')
-    renamed = rename_in_card(card, "you/other")
-    assert renamed.count('from_pretrained("you/other"') == 2 and 'from_pretrained("me/model"' not in renamed
-    assert 'from_pretrained("org/dense")' in renamed
-    assert rename_in_card("# no example\n", "you/other") == "# no example\n"
 
 
 def test_licences_and_citations():

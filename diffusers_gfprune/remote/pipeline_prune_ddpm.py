@@ -17,8 +17,14 @@ __all__ = ["PruneDDPMPipeline"]
 # What a pruning run leaves beside the model, and what therefore goes where the model goes
 REPORT = "pruning_report.json"
 COMPANIONS = (REPORT, "results.json", "README.md", "samples.png", "widths.png", "pruning.png")
-MODEL = ("model_index.json", "pipeline.py", "scheduler/*.json", "unet/diffusers_gfprune.py", "unet/config.json")
-WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.json")
+MODEL = ("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/diffusers_gfprune.py", "unet/config.json")
+WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.safetensors.index*.json")
+
+
+def rename_in_card(card: str, repo_id: str) -> str:
+    """The card with `repo_id` in its examples, where it had the repository that it was made for."""
+    earlier = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', card)
+    return card if earlier is None else card.replace(f'from_pretrained("{earlier[1]}"', f'from_pretrained("{repo_id}"')
 
 
 class PruneDDPMPipeline(DDPMPipeline):
@@ -83,11 +89,8 @@ class PruneDDPMPipeline(DDPMPipeline):
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, copy)
             if self._card is not None:  # Diffusers has just written a generic card over it
-                earlier = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', self._card)
-                old = f'from_pretrained("{earlier[1]}"' if earlier else None
-                card = self._card.replace(old, f'from_pretrained("{repo_id}"') if old else self._card
-                pathlib.Path(folder, "README.md").write_text(card, "utf-8")
-                pathlib.Path(working_dir, "README.md").write_text(card, "utf-8")
+                pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
+                pathlib.Path(folder, "README.md").write_text(rename_in_card(self._card, repo_id), "utf-8")
             return super()._upload_folder(folder, repo_id, *args, **kwargs)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
