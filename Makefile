@@ -48,7 +48,7 @@ teacher: install ## train the digits DDPM again (about half an hour on two cores
 benchmark: install ## measure what masking, scoring and compaction cost, into benchmarks/results/cost.json
 	$(VENV)/bin/python benchmarks/cost.py
 
-compare: install ## gradient flow against one-shot criteria on the digits (two hours), into benchmarks/results/digits/
+compare: install ## gradient flow against one-shot criteria on the digits (two to three hours), into benchmarks/results/digits/
 	$(VENV)/bin/python benchmarks/compare_digits.py
 
 clean: ## remove the environment, runs and caches

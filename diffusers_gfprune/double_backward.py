@@ -191,7 +191,7 @@ class _Conv2dBackward(Function):
 
 
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if isinstance(padding, str):
+    if isinstance(padding, str) or input.ndim != 4:
         return NotImplemented
     options = ([value] * 2 if isinstance(value, int) else list(value) for value in (stride, padding, dilation))
     return _Conv2d.apply(input, weight, bias, *options, groups)

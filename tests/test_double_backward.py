@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from architectures import build
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,22 +95,11 @@ def test_values_that_are_not_ours_are_left_to_torch():
         assert F.conv2d(x[:, :, 0:1], torch.ones(1, 6, 1, 1)).shape == (2, 1, 1, 3)
 
 
-@pytest.mark.parametrize("scale_shift", ["default", "scale_shift"])
-def test_hessian_vector_product_of_a_unet(scale_shift):
+@pytest.mark.parametrize("architecture", ["base", "scale-shift"])
+def test_hessian_vector_product_of_a_unet(architecture):
     """The product that autograd composes is the known answer."""
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        resnet_time_scale_shift=scale_shift,
-    ).double()
+    unet = build(architecture).double()
     x, t = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([10, 900])
     parameters = list(unet.parameters())
     vectors = [torch.randn_like(parameter) for parameter in parameters]

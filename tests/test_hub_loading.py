@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import build
 from diffusers import AutoModel, DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from hub_helpers import PUBLISHED, assert_published_output, contents, make_run, samples
 from hub_server import OTHER, READ, WRITE, HubServer
@@ -40,17 +41,7 @@ def make_server(monkeypatch: pytest.MonkeyPatch, folder: Path) -> HubServer:
     GFPrunedUNet2DModel.from_pretrained(run / "unet").half().save_pretrained(run / "unet", variant="fp16")
     push_folder(run, REPO)
     push_folder(run, "alice/private", private=True)
-    torch.manual_seed(0)
-    dense = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=2,
-    )
+    dense = build("one-level")
     DDPMPipeline(dense, DDPMScheduler(num_train_timesteps=100)).push_to_hub(DENSE)
     return hub
 

@@ -17,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from script_helpers import RUN_FILES, SHORT
 
 import diffusers_gfprune
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
@@ -25,10 +26,6 @@ from diffusers_gfprune.one_shot import images_to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "training/digits/teacher"
-SHORT = [
-    *("--max_train_steps", "20", "--train_batch_size", "16", "--calibration_batches", "1", "--eval_images", "80"),
-    *("--ddim_num_inference_steps", "4", "--validation_steps", "10", "--validation_images", "16"),
-]
 
 
 def run_script(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
@@ -61,20 +58,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_run_leaves_exactly_these_files(finished_run: tuple[Path, str]) -> None:
     output, _ = finished_run
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    assert files == {
-        "README.md",
-        "model_index.json",
-        "pipeline.py",
-        "pruning.png",
-        "pruning_report.json",
-        "results.json",
-        "samples.png",
-        "widths.png",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        "unet/diffusers_gfprune.py",
-        "unet/diffusion_pytorch_model.safetensors",
-    }
+    assert files == RUN_FILES
     assert [path.name for path in output.parent.iterdir()] == [output.name]  # nothing half-made beside it
 
 

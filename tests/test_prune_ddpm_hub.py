@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,17 +13,14 @@ from pathlib import Path
 import pytest
 from hub_helpers import contents
 from hub_server import READ, WRITE, HubServer
+from script_helpers import RUN_FILES, SHORT
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = [
-    *("--max_train_steps", "20", "--train_batch_size", "16", "--calibration_batches", "1", "--eval_images", "80"),
-    *("--ddim_num_inference_steps", "4", "--validation_steps", "10", "--validation_images", "16", "--use_ema"),
-    *("--pretrained_model_name_or_path", "training/digits/teacher", "--dataset_name", "training/digits"),
-]
+DIGITS = ("--pretrained_model_name_or_path", "training/digits/teacher", "--dataset_name", "training/digits", "--use_ema")
 
 
 def run_script(server: HubServer, folder: Path, *arguments: object, token: str | None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "training/prune_ddpm.py", *SHORT, "--output_dir", folder / "run", *arguments]
+    command = [sys.executable, "training/prune_ddpm.py", *SHORT, *DIGITS, "--output_dir", folder / "run", *arguments]
     environment = {**os.environ, **server.environment(folder / "home", token), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
     return subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -42,7 +40,7 @@ def test_run_is_pushed_whole(pushed) -> None:
     server, folder, run = pushed
     assert run.returncode == 0, run.stderr
     files = {name: data for name, data in server.files("alice/digits").items() if name != ".gitattributes"}
-    assert files == contents(folder)
+    assert files == contents(folder) and set(files) == RUN_FILES
     assert server.repositories[("models", "alice/digits")].private
     assert f"pushed: {server.endpoint}/alice/digits/commit/" in run.stdout
 
@@ -65,6 +63,18 @@ def test_card_on_the_hub_says_where_it_came_from(pushed) -> None:
     card = pushed[0].files("alice/digits")["README.md"].decode()
     assert 'from_pretrained("alice/digits")' in card and "license: apache-2.0" in card
     assert "accelerate launch training/prune_ddpm.py" in card and "--hub_token" not in card
+
+
+def test_push_that_fails_at_the_end_leaves_the_run_whole(tmp_path: Path) -> None:
+    with HubServer() as server:
+        server.fail("POST", "/api/models/.*/commit/.*")
+        run = run_script(server, tmp_path, "--push_to_hub", "--hub_model_id", "alice/digits", token=WRITE)
+        assert run.returncode == 1
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith("prune_ddpm.py: error: push to alice/digits failed: the server answered 500.")
+        assert set(contents(tmp_path / "run")) == RUN_FILES
+        again = shlex.split(last.partition("try again: ")[2])
+        assert again == ["python", "-m", "diffusers_gfprune.hub", "push", str(tmp_path / "run"), "alice/digits"]
 
 
 @pytest.mark.parametrize(

@@ -59,15 +59,15 @@ def example_inputs(
         device: Where the arguments lie.
         dtype: Of the sample.
     """
-    where = {"device": device}
     inputs = {
-        "sample": torch.zeros(batch_size, unet.config.in_channels, height, width, dtype=dtype, **where),
-        "timestep": torch.zeros(batch_size, dtype=torch.long, **where),
+        "sample": torch.zeros(batch_size, unet.config.in_channels, height, width, device=device, dtype=dtype),
+        "timestep": torch.zeros(batch_size, device=device, dtype=torch.long),
     }
     if unet.config.class_embed_type == "identity":
-        inputs["class_labels"] = torch.zeros(batch_size, unet.time_embedding.linear_2.out_features, dtype=dtype, **where)
+        features = unet.time_embedding.linear_2.out_features
+        inputs["class_labels"] = torch.zeros(batch_size, features, device=device, dtype=dtype)
     elif unet.class_embedding is not None:
-        inputs["class_labels"] = torch.zeros(batch_size, dtype=torch.long, **where)
+        inputs["class_labels"] = torch.zeros(batch_size, device=device, dtype=torch.long)
     return inputs
 
 
