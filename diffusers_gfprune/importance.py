@@ -19,25 +19,23 @@ A criterion is a function from a `ScoringContext` to scores by group name; `regi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .channel_groups import ChannelGroup
 from .configuration import GFPruneConfig
-from .double_backward import LeanDoubleBackward
-from .evaluation.eval_mode import evaluating
-from .evaluation.step_loss import noise_target
-from .masking import MASKS_MODULE, dense_parameters
+from .distributed import check_identical, gather_rows
+from .hessian_product import HESSIAN_PRODUCTS
+from .scoring_context import CalibrationBatch, Scores, ScoringContext
+from .scoring_mode import scoring_mode
 
-__all__ = ["ScoringContext", "criteria", "normalize_scores", "register_criterion", "score_channels"]
+__all__ = ["CalibrationBatch", "ScoringContext", "criteria", "normalize_scores", "register_criterion", "score_channels"]
 
-CalibrationBatch = Sequence[Tensor]
-Scores = dict[str, Tensor]
+# How often the losses of built-in criteria are differentiated; your own may be twice, too.
+_DERIVATIVES = {"taylor": 1, "diff-pruning": 1, "magnitude": 0, "random": 0}
 
 _CRITERIA: dict[str, Callable[[ScoringContext], Scores]] = {}
 
@@ -63,132 +61,23 @@ def criteria() -> tuple[str, ...]:
     return tuple(_CRITERIA)
 
 
-@dataclass
-class ScoringContext:
-    """What a criterion sees.
-
-    Attributes:
-        unet: The model, in evaluation mode.
-        groups: Its channel groups.
-        batches: Calibration batches `(clean_images, noise, timesteps[, class_labels])`: images in [-1, 1] and Gaussian
-            noise with shape `(batch, channels, height, width)`, int64 timesteps and labels with shape `(batch,)`.
-        noise_scheduler: The Diffusers scheduler that adds the noise.
-        config: All options.
-        parameters: Every parameter with a slice in a group, by dense name.
-    """
-
-    unet: nn.Module
-    groups: Sequence[ChannelGroup]
-    batches: Sequence[CalibrationBatch]
-    noise_scheduler: object
-    config: GFPruneConfig
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        wanted = {piece.name for group in self.groups for piece in group.slices}
-        self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in wanted}
-
-    def loss(self, batch: CalibrationBatch, sample_weights: Tensor | None = None) -> Tensor:
-        """Noise-prediction loss of a batch, a scalar: the mean of errors times `sample_weights (batch,)`."""
-        errors = self.sample_losses(batch)
-        return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
-
-    def sample_losses(self, batch: CalibrationBatch) -> Tensor:
-        """Mean squared error of each sample, with shape `(batch,)`."""
-        device = next(iter(self.parameters.values())).device
-        clean, noise, timesteps, *labels = (tensor.to(device) for tensor in batch)
-        noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
-        labels = labels[0] if labels else None
-        prediction = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
-        target = noise_target(self.noise_scheduler, clean, noise, timesteps)
-        if prediction.shape != target.shape:
-            raise ValueError(f"the model predicts shape {tuple(prediction.shape)}, its target has {tuple(target.shape)}")
-        return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
-
-    def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
-        """Gradient of a scalar by parameter name."""
-        found = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=create_graph)
-        return dict(zip(self.parameters, found))
-
-    def summed_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Gradient of a sum of scalars by parameter name, added up in place as they come.
-
-        Autograd adds into `.grad`, so that no second set of gradients is ever held; a user's own `.grad` is put back.
-        """
-        parameters = list(self.parameters.values())
-        held = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        try:
-            for loss in losses:
-                torch.autograd.backward(loss, inputs=parameters)
-            return {
-                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                for name, parameter in self.parameters.items()
-            }
-        finally:
-            for parameter, gradient in zip(parameters, held):
-                parameter.grad = gradient
-
-    def mean_gradient(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
-        """Gradient of the mean loss over batches."""
-        return self.summed_gradients(self.loss(batch) / len(batches) for batch in batches)
-
-    def reduce(self, contributions: Mapping[str, Tensor], aggregation: str) -> Scores:
-        """Sum per-weight contributions over the slices of each channel.
-
-        Args:
-            contributions: A tensor of its parameter's shape for each name in `parameters`.
-            aggregation: `"signed"` (sum), `"abs"` (absolute value of the sum) or `"sum_abs"` (sum of absolute values).
-
-        Returns:
-            Scores by group name, float32 with shape `(num_channels,)`.
-        """
-        along: dict[tuple[str, int], Tensor] = {}
-        scores = {}
-        for group in self.groups:
-            total = None
-            for piece in group.slices:
-                if self.config.score_slices != "all" and piece.role == "input":
-                    continue
-                if self.config.score_slices == "weight" and (piece.role, piece.parameter) != ("output", "weight"):
-                    continue
-                key = (piece.name, piece.dim)
-                if key not in along:
-                    values = contributions[piece.name].float()
-                    values = values.abs() if aggregation == "sum_abs" else values
-                    along[key] = values.transpose(0, piece.dim).flatten(1).sum(1) if values.ndim > 1 else values
-                part = along[key][list(piece.positions)]
-                total = part.clone() if total is None else total.add_(part)
-            scores[group.name] = total.abs() if aggregation == "abs" else total
-        return scores
+def _check_batches(batches: Sequence[CalibrationBatch], criterion: str) -> None:
+    """Refuse batches that ranks have different shapes of, before one waits for another."""
+    shapes = [size for batch in batches for column in batch for size in column.shape]
+    check_identical({"shapes of calibration batches": torch.tensor([len(batches), *shapes])})
+    if criterion not in ("magnitude", "random") and len(batches) == 0:
+        raise ValueError(f"criterion={criterion} needs calibration batches, got none")
 
 
-@contextmanager
-def _scoring_mode(context: ScoringContext) -> Iterator[None]:
-    """Evaluation mode, gradients on (for frozen weights too), full precision; at dense weights if asked; attention that
-    differentiates twice where that is needed."""
-    unet, config = context.unet, context.config
-    masks = getattr(unet, MASKS_MODULE, None)
-    # Your own criterion may differentiate twice, too.
-    once = config.criterion in ("taylor", "diff-pruning", "magnitude", "random") or config.hvp == "finite-difference"
-    frozen = [parameter for parameter in context.parameters.values() if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        with (
-            evaluating(unet),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(next(unet.parameters()).device.type, enabled=False),
-            masks.suspended() if masks is not None and config.score_at == "dense" else nullcontext(),
-            nullcontext() if once else sdpa_kernel(SDPBackend.MATH),
-            nullcontext() if once else LeanDoubleBackward(),
-        ):
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+def _check_finite(scores: Mapping[str, Tensor]) -> None:
+    """Refuse scores that are not finite on any rank, on all of them."""
+    broken = torch.tensor([[not bool(torch.isfinite(values).all()) for values in scores.values()]])
+    for name, is_broken in zip(scores, gather_rows(broken).any(dim=0).tolist()):
+        if is_broken:
+            raise ValueError(
+                f"scores of {name} are not finite: the weights (did training diverge?) or the calibration images hold NaN "
+                f"or infinity"
+            )
 
 
 def score_channels(
@@ -200,6 +89,11 @@ def score_channels(
 ) -> Scores:
     """Score every channel by `config.criterion`. Weights, masks, gradients and mode of the model are left as they were.
 
+    Scores are computed in float32 (float64 if the weights are), whatever precision the model is trained in; a model with
+    half-precision weights is copied for that.
+
+    With several processes, all of them score together, and each passes its rows of every batch.
+
     Args:
         unet: The dense or masked model.
         groups: Its channel groups.
@@ -208,24 +102,23 @@ def score_channels(
         config: Criterion and its options.
 
     Returns:
-        Scores by group name, float32 with shape `(num_channels,)`.
+        Scores by group name, float32 with shape `(num_channels,)`; the same on every rank.
 
     Raises:
-        ValueError: No such criterion, no batches, or scores that are not finite.
+        ValueError: No such criterion, no batches, batches of other shapes on another rank, or scores that are not finite or
+            not the same on every rank; the last three on all ranks.
     """
     if config.criterion not in _CRITERIA:
         raise ValueError(f"criterion={config.criterion} must be one of {', '.join(_CRITERIA)}")
-    if config.criterion not in ("magnitude", "random") and len(batches) == 0:
-        raise ValueError(f"criterion={config.criterion} needs calibration batches, got none")
+    _check_batches(batches, config.criterion)
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
+        unet = copy.deepcopy(unet).float()
     context = ScoringContext(unet, groups, batches, noise_scheduler, config)
-    with _scoring_mode(context):
+    differentiate = 1 if config.hvp == "finite-difference" else _DERIVATIVES.get(config.criterion, 2)
+    with scoring_mode(unet, list(context.parameters.values()), config.score_at == "dense", differentiate):
         scores = _CRITERIA[config.criterion](context)
-    for name, values in scores.items():
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                f"scores of {name} are not finite: the weights (did training diverge?) or the calibration images hold NaN "
-                f"or infinity"
-            )
+    _check_finite(scores)
+    check_identical({f"scores of {name}": values for name, values in scores.items()})
     return scores
 
 
@@ -253,83 +146,16 @@ def normalize_scores(scores: Scores, method: str) -> Scores:
     return {name: forms[method](values) for name, values in scores.items()}
 
 
+# --- criteria ----------------------------------------------------------------------------------------------------------
+
+
 def _mean_scores(parts: Sequence[Scores]) -> Scores:
     return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
 
 
-# --- Hessian-gradient products -----------------------------------------------------------------------------------------
-
-
-def _exact_product(context: ScoringContext, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
-    """H g of the mean loss over `batches`, by double backward: d(g . v)/dtheta with v = g held constant."""
-    vector = context.mean_gradient(batches) if len(batches) > 1 else None
-
-    def directional_derivatives() -> Iterator[Tensor]:
-        for batch in batches:
-            gradient = context.gradients(context.loss(batch) / len(batches), create_graph=True)
-            products = [(g * (vector[name] if vector else g.detach())).sum() for name, g in gradient.items()]
-            del gradient
-            yield torch.stack(products).sum()
-
-    return context.summed_gradients(directional_derivatives())
-
-
-# Length of the step relative to the weights. The gradient is a steep direction: truncation errors show long before eps^(1/3),
-# the textbook step, while half precision cannot represent a shorter one than 1e-3.
-FINITE_DIFFERENCE_STEPS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-
-
-def _halves(batches: Sequence[CalibrationBatch]) -> list[tuple[CalibrationBatch, float]]:
-    """Each batch in two parts, with the weights that make their losses sum to the mean loss.
-
-    Differences hold two more copies of the weights than a training step does; half a batch at a time, they fit where
-    training fits, and sums of gradients do not notice.
-    """
-    return [
-        (part, len(part[0]) / (len(batch[0]) * len(batches)))
-        for batch in batches
-        for part in zip(*(column.split((len(column) + 1) // 2) for column in batch))
-    ]
-
-
-@torch.no_grad()
-def _difference_product(context: ScoringContext, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
-    """H g = (grad L(theta + h g) - grad L(theta - h g)) / 2h + O(h^2). Weights are put back bit for bit."""
-    with torch.enable_grad():
-        vector = context.mean_gradient(batches)
-    size = torch.sqrt(sum((p.double() ** 2).sum() for p in context.parameters.values()))
-    length = torch.sqrt(sum((v.double() ** 2).sum() for v in vector.values()))
-    if length == 0:
-        return vector
-    relative = max(FINITE_DIFFERENCE_STEPS[parameter.dtype] for parameter in context.parameters.values())
-    step = float(relative * size / length)
-    saved = {name: parameter.detach().clone() for name, parameter in context.parameters.items()}
-
-    def scaled_losses() -> Iterator[Tensor]:
-        for sign in (1.0, -1.0):
-            with torch.no_grad():
-                for name, parameter in context.parameters.items():
-                    if sign > 0:
-                        parameter.data.add_(vector.pop(name), alpha=step)
-                    else:  # the mirror image, rounding included
-                        parameter.data.copy_(2 * saved[name] - parameter.data)
-            for part, weight in _halves(batches):
-                yield context.loss(part) * (sign * weight / (2 * step))
-
-    try:
-        with torch.enable_grad():
-            return context.summed_gradients(scaled_losses())
-    finally:
-        for name, parameter in context.parameters.items():
-            parameter.data.copy_(saved[name])
-
-
-# --- criteria ----------------------------------------------------------------------------------------------------------
-
-
 @register_criterion("gradient-flow")
 def _gradient_flow(context: ScoringContext) -> Scores:
-    product = _exact_product if context.config.hvp == "exact" else _difference_product
+    product = HESSIAN_PRODUCTS[context.config.hvp]
     batches = [[batch] for batch in context.batches]
     if context.config.hessian_batches == "mean":
         batches = [list(context.batches)]
@@ -349,9 +175,10 @@ def _taylor(context: ScoringContext) -> Scores:
 
 @register_criterion("diff-pruning")
 def _diff_pruning(context: ScoringContext) -> Scores:
-    timesteps = torch.cat([batch[2].cpu() for batch in context.batches])
+    # Of all ranks, in the order of the global batches: one rank alone would draw the line elsewhere.
+    timesteps = torch.cat([gather_rows(batch[2]).cpu() for batch in context.batches])
     with torch.no_grad():
-        losses = torch.cat([context.sample_losses(batch).cpu() for batch in context.batches])
+        losses = torch.cat([gather_rows(context.sample_losses(batch)).cpu() for batch in context.batches])
     # Timesteps in ascending order; from the first whose loss falls under the threshold on, none counts. Each bucket of
     # neighbouring timesteps has one loss, the mean over its samples.
     order = timesteps.argsort(stable=True)

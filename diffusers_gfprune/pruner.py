@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -32,43 +31,14 @@ from .channel_groups import trace_channel_groups
 from .compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .configuration import GFPruneConfig
 from .cost_model import CostModel
+from .distributed import check_identical
 from .importance import CalibrationBatch, criteria, normalize_scores, score_channels
+from .pruner_state import MaskPath, MaskUpdate, PrunerState
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MaskUpdate:
-    """What one ranking did.
-
-    Attributes:
-        step: Training step.
-        phase: `"soft"` or `"hard"`.
-        sparsity: Share of the target's dense cost that the kept channels leave out, in [0, 1].
-        mask_value: p_t that pruned channels get, at once or, with `interpolate_masks`, by the next ranking; in [0, 1].
-        kept_channels: Channels that get mask 1, likewise.
-        revived_channels: Channels that were pruned after the last ranking and are kept now.
-        newly_pruned_channels: Channels that were kept after the last ranking and are pruned now.
-        macs: MACs of the model that the kept channels would make.
-        params: Parameters of that model.
-    """
-
-    step: int
-    phase: str
-    sparsity: float
-    mask_value: float
-    kept_channels: int
-    revived_channels: int
-    newly_pruned_channels: int
-    macs: float
-    params: float
-
-    def to_dict(self) -> dict:
-        """All fields, for JSON."""
-        return asdict(self)
 
 
 class GradientFlowPruner:
@@ -124,15 +94,26 @@ class GradientFlowPruner:
         masking.attach(unet, self.groups)
         self.kept = {group.name: torch.ones(group.num_channels, dtype=torch.bool) for group in self.groups}
         self.scores: dict[str, Tensor] | None = None
-        self._path: tuple[int, int, dict[str, Tensor], dict[str, Tensor]] | None = None  # steps and masks of its two ends
         self.finished = False
+        self._path: MaskPath | None = None
+        self._by_hand = False  # whether masks were set by hand since the last ranking
+        self._last_masks: dict[str, Tensor] = {}  # once they are off the model
 
     # --- masks ---
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Copies of the masks by group name, each with shape `(num_channels,)`, values in [0, 1]."""
-        return self.unet.channel_masks.as_dict()
+        """Copies of the masks by group name, each with shape `(num_channels,)`, values in [0, 1]; after `detach` the last."""
+        if self._is_masked():
+            return self.unet.channel_masks.as_dict()
+        return {name: mask.clone() for name, mask in self._last_masks.items()}
+
+    def _is_masked(self) -> bool:
+        return hasattr(self.unet, masking.MASKS_MODULE)
+
+    def _check_masked(self) -> None:
+        if not self._is_masked():
+            raise ValueError("the model has no masks any more: make a new GradientFlowPruner to prune on")
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Set some or all masks by hand.
@@ -142,11 +123,29 @@ class GradientFlowPruner:
 
         Raises:
             ValueError: No such group, or a mask that no smaller model could have: an empty group, heads left with
-                different numbers of channels. Nothing is changed then.
+                different numbers of channels. Nothing is changed then. Or masks were taken off the model.
         """
+        self._check_masked()
         self.unet.channel_masks.set(masks)
         self.kept = {name: (mask == 1).cpu() for name, mask in self.masks.items()}
-        self._path = None
+        self._path, self._by_hand = None, True
+
+    def choose_channels(self, scores: Mapping[str, Tensor], ratio: float | None = None) -> dict[str, Tensor]:
+        """The channels that scores would keep, at a ratio of the target's cost. Masks stay as they are.
+
+        Args:
+            scores: By group name, each with shape `(num_channels,)`; higher is kept.
+            ratio: Share of the target that is removed, in [0, 1] (default: the full `config.ratio`).
+
+        Returns:
+            True for kept channels by group name, each with shape `(num_channels,)`.
+        """
+        ratio = self.config.ratio if ratio is None else ratio
+        widths = self._allocate(ratio, scores) if ratio > 0 else self.cost.dense
+        return {
+            group.name: select_channels(group, scores[group.name], int(width), self.config.attention_unit)
+            for group, width in zip(self.groups, widths)
+        }
 
     # --- the schedule ---
 
@@ -179,18 +178,23 @@ class GradientFlowPruner:
         step: int,
         calibration_batches: Sequence[CalibrationBatch] | Callable[[], Sequence[CalibrationBatch]],
     ) -> MaskUpdate | None:
-        """Bring the masks to where the schedule wants them at `step`. Call it before every training step.
+        """Bring the masks to where the schedule wants them at `step`. Call it before every training step, on every rank.
 
         Args:
             step: Training step, from 0.
             calibration_batches: Batches `(clean_images, noise, timesteps[, class_labels])`, or a function that returns
-                them, which is called only when channels are ranked.
+                them, which is called only when channels are ranked. With several processes, this rank's rows of every batch,
+                the same number on each.
 
         Returns:
             What changed, when channels were ranked at this step.
+
+        Raises:
+            ValueError: Scores are not finite, or scores and masks are not the same on every rank; then on all of them.
         """
         if self.finished:
             return None
+        self._check_masked()
         update = None
         self._follow_path(step)
         if self.schedule.is_update(step):
@@ -208,15 +212,15 @@ class GradientFlowPruner:
         ranked = self._rank(batches)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
-        widths = self._allocate(share * self.config.ratio, ranked) if share > 0 else self.cost.dense
-        before = self.kept
-        self.kept = {
-            group.name: select_channels(group, ranked[group.name], int(width), self.config.attention_unit)
-            for group, width in zip(self.groups, widths)
-        }
+        chosen = self.choose_channels(ranked, share * self.config.ratio)
+        starts = {name: mask.float().cpu() for name, mask in self.masks.items()}
+        found = {"averaged scores": self.scores, "kept channels": chosen, "masks": starts}
+        check_identical({f"{what} of {name}": tensors[name] for what, tensors in found.items() for name in tensors})
+        before, self.kept = self.kept, chosen
+        widths = np.array([int(kept.sum()) for kept in chosen.values()])
         value = self.schedule.mask_value(goal)
         goals = {name: torch.where(kept, 1.0, value) for name, kept in self.kept.items()}
-        self._path = (step, goal, {name: mask.cpu() for name, mask in self.masks.items()}, goals)
+        self._path, self._by_hand = MaskPath(step, goal, starts, goals), False
         update = MaskUpdate(
             step=step,
             phase="soft" if step < self.schedule.soft_steps else "hard",
@@ -235,14 +239,9 @@ class GradientFlowPruner:
         """Set masks to where the last ranking wants them at `step`."""
         if self._path is None:
             return
-        start_step, goal_step, starts, goals = self._path
-        if step >= goal_step:
-            self.unet.channel_masks.set(goals)  # exactly, not by arithmetic: compaction needs zeros and ones
-            self._path = None
-        else:
-            share = (step - start_step) / (goal_step - start_step)
-            between = {name: torch.lerp(starts[name], goals[name], share) for name in goals}
-            self.unet.channel_masks.set(between, check=False)  # heads may differ on the way
+        done = step >= self._path.goal_step
+        self.unet.channel_masks.set(self._path.at(step), check=done)  # heads may differ on the way
+        self._path = None if done else self._path
 
     def _warn_if_missed(self) -> None:
         """Say aloud that the widths allowed cannot meet the budget."""
@@ -258,6 +257,42 @@ class GradientFlowPruner:
                 self.config.min_keep_ratio,
                 share,
             )
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict:
+        """Everything that decides what the pruner does next, for a checkpoint; the layout is that of `pruner_state`.
+
+        Returns:
+            `{"tensors": {name: tensor on the CPU}, "values": {...}}`: tensors for safetensors, values for JSON. A pruner
+            made with the same model and configuration goes on from it to the same masks, bit for bit, if it is given the
+            same weights and calibration batches.
+        """
+        masks = {name: mask.float() for name, mask in self.masks.items()}
+        state = PrunerState(masks, self.kept, self.scores, self._path, self.history, self.finished, self._by_hand)
+        return state.to_dict()
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on from what `state_dict` returned.
+
+        The masks go onto this pruner's model. That may be another object than the one that was masked, and need not be what
+        trains: to resume after compaction, mask the dense model, load the state, and `compact()` gives a model of the widths
+        that the checkpoint's weights have. Where `detach` took the masks off, they are remembered for reports and
+        `compaction_plan`, and the model stays dense.
+
+        Args:
+            state: From a pruner with the same channel groups.
+
+        Raises:
+            ValueError: It is of other groups, incomplete, or damaged. Nothing is changed then.
+        """
+        found = PrunerState.from_dict(state, self.groups)
+        if self._is_masked():
+            self.unet.channel_masks.set(found.masks, check=False)  # heads may differ on the way
+        else:
+            self._last_masks = found.masks
+        self.kept, self.scores, self.history = found.kept, found.scores, found.history
+        self.finished, self._path, self._by_hand = found.finished, found.path, found.by_hand
 
     # --- the end ---
 
@@ -291,5 +326,6 @@ class GradientFlowPruner:
 
     def detach(self) -> UNet2DModel:
         """Take the masks off: the dense model back, bit for bit, with the weights as trained since."""
+        self._last_masks = self.masks
         masking.detach(self.unet)
         return self.unet

@@ -244,3 +244,21 @@ def test_ranking_leaves_weights_gradients_and_mode_alone():
     for name, parameter in dense_parameters(unet).items():
         assert torch.equal(parameter, weights[name])
         assert torch.equal(parameter.grad, torch.full_like(parameter, 0.5))
+
+
+# --- channels that scores would keep -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranking", ["group", "global"])
+def test_channels_that_scores_would_keep(ranking: str):
+    """At the full budget, or at a share of it, by scores alone; masks and kept channels stay as they are."""
+    pruner = GradientFlowPruner(build(), config(ratio=0.5, ranking=ranking, soft_fraction=0.0))
+    scores = {group.name: rising(group.name, group.num_channels) for group in pruner.groups}
+    cost = pruner.cost
+    for ratio, removed in ((None, 0.5), (0.25, 0.25), (0.0, 0.0)):
+        kept = pruner.choose_channels(scores, ratio)
+        widths = np.array([int(kept[group.name].sum()) for group in pruner.groups])
+        assert 1 - cost.macs(widths) / cost.macs(cost.dense) == pytest.approx(removed, abs=0.01)
+        assert kept["conv_in"].tolist() == sorted(kept["conv_in"].tolist())  # the last channels have the highest scores
+    assert mask_values(pruner) == [1.0]
+    assert all(flags.all() for flags in pruner.kept.values())

@@ -1,0 +1,221 @@
+"""What decides how a pruning run goes on, in a form that can be written down: tensors by flat name, and values for JSON.
+
+    tensors   masks/<group>        mask as it is on the model, float32 in [0, 1]
+              kept/<group>         channels kept by the last ranking, bool
+              scores/<group>       averaged scores, float32                                after the first ranking
+              path_start/<group>   masks at the step at which the last ranking was made    while masks move
+              path_goal/<group>    masks at the step that it aims at                       while masks move
+    values    groups               number of channels by group name
+              path                 {"start_step", "goal_step"}, or null
+              history              list of `MaskUpdate.to_dict()`
+              finished, by_hand    bool
+
+where all tensors have the shape `(num_channels,)`. Group names hold dots, never a slash. Tensors are for safetensors and
+values for JSON, both of which give back every number bit for bit. Schedule and options are not in it: they follow from the
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from .channel_groups import ChannelGroup
+from .masking import check_mask
+
+__all__ = ["MaskPath", "MaskUpdate", "PrunerState"]
+
+
+@dataclass(frozen=True)
+class MaskUpdate:
+    """What one ranking did.
+
+    Attributes:
+        step: Training step.
+        phase: `"soft"` or `"hard"`.
+        sparsity: Share of the target's dense cost that the kept channels leave out, in [0, 1].
+        mask_value: p_t that pruned channels get, at once or, with `interpolate_masks`, by the next ranking; in [0, 1].
+        kept_channels: Channels that get mask 1, likewise.
+        revived_channels: Channels that were pruned after the last ranking and are kept now.
+        newly_pruned_channels: Channels that were kept after the last ranking and are pruned now.
+        macs: MACs of the model that the kept channels would make.
+        params: Parameters of that model.
+    """
+
+    step: int
+    phase: str
+    sparsity: float
+    mask_value: float
+    kept_channels: int
+    revived_channels: int
+    newly_pruned_channels: int
+    macs: float
+    params: float
+
+    def to_dict(self) -> dict:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MaskPath:
+    """The straight line on which masks move from one ranking to the next.
+
+    Attributes:
+        start_step: Step of the ranking.
+        goal_step: Step at which `goals` are reached (>= `start_step`).
+        starts: Masks at `start_step` by group name, each with shape `(num_channels,)`.
+        goals: Masks at `goal_step`.
+    """
+
+    start_step: int
+    goal_step: int
+    starts: dict[str, Tensor]
+    goals: dict[str, Tensor]
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """Masks at `step`; from `goal_step` on `goals` themselves, not by arithmetic: compaction needs zeros and ones."""
+        if step >= self.goal_step:
+            return self.goals
+        share = (step - self.start_step) / (self.goal_step - self.start_step)
+        return {name: torch.lerp(self.starts[name], goal, share) for name, goal in self.goals.items()}
+
+
+@dataclass
+class PrunerState:
+    """All that a `GradientFlowPruner` remembers from step to step.
+
+    Attributes:
+        masks: By group name, float32 with shape `(num_channels,)`.
+        kept: Channels kept by the last ranking, bool.
+        scores: Averaged scores, None before the first ranking.
+        path: Where masks move, None while they hold.
+        history: One entry for each ranking.
+        finished: Whether masks are frozen.
+        by_hand: Whether masks were set by hand since the last ranking.
+    """
+
+    masks: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    scores: dict[str, Tensor] | None = None
+    path: MaskPath | None = None
+    history: list[MaskUpdate] = field(default_factory=list)
+    finished: bool = False
+    by_hand: bool = False
+
+    def to_dict(self) -> dict:
+        """`{"tensors": {flat name: tensor on the CPU}, "values": what JSON takes}`."""
+        families = {"masks": self.masks, "kept": self.kept, "scores": self.scores or {}}
+        if self.path is not None:
+            families |= {"path_start": self.path.starts, "path_goal": self.path.goals}
+        return {
+            "tensors": {
+                f"{family}/{name}": tensor.detach().cpu().clone()
+                for family, tensors in families.items()
+                for name, tensor in tensors.items()
+            },
+            "values": {
+                "groups": {name: len(mask) for name, mask in self.masks.items()},
+                "path": {"start_step": self.path.start_step, "goal_step": self.path.goal_step} if self.path else None,
+                "history": [update.to_dict() for update in self.history],
+                "finished": self.finished,
+                "by_hand": self.by_hand,
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping, groups: Iterable[ChannelGroup]) -> PrunerState:
+        """Read what `to_dict` wrote.
+
+        Args:
+            state: `{"tensors": ..., "values": ...}`; its tensors are copied.
+            groups: Channel groups of the model that it is for.
+
+        Raises:
+            ValueError: It is of other groups, or incomplete, or its parts do not fit together.
+        """
+        sizes = {group.name: group for group in groups}
+        try:
+            tensors, values = dict(state["tensors"]), state["values"]
+            theirs, path, history = values["groups"], values["path"], _read_history(values["history"])
+            flags = {name: values[name] for name in ("finished", "by_hand")}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the pruner's state is incomplete or of another form: {error!r}") from error
+        _check_groups(theirs, sizes)
+        wanted = {"masks": torch.float32, "kept": torch.bool}
+        wanted |= {"scores": torch.float32} if history else {}
+        wanted |= {"path_start": torch.float32, "path_goal": torch.float32} if path else {}
+        found: dict[str, dict[str, Tensor]] = {
+            family: {name: _read_tensor(tensors, family, group, dtype) for name, group in sizes.items()}
+            for family, dtype in wanted.items()
+        }
+        if tensors:
+            raise ValueError(f"the pruner's state has {len(tensors)} tensors too many, such as {next(iter(tensors))}")
+        masks, kept = found["masks"], found["kept"]
+        moving = _read_path(path, found["path_start"], found["path_goal"]) if path else None
+        for name, group in sizes.items():
+            goal = moving.goals[name] if moving else masks[name]
+            check_mask(group, goal)
+            if (goal[kept[name]] != 1).any():
+                raise ValueError(f"kept/{name} of the pruner's state does not fit its masks: kept channels have mask 1")
+        count = sum(int(flags.sum()) for flags in kept.values())
+        expected = history[-1].kept_channels if history else sum(group.num_channels for group in sizes.values())
+        if count != expected and not flags["by_hand"]:
+            raise ValueError(f"the pruner's state keeps {count} channels, its history says {expected}")
+        return cls(masks, kept, found.get("scores"), moving, history, **flags)
+
+
+def _check_groups(theirs: Mapping[str, int], groups: Mapping[str, ChannelGroup]) -> None:
+    for name in [*groups, *theirs]:
+        if name not in groups or name not in theirs:
+            where = "the model" if name in groups else "the state"
+            raise ValueError(f"the pruner's state is of another model: only {where} has channel group {name}")
+        if theirs[name] != groups[name].num_channels:
+            raise ValueError(
+                f"the pruner's state is of another model: {name} has {theirs[name]} channels there, "
+                f"{groups[name].num_channels} here"
+            )
+
+
+def _read_tensor(tensors: dict[str, Tensor], family: str, group: ChannelGroup, dtype: torch.dtype) -> Tensor:
+    """Take one tensor out of the flat names."""
+    name = f"{family}/{group.name}"
+    if name not in tensors:
+        raise ValueError(f"the pruner's state has no {name}")
+    tensor = tensors.pop(name)
+    if tensor.shape != (group.num_channels,) or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name} of the pruner's state is {tensor.dtype} with shape {tuple(tensor.shape)}, not {dtype} with shape "
+            f"({group.num_channels},)"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} of the pruner's state holds NaN or infinity")
+    if family in ("masks", "path_start", "path_goal") and not ((tensor >= 0) & (tensor <= 1)).all():
+        raise ValueError(f"{name} of the pruner's state has values from {tensor.min():g} to {tensor.max():g}, outside [0, 1]")
+    return tensor.detach().cpu().clone()
+
+
+def _read_path(path: Mapping, starts: dict[str, Tensor], goals: dict[str, Tensor]) -> MaskPath:
+    try:
+        found = MaskPath(path["start_step"], path["goal_step"], starts, goals)
+        if 0 <= found.start_step < found.goal_step:
+            return found
+    except (KeyError, TypeError):
+        pass
+    raise ValueError(f"path={path} of the pruner's state must have 0 <= start_step < goal_step")
+
+
+def _read_history(entries: Iterable[Mapping]) -> list[MaskUpdate]:
+    history = [MaskUpdate(**entry) for entry in entries]  # TypeError: fields of another version
+    wrong = [
+        update
+        for update in history
+        if not all(isinstance(getattr(update, f.name), str if f.name == "phase" else (int, float)) for f in fields(update))
+    ]
+    steps = [update.step for update in history if update not in wrong]
+    if wrong or steps != sorted(set(steps)) or any(update.phase not in ("soft", "hard") for update in history):
+        raise ValueError("history of the pruner's state must be mask updates in the order of their steps")
+    return history

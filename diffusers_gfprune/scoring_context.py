@@ -1,0 +1,132 @@
+"""ScoringContext: what a criterion sees, and the tools it is written with.
+
+Losses and gradients belong to *global* batches. Where several processes score together, `batches` are this rank's rows of
+them (the same number on every rank), and what sums gradients (`gradients`, `mean_gradient`, `summed_gradients`) returns means
+over ranks. A criterion made of these needs to know nothing of processes; one that takes losses itself sees this rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .channel_groups import ChannelGroup
+from .configuration import GFPruneConfig
+from .distributed import mean_over_ranks, world_size
+from .evaluation.step_loss import noise_target
+from .masking import dense_parameters
+
+__all__ = ["CalibrationBatch", "Scores", "ScoringContext"]
+
+CalibrationBatch = Sequence[Tensor]
+Scores = dict[str, Tensor]
+
+
+@dataclass
+class ScoringContext:
+    """What a criterion sees.
+
+    Attributes:
+        unet: The model, in evaluation mode, with float32 weights.
+        groups: Its channel groups.
+        batches: Calibration batches `(clean_images, noise, timesteps[, class_labels])`: images in [-1, 1] and Gaussian
+            noise with shape `(batch, channels, height, width)`, int64 timesteps and labels with shape `(batch,)`; of several
+            processes, each has its rows of every batch.
+        noise_scheduler: The Diffusers scheduler that adds the noise.
+        config: All options.
+        parameters: Every parameter with a slice in a group, by dense name.
+    """
+
+    unet: nn.Module
+    groups: Sequence[ChannelGroup]
+    batches: Sequence[CalibrationBatch]
+    noise_scheduler: object
+    config: GFPruneConfig
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = {piece.name for group in self.groups for piece in group.slices}
+        self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in wanted}
+
+    def loss(self, batch: CalibrationBatch, sample_weights: Tensor | None = None) -> Tensor:
+        """Noise-prediction loss of a batch, a scalar: the mean of errors times `sample_weights (batch,)`, on this rank."""
+        errors = self.sample_losses(batch)
+        return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
+
+    def sample_losses(self, batch: CalibrationBatch) -> Tensor:
+        """Mean squared error of each sample, with shape `(batch,)`."""
+        device = next(iter(self.parameters.values())).device
+        clean, noise, timesteps, *labels = (tensor.to(device) for tensor in batch)
+        noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
+        labels = labels[0] if labels else None
+        prediction = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
+        target = noise_target(self.noise_scheduler, clean, noise, timesteps)
+        if prediction.shape != target.shape:
+            raise ValueError(f"the model predicts shape {tuple(prediction.shape)}, its target has {tuple(target.shape)}")
+        return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
+
+    def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
+        """Gradient of a scalar by parameter name: the mean over ranks, or with `create_graph` this rank's alone."""
+        found = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=create_graph)
+        if not create_graph and world_size() > 1:
+            found = [gradient.clone() for gradient in found]  # autograd's own may be a view, or somebody else's, too
+            mean_over_ranks(found)
+        return dict(zip(self.parameters, found))
+
+    def summed_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Gradient of a sum of scalars by parameter name, added up in place as they come, then the mean over ranks.
+
+        Autograd adds into `.grad`, so that no second set of gradients is ever held; a user's own `.grad` is put back.
+        """
+        parameters = list(self.parameters.values())
+        held = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            for loss in losses:
+                torch.autograd.backward(loss, inputs=parameters)
+            found = {
+                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                for name, parameter in self.parameters.items()
+            }
+        finally:
+            for parameter, gradient in zip(parameters, held):
+                parameter.grad = gradient
+        mean_over_ranks(found.values())
+        return found
+
+    def mean_gradient(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+        """Gradient of the mean loss over batches, on all ranks."""
+        return self.summed_gradients(self.loss(batch) / len(batches) for batch in batches)
+
+    def reduce(self, contributions: Mapping[str, Tensor], aggregation: str) -> Scores:
+        """Sum per-weight contributions over the slices of each channel.
+
+        Args:
+            contributions: A tensor of its parameter's shape for each name in `parameters`.
+            aggregation: `"signed"` (sum), `"abs"` (absolute value of the sum) or `"sum_abs"` (sum of absolute values).
+
+        Returns:
+            Scores by group name, float32 with shape `(num_channels,)`.
+        """
+        along: dict[tuple[str, int], Tensor] = {}
+        scores = {}
+        for group in self.groups:
+            total = None
+            for piece in group.slices:
+                if self.config.score_slices != "all" and piece.role == "input":
+                    continue
+                if self.config.score_slices == "weight" and (piece.role, piece.parameter) != ("output", "weight"):
+                    continue
+                key = (piece.name, piece.dim)
+                if key not in along:
+                    values = contributions[piece.name].float()
+                    values = values.abs() if aggregation == "sum_abs" else values
+                    along[key] = values.transpose(0, piece.dim).flatten(1).sum(1) if values.ndim > 1 else values
+                part = along[key][list(piece.positions)]
+                total = part.clone() if total is None else total.add_(part)
+            scores[group.name] = total.abs() if aggregation == "abs" else total
+        return scores
