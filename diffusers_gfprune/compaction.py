@@ -8,12 +8,13 @@ Every parameter is indexed along the dimensions that run over channels. That alo
 
       q k^T / sqrt(d) = (sqrt(d'/d) q) k^T / sqrt(d')
 
-A `CompactionPlan` holds the indices and factors by parameter name, and carries optimizer state and averaged weights across.
-A weight scaled by a has gradients scaled by 1/a, hence Adam moments scaled by 1/a and 1/a^2.
+A `CompactionPlan` holds the indices and factors by parameter name, and carries optimizer state (`optimizer_state`) and
+averaged weights across.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +24,10 @@ from torch import Tensor, nn
 
 from .channel_groups import ChannelGroup
 from .masking import MASKS_MODULE, check_mask, dense_name, dense_parameters
+from .optimizer_state import kept_state
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
 __all__ = ["CompactionPlan", "carry_ema", "carry_optimizer", "check_ema", "compact", "plan_compaction"]
-
-# How optimizer state of a weight scales when the weight is multiplied by a: a ** power.
-STATE_POWERS = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2, "momentum_buffer": -1}
 
 
 @dataclass
@@ -157,7 +156,7 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
     """Make an optimizer of the masked model go on with the small one, state and all, in place.
 
     Args:
-        optimizer: Adam, AdamW, SGD or another whose state tensors `STATE_POWERS` names.
+        optimizer: Adam, AdamW, SGD, bitsandbytes' 8-bit Adam or AdamW (see `optimizer_state`).
         unet: The masked model, whose parameters the optimizer holds.
         small: The compacted model.
         plan: The plan it was compacted by.
@@ -175,14 +174,9 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
             name = names[old]
             new = small.get_parameter(name)
             moved.append(new)
-            for key, value in optimizer.state.get(old, {}).items():
-                if isinstance(value, Tensor) and value.ndim > 0:
-                    if key not in STATE_POWERS or value.shape != old.shape:
-                        raise ValueError(f"{type(optimizer).__name__} has state {key!r}, which cannot be compacted")
-                    value = plan.take(name, value, STATE_POWERS[key])
-                elif isinstance(value, Tensor):
-                    value = value.clone()
-                state.setdefault(new, {})[key] = value
+            kept = kept_state(optimizer, old, functools.partial(plan.take, name))
+            if kept:
+                state[new] = kept
         param_groups.append(moved)
     # Only now is something changed, so that an error above leaves the optimizer whole.
     for param_group, moved in zip(optimizer.param_groups, param_groups):

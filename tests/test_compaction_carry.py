@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build, random_masks
+from architectures import BASE, build, random_masks
 from compaction_helpers import TO_Q, compacted, head_mask, kept_slice, loss, masked, planned, relative_error, run, traced
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
-from diffusers_gfprune.compaction import carry_ema, carry_optimizer, compact
-from diffusers_gfprune.masking import dense_parameters
+from diffusers_gfprune.channel_groups import ChannelGroup, trace_channel_groups
+from diffusers_gfprune.compaction import carry_ema, carry_optimizer, compact, plan_compaction
+from diffusers_gfprune.masking import attach, dense_parameters
 from diffusers_gfprune.remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
 # --- optimizer state ---------------------------------------------------------------------------------------------------
@@ -178,6 +179,110 @@ def test_a_foreign_parameter_is_refused():
         carry_optimizer(optimizer, unet, small, plan)
     assert optimizer.param_groups[0]["params"][0] is next(iter(unet.parameters()))
     assert optimizer.param_groups[0]["params"][-1] is other
+
+
+# --- 8-bit optimizer state ---------------------------------------------------------------------------------------------
+
+WIDE = {"block_out_channels": (32, 64), "attention_head_dim": 8}  # parameters with more than 4,096 elements, and small ones
+
+
+@pytest.fixture(scope="module")
+def bnb():
+    """bitsandbytes, where it is installed."""
+    return pytest.importorskip("bitsandbytes")
+
+
+def wide(memory_format: torch.memory_format = torch.contiguous_format) -> tuple[UNet2DModel, list[ChannelGroup]]:
+    """A masked model, all masks ones."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**BASE, **WIDE}).to(memory_format=memory_format)
+    groups = trace_channel_groups(unet)
+    attach(unet, groups)
+    return unet, groups
+
+
+def moments(state: dict, number: str) -> tuple[Tensor, Tensor]:
+    """A moment of an 8-bit optimizer in float32, and the largest error that its codes may have, element by element."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    codes = state[f"state{number}"]
+    if codes.dtype == torch.float32:
+        return codes, torch.zeros_like(codes)
+    qmap, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
+    scale = absmax.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+    gap = qmap.sort().values.diff().max()
+    return dequantize_blockwise(codes, absmax=absmax, code=qmap, blocksize=256), scale * gap / 2
+
+
+@pytest.mark.parametrize("kind", ["Adam8bit", "AdamW8bit", "PagedAdamW8bit"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+def test_8_bit_state_is_sliced_like_the_weights(bnb, kind: str, memory_format: torch.memory_format):
+    """Moments of kept channels, the queries' with the inverse factor, quantised again; small parameters keep float32."""
+    unet, groups = wide(memory_format)
+    optimizer = getattr(bnb.optim, kind)(unet.parameters(), lr=1e-3)
+    trained(unet, optimizer)
+    masks = random_masks(groups, 0)
+    unet.channel_masks.set(
+        {**masks, TO_Q: torch.cat([(torch.arange(8) < width).float() for width in (2, 0, 2, 2, 2, 0, 2, 2)])}
+    )
+    state = {name: copy.deepcopy(dict(optimizer.state[p])) for name, p in dense_parameters(unet).items()}
+    plan = plan_compaction(unet, groups, unet.channel_masks.as_dict())
+    assert plan.factors[f"{TO_Q}.weight"] == 0.5
+    small = compact(unet, plan)
+    carry_optimizer(optimizer, unet, small, plan)
+    kinds = set()
+    for name, parameter in small.named_parameters():
+        carried = optimizer.state[parameter]
+        assert carried.keys() == state[name].keys() and carried["step"] == 2
+        kinds.add(carried["state1"].dtype)
+        for number, power in (("1", -1), ("2", -2)):
+            assert carried[f"state{number}"].dtype == state[name][f"state{number}"].dtype
+            assert carried[f"state{number}"].shape == parameter.shape
+            before, _ = moments(state[name], number)
+            expected = kept_slice(unet, name, before, groups) * plan.factors.get(name, 1.0) ** power
+            found, error = moments(carried, number)
+            # bitsandbytes rounds to the nearest code, or nearly so
+            assert ((found - expected).abs() <= error * 1.01).all(), (name, number)
+            assert found.abs().max() > 0
+    assert kinds == {torch.uint8, torch.float32}
+
+
+def test_training_goes_on_with_8_bit_state(bnb):
+    """A step right after compaction is the step before it, to within the quantisation of the moments."""
+    runs = []
+    for _ in range(2):  # the optimizer cannot be copied
+        unet, groups = wide()
+        optimizer = bnb.optim.AdamW8bit(unet.parameters(), lr=1e-3, eps=1e-3, weight_decay=0.0)
+        trained(unet, optimizer)
+        whole_attention = {group.name: torch.ones(group.num_channels) for group in groups if group.attention is not None}
+        unet.channel_masks.set({**random_masks(groups, 0), **whole_attention})
+        trained(unet, optimizer)
+        runs.append((unet, optimizer))
+    (unet, optimizer), (twin, twin_optimizer) = runs
+    plan = plan_compaction(unet, groups, unet.channel_masks.as_dict())
+    small = compact(unet, plan)
+    carry_optimizer(optimizer, unet, small, plan)
+    before = {name: parameter.detach().clone() for name, parameter in small.named_parameters()}
+    for model, its_optimizer in ((small, optimizer), (twin, twin_optimizer)):
+        its_optimizer.zero_grad()
+        loss(model, seed=7).backward()
+        its_optimizer.step()
+    expected = dict(compact(twin, plan).named_parameters())
+    moved = torch.cat([(parameter - before[name]).flatten() for name, parameter in small.named_parameters()])
+    away = torch.cat([(parameter - expected[name]).flatten() for name, parameter in small.named_parameters()])
+    assert moved.abs().mean() > 1e-4
+    assert away.norm() < 0.05 * moved.norm()
+
+
+def test_8_bit_state_that_is_not_adams_is_refused(bnb):
+    """Lion's moment is called alike, but how it goes with the weights is not known here."""
+    unet, groups = wide()
+    optimizer = bnb.optim.Lion8bit(unet.parameters(), lr=1e-3)
+    trained(unet, optimizer, steps=1)
+    plan = plan_compaction(unet, groups, random_masks(groups, 0))
+    with pytest.raises(ValueError, match="Lion8bit has state 'state1', which cannot be compacted"):
+        carry_optimizer(optimizer, unet, compact(unet, plan), plan)
+    assert optimizer.param_groups[0]["params"][0] is next(iter(unet.parameters()))
 
 
 # --- averaged weights --------------------------------------------------------------------------------------------------
