@@ -18,7 +18,16 @@ OURS = "diffusers_gfprune"
 
 REMOTE = sorted((PACKAGE / "remote").glob("*.py"))
 # Modules that know nothing else of ours, as the remote files but for one lazy import.
-LEAVES = [PACKAGE / "model_card.py", PACKAGE / "schedules.py", *sorted((PACKAGE / "evaluation").glob("*.py"))]
+LEAVES = [
+    *(PACKAGE / name for name in ("distributed.py", "model_card.py", "optimizer_state.py", "schedules.py")),
+    *sorted((PACKAGE / "evaluation").glob("*.py")),
+]
+# All others, from the bottom to the top: each may import leaves, remote files and those before it.
+LAYERS = [
+    *("channel_groups", "cost_model", "budget", "configuration", "double_backward", "masking"),
+    *("scoring_mode", "scoring_context", "hessian_product", "importance"),
+    *("compaction", "pruner_state", "pruner", "diagnostics", "one_shot", "version", "hub", "__init__"),
+]
 ALL = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -92,6 +101,28 @@ def test_leaves_import_nothing_of_ours(path: Path) -> None:
     found = [module for module in imported_modules(ast.walk(ast.parse(path.read_text()))) if is_ours(module)]
     beside = {f".{sibling.stem}" for sibling in path.parent.glob("*.py")} if path.parent.name == "evaluation" else set()
     assert set(found) <= beside
+
+
+def test_every_module_has_its_layer() -> None:
+    """A new module belongs somewhere."""
+    named = [PACKAGE / f"{name}.py" for name in LAYERS]
+    assert sorted([*named, *LEAVES, *REMOTE]) == ALL
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_import_downwards(name: str) -> None:
+    """What scores knows nothing of what prunes, and so on; lazy imports would be a way around."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    found = {module.lstrip(".") for module in imported_modules(ast.walk(tree)) if is_ours(module)}
+    below = {*LAYERS[: LAYERS.index(name)], *(path.stem for path in LEAVES if path.parent == PACKAGE)}
+    assert {module for module in found if not module.startswith(("evaluation.", "remote."))} <= below
+
+
+def test_optional_packages_are_imported_when_used() -> None:
+    """bitsandbytes is for those who train with it."""
+    for path in ALL:
+        imported = [module.partition(".")[0] for module in imported_modules(module_level(ast.parse(path.read_text())))]
+        assert "bitsandbytes" not in imported, path
 
 
 def test_only_prune_reaches_into_the_package_from_a_remote_file() -> None:
