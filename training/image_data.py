@@ -1,25 +1,37 @@
-"""Images for training: anything `datasets.load_dataset` takes, cropped, scaled to [-1, 1] and batched.
+"""Images for training: which ones, and whether they fit the model.
 
-Both scripts read their images here, so that a pruned model sees what its dense parent saw. The channels come from the
-model (1: greyscale, 3: RGB), the resolution from the model's `sample_size`.
+Both scripts load their images here, so that a pruned model sees what its dense parent saw: anything that
+`datasets.load_dataset` takes, from the disk or as a stream. The channels come from the model (1: greyscale, 3: RGB), the
+resolution from its `sample_size`. Decoding is in `image_decoding`, order and batches in `batches`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torch import Tensor
 
-__all__ = ["DataArguments", "ImageRows", "endless_batches", "load_images", "stack_rows", "train_dataloader"]
+from image_decoding import GREYSCALE_MODES, NETWORK_ERRORS, BrokenImage, BrokenImages, EncodedImage, ImageDecoder, sample_size
+from image_sources import ImageRows, ImageStream
 
-PIL_MODES = {1: "L", 3: "RGB"}
+__all__ = ["DataArguments", "load_images"]
+
+logger = logging.getLogger(__name__)
+
+# What `datasets` raises
+LOAD_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException),
+    *NETWORK_ERRORS,
+)
 
 
 @dataclass
@@ -34,6 +46,13 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_data_dir: str | None = field(default=None, metadata={"help": "Images: a local folder of image files."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the images as a stream, for a data set that does not fit on the disk."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={"help": "With --streaming: images, not decoded, that each loading process holds to draw from (>= 1)."},
+    )
     image_column: str | None = field(
         default=None, metadata={"help": "Column that holds the images (default: the first column of type Image)."}
     )
@@ -51,76 +70,155 @@ class DataArguments:
         default=256,
         metadata={"help": "Held-out images for the step loss (>= 1): of the validation or test split, else of train."},
     )
+    max_broken_images: int = field(
+        default=100,
+        metadata={
+            "help": "Images that cannot be read, or are smaller than the model's, are replaced by others and counted; more "
+            "than this are an error (0: the first one is)."
+        },
+    )
     dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that load images (0: load in the training process)."}
+        default=0,
+        metadata={
+            "help": "Processes that load images, for each training process (0: load in that). With --streaming they share "
+            "out its shards, and another number gives other batches."
+        },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded data sets are kept."})
 
     def __post_init__(self) -> None:
-        if self.validation_images < 1:
-            raise ValueError(f"validation_images={self.validation_images} must be at least 1")
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"dataloader_num_workers={self.dataloader_num_workers} must not be negative")
+        for name in ("shuffle_buffer_size", "validation_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_broken_images", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} must be at least 1 pixel")
 
 
-class ImageRows(Dataset):
-    """Rows of a `datasets.Dataset` as training tensors.
+def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStream, tuple[Tensor, Tensor | None]]:
+    """Training and held-out images for a model.
 
-    An item is a dictionary with `pixel_values`, float32 with shape `(channels, height, width)` in [-1, 1], and, where
-    `label_column` is given, `class_labels`, an int64 scalar. An image that cannot be read, or is smaller than the model's,
-    is a `ValueError` that says which.
+    Args:
+        args: Where the images are and how they are cropped.
+        unet_config: Configuration of the model: size, channels (1: greyscale, 3: RGB), and whether it is class conditional.
+
+    Returns:
+        The training images, and the held-out ones (centre crop, no flip) in memory: pixel values, float32 with shape
+        `(n, channels, height, width)` in [-1, 1], and class labels, int64 with shape `(n,)`, or None. Held-out images are
+        the first ones of the validation or test split. Without these they are taken from the training images, which are
+        then without them: at random from a data set on the disk, the first ones of a stream.
+
+    Raises:
+        ValueError: No such data or column, images that do not fit the model, too few of them, too many broken ones.
     """
+    _check_model(args, unet_config)
+    _check_source(args)
+    source = f"dataset_name={args.dataset_name}" if args.dataset_name else f"train_data_dir={args.train_data_dir}"
+    with _one_line(source):
+        splits = _load_splits(args)
+    train_name = "train" if "train" in splits else next(iter(splits))
+    held_out_name = next((name for name in ("validation", "test") if name in splits and name != train_name), None)
+    train_rows = splits[train_name]
+    if train_rows.features is None:
+        raise ValueError(f"{source} does not tell its columns before it is read: load it without streaming")
+    if not args.streaming and len(train_rows) == 0:
+        raise ValueError(f"{source} has no training images")
+    image_column = _column(train_rows, args.image_column, datasets.Image, "image_column")
+    if image_column is None:
+        raise ValueError(f"{source} has no column of images, only {train_rows.column_names}; name it with image_column")
+    label_column = None
+    if unet_config.num_class_embeds is not None:
+        label_column = _column(train_rows, args.label_column, datasets.ClassLabel, "label_column")
+        if label_column is None:
+            raise ValueError(f"the model is class conditional, but {train_rows.column_names} holds no class labels")
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        image_column: str,
-        label_column: str | None,
-        unet_config,
-        augmentation: Sequence[Callable] = (),
-    ) -> None:
-        self.rows = rows
-        self.image_column, self.label_column = image_column, label_column
-        self.unet_config = unet_config
-        self.size = _size(unet_config.sample_size)
-        steps = augmentation or [transforms.CenterCrop(self.size)]
-        self.transform = transforms.Compose(
-            [_CoverResize(self.size), *steps, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    feature = train_rows.features[image_column]
+    decoder = ImageDecoder(image_column, feature, unet_config, center_crop=args.center_crop, random_flip=args.random_flip)
+    columns = [image_column, label_column] if label_column else [image_column]
+    with _one_line(source):
+        rows, held_out_rows = (
+            None if name is None else _not_decoded(splits[name], columns, feature) for name in (train_name, held_out_name)
         )
+    make_sources = _stream_sources if args.streaming else _row_sources
+    train, held_out = make_sources(args, source, rows, held_out_rows, decoder, label_column)
+    _check_first(train, args.max_broken_images)
+    return train, _decode_all(held_out, decoder, args.max_broken_images)
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+def _row_sources(
+    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
+) -> tuple[ImageRows, Iterable[EncodedImage]]:
+    count = args.validation_images
+    if held_out_rows is not None:
+        held_out = np.arange(min(count, len(held_out_rows)))
+        train = ImageRows(rows, decoder, label_column, np.arange(len(rows)))
+        return train, ImageRows(held_out_rows, decoder, label_column, held_out).in_order()
+    if len(rows) < 2 * count:
+        raise ValueError(f"{source} has {len(rows)} images, too few to hold out validation_images={count}")
+    order = np.random.default_rng(0).permutation(len(rows))
+    held_out = ImageRows(rows, decoder, label_column, order[:count])
+    return ImageRows(rows, decoder, label_column, order[count:]), held_out.in_order()
+
+
+def _stream_sources(
+    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
+) -> tuple[ImageStream, Iterable[EncodedImage]]:
+    count, common = args.validation_images, (decoder, label_column, args.shuffle_buffer_size)
+    with _one_line(source):
+        train = ImageStream(rows, *common, num_held_out=0 if held_out_rows is not None else count)
+        other = train if held_out_rows is None else ImageStream(held_out_rows, *common, num_held_out=count)
+    if not train.spares:
+        if not train.held_out:
+            raise ValueError(f"{source} has no training images")
+        raise ValueError(f"{source} has {len(train.held_out)} images, too few to hold out validation_images={count}")
+    held_out, other.held_out = other.held_out, []  # loading processes need no copy
+    return train, held_out
+
+
+def _check_first(images: ImageRows | ImageStream, max_broken_images: int) -> None:
+    """An early word on images or labels that do not fit the model, from the first image that can be read."""
+    broken = BrokenImages(max_broken_images)
+    for image in islice(images.spares if isinstance(images, ImageStream) else images.in_order(), 10):
         try:
-            row = self.rows[index]
-            image = row[self.image_column]
-            if image is None:
-                raise ValueError("there is none")
-            if image.size[1] < self.size[0] or image.size[0] < self.size[1]:
-                raise ValueError(
-                    f"{image.size[1]}x{image.size[0]} pixels are smaller than the model's "
-                    f"sample_size={self.size[0]}x{self.size[1]}"
-                )
-            item = {"pixel_values": self.transform(image.convert(PIL_MODES[self.unet_config.in_channels]))}
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"image {index} of column {self.image_column}: {error}") from error
-        if self.label_column is not None:
-            label, classes = row[self.label_column], self.unet_config.num_class_embeds
-            if not isinstance(label, int) or not 0 <= label < classes:
-                raise ValueError(f"label {label} of image {index} is none of the model's num_class_embeds={classes}")
-            item["class_labels"] = torch.tensor(label)
-        return item
-
-    def without_augmentation(self) -> ImageRows:
-        """The same rows, cropped at the centre."""
-        return ImageRows(self.rows, self.image_column, self.label_column, self.unet_config)
+            picture = images.decoder.open(image)
+        except BrokenImage as error:
+            broken.add([image.name])
+            reason = error
+            continue
+        images.decoder(image)
+        if images.decoder.channels == 3 and picture.mode in GREYSCALE_MODES:
+            logger.warning("images have mode %s: they are converted to RGB, which the model takes", picture.mode)
+        return
+    raise ValueError(f"none of the first {len(broken)} images can be read, the last one: {reason}")
 
 
-def _size(sample_size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+def _decode_all(images: Iterable[EncodedImage], decoder: ImageDecoder, max_broken_images: int) -> tuple[Tensor, Tensor | None]:
+    """Pixel values and class labels of all images that can be read."""
+    pixels, labels, broken = [], [], BrokenImages(max_broken_images)
+    for image in images:
+        try:
+            pixels.append(decoder(image))
+            labels.append(image.label)
+        except BrokenImage as error:
+            broken.add([image.name])
+            reason = error
+    if not pixels:
+        raise ValueError(f"there are no held-out images that can be read ({len(broken)} are broken)")
+    if broken:
+        logger.warning("%d held-out images are left out, the last one: %s", len(broken), reason)
+    return torch.stack(pixels), None if labels[0] is None else torch.tensor(labels)
+
+
+def _check_model(args: DataArguments, unet_config) -> None:
+    size, channels = sample_size(unet_config), unet_config.in_channels
+    if args.resolution is not None and size != (args.resolution, args.resolution):
+        raise ValueError(f"resolution={args.resolution} but the model was built for sample_size={size[0]}x{size[1]}")
+    if channels not in (1, 3):
+        raise ValueError(f"in_channels={channels} of the model: images have 1 (greyscale) or 3 (RGB) channels")
+    if unet_config.class_embed_type is not None:
+        raise ValueError(f"class_embed_type={unet_config.class_embed_type}: this script knows class labels only")
 
 
 def _check_source(args: DataArguments) -> None:
@@ -135,13 +233,30 @@ def _check_source(args: DataArguments) -> None:
         raise ValueError(f"dataset_name={args.dataset_name} is not a folder")
 
 
-def _load_splits(args: DataArguments) -> datasets.DatasetDict:
+def _load_splits(args: DataArguments) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    options = {"cache_dir": args.cache_dir, "streaming": args.streaming}
     if args.train_data_dir is not None:
-        return datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
-    return datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+        return datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **options)
+    return datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
 
 
-def _column(rows: datasets.Dataset, wanted: str | None, kind: type, argument: str) -> str | None:
+def _not_decoded(rows, columns: list[str], feature: datasets.Image):
+    """Some columns of a split, the first of which are images that stay as they are."""
+    if isinstance(rows, datasets.IterableDataset):  # which may have been set up to decode in threads
+        return rows.decode(False).select_columns(columns)
+    return rows.select_columns(columns).cast_column(columns[0], datasets.Image(mode=feature.mode, decode=False))
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Whatever `datasets` raises, as one line."""
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        raise ValueError(f"{source} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+
+
+def _column(rows, wanted: str | None, kind: type, argument: str) -> str | None:
     if wanted is not None:
         if wanted not in rows.column_names:
             raise ValueError(f"{argument}={wanted} is not a column of the data set, which has {rows.column_names}")
@@ -149,99 +264,3 @@ def _column(rows: datasets.Dataset, wanted: str | None, kind: type, argument: st
             raise ValueError(f"{argument}={wanted} holds no images")
         return wanted
     return next((name for name, feature in rows.features.items() if isinstance(feature, kind)), None)
-
-
-def load_images(args: DataArguments, unet_config) -> tuple[ImageRows, ImageRows]:
-    """Training and held-out images for a model.
-
-    Args:
-        args: Where the images are and how they are cropped.
-        unet_config: Configuration of the model: size, channels (1: greyscale, 3: RGB), and whether it is class conditional.
-
-    Returns:
-        The training set (random crop and flip as asked) and the held-out set (centre crop, no flip).
-
-    Raises:
-        ValueError: No such data or column, images that do not fit the model, or too few of them.
-    """
-    size, channels = _size(unet_config.sample_size), unet_config.in_channels
-    if args.resolution is not None and size != (args.resolution, args.resolution):
-        raise ValueError(f"resolution={args.resolution} but the model was built for sample_size={size[0]}x{size[1]}")
-    if channels not in PIL_MODES:
-        raise ValueError(f"in_channels={channels} of the model: images have 1 (greyscale) or 3 (RGB) channels")
-    if unet_config.class_embed_type is not None:
-        raise ValueError(f"class_embed_type={unet_config.class_embed_type}: this script knows class labels only")
-
-    source = f"dataset_name={args.dataset_name}" if args.dataset_name else f"train_data_dir={args.train_data_dir}"
-    _check_source(args)
-    try:
-        splits = _load_splits(args)
-    except (OSError, ValueError, LookupError, TypeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{source} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    train_name = "train" if "train" in splits else next(iter(splits))
-    train_rows = splits[train_name]
-    if len(train_rows) == 0:
-        raise ValueError(f"{source} has no training images")
-    image_column = _column(train_rows, args.image_column, datasets.Image, "image_column")
-    if image_column is None:
-        raise ValueError(f"{source} has no column of images, only {train_rows.column_names}; name it with image_column")
-    label_column = None
-    if unet_config.num_class_embeds is not None:
-        label_column = _column(train_rows, args.label_column, datasets.ClassLabel, "label_column")
-        if label_column is None:
-            raise ValueError(f"the model is class conditional, but {train_rows.column_names} holds no class labels")
-
-    held_out_name = next((name for name in ("validation", "test") if name in splits and name != train_name), None)
-    if held_out_name is not None:
-        held_out_rows = splits[held_out_name]
-        held_out_rows = held_out_rows.select(range(min(args.validation_images, len(held_out_rows))))
-    else:
-        if len(train_rows) < 2 * args.validation_images:
-            raise ValueError(
-                f"{source} has {len(train_rows)} images, too few to hold out validation_images={args.validation_images}"
-            )
-        shuffled = train_rows.shuffle(seed=0)
-        held_out_rows = shuffled.select(range(args.validation_images))
-        train_rows = shuffled.select(range(args.validation_images, len(shuffled)))
-
-    crop = transforms.CenterCrop(size) if args.center_crop else transforms.RandomCrop(size)
-    augmentation = [crop, transforms.RandomHorizontalFlip()] if args.random_flip else [crop]
-    train = ImageRows(train_rows, image_column, label_column, unet_config, augmentation)
-    held_out = ImageRows(held_out_rows, image_column, label_column, unet_config)
-    _ = train.without_augmentation()[0]  # an early word on images or labels that do not fit
-    mode = train_rows[0][image_column].mode
-    if channels == 1 and mode not in ("L", "1", "LA"):
-        raise ValueError(f"images have mode {mode} but the model takes in_channels=1 (greyscale)")
-    return train, held_out
-
-
-class _CoverResize:
-    """Scale a PIL image so that it just covers `size` (height, width), keeping its aspect ratio."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-
-    def __call__(self, image):
-        scale = max(self.size[0] / image.size[1], self.size[1] / image.size[0])
-        target = [max(self.size[0], round(image.size[1] * scale)), max(self.size[1], round(image.size[0] * scale))]
-        return transforms.functional.resize(image, target, interpolation=InterpolationMode.BILINEAR)
-
-
-def train_dataloader(dataset: Dataset, batch_size: int, num_workers: int, seed: int) -> DataLoader:
-    """Shuffled full batches, in an order that `seed` alone decides."""
-    if len(dataset) < batch_size:
-        raise ValueError(f"train_batch_size={batch_size} is larger than the {len(dataset)} training images")
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=num_workers, generator=generator)
-
-
-def endless_batches(dataloader: DataLoader):
-    """Batches of one epoch after another, for ever."""
-    while True:
-        yield from dataloader
-
-
-def stack_rows(rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images of some items with shape `(n, channels, height, width)`, and their labels with shape `(n,)`, if any."""
-    labels = torch.stack([row["class_labels"] for row in rows]) if "class_labels" in rows[0] else None
-    return torch.stack([row["pixel_values"] for row in rows]), labels

@@ -25,8 +25,9 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from batches import BrokenImages, train_dataloader
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
-from image_data import DataArguments, endless_batches, load_images, stack_rows, train_dataloader
+from image_data import DataArguments, load_images
 
 
 @dataclass
@@ -49,7 +50,7 @@ class TrainArguments:
     ddpm_beta_schedule: str = field(default="linear", metadata={"help": "Noise schedule of `DDPMScheduler`."})
     prediction_type: str = field(default="epsilon", metadata={"help": "What the model predicts."})
     validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, batches, noise and timesteps."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, batches, noise and timesteps (>= 0)."})
 
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "max_train_steps", "ddpm_num_steps", "validation_steps"):
@@ -78,9 +79,17 @@ def main() -> None:
     conditional = model.config.num_class_embeds is not None
     if model.config.sample_size is None:
         raise ValueError(f"model_config={args.model_config} has no sample_size")
-    images, held_out = load_images(data_args, model.config)
-    dataloader = train_dataloader(images, args.train_batch_size, data_args.dataloader_num_workers, args.seed)
-    held_out_images, held_out_labels = stack_rows([held_out[index] for index in range(len(held_out))])
+    images, (held_out_images, held_out_labels) = load_images(data_args, model.config)
+    dataloader = train_dataloader(
+        images,
+        args.train_batch_size,
+        seed=args.seed,
+        num_train_timesteps=args.ddpm_num_steps,
+        num_workers=data_args.dataloader_num_workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    broken = BrokenImages(data_args.max_broken_images)
     step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=args.adam_weight_decay
@@ -92,17 +101,15 @@ def main() -> None:
         num_training_steps=args.max_train_steps,
     )
     ema = EMAModel(model.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    model, optimizer, dataloader, lr_scheduler = accelerator.prepare(model, optimizer, dataloader, lr_scheduler)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ema.to(accelerator.device)
 
     # 2. training loop
     progress = tqdm(total=args.max_train_steps, desc="train", disable=not accelerator.is_local_main_process)
-    batches = endless_batches(dataloader)
-    for step in range(1, args.max_train_steps + 1):
-        batch = next(batches)
-        clean_images = batch["pixel_values"]
-        noise = torch.randn_like(clean_images)
-        timesteps = torch.randint(0, args.ddpm_num_steps, (len(clean_images),), device=clean_images.device)
+    for step, batch in zip(range(1, args.max_train_steps + 1), dataloader):
+        broken.add(batch.pop("broken"))
+        batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+        clean_images, noise, timesteps = (batch[name] for name in ("pixel_values", "noise", "timesteps"))
         noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
         prediction = model(noisy_images, timesteps, class_labels=batch.get("class_labels")).sample
         loss = torch.nn.functional.mse_loss(prediction.float(), noise_target(noise_scheduler, clean_images, noise, timesteps))
@@ -123,6 +130,8 @@ def main() -> None:
             ema.restore(unwrapped.parameters())
 
     # 3. save the averaged weights and show samples
+    if broken:
+        print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
     if accelerator.is_main_process:
         unwrapped = accelerator.unwrap_model(model)
         ema.copy_to(unwrapped.parameters())

@@ -1,0 +1,80 @@
+"""training/interruption.py: the first signal is noted, the second is not waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+from interruption import Interruption, StoppedBySignal  # noqa: E402
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted(number: int) -> None:
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        assert interruption.signal is None
+        os.kill(os.getpid(), number)
+        assert interruption.signal == number
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_is_not_waited_for() -> None:
+    with pytest.raises(KeyboardInterrupt), Interruption():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_back_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError), Interruption():
+        raise ValueError
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with Interruption():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_exit_status_is_that_of_a_signal() -> None:
+    assert StoppedBySignal(signal.SIGTERM).code == 143
+    assert StoppedBySignal(signal.SIGINT).code == 130
+
+
+def sleeping_child(script: str) -> subprocess.Popen:
+    """A process that obeys only its parent, ready for signals."""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT / "training", stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sent them here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_loading_processes_obey_only_their_parent(number: int) -> None:
+    ready = "from interruption import obey_only_parent; obey_only_parent(); print('ready', flush=True); "
+    process = sleeping_child(ready + "import time; time.sleep(30)")
+    sender = "import os, sys; os.kill(int(sys.argv[1]), int(sys.argv[2]))"
+    subprocess.run([sys.executable, "-c", sender, str(process.pid), str(int(number))], check=True)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 0

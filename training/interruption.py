@@ -1,0 +1,79 @@
+"""SIGTERM and SIGINT during training: noted when they come, obeyed at the end of the step.
+
+Machines that are taken away say so with SIGTERM a little before; a person says it with Ctrl-C. Either way the step is
+finished and saved first. A second signal is not waited for: the handlers from before are back by then. Both may reach every
+process of a run, and loading processes have to live until the step is done.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Set
+from types import FrameType
+
+__all__ = ["Interruption", "StoppedBySignal", "obey_only_parent"]
+
+SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+class StoppedBySignal(SystemExit):
+    """End of a run that was asked to stop, with the exit status that shells give such a process (128 + signal).
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+class Interruption:
+    """Context in which SIGTERM and SIGINT only set `signal`.
+
+    Attributes:
+        signal: The signal that came, if any.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, object] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def __enter__(self) -> Interruption:
+        # Only the main thread may set handlers; elsewhere (a run inside a notebook's thread) signals do what they did.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+
+def _exit_on_word_of(parent: int, signals: Set[int]) -> None:
+    while signal.sigwaitinfo(signals).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def obey_only_parent(worker: int = 0) -> None:
+    """Let SIGTERM and SIGINT end this process only if they come from the process that started it.
+
+    For loading processes: one that ends takes the run with it in the middle of a step. They still end with their parent, which
+    they look for themselves.
+
+    Args:
+        worker: Number of the process, which PyTorch passes.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_exit_on_word_of, args=(os.getppid(), SIGNALS), daemon=True).start()
