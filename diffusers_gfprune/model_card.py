@@ -162,7 +162,8 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
     try:
         dense, pruned, criterion = results["dense"], results["pruned"], report["config"]["criterion"]
         removed = {key: _share_removed(dense[key], pruned[key]) for key in ("parameters", "macs", "weight_file_bytes")}
-        removed["latency"] = _share_removed(dense["latency"]["latency_ms"], pruned["latency"]["latency_ms"])
+        if dense["latency"] and pruned["latency"]:  # None where it was not measured
+            removed["latency"] = _share_removed(dense["latency"]["latency_ms"], pruned["latency"]["latency_ms"])
         template = environment.from_string(files(f"{PACKAGE}.model_cards").joinpath("template.md.jinja").read_text("utf-8"))
         text = template.render(
             results=results,

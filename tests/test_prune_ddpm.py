@@ -202,6 +202,19 @@ BAD_INPUT = {
     "unknown schedule": (["--lr_scheduler", "foo"], "invalid choice: 'foo'"),
     "column without images": (["--image_column", "label"], "image_column=label holds no images"),
     "output over the model": (["--output_dir", str(TEACHER), "--overwrite_output_dir"], "which this run reads"),
+    "no such recipe": (["--recipe", "cifar11"], "recipe=cifar11 is neither a file nor one of the recipes shipped"),
+    "no such checkpoint": (
+        ["--resume_from_checkpoint", "checkpoint-9"],
+        "resume_from_checkpoint=checkpoint-9 is no checkpoint",
+    ),
+    "accumulation of 0": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be at least 1"),
+    "fp16 without a GPU": (["--mixed_precision", "fp16"], "mixed_precision=fp16 needs a GPU, whose"),
+    "8-bit moments of channels-last weights": (["--use_8bit_adam", "--channels_last"], "use_8bit_adam=True does not go with"),
+    "tracker that is not there": (
+        ["--report_to", "trackio"],
+        "report_to=trackio needs the package trackio: pip install trackio",
+    ),
+    "scores to check of magnitude": (["--check_scores", "--criterion", "magnitude"], "needs criterion=gradient-flow"),
     "phases out of order": (["--soft_fraction", "0.5"], "soft_fraction=0.5 and hard_fraction=0.2"),
 }
 
@@ -238,15 +251,19 @@ def test_errors_through_the_launcher_are_one_clear_line_too(tmp_path: Path) -> N
     assert_refused(run_script(*digits(tmp_path / "run", "--ratio", 2), launcher=launcher), "ratio=2")
 
 
-def test_a_broken_image_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
+    """It is no reason to stop, unless that is asked for."""
     folder = image_folder(tmp_path / "images")
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:40])
-    run = run_script(
+    arguments = (
         *("--pretrained_model_name_or_path", TEACHER, "--train_data_dir", folder, "--output_dir", tmp_path / "run"),
         *("--preset", "one-shot", "--criterion", "random", "--eval_images", 0, "--validation_images", 4),
     )
-    assert_refused(run, "of column image: ")
-    assert {path.name for path in tmp_path.iterdir()} == {"images"}
+    assert_refused(run_script(*arguments, "--max_broken_images", 0), "max_broken_images=0")
+    run = run_script(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert "warning: 1 images could not be read and were left out" in run.stderr
+    assert len(json.loads((tmp_path / "run/pruning_report.json").read_text())["unreadable_images"]) == 1
 
 
 def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:

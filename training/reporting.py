@@ -6,9 +6,8 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
-import tempfile
-from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -20,15 +19,19 @@ from diffusers_gfprune.evaluation.fidelity import (
     sample_images,
     ssim_to_reference,
 )
-from image_data import stack_rows
+from estimate import StepEstimate, machine_memory, memory_plan
+from objective import extra_forwards
 from provenance import portable
 from prune_arguments import Arguments
+from training_state import TrainingState
 
 __all__ = ["describe_plan", "package_versions", "pruning_report", "results"]
 
 FORMAT_VERSION = 1
-LATENCY_BATCH_SIZE = 16
 SSIM_WINDOW = 7
+# A covariance over pixels takes more images than pixels to be estimated, and cubic time to be taken the root of.
+MAX_FRECHET_DIMENSIONS, REFERENCE_IMAGES = 1024, 10_000
+CURVE_POINTS = 500
 
 
 def package_versions() -> dict[str, str]:
@@ -37,13 +40,14 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def describe_plan(pruner: GradientFlowPruner, args: Arguments, seconds_per_dense_step: float) -> str:
-    """What a run will do: widths, costs, steps, time.
+def describe_plan(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, device: torch.device) -> str:
+    """What a run will do: widths, costs, steps, time, memory.
 
     Args:
         pruner: Made, but not stepped yet.
         args: The command line.
-        seconds_per_dense_step: Measured time of one dense training step.
+        estimate: Of a dense training step.
+        device: Where the run will train.
     """
     cost, schedule, config = pruner.cost, pruner.schedule, pruner.config
     total = config.total_steps
@@ -64,22 +68,44 @@ def describe_plan(pruner: GradientFlowPruner, args: Arguments, seconds_per_dense
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
-    # Measured on the digits and CIFAR-10 models (benchmarks/cost.py): masks cost about a tenth of a step, a scoring pass
-    # over one batch about three steps, and a compacted step what its MACs say.
-    masked = 1.1 * seconds_per_dense_step * end
-    per_batch = {"gradient-flow": 3.0, "magnitude": 0.0, "random": 0.0}.get(config.criterion, 1.0)
-    images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or args.training.train_batch_size)
-    scoring = per_batch * seconds_per_dense_step * len(updates) * images / args.training.train_batch_size
-    finetuning = seconds_per_dense_step * (1 - cost.removed("macs", pruner.planned_widths)) * (total - end)
-    # A forward of the dense model is about a third of a step of it.
-    distilling = seconds_per_dense_step * total / 3 if args.training.distillation_weight else 0.0
+    timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
         f"{args.pruning.calibration_batches} calibration batches",
-        f"  time       about {_duration(masked + scoring + finetuning + distilling)} "
-        f"without evaluation ({seconds_per_dense_step:.3f} s for a dense step of {args.training.train_batch_size} images)",
+        f"  time       about {_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
+        f"({estimate.seconds:.3f} s for a dense forward and backward of {estimate.batch_size} images{timed})",
     ]
-    return "\n".join(lines)
+    memory = memory_plan(
+        estimate,
+        machine_memory(device),
+        criterion=config.criterion,
+        hvp=config.hvp,
+        use_8bit_adam=args.training.use_8bit_adam,
+        use_ema=args.training.use_ema,
+        teacher=args.objective.needs_teacher,
+        gradient_checkpointing=args.precision.gradient_checkpointing,
+        gradient_accumulation_steps=args.training.gradient_accumulation_steps,
+        device=device,
+    )
+    return "\n".join([*lines, *(f"  {line}" for line in memory.lines)])
+
+
+def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, end: int, rankings: int) -> float:
+    """Time of a run without its evaluation, from that of a dense step.
+
+    As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, a scoring pass over
+    a batch about three steps, and a compacted step what its MACs say.
+    """
+    config, t = pruner.config, args.training
+    step = estimate.seconds * t.gradient_accumulation_steps
+    left = 1 - pruner.cost.removed("macs", pruner.planned_widths)
+    per_batch = {"gradient-flow": 3.0, "magnitude": 0.0, "random": 0.0}.get(config.criterion, 1.0)
+    images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or t.train_batch_size)
+    scoring = per_batch * estimate.seconds * rankings * images / t.train_batch_size
+    extra = extra_forwards(args.objective)  # a dense forward is a third of a dense step
+    masked = 1.1 * step + extra.dense_forwards() * step / 3
+    small = left * step + extra.dense_forwards(left) * step / 3
+    return masked * end + scoring + small * (config.total_steps - end)
 
 
 def _duration(seconds: float) -> str:
@@ -88,15 +114,9 @@ def _duration(seconds: float) -> str:
 
 
 def _file_size(unet: nn.Module) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        unet.save_pretrained(folder)
-        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
-def _reference_images(images, count: int) -> Tensor:
-    plain = images.without_augmentation()
-    pixels, _ = stack_rows([plain[index] for index in range(min(count, len(plain)))])
-    return pixels / 2 + 0.5
+    """Bytes of the weights as a safetensors file."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in unet.state_dict().items()}
+    return len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def results(
@@ -122,7 +142,7 @@ def results(
             "macs": count_macs(unet),
             "weight_file_bytes": _file_size(unet),
             "step_loss": loss,
-            "latency": measure_latency(unet, LATENCY_BATCH_SIZE),
+            "latency": measure_latency(unet, e.latency_batch_size) if e.latency_batch_size else None,
         }
     measured["evaluation"] = {
         "num_images": e.eval_images,
@@ -157,8 +177,11 @@ def results(
             progress=f"sampling ({name})",
         )
     pixel_values = samples["dense"][0].numel()
-    if e.eval_images > pixel_values and len(images) > pixel_values and pixel_values <= 1024:
-        reference = _reference_images(images, 10_000)
+    if e.eval_images > pixel_values and pixel_values <= MAX_FRECHET_DIMENSIONS:
+        reference = images.head(REFERENCE_IMAGES) / 2 + 0.5
+    else:
+        reference = ()
+    if len(reference) > pixel_values:
         for name in samples:
             measured[name]["fd_pixels"] = frechet_distance_pixels(samples[name], reference)
         measured["evaluation"]["fd_features"] = "raw pixels in [0, 1]"
@@ -170,16 +193,27 @@ def results(
     return measured, samples["dense"], samples["pruned"]
 
 
-def pruning_report(args: Arguments, pruner: GradientFlowPruner, curves, dense_step_loss: float, origin: dict) -> dict:
+def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:
+    """s_t (as a share of the dense cost) and p_t over the steps of pruning, thinned out where there are very many."""
+    schedule = pruner.schedule
+    steps = list(range(0, schedule.end_steps, max(1, schedule.end_steps // CURVE_POINTS)))
+    return {
+        "schedule_steps": steps,
+        "sparsity": [schedule.sparsity(step) * pruner.config.ratio for step in steps],
+        "mask_value": [schedule.mask_value(step) for step in steps],
+    }
+
+
+def pruning_report(args: Arguments, state: TrainingState, dense_step_loss: float, origin: dict) -> dict:
     """The content of `pruning_report.json`: what was removed, when, and how training went.
 
     Args:
         args: The command line.
-        pruner: After the last ranking.
-        curves: What was recorded along the run, a dataclass.
+        state: After the last step.
         dense_step_loss: Of the base model.
         origin: `base_model`, `dataset` and `command` (see `provenance`).
     """
+    pruner = state.pruner
     return {
         "format_version": FORMAT_VERSION,
         **origin,
@@ -202,6 +236,8 @@ def pruning_report(args: Arguments, pruner: GradientFlowPruner, curves, dense_st
         ],
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,
-        "curves": dataclasses.asdict(curves),
+        "curves": {**_schedule_curves(pruner), **dataclasses.asdict(state.curves)},
+        "diagnostics": state.diagnostics,
+        "unreadable_images": state.broken,
         "versions": package_versions(),
     }

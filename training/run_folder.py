@@ -1,4 +1,9 @@
-"""The files of a run: where it starts from, whether it can be written, and how it appears whole or not at all."""
+"""The files of a run: where it starts from, whether it can be written, and how it appears whole or not at all.
+
+<output_dir>                 the result, once it is complete
+.<output_dir>.incomplete     the result until then
+<output_dir>.training        while the run goes on: checkpoint-<step>/, logs/, samples/
+"""
 
 from __future__ import annotations
 
@@ -93,27 +98,46 @@ class RunFolder:
         self.overwrite = overwrite
         self.inputs = [Path(os.path.abspath(name)) for name in inputs if name and Path(name).exists()]
         self.staging = self._beside("incomplete")
+        self.training = self.path.with_name(f"{self.path.name}.training")
 
-    def check(self) -> None:
+    def check(self, resuming: bool = False) -> None:
         """Refuse a folder that may not be written.
 
+        Args:
+            resuming: Whether the run goes on from a checkpoint: what it left when it stopped is then its own.
+
         Raises:
-            ValueError: It exists and may not be replaced, holds what the run reads, or an earlier run left a model beside it.
+            ValueError: It exists and may not be replaced, holds what the run reads, or an earlier run left a model or
+                checkpoints beside it.
         """
         for name in self.inputs:
             if self.path == name or self.path in name.parents:
                 raise ValueError(f"output_dir={self.path} holds {name}, which this run reads")
         if self.path.exists() and not self.overwrite:
             raise ValueError(f"output_dir={self.path} exists: name another folder, or pass --overwrite_output_dir")
+        if resuming:
+            return
         for left in (self.staging, self._beside("saving"), self._beside("replaced")):
             if (left / "model_index.json").exists():
                 raise ValueError(f"{left} holds the model of a run that did not end: move or remove it first")
+        if any(self.training.glob("checkpoint-*")) and not self.overwrite:
+            raise ValueError(
+                f"{self.training} holds checkpoints of a run that did not end: go on with --resume_from_checkpoint latest, "
+                f"or start again with --overwrite_output_dir"
+            )
 
-    def prepare(self, model: nn.Module) -> None:
-        """Make the hidden folder, and check that a pipeline with `model` will fit on the disk."""
+    def prepare(self, model: nn.Module, resuming: bool = False) -> None:
+        """Make the hidden folder, and check that a pipeline with `model` will fit on the disk.
+
+        Args:
+            model: The dense model.
+            resuming: Keep what an interrupted run had saved there until it is replaced.
+        """
         try:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging.mkdir(parents=True)
+            if not resuming:
+                shutil.rmtree(self.staging, ignore_errors=True)
+                shutil.rmtree(self.training, ignore_errors=True)
+            self.staging.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.staging).free
         except OSError as error:
             raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
@@ -143,7 +167,10 @@ class RunFolder:
         return self.path.with_name(f".{self.path.name}.{what}")
 
     def publish(self) -> None:
-        """Move the hidden folder to its name."""
+        """Move the hidden folder to its name, with logs and samples of the training; checkpoints have done their work."""
+        for name in ("logs", "samples"):
+            if (self.training / name).is_dir():
+                os.replace(self.training / name, self.staging / name)
         replaced = self._beside("replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.path.exists():
@@ -152,6 +179,7 @@ class RunFolder:
             os.replace(self.path, replaced)
         os.replace(self.staging, self.path)
         shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self.training, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the hidden folder."""
@@ -164,6 +192,6 @@ class RunFolder:
         """After an error, keep what was saved of a trained model, and nothing else."""
         if error is not None and self.staging.exists():
             if (self.staging / "model_index.json").exists():
-                print(f"the trained pipeline was saved before this error, in {self.staging}", file=sys.stderr)
+                print(f"the last pipeline that was saved is in {self.staging}", file=sys.stderr)
             else:
                 self.discard()

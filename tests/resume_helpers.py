@@ -1,0 +1,105 @@
+"""What tests of interrupted runs share: a short run through every phase, started in this process or as users start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import prune_ddpm  # noqa: E402
+
+from checkpointing import Checkpoint, Checkpoints  # noqa: E402
+from run_folder import RunFolder  # noqa: E402
+
+TEACHER = ROOT / "training/digits/teacher"
+STEPS = 24
+# Soft phase to step 6, hard phase to step 12, rankings at every second step, a checkpoint after every step
+PHASES = [
+    *("--pretrained_model_name_or_path", str(TEACHER), "--dataset_name", str(ROOT / "training/digits")),
+    *("--max_train_steps", str(STEPS), "--soft_fraction", "0.25", "--hard_fraction", "0.5", "--update_interval", "2"),
+    *("--train_batch_size", "8", "--calibration_batches", "1", "--use_ema", "--lr_scheduler", "cosine"),
+    *("--validation_steps", "8", "--validation_images", "16", "--logging_steps", "5"),
+    *("--eval_images", "0", "--latency_batch_size", "0", "--checkpointing_steps", "1"),
+]
+
+
+def run_here(output_dir: Path, *arguments: object) -> None:
+    """The script in this process, which saves the seconds that a new one takes to import everything."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    prune_ddpm.main([*PHASES, "--output_dir", str(output_dir), *map(str, arguments)])
+
+
+def start(output_dir: Path, *arguments: object, launcher: tuple[str, ...] = (sys.executable,), **options) -> subprocess.Popen:
+    """The script in a process of its own."""
+    command = [*launcher, "training/prune_ddpm.py", *PHASES, "--output_dir", str(output_dir), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
+
+
+@contextmanager
+def checkpoints_kept(folder: Path) -> Iterator[Path]:
+    """Inside, runs of this process leave a copy of their checkpoints, which they remove at their end, in `folder`."""
+    publish = RunFolder.publish
+
+    def copy_first(self: RunFolder) -> None:
+        shutil.copytree(self.training, folder, dirs_exist_ok=True)
+        publish(self)
+
+    RunFolder.publish = copy_first
+    try:
+        yield folder
+    finally:
+        RunFolder.publish = publish
+
+
+def place(source: Path, output_dir: Path, last: int) -> None:
+    """Put the checkpoints up to a step where a run with `output_dir` looks for its own, as if it had been killed there."""
+    for path in source.glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) <= last:
+            shutil.copytree(path, output_dir.with_name(f"{output_dir.name}.training") / path.name)
+
+
+def last_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint of the last step."""
+    return Checkpoints(folder).load(folder / f"checkpoint-{STEPS}")
+
+
+def assert_same_state(first: Checkpoint, second: Checkpoint) -> None:
+    """Everything but the time it took is equal, tensors bit for bit."""
+    assert first.tensors.keys() == second.tensors.keys()
+    for part, content in first.tensors.items():
+        assert content.keys() == second.tensors[part].keys()
+        for name, tensor in content.items():
+            assert torch.equal(tensor, second.tensors[part][name]), (part, name)
+    timeless = [
+        {**c.values, "curves": {k: v for k, v in c.values["curves"].items() if k != "seconds"}} for c in (first, second)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def assert_same_result(first: Path, second: Path) -> None:
+    """Two finished runs saved the same weights, widths, rankings and curves."""
+    weights = [load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+    assert (first / "unet/config.json").read_text() == (second / "unet/config.json").read_text()
+    reports = [json.loads((folder / "pruning_report.json").read_text()) for folder in (first, second)]
+    assert reports[0]["mask_updates"] == reports[1]["mask_updates"]
+    for report in reports:
+        del report["curves"]["seconds"]
+    assert reports[0]["curves"] == reports[1]["curves"]

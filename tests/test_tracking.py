@@ -1,0 +1,55 @@
+"""training/tracking.py: what a run sends to tensorboard, and the grids of samples that it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from resume_helpers import STEPS, run_here
+
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("tracked") / "run"
+    samples = ("--sample_steps", 10, "--num_samples", 4, "--ddim_num_inference_steps", 2)
+    run_here(run, "--report_to", "tensorboard", "--distillation_weight", 0.5, *samples)
+    return run
+
+
+@pytest.fixture(scope="module")
+def events(tracked: Path):
+    found = event_accumulator.EventAccumulator(str(tracked / "logs/diffusers-gfprune"))
+    found.Reload()
+    return found
+
+
+def test_logs_and_samples_move_into_the_finished_run(tracked: Path) -> None:
+    assert not tracked.with_name("run.training").exists()
+    assert {path.name for path in (tracked / "samples").iterdir()} == {"step-10.png", "step-20.png"}
+    with Image.open(tracked / "samples/step-20.png") as grid:
+        assert grid.size == (4 * 50 + 2, 2 * 50 + 2)  # four columns, dense above pruned, each enlarged to 48 pixels
+
+
+def test_curves_have_their_points(events) -> None:
+    for name in ("train/loss", "train/noise", "train/distillation", "train/gradient_norm", "speed/eta_seconds"):
+        assert [event.step for event in events.Scalars(name)] == [5, 10, 15, 20], name
+    assert [event.step for event in events.Scalars("pruning/p_t")] == [5, 10]
+    assert all(event.value > 0 for event in events.Scalars("speed/images_per_second"))
+    assert events.Scalars("speed/eta_seconds")[-1].value < events.Scalars("speed/eta_seconds")[0].value
+    steps = [event.step for event in events.Scalars("validation/step_loss")]
+    assert steps[0] == 0 and steps[-1] == STEPS
+
+
+def test_rankings_are_logged_group_by_group(events) -> None:
+    shares = [name for name in events.Tags()["scalars"] if name.startswith("pruning/sparsity/")]
+    assert len(shares) == 22 and "pruning/sparsity/conv_in" in shares
+    assert [event.step for event in events.Scalars("pruning/macs")] == [0, 2, 4, 8, 10]
+    assert events.Scalars("pruning/sparsity")[-1].value == pytest.approx(0.5, abs=0.01)
+    assert events.Scalars("pruning/sparsity/conv_in")[-1].value == pytest.approx(1 - 35 / 48)
+
+
+def test_samples_are_logged_beside_the_dense_models(events) -> None:
+    assert [event.step for event in events.Images("samples")] == [10, 20]

@@ -1,0 +1,132 @@
+"""Command line of `prune_ddpm.py`, second part: optimization, precision, checkpoints, trackers."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+
+__all__ = ["CheckpointArguments", "PrecisionArguments", "TrackingArguments", "TrainingArguments"]
+
+LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+TRACKERS = ["none", "tensorboard", "wandb", "trackio"]
+
+
+def _check(arguments: object, at_least: dict[int, tuple[str, ...]]) -> None:
+    """Refuse a value under its bound.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for bound, names in at_least.items():
+        for name in names:
+            if getattr(arguments, name) < bound:
+                wanted = f"at least {bound}" if bound else "0 or more"
+                raise ValueError(f"{name}={getattr(arguments, name)} must be {wanted}")
+
+
+def _check_installed(argument: str, value: object, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{argument}={value} needs the package {package}: pip install {package}")
+
+
+@dataclass
+class TrainingArguments:
+    """Optimization, during pruning and after it."""
+
+    _argument_group_name = "training"
+
+    max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps of the whole run (>= 1)."})
+    train_batch_size: int = field(default=64, metadata={"help": "Images per forward and process (>= 1)."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches whose gradients make one optimizer step (>= 1)."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW (> 0)."})
+    lr_scheduler: str = field(
+        default="constant", metadata={"help": "Schedule, by its name in Diffusers.", "choices": LR_SCHEDULERS}
+    )
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up (>= 0)."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Decay of AdamW's first moment, in [0, 1)."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's second moment, in [0, 1)."})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW (>= 0)."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW (> 0)."})
+    use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW with 8-bit moments, of bitsandbytes."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm (> 0)."})
+    use_ema: bool = field(default=False, metadata={"help": "Average the weights; the average is what is sampled and saved."})
+    ema_max_decay: float = field(default=0.9999, metadata={"help": "Largest decay of the average, in [0, 1)."})
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            {
+                1: ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+                0: ("lr_warmup_steps", "adam_weight_decay"),
+            },
+        )
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if self.use_8bit_adam:
+            _check_installed("use_8bit_adam", True, "bitsandbytes")
+
+
+@dataclass
+class PrecisionArguments:
+    """Speed and memory. Scores, step losses and samples are taken in full precision whatever is chosen here."""
+
+    _argument_group_name = "precision"
+
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "Precision of training (default: Accelerate's).", "choices": ["no", "fp16", "bf16"]},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute activations again in the backward instead of keeping them."}
+    )
+    allow_tf32: bool = field(default=False, metadata={"help": "TensorFloat-32 products in training, on GPUs that have them."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the training forward and backward."})
+    channels_last: bool = field(default=False, metadata={"help": "Keep images and weights in channels-last order."})
+
+
+@dataclass
+class CheckpointArguments:
+    """What survives when the machine does not."""
+
+    _argument_group_name = "checkpoints"
+
+    checkpointing_steps: int = field(
+        default=1000,
+        metadata={"help": "Steps between two checkpoints, in <output_dir>.training until the run is done (0: none)."},
+    )
+    checkpoints_total_limit: int = field(
+        default=2, metadata={"help": "Checkpoints that are kept (0: all); 2, so that a damaged one has one before it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": '"latest" (the start, if there is none), the name of a checkpoint, or a path to one.'},
+    )
+
+    def __post_init__(self) -> None:
+        _check(self, {0: ("checkpointing_steps", "checkpoints_total_limit")})
+
+
+@dataclass
+class TrackingArguments:
+    """What is shown while the run goes on."""
+
+    _argument_group_name = "tracking"
+
+    report_to: str = field(default="none", metadata={"help": "Where curves go while training.", "choices": TRACKERS})
+    tracker_project_name: str = field(default="diffusers-gfprune", metadata={"help": "Project of the run."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps that are averaged for a point of the loss curve (>= 1)."})
+    sample_steps: int = field(
+        default=0, metadata={"help": "Steps between two grids of samples beside the dense model's (0: none)."}
+    )
+    num_samples: int = field(default=16, metadata={"help": "Samples in such a grid (>= 1)."})
+
+    def __post_init__(self) -> None:
+        _check(self, {1: ("logging_steps", "num_samples"), 0: ("sample_steps",)})
+        if self.report_to != "none":
+            _check_installed("report_to", self.report_to, self.report_to)
