@@ -66,7 +66,7 @@ def kill_again_and_again(output_dir: Path, moments: list[float]) -> int:
     return killed
 
 
-@pytest.mark.parametrize("step", [4, 11])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 11])
 def test_killed_while_training(reference: Path, tmp_path: Path, step: int) -> None:
     """At a moment of its own choosing: some time into whatever follows the checkpoint of a step, often the next one."""
     process = start(tmp_path / "run")
@@ -95,7 +95,7 @@ def test_killed_at_twenty_random_moments(reference: Path, tmp_path: Path) -> Non
     print(f"killed {killed} times over {rounds} runs, {whole:.1f} s each")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop(reference: Path, tmp_path: Path, number: int) -> None:
     """Between two checkpoints: the step is finished, saved, and the process leaves with the status of the signal."""
     arguments = ("--checkpointing_steps", 7)
@@ -140,6 +140,7 @@ def test_a_loading_process_that_dies(reference: Path, tmp_path: Path) -> None:
     assert_same_result(reference, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_workers_leave_the_signal_to_the_run(reference: Path, tmp_path: Path) -> None:
     """A whole process group is told to stop, as schedulers do: loading processes must live until the step is saved."""
     arguments = ("--dataloader_num_workers", 1, "--checkpointing_steps", 7)

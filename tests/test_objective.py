@@ -57,7 +57,8 @@ def batch(size: int = 4, channels: int = 1, labels: bool = False) -> dict[str, T
 def objective(weights: dict, name: str = "base", masks: ChannelMasks | None = None, **options) -> Objective:
     """With the model of seed 1 as the teacher."""
     masks = masks if masks is not None else ChannelMasks(traced(name))
-    return Objective(ObjectiveArguments(**weights), scheduler(**options), build(name, seed=1), masks)
+    arguments = ObjectiveArguments(**{"distillation_weight": 0.0, **weights})
+    return Objective(arguments, scheduler(**options), build(name, seed=1), masks)
 
 
 def student(unet: nn.Module | None = None) -> NoisePrediction:
@@ -74,6 +75,8 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 def test_arguments_come_from_the_command_line():
     (parsed,) = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses([])
+    assert parsed.distillation_weight == 1 and parsed.needs_teacher
+    (parsed,) = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses(["--distillation_weight", "0"])
     assert not parsed.needs_teacher and not parsed.needs_features and not parsed.needs_directions
     words = ["--sensitivity_matching_weight", "0.05", "--jacobian_step", "0.02"]
     (parsed,) = HfArgumentParser(ObjectiveArguments).parse_args_into_dataclasses(words)
@@ -306,7 +309,8 @@ def test_what_is_missing_is_said():
 
 def test_without_a_teacher_none_is_kept():
     assert objective({}).teacher is None
-    assert Objective(ObjectiveArguments(), scheduler())(NoisePrediction(build()), batch())[0] > 0.1
+    alone = Objective(ObjectiveArguments(distillation_weight=0.0), scheduler())
+    assert alone(NoisePrediction(build()), batch())[0] > 0.1
 
 
 @pytest.mark.parametrize("weights", [*KINDS, {"sensitivity_matching_weight": 1.0}, {"geometric_matching_weight": 1.0}])

@@ -155,6 +155,7 @@ def test_digits(tmp_path: Path) -> None:
     check_run(tmp_path / "run", "digits", 1_201_761)
 
 
+@pytest.mark.slow
 def test_cifar10(hub: HubServer, tmp_path: Path) -> None:
     run_from_hub(hub, "cifar10", CIFAR10, (32, 32), tmp_path, threads=1)
     check_run(tmp_path / "run", "cifar10", 35_746_307)

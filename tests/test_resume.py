@@ -66,11 +66,10 @@ def test_checkpoints_change_nothing(reference: tuple[Path, Path], tmp_path: Path
 def test_every_option_goes_on_exactly(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     _, kept = uninterrupted(tmp_path, *VARIANT)
-    for step in (5, 14):
-        place(kept, tmp_path / f"from-{step}", step)
-        with checkpoints_kept(tmp_path / f"kept-{step}") as again:
-            run_here(tmp_path / f"from-{step}", *VARIANT, "--resume_from_checkpoint", f"checkpoint-{step}")
-        assert_same_state(last_checkpoint(kept), last_checkpoint(again))
+    place(kept, tmp_path / "again", 5)
+    with checkpoints_kept(tmp_path / "kept-again") as again:
+        run_here(tmp_path / "again", *VARIANT, "--resume_from_checkpoint", "checkpoint-5")
+    assert_same_state(last_checkpoint(kept), last_checkpoint(again))
 
 
 def test_a_truncated_checkpoint_is_said_and_the_one_before_taken(

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from resume_helpers import TEACHER, assert_same_result, start
+from resume_helpers import TEACHER, assert_same_result, run_here, start
 from safetensors.torch import load_file
 from test_faults import wait_for_checkpoint
 
@@ -52,7 +52,7 @@ def without_dropout(folder: Path) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_two_processes_do_what_one_does(tmp_path: Path, form: str) -> None:
     model = ("--pretrained_model_name_or_path", without_dropout(tmp_path / "model"))
-    finished(start(tmp_path / "one", *model, *FIFTY, *FORMS[form], "--train_batch_size", 16))
+    run_here(tmp_path / "one", *model, *FIFTY, *FORMS[form], "--train_batch_size", 16)
     printed = finished(start(tmp_path / "two", *model, *FIFTY, *FORMS[form], "--train_batch_size", 8, launcher=TWO))
     assert printed.count("plan: remove 50.0% of macs") == 1
     reports = [json.loads((tmp_path / name / "pruning_report.json").read_text()) for name in ("one", "two")]
@@ -68,6 +68,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, form: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies(tmp_path: Path) -> None:
     """The launcher ends the other one; the run goes on from its last checkpoint and ends as if nothing had happened."""
     finished(start(tmp_path / "whole", launcher=TWO))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from batches import BrokenImages
-from checkpointing import Checkpoints, changed_settings
+from checkpointing import Checkpoints
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from diffusers_gfprune.hub import push_folder
@@ -33,16 +33,16 @@ from provenance import command_line, describe_base_model, describe_dataset
 from prune_arguments import parse_arguments
 from reporting import describe_plan
 from run_folder import RunFolder, load_dense_pipeline
-from run_setup import Run, estimate_run, make_accelerator, make_batches, make_calibration, run_identity, run_settings
+from run_setup import Run, estimate_run, make_accelerator, make_batches, make_calibration, run_identity
 from safeguards import (
     check_divergence,
     explained_worker_death,
+    find_checkpoint,
     look_for_failures,
     mean_recent_loss,
     report_broken_images,
     save_checkpoint,
     stop_if_asked,
-    warn,
 )
 from tracking import Tracking
 from training_state import TrainingState, seed_everything
@@ -69,15 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     pruner = GradientFlowPruner(unet, args.pruning.config(args.training.max_train_steps), noise_scheduler)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
-    identity, checkpoint = run_identity(args, dense), None
-    if resuming:
-        checkpoint = checkpoints.find(args.checkpoints.resume_from_checkpoint, warn=lambda text: warn(accelerator, text))
-        if checkpoint is None:
-            accelerator.print(f"no checkpoint in {folder.training}: starting from the beginning")
-        else:
-            checkpoints.check_identity(checkpoint, identity)
-            for line in changed_settings(checkpoint.settings, run_settings(args, accelerator)):
-                warn(accelerator, f"warning: going on with another setting: {line}")
+    identity = run_identity(args, dense)
+    checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
+    if main_process and checkpoint is None and not args.run.dry_run:
+        folder.check()
     if main_process:
         print(describe_plan(pruner, args, estimate_run(args, accelerator, dense, noise_scheduler), accelerator.device))
     if args.run.dry_run:

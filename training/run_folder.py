@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -195,3 +196,6 @@ class RunFolder:
                 print(f"the last pipeline that was saved is in {self.staging}", file=sys.stderr)
             else:
                 self.discard()
+        if error is not None:
+            with contextlib.suppress(OSError):
+                self.training.rmdir()  # with nothing in it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from batches import BrokenImages
-from checkpointing import CheckpointError
+from checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
 from diffusers_gfprune.diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
 from interruption import Interruption, StoppedBySignal
+from prune_arguments import Arguments
 from run_setup import Run, run_settings
 from tracking import PHASE_NAMES, Tracking
 from training_state import TrainingState
@@ -23,6 +24,7 @@ from training_state import TrainingState
 __all__ = [
     "check_divergence",
     "explained_worker_death",
+    "find_checkpoint",
     "look_for_failures",
     "mean_recent_loss",
     "report_broken_images",
@@ -40,6 +42,31 @@ def warn(accelerator: Accelerator, text: str) -> None:
     """A line on standard error, above any progress bar, once for all processes."""
     if accelerator.is_main_process:
         tqdm.write(text, file=sys.stderr)
+
+
+def find_checkpoint(
+    args: Arguments, accelerator: Accelerator, checkpoints: Checkpoints, identity: Mapping
+) -> Checkpoint | None:
+    """The checkpoint that the command line asks for, if there is one; says what has changed since.
+
+    Raises:
+        ValueError: It is damaged or of another run, or processes see different ones.
+    """
+    checkpoint = checkpoints.find(args.checkpoints.resume_from_checkpoint, warn=lambda text: warn(accelerator, text))
+    step = -1 if checkpoint is None else checkpoint.step
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"resume_from_checkpoint={args.checkpoints.resume_from_checkpoint}: processes found checkpoints of steps {steps} "
+            f"(-1: none); {checkpoints.folder} must be on a file system that all of them share"
+        )
+    if checkpoint is None:
+        accelerator.print(f"no checkpoint in {checkpoints.folder}: starting from the beginning")
+        return None
+    checkpoints.check_identity(checkpoint, identity)
+    for line in changed_settings(checkpoint.settings, run_settings(args, accelerator)):
+        warn(accelerator, f"warning: going on with another setting: {line}")
+    return checkpoint
 
 
 def mean_recent_loss(run: Run, state: TrainingState) -> float:
@@ -124,6 +151,7 @@ def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # once is enough: not again while files are put in order
         where = last_checkpoint(run, state.step + 1)
         raise ValueError(f"loading images failed: {' '.join(str(error).split())}{where}") from error
 
