@@ -7,7 +7,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # More arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow quality style teacher benchmark compare clean
+.PHONY: help install prune test test-slow test-faults quality style teacher benchmark compare clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,17 +20,16 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	touch $@
 
 prune: install ## prune the digits DDPM that ships with the repository (about four minutes on two cores)
-	$(LAUNCH) training/prune_ddpm.py \
-		--pretrained_model_name_or_path training/digits/teacher --dataset_name training/digits \
-		--target macs --ratio 0.5 --max_train_steps 1500 --train_batch_size 64 --calibration_batches 4 \
-		--learning_rate 5e-4 --lr_scheduler cosine --lr_warmup_steps 30 --use_ema --ema_max_decay 0.995 \
-		--validation_steps 50 --ddim_num_inference_steps 50 --output_dir runs/digits-gfpruned $(ARGS)
+	$(LAUNCH) training/prune_ddpm.py --recipe digits $(ARGS)
 
 test: install ## run the tests
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-slow: install ## run the tests that take longer than a minute
 	$(VENV)/bin/python -m pytest -m slow
+
+test-faults: install ## kill a run at twenty random moments and more, and see it end the same (about ten minutes)
+	$(VENV)/bin/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_several_processes.py
 
 quality: install ## check style
 	$(VENV)/bin/ruff check .
@@ -45,10 +44,11 @@ teacher: install ## train the digits DDPM again (about half an hour on two cores
 	$(LAUNCH) training/train_ddpm.py --model_config training/digits/unet_config.json \
 		--dataset_name training/digits --max_train_steps 8000 --output_dir runs/digits-teacher
 
-benchmark: install ## measure what masking, scoring and compaction cost, into benchmarks/results/cost.json
+benchmark: install ## measure what pruning, checkpoints and tracking cost, into benchmarks/results/
 	$(VENV)/bin/python benchmarks/cost.py
+	$(VENV)/bin/python benchmarks/overhead.py
 
-compare: install ## gradient flow against one-shot criteria on the digits (two to three hours), into benchmarks/results/digits/
+compare: install ## two phases, one-shot criteria and the teacher on the digits (three hours), into benchmarks/results/digits/
 	$(VENV)/bin/python benchmarks/compare_digits.py
 
 clean: ## remove the environment, runs and caches

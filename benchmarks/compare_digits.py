@@ -23,16 +23,23 @@ RESULTS = ROOT / "benchmarks/results/digits"
 # File name, title, arguments of `make prune`
 SETTINGS = {
     "two-phase": ("gradient flow, two phases (default)", ""),
-    "two-phase-distilled": ("gradient flow, two phases, dense model as the teacher", "--distillation_weight 1"),
-    "paper": ("gradient flow, two phases, as published", "--preset paper"),
-    "one-shot": ("gradient flow, one-shot", "--preset one-shot"),
-    "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "--preset one-shot --criterion diff-pruning"),
-    "one-shot-diff-pruning-distilled": (
-        "Diff-Pruning, one-shot, dense model as the teacher",
-        "--preset one-shot --criterion diff-pruning --distillation_weight 1",
+    "two-phase-noise": ("gradient flow, two phases, no teacher", "--distillation_weight 0"),
+    "two-phase-noise-longer": (
+        "gradient flow, two phases, no teacher, the time of the default (1,890 steps)",
+        "--distillation_weight 0 --max_train_steps 1890",
     ),
-    "one-shot-magnitude": ("magnitude, one-shot", "--preset one-shot --criterion magnitude"),
-    "one-shot-random": ("random, one-shot", "--preset one-shot --criterion random"),
+    "paper": ("gradient flow, two phases, as published", "--preset paper"),
+    "one-shot-noise": ("gradient flow, one-shot, no teacher", "--preset one-shot --distillation_weight 0"),
+    "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "--preset one-shot --criterion diff-pruning"),
+    "one-shot-diff-pruning-noise": (
+        "Diff-Pruning, one-shot, no teacher",
+        "--preset one-shot --criterion diff-pruning --distillation_weight 0",
+    ),
+    "one-shot-magnitude-noise": (
+        "magnitude, one-shot, no teacher",
+        "--preset one-shot --criterion magnitude --distillation_weight 0",
+    ),
+    "one-shot-random-noise": ("random, one-shot, no teacher", "--preset one-shot --criterion random --distillation_weight 0"),
 }
 COLUMNS = {"step_loss": "step loss", "fd_pixels": "FD-pixels", "ssim_to_dense": "SSIM to dense"}
 

@@ -1,0 +1,201 @@
+"""What a run costs beyond plain training steps: masks and scores, the teacher, checkpoints, trackers. Ratios from one run.
+
+    python benchmarks/overhead.py                 both recipes, into benchmarks/results/overhead.json (about ten minutes)
+
+Pieces are measured in interleaved pairs with plain dense training steps on the same images, as in `cost.py`, and put together
+for the recipes' lengths and intervals:
+
+    pruning part    masked step + rankings x calibration batches x scoring / steps of phases 1 and 2
+    whole run       the same over phases 1 and 2, then compacted steps to the end; one-shot pruning ranks once instead
+    checkpoints     time to save one, of the masked model with its moments and average / time of the steps between two
+    tracking        time to log one point (and a ranking's) to tensorboard / time of the steps between two
+
+in units of one dense training step. A CIFAR-10 step at the recipe's batch size is extrapolated from fewer images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
+
+from cost import Trainer, batches_for, build, half_masked, paired, scorer  # noqa: E402
+
+from checkpointing import Checkpoints  # noqa: E402
+from diffusers_gfprune import GradientFlowPruner  # noqa: E402
+from diffusers_gfprune.pruner import MaskUpdate  # noqa: E402
+from prune_arguments import parse_arguments  # noqa: E402
+from run_folder import RunFolder  # noqa: E402
+from run_setup import make_accelerator, run_identity, run_settings  # noqa: E402
+from tracking import Tracking  # noqa: E402
+from training_state import TrainingState  # noqa: E402
+
+BATCH_SIZES, REPEATS, SCORING_BATCHES = (
+    {"digits": 64, "cifar10": 16},
+    {"digits": 15, "cifar10": 3},
+    {"digits": 2, "cifar10": 1},
+)
+
+
+class Distilled(Trainer):
+    """Training steps that also take a forward of the dense model."""
+
+    def __init__(self, unet: UNet2DModel, batches, teacher: UNet2DModel) -> None:
+        super().__init__(unet, batches)
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+
+    def steps(self) -> None:
+        for clean, _, timesteps in self.batches:
+            with torch.no_grad():
+                self.teacher(clean, timesteps)
+        super().steps()
+
+
+def median_seconds(function: Callable[[int], object], repeats: int = 5) -> float:
+    """Median time of a function, which is told how often it was called."""
+    times = []
+    for index in range(repeats):
+        start = time.perf_counter()
+        function(index)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_steps(model: str) -> dict[str, float]:
+    """Ratios to a plain dense step on the same images."""
+    dense, size, repeats = build(model), BATCH_SIZES[model], REPEATS[model]
+    batches = batches_for(dense, size, 1)
+    several = batches_for(dense, size, SCORING_BATCHES[model])
+    masked = copy.deepcopy(dense)
+    small = half_masked(masked).compact()
+    plain = Trainer(copy.deepcopy(dense), batches)
+    pairs = {
+        "masked_step": (Trainer(masked, batches).steps, plain.steps),
+        "compacted_step": (Trainer(small, batches).steps, plain.steps),
+        "distilled_compacted_step": (Distilled(copy.deepcopy(small), batches, dense).steps, plain.steps),
+        "scoring_per_batch": (
+            scorer(copy.deepcopy(dense), several, "exact", "each"),
+            Trainer(copy.deepcopy(dense), several).steps,
+        ),
+    }
+    found = {name: paired(first, second, repeats) for name, (first, second) in pairs.items()}
+    ratios = {name: result["ratio"] for name, result in found.items()}
+    return {**ratios, "plain_step_seconds": found["masked_step"]["baseline_ms"] / 1000, "batch_size": size}
+
+
+def measure_state(model: str, words: list[str]) -> dict[str, float]:
+    """Seconds to save a checkpoint, its size, and seconds to log a point and a ranking."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*words, "--output_dir", f"{folder}/run", "--mixed_precision", "no", "--report_to", "tensorboard"]
+        args = parse_arguments(words)
+        run_folder = RunFolder(args.run.output_dir, False)
+        accelerator = make_accelerator(args, run_folder)
+        unet = build(model)
+        dense = copy.deepcopy(unet)
+        pruner = GradientFlowPruner(unet, args.pruning.config(args.training.max_train_steps))
+        state = TrainingState(args, accelerator, unet, pruner)
+        for parameter in unet.parameters():  # what a step makes
+            parameter.grad = torch.randn_like(parameter)
+        state.optimizer.step()
+        checkpoints = Checkpoints(run_folder.training, args.checkpoints.checkpoints_total_limit)
+        identity, settings = run_identity(args, dense), run_settings(args, accelerator)
+        save_seconds = median_seconds(
+            lambda index: checkpoints.save(index, identity, settings, state.tensors(), state.values())
+        )
+        size = sum(path.stat().st_size for path in checkpoints.paths()[0].iterdir())
+        tracking = Tracking(args, accelerator, run_folder, dense, None)
+        update = MaskUpdate(0, "soft", 0.5, 0.0, 1, 0, 0, 1.0, 1.0)
+        log_seconds = median_seconds(lambda index: tracking.log_training(state, 0.1, {"noise": 0.1}, 1.0), 200)
+        ranking_seconds = median_seconds(lambda index: tracking.log_ranking(state, update), 20)
+        accelerator.end_training()
+    return {
+        "checkpoint_seconds": save_seconds,
+        "checkpoint_mib": size / 2**20,
+        "log_seconds": log_seconds,
+        "log_ranking_seconds": ranking_seconds,
+    }
+
+
+def put_together(recipe: str, words: list[str], steps: dict[str, float], state: dict[str, float]) -> dict[str, float]:
+    """The shares and sums of the module's docstring, for a recipe."""
+    args = parse_arguments(words)
+    config, t = args.pruning.config(args.training.max_train_steps), args.training
+    schedule, total = config.schedule(), t.max_train_steps
+    step_seconds = steps["plain_step_seconds"] * t.train_batch_size / steps["batch_size"]
+    rankings, pruning_steps = len(schedule.update_steps()), schedule.end_steps
+    calibration = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or t.train_batch_size)
+    ranking = steps["scoring_per_batch"] * calibration / t.train_batch_size  # in dense steps
+    two_phase = steps["masked_step"] * pruning_steps + ranking * rankings
+    fine_tuning = steps["compacted_step"] * (total - pruning_steps)
+    logged = args.tracking.logging_steps
+    return {
+        "recipe": recipe,
+        "dense_step_seconds": step_seconds,
+        "rankings": rankings,
+        "one_ranking_in_steps": ranking,
+        "pruning_part": two_phase / pruning_steps,
+        "whole_run": (two_phase + fine_tuning) / total,
+        "whole_run_one_shot": (ranking + steps["compacted_step"] * total) / total,
+        "teacher_while_fine_tuning": steps["distilled_compacted_step"] / steps["compacted_step"],
+        "checkpoint_in_steps": state["checkpoint_seconds"] / step_seconds,
+        "checkpoint_share": state["checkpoint_seconds"] / (args.checkpoints.checkpointing_steps * step_seconds),
+        "tracking_share": state["log_seconds"] / (logged * step_seconds)
+        + state["log_ranking_seconds"] * rankings / (total * step_seconds),
+    }
+
+
+def table(found: dict) -> str:
+    """Markdown."""
+    rows = [
+        ("pruning part (phases 1 and 2, scoring included) / as many dense steps", "≤ 1.35", "pruning_part", "{:.2f}"),
+        ("one ranking, in dense steps", "", "one_ranking_in_steps", "{:.0f}"),
+        ("rankings in the run", "", "rankings", "{:.0f}"),
+        ("whole run / as many dense steps", "", "whole_run", "{:.2f}"),
+        ("whole run, one-shot pruning, then fine-tuning", "", "whole_run_one_shot", "{:.2f}"),
+        ("fine-tuning step with the dense model as teacher / without", "", "teacher_while_fine_tuning", "{:.2f}"),
+        ("a checkpoint, in dense steps", "", "checkpoint_in_steps", "{:.2f}"),
+        ("checkpoints at the recipe's interval", "≤ 3 %", "checkpoint_share", "{:.3%}"),
+        ("tracking (tensorboard)", "≤ 1 %", "tracking_share", "{:.3%}"),
+    ]
+    models = [model for model in BATCH_SIZES if model in found]
+    lines = [f"| | wanted | {' | '.join(f'recipe {model}' for model in models)} |", "|---" * (2 + len(models)) + "|"]
+    for title, wanted, key, form in rows:
+        cells = " | ".join(form.format(found[model]["together"][key]) for model in models)
+        lines.append(f"| {title} | {wanted} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(BATCH_SIZES), default=list(BATCH_SIZES))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/overhead.json")
+    parser.add_argument("--table", action="store_true", help="print the table of an existing file and stop")
+    args = parser.parse_args()
+    if not args.table:
+        machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+        # Models that are not measured now keep what was measured on the same machine.
+        found: dict[str, dict] = json.loads(args.output.read_text()) if args.output.exists() else {}
+        found = {**found, "machine": machine} if found.get("machine") == machine else {"machine": machine}
+        for model in args.models:
+            words = ["--recipe", model]
+            steps, state = measure_steps(model), measure_state(model, words)
+            found[model] = {"steps": steps, "state": state, "together": put_together(model, words, steps, state)}
+            args.output.write_text(json.dumps(found, indent=2) + "\n")
+    print(table(json.loads(args.output.read_text())))
+
+
+if __name__ == "__main__":
+    main()
