@@ -25,7 +25,7 @@ SETTINGS = {
     "two-phase": ("gradient flow, two phases (default)", ""),
     "two-phase-noise": ("gradient flow, two phases, no teacher", "--distillation_weight 0"),
     "two-phase-noise-longer": (
-        "gradient flow, two phases, no teacher, the time of the default (1,890 steps)",
+        "gradient flow, two phases, no teacher, 1,890 steps (the time of the default)",
         "--distillation_weight 0 --max_train_steps 1890",
     ),
     "paper": ("gradient flow, two phases, as published", "--preset paper"),
@@ -41,6 +41,11 @@ SETTINGS = {
     ),
     "one-shot-random-noise": ("random, one-shot, no teacher", "--preset one-shot --criterion random --distillation_weight 0"),
 }
+# Made before training batches were drawn by number (commit 76bb19c): other images and noise in each step, all else alike
+EARLIER = (
+    *("paper", "one-shot-noise", "one-shot-diff-pruning", "one-shot-diff-pruning-noise"),
+    *("one-shot-magnitude-noise", "one-shot-random-noise"),
+)
 COLUMNS = {"step_loss": "step loss", "fd_pixels": "FD-pixels", "ssim_to_dense": "SSIM to dense"}
 
 
@@ -72,7 +77,8 @@ def table() -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", "| " + " | ".join(cells) + " |"]
     for setting, results in found.items():
         runs = [result["pruned"] for result in results]
-        cells = [SETTINGS[setting][0], str(len(runs)), f"{statistics.mean(r['macs'] for r in runs) / 1e6:.1f}M"]
+        title = SETTINGS[setting][0] + (" *" if setting in EARLIER else "")
+        cells = [title, str(len(runs)), f"{statistics.mean(r['macs'] for r in runs) / 1e6:.1f}M"]
         for key in COLUMNS:
             values = [r[key] for r in runs]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""

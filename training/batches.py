@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from draws import CALIBRATION, DRAW, ORDER, random_generator, read_example, stack_examples
 from image_decoding import NETWORK_ERRORS, BrokenImages, EncodedImage
 from image_sources import ImageRows, ImageStream
-from interruption import obey_only_parent
+from interruption import notice_dead_workers_at_next_batch, obey_only_parent
 
 __all__ = ["BrokenImages", "calibration_batches", "train_dataloader"]
 
@@ -197,6 +197,7 @@ class _BatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
         batches = super().__iter__()
+        notice_dead_workers_at_next_batch()
         while True:
             batch = next(batches)
             if isinstance(batch, _Failure):

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Set
 from types import FrameType
 
-__all__ = ["Interruption", "StoppedBySignal", "obey_only_parent"]
+__all__ = ["Interruption", "StoppedBySignal", "notice_dead_workers_at_next_batch", "obey_only_parent"]
 
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -57,6 +57,16 @@ class Interruption:
 
     def __exit__(self, *error: object) -> None:
         self._restore()
+
+
+def notice_dead_workers_at_next_batch() -> None:
+    """Let the death of a loading process be noticed where a batch is asked for, within seconds, and nowhere else.
+
+    PyTorch's handler of SIGCHLD raises wherever the run happens to be: in the middle of an update, or of a checkpoint. Call
+    this once workers have been started, which is when that handler is set.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _exit_on_word_of(parent: int, signals: Set[int]) -> None:

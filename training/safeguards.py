@@ -141,17 +141,16 @@ def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence
 
 @contextmanager
 def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
-    """Turn the error that PyTorch raises, at any moment, when a loading process dies, into one line.
+    """Turn the error that the next batch raises once a loading process has died into one line.
 
     Raises:
         ValueError: A loading process was killed, say for its memory.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # once is enough: not again while files are put in order
         where = last_checkpoint(run, state.step + 1)
         raise ValueError(f"loading images failed: {' '.join(str(error).split())}{where}") from error
 
