@@ -23,7 +23,7 @@ from recipes import expand_recipe
 
 __all__ = ["Arguments", "parse_arguments"]
 
-# The method as published has no teacher. With one, the digits come out nearer to the dense model's in the same time (README).
+# The method as published has no teacher; with one, the samples of pruned models come out nearer to the dense model's (README).
 SCRIPT_PRESETS = {**PRESETS, "paper": {**PRESETS["paper"], "distillation_weight": 0.0}}
 
 
