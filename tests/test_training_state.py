@@ -102,6 +102,17 @@ def test_saved_and_restored_states_go_on_alike(tmp_path: Path, compacted: bool, 
     assert state.lr_scheduler.get_last_lr() == other.lr_scheduler.get_last_lr()
 
 
+@pytest.mark.parametrize("part", ["values", "tensors"])
+def test_a_whole_checkpoint_that_lacks_something_is_refused(tmp_path: Path, part: str) -> None:
+    state = make_state()
+    step(state, 0)
+    tensors, values = state.tensors(), state.values()
+    del (values if part == "values" else tensors)[{"values": "recent", "tensors": "optimizer"}[part]]
+    path = Checkpoints(tmp_path).save(1, {}, {}, tensors, values)
+    with pytest.raises(ValueError, match="checkpoint-1 does not fit this run: KeyError"):
+        make_state(checkpoint=Checkpoints(tmp_path).load(path))
+
+
 def test_loss_scale_is_saved(tmp_path: Path) -> None:
     """On a CPU there is no fp16 training, but the scaler is the same."""
     state = make_state(scaler=torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1))

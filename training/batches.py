@@ -197,7 +197,8 @@ class _BatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
         batches = super().__iter__()
-        notice_dead_workers_at_next_batch()
+        if self.num_workers > 0:
+            notice_dead_workers_at_next_batch()
         while True:
             batch = next(batches)
             if isinstance(batch, _Failure):

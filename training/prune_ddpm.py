@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         tracking = Tracking(args, accelerator, folder, dense, noise_scheduler)
 
         # 3. train and prune; 4. measure, save, show
-        with Interruption() as interruption, explained_worker_death(run, state):
+        with Interruption() as interruption:
             train(run, state, tracking, interruption)
         accelerator.end_training()
         if main_process:
@@ -207,7 +207,8 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
     accelerator, t = run.accelerator, run.args.training
     losses, terms = [], []
     for _ in range(t.gradient_accumulation_steps):
-        batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)
+        with explained_worker_death(run, state):
+            batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)
         if run.objective.needs_directions:
             batch["directions"] = torch.randn_like(batch["noise"])
         with accelerator.accumulate(state.model):

@@ -238,6 +238,6 @@ def pruning_report(args: Arguments, state: TrainingState, dense_step_loss: float
         "dense_step_loss": dense_step_loss,
         "curves": {**_schedule_curves(pruner), **dataclasses.asdict(state.curves)},
         "diagnostics": state.diagnostics,
-        "unreadable_images": state.broken,
+        "unreadable_images": [portable(name) for name in state.broken],
         "versions": package_versions(),
     }

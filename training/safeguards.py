@@ -152,7 +152,7 @@ def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         where = last_checkpoint(run, state.step + 1)
-        raise ValueError(f"loading images failed: {' '.join(str(error).split())}{where}") from error
+        raise ValueError(f"loading images failed, a loading process died: {' '.join(str(error).split())}{where}") from error
 
 
 def save_checkpoint(run: Run, state: TrainingState) -> bool:

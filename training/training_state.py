@@ -121,7 +121,10 @@ class TrainingState:
             self.ema = EMAModel(unet.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75)
             self.ema.to(accelerator.device)
         if checkpoint is not None:
-            self._restore(checkpoint, base)
+            try:
+                self._restore(checkpoint, base)
+            except (KeyError, TypeError, RuntimeError) as error:  # whole, but not made by a run like this
+                raise ValueError(f"{checkpoint.path} does not fit this run: {error!r}") from error
         self._wrap(base)
 
     @property
@@ -243,7 +246,11 @@ class TrainingState:
         return {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
 
     def _restore(self, checkpoint: Checkpoint, base: torch.optim.Optimizer) -> None:
-        """Take over what a checkpoint holds. Values are copied into tensors that the run made itself, aligned as it likes."""
+        """Take over what a checkpoint holds. Values are copied into tensors that the run made itself, aligned as it likes.
+
+        Raises:
+            ValueError: It holds other weights, or lacks something.
+        """
         values, tensors = checkpoint.values, checkpoint.tensors
         targets = {**dense_parameters(self.unet), **_buffers(self.unet)}
         if targets.keys() != tensors["model"].keys():
