@@ -67,7 +67,10 @@ def test_a_loss_over_that_of_predicting_nothing_for_long_is_an_error(tmp_path: P
 
 def test_the_death_of_a_loading_process_is_explained(tmp_path: Path) -> None:
     run, state = make_run(tmp_path, 7), make_state(7)
-    with pytest.raises(ValueError, match=r"loading images failed, a loading process died: DataLoader worker \(pid 5\) is killed.*checkpoint-7 "):
+    with pytest.raises(
+        ValueError,
+        match=r"loading images failed, a loading process died: DataLoader worker \(pid 5\) is killed.*checkpoint-7 ",
+    ):
         with safeguards.explained_worker_death(run, state):
             raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match="something else"), safeguards.explained_worker_death(run, state):

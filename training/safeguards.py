@@ -151,8 +151,8 @@ def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        where = last_checkpoint(run, state.step + 1)
-        raise ValueError(f"loading images failed, a loading process died: {' '.join(str(error).split())}{where}") from error
+        said, where = " ".join(str(error).split()), last_checkpoint(run, state.step + 1)
+        raise ValueError(f"loading images failed, a loading process died: {said}{where}") from error
 
 
 def save_checkpoint(run: Run, state: TrainingState) -> bool:
