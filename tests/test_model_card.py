@@ -131,6 +131,29 @@ def test_run_without_samples(files):
     assert "SSIM" not in card and "FD-pixels" not in card and "model-index" not in header(card)
 
 
+def test_run_without_latency(files):
+    results, report = files
+    for name in ("dense", "pruned"):
+        results[name]["latency"] = None
+    card = render_card(results, report, "me/model")
+    assert "atency" not in card and "| step loss (held out) | 0.07" in card
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_teacher_is_named(files, weight):
+    results, report = files
+    report["arguments"]["distillation_weight"] = weight
+    assert f"dense model's noise prediction, with weight {weight}" in render_card(results, report, "me/model")
+
+
+@pytest.mark.parametrize("change", [{"distillation_weight": 0.0}, {}], ids=["none", "an earlier version"])
+def test_no_teacher_is_named_where_there_was_none(files, change):
+    results, report = files
+    del report["arguments"]["distillation_weight"]
+    report["arguments"].update(change)
+    assert "noise prediction, with weight" not in render_card(results, report, "me/model")
+
+
 PATHS = [
     ("results", "dense", "macs"),
     ("results", "pruned", "step_loss"),
