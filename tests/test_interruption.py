@@ -43,6 +43,21 @@ def stop_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_end_of_the_launcher_is_a_signal(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Interruption(launched) as interruption:
+        assert interruption.signal is None
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert interruption.signal == (signal.SIGTERM if launched else None)
+
+
+def test_the_environment_tells_whether_there_is_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    interruption = Interruption()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert interruption.signal == signal.SIGTERM
+
+
 def test_handlers_are_back_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ValueError), Interruption():

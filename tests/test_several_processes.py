@@ -19,10 +19,12 @@ from test_faults import wait_for_checkpoint
 from run_setup import check_distributed_type
 
 # On machines without a GPU, processes talk over gloo.
-TWO = (
-    *(str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+LAUNCH = (
+    *(str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--dynamo_backend", "no"),
 )
+ONE = (*LAUNCH, "--num_processes", "1")
+TWO = (*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 # 50 steps, of which 20 prune, with rankings in between; fine-tuning follows on the compacted model
 FIFTY = ("--max_train_steps", 50, "--soft_fraction", 0.2, "--hard_fraction", 0.4, "--checkpointing_steps", 0)
 FORMS = {
@@ -80,6 +82,21 @@ def test_a_process_that_dies(tmp_path: Path) -> None:
     assert process.returncode != 0 and not (tmp_path / "run").exists()
     finished(start(tmp_path / "run", "--resume_from_checkpoint", "latest", launcher=TWO))
     assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two"])
+def test_a_launcher_that_is_told_to_stop(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    """Whether it passes the signal on or not, the run saves and ends, and goes on from there."""
+    process = start(tmp_path / "run", "--checkpointing_steps", 7, launcher=launcher)
+    wait_for_checkpoint(process, tmp_path / "run", 7)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, said = process.communicate()  # until the last of them closes its end
+    assert "stopped by SIGTERM after step " in said and "Traceback" not in said.split("stopped by SIGTERM")[0]
+    assert not psutil.wait_procs(processes, timeout=30)[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"run.training"}
+    finished(start(tmp_path / "run", "--checkpointing_steps", 7, "--resume_from_checkpoint", "latest", launcher=launcher))
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])

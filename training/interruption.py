@@ -16,6 +16,7 @@ from types import FrameType
 __all__ = ["Interruption", "StoppedBySignal", "notice_dead_workers_at_next_batch", "obey_only_parent"]
 
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for what it starts
 
 
 class StoppedBySignal(SystemExit):
@@ -30,18 +31,30 @@ class StoppedBySignal(SystemExit):
 
 
 class Interruption:
-    """Context in which SIGTERM and SIGINT only set `signal`.
+    """Context in which SIGTERM and SIGINT are only noted.
 
-    Attributes:
-        signal: The signal that came, if any.
+    `accelerate launch` does not pass SIGTERM on to the one process that it started, but ends alone. A run that it left behind
+    would go on unseen, into the folder that the next one resumes from: the end of the launcher counts as SIGTERM.
+
+    Args:
+        launched: Whether this process was started by a launcher (default: as the environment tells).
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, launched: bool | None = None) -> None:
+        launched = LAUNCHED_BY_ACCELERATE in os.environ if launched is None else launched
+        self._launcher = os.getppid() if launched else None
+        self._noted: int | None = None
         self._before: dict[int, object] = {}
 
+    @property
+    def signal(self) -> int | None:
+        """The signal that came, if any."""
+        if self._noted is None and self._launcher is not None and os.getppid() != self._launcher:
+            return signal.SIGTERM
+        return self._noted
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._noted = number
         self._restore()
 
     def _restore(self) -> None:
