@@ -5,14 +5,19 @@
 
 The loss is the simple noise-prediction loss of Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the weights that
 are saved are their exponential moving average. Arguments are named as in Diffusers' `train_unconditional.py`. For anything
-larger than the digits, that script is the tool: whatever it writes can be pruned here.
+larger than a toy, that script is the tool: whatever it writes can be pruned here.
+
+Until it is done, a run keeps checkpoints in `<output_dir>.training`; `--resume_from_checkpoint latest` goes on from the newest
+sound one, to the same weights as without the interruption.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,12 +27,21 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from batches import BrokenImages, train_dataloader
+from checkpointing import Checkpoint, Checkpoints
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
 from image_data import DataArguments, load_images
+from interruption import Interruption, StoppedBySignal
+from named_state import load_optimizer_state, optimizer_tensors
+from run_folder import RunFolder
+from training_state import seed_everything
+
+# The newest one, and the one before should that be damaged
+CHECKPOINTS_KEPT = 2
 
 
 @dataclass
@@ -37,7 +51,8 @@ class TrainArguments:
     _argument_group_name = "training"
 
     model_config: str = field(metadata={"help": "JSON file with the arguments of `UNet2DModel`."})
-    output_dir: str = field(metadata={"help": "Folder for the pipeline; must not exist."})
+    output_dir: str = field(metadata={"help": "Folder for the pipeline."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir (at the end) if it exists."})
     train_batch_size: int = field(default=128, metadata={"help": "Images per step (>= 1)."})
     max_train_steps: int = field(default=8000, metadata={"help": "Optimizer steps (>= 1)."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
@@ -50,99 +65,178 @@ class TrainArguments:
     ddpm_beta_schedule: str = field(default="linear", metadata={"help": "Noise schedule of `DDPMScheduler`."})
     prediction_type: str = field(default="epsilon", metadata={"help": "What the model predicts."})
     validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, batches, noise and timesteps (>= 0)."})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints (>= 1)."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint of this run, or `latest`: the newest, or the start if there is none."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, batches, noise, timesteps and dropout (>= 0)."})
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "max_train_steps", "ddpm_num_steps", "validation_steps"):
+        for name in ("train_batch_size", "max_train_steps", "ddpm_num_steps", "validation_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class DenseTraining:
+    """A run between two steps: model, optimizer, schedule and average.
+
+    Args:
+        args: The command line.
+        unet: The model, on the device.
+        accelerator: Wraps model and optimizer.
+    """
+
+    def __init__(self, args: TrainArguments, unet: UNet2DModel, accelerator: Accelerator) -> None:
+        self.step = 0
+        self.unet, self.parameters = unet, dict(unet.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=args.adam_weight_decay
+        )
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        self.ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.ema.to(accelerator.device)
+        self.model = accelerator.prepare_model(unet)
+
+    def save(self, checkpoints: Checkpoints, identity: dict) -> None:
+        """Write a checkpoint."""
+        tensors = {
+            "model": self.parameters,
+            "ema": dict(zip(self.parameters, self.ema.shadow_params)),
+            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+        }
+        checkpoints.save(self.step, identity, {}, tensors, {"ema_steps": self.ema.optimization_step})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of the same run."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(checkpoint.tensors["model"][name])
+            for name, shadow in zip(self.parameters, self.ema.shadow_params):
+                shadow.copy_(checkpoint.tensors["ema"][name])
+        load_optimizer_state(self.optimizer, self.parameters, checkpoint.tensors["optimizer"], {})
+        self.ema.optimization_step = checkpoint.values["ema_steps"]
+        self.lr_scheduler.last_epoch = checkpoint.step - 1
+        self.lr_scheduler.step()
+        self.step = checkpoint.step
 
 
 def main() -> None:
     parser = HfArgumentParser((TrainArguments, DataArguments), description=__doc__.splitlines()[0])
     args, data_args = parser.parse_args_into_dataclasses()
-    if Path(args.output_dir).exists():
-        raise ValueError(f"output_dir={args.output_dir} exists; name another folder")
+    folder = RunFolder(args.output_dir, args.overwrite_output_dir, (data_args.dataset_name, data_args.train_data_dir))
+    checkpoints = Checkpoints(folder.training, CHECKPOINTS_KEPT)
+    resuming = args.resume_from_checkpoint is not None
 
     # 1. model, data, optimizer
     accelerator = Accelerator()
+    main_process = accelerator.is_main_process
+    if main_process:
+        folder.check(resuming)
+    accelerator.wait_for_everyone()
     set_seed(args.seed)
     try:
-        model = UNet2DModel.from_config(json.loads(Path(args.model_config).read_text()))
+        unet = UNet2DModel.from_config(json.loads(Path(args.model_config).read_text()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"model_config={args.model_config} makes no UNet2DModel: {error}") from error
+    if unet.config.sample_size is None:
+        raise ValueError(f"model_config={args.model_config} has no sample_size")
     noise_scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
         prediction_type=args.prediction_type,
     )
-    conditional = model.config.num_class_embeds is not None
-    if model.config.sample_size is None:
-        raise ValueError(f"model_config={args.model_config} has no sample_size")
-    images, (held_out_images, held_out_labels) = load_images(data_args, model.config)
+    images, (held_out_images, held_out_labels) = load_images(data_args, unet.config)
+    step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
+    state = DenseTraining(args, unet.to(accelerator.device).train(), accelerator)
+    free = ("model_config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps")
+    identity = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}
+    identity |= {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    identity["num_processes"] = accelerator.num_processes
+    if resuming and (checkpoint := checkpoints.find(args.resume_from_checkpoint)) is not None:
+        checkpoints.check_identity(checkpoint, identity)
+        state.restore(checkpoint)
+        accelerator.print(f"going on from {checkpoint.path.name}")
+    elif main_process:
+        folder.check()
     dataloader = train_dataloader(
         images,
         args.train_batch_size,
         seed=args.seed,
         num_train_timesteps=args.ddpm_num_steps,
+        first_batch=state.step,
         num_workers=data_args.dataloader_num_workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     broken = BrokenImages(data_args.max_broken_images)
-    step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=args.adam_weight_decay
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    ema = EMAModel(model.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema.to(accelerator.device)
 
-    # 2. training loop
-    progress = tqdm(total=args.max_train_steps, desc="train", disable=not accelerator.is_local_main_process)
-    for step, batch in zip(range(1, args.max_train_steps + 1), dataloader):
-        broken.add(batch.pop("broken"))
-        batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-        clean_images, noise, timesteps = (batch[name] for name in ("pixel_values", "noise", "timesteps"))
-        noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-        prediction = model(noisy_images, timesteps, class_labels=batch.get("class_labels")).sample
-        loss = torch.nn.functional.mse_loss(prediction.float(), noise_target(noise_scheduler, clean_images, noise, timesteps))
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {step}: lower learning_rate={args.learning_rate}")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
-        progress.update()
-        if step % args.validation_steps == 0 and accelerator.is_main_process:
-            unwrapped = accelerator.unwrap_model(model)
-            ema.store(unwrapped.parameters())
-            ema.copy_to(unwrapped.parameters())
-            progress.write(f"step {step}: train {loss.item():.4f}, held-out (EMA) {step_loss(unwrapped):.4f}")
-            ema.restore(unwrapped.parameters())
+    with folder if main_process else contextlib.nullcontext():
+        if main_process:
+            folder.prepare(unet, resuming=state.step > 0)
+        accelerator.wait_for_everyone()
 
-    # 3. save the averaged weights and show samples
-    if broken:
-        print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
-    if accelerator.is_main_process:
-        unwrapped = accelerator.unwrap_model(model)
-        ema.copy_to(unwrapped.parameters())
-        pipeline = DDPMPipeline(unet=unwrapped, scheduler=noise_scheduler)
-        pipeline.save_pretrained(args.output_dir)
-        if not conditional:
-            pipeline.scheduler = DDIMScheduler.from_config(noise_scheduler.config)
-            samples = pipeline(batch_size=32, generator=torch.Generator().manual_seed(0), num_inference_steps=100).images
-            samples = [sample.resize((64, 64), 0) for sample in samples]
-            make_image_grid(samples, rows=4, cols=8).save(Path(args.output_dir) / "samples.png")
+        # 2. training loop
+        progress = tqdm(total=args.max_train_steps, initial=state.step, desc="train", disable=not main_process)
+        with Interruption() as interruption:
+            for batch in itertools.islice(dataloader, args.max_train_steps - state.step):
+                broken.add(batch.pop("broken"))
+                batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+                seed_everything(args.seed, state.step, accelerator.process_index)
+                training_step(args, state, batch, noise_scheduler, accelerator)
+                progress.update()
+                if state.step % args.validation_steps == 0 and main_process:
+                    state.ema.store(unet.parameters())
+                    state.ema.copy_to(unet.parameters())
+                    progress.write(f"step {state.step}: held-out loss (averaged weights) {step_loss(unet):.4f}")
+                    state.ema.restore(unet.parameters())
+                asked = interruption.signal
+                if main_process and (asked is not None or state.step % args.checkpointing_steps == 0):
+                    state.save(checkpoints, identity)
+                if asked is not None:
+                    print(f"stopped after step {state.step}, saved; --resume_from_checkpoint latest", file=sys.stderr)
+                    raise StoppedBySignal(asked)
+
+        # 3. save the averaged weights and show samples
+        if broken:
+            print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
+        if main_process:
+            state.ema.copy_to(unet.parameters())
+            save(DDPMPipeline(unet=unet, scheduler=noise_scheduler), folder)
     accelerator.end_training()
+
+
+def training_step(args: TrainArguments, state: DenseTraining, batch: dict[str, Tensor], noise_scheduler, accelerator) -> None:
+    """Forward, backward and update."""
+    clean_images, noise, timesteps = (batch[name] for name in ("pixel_values", "noise", "timesteps"))
+    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+    prediction = state.model(noisy_images, timesteps, class_labels=batch.get("class_labels")).sample
+    loss = torch.nn.functional.mse_loss(prediction.float(), noise_target(noise_scheduler, clean_images, noise, timesteps))
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss is {loss.item()} in step {state.step}: lower learning_rate={args.learning_rate}")
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(state.model.parameters(), args.max_grad_norm)
+    state.optimizer.step()
+    state.lr_scheduler.step()
+    state.optimizer.zero_grad()
+    state.ema.step(state.unet.parameters())
+    state.step += 1
+
+
+def save(pipeline: DDPMPipeline, folder: RunFolder) -> None:
+    """Leave the pipeline and, of an unconditional model, a grid of samples."""
+    pipeline.unet.eval()
+    pipeline.save_pretrained(folder.staging)
+    if pipeline.unet.config.num_class_embeds is None:
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        samples = pipeline(batch_size=32, generator=torch.Generator().manual_seed(0), num_inference_steps=100).images
+        samples = [sample.resize((64, 64), 0) for sample in samples]
+        make_image_grid(samples, rows=4, cols=8).save(folder.staging / "samples.png")
+    folder.publish()
 
 
 if __name__ == "__main__":

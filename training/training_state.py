@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from checkpointing import Checkpoint
 from diffusers_gfprune import GFPrunedUNet2DModel, GradientFlowPruner
 from diffusers_gfprune.masking import MASKS_MODULE, dense_name, dense_parameters
+from named_state import load_optimizer_state, optimizer_numbers, optimizer_tensors
 from objective import NoisePrediction
 from prune_arguments import Arguments
 
@@ -202,16 +203,9 @@ class TrainingState:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of a checkpoint, by part and name."""
         parameters = dense_parameters(self.unet)
-        names = {parameter: name for name, parameter in parameters.items()}
-        optimizer_state = {
-            f"{key}/{names[parameter]}": value
-            for parameter, state in self.optimizer.optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        }
         parts = {
             "model": {**parameters, **_buffers(self.unet)},
-            "optimizer": optimizer_state,
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, parameters),
             "pruner": self.pruner.state_dict()["tensors"],
         }
         if self.ema is not None:
@@ -220,17 +214,10 @@ class TrainingState:
 
     def values(self) -> dict:
         """The rest of a checkpoint, JSON."""
-        names = {parameter: name for name, parameter in dense_parameters(self.unet).items()}
-        numbers = {
-            f"{key}/{names[parameter]}": value
-            for parameter, state in self.optimizer.optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, (int, float))
-        }
         scaler = self.accelerator.scaler
         return {
             "compacted_config": self._configuration() if self.compacted else None,
-            "optimizer": numbers,
+            "optimizer": optimizer_numbers(self.optimizer.optimizer, dense_parameters(self.unet)),
             "lr_scheduler_steps": self.lr_scheduler.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema_steps": None if self.ema is None else self.ema.optimization_step,
@@ -260,12 +247,7 @@ class TrainingState:
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(tensors["model"][name])
-        base.state.clear()
-        for source in (tensors["optimizer"], values["optimizer"]):
-            for name, value in source.items():
-                key, _, parameter = name.partition("/")
-                value = value.clone() if isinstance(value, Tensor) else value
-                base.state[parameters[parameter]][key] = value
+        load_optimizer_state(base, parameters, tensors["optimizer"], values["optimizer"])
         self.lr_scheduler.last_epoch = values["lr_scheduler_steps"] - 1
         self.lr_scheduler.step()
         if self.ema is not None:
