@@ -53,3 +53,21 @@ def test_rankings_are_logged_group_by_group(events) -> None:
 
 def test_samples_are_logged_beside_the_dense_models(events) -> None:
     assert [event.step for event in events.Images("samples")] == [10, 20]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_get_curves_and_samples(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    pytest.importorskip(tracker)
+    monkeypatch.chdir(tmp_path)  # nothing is to be written here
+    samples = ("--sample_steps", 10, "--num_samples", 4, "--ddim_num_inference_steps", 2)
+    run_here(tmp_path / "runs/run", "--report_to", tracker, *samples)
+    if tracker == "wandb":
+        logs = tmp_path / "runs/run/logs/wandb"
+        assert len(list(logs.glob("offline-run-*/run-*.wandb"))) == 1
+        assert len(list(logs.glob("offline-run-*/files/media/images/samples_10_*.png"))) == 8  # four of each model
+        assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    else:
+        assert {path.parent.name for path in (tmp_path / "trackio").rglob("*.png")} == {"10", "20"}
+        assert {path.name for path in tmp_path.iterdir()} == {"runs", "trackio"}

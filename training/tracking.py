@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -57,7 +56,12 @@ class Tracking:
         if args.tracking.report_to != "none":
             # One run of the script is one run of the tracker; a resumed one adds to the same folder.
             config = {name: portable(value) for name, value in args.to_dict().items() if value is not None}
-            accelerator.init_trackers(args.tracking.tracker_project_name, config=config)
+            # Weights & Biases would write into the working directory
+            logs = folder.training / "logs"
+            if args.tracking.report_to == "wandb" and accelerator.is_main_process:
+                logs.mkdir(parents=True, exist_ok=True)
+            own = {"wandb": {"dir": str(logs)}}
+            accelerator.init_trackers(args.tracking.tracker_project_name, config=config, init_kwargs=own)
 
     def enter_phase(self, state: TrainingState) -> None:
         """A progress bar for the phase of the next step, if it is a new one."""
@@ -155,7 +159,7 @@ class Tracking:
             elif tracker.name == "trackio":
                 import trackio
 
-                tracker.log({"samples": trackio.Image(np.concatenate(list(pictures), axis=1))}, step=state.step)
+                tracker.log({"samples": trackio.Image(str(path))}, step=state.step)
 
     def advance(self) -> None:
         """One step of the phase is done."""
