@@ -66,20 +66,18 @@ def _link(entry: Mapping, kind: str) -> str:
 
 
 def _distances(results: Mapping) -> list[dict]:
-    """Fréchet distances that were measured, with their feature network."""
-    evaluation = results["evaluation"]
-    if "fd_features" not in evaluation:
-        return []
+    """Distances to real images that were measured, with their features."""
     return [
         {
-            "id": "fd-pixels",
-            "title": "FD-pixels",
-            "dense": results["dense"]["fd_pixels"],
-            "pruned": results["pruned"]["fd_pixels"],
-            "features": evaluation["fd_features"],
-            "reference_images": evaluation["fd_reference_images"],
-            "warning": NOT_FID,
+            "id": name.replace("_", "-"),
+            "title": described["title"],
+            "dense": results["dense"][name],
+            "pruned": results["pruned"][name],
+            "features": described["features"],
+            "reference_images": described["reference_images"],
+            "warning": "" if name in ("fid", "kid") else NOT_FID,
         }
+        for name, described in results["evaluation"]["distances"].items()
     ]
 
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 import diffusers_gfprune  # noqa: F401  registers the pruned UNet
-from diffusers_gfprune.evaluation.fidelity import sample_images
+from diffusers_gfprune.evaluation.sampling import sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from architectures import build
 from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import Tensor, nn
+from evaluation_helpers import Zero
+from torch import Tensor
 
 from diffusers_gfprune.evaluation.cost import count_macs, measure_latency, spatial_size
 from diffusers_gfprune.evaluation.fidelity import (
+    feature_moments,
+    frechet_distance,
     frechet_distance_pixels,
+    kernel_distance,
     psnr_to_reference,
-    sample_images,
     ssim_to_reference,
 )
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
-
-
-class Zero(nn.Module):
-    """Predicts zero, and remembers what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(1))
-        self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self.modes: set[bool] = set()
-
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
-        self.calls.append((sample, timestep, class_labels))
-        self.modes.add(self.training)
-        return UNet2DOutput(sample=torch.zeros_like(sample))
-
-    def seen(self, index: int) -> Tensor:
-        """One of the arguments (sample, timestep, class labels) of all calls together."""
-        return torch.cat([call[index] for call in self.calls])
 
 
 def random_images(count: int, channels: int = 1, side: int = 8, seed: int = 0) -> Tensor:
@@ -116,6 +100,21 @@ def test_step_loss_restores_the_mode(training: bool) -> None:
     assert model.anchor.grad is None
 
 
+def test_step_loss_by_timestep_splits_the_mean() -> None:
+    """Each timestep has the error of its own images, and together they have the step loss."""
+    unet, images = build("base"), random_images(4) * 2 - 1
+    loss = StepLoss(images, DDPMScheduler(), grid=4, batch_size=5)
+    buckets = loss.by_timestep(unet)
+    assert list(buckets) == [125, 375, 625, 875]
+    assert sum(buckets.values()) / 4 == pytest.approx(loss(unet), rel=1e-9)
+    one = StepLoss(images, DDPMScheduler(), grid=4)
+    chosen = one.timesteps == 375
+    noisy = DDPMScheduler().add_noise(one.images[chosen], one.noise[chosen], one.timesteps[chosen])
+    with torch.no_grad():
+        prediction = unet.eval()(noisy, one.timesteps[chosen]).sample
+    assert buckets[375] == pytest.approx(((prediction - one.noise[chosen]) ** 2).mean().item(), rel=1e-5)
+
+
 def test_step_loss_without_timesteps_is_refused() -> None:
     """The message names the argument and its value."""
     with pytest.raises(ValueError, match="grid=0"):
@@ -140,70 +139,10 @@ def test_unknown_prediction_type_is_refused() -> None:
         noise_target(scheduler, torch.zeros(1), torch.zeros(1), torch.zeros(1))
 
 
-# --- samples -----------------------------------------------------------------------------------------------------------
-
-
-def draw(unet: nn.Module, num_images: int = 5, **options) -> Tensor:
-    """A few samples in three DDIM steps."""
-    return sample_images(unet, DDPMScheduler(), num_images, (8, 8), num_inference_steps=3, **options)
-
-
 @pytest.fixture(scope="module")
 def unet() -> UNet2DModel:
     """A small UNet that no test changes."""
     return build("base")
-
-
-def test_samples_are_images_and_repeat_exactly(unet: UNet2DModel) -> None:
-    """The same seed, the same images, whatever the state of the global generator."""
-    images = draw(unet)
-    assert images.shape == (5, 1, 8, 8)
-    assert images.dtype == torch.float32
-    assert images.min() >= 0 and images.max() <= 1
-    assert images.std() > 0.05
-    torch.rand(10)
-    assert torch.equal(draw(unet), images)
-
-
-def test_samples_do_not_depend_on_the_batch_size_or_on_their_number(unet: UNet2DModel) -> None:
-    """Image i depends on the seed and on i; kernels may round differently by batch size."""
-    images = draw(unet)
-    for options in ({"batch_size": 1}, {"batch_size": 2}, {"num_images": 3}):
-        other = draw(unet, **options)
-        torch.testing.assert_close(other, images[: len(other)], rtol=0, atol=1e-4)
-
-
-def test_samples_depend_on_seed_and_index(unet: UNet2DModel) -> None:
-    """No two images start from the same noise."""
-    images, other = draw(unet), draw(unet, seed=1)
-    assert (images - other).abs().flatten(1).max(dim=1).values.min() > 0.01
-    assert (images[0] - images[1]).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("clip_sample", [True, False])
-def test_samples_of_a_zero_prediction_are_the_noise(clip_sample: bool) -> None:
-    """With eps_theta = 0, a DDIM step from t gives x_0 = x_t / sqrt(abar_t); pixels end in [0, 1] with any scheduler.
-
-    A single step with leading timestep spacing, the default, starts at t = 0.
-    """
-    model, scheduler = Zero().train(), DDPMScheduler(clip_sample=clip_sample)
-    model.config = SimpleNamespace(in_channels=1)
-    images = sample_images(model, scheduler, 3, (8, 8), num_inference_steps=1, seed=4)
-    generator = torch.Generator().manual_seed(4)
-    noise = torch.stack([torch.randn(1, 8, 8, generator=generator) for _ in range(3)])
-    x = noise / scheduler.alphas_cumprod[0].sqrt()
-    torch.testing.assert_close(images, x.clamp(-1, 1) / 2 + 0.5)
-    assert model.training and model.modes == {False}
-
-
-def test_each_sample_gets_its_label() -> None:
-    """Conditional models, in batches."""
-    model = Zero()
-    model.config = SimpleNamespace(in_channels=1)
-    labels = torch.tensor([3, 1, 4, 1, 5])
-    sample_images(model, DDPMScheduler(), 5, (4, 4), num_inference_steps=1, batch_size=2, class_labels=labels)
-    assert model.seen(2).tolist() == labels.tolist()
-    assert [len(call[0]) for call in model.calls] == [2, 2, 1]
 
 
 # --- distances ---------------------------------------------------------------------------------------------------------
@@ -246,6 +185,57 @@ def test_too_few_images_for_a_covariance_are_refused(count: int, reference_count
     """A singular covariance gives a number, but a meaningless one."""
     with pytest.raises(ValueError, match=f"{min(count, reference_count)} images are too few .* 16 pixel values"):
         frechet_distance_pixels(random_images(count, side=4), random_images(reference_count, side=4, seed=1))
+
+
+def features(count: int, dimensions: int = 6, seed: int = 0) -> Tensor:
+    """Correlated Gaussian features, float32 with shape `(count, dimensions)`."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dimensions, dimensions, generator=generator)
+    return torch.randn(count, dimensions, generator=generator) @ mixing + torch.arange(dimensions)
+
+
+def test_moments_are_those_of_numpy_in_chunks_of_any_size() -> None:
+    found = feature_moments(features(500), chunk=64)
+    values = features(500).double().numpy()
+    np.testing.assert_allclose(found[0], values.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found[1], np.cov(values, rowvar=False), rtol=1e-10)
+
+
+def test_moments_keep_their_precision_far_from_zero() -> None:
+    """Sums of squares would lose a variance of 1 beside a mean of 10^6, in float32 and nearly so in float64."""
+    values = features(1000) + 1e6
+    assert feature_moments(values)[1][0, 0] == pytest.approx(np.cov(values.double().numpy(), rowvar=False)[0, 0], rel=1e-9)
+
+
+def test_frechet_distance_is_clean_fids() -> None:
+    from cleanfid.fid import frechet_distance as cleanfid_distance
+
+    a, b = features(400).double().numpy(), features(300, seed=1).double().numpy()
+    expected = cleanfid_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    assert frechet_distance(features(400), features(300, seed=1)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernel_distance_is_clean_fids_and_leaves_the_global_generator_alone() -> None:
+    from cleanfid.fid import kernel_distance as cleanfid_distance
+
+    a, b = features(200), features(150, seed=1)
+    np.random.seed(7)
+    expected = cleanfid_distance(a.double().numpy(), b.double().numpy(), 20, 100)
+    np.random.seed(3)
+    before = np.random.get_state()[1].copy()
+    assert kernel_distance(a, b, 20, 100, seed=7) == pytest.approx(expected, rel=1e-12)
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_kernel_distance_of_one_distribution_is_about_zero() -> None:
+    near, far = (kernel_distance(features(1000)[:500], features(1000)[500:] + shift, 20) for shift in (0, 2))
+    assert abs(near) < 0.05 * far
+
+
+@pytest.mark.parametrize("shapes", [((1, 3), (5, 3)), ((5, 3), (5, 4)), ((5, 3, 2), (5, 3, 2))])
+def test_features_that_have_no_distance_are_refused(shapes: tuple) -> None:
+    with pytest.raises(ValueError, match="too few for a covariance|must be vectors"):
+        frechet_distance(*(torch.zeros(shape) for shape in shapes))
 
 
 def test_ssim_is_one_for_identical_images_and_less_for_others() -> None:

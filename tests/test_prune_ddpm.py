@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickle
@@ -214,10 +215,11 @@ BAD_INPUT = {
     "accumulation of 0": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be at least 1"),
     "fp16 without a GPU": (["--mixed_precision", "fp16"], "mixed_precision=fp16 needs a GPU, whose"),
     "8-bit moments of channels-last weights": (["--use_8bit_adam", "--channels_last"], "use_8bit_adam=True does not go with"),
-    "tracker that is not there": (
-        ["--report_to", "trackio"],
-        "report_to=trackio needs the package trackio: pip install trackio",
-    ),
+    "dropout of 1": (["--dropout", "1"], "dropout=1.0 must be in [0, 1)"),
+    "curves without samples": (["--eval_steps", "5", "--eval_images", "0"], "eval_steps=5 needs eval_images, which is 0"),
+    "too few samples for pixels": (["--eval_features", "pixels", "--eval_images", "64"], "needs more than 64 images"),
+    "weights of another network": (["--inception_weights", "x.pt"], "inception_weights=x.pt needs eval_features=inception"),
+    "seed below 0": (["--eval_seed", "-1"], "eval_seed=-1 must not be negative"),
     "scores to check of magnitude": (["--check_scores", "--criterion", "magnitude"], "needs criterion=gradient-flow"),
     "phases out of order": (["--soft_fraction", "0.5"], "soft_fraction=0.5 and hard_fraction=0.2"),
 }
@@ -235,6 +237,13 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     said = str(refused.value) if issubclass(refused.type, ValueError) else capsys.readouterr().err
     assert message in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trackio" else find(name, *rest))
+    with pytest.raises(ValueError, match="report_to=trackio needs the package trackio: pip install trackio"):
+        prune_ddpm.main([*SHORT, *map(str, digits(tmp_path / "run", "--report_to", "trackio"))])
 
 
 @pytest.mark.parametrize("name", ["ratio above 1", "missing data", "unknown schedule"])

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
@@ -59,6 +60,17 @@ def compacted_state(*words: str) -> TrainingState:
     state.pruner.step(0, [])
     state.compact()
     return state
+
+
+def test_dropout_is_that_of_the_command_line_before_and_after_compaction() -> None:
+    state = make_state("--dropout", "0.25")
+    for _ in range(2):
+        blocks = [module for module in state.unet.modules() if isinstance(module, ResnetBlock2D)]
+        assert len(blocks) == 8 and {block.dropout.p for block in blocks} == {0.25}
+        if not state.compacted:
+            state.pruner.step(0, [])
+            state.compact()
+    assert state.unet.config.dropout == 0.0  # what is saved says what it said
 
 
 def test_compaction_takes_everything_along_by_name() -> None:

@@ -54,7 +54,7 @@ def finish(run: Run, state: TrainingState) -> None:
     dense = run.dense.to(run.accelerator.device)
     losses = (run.dense_step_loss, run.step_loss(unet))
     folder.save(PruneDDPMPipeline(unet=unet, scheduler=run.noise_scheduler).save_pretrained)
-    measured, dense_samples, samples = results(args, dense, unet, run.noise_scheduler, run.images, run.num_held_out, losses)
+    measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, run.num_held_out, losses)
     write_json(folder.staging / "results.json", measured)
     report = pruning_report(args, state, run.dense_step_loss, run.origin)
     write_json(folder.staging / "pruning_report.json", report)
@@ -73,7 +73,7 @@ def print_results(measured: dict, folder: RunFolder) -> None:
         ("parameters", "parameters", "{:,}"),
         ("MACs", "macs", "{:,}"),
         ("step loss (held out)", "step_loss", "{:.4f}"),
-        ("FD-pixels", "fd_pixels", "{:.3f}"),
+        *((described["title"], name, "{:.3f}") for name, described in measured["evaluation"]["distances"].items()),
         ("SSIM to dense", "ssim_to_dense", "{:.3f}"),
         ("latency in ms", "latency_ms", "{:.2f}"),
     ]

@@ -51,6 +51,10 @@ class TrainingArguments:
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW (> 0)."})
     use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW with 8-bit moments, of bitsandbytes."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm (> 0)."})
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout of the residual blocks while training, in [0, 1) (default: that of the model's config)."},
+    )
     use_ema: bool = field(default=False, metadata={"help": "Average the weights; the average is what is sampled and saved."})
     ema_max_decay: float = field(default=0.9999, metadata={"help": "Largest decay of the average, in [0, 1)."})
 
@@ -68,6 +72,8 @@ class TrainingArguments:
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if self.use_8bit_adam:
             _check_installed("use_8bit_adam", True, "bitsandbytes")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.configuration import PRESETS, GFPruneConfig
+from diffusers_gfprune.evaluation.sampling import TIMESTEP_SPACINGS
 from diffusers_gfprune.hub import check_repo_id
 from diffusers_gfprune.importance import criteria
 from image_data import DataArguments
@@ -109,12 +110,40 @@ class EvaluationArguments:
     _argument_group_name = "evaluation"
 
     validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images (>= 1)."})
+    eval_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between two measurements of samples (Fréchet distance, SSIM), with averaged weights if there are "
+            "any (0: at the end only)."
+        },
+    )
     eval_images: int = field(
         default=1000, metadata={"help": "Samples of either model for the Fréchet distance and SSIM (0: no sampling)."}
     )
+    eval_features: str = field(
+        default="auto",
+        metadata={
+            "help": "Features of the Fréchet distance: raw pixels, EfficientNet-Lite0, Inception (FID) or DINOv2; auto: "
+            "pixels for images of up to 1,024 values, else none. A FID for a paper takes evaluate.py and many images.",
+            "choices": ["auto", "none", "pixels", "efflite0", "inception", "dinov2"],
+        },
+    )
+    eval_reference_images: int = field(
+        default=10_000, metadata={"help": "Training images that samples are compared with, at most (>= 2)."}
+    )
+    inception_weights: str | None = field(
+        default=None, metadata={"help": "Inception's TorchScript file, for eval_features=inception (default: downloaded)."}
+    )
+    evaluation_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps samples of the dense model and features of real images for later runs."},
+    )
     eval_batch_size: int = field(default=128, metadata={"help": "Samples in one forward (>= 1)."})
     ddim_num_inference_steps: int = field(default=100, metadata={"help": "DDIM steps of these samples (>= 1)."})
-    eval_seed: int = field(default=1234, metadata={"help": "Seed of the samples' initial noise."})
+    timestep_spacing: str = field(
+        default="leading", metadata={"help": "How DDIM spaces its timesteps.", "choices": list(TIMESTEP_SPACINGS)}
+    )
+    eval_seed: int = field(default=1234, metadata={"help": "Seed of the samples' noise (>= 0)."})
     latency_batch_size: int = field(
         default=16, metadata={"help": "Images in the forwards that latency is measured on (0: not measured)."}
     )
@@ -123,7 +152,13 @@ class EvaluationArguments:
         for name in ("validation_steps", "eval_batch_size", "ddim_num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("eval_images", "latency_batch_size"):
+        if self.eval_reference_images < 2:
+            raise ValueError(f"eval_reference_images={self.eval_reference_images} must be at least 2")
+        if self.inception_weights is not None and self.eval_features != "inception":
+            raise ValueError(f"inception_weights={self.inception_weights} needs eval_features=inception")
+        if self.eval_steps and not self.eval_images:
+            raise ValueError(f"eval_steps={self.eval_steps} needs eval_images, which is 0")
+        for name in ("eval_steps", "eval_images", "eval_seed", "latency_batch_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 

@@ -28,6 +28,7 @@ from diffusers_gfprune.hub import push_folder
 from finishing import finish, prepared_repository, save_model
 from image_data import load_images
 from interruption import Interruption
+from measuring import SampleQuality
 from objective import Objective
 from provenance import command_line, describe_base_model, describe_dataset
 from prune_arguments import parse_arguments
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         print(describe_plan(pruner, args, estimate_run(args, accelerator, dense, noise_scheduler), accelerator.device))
     if args.run.dry_run:
         return
+    sample_quality = SampleQuality(args.evaluation, dense, noise_scheduler, images, accelerator.device)
     origin = {
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
         "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
             dense.to("cpu")  # until it is sampled from beside the pruned one
         run = Run(
             *(args, accelerator, folder, checkpoints, identity, dense, noise_scheduler, images, len(held_out_images)),
-            *(step_loss, dense_step_loss, objective, origin, repo_id),
+            *(step_loss, dense_step_loss, sample_quality, objective, origin, repo_id),
         )
         tracking = Tracking(args, accelerator, folder, dense, noise_scheduler)
 
@@ -146,6 +148,8 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
             state.recent.clear()
             check_divergence(run, state)
             tracking.log_training(state, mean, {n: float(v) for n, v in terms.items()}, float(gradient_norm))
+        if args.evaluation.eval_steps and state.step % args.evaluation.eval_steps == 0 and state.step < total:
+            measure_quality(run, state, tracking)
         if args.tracking.sample_steps and state.step % args.tracking.sample_steps == 0:
             tracking.log_samples(state)
         if state.phase == "finetune" and args.run.save_model_steps and state.step < total:
@@ -237,6 +241,20 @@ def validate(run: Run, state: TrainingState, tracking: Tracking) -> None:
     state.curves.validation_steps.append(state.step)
     state.curves.validation_loss.append(loss)
     tracking.log_validation(state.step, loss)
+
+
+def measure_quality(run: Run, state: TrainingState, tracking: Tracking) -> None:
+    """A point of the curves of sample quality, on the main process, with averaged weights if there are any."""
+    if not run.accelerator.is_main_process:
+        return
+    with state.averaged() as unet:
+        measured = run.sample_quality.measure(unet)
+    curves = state.curves
+    curves.quality_steps.append(state.step)
+    curves.quality_seconds.append(sum(curves.seconds.values()))
+    for name, value in measured.items():
+        curves.quality.setdefault(name, []).append(value)
+    tracking.log_quality(state.step, measured)
 
 
 def next_batch(batches, broken: BrokenImages, device: torch.device, channels_last: bool) -> dict[str, Tensor]:

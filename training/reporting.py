@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import math
 import platform
 
 import safetensors.torch
@@ -13,24 +12,16 @@ from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, measure_latency, spatial_size
-from diffusers_gfprune.evaluation.fidelity import (
-    frechet_distance_pixels,
-    psnr_to_reference,
-    sample_images,
-    ssim_to_reference,
-)
 from estimate import StepEstimate, machine_memory, memory_plan
+from measuring import SampleQuality
 from objective import extra_forwards
 from provenance import portable
 from prune_arguments import Arguments
 from training_state import TrainingState
 
-__all__ = ["describe_plan", "package_versions", "pruning_report", "results"]
+__all__ = ["describe_plan", "package_versions", "pruning_report", "results", "weight_file_bytes"]
 
-FORMAT_VERSION = 1
-SSIM_WINDOW = 7
-# A covariance over pixels takes more images than pixels to be estimated, and cubic time to be taken the root of.
-MAX_FRECHET_DIMENSIONS, REFERENCE_IMAGES = 1024, 10_000
+FORMAT_VERSION = 2
 CURVE_POINTS = 500
 
 
@@ -113,7 +104,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _file_size(unet: nn.Module) -> int:
+def weight_file_bytes(unet: nn.Module) -> int:
     """Bytes of the weights as a safetensors file."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in unet.state_dict().items()}
     return len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -123,8 +114,7 @@ def results(
     args: Arguments,
     dense: nn.Module,
     pruned: nn.Module,
-    noise_scheduler,
-    images,
+    sample_quality: SampleQuality,
     num_held_out: int,
     step_losses: tuple[float, float],
 ) -> tuple[dict, Tensor | None, Tensor | None]:
@@ -134,63 +124,34 @@ def results(
         The content of `results.json`, and the samples of either model in [0, 1], if any were asked for.
     """
     e = args.evaluation
-    size = spatial_size(dense)
     measured: dict = {"format_version": FORMAT_VERSION}
     for name, unet, loss in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
         measured[name] = {
             "parameters": count_parameters(unet),
             "macs": count_macs(unet),
-            "weight_file_bytes": _file_size(unet),
+            "weight_file_bytes": weight_file_bytes(unet),
             "step_loss": loss,
             "latency": measure_latency(unet, e.latency_batch_size) if e.latency_batch_size else None,
         }
     measured["evaluation"] = {
+        **sample_quality.settings.identity(),
         "num_images": e.eval_images,
-        "sampler": "DDIM",
-        "num_inference_steps": e.ddim_num_inference_steps,
-        "timestep_spacing": "leading",
-        "eta": 0.0,
-        "seed": e.eval_seed,
         "ema": args.training.use_ema,
         "step_loss_images": num_held_out,
-        "sample_size": list(size),
+        "sample_size": list(spatial_size(dense)),
         "device": str(next(pruned.parameters()).device.type),
         "dtype": str(next(pruned.parameters()).dtype).removeprefix("torch."),
+        "distances": {},
         "versions": package_versions(),
     }
     if e.eval_images == 0:
         return measured, None, None
-    labels = None
-    if dense.config.num_class_embeds is not None:
-        labels = torch.arange(e.eval_images) % dense.config.num_class_embeds
-    samples = {}
-    for name, unet in (("dense", dense), ("pruned", pruned)):
-        samples[name] = sample_images(
-            unet,
-            noise_scheduler,
-            e.eval_images,
-            size,
-            e.ddim_num_inference_steps,
-            e.eval_seed,
-            e.eval_batch_size,
-            labels,
-            progress=f"sampling ({name})",
-        )
-    pixel_values = samples["dense"][0].numel()
-    if e.eval_images > pixel_values and pixel_values <= MAX_FRECHET_DIMENSIONS:
-        reference = images.head(REFERENCE_IMAGES) / 2 + 0.5
-    else:
-        reference = ()
-    if len(reference) > pixel_values:
-        for name in samples:
-            measured[name]["fd_pixels"] = frechet_distance_pixels(samples[name], reference)
-        measured["evaluation"]["fd_features"] = "raw pixels in [0, 1]"
-        measured["evaluation"]["fd_reference_images"] = len(reference)
-    if min(size) >= SSIM_WINDOW:
-        measured["pruned"]["ssim_to_dense"] = ssim_to_reference(samples["pruned"], samples["dense"])
-    psnr = psnr_to_reference(samples["pruned"], samples["dense"])
-    measured["pruned"]["psnr_to_dense"] = psnr if math.isfinite(psnr) else None  # no difference at all
-    return measured, samples["dense"], samples["pruned"]
+    quality = sample_quality.quality
+    samples = sample_quality.sample(pruned, progress="sampling (pruned)")
+    measured["dense"] |= quality.measure_dense()
+    measured["pruned"] |= quality.measure(samples)
+    measured["evaluation"]["distances"] = quality.describe()
+    return measured, quality.dense_samples, samples
 
 
 def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:

@@ -20,7 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-__all__ = ["RunFolder", "load_dense_pipeline", "write_json"]
+from diffusers_gfprune import GFPrunedUNet2DModel
+
+__all__ = ["RunFolder", "load_dense_pipeline", "load_pipeline", "write_json"]
 
 
 def _first_line(error: BaseException) -> str:
@@ -29,7 +31,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> tuple[UNet2DModel, DDPMScheduler]:
-    """Load the UNet and the scheduler of a trained DDPM, from safetensors only.
+    """Load the UNet and the scheduler of a trained DDPM that is to be pruned, from safetensors only.
 
     Args:
         name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories, at the root.
@@ -39,24 +41,45 @@ def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> tuple
         ValueError: There is no such model, it is no DDPM with a `UNet2DModel`, or its weights are missing, damaged, of
             another shape, or a pickle.
     """
-    argument = f"pretrained_model_name_or_path={name_or_path}"
+    return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", (UNet2DModel,))
+
+
+def load_pipeline(
+    name_or_path: str,
+    revision: str | None,
+    argument: str,
+    classes: Sequence[type[UNet2DModel]] = (UNet2DModel, GFPrunedUNet2DModel),
+) -> tuple[UNet2DModel, DDPMScheduler]:
+    """Load the UNet and the scheduler of a DDPM, from safetensors only, without running code of the repository.
+
+    Args:
+        name_or_path: A Hub id or a local folder.
+        revision: Branch, tag or commit on the Hub.
+        argument: What to call it in errors.
+        classes: What the UNet may be.
+
+    Raises:
+        ValueError: As `load_dense_pipeline`.
+    """
+    argument = f"{argument}={name_or_path}"
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).is_dir():
         raise ValueError(f"{argument} is not a folder")
+    known = {kind.__name__: kind for kind in classes}
     try:
         folder = Path(name_or_path)
         if not folder.is_dir():
             folder = Path(DDPMPipeline.download(name_or_path, revision=revision, use_safetensors=True))
         index = json.loads((folder / "model_index.json").read_text())
         component = index["unet"][1]
-        if component != "UNet2DModel":
-            raise ValueError(f"its unet is a {component}, not a UNet2DModel")
+        if component not in known:
+            raise ValueError(f"its unet is a {component}, not a {' or '.join(known)}")
         unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
         weights = [path.name for path in unet_folder.iterdir() if path.name.startswith("diffusion_pytorch_model")]
         if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in weights):
             found = ", ".join(weights) or "no weights"
             raise ValueError(f"its unet has {found}: only safetensors are loaded, pickles never are")
-        unet, info = UNet2DModel.from_pretrained(unet_folder, use_safetensors=True, output_loading_info=True)
+        unet, info = known[component].from_pretrained(unet_folder, use_safetensors=True, output_loading_info=True)
         scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
         scheduler = DDPMScheduler.from_pretrained(scheduler_folder)
         if scheduler.config.num_train_timesteps < 1:

@@ -16,6 +16,7 @@ from batches import BrokenImages, calibration_batches, train_dataloader
 from checkpointing import Checkpoints, tensors_fingerprint
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from estimate import StepEstimate, estimate_step
+from measuring import SampleQuality
 from objective import Objective
 from prune_arguments import Arguments
 from run_folder import RunFolder
@@ -43,6 +44,7 @@ class Run:
         num_held_out: Held-out images.
         step_loss: Loss on these.
         dense_step_loss: Of the dense model.
+        sample_quality: Measures samples.
         objective: Training loss.
         origin: Base model, data set and command, for the report.
         repo_id: Repository to push to, if any.
@@ -59,6 +61,7 @@ class Run:
     num_held_out: int
     step_loss: StepLoss
     dense_step_loss: float
+    sample_quality: SampleQuality
     objective: Objective
     origin: dict
     repo_id: str | None

@@ -4,6 +4,7 @@ Trackers are those of Accelerate. Names are grouped by the part before the slash
 
     train/      loss and its terms, gradient norm, learning rate
     pruning/    s_t, p_t, MACs, parameters, revived channels; pruning/sparsity/<group> the share of each group that is pruned
+    quality/    Fréchet distance and similarity to the dense model of samples
     speed/      images per second over all processes, seconds to the end
 """
 
@@ -17,7 +18,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
 from diffusers_gfprune.evaluation.cost import spatial_size
-from diffusers_gfprune.evaluation.fidelity import sample_images
+from diffusers_gfprune.evaluation.sampling import sample_images
 from diffusers_gfprune.pruner import MaskUpdate
 from plots import save_sample_grid
 from provenance import portable
@@ -122,6 +123,10 @@ class Tracking:
     def log_validation(self, step: int, loss: float) -> None:
         """A step loss on held-out images."""
         self._log({"validation/step_loss": loss}, step)
+
+    def log_quality(self, step: int, measured: dict[str, float | None]) -> None:
+        """Distances and similarities of samples."""
+        self._log({f"quality/{name}": value for name, value in measured.items() if value is not None}, step)
 
     def _log(self, values: dict[str, float], step: int) -> None:
         if self.args.tracking.report_to != "none":

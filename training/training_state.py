@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ class Curves:
     train_loss: list[float] = field(default_factory=list)
     validation_steps: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
+    quality_steps: list[int] = field(default_factory=list)
+    quality_seconds: list[float] = field(default_factory=list)  # of training and scoring until then, evaluation left out
+    quality: dict[str, list[float | None]] = field(default_factory=dict)
     compaction: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("soft", "hard", "finetune", "scoring"), 0.0))
 
@@ -141,6 +145,10 @@ class TrainingState:
     def _adopt(self, unet: nn.Module) -> None:
         """Make `unet` the model: on the device, in the memory format asked for, training."""
         self.unet = unet.to(self.accelerator.device).train().requires_grad_(True)
+        if self.args.training.dropout is not None:
+            for module in self.unet.modules():
+                if isinstance(module, ResnetBlock2D):
+                    module.dropout.p = self.args.training.dropout
         if self.args.precision.channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if self.args.precision.gradient_checkpointing:

@@ -4,7 +4,8 @@
 
       d^2 = ||mu_1 - mu_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 
-  Features here are the raw pixels in [0, 1] ("FD-pixels"), which suits images of a few hundred pixels only.
+  of a network (see `features`), or raw pixels in [0, 1] ("FD-pixels"), which suits images of a few hundred pixels only.
+- Kernel distance between features, by clean-fid's function.
 - SSIM (Wang et al., 2004) and PSNR between pairs of samples from the same noise, by scikit-image.
 """
 
@@ -12,61 +13,91 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from .eval_mode import evaluating
+__all__ = [
+    "feature_moments",
+    "frechet_distance",
+    "frechet_distance_pixels",
+    "kernel_distance",
+    "psnr_to_reference",
+    "ssim_to_reference",
+]
 
-__all__ = ["frechet_distance_pixels", "psnr_to_reference", "sample_images", "ssim_to_reference"]
+
+# Features whose standard deviation over the reference is below this are the same everywhere, up to rounding.
+CONSTANT = 1e-3
 
 
-@torch.no_grad()
-def sample_images(
-    unet: nn.Module,
-    scheduler,
-    num_images: int,
-    size: tuple[int, int],
-    num_inference_steps: int = 50,
-    seed: int = 0,
-    batch_size: int = 128,
-    class_labels: Tensor | None = None,
-    progress: str | None = None,
-) -> Tensor:
-    """Sample with deterministic DDIM (Song et al., arXiv 2010.02502, eta = 0).
-
-    Image `i` depends on the seed and on `i` only, whatever the batch size; two models given the same seed start from the
-    same noise.
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features.
 
     Args:
-        unet: Noise-prediction model.
-        scheduler: Its scheduler, whose configuration DDIM takes over.
-        num_images: How many (>= 1).
-        size: Height and width in pixels.
-        num_inference_steps: DDIM steps.
-        seed: Of the initial noise.
-        batch_size: Images in one forward.
-        class_labels: With shape `(num_images,)`, for conditional models.
-        progress: Text of a progress bar, if any.
+        features: With shape `(n, d)`, n >= 2.
+        reference: With shape `(m, d)`, m >= 2. With fewer vectors than dimensions the covariance is singular; the distance is
+            defined, and far above what more vectors would give.
 
     Returns:
-        Images in [0, 1], float32 on the CPU, with shape `(num_images, channels, height, width)`.
+        The squared distance d^2 >= 0 (up to rounding), computed in float64.
+
+    Raises:
+        ValueError: Fewer than two vectors, or vectors of different lengths.
     """
-    parameter = next(unet.parameters())
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    ddim.set_timesteps(num_inference_steps)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.stack([torch.randn(unet.config.in_channels, *size, generator=generator) for _ in range(num_images)])
-    images = []
-    with evaluating(unet):
-        for start in tqdm(range(0, num_images, batch_size), desc=progress, disable=progress is None):
-            x = noise[start : start + batch_size].to(parameter.device)
-            labels = None if class_labels is None else class_labels[start : start + batch_size].to(parameter.device)
-            for timestep in ddim.timesteps:
-                prediction = unet(x.to(parameter.dtype), timestep, class_labels=labels).sample.float()
-                x = ddim.step(prediction, timestep, x, eta=0.0).prev_sample
-            images.append((x / 2 + 0.5).clamp(0, 1).cpu())
-    return torch.cat(images)
+    from cleanfid.fid import frechet_distance as distance
+
+    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
+        raise ValueError(f"features of shape {tuple(features.shape)} must be vectors as in {tuple(reference.shape)}")
+    if min(len(features), len(reference)) < 2:
+        raise ValueError(f"{len(features)} and {len(reference)} feature vectors are too few for a covariance: 2 at least")
+    return float(distance(*feature_moments(features), *feature_moments(reference)))
+
+
+def feature_moments(features: Tensor, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased covariance of feature vectors, summed in float64 over deviations from the mean.
+
+    Args:
+        features: With shape `(n, d)`.
+        chunk: Vectors that are held in float64 at a time.
+
+    Returns:
+        Arrays of shape `(d,)` and `(d, d)`.
+    """
+    mean = torch.zeros(features.shape[1], dtype=torch.float64)
+    for part in features.split(chunk):
+        mean += part.double().sum(dim=0)
+    mean /= len(features)
+    scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for part in features.split(chunk):
+        centred = part.double() - mean
+        scatter += centred.T @ centred
+    return mean.numpy(), (scatter / (len(features) - 1)).numpy()
+
+
+def kernel_distance(
+    features: Tensor, reference: Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> float:
+    """Kernel distance (KID on Inception features; Binkowski et al., arXiv 1801.01401), by clean-fid's function.
+
+    Unlike the Fréchet distance it has no bias that shrinks with the number of images.
+
+    Args:
+        features: With shape `(n, d)`.
+        reference: With shape `(m, d)`.
+        num_subsets: Random subsets that it is the mean of.
+        subset_size: Vectors in each, at most.
+        seed: Of the choice of subsets.
+
+    Returns:
+        The squared maximum mean discrepancy, which may be slightly negative.
+    """
+    from cleanfid.fid import kernel_distance as distance
+
+    state = np.random.get_state()  # clean-fid draws from the global generator
+    np.random.seed(seed)
+    try:
+        return distance(features.double().numpy(), reference.double().numpy(), num_subsets, subset_size)
+    finally:
+        np.random.set_state(state)
 
 
 def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
@@ -84,17 +115,12 @@ def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: Fewer images than pixel values, whose covariance would be singular.
     """
-    from cleanfid.fid import frechet_distance
-
-    varies = reference.flatten(1).double().std(dim=0) > 1e-3
-
-    def moments(batch: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        features = batch.flatten(1)[:, varies].double().numpy()
-        if len(features) <= features.shape[1]:
-            raise ValueError(f"{len(features)} images are too few for the covariance of {features.shape[1]} pixel values")
-        return features.mean(axis=0), np.cov(features, rowvar=False)
-
-    return float(frechet_distance(*moments(images), *moments(reference)))
+    varies = reference.flatten(1).double().std(dim=0) > CONSTANT
+    pixels = [batch.flatten(1)[:, varies] for batch in (images, reference)]
+    for values in pixels:
+        if len(values) <= values.shape[1]:
+            raise ValueError(f"{len(values)} images are too few for the covariance of {values.shape[1]} pixel values")
+    return frechet_distance(*pixels)
 
 
 def ssim_to_reference(images: Tensor, reference: Tensor) -> float:

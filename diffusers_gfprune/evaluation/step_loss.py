@@ -9,6 +9,8 @@ jumps that the training loss hides in its noise.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -81,11 +83,26 @@ class StepLoss:
         self.noise_scheduler = noise_scheduler
         self.batch_size = batch_size
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> float:
         """Mean squared error of `model`, in evaluation mode for the time being."""
+        errors = self._errors(model)
+        return math.fsum(errors.tolist()) / len(errors)
+
+    def by_timestep(self, model: nn.Module) -> dict[int, float]:
+        """Mean squared error of `model` at each timestep of the grid, each over its own images.
+
+        Returns:
+            Errors by timestep, rising. Their mean is the step loss wherever all timesteps meet as many images.
+        """
+        errors = self._errors(model)
+        grid = sorted(set(self.timesteps.tolist()))
+        return {timestep: errors[self.timesteps == timestep].mean().item() for timestep in grid}
+
+    @torch.no_grad()
+    def _errors(self, model: nn.Module) -> Tensor:
+        """Squared error of each image at its timestep: float64 with shape `(len(self.images),)`."""
         parameter = next(model.parameters())
-        total = 0.0
+        errors = []
         with evaluating(model):
             for start in range(0, len(self.images), self.batch_size):
                 chunk = slice(start, start + self.batch_size)
@@ -95,5 +112,5 @@ class StepLoss:
                 noisy = self.noise_scheduler.add_noise(images, noise, timesteps).to(parameter.dtype)
                 prediction = model(noisy, timesteps, class_labels=labels).sample.float()
                 target = noise_target(self.noise_scheduler, images, noise, timesteps)
-                total += ((prediction - target) ** 2).mean(dim=(1, 2, 3)).sum().item()
-        return total / len(self.images)
+                errors.append(((prediction - target) ** 2).mean(dim=(1, 2, 3)).double().cpu())
+        return torch.cat(errors)

@@ -1,0 +1,87 @@
+"""Results of long computations that are asked for again and again: features of a data set, samples of a dense model.
+
+An entry is one safetensors file, named by a hash of everything it depends on, and holding that description, too. It is there
+completely or not at all; one that is damaged or describes something else is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["TensorCache", "default_cache_dir"]
+
+
+def default_cache_dir() -> Path:
+    """Beside what the Hub's client keeps."""
+    return Path(constants.HF_HOME) / "diffusers_gfprune"
+
+
+class TensorCache:
+    """Tensors by description.
+
+    Args:
+        folder: Where entries lie; None: nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def path(self, kind: str, key: Mapping) -> Path | None:
+        """The file of an entry, whether it is there or not."""
+        digest = hashlib.sha256(_canonical(key).encode()).hexdigest()[:20]
+        return None if self.folder is None else self.folder / f"{kind}-{digest}.safetensors"
+
+    def get(self, kind: str, key: Mapping, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of an entry, made if they are not there.
+
+        Args:
+            kind: First word of the file's name.
+            key: All that the tensors depend on, JSON values.
+            make: Computes them.
+
+        Returns:
+            Tensors by name, on the CPU.
+        """
+        path = self.path(kind, key)
+        if path is not None and path.exists():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if file.metadata() and file.metadata().get("key") == _canonical(key):
+                        return {name: file.get_tensor(name) for name in file.keys()}
+                print(f"warning: {path} describes something else and is made again", file=sys.stderr)
+            except (OSError, SafetensorError) as error:
+                print(f"warning: {path} cannot be read ({error}) and is made again", file=sys.stderr)
+        made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+        if path is not None:
+            self._write(path, made, key)
+        return made
+
+    @staticmethod
+    def _write(path: Path, tensors: Mapping[str, Tensor], key: Mapping) -> None:
+        """Keep an entry, if there is room; without it, work goes on all the same."""
+        fresh = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            save_file(dict(tensors), fresh, metadata={"key": _canonical(key)})
+            os.replace(fresh, path)
+        except (OSError, SafetensorError) as error:
+            print(f"warning: {path} cannot be kept: {error}", file=sys.stderr)
+            if fresh is not None and os.path.exists(fresh):
+                os.remove(fresh)
+
+
+def _canonical(key: Mapping) -> str:
+    return json.dumps(dict(key), sort_keys=True, allow_nan=False)

@@ -1,0 +1,117 @@
+"""`count_macs` against two independent counters, on models that are used: dense and pruned, digits and CIFAR-10.
+
+- PyTorch's `FlopCounterMode` sees every matrix product and convolution, those of attention too as long as these run on the
+  math backend (its registry has no entry for the fused kernel of CPUs). It also sees the small products by which ragged
+  norms average over groups; `count_macs` leaves norms out.
+- Torch-Pruning's counter sees layers by their type: not the two products of attention, which are taken off `count_macs`
+  here, from the shapes that the queries have in a forward; and, on top, biases, and norms that are not ragged.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import torch_pruning
+from architectures import CIFAR10, random_masks
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_gfprune.channel_groups import trace_channel_groups
+from diffusers_gfprune.compaction import compact, plan_compaction
+from diffusers_gfprune.evaluation.cost import count_macs
+from diffusers_gfprune.remote.unet_2d_gfpruned import RaggedGroupNorm
+
+TEACHER = Path(__file__).resolve().parent.parent / "training/digits/teacher/unet"
+MODELS = ["digits", "cifar10", "digits-pruned", "cifar10-pruned"]
+# Queries of every attention are (tokens, channels) with two products of tokens^2 x channels.
+PRODUCTS = {
+    "digits": 4 * 2 * 16**2 * 80,  # four over 4x4, five heads of 16 channels each
+    "cifar10": 5 * 2 * 256**2 * 256 + 2 * 16**2 * 256,  # five over 16x16, the middle one over 4x4
+}
+
+
+@functools.lru_cache
+def model(name: str) -> UNet2DModel:
+    """One of the MODELS; pruned ones have uneven widths, ragged norms and, on CIFAR-10, a single head of uneven width."""
+    torch.manual_seed(0)
+    if name == "digits":
+        return UNet2DModel.from_pretrained(TEACHER).eval()
+    if name == "cifar10":
+        return UNet2DModel(**CIFAR10).eval()
+    dense = model(name.removesuffix("-pruned"))
+    groups = trace_channel_groups(dense)
+    return compact(dense, plan_compaction(dense, groups, random_masks(groups, seed=3))).eval()
+
+
+def arguments(unet: UNet2DModel) -> dict[str, torch.Tensor]:
+    """Of a forward at batch 1; none of these models wants labels."""
+    size = unet.config.sample_size
+    return {"sample": torch.zeros(1, unet.config.in_channels, size, size), "timestep": torch.zeros(1, dtype=torch.long)}
+
+
+@torch.no_grad()
+def attention_products(unet: UNet2DModel) -> int:
+    """MACs of Q K^T and of the product with V, from the queries that a forward makes, `(1, tokens, channels)` each."""
+    found: list[int] = []
+    hooks = [
+        module.to_q.register_forward_hook(lambda module, args, q: found.append(2 * q.shape[1] ** 2 * q.shape[2]))
+        for module in unet.modules()
+        if isinstance(module, Attention)
+    ]
+    unet(**arguments(unet))
+    for hook in hooks:
+        hook.remove()
+    return sum(found)
+
+
+@torch.no_grad()
+def flops(unet: UNet2DModel) -> tuple[int, int]:
+    """By PyTorch's counter: of a forward, and of those the ones that ragged norms have."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        unet(**arguments(unet))
+    by_module = counter.get_flop_counts()
+    ragged = [name for name, module in unet.named_modules() if isinstance(module, RaggedGroupNorm)]
+    return counter.get_total_flops(), sum(sum(by_module[f"{type(unet).__name__}.{name}"].values()) for name in ragged)
+
+
+def test_pruned_models_are_uneven() -> None:
+    """Otherwise agreement on them would say nothing about what pruning leaves."""
+    for name in ("digits-pruned", "cifar10-pruned"):
+        unet = model(name)
+        ragged = [module for module in unet.modules() if isinstance(module, RaggedGroupNorm)]
+        widths = {module.out_channels for module in unet.modules() if isinstance(module, nn.Conv2d)}
+        assert len(ragged) >= 10
+        assert any(width % 2 for width in widths)
+        assert len(widths) >= 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_macs_agree_with_the_flop_counter_of_pytorch(name: str) -> None:
+    """Half of its FLOPs, within 1 %; to the last one without the matrix products inside of ragged norms."""
+    unet = model(name)
+    total, of_norms = flops(unet)
+    assert count_macs(unet) == pytest.approx(total / 2, rel=0.01)
+    assert 2 * count_macs(unet) == total - of_norms
+    assert (of_norms > 0) == name.endswith("-pruned")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_macs_agree_with_torch_pruning_but_for_attention(name: str) -> None:
+    """Like with like: its counter leaves out the products of attention, so they are taken off ours, then 1 % is allowed."""
+    unet = model(name)
+    macs, params = torch_pruning.utils.count_ops_and_params(unet, arguments(unet))
+    assert count_macs(unet) - attention_products(unet) == pytest.approx(macs, rel=0.01)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == params
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_attention_are_those_of_the_known_shapes(name: str) -> None:
+    """What the comparison above takes off is known beforehand for dense models."""
+    assert attention_products(model(name)) == PRODUCTS[name]

@@ -1,0 +1,169 @@
+"""evaluation/sampling.py: image i is a function of model, seed and i; every spacing of timesteps against a known answer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from architectures import build
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from evaluation_helpers import Zero
+from torch import Tensor, nn
+
+from diffusers_gfprune.evaluation.sampling import (
+    SpacedDDIMScheduler,
+    default_labels,
+    image_generators,
+    sample_images,
+    to_uint8,
+)
+
+
+def draw(unet: nn.Module, num_images: int = 5, **options) -> Tensor:
+    """A few samples in three DDIM steps."""
+    return sample_images(unet, DDPMScheduler(), num_images, (8, 8), num_inference_steps=3, **options)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    """A small UNet that no test changes."""
+    return build("base")
+
+
+def test_samples_are_images_and_repeat_exactly(unet: UNet2DModel) -> None:
+    """The same seed, the same images, whatever the state of the global generator."""
+    images = draw(unet)
+    assert images.shape == (5, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+    assert images.std() > 0.05
+    torch.rand(10)
+    assert torch.equal(draw(unet), images)
+
+
+def test_samples_do_not_depend_on_the_batch_size_or_on_their_number(unet: UNet2DModel) -> None:
+    """Image i depends on the seed and on i; kernels may round differently by batch size."""
+    images = draw(unet)
+    for options in ({"batch_size": 1}, {"batch_size": 2}, {"num_images": 3}):
+        other = draw(unet, **options)
+        torch.testing.assert_close(other, images[: len(other)], rtol=0, atol=1.001 / 255)
+
+
+def test_samples_depend_on_seed_and_index(unet: UNet2DModel) -> None:
+    """No two images start from the same noise."""
+    images, other = draw(unet), draw(unet, seed=1)
+    assert (images - other).abs().flatten(1).max(dim=1).values.min() > 0.01
+    assert (images[0] - images[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_samples_of_a_zero_prediction_are_the_noise(clip_sample: bool) -> None:
+    """With eps_theta = 0, a DDIM step from t gives x_0 = x_t / sqrt(abar_t); pixels end in [0, 1] with any scheduler.
+
+    A single step with leading timestep spacing, the default, starts at t = 0.
+    """
+    model, scheduler = Zero().train(), DDPMScheduler(clip_sample=clip_sample)
+    model.config = SimpleNamespace(in_channels=1)
+    images = sample_images(model, scheduler, 3, (8, 8), num_inference_steps=1, seed=4)
+    noise = torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in image_generators(4, range(3))])
+    x = noise / scheduler.alphas_cumprod[0].sqrt()
+    torch.testing.assert_close(images, x.clamp(-1, 1) / 2 + 0.5, rtol=0, atol=0.5001 / 255)
+    assert model.training and model.modes == {False}
+
+
+def test_each_sample_gets_its_label() -> None:
+    """Conditional models, in batches."""
+    model = Zero()
+    model.config = SimpleNamespace(in_channels=1)
+    labels = torch.tensor([3, 1, 4, 1, 5])
+    sample_images(model, DDPMScheduler(), 5, (4, 4), num_inference_steps=1, batch_size=2, class_labels=labels)
+    assert model.seen(2).tolist() == labels.tolist()
+    assert [len(call[0]) for call in model.calls] == [2, 2, 1]
+
+
+def test_an_image_is_the_same_wherever_sampling_starts(unet: UNet2DModel) -> None:
+    """Shards of images that several processes sample are those that one would."""
+    torch.testing.assert_close(draw(unet, 2, first=3), draw(unet)[3:], rtol=0, atol=1.001 / 255)
+
+
+def test_samples_hold_8_bits(unet: UNet2DModel) -> None:
+    images = draw(unet)
+    assert torch.equal(to_uint8(images).float() / 255, images)
+    assert to_uint8(torch.tensor([0.0, 0.5, 0.999, 1.0])).tolist() == [0, 128, 255, 255]
+
+
+def test_noise_of_images_is_gaussian_and_independent() -> None:
+    """Over 400 images of 64 values: mean 0 and variance 1 within four standard errors, no correlation of neighbours."""
+    noise = torch.stack([torch.randn(64, generator=generator) for generator in image_generators(0, range(400))])
+    assert abs(noise.mean().item()) < 4 / np.sqrt(noise.numel())
+    assert abs(noise.var().item() - 1) < 4 * np.sqrt(2 / noise.numel())
+    assert abs((noise[:-1] * noise[1:]).mean().item()) < 4 / np.sqrt(noise.numel())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_steps_are_those_of_diffusers(prediction_type: str, spacing: str, eta: float) -> None:
+    """Where Diffusers knows the spacing, every step is its step, to rounding."""
+    options = {"prediction_type": prediction_type, "timestep_spacing": spacing}
+    ours, theirs = SpacedDDIMScheduler(**options), DDIMScheduler(**options)
+    ours.set_timesteps(10)
+    theirs.set_timesteps(10)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    generator = torch.Generator().manual_seed(0)
+    for timestep in ours.timesteps:
+        x, prediction, noise = (torch.randn(2, 1, 4, 4, generator=generator) for _ in range(3))
+        moved = ours.step(prediction, timestep, x, eta=eta, variance_noise=noise).prev_sample
+        expected = theirs.step(prediction, timestep, x, eta=eta, variance_noise=noise).prev_sample
+        torch.testing.assert_close(moved, expected)
+
+
+def test_quadratic_timesteps_are_squares() -> None:
+    """Those of Song et al., without the lowest ones that round to the same."""
+    scheduler = SpacedDDIMScheduler()
+    scheduler.set_timesteps(10, quadratic=True)
+    assert scheduler.timesteps.tolist() == [800, 632, 483, 355, 246, 158, 88, 39, 9, 0]
+    assert scheduler.previous[800] == 632 and scheduler.previous[9] == 0 and scheduler.previous[0] == -1
+    scheduler.set_timesteps(100, quadratic=True)
+    published = [int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2]
+    assert sorted(scheduler.timesteps.tolist()) == sorted(set(published)) and len(set(published)) == 96
+
+
+def test_quadratic_spacing_recovers_a_known_image() -> None:
+    """A model that always points at one image leads there by any sequence of timesteps."""
+    target = torch.linspace(-0.9, 0.9, 16).view(1, 1, 4, 4)
+
+    class Pointing(Zero):
+        def forward(self, sample, timestep, class_labels=None):
+            return SimpleNamespace(sample=target.expand_as(sample))
+
+    model = Pointing()
+    model.config = SimpleNamespace(in_channels=1)
+    scheduler = DDPMScheduler(prediction_type="sample")
+    images = sample_images(model, scheduler, 2, (4, 4), num_inference_steps=7, timestep_spacing="quadratic")
+    torch.testing.assert_close(images, (target / 2 + 0.5).expand(2, -1, -1, -1), rtol=0, atol=0.5001 / 255)
+
+
+def test_spacing_and_eta_change_samples_and_repeat(unet: UNet2DModel) -> None:
+    images = draw(unet)
+    for options in ({"timestep_spacing": "quadratic"}, {"timestep_spacing": "trailing"}, {"eta": 1.0}):
+        other = draw(unet, **options)
+        assert (other - images).abs().max() > 0.01
+        assert torch.equal(draw(unet, **options), other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"timestep_spacing": "cubic"}, "timestep_spacing=cubic must be one of leading"), ({"eta": 1.5}, "eta=1.5 must be in")],
+)
+def test_bad_arguments_are_refused(unet: UNet2DModel, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(unet, **options)
+
+
+def test_labels_go_through_the_classes() -> None:
+    conditional = SimpleNamespace(config=SimpleNamespace(num_class_embeds=3))
+    assert default_labels(conditional, range(2, 7)).tolist() == [2, 0, 1, 2, 0]
+    assert default_labels(SimpleNamespace(config=SimpleNamespace(num_class_embeds=None)), range(3)) is None
