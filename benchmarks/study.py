@@ -1,0 +1,135 @@
+"""The study: when gradient flow wins. Runs every setting of `study_settings.py` and keeps its results.
+
+    python benchmarks/study.py --dataset digits                     what is missing, three seeds each
+    python benchmarks/study.py --dataset digits --part main --jobs 2
+    python benchmarks/study.py --dataset cifar10 --dataset_name uoft-cs/cifar10
+
+Each run leaves one JSON file in `benchmarks/results/study/<dataset>/`; one that is there is not made again, and a run that was
+killed goes on from its checkpoint. `study_report.py` makes tables and pictures of these files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, Setting
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/study"
+RUNS = ROOT / "runs/study"
+FORMAT_VERSION = 1
+
+
+def result_file(dataset: str, setting: Setting, seed: int, results: Path = RESULTS) -> Path:
+    """Where the results of a run lie."""
+    return results / dataset / f"{setting.name}-seed{seed}.json"
+
+
+def record(setting: Setting, dataset: str, seed: int, results: dict, report: dict) -> dict:
+    """What is kept of a run: its results, curves and rankings, and how it was made."""
+    curves = report.get("curves", {})
+    names = ("quality_steps", "quality_seconds", "quality", "validation_steps", "validation_loss", "compaction", "seconds")
+    shown = ("step", "phase", "sparsity", "mask_value", "revived_channels", "newly_pruned_channels")
+    return {
+        "format_version": FORMAT_VERSION,
+        "setting": setting.name,
+        "dataset": dataset,
+        "seed": seed,
+        "command": report.get("command"),
+        "dense": results["dense"],
+        "pruned": results["pruned"],
+        "evaluation": results["evaluation"],
+        "steps": report["phases"]["total_steps"],
+        "phases": report["phases"],
+        "curves": {name: curves[name] for name in names if name in curves},
+        "rankings": [{name: update[name] for name in shown} for update in report.get("mask_updates", [])],
+        "widths": {group["name"]: group["kept_channels"] for group in report.get("channel_groups", [])},
+        **{name: report[name] for name in ("peer",) if name in report},
+    }
+
+
+def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str]) -> list[str]:
+    """Arguments of a run of `training/prune_ddpm.py`."""
+    curves = ("--eval_steps", str(CURVE_STEPS[dataset])) if setting.curves else ()
+    seeds = ("--seed", str(seed), "--pruning_seed", str(seed))  # random choices differ from seed to seed
+    return [*BASE[dataset], *setting.arguments, *curves, *seeds, *extra]
+
+
+def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) -> None:
+    """One run, unless its results are there."""
+    target = result_file(dataset, setting, seed, options.results)
+    if target.exists():
+        return
+    name = f"{dataset}, {setting.title}, seed {seed}"
+    folder = options.runs / dataset / f"{setting.name}-seed{seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    extra = ["--evaluation_cache_dir", str(options.runs / "cache"), "--latency_batch_size", "0", *options.extra]
+    if options.dataset_name is not None:
+        extra += ["--dataset_name", options.dataset_name]
+    script, more = "training/prune_ddpm.py", ["--resume_from_checkpoint", "latest", "--checkpointing_steps", "250"]
+    if setting.kind != "prune":
+        script, more = (
+            "benchmarks/study_baselines.py",
+            ["--baseline", setting.kind, "--results", str(options.results / dataset)],
+        )
+    command = [sys.executable, script, *arguments_of(setting, dataset, seed, extra), *more, "--output_dir", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    print(f"--- {name}", flush=True)
+    log = folder.with_name(f"{folder.name}.log")
+    if not (folder / "results.json").exists():
+        with log.open("a") as file:
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        if done.returncode != 0:
+            print(f"*** {name} failed with status {done.returncode}; see {log}", file=sys.stderr, flush=True)
+            return
+    results, report = (json.loads((folder / f"{what}.json").read_text()) for what in ("results", "pruning_report"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    complete = target.with_suffix(".tmp")
+    complete.write_text(json.dumps(record(setting, dataset, seed, results, report), indent=1) + "\n")
+    os.replace(complete, target)
+    shutil.rmtree(folder)
+    measured = {name: value for name, value in results["pruned"].items() if name.startswith(("fd_", "ssim"))}
+    print(f"    {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()), flush=True)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what it does not know goes to the runs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=DATASETS, required=True)
+    parser.add_argument("--part", nargs="+", choices=sorted({s.part for s in SETTINGS.values()}), help="Parts (default: all).")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="Settings by name (default: all of the parts).")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run.")
+    parser.add_argument("--dataset_name", help="Images, where the recipe's are not to be had under their Hub id.")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    options, options.extra = parser.parse_known_args(argv)
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing."""
+    options = parse(argv)
+    chosen = [
+        setting
+        for setting in SETTINGS.values()
+        if options.dataset in setting.datasets
+        and (options.settings is None or setting.name in options.settings)
+        and (options.part is None or setting.part in options.part)
+    ]
+    # Scratch takes the widths of the default, which are therefore made first
+    work = [(s, seed) for late in (False, True) for seed in options.seeds for s in chosen if (s.kind == "scratch") == late]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda item: run(item[0], options.dataset, item[1], options), work))
+
+
+if __name__ == "__main__":
+    main()

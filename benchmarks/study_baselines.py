@@ -1,0 +1,233 @@
+"""Baselines of the study that `prune_ddpm.py` does not make: trained from scratch, and pruned by Torch-Pruning itself.
+
+    python benchmarks/study_baselines.py --baseline torch-pruning --results DIR --recipe digits --seed 0 --output_dir DIR
+
+- `scratch`: random weights in the widths that the default setting chose with the same seed, of its results in `--results`.
+- `torch-pruning`: Torch-Pruning's own pruner, run the way Diff-Pruning's `ddpm_prune.py` runs it (Fang et al., arXiv
+  2305.10924): gradients summed over the timesteps in order until the loss falls under a twentieth of the largest, Taylor
+  importance of single weights, one uniform pruning ratio for all layers, attention by heads, output convolution left alone,
+  static attributes of the samplers mended. The ratio is the one whose MACs come nearest to the budget asked for.
+
+Everything after that is the same as in a pruning run: images, order, noise, loss, optimizer, schedule, average, evaluation.
+The arguments are those of `prune_ddpm.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch_pruning as tp
+from accelerate import Accelerator
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+from batches import train_dataloader  # noqa: E402
+from diffusers_gfprune import GFPruneConfig, GFPrunedUNet2DModel, GradientFlowPruner  # noqa: E402
+from diffusers_gfprune.evaluation.cost import count_macs, count_parameters  # noqa: E402
+from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target  # noqa: E402
+from image_data import load_images  # noqa: E402
+from measuring import SampleQuality  # noqa: E402
+from objective import NoisePrediction, Objective  # noqa: E402
+from provenance import command_line  # noqa: E402
+from prune_arguments import Arguments, parse_arguments  # noqa: E402
+from reporting import results  # noqa: E402
+from run_folder import load_dense_pipeline, write_json  # noqa: E402
+from training_state import seed_everything  # noqa: E402
+
+LOSS_THRESHOLD = 0.05  # Diff-Pruning's
+
+
+def attention_scales(unet: nn.Module) -> dict[str, float]:
+    """1 / sqrt(d) of every attention, with d the channels of a head as they are."""
+    found = {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
+    return {name: (m.to_q.out_features / m.heads) ** -0.5 for name, m in found.items()}
+
+
+def accumulate_gradients(unet: nn.Module, noise_scheduler, images: torch.Tensor, labels, seed: int) -> int:
+    """Sum gradients of the loss over timesteps 0, 1, 2, ... until it is small; one batch of images, as in `ddpm_prune.py`.
+
+    Returns:
+        Timesteps that went in.
+    """
+    unet.eval().zero_grad()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(images.shape, generator=generator)
+    largest = 0.0
+    for step in range(noise_scheduler.config.num_train_timesteps):
+        timesteps = torch.full((len(images),), step)
+        noisy = noise_scheduler.add_noise(images, noise, timesteps)
+        prediction = unet(noisy, timesteps, class_labels=labels).sample
+        loss = nn.functional.mse_loss(prediction, noise_target(noise_scheduler, images, noise, timesteps))
+        loss.backward()
+        largest = max(largest, loss.item())
+        if loss.item() < largest * LOSS_THRESHOLD:
+            return step + 1
+    return noise_scheduler.config.num_train_timesteps
+
+
+def prune_once(unet: nn.Module, example: dict, ratio: float) -> nn.Module:
+    """A copy of a UNet with gradients, pruned by Torch-Pruning at one uniform ratio."""
+    small = copy.deepcopy(unet)
+    for mine, theirs in zip(small.parameters(), unet.parameters()):
+        mine.grad = None if theirs.grad is None else theirs.grad.clone()
+    heads = {}
+    for module in small.modules():
+        if isinstance(module, Attention):
+            heads |= dict.fromkeys((module.to_q, module.to_k, module.to_v), module.heads)
+    pruner = tp.pruner.BasePruner(
+        small,
+        example,
+        importance=tp.importance.GroupTaylorImportance(multivariable=False),
+        iterative_steps=1,
+        num_heads=heads,
+        pruning_ratio=ratio,
+        ignored_layers=[small.conv_out],
+    )
+    for group in pruner.step(interactive=True):
+        group.prune()
+    for module in small.modules():
+        if isinstance(module, (Upsample2D, Downsample2D)):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+    return small
+
+
+def torch_pruning(args: Arguments, unet: nn.Module, noise_scheduler, images, step_loss: StepLoss) -> tuple[nn.Module, dict]:
+    """Torch-Pruning's result nearest to the budget, and what happened on the way."""
+    dense_macs = count_macs(unet)
+    batch = images.head(args.pruning.calibration_batch_size or args.training.train_batch_size)
+    timesteps = accumulate_gradients(unet, noise_scheduler, batch, None, args.run.seed)
+    example = {"sample": batch[:1], "timestep": torch.ones(1, dtype=torch.long)}
+    best, tried = None, {}
+    for percent in range(10, 60, 2):
+        small = prune_once(unet, example, percent / 100)
+        removed = 1 - count_macs(small) / dense_macs
+        tried[percent] = removed
+        if best is None or abs(removed - args.pruning.ratio) < abs(tried[best[0]] - args.pruning.ratio):
+            best = percent, small
+        if removed > args.pruning.ratio + 0.1:
+            break
+    percent, small = best
+    before, after = attention_scales(unet), attention_scales(small)
+    unet.zero_grad()
+    small.zero_grad()
+    convolutions = {name: m.out_channels for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+    report = {
+        "version": tp.__version__,
+        "timesteps": timesteps,
+        "pruning_ratio": percent / 100,
+        "macs_removed": tried[percent],
+        "macs_removed_by_ratio": {str(key): value for key, value in tried.items()},
+        "widths": convolutions,
+        "step_loss_dense": step_loss(unet),
+        "step_loss_after_pruning": step_loss(small),
+        "attention_scale_ratio": {name: after[name] / before[name] for name in after},
+    }
+    return small, {"peer": report}
+
+
+def scratch(args: Arguments, unet: nn.Module, noise_scheduler, results_folder: Path) -> tuple[nn.Module, dict]:
+    """Random weights in the widths of the default setting of the same seed."""
+    path = results_folder / f"two-phase-seed{args.run.seed}.json"
+    if not path.is_file():
+        raise ValueError(f"results={results_folder} holds no {path.name}: run the setting two-phase first")
+    widths = json.loads(path.read_text())["widths"]
+    config = GFPruneConfig(ratio=args.pruning.ratio, total_steps=1, criterion="random")
+    pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler)
+    # Which channels are kept does not matter where weights are random, how many of each norm group does little
+    masks = {}
+    for group in pruner.groups:
+        mask = torch.zeros(group.num_channels)
+        per_head = group.num_channels // group.heads
+        kept = widths[group.name] // group.heads
+        for head in range(group.heads):
+            places = torch.linspace(0, per_head - 1, kept).round().long() if kept > 1 else torch.zeros(1, dtype=torch.long)
+            mask[head * per_head + places] = 1
+        masks[group.name] = mask
+    pruner.set_masks(masks)
+    torch.manual_seed(args.run.seed)
+    return GFPrunedUNet2DModel.from_config(pruner.compact().config), {}
+
+
+def fine_tune(args: Arguments, student: nn.Module, dense: nn.Module, noise_scheduler, images) -> nn.Module:
+    """Train as `prune_ddpm.py` does after compaction, for all steps of the run; the averaged weights come back."""
+    t = args.training
+    student.train().requires_grad_(True)
+    model = NoisePrediction(student)
+    objective = Objective(args.objective, noise_scheduler, teacher=dense)
+    optimizer = torch.optim.AdamW(
+        student.parameters(),
+        lr=t.learning_rate,
+        betas=(t.adam_beta1, t.adam_beta2),
+        weight_decay=t.adam_weight_decay,
+        eps=t.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
+    )
+    ema = EMAModel(student.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75) if t.use_ema else None
+    batches = train_dataloader(
+        images, t.train_batch_size, seed=args.run.seed, num_train_timesteps=noise_scheduler.config.num_train_timesteps
+    )
+    for step, batch in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
+        batch.pop("broken")
+        seed_everything(args.run.seed, step, 0)
+        loss, _ = objective(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), t.max_grad_norm)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.step(student.parameters())
+    if ema is not None:
+        ema.copy_to(student.parameters())
+    return student.eval().requires_grad_(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--baseline", choices=("scratch", "torch-pruning"), required=True)
+    parser.add_argument("--results", type=Path, required=True, help="Folder of the study's results.")
+    options, words = parser.parse_known_args()
+    args = parse_arguments(words)
+    accelerator = Accelerator(cpu=True)
+    unet, noise_scheduler = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    images, (held_out, labels) = load_images(args.data, unet.config)
+    dense = copy.deepcopy(unet).eval().requires_grad_(False)
+    step_loss = StepLoss(held_out, noise_scheduler, labels)
+    quality = SampleQuality(args.evaluation, dense, noise_scheduler, images, accelerator.device)
+    if options.baseline == "scratch":
+        student, extra = scratch(args, unet, noise_scheduler, options.results)
+    else:
+        student, extra = torch_pruning(args, unet, noise_scheduler, images, step_loss)
+    print(f"{options.baseline}: {count_parameters(student):,} parameters, {count_macs(student):,} MACs", flush=True)
+    student = fine_tune(args, student, dense, noise_scheduler, images)
+    losses = step_loss(dense), step_loss(student)
+    measured, _, _ = results(args, dense, student, quality, len(held_out), losses)
+    folder = Path(args.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    total = args.training.max_train_steps
+    phases = {"soft_end_step": 0, "hard_end_step": 0, "total_steps": total, "update_interval": 0}
+    command = command_line(sys.argv[1:], "benchmarks/study_baselines.py")
+    write_json(folder / "pruning_report.json", {"phases": phases, "command": command, **extra})
+    write_json(folder / "results.json", measured)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"study_baselines.py: error: {error}")

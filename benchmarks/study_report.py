@@ -1,0 +1,233 @@
+"""Tables and pictures of the study, from the results that `study.py` left.
+
+    python benchmarks/study_report.py                       tables on the terminal
+    python benchmarks/study_report.py --write               tables into README.md and benchmarks/README.md, too
+
+A table in a document stands between two comments, `<!-- study: NAME -->` and `<!-- end -->`; what is between them is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from study_settings import DATASETS, SETTINGS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/study"
+PICTURES = ROOT / "benchmarks/pictures"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+DISTANCE = {"digits": "fd_pixels", "cifar10": "fd_efflite0"}
+TITLES = {"digits": "digits, 8x8", "cifar10": "CIFAR-10, 16x16"}
+COLUMNS = {"step_loss": "step loss", "distance": "", "ssim_to_dense": "SSIM to dense", "psnr_to_dense": "PSNR to dense"}
+
+Run = dict
+Found = dict[str, list[Run]]
+
+
+def load(dataset: str, results: Path = RESULTS) -> Found:
+    """Runs by name of the setting, in the order of seeds."""
+    found = {}
+    for name in SETTINGS:
+        paths = sorted((results / dataset).glob(f"{name}-seed*.json"), key=lambda path: int(path.stem.rpartition("seed")[2]))
+        paths = [path for path in paths if re.fullmatch(rf"{re.escape(name)}-seed\d+", path.stem)]
+        if paths:
+            found[name] = [json.loads(path.read_text()) for path in paths]
+    return found
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and sample standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def figure(run: Run, dataset: str, column: str, which: str = "pruned") -> float | None:
+    """A figure of a run."""
+    return run[which].get(DISTANCE[dataset] if column == "distance" else column)
+
+
+def main_table(found: Found, dataset: str, parts: Sequence[str], names: Sequence[str] | None = None) -> str:
+    """A Markdown table of settings, best distance first within the table's order of settings."""
+    first = next(iter(found.values()))[0]
+    distance = first["evaluation"]["distances"][DISTANCE[dataset]]["title"]
+    titles = [distance if name == "distance" else title for name, title in COLUMNS.items()]
+    lines = ["| setting | seeds | MACs | " + " | ".join(titles) + " |", "|---|---|---|" + "---|" * len(titles)]
+    dense = [figure(first, dataset, name, "dense") for name in COLUMNS]
+    cells = ["1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.4f}" for name, v in zip(COLUMNS, dense)]
+    lines.append(f"| dense | - | {first['dense']['macs'] / 1e6:.1f}M | " + " | ".join(cells) + " |")
+    for name, runs in found.items():
+        setting = SETTINGS[name]
+        if setting.part not in parts or (names is not None and name not in names):
+            continue
+        cells = [spread([figure(run, dataset, column) for run in runs], 2 if "psnr" in column else 4) for column in COLUMNS]
+        macs = statistics.mean(run["pruned"]["macs"] for run in runs) / 1e6
+        lines.append(f"| {setting.title} | {len(runs)} | {macs:.1f}M | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def revival_table(found: Found, dataset: str) -> str:
+    """How many channels came back, and whether that helped."""
+    lines = ["| setting | came back, per run | of all channels ranked out | SSIM to dense |", "|---|---|---|---|"]
+    for name in ("two-phase", "paper", *(s.name for s in SETTINGS.values() if s.part == "revival")):
+        runs = found.get(name, [])
+        if runs:
+            back = [sum(r["revived_channels"] for r in run["rankings"]) for run in runs]
+            gone = [sum(r["newly_pruned_channels"] for r in run["rankings"]) for run in runs]
+            share = statistics.mean(b / g for b, g in zip(back, gone))
+            ssim = spread([run["pruned"]["ssim_to_dense"] for run in runs])
+            lines.append(f"| {SETTINGS[name].title} | {spread(back, 1)} | {share:.1%} | {ssim} |")
+    return "\n".join(lines)
+
+
+def peer_table(found: Found, dataset: str) -> str:
+    """What Torch-Pruning's own pruner did to the model."""
+    lines = [
+        "| data | seed | asked for | MACs removed | step loss before | right after pruning | attention scale |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in found.get("torch-pruning", []):
+        peer = run["peer"]
+        drift = statistics.mean(peer["attention_scale_ratio"].values())
+        lines.append(
+            f"| {TITLES[dataset]} | {run['seed']} | 50 % | {peer['macs_removed']:.1%} | {peer['step_loss_dense']:.4f} | "
+            f"{peer['step_loss_after_pruning']:.4f} | x {drift:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+CURVES = {
+    "two-phase": ("gradient flow, two phases (default)", "tab:blue"),
+    "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
+    "one-shot-magnitude": ("magnitude, one-shot", "tab:green"),
+    "one-shot-gradient-flow": ("gradient flow, one-shot", "tab:purple"),
+    "paper": ("gradient flow as published, no teacher", "tab:red"),
+}
+
+
+def curve(run: Run, dataset: str, metric: str) -> tuple[list[float], list[float], list[float]]:
+    """Steps, seconds and values of a metric along a run, its end included."""
+    key = DISTANCE[dataset] if metric == "distance" else metric
+    curves = run["curves"]
+    steps, seconds = [*curves["quality_steps"], run["steps"]], [*curves["quality_seconds"], sum(curves["seconds"].values())]
+    return steps, seconds, [*curves["quality"][key], run["pruned"][key]]
+
+
+def plot_curves(path: Path, data: dict[str, Found], against: str) -> None:
+    """Quality over steps or over time, a row of pictures a data set; bands are the range over seeds."""
+    figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
+    for row, (dataset, found) in zip(axes, data.items()):
+        for axis, metric in zip(row, ("distance", "ssim_to_dense")):
+            for name, (title, colour) in CURVES.items():
+                runs = [curve(run, dataset, metric) for run in found.get(name, []) if run["curves"].get("quality_steps")]
+                if runs:
+                    places = [statistics.mean(v) for v in zip(*(run[1 if against == "time" else 0] for run in runs))]
+                    values = list(zip(*(run[2] for run in runs)))
+                    axis.plot(places, [statistics.mean(v) for v in values], marker=".", label=title, color=colour)
+                    axis.fill_between(places, list(map(min, values)), list(map(max, values)), alpha=0.15, color=colour)
+            first = next(iter(found.values()))[0]
+            title = first["evaluation"]["distances"][DISTANCE[dataset]]["title"] if metric == "distance" else "SSIM to dense"
+            if metric == "distance":
+                axis.set_yscale("log")
+                axis.axhline(first["dense"][DISTANCE[dataset]], color="gray", linestyle=":", label="dense")
+            axis.set_title(f"{TITLES[dataset]}: {title}", fontsize=10)
+            axis.set_xlabel("seconds of training and scoring" if against == "time" else "training step")
+    axes[0, 0].legend(fontsize=7)
+    _save(figure_, path)
+
+
+def plot_budgets(path: Path, data: dict[str, Found]) -> None:
+    """Quality over the share of MACs removed."""
+    figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
+    for row, (dataset, found) in zip(axes, data.items()):
+        for axis, metric in zip(row, ("distance", "ssim_to_dense")):
+            for name in ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"):
+                points = []
+                for ending in ("-30", "", "-70"):
+                    for run in found.get(name + ending, []):
+                        points.append((1 - run["pruned"]["macs"] / run["dense"]["macs"], figure(run, dataset, metric)))
+                groups: dict[float, list[float]] = {}
+                for share, value in points:
+                    groups.setdefault(round(share, 1), []).append(value)
+                if groups:
+                    shares = sorted(groups)
+                    means = [statistics.mean(groups[share]) for share in shares]
+                    low, high = ([bound(groups[share]) for share in shares] for bound in (min, max))
+                    errors = [[m - v for m, v in zip(means, low)], [v - m for m, v in zip(means, high)]]
+                    title, colour = CURVES[name]
+                    axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=title, color=colour)
+            if metric == "distance":
+                axis.axhline(next(iter(found.values()))[0]["dense"][DISTANCE[dataset]], color="gray", linestyle=":")
+            axis.set_title(
+                f"{TITLES[dataset]}: {'Fréchet distance' if metric == 'distance' else 'SSIM to dense'}", fontsize=10
+            )
+            axis.set_xlabel("MACs removed, %")
+    axes[0, 0].legend(fontsize=7)
+    _save(figure_, path)
+
+
+def _save(figure_, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure_.savefig(path, dpi=110)
+    plt.close(figure_)
+
+
+def tables(data: dict[str, Found]) -> dict[str, str]:
+    """Every table of the documents, by name."""
+    made: dict[str, Callable[[Found, str], str]] = {
+        "main": lambda found, dataset: main_table(found, dataset, ["main"]),
+        "rivals": lambda found, dataset: main_table(found, dataset, ["main"], [*CURVES, "torch-pruning", "scratch"]),
+        **{
+            part: (lambda found, dataset, part=part: main_table(found, dataset, [part, "main"], _beside(part)))
+            for part in ("budget", "phases", "schedules", "scores")
+        },
+        "revival": revival_table,
+        "peer": peer_table,
+    }
+    return {f"{name} {dataset}": make(found, dataset) for name, make in made.items() for dataset, found in data.items()}
+
+
+def _beside(part: str) -> list[str]:
+    """Settings of a part, with the default beside them."""
+    return ["two-phase", *(setting.name for setting in SETTINGS.values() if setting.part == part)]
+
+
+def write(document: Path, made: dict[str, str]) -> None:
+    """Replace the tables of a document."""
+    text = document.read_text()
+    for name, table in made.items():
+        marks = re.escape(f"<!-- study: {name} -->"), re.escape("<!-- end -->")
+        text = re.sub(rf"({marks[0]}\n).*?({marks[1]})", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
+    document.write_text(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="Replace the tables of the documents.")
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
+    args = parser.parse_args(argv)
+    data = {dataset: found for dataset in DATASETS if (found := load(dataset, args.results))}
+    if not data:
+        raise SystemExit(f"study_report.py: error: results={args.results} holds no results: run benchmarks/study.py first")
+    made = tables(data)
+    for name, table in made.items():
+        print(f"\n{name}\n\n{table}")
+    plot_curves(args.pictures / "quality_over_steps.png", data, "steps")
+    plot_curves(args.pictures / "quality_over_time.png", data, "time")
+    plot_budgets(args.pictures / "quality_over_macs.png", data)
+    if args.write:
+        for document in DOCUMENTS:
+            write(document, made)
+
+
+if __name__ == "__main__":
+    main()

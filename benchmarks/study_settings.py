@@ -1,0 +1,158 @@
+"""What the study compares: every setting is the default run of a data set with a few arguments changed.
+
+Parts of the study:
+
+    main        criteria in one shot and progressively, with the dense model as teacher and without
+    budget      the main rivals at 30 % and 70 % of the MACs removed
+    phases      how long the two phases are, and what each is for
+    schedules   shapes of s_t and p_t
+    revival     whether channels may come back
+    scores      what arXiv 2501.09464 leaves open about the score
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BASE", "DATASETS", "RIVALS", "SETTINGS", "Setting"]
+
+DATASETS = ("digits", "cifar10")
+
+# Arguments of every run of a data set, and steps between two points of the curves.
+BASE = {
+    "digits": ("--recipe", "digits"),
+    "cifar10": ("--recipe", "benchmarks/cifar10/prune.yaml"),
+}
+CURVE_STEPS = {"digits": 250, "cifar10": 250}
+
+CRITERIA = {
+    "random": "random",
+    "magnitude": "magnitude",
+    "taylor": "Taylor",
+    "diff-pruning": "Diff-Pruning",
+    "gradient-flow": "gradient flow",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table.
+
+    Attributes:
+        name: Of its result files.
+        title: In tables.
+        part: Of the study.
+        arguments: Of `training/prune_ddpm.py`, after those of `BASE`.
+        curves: Whether sample quality is measured along the way, too.
+        datasets: Where it is run.
+        kind: `"prune"`: the script; `"scratch"` and `"torch-pruning"`: `study_baselines.py`, for models of other origin.
+    """
+
+    name: str
+    title: str
+    part: str
+    arguments: tuple[str, ...] = ()
+    curves: bool = False
+    datasets: tuple[str, ...] = DATASETS
+    kind: str = "prune"
+
+
+ONE_SHOT = ("--preset", "one-shot")
+NO_TEACHER = ("--distillation_weight", "0")
+DIGITS = ("digits",)
+
+
+def _main() -> list[Setting]:
+    found = []
+    for teacher, ending, words in (((), "", ""), (NO_TEACHER, "-noise", ", no teacher")):
+        for criterion, title in CRITERIA.items():
+            chosen = () if criterion == "gradient-flow" else ("--criterion", criterion)
+            default = criterion == "gradient-flow"
+            rival = criterion in ("magnitude", "diff-pruning", "gradient-flow")
+            found.append(
+                Setting(
+                    f"two-phase{ending}" if default else f"progressive-{criterion}{ending}",
+                    f"{title}, two phases{words}" + (" (default)" if default and not ending else ""),
+                    "main",
+                    (*chosen, *teacher),
+                    curves=default,
+                )
+            )
+            name = f"one-shot-{criterion}{ending}"
+            found.append(Setting(name, f"{title}, one-shot{words}", "main", (*ONE_SHOT, *chosen, *teacher), curves=rival))
+        found.append(Setting(f"scratch{ending}", f"scratch, at the default's widths{words}", "main", teacher, kind="scratch"))
+        title = f"Torch-Pruning as in Diff-Pruning's script{words}"
+        found.append(Setting(f"torch-pruning{ending}", title, "main", teacher, kind="torch-pruning"))
+    published = ("--preset", "paper")
+    found.append(Setting("paper", "gradient flow as published, two phases, no teacher", "main", published, curves=True))
+    taught = (*published, "--distillation_weight", "1")
+    found.append(Setting("paper-teacher", "gradient flow as published, two phases", "main", taught))
+    return found
+
+
+RIVALS = ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
+
+
+def _budgets() -> list[Setting]:
+    found = []
+    for name, title, arguments in (
+        ("two-phase", "gradient flow, two phases", ()),
+        ("one-shot-diff-pruning", "Diff-Pruning, one-shot", (*ONE_SHOT, "--criterion", "diff-pruning")),
+        ("one-shot-magnitude", "magnitude, one-shot", (*ONE_SHOT, "--criterion", "magnitude")),
+    ):
+        for percent in (30, 70):
+            ratio = ("--ratio", f"0.{percent // 10}")
+            found.append(Setting(f"{name}-{percent}", f"{title}, {percent} % removed", "budget", (*arguments, *ratio)))
+    return found
+
+
+def _phases() -> list[Setting]:
+    def fractions(soft: float, hard: float) -> tuple[str, ...]:
+        return ("--soft_fraction", f"{soft:g}", "--hard_fraction", f"{hard:g}")
+
+    rows = [
+        ("phases-5-10", "N = 5 %, M = 10 %", fractions(0.05, 0.1)),
+        ("phases-10-20", "N = 10 %, M = 20 %", fractions(0.1, 0.2)),
+        ("phases-20-40", "N = 20 %, M = 40 %", fractions(0.2, 0.4)),
+        ("soft-only", "soft only, N = M = 20 %", fractions(0.2, 0.2)),
+        ("hard-only", "hard only, M = 20 %", fractions(0, 0.2)),
+    ]
+    return [Setting(name, title, "phases", arguments, datasets=DIGITS) for name, title, arguments in rows]
+
+
+def _schedules() -> list[Setting]:
+    found = []
+    for shape in ("linear", "cosine", "exponential", "cubic"):
+        found.append(Setting(f"p-{shape}", f"p_t {shape}", "schedules", ("--mask_schedule", shape), datasets=DIGITS))
+        found.append(Setting(f"s-{shape}", f"s_t {shape}", "schedules", ("--sparsity_schedule", shape), datasets=DIGITS))
+    return found
+
+
+def _revival() -> list[Setting]:
+    rows = [
+        ("frozen-first", "the first choice, never changed", ("--score_decay", "0.999999", "--revival_margin", "1e9")),
+        ("no-revival", "a pruned channel never comes back", ("--revival_margin", "1e9")),
+        ("free-revival", "channels come back at once", ("--revival_margin", "0")),
+        ("no-memory", "channels come back at once, scores of the moment", ("--revival_margin", "0", "--score_decay", "0")),
+        ("mask-jumps", "masks jump at rankings", ("--interpolate_masks", "false")),
+    ]
+    return [Setting(name, title, "revival", arguments, datasets=DIGITS) for name, title, arguments in rows]
+
+
+def _scores() -> list[Setting]:
+    rows = [
+        ("scores-signed", "signed sums", ("--aggregation", "signed")),
+        ("scores-abs", "absolute value of sums", ("--aggregation", "abs")),
+        ("scores-mean-loss", "g and H of the mean loss", ("--hessian_batches", "mean")),
+        ("scores-masked", "at the masked weights", ("--score_at", "masked")),
+        ("scores-output", "over the slices that produce a channel", ("--score_slices", "output")),
+        ("scores-weight", "over the weights that produce a channel", ("--score_slices", "weight")),
+        ("ranking-global", "global ranking", ("--ranking", "global")),
+        ("ranking-global-cost", "global ranking, per MAC", ("--ranking", "global", "--cost_aware")),
+        ("batches-16", "16 calibration batches in place of 4", ("--calibration_batches", "16")),
+        ("finite-difference", "Hg by finite differences", ("--hvp", "finite-difference")),
+    ]
+    return [Setting(name, title, "scores", arguments, datasets=DIGITS) for name, title, arguments in rows]
+
+
+SETTINGS = {s.name: s for s in (*_main(), *_budgets(), *_phases(), *_schedules(), *_revival(), *_scores())}
