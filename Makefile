@@ -7,7 +7,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # More arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow test-faults quality style teacher benchmark compare clean
+.PHONY: help install prune test test-slow test-faults quality style teacher benchmark study study-quick compare clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,19 @@ teacher: install ## train the digits DDPM again (about half an hour on two cores
 benchmark: install ## measure what pruning, checkpoints and tracking cost, into benchmarks/results/
 	$(VENV)/bin/python benchmarks/cost.py
 	$(VENV)/bin/python benchmarks/overhead.py
+
+# More arguments for `make study`, such as STUDY="--jobs 2 --part main"
+STUDY ?=
+
+study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cores; goes on where it stopped), into benchmarks/results/study/
+	$(VENV)/bin/python benchmarks/approximation.py
+	$(VENV)/bin/python benchmarks/study.py --dataset digits $(STUDY)
+	$(VENV)/bin/python benchmarks/study.py --dataset cifar10 $(STUDY)
+	$(VENV)/bin/python benchmarks/study_report.py --write
+
+study-quick: install ## the machinery of the study at reduced size (under ten minutes), into runs/study-quick/
+	$(VENV)/bin/python benchmarks/study.py --quick
+	$(VENV)/bin/python benchmarks/study_report.py --results runs/study-quick/results --pictures runs/study-quick/pictures
 
 compare: install ## two phases, one-shot criteria and the teacher on the digits (three hours), into benchmarks/results/digits/
 	$(VENV)/bin/python benchmarks/compare_digits.py

@@ -3,6 +3,7 @@
     python benchmarks/study.py --dataset digits                     what is missing, three seeds each
     python benchmarks/study.py --dataset digits --part main --jobs 2
     python benchmarks/study.py --dataset cifar10 --dataset_name uoft-cs/cifar10
+    python benchmarks/study.py --quick                              everything at reduced size, in runs/study-quick
 
 Each run leaves one JSON file in `benchmarks/results/study/<dataset>/`; one that is there is not made again, and a run that was
 killed goes on from its checkpoint. `study_report.py` makes tables and pictures of these files.
@@ -24,6 +25,16 @@ from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, Setting
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"
 RUNS = ROOT / "runs/study"
+QUICK = ROOT / "runs/study-quick"
+# One setting of every kind and part, and a run in seconds
+QUICK_SETTINGS = (
+    *("two-phase", "one-shot-diff-pruning", "one-shot-magnitude", "paper", "scratch", "torch-pruning"),
+    *("two-phase-30", "phases-5-10", "p-cosine", "no-revival", "ranking-global"),
+)
+QUICK_ARGUMENTS = (
+    *("--max_train_steps", "40", "--calibration_batches", "1", "--calibration_batch_size", "16", "--train_batch_size", "16"),
+    *("--eval_images", "80", "--ddim_num_inference_steps", "5", "--validation_images", "64", "--ema_max_decay", "0.9"),
+)
 FORMAT_VERSION = 1
 
 
@@ -55,9 +66,9 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
     }
 
 
-def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str]) -> list[str]:
+def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], curve_steps: int | None = None) -> list[str]:
     """Arguments of a run of `training/prune_ddpm.py`."""
-    curves = ("--eval_steps", str(CURVE_STEPS[dataset])) if setting.curves else ()
+    curves = ("--eval_steps", str(curve_steps or CURVE_STEPS[dataset])) if setting.curves else ()
     seeds = ("--seed", str(seed), "--pruning_seed", str(seed))  # random choices differ from seed to seed
     return [*BASE[dataset], *setting.arguments, *curves, *seeds, *extra]
 
@@ -79,7 +90,8 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
             "benchmarks/study_baselines.py",
             ["--baseline", setting.kind, "--results", str(options.results / dataset)],
         )
-    command = [sys.executable, script, *arguments_of(setting, dataset, seed, extra), *more, "--output_dir", str(folder)]
+    words = arguments_of(setting, dataset, seed, extra, 15 if options.quick else None)
+    command = [sys.executable, script, *words, *more, "--output_dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     print(f"--- {name}", flush=True)
     log = folder.with_name(f"{folder.name}.log")
@@ -88,6 +100,7 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode != 0:
             print(f"*** {name} failed with status {done.returncode}; see {log}", file=sys.stderr, flush=True)
+            options.failed.append(name)
             return
     results, report = (json.loads((folder / f"{what}.json").read_text()) for what in ("results", "pruning_report"))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +115,9 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; what it does not know goes to the runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=DATASETS, required=True)
+    parser.add_argument("--dataset", choices=DATASETS)
+    parser.add_argument("--quick", action="store_true", help="Everything at reduced size, to see that it works.")
+    parser.add_argument("--folder", type=Path, default=QUICK, help="Where --quick puts its results and runs.")
     parser.add_argument("--part", nargs="+", choices=sorted({s.part for s in SETTINGS.values()}), help="Parts (default: all).")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="Settings by name (default: all of the parts).")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -112,6 +127,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=RUNS)
     options, options.extra = parser.parse_known_args(argv)
+    options.failed = []
+    if options.quick:
+        options.dataset, options.seeds = "digits", [0, 1]
+        options.settings = options.settings or QUICK_SETTINGS
+        options.results, options.runs = options.folder / "results", options.folder / "runs"
+        options.extra = [*QUICK_ARGUMENTS, *options.extra]
+    if options.dataset is None:
+        parser.error("--dataset or --quick is needed")
     return options
 
 
@@ -129,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     work = [(s, seed) for late in (False, True) for seed in options.seeds for s in chosen if (s.kind == "scratch") == late]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda item: run(item[0], options.dataset, item[1], options), work))
+    if options.failed:
+        sys.exit(f"study.py: error: {len(options.failed)} of {len(work)} runs failed: {'; '.join(options.failed)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""benchmarks/study*.py and approximation.py: settings are valid, runs are kept and not repeated, the whole machinery works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
+
+import study  # noqa: E402
+import study_report  # noqa: E402
+from study_settings import DATASETS, SETTINGS  # noqa: E402
+
+from prune_arguments import parse_arguments  # noqa: E402
+
+
+def results_of(name: str, seed: int, ssim: float, macs: int = 50) -> dict:
+    """What a run leaves, with figures that tell it apart."""
+    pruned = {"macs": macs * 1_000_000, "step_loss": 0.07, "fd_pixels": 0.04, "ssim_to_dense": ssim, "psnr_to_dense": 20.0}
+    dense = {"macs": 100_000_000, "step_loss": 0.06, "fd_pixels": 0.03}
+    distances = {"fd_pixels": {"title": "FD-pixels", "features": "raw pixels", "reference_images": 10}}
+    ranking = {"step": 0, "revived_channels": 1, "newly_pruned_channels": 4}
+    return {
+        **{"setting": name, "dataset": "digits", "seed": seed, "dense": dense, "pruned": pruned, "steps": 100},
+        **{"evaluation": {"distances": distances}, "rankings": [ranking], "widths": {}, "phases": {"total_steps": 100}},
+        "curves": {
+            "quality_steps": [50],
+            "quality_seconds": [5.0],
+            "quality": {k: [v] for k, v in pruned.items()},
+            "seconds": {},
+        },
+    }
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> None:
+    setting = SETTINGS[name]
+    words = study.arguments_of(setting, dataset, 3, ["--output_dir", "runs/x"])
+    args = parse_arguments(words)
+    assert args.run.seed == args.pruning.pruning_seed == 3
+    assert args.pruning.ratio == (int(name[-2:]) / 100 if setting.part == "budget" else 0.5)
+    assert bool(args.evaluation.eval_steps) == setting.curves
+    assert (args.objective.distillation_weight == 0) == ("no teacher" in setting.title)
+
+
+def test_settings_differ() -> None:
+    """No two runs of a data set are the same, but for settings that happen to be the default."""
+    chosen = [s for s in SETTINGS.values() if s.kind == "prune"]
+    default = vars(parse_arguments(study.arguments_of(SETTINGS["two-phase"], "digits", 0, [])).pruning)
+    seen: dict[str, str] = {}
+    for setting in chosen:
+        args = parse_arguments(study.arguments_of(setting, "digits", 0, []))
+        values = json.dumps([vars(args.pruning), vars(args.objective)], sort_keys=True)
+        if vars(args.pruning) != default:
+            assert values not in seen, f"{setting.name} is {seen.get(values)}"
+        seen[values] = setting.name
+
+
+def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for seed, ssim in enumerate((0.9, 0.92, 0.94)):
+        (folder / f"two-phase-seed{seed}.json").write_text(json.dumps(results_of("two-phase", seed, ssim)))
+    (folder / "two-phase-30-seed0.json").write_text(json.dumps(results_of("two-phase-30", 0, 0.98, macs=70)))
+    found = study_report.load("digits", tmp_path)
+    assert {name: len(runs) for name, runs in found.items()} == {"two-phase": 3, "two-phase-30": 1}
+    table = study_report.main_table(found, "digits", ["main"])
+    row = next(line for line in table.splitlines() if "(default)" in line)
+    assert row.split(" | ")[1:] == ["3", "50.0M", "0.0700 ± 0.0000", "0.0400 ± 0.0000", "0.9200 ± 0.0200", "20.00 ± 0.00 |"]
+    assert "30 %" not in table and "| dense | - | 100.0M | 0.0600 | 0.0300 | 1 | - |" in table
+    assert "| 1.0 ± 0.0 | 25.0% |" in study_report.revival_table(found, "digits")
+
+
+def test_tables_are_replaced_where_they_are_marked(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- study: main digits -->\nold\n<!-- end -->\nafter <!-- end -->\n")
+    for _ in range(2):  # again and again
+        study_report.write(document, {"main digits": "| new |", "main cifar10": "| other |"})
+    assert document.read_text() == "before\n<!-- study: main digits -->\n\n| new |\n\n<!-- end -->\nafter <!-- end -->\n"
+
+
+def test_no_results_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no results: run benchmarks/study.py first"):
+        study_report.main(["--results", str(tmp_path)])
+
+
+def test_a_run_whose_results_are_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = study.result_file("digits", SETTINGS["paper"], 0, tmp_path)
+    target.parent.mkdir()
+    target.write_text("{}")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a run was started"))
+    study.main(["--dataset", "digits", "--settings", "paper", "--seeds", "0", "--results", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_the_whole_machinery_works(tmp_path: Path) -> None:
+    """As `make study-quick`, with its figures thrown away."""
+    environment = {"results": tmp_path / "results", "pictures": tmp_path / "pictures"}
+    command = [sys.executable, "benchmarks/study.py", "--quick", "--folder", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    found = study_report.load("digits", environment["results"])
+    assert set(found) == set(study.QUICK_SETTINGS) and all(len(runs) == 2 for runs in found.values())
+    # The budget is met by what prunes here, whatever the seed; the peer comes as near as its ratio allows
+    for name, runs in found.items():
+        for run in runs:
+            removed = 1 - run["pruned"]["macs"] / run["dense"]["macs"]
+            wanted = 0.3 if name.endswith("-30") else 0.5
+            assert abs(removed - wanted) < (0.05 if name == "torch-pruning" else 0.01), name
+    assert found["scratch"][0]["pruned"]["macs"] == found["two-phase"][0]["pruned"]["macs"]
+    study_report.main(["--results", str(environment["results"]), "--pictures", str(environment["pictures"])])
+    names = {path.name for path in environment["pictures"].iterdir()}
+    assert names == {"quality_over_steps.png", "quality_over_time.png", "quality_over_macs.png"}
+
+
+def test_the_approximation_holds_for_small_changes(tmp_path: Path) -> None:
+    """The gradient norm changes as predicted where weights move by a thousandth."""
+    import approximation
+
+    output = tmp_path / "approximation.json"
+    approximation.main(
+        ["--channels", "3", "--batches", "1", "--output", str(output), "--picture", str(tmp_path / "approximation.png")]
+    )
+    for found in json.loads(output.read_text())["models"].values():
+        assert found["single"]["by_share"]["0.001"]["pearson"] > 0.99
+        assert found["single"]["by_share"]["0.001"]["median_ratio"] == pytest.approx(1, abs=0.2)
