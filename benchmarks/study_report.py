@@ -23,6 +23,7 @@ from study_settings import DATASETS, SETTINGS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"
+APPROXIMATION = ROOT / "benchmarks/results/approximation.json"
 PICTURES = ROOT / "benchmarks/pictures"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 DISTANCE = {"digits": "fd_pixels", "cifar10": "fd_efflite0"}
@@ -71,6 +72,31 @@ def main_table(found: Found, dataset: str, parts: Sequence[str], names: Sequence
         cells = [spread([figure(run, dataset, column) for run in runs], 2 if "psnr" in column else 4) for column in COLUMNS]
         macs = statistics.mean(run["pruned"]["macs"] for run in runs) / 1e6
         lines.append(f"| {setting.title} | {len(runs)} | {macs:.1f}M | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def approximation_table(path: Path) -> str:
+    """How well the first-order approximation tells the change of the gradient norm."""
+    models = json.loads(path.read_text())["models"]
+    lines = [
+        "| model | a | correlation | rank correlation | same sign | measured / predicted (median) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in models.items():
+        for share, row in found["single"]["by_share"].items():
+            cells = (f"{row[key]:.2f}" for key in ("pearson", "spearman", "same_sign", "median_ratio"))
+            lines.append(f"| {name} | {share} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| model | lowest-scored channels removed | change predicted | measured | loss before | after |",
+        "|---" * 6 + "|",
+    ]
+    for name, found in models.items():
+        for row in found["together"]:
+            lines.append(
+                f"| {name} | {row['share']:.0%} of every group | {row['predicted']:+.3g} | {row['measured']:+.3g} | "
+                f"{found['loss']:.3f} | {found['loss'] + row['loss_change']:.3f} |"
+            )
     return "\n".join(lines)
 
 
@@ -219,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     if not data:
         raise SystemExit(f"study_report.py: error: results={args.results} holds no results: run benchmarks/study.py first")
     made = tables(data)
+    if APPROXIMATION.is_file():
+        made["approximation"] = approximation_table(APPROXIMATION)
     for name, table in made.items():
         print(f"\n{name}\n\n{table}")
     plot_curves(args.pictures / "quality_over_steps.png", data, "steps")
