@@ -109,7 +109,7 @@ def test_step_loss_by_timestep_splits_the_mean() -> None:
     assert sum(buckets.values()) / 4 == pytest.approx(loss(unet), rel=1e-9)
     one = StepLoss(images, DDPMScheduler(), grid=4)
     chosen = one.timesteps == 375
-    noisy = DDPMScheduler().add_noise(one.images[chosen], one.noise[chosen], one.timesteps[chosen])
+    noisy = DDPMScheduler().add_noise(one.images[one.image_of[chosen]], one.noise[chosen], one.timesteps[chosen])
     with torch.no_grad():
         prediction = unet.eval()(noisy, one.timesteps[chosen]).sample
     assert buckets[375] == pytest.approx(((prediction - one.noise[chosen]) ** 2).mean().item(), rel=1e-5)

@@ -217,6 +217,8 @@ class RunFolder:
         if error is not None and self.staging.exists():
             if (self.staging / "model_index.json").exists():
                 print(f"the last pipeline that was saved is in {self.staging}", file=sys.stderr)
+            elif (self.staging / "results.json").exists():  # an evaluation that only could not be moved to its name
+                print(f"the results are in {self.staging}", file=sys.stderr)
             else:
                 self.discard()
         if error is not None:

@@ -6,12 +6,11 @@ samples of the dense model), so that curves over training, results of a run and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .cost import spatial_size
 from .fidelity import frechet_distance, frechet_distance_pixels, kernel_distance, psnr_to_reference, ssim_to_reference
@@ -21,6 +20,8 @@ __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
 
 SSIM_WINDOW = 7
 PIXELS = "pixels"
+# Of every kernel distance: the mean over subsets of up to so many vectors, drawn from this seed
+KERNEL = {"num_subsets": 100, "subset_size": 1000, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,24 @@ def kernel_metric(metric: str) -> str:
     return "kid" if metric == "fid" else metric.replace("fd_", "kd_", 1)
 
 
-def extract_features(network, images: Tensor, batch_size: int = 128, progress: str | None = None) -> Tensor:
-    """Features of images in [0, 1], as 8-bit values, float32 with shape `(n, d)`."""
-    chunks = tqdm(images.split(batch_size), desc=progress, disable=progress is None)
-    return torch.cat([network(to_uint8(chunk)) for chunk in chunks])
+def extract_features(network, images: Tensor, batch_size: int = 128, advance: Callable[[int], object] | None = None) -> Tensor:
+    """Features of images, by batches.
+
+    Args:
+        network: One of `features`.
+        images: With shape `(n, channels, height, width)`, n >= 1: uint8, or float in [0, 1], which is rounded to 8 bits.
+        batch_size: Images that go through it at once.
+        advance: Told of each batch how many images it has had.
+
+    Returns:
+        float32 on the CPU, with shape `(n, d)`.
+    """
+    features = []
+    for batch in images.split(batch_size):
+        features.append(network(batch if batch.dtype == torch.uint8 else to_uint8(batch)))
+        if advance is not None:
+            advance(len(batch))
+    return torch.cat(features)
 
 
 class Quality:
@@ -132,7 +147,7 @@ class Quality:
             distance = frechet_distance_pixels if network.name == PIXELS else frechet_distance
             found[network.metric] = distance(mine, real)
             if self.kernel:
-                found[kernel_metric(network.metric)] = kernel_distance(mine, real)
+                found[kernel_metric(network.metric)] = kernel_distance(mine, real, **KERNEL)
         return found
 
     def similarities(self, samples: Tensor) -> dict[str, float | None]:
@@ -163,12 +178,12 @@ class Quality:
         return self.distances({network.name: extract_features(network, samples) for network in self.networks})
 
     def describe(self) -> dict[str, dict]:
-        """For result files: title, features and number of real images of every distance, by metric."""
-        return {
-            network.metric: {
-                "title": network.title,
-                "features": network.description,
-                "reference_images": len(self.reference[network.name]),
-            }
-            for network in self.networks
-        }
+        """For result files: title, features and number of real images of every distance, by metric; subsets of kernel ones."""
+        found = {}
+        for network in self.networks:
+            depends = {"features": network.description, "reference_images": len(self.reference[network.name])}
+            found[network.metric] = {"title": network.title, **depends}
+            if self.kernel:
+                title = "KID" if network.metric == "fid" else network.title.replace("FD-", "KD-", 1)
+                found[kernel_metric(network.metric)] = {"title": title, **depends, **KERNEL}
+        return found

@@ -72,14 +72,15 @@ class StepLoss:
         timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
         # Repetition r of image i takes timestep i + r * (grid // repeats) of the grid, round and round.
         repeats = max(1, min(grid, 1024 // max(1, len(images))))
-        self.images = images.repeat(repeats, 1, 1, 1)
+        self.images = images
+        self.image_of = torch.arange(len(images)).repeat(repeats)  # image of each of the errors that are averaged
         index = torch.arange(len(images)).repeat(repeats) + torch.arange(repeats).repeat_interleave(len(images)) * (
             grid // repeats
         )
         self.timesteps = timesteps[index % grid]
         generator = torch.Generator().manual_seed(seed)
-        self.noise = torch.randn(self.images.shape, generator=generator)
-        self.class_labels = None if class_labels is None else class_labels.repeat(repeats)
+        self.noise = torch.randn(len(self.image_of), *images.shape[1:], generator=generator)
+        self.class_labels = class_labels
         self.noise_scheduler = noise_scheduler
         self.batch_size = batch_size
 
@@ -100,15 +101,16 @@ class StepLoss:
 
     @torch.no_grad()
     def _errors(self, model: nn.Module) -> Tensor:
-        """Squared error of each image at its timestep: float64 with shape `(len(self.images),)`."""
+        """Squared error of each image at its timestep: float64 with shape `(len(self.image_of),)`."""
         parameter = next(model.parameters())
         errors = []
         with evaluating(model):
-            for start in range(0, len(self.images), self.batch_size):
+            for start in range(0, len(self.image_of), self.batch_size):
                 chunk = slice(start, start + self.batch_size)
-                images, noise = self.images[chunk].to(parameter.device), self.noise[chunk].to(parameter.device)
+                chosen = self.image_of[chunk]
+                images, noise = self.images[chosen].to(parameter.device), self.noise[chunk].to(parameter.device)
                 timesteps = self.timesteps[chunk].to(parameter.device)
-                labels = None if self.class_labels is None else self.class_labels[chunk].to(parameter.device)
+                labels = None if self.class_labels is None else self.class_labels[chosen].to(parameter.device)
                 noisy = self.noise_scheduler.add_noise(images, noise, timesteps).to(parameter.dtype)
                 prediction = model(noisy, timesteps, class_labels=labels).sample.float()
                 target = noise_target(self.noise_scheduler, images, noise, timesteps)

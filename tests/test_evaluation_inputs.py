@@ -1,0 +1,96 @@
+"""evaluation_inputs.py: folders of images, and models that go together."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_helpers import encode
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+
+from evaluation_inputs import FolderImages  # noqa: E402
+
+
+def write(folder: Path, *values: int, shape: tuple[int, ...] = (6, 4)) -> Path:
+    """Images of one value each, in files whose order is that of the values."""
+    folder.mkdir(exist_ok=True)
+    for index, value in enumerate(values):
+        (folder / f"{index:03}.png").write_bytes(encode(np.full(shape, value, dtype=np.uint8)))
+    return folder
+
+
+def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    """Folders in the folder included; hidden files and other kinds are none."""
+    write(tmp_path, 1, 2, 3)
+    write(tmp_path / "0", 7)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_text("no image")
+    images = FolderImages(str(tmp_path))
+    assert len(images) == 4 and images.channels == 1 and images.size == (6, 4)
+    pixels = images.read(range(4))
+    assert pixels.dtype == torch.uint8 and pixels.shape == (4, 1, 6, 4)
+    assert pixels[:, 0, 0, 0].tolist() == [7, 1, 2, 3]
+    assert images.read(range(1, 3))[:, 0, 0, 0].tolist() == [1, 2]
+    assert FolderImages(str(tmp_path), wanted=2).read(range(2))[:, 0, 0, 0].tolist() == [7, 1]
+    config = images.config
+    assert (config.in_channels, config.sample_size, config.num_class_embeds) == (1, (6, 4), None)
+
+
+def test_colour_is_read_as_rgb(tmp_path: Path) -> None:
+    """Palettes, transparency and single greyscale images among them included."""
+    folder = write(tmp_path, 10, shape=(6, 4, 3))
+    Image.fromarray(np.full((6, 4), 20, np.uint8)).save(folder / "001.png")
+    Image.fromarray(np.full((6, 4, 4), 30, np.uint8), "RGBA").save(folder / "002.png")
+    Image.fromarray(np.full((6, 4, 3), 40, np.uint8)).quantize(4).save(folder / "003.png")
+    Image.fromarray(np.full((6, 4, 3), 50, np.uint8)).save(folder / "004.jpg", quality=100)
+    pixels = FolderImages(str(folder)).read(range(5))
+    assert pixels.shape == (5, 3, 6, 4)
+    assert pixels[:, :, 0, 0].tolist() == [[value] * 3 for value in (10, 20, 30, 40, 50)]
+
+
+def test_digest_is_of_what_the_files_hold(tmp_path: Path) -> None:
+    write(tmp_path / "a", 1, 2, 3)
+    write(tmp_path / "b", 1, 2, 4)
+    a, b = (FolderImages(str(tmp_path / name)) for name in "ab")
+    assert a.digest(range(2)) == b.digest(range(2)) != a.digest(range(1, 3))
+    assert a.digest(range(3)) != b.digest(range(3))
+    write(tmp_path / "a", 1, 2, 4)
+    assert FolderImages(str(tmp_path / "a")).digest(range(3)) == b.digest(range(3))
+
+
+def test_what_are_no_images_of_one_kind_is_refused(tmp_path: Path) -> None:
+    folder = str(write(tmp_path / "x", 1, 2, 3))
+    with pytest.raises(ValueError, match="x holds 3 images, too few: 5 are needed"):
+        FolderImages(folder, wanted=5)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds 0 images, too few: 2 are needed"):
+        FolderImages(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="resolution=8 but images of images_dir=.*x have 6x4 pixels"):
+        FolderImages(folder, resolution=8)
+    extra = tmp_path / "x/003.png"
+    for content, message in (
+        (encode(np.zeros((8, 8), np.uint8)), "003.png has 8x8 pixels, others have 6x4"),
+        (encode(np.zeros((6, 4, 3), np.uint8)), "003.png has mode RGB, the first image is greyscale"),
+        (b"no image", "003.png cannot be read: cannot identify"),
+        (encode(Image.fromarray(np.zeros((6, 4), np.uint16))), "003.png has mode I;16, the first image is greyscale"),
+    ):
+        extra.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            FolderImages(folder)
+
+
+def test_image_that_breaks_off_is_named(tmp_path: Path) -> None:
+    """Its header is whole."""
+    generator = np.random.default_rng(0)
+    for index in range(2):
+        content = encode(generator.integers(0, 256, (32, 32), dtype=np.uint8))
+        (tmp_path / f"{index}.png").write_bytes(content[: len(content) // 2] if index else content)
+    images = FolderImages(str(tmp_path))
+    assert images.read(range(1)).shape == (1, 1, 32, 32)
+    with pytest.raises(ValueError, match="1.png cannot be read"):
+        images.read(range(2))

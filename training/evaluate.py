@@ -1,0 +1,284 @@
+"""Measure a DDPM, dense or pruned: distances to real images, similarity to the dense model, step loss, cost.
+
+    accelerate launch training/evaluate.py --model runs/cifar10 --reference_model google/ddpm-cifar10-32 \
+        --dataset_name uoft-cs/cifar10 --num_images 50000 --timestep_spacing quadratic
+    accelerate launch training/evaluate.py --compare runs/a-evaluation runs/b-evaluation
+
+Writes `results.json`, pictures and a table into `--output_dir`. Samples and features are made in shards that are kept, by as
+many processes as there are: after an interruption the same command goes on where it was, and the next evaluation with the
+same dense model or data finds them made.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_gfprune.evaluation.cache import TensorCache, default_cache_dir
+from diffusers_gfprune.evaluation.quality import Quality
+from diffusers_gfprune.evaluation.speed import measure_speed
+from evaluation_arguments import EvaluateArguments, parse_evaluate_arguments
+from evaluation_card import RunUpdate, check_run
+from evaluation_figures import describe_evaluation, describe_model, describe_plan, warn_of_few
+from evaluation_inputs import Inputs, load_inputs
+from evaluation_processes import ERRORS, main_first, make_accelerator, one_line, together
+from evaluation_results import (
+    EvaluationResults,
+    ModelFigures,
+    common_reference,
+    comparison_table,
+    differing_settings,
+    read_results,
+    reference_title,
+)
+from evaluation_samples import Samples, folder_source, model_source, shards
+from measuring import RealFeatures
+from plots import plot_step_loss, save_sample_grid, save_sample_rows
+from provenance import command_line, portable
+from run_folder import RunFolder, write_json
+
+SAMPLES_FILE = "samples.safetensors"
+# All that an evaluation or a comparison leaves in its folder
+FILES = {"results.json", "samples.png", "step_loss.png", "table.md", "comparison.png", SAMPLES_FILE}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate as the command line says."""
+    args = parse_evaluate_arguments(argv)
+    cache_dir = Path(args.output.evaluation_cache_dir or default_cache_dir())
+    folder = RunFolder(args.output_dir, args.output.overwrite_output_dir, args.inputs)
+    accelerator = make_accelerator()
+    main_process = accelerator.is_main_process
+    share = (accelerator.process_index, accelerator.num_processes)
+    with together(accelerator):
+        if main_process and not args.output.dry_run:
+            check_folders(folder, None if args.model.compare else cache_dir)
+        if main_process and args.model.compare:
+            compare(args, folder)
+    if args.model.compare:
+        accelerator.end_training()
+        return
+
+    # 1. models, data, networks: everything that can be wrong is found here
+    inputs = main_first(accelerator, lambda: load_inputs(args, accelerator.device))
+    cache = TensorCache(cache_dir)
+    samples = make_samples(args, inputs, cache)
+    real = RealFeatures(
+        inputs.images,
+        inputs.networks,
+        cache,
+        args.samples.num_reference_images or inputs.images.num_images,
+        args.data.max_broken_images,
+    )
+    with together(accelerator):
+        if main_process:
+            if args.output.update_model_card:
+                check_run(Path(args.model.model), inputs)
+            print(describe_plan(args, inputs, samples, real, share[1]), flush=True)
+            warn_of_few(inputs, real)
+    if args.output.dry_run:
+        accelerator.end_training()
+        return
+
+    with folder if main_process else nullcontext():
+        # 2. samples and features, shared out among processes
+        figures = []
+        if main_process:
+            folder.prepare(nn.Identity())  # no model is saved
+            figures = [describe_model(args, argument, inputs) for argument in inputs.models]
+        with tqdm(
+            total=samples.work(*share) + real.work(*share),
+            desc="samples and features",
+            unit="image",
+            disable=not main_process,
+        ) as bar:
+            samples.make(*share, bar.update)
+            real.make(*share, bar.update)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        if not main_process:
+            return
+
+        # 3. figures; 4. files, pictures, table
+        results = measure(args, accelerator, inputs, samples, real, figures)
+        table = write_files(folder.staging, results, samples)
+        update = None
+        if args.output.update_model_card:
+            update = RunUpdate(Path(args.model.model), results, folder.staging / "samples.png")
+        try:
+            folder.publish()
+        except BaseException:
+            if update is not None:
+                update.discard()
+            raise
+    if update is not None:
+        update.apply()
+    samples.forget_images()
+    print(f"\n{table}\n\nsaved: {folder.path}")
+
+
+def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
+    """Refuse to write where something else lies, or nothing can be kept.
+
+    Raises:
+        ValueError: The output folder may not be written, or the cache cannot be.
+    """
+    if any(folder.training.glob("*")):
+        raise ValueError(f"output_dir={folder.path} is that of a training run, see {folder.training}: name another folder")
+    folder.check()
+    if folder.overwrite and folder.path.exists():
+        foreign = (
+            sorted(path.name for path in folder.path.iterdir() if path.name not in FILES) if folder.path.is_dir() else ["it"]
+        )
+        if foreign:
+            raise ValueError(f"output_dir={folder.path} is no evaluation, it holds {foreign[0]}: name another folder")
+    if cache_dir is None:
+        return
+    cache_dir = cache_dir.absolute()
+    if folder.path == cache_dir or folder.path in cache_dir.parents:
+        raise ValueError(f"evaluation_cache_dir={cache_dir} must not be in output_dir={folder.path}")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        (cache_dir / ".writable").touch()
+        (cache_dir / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"evaluation_cache_dir={cache_dir} cannot be written: {error.strerror}") from error
+
+
+def make_samples(args: EvaluateArguments, inputs: Inputs, cache: TensorCache) -> Samples:
+    """Where samples come from; nothing is sampled here."""
+    if inputs.folder_images is not None:
+        shape = (inputs.folder_images.channels, *inputs.folder_images.size)
+        return Samples(
+            [folder_source("images", inputs.folder_images, cache)], inputs.networks, shards(inputs.num_images, shape)
+        )
+    settings = args.samples.settings()
+    sources = [model_source(name, unet, scheduler, settings, cache) for name, (unet, scheduler) in inputs.models.items()]
+    return Samples(sources, inputs.networks, shards(inputs.num_images, inputs.images.decoder.shape))
+
+
+def measure(
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+    inputs: Inputs,
+    samples: Samples,
+    real: RealFeatures,
+    figures: list[ModelFigures],
+) -> EvaluationResults:
+    """All results, once samples and features are there.
+
+    Args:
+        args: The command line.
+        accelerator: Of this process.
+        inputs: What is evaluated.
+        samples: Made.
+        real: Made.
+        figures: Of the models, as far as they take no samples; completed here.
+    """
+    if accelerator.num_processes > 1 and any(samples.unsampled()):
+        print(f"warning: samples of other processes are not in {samples.sources[0].cache.folder}: made again", file=sys.stderr)
+    if inputs.folder_images is not None:
+        figures = [ModelFigures(name=str(portable(args.model.images_dir)))]
+    quality = Quality(args.samples.settings(), inputs.networks, real.features(), kernel=True)
+    if samples.spans:
+        for measured, source in zip(figures, samples.sources):
+            measured.quality |= quality.distances(samples.features(source))
+        figures[0].quality |= samples.similarities()
+    if inputs.models and args.cost.settings():
+        # Speed-ups are over the dense model, which therefore comes first
+        unets = {name: unet for name, (unet, _) in reversed(inputs.models.items())}
+        for entry in measure_speed(unets, args.cost.settings(), progress="speed"):
+            figures[list(inputs.models).index(entry.pop("model"))].speed.append(entry)
+    return EvaluationResults(
+        model=figures[0],
+        reference_model=figures[1] if len(figures) > 1 else None,
+        evaluation=describe_evaluation(args, inputs, real, quality, accelerator),
+        command=command_line(args.words, "training/evaluate.py"),
+    )
+
+
+def write_files(folder: Path, results: EvaluationResults, samples: Samples) -> str:
+    """Results, pictures and the table, which is returned, too."""
+    write_json(folder / "results.json", results.to_dict())
+    if samples.spans:
+        shown = {source.name: source.shown(samples.spans[0]) for source in samples.sources}
+        save_file(shown, folder / SAMPLES_FILE)
+        pictures = {name: images.float() / 255 for name, images in shown.items()}
+        if len(pictures) == 2:
+            save_sample_grid(folder / "samples.png", pictures["reference_model"], pictures["model"])
+        else:
+            save_sample_rows(folder / "samples.png", list(pictures.values()))
+    models = {results.model.name: results.model}
+    if results.reference_model is not None:
+        models[reference_title(results.reference_model)] = results.reference_model
+    if results.model.step_loss_by_timestep:
+        plot_step_loss(folder / "step_loss.png", {title: m.step_loss_by_timestep for title, m in models.items()})
+    table = comparison_table([results])
+    (folder / "table.md").write_text(table + "\n", "utf-8")
+    return table
+
+
+def compare(args: EvaluateArguments, folder: RunFolder) -> None:
+    """A table of earlier evaluations, and their samples above each other.
+
+    Raises:
+        ValueError: One is missing or damaged, or they differ in what figures depend on.
+    """
+    results = [read_results(name) for name in args.model.compare]
+    differing = differing_settings(results)
+    if differing:
+        raise ValueError(f"compare={' '.join(args.model.compare)} cannot be compared, they differ in {'; '.join(differing)}")
+    table = comparison_table(results)
+    rows = sample_rows(args.model.compare, results)
+    with folder:
+        folder.prepare(nn.Identity())
+        if rows:
+            titles, images = zip(*rows)
+            save_sample_rows(folder.staging / "comparison.png", images, titles)
+        (folder.staging / "table.md").write_text(table + "\n", "utf-8")
+        folder.publish()
+    print(f"{table}\n\nsaved: {folder.path}")
+
+
+def sample_rows(names: Sequence[str], results: Sequence[EvaluationResults]) -> list[tuple[str, Tensor]]:
+    """Titles and samples in [0, 1] of the evaluations that kept some, the common reference model first."""
+    rows, reference = [], common_reference(results)
+    for name, result in zip(names, results):
+        path = Path(name) / SAMPLES_FILE
+        if not path.is_file():
+            continue
+        try:
+            kept = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if reference is not None and not rows and "reference_model" in kept:
+            rows.append((reference_title(reference), kept["reference_model"].float() / 255))
+        for key in ("model", "images"):
+            if key in kept:
+                rows.append((result.model.name, kept[key].float() / 255))
+    return rows
+
+
+def stop(number: int, frame: object) -> None:
+    """End on a signal, with nothing half-written left behind."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
+    except ERRORS as error:
+        sys.exit(one_line(error))
