@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from diffusers import DDPMPipeline
 from sklearn.datasets import load_digits
@@ -19,18 +20,25 @@ from diffusers_gfprune.one_shot import images_to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "training/digits"
+sys.path.insert(0, str(ROOT / "training"))
+
+import train_ddpm  # noqa: E402
+
+
+def command(tmp_path: Path, name: str) -> list[object]:
+    """Arguments of three steps of training on a tiny model."""
+    config = {**json.loads((DIGITS / "unet_config.json").read_text()), "block_out_channels": [16, 16]}
+    (tmp_path / "unet.json").write_text(json.dumps(config))
+    return [
+        *("--model_config", tmp_path / "unet.json", "--dataset_name", DIGITS, "--output_dir", tmp_path / name),
+        *("--max_train_steps", 3, "--train_batch_size", 8, "--validation_steps", 2, "--validation_images", 8),
+    ]
 
 
 def train(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Three steps of training on a tiny model."""
-    config = {**json.loads((DIGITS / "unet_config.json").read_text()), "block_out_channels": [16, 16]}
-    (tmp_path / "unet.json").write_text(json.dumps(config))
-    command = [
-        *(sys.executable, "training/train_ddpm.py", "--model_config", tmp_path / "unet.json"),
-        *("--dataset_name", "training/digits", "--output_dir", tmp_path / "teacher", "--max_train_steps", 3),
-        *("--train_batch_size", 8, "--validation_steps", 2, "--validation_images", 8, *arguments),
-    ]
-    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+    """The script, as users start it."""
+    words = [sys.executable, "training/train_ddpm.py", *command(tmp_path, "teacher"), *arguments]
+    return subprocess.run([str(part) for part in words], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_training_leaves_a_pipeline(tmp_path: Path) -> None:
@@ -46,6 +54,34 @@ def test_training_leaves_a_pipeline(tmp_path: Path) -> None:
     }
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "teacher")
     assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in step 8, from the checkpoint of step 6, bit for bit on a CPU; nothing is left beside the result."""
+    one_step = train_ddpm.training_step
+
+    def stopping(args, state, *rest) -> None:
+        if state.step == 7:
+            raise KeyboardInterrupt
+        one_step(args, state, *rest)
+
+    def start(name: str, *arguments: str) -> Path:
+        words = ["train_ddpm.py", *map(str, command(tmp_path, name)), "--max_train_steps", "10", *arguments]
+        monkeypatch.setattr(sys, "argv", words)
+        train_ddpm.main()
+        return tmp_path / name / "unet/diffusion_pytorch_model.safetensors"
+
+    whole = start("whole", "--checkpointing_steps", "3")
+    monkeypatch.setattr(train_ddpm, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        start("parts", "--checkpointing_steps", "3")
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(train_ddpm, "training_step", one_step)
+    with pytest.raises(ValueError, match="another run: seed was 0, is 1"):
+        start("parts", "--resume_from_checkpoint", "latest", "--seed", "1")
+    parts = start("parts", "--resume_from_checkpoint", "latest")
+    assert parts.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"unet.json", "whole", "parts"}
 
 
 def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
