@@ -158,7 +158,7 @@ def plot(path: Path, results: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=100, help="Channels that are taken one at a time.")
+    parser.add_argument("--channels", type=int, default=50, help="Channels that are taken one at a time.")
     parser.add_argument("--batches", type=int, default=4, help="Calibration batches of 64 images.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/approximation.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "benchmarks/pictures/approximation.png")
