@@ -163,6 +163,13 @@ def test_bad_arguments_are_refused(unet: UNet2DModel, options: dict, message: st
         draw(unet, **options)
 
 
+def test_samples_that_are_not_finite_are_refused() -> None:
+    model = Zero()
+    model.config, model.forward = SimpleNamespace(in_channels=1), lambda x, *args, **kw: SimpleNamespace(sample=x * torch.nan)
+    with pytest.raises(ValueError, match="samples 2 to 3 are not finite"):
+        sample_images(model, DDPMScheduler(), 3, (4, 4), num_inference_steps=1, batch_size=2, first=2)
+
+
 def test_labels_go_through_the_classes() -> None:
     conditional = SimpleNamespace(config=SimpleNamespace(num_class_embeds=3))
     assert default_labels(conditional, range(2, 7)).tolist() == [2, 0, 1, 2, 0]

@@ -77,10 +77,12 @@ class TensorCache:
             os.close(handle)
             save_file(dict(tensors), fresh, metadata={"key": _canonical(key)})
             os.replace(fresh, path)
+            fresh = None
         except (OSError, SafetensorError) as error:
             print(f"warning: {path} cannot be kept: {error}", file=sys.stderr)
-            if fresh is not None and os.path.exists(fresh):
-                os.remove(fresh)
+        finally:
+            if fresh is not None:
+                Path(fresh).unlink(missing_ok=True)
 
 
 def _canonical(key: Mapping) -> str:

@@ -136,7 +136,7 @@ def sample_images(
         Images in [0, 1], in steps of 1/255, float32 on the CPU, with shape `(num_images, channels, height, width)`.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range, or samples are not finite.
     """
     if timestep_spacing not in TIMESTEP_SPACINGS:
         raise ValueError(f"timestep_spacing={timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
@@ -160,5 +160,9 @@ def sample_images(
                 prediction = unet(x.to(parameter.dtype), timestep, class_labels=labels).sample.float()
                 fresh = _noise(shape, generators).to(parameter.device) if eta > 0 else None
                 x = ddim.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample
+            if not torch.isfinite(x).all():  # 8 bits would make black pixels of it
+                raise ValueError(
+                    f"samples {numbers.start} to {numbers.stop - 1} are not finite: the model's weights, or its dtype"
+                )
             images.append(to_uint8(x / 2 + 0.5).float().cpu() / 255)
     return torch.cat(images)
