@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable
@@ -142,11 +143,13 @@ def plot(path: Path, results: dict) -> None:
         for axis, share in zip(row, shares):
             changes = results["models"][name]["single"]["changes"][share]
             axis.scatter(changes["predicted"], changes["measured"], s=8)
-            linear = min(min(abs(v) for v in values if v) for values in changes.values())
-            ends = max(max(map(abs, changes["predicted"])), linear * 10)
+            ends = max(map(abs, changes["predicted"]))
             axis.plot([-ends, ends], [-ends, ends], color="gray", linewidth=0.8)
             axis.set_xscale("symlog", linthresh=ends / 1000)
             axis.set_yscale("symlog", linthresh=ends / 1000)
+            power = 10.0 ** math.floor(math.log10(ends))
+            axis.set_xticks([-power, -power / 100, 0, power / 100, power])
+            axis.tick_params(labelsize=7)
             rank = results["models"][name]["single"]["by_share"][share]["spearman"]
             axis.set_title(f"{name}: a = {share}, rank correlation {rank:.2f}", fontsize=9)
             axis.set_xlabel("predicted change of ||g||²", fontsize=8)

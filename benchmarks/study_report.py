@@ -242,16 +242,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     args = parser.parse_args(argv)
     data = {dataset: found for dataset in DATASETS if (found := load(dataset, args.results))}
-    if not data:
+    if not data and not args.write:
         raise SystemExit(f"study_report.py: error: results={args.results} holds no results: run benchmarks/study.py first")
     made = tables(data)
     if APPROXIMATION.is_file():
         made["approximation"] = approximation_table(APPROXIMATION)
     for name, table in made.items():
         print(f"\n{name}\n\n{table}")
-    plot_curves(args.pictures / "quality_over_steps.png", data, "steps")
-    plot_curves(args.pictures / "quality_over_time.png", data, "time")
-    plot_budgets(args.pictures / "quality_over_macs.png", data)
+    if data:
+        plot_curves(args.pictures / "quality_over_steps.png", data, "steps")
+        plot_curves(args.pictures / "quality_over_time.png", data, "time")
+        plot_budgets(args.pictures / "quality_over_macs.png", data)
     if args.write:
         for document in DOCUMENTS:
             write(document, made)
