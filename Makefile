@@ -58,7 +58,7 @@ study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cor
 	$(VENV)/bin/python benchmarks/study_report.py --write
 
 study-quick: install ## the machinery of the study at reduced size (under ten minutes), into runs/study-quick/
-	$(VENV)/bin/python benchmarks/study.py --quick
+	$(VENV)/bin/python benchmarks/study.py --quick --jobs 2
 	$(VENV)/bin/python benchmarks/study_report.py --results runs/study-quick/results --pictures runs/study-quick/pictures
 
 compare: install ## two phases, one-shot criteria and the teacher on the digits (three hours), into benchmarks/results/digits/

@@ -102,7 +102,7 @@ def test_a_run_whose_results_are_there_is_not_made_again(tmp_path: Path, monkeyp
 def test_the_whole_machinery_works(tmp_path: Path) -> None:
     """As `make study-quick`, with its figures thrown away."""
     environment = {"results": tmp_path / "results", "pictures": tmp_path / "pictures"}
-    command = [sys.executable, "benchmarks/study.py", "--quick", "--folder", str(tmp_path)]
+    command = [sys.executable, "benchmarks/study.py", "--quick", "--jobs", "2", "--folder", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     found = study_report.load("digits", environment["results"])
     assert set(found) == set(study.QUICK_SETTINGS) and all(len(runs) == 2 for runs in found.values())
