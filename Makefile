@@ -7,10 +7,10 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # More arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow test-faults quality style teacher benchmark study study-quick compare clean
+.PHONY: help install prune test test-slow test-faults quality style teacher cifar10-teacher benchmark study study-quick compare clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 install: $(VENV)/.installed ## create .venv and install the package with what it needs
 
@@ -43,6 +43,11 @@ teacher: install ## train the digits DDPM again (about half an hour on two cores
 	$(VENV)/bin/python training/digits/make_digits.py
 	$(LAUNCH) training/train_ddpm.py --model_config training/digits/unet_config.json \
 		--dataset_name training/digits --max_train_steps 8000 --output_dir runs/digits-teacher
+
+cifar10-teacher: install ## train the scaled-down CIFAR-10 DDPM of the study (two hours on two cores), into runs/cifar10-teacher
+	$(LAUNCH) training/train_ddpm.py --model_config benchmarks/cifar10/unet_config.json \
+		--dataset_name uoft-cs/cifar10 --random_flip --train_batch_size 64 --max_train_steps 16000 --learning_rate 5e-4 \
+		--validation_images 1024 --output_dir runs/cifar10-teacher --resume_from_checkpoint latest $(ARGS)
 
 benchmark: install ## measure what pruning, checkpoints and tracking cost, into benchmarks/results/
 	$(VENV)/bin/python benchmarks/cost.py

@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, Setting
+from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, TEACHERS, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"
@@ -141,6 +141,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing."""
     options = parse(argv)
+    teacher = TEACHERS[options.dataset]
+    if not (ROOT / teacher).is_dir():
+        sys.exit(
+            f"study.py: error: dataset={options.dataset} needs {teacher}: make cifar10-teacher, and copy its result there"
+        )
     chosen = [
         setting
         for setting in SETTINGS.values()

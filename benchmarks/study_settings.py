@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BASE", "DATASETS", "RIVALS", "SETTINGS", "Setting"]
+__all__ = ["BASE", "CURVE_STEPS", "DATASETS", "SETTINGS", "TEACHERS", "Setting"]
 
 DATASETS = ("digits", "cifar10")
 
@@ -23,6 +23,7 @@ BASE = {
     "digits": ("--recipe", "digits"),
     "cifar10": ("--recipe", "benchmarks/cifar10/prune.yaml"),
 }
+TEACHERS = {"digits": "training/digits/teacher", "cifar10": "benchmarks/cifar10/teacher"}
 CURVE_STEPS = {"digits": 250, "cifar10": 250}
 
 CRITERIA = {
@@ -88,9 +89,6 @@ def _main() -> list[Setting]:
     taught = (*published, "--distillation_weight", "1")
     found.append(Setting("paper-teacher", "gradient flow as published, two phases", "main", taught))
     return found
-
-
-RIVALS = ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
 
 
 def _budgets() -> list[Setting]:

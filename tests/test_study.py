@@ -90,6 +90,12 @@ def test_no_results_is_one_line(tmp_path: Path) -> None:
         study_report.main(["--results", str(tmp_path)])
 
 
+def test_a_teacher_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="dataset=cifar10 needs benchmarks/cifar10/teacher: make cifar10-teacher"):
+        study.main(["--dataset", "cifar10", "--results", str(tmp_path)])
+
+
 def test_a_run_whose_results_are_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = study.result_file("digits", SETTINGS["paper"], 0, tmp_path)
     target.parent.mkdir()
