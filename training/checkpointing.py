@@ -22,12 +22,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "changed_settings", "tensors_fingerprint"]
+__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "changed_settings"]
 
 FORMAT_VERSION = 1
 MANIFEST, STATE = "checkpoint.json", "state.json"
@@ -241,12 +240,3 @@ class Checkpoints:
         if differing:
             shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
             raise ValueError(f"{checkpoint.path} is a checkpoint of another run: {shown}")
-
-
-def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 over the bytes of tensors, in hexadecimal: tells two models of one architecture apart."""
-    crc = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous().flatten()
-        crc = zlib.crc32(tensor.view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from checkpointing import tensors_fingerprint
+from diffusers_gfprune.evaluation.cache import tensors_fingerprint
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, example_inputs, hardware_name, spatial_size
 from diffusers_gfprune.evaluation.quality import Quality
 from diffusers_gfprune.evaluation.step_loss import StepLoss

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from checkpointing import tensors_fingerprint
-from diffusers_gfprune.evaluation.cache import TensorCache
+from diffusers_gfprune.evaluation.cache import TensorCache, tensors_fingerprint
 from diffusers_gfprune.evaluation.cost import spatial_size
 from diffusers_gfprune.evaluation.features import FeatureNetwork, feature_network
 from diffusers_gfprune.evaluation.quality import Quality, SamplingSettings, extract_features

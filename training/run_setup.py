@@ -13,7 +13,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from batches import BrokenImages, calibration_batches, train_dataloader
-from checkpointing import Checkpoints, tensors_fingerprint
+from checkpointing import Checkpoints
+from diffusers_gfprune.evaluation.cache import tensors_fingerprint
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from estimate import StepEstimate, estimate_step
 from measuring import SampleQuality

