@@ -13,7 +13,7 @@ import threading
 from collections.abc import Set
 from types import FrameType
 
-__all__ = ["Interruption", "StoppedBySignal", "notice_dead_workers_at_next_batch", "obey_only_parent"]
+__all__ = ["Interruption", "StoppedBySignal", "asked_to_stop", "notice_dead_workers_at_next_batch", "obey_only_parent"]
 
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for what it starts
@@ -70,6 +70,24 @@ class Interruption:
 
     def __exit__(self, *error: object) -> None:
         self._restore()
+
+
+def asked_to_stop(accelerator, interruption: Interruption) -> int | None:
+    """The signal that a run is to stop for, if any of its processes was sent one; all of them call this after each step.
+
+    Args:
+        accelerator: Accelerate's, of this process.
+        interruption: Of this process.
+
+    Returns:
+        Its number, on every process; SIGTERM where another process was sent one. None: go on.
+    """
+    asked = interruption.signal
+    if accelerator.num_processes == 1:
+        return asked
+    if asked is not None:
+        accelerator.set_trigger()
+    return (asked or signal.SIGTERM) if accelerator.check_trigger() else None
 
 
 def notice_dead_workers_at_next_batch() -> None:

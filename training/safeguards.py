@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from batches import BrokenImages
 from checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
 from diffusers_gfprune.diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
-from interruption import Interruption, StoppedBySignal
+from interruption import Interruption, StoppedBySignal, asked_to_stop
 from prune_arguments import Arguments
 from run_setup import Run, run_settings
 from tracking import PHASE_NAMES, Tracking
@@ -189,14 +189,9 @@ def stop_if_asked(run: Run, state: TrainingState, interruption: Interruption, tr
     Raises:
         StoppedBySignal: One was.
     """
-    accelerator, asked = run.accelerator, interruption.signal
-    if accelerator.num_processes > 1:
-        if asked is not None:
-            accelerator.set_trigger()
-        if not accelerator.check_trigger():
-            return
-        asked = asked or signal.SIGTERM
-    elif asked is None:
+    accelerator = run.accelerator
+    asked = asked_to_stop(accelerator, interruption)
+    if asked is None:
         return
     tracking.close()
     saved = save_checkpoint(run, state)

@@ -35,7 +35,7 @@ from batches import BrokenImages, train_dataloader
 from checkpointing import Checkpoint, Checkpoints
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
 from image_data import DataArguments, load_images
-from interruption import Interruption, StoppedBySignal
+from interruption import Interruption, StoppedBySignal, asked_to_stop
 from named_state import load_optimizer_state, optimizer_tensors
 from run_folder import RunFolder
 from training_state import seed_everything
@@ -87,7 +87,7 @@ class DenseTraining:
     """
 
     def __init__(self, args: TrainArguments, unet: UNet2DModel, accelerator: Accelerator) -> None:
-        self.step = 0
+        self.step, self.broken = 0, []
         self.unet, self.parameters = unet, dict(unet.named_parameters())
         self.optimizer = torch.optim.AdamW(
             unet.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=args.adam_weight_decay
@@ -101,15 +101,29 @@ class DenseTraining:
         self.ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         self.ema.to(accelerator.device)
         self.model = accelerator.prepare_model(unet)
+        self.scaler = accelerator.scaler  # of losses, in fp16
+        self.prepared = accelerator.prepare_optimizer(self.optimizer, device_placement=False)  # which knows the scaler
 
-    def save(self, checkpoints: Checkpoints, identity: dict) -> None:
-        """Write a checkpoint."""
+    def save(self, checkpoints: Checkpoints, identity: dict, broken: list[str]) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoints: Where.
+            identity: What makes the run this run.
+            broken: Images that could not be read so far.
+        """
         tensors = {
             "model": self.parameters,
             "ema": dict(zip(self.parameters, self.ema.shadow_params)),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
         }
-        checkpoints.save(self.step, identity, {}, tensors, {"ema_steps": self.ema.optimization_step})
+        values = {
+            "ema_steps": self.ema.optimization_step,
+            "lr_scheduler_steps": self.lr_scheduler.last_epoch,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "broken": broken,
+        }
+        checkpoints.save(self.step, identity, {}, tensors, values)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same run."""
@@ -120,8 +134,11 @@ class DenseTraining:
                 shadow.copy_(checkpoint.tensors["ema"][name])
         load_optimizer_state(self.optimizer, self.parameters, checkpoint.tensors["optimizer"], {})
         self.ema.optimization_step = checkpoint.values["ema_steps"]
-        self.lr_scheduler.last_epoch = checkpoint.step - 1
+        self.lr_scheduler.last_epoch = checkpoint.values["lr_scheduler_steps"] - 1
         self.lr_scheduler.step()
+        if self.scaler is not None and checkpoint.values["scaler"] is not None:
+            self.scaler.load_state_dict(checkpoint.values["scaler"])
+        self.broken = checkpoint.values["broken"]
         self.step = checkpoint.step
 
 
@@ -156,10 +173,13 @@ def main() -> None:
     free = ("model_config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps")
     identity = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}
     identity |= {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    identity["num_processes"] = accelerator.num_processes
+    identity |= {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     if resuming and (checkpoint := checkpoints.find(args.resume_from_checkpoint)) is not None:
         checkpoints.check_identity(checkpoint, identity)
-        state.restore(checkpoint)
+        try:
+            state.restore(checkpoint)
+        except (KeyError, TypeError, RuntimeError) as error:  # whole, but not made by a run like this
+            raise ValueError(f"{checkpoint.path} does not fit this run: {error!r}") from error
         accelerator.print(f"going on from {checkpoint.path.name}")
     elif main_process:
         folder.check()
@@ -173,7 +193,7 @@ def main() -> None:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    broken = BrokenImages(data_args.max_broken_images)
+    broken = BrokenImages(data_args.max_broken_images, state.broken)
 
     with folder if main_process else contextlib.nullcontext():
         if main_process:
@@ -194,11 +214,13 @@ def main() -> None:
                     state.ema.copy_to(unet.parameters())
                     progress.write(f"step {state.step}: held-out loss (averaged weights) {step_loss(unet):.4f}")
                     state.ema.restore(unet.parameters())
-                asked = interruption.signal
+                asked = asked_to_stop(accelerator, interruption)
                 if main_process and (asked is not None or state.step % args.checkpointing_steps == 0):
-                    state.save(checkpoints, identity)
+                    state.save(checkpoints, identity, broken.to_list())
                 if asked is not None:
-                    print(f"stopped after step {state.step}, saved; --resume_from_checkpoint latest", file=sys.stderr)
+                    accelerator.wait_for_everyone()
+                    if main_process:
+                        print(f"stopped after step {state.step}, saved; --resume_from_checkpoint latest", file=sys.stderr)
                     raise StoppedBySignal(asked)
 
         # 3. save the averaged weights and show samples
@@ -220,10 +242,11 @@ def training_step(args: TrainArguments, state: DenseTraining, batch: dict[str, T
         raise ValueError(f"the loss is {loss.item()} in step {state.step}: lower learning_rate={args.learning_rate}")
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(state.model.parameters(), args.max_grad_norm)
-    state.optimizer.step()
-    state.lr_scheduler.step()
-    state.optimizer.zero_grad()
-    state.ema.step(state.unet.parameters())
+    state.prepared.step()
+    state.prepared.zero_grad()
+    if not state.prepared.step_was_skipped:
+        state.lr_scheduler.step()
+        state.ema.step(state.unet.parameters())
     state.step += 1
 
 
