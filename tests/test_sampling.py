@@ -163,6 +163,13 @@ def test_bad_arguments_are_refused(unet: UNet2DModel, options: dict, message: st
         draw(unet, **options)
 
 
+def test_a_stochastic_step_without_noise_is_refused() -> None:
+    scheduler = SpacedDDIMScheduler()
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="variance_noise=None: eta=0.5 needs it"):
+        scheduler.step(torch.zeros(1, 1, 2, 2), 900, torch.zeros(1, 1, 2, 2), eta=0.5)
+
+
 def test_samples_that_are_not_finite_are_refused() -> None:
     model = Zero()
     model.config, model.forward = SimpleNamespace(in_channels=1), lambda x, *args, **kw: SimpleNamespace(sample=x * torch.nan)

@@ -36,7 +36,9 @@ class SpacedDDIMScheduler(DDIMScheduler):
     `timestep_spacing="quadratic"` is an argument of `set_timesteps`, since the configuration does not know the word.
     """
 
-    def set_timesteps(self, num_inference_steps: int, device=None, quadratic: bool = False) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None, quadratic: bool = False
+    ) -> None:
         """Choose the timesteps.
 
         Args:
@@ -55,8 +57,22 @@ class SpacedDDIMScheduler(DDIMScheduler):
             self.timesteps = torch.from_numpy(rising[::-1].copy()).to(device)
             self.previous = dict(zip(rising.tolist(), [-1, *rising[:-1].tolist()]))
 
-    def step(self, model_output, timestep, sample, eta=0.0, *, variance_noise=None, **kwargs):
-        """One step, to the timestep that follows in the sequence; arguments as in `DDIMScheduler.step`."""
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        variance_noise: Tensor | None = None,
+    ) -> DDIMSchedulerOutput:
+        """One step, to the timestep that follows in the sequence; arguments as in `DDIMScheduler.step`, which always goes down by
+        the same number.
+
+        Raises:
+            ValueError: `eta` is positive and there is no `variance_noise`.
+        """
+        if eta > 0 and variance_noise is None:
+            raise ValueError(f"variance_noise=None: eta={eta} needs it")
         timestep = int(timestep)
         previous = self.previous[timestep]
         abar = self.alphas_cumprod[timestep]
