@@ -36,3 +36,21 @@ def scripted():
     script.clear()
     yield script
     script.clear()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    """A dense and a pruned model, and greyscale images, for evaluations."""
+    from evaluate_helpers import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling fails the test."""
+    from evaluate_helpers import fail_to_sample
+
+    from diffusers_gfprune.evaluation.quality import SamplingSettings
+
+    monkeypatch.setattr(SamplingSettings, "sample", fail_to_sample)

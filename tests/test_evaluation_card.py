@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from architectures import build, pruned
+from evaluate_helpers import run, save_dense, save_pruned, write_images
 from hub_helpers import CARD, contents
-from test_evaluate import run, save_dense, save_pruned, write_images
 
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
 from diffusers_gfprune.evaluation.quality import SamplingSettings

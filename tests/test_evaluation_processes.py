@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluate import ROOT, run
+from evaluate_helpers import ROOT, run
 
 sys.path.insert(0, str(ROOT / "training"))
 

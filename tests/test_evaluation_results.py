@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluate_helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import save_file
-from test_evaluate import ROOT, run
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -154,7 +154,7 @@ def test_folder_of_images_has_a_table() -> None:
 
 
 def compare(folder: Path, *names: str, more: tuple[str, ...] = ()) -> None:
-    from test_evaluate import evaluate
+    from evaluate_helpers import evaluate
 
     paths = [str(folder / name) for name in names]
     evaluate.main(["--compare", *paths, "--output_dir", str(folder / "out"), *more])
@@ -211,7 +211,7 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_evaluations_of_this_script_can_be_compared(tmp_path: Path) -> None:
     """Two seeds cannot; a model and its copy can."""
-    from test_evaluate import save_dense, write_images
+    from evaluate_helpers import save_dense, write_images
 
     data = ("--dataset_name", write_images(tmp_path / "images"), "--num_images", 70)
     for name in ("first", "second"):

@@ -11,11 +11,11 @@ from architectures import build
 from cleanfid import fid as cleanfid
 from cleanfid.inception_torchscript import InceptionV3W
 from diffusers import DDPMPipeline, DDPMScheduler
+from evaluate_helpers import COUNT, FILES, real_images, run, save_dense, write_images
 from hub_helpers import make_run
 from hub_server import WRITE, HubServer
 from image_helpers import load, unet_config
 from PIL import Image
-from test_evaluate import COUNT, FILES, fail_to_sample, make_world, real_images, run, save_dense, write_images
 from test_features import Base
 
 from diffusers_gfprune.evaluation import quality as quality_module
@@ -23,19 +23,6 @@ from diffusers_gfprune.evaluation.features import INCEPTION_FILE
 from diffusers_gfprune.evaluation.fidelity import frechet_distance_pixels
 from diffusers_gfprune.evaluation.quality import SamplingSettings
 from diffusers_gfprune.hub import push_folder
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense and a pruned model, and greyscale images."""
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling fails the test."""
-    monkeypatch.setattr(SamplingSettings, "sample", fail_to_sample)
-
 
 # --- which distances ----------------------------------------------------------------------------------------------------
 
