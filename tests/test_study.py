@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DModel
+
+from diffusers_gfprune.evaluation.cost import count_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
@@ -47,6 +51,17 @@ def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> N
     assert args.pruning.ratio == (int(name[-2:]) / 100 if setting.part == "budget" else 0.5)
     assert bool(args.evaluation.eval_steps) == setting.curves
     assert (args.objective.distillation_weight == 0) == ("no teacher" in setting.title)
+
+
+def test_the_teacher_of_the_second_data_set_predicts_noise() -> None:
+    """Nothing but noise is left at the last timestep, so that a trained model gives it back; one that predicts none has 1."""
+    unet = UNet2DModel.from_pretrained(ROOT / "benchmarks/cifar10/teacher/unet", use_safetensors=True).eval()
+    wanted = json.loads((ROOT / "benchmarks/cifar10/unet_config.json").read_text())
+    assert {name: list(v) if isinstance(v := unet.config[name], tuple) else v for name in wanted} == wanted
+    assert count_parameters(unet) == 1_624_323
+    noise = torch.randn(16, 3, 16, 16)
+    with torch.no_grad():
+        assert (unet(noise, 999).sample - noise).square().mean() < 0.02
 
 
 def test_settings_differ() -> None:

@@ -65,8 +65,9 @@ class SpacedDDIMScheduler(DDIMScheduler):
         eta: float = 0.0,
         variance_noise: Tensor | None = None,
     ) -> DDIMSchedulerOutput:
-        """One step, to the timestep that follows in the sequence; arguments as in `DDIMScheduler.step`, which always goes down by
-        the same number.
+        """One step, to the timestep that follows in the sequence; `DDIMScheduler.step` always goes down by the same number.
+
+        Arguments are as there.
 
         Raises:
             ValueError: `eta` is positive and there is no `variance_noise`.
