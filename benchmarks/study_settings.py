@@ -24,7 +24,7 @@ BASE = {
     "cifar10": ("--recipe", "benchmarks/cifar10/prune.yaml"),
 }
 TEACHERS = {"digits": "training/digits/teacher", "cifar10": "benchmarks/cifar10/teacher"}
-CURVE_STEPS = {"digits": 250, "cifar10": 250}
+CURVE_STEPS = {"digits": 250, "cifar10": 200}
 
 CRITERIA = {
     "random": "random",
@@ -59,6 +59,7 @@ class Setting:
 
 
 ONE_SHOT = ("--preset", "one-shot")
+UNIFORM = ("--ranking", "group")  # as all rivals are published: the same share of every group
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
 
@@ -67,7 +68,7 @@ def _main() -> list[Setting]:
     found = []
     for teacher, ending, words in (((), "", ""), (NO_TEACHER, "-noise", ", no teacher")):
         for criterion, title in CRITERIA.items():
-            chosen = () if criterion == "gradient-flow" else ("--criterion", criterion)
+            chosen = () if criterion == "gradient-flow" else ("--criterion", criterion, *UNIFORM)
             default = criterion == "gradient-flow"
             rival = criterion in ("magnitude", "diff-pruning", "gradient-flow")
             found.append(
@@ -95,8 +96,8 @@ def _budgets() -> list[Setting]:
     found = []
     for name, title, arguments in (
         ("two-phase", "gradient flow, two phases", ()),
-        ("one-shot-diff-pruning", "Diff-Pruning, one-shot", (*ONE_SHOT, "--criterion", "diff-pruning")),
-        ("one-shot-magnitude", "magnitude, one-shot", (*ONE_SHOT, "--criterion", "magnitude")),
+        ("one-shot-diff-pruning", "Diff-Pruning, one-shot", (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)),
+        ("one-shot-magnitude", "magnitude, one-shot", (*ONE_SHOT, "--criterion", "magnitude", *UNIFORM)),
     ):
         for percent in (30, 70):
             ratio = ("--ratio", f"0.{percent // 10}")

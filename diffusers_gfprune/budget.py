@@ -1,12 +1,21 @@
 """Budgets: from scores and a target cost to the channels that each group keeps.
 
 A group offers a ladder of widths: multiples of `channel_multiple` (and of the heads, inside attention), down to a floor, and
-its dense width. Two ways of walking down the ladders until the share `ratio` of the dense cost is gone:
+its dense width. Three ways of walking down the ladders until the share `ratio` of the dense cost is gone:
 
 - ranking per group: every group keeps the same share of its channels, found by bisection;
+- ranking per group, widths by sensitivity: a group loses the more, the more cost that saves and the less it matters;
 - global ranking: the lowest-scored unit of all goes first, one after another.
 
-Both end with single steps of single groups towards the target, so that it is met to within one unit of one group.
+All end with single steps of single groups towards the target, so that it is met to within one unit of one group.
+
+Widths by sensitivity. Let S_g be the sum of the scores' absolute values in group g, W_g the cost of the whole group, and
+S_g x_g^(1 + 1/beta) the damage of removing a share x_g of it: the last channels of a group are dearer than the first, which a
+plain sum of scores, the case beta -> infinity, does not know. The least damage for sum_g W_g x_g = ratio sum_g W_g is at
+
+    x_g  =  lambda (W_g / S_g)^beta
+
+with lambda found by bisection; beta = 0 is the same share for all.
 """
 
 from __future__ import annotations
@@ -22,7 +31,15 @@ from torch import Tensor
 from .channel_groups import ChannelGroup
 from .cost_model import CostModel
 
-__all__ = ["BUDGET_TOLERANCE", "allocate_global", "allocate_per_group", "check_reachable", "select_channels", "width_ladder"]
+__all__ = [
+    "BUDGET_TOLERANCE",
+    "allocate_by_sensitivity",
+    "allocate_global",
+    "allocate_per_group",
+    "check_reachable",
+    "select_channels",
+    "width_ladder",
+]
 
 BUDGET_TOLERANCE = 0.01  # share of the dense cost
 ATTENTION_UNITS = ("head_dim", "heads")
@@ -107,17 +124,57 @@ def allocate_per_group(cost: CostModel, target: str, ratio: float, ladders: Sequ
     Returns:
         Kept channels of each group, int64 with shape `(groups,)`.
     """
+    return _allocate_in_proportion(cost, target, ratio, ladders, np.ones(len(ladders)))
 
-    def rungs_at(share: float) -> list[int]:
-        return [_nearest(ladder, (1 - share) * ladder[0]) for ladder in ladders]
 
-    low, high = 0.0, 1.0
-    for _ in range(40):
+def allocate_by_sensitivity(
+    cost: CostModel,
+    target: str,
+    ratio: float,
+    ladders: Sequence[Sequence[int]],
+    scores: Sequence[Tensor],
+    exponent: float,
+) -> np.ndarray:
+    """Widths that remove `ratio` of the cost where that costs much and matters little.
+
+    Args:
+        cost: The cost model.
+        target: One of `TARGETS`.
+        ratio: Share of the dense cost to remove, in [0, 1].
+        ladders: Widths that each group may have (`width_ladder`).
+        scores: Scores of each group's channels, on one scale for all groups, each with shape `(num_channels,)`.
+        exponent: beta >= 0 of the module's text; 0 is `allocate_per_group`.
+
+    Returns:
+        Kept channels of each group, int64 with shape `(groups,)`.
+    """
+    sensitivity = np.array([float(score.double().abs().sum()) for score in scores])
+    saved = cost.marginal(target, cost.dense) * cost.dense
+    # A group of zeros may go down to its floor, but shares stay finite.
+    sensitivity = np.maximum(sensitivity, 1e-12 * sensitivity.max() if sensitivity.any() else 1.0)
+    return _allocate_in_proportion(cost, target, ratio, ladders, (saved / sensitivity) ** exponent)
+
+
+def _allocate_in_proportion(
+    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], proportions: np.ndarray
+) -> np.ndarray:
+    """Widths that remove `ratio` of the cost, with removed shares in given proportions as far as the ladders go."""
+    positive = proportions[proportions > 0]
+    proportions = proportions / positive.max()
+
+    def rungs_at(scale: float) -> list[int]:
+        return [
+            _nearest(ladder, (1 - min(scale * proportion, 1.0)) * ladder[0])
+            for ladder, proportion in zip(ladders, proportions)
+        ]
+
+    low, high = 0.0, float(positive.max() / positive.min())  # where every group that counts is at its floor
+    for _ in range(40 + math.ceil(math.log2(high))):
         middle = (low + high) / 2
         kept = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])
         low, high = (middle, high) if cost.removed(target, kept) <= ratio else (low, middle)
     # Where single steps are long, the walk from one side can get stuck.
-    ends = [_polish(cost, target, ratio, ladders, rungs_at(share)) for share in (low, high)]
+    ends = [_polish(cost, target, ratio, ladders, rungs_at(scale)) for scale in (low, high)]
     return min(ends, key=lambda kept: abs(cost.removed(target, kept) - ratio))
 
 

@@ -98,7 +98,7 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:
 @torch.no_grad()
 def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
     """Noise-prediction loss if pruning ended now: without the channels that the pruner's scores give up, and without those
-    that magnitude gives up, at the full budget of either, with no training in between.
+    that magnitude gives up, with the same share of every group, at the full budget of either and with no training in between.
 
     Args:
         pruner: After a ranking; its masks are left as they are. The earlier in the run, the fairer: later on, the weights have
@@ -124,7 +124,7 @@ def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[Calibra
     choices = {
         "loss_dense": everything,
         "loss_criterion": pruner.choose_channels(pruner.scores),
-        "loss_magnitude": pruner.choose_channels(magnitude),
+        "loss_magnitude": pruner.choose_channels(magnitude, widths=pruner.planned_widths),
     }
     before = unet.channel_masks.as_dict()
     context = ScoringContext(unet, groups, batches, pruner.noise_scheduler, config)

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import masking
 from .budget import (
     BUDGET_TOLERANCE,
+    allocate_by_sensitivity,
     allocate_global,
     allocate_per_group,
     check_reachable,
@@ -89,7 +90,7 @@ class GradientFlowPruner:
         ]
         check_reachable(self.cost, config.target, config.ratio, self.ladders)
         self.planned_widths = self._allocate(config.ratio)
-        if config.ranking == "group":
+        if self.widths_are_planned:
             self._warn_if_missed()
         masking.attach(unet, self.groups)
         self.kept = {group.name: torch.ones(group.num_channels, dtype=torch.bool) for group in self.groups}
@@ -130,18 +131,27 @@ class GradientFlowPruner:
         self.kept = {name: (mask == 1).cpu() for name, mask in self.masks.items()}
         self._path, self._by_hand = None, True
 
-    def choose_channels(self, scores: Mapping[str, Tensor], ratio: float | None = None) -> dict[str, Tensor]:
+    @property
+    def widths_are_planned(self) -> bool:
+        """Whether `planned_widths` are what the run ends with; else scores choose the widths, too."""
+        return self.config.ranking == "group"
+
+    def choose_channels(
+        self, scores: Mapping[str, Tensor], ratio: float | None = None, widths: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
         """The channels that scores would keep, at a ratio of the target's cost. Masks stay as they are.
 
         Args:
             scores: By group name, each with shape `(num_channels,)`; higher is kept.
             ratio: Share of the target that is removed, in [0, 1] (default: the full `config.ratio`).
+            widths: Kept channels of each group with shape `(groups,)` (default: those that the budget gives).
 
         Returns:
             True for kept channels by group name, each with shape `(num_channels,)`.
         """
         ratio = self.config.ratio if ratio is None else ratio
-        widths = self._allocate(ratio, scores) if ratio > 0 else self.cost.dense
+        if widths is None:
+            widths = self._allocate(ratio, scores) if ratio > 0 else self.cost.dense
         return {
             group.name: select_channels(group, scores[group.name], int(width), self.config.attention_unit)
             for group, width in zip(self.groups, widths)
@@ -151,11 +161,15 @@ class GradientFlowPruner:
 
     def _allocate(self, ratio: float, scores: Mapping[str, Tensor] | None = None) -> np.ndarray:
         target = self.config.target
-        if self.config.ranking == "global" and scores is not None:
-            comparable = normalize_scores(scores, self.config.normalization)
-            ordered = [comparable[group.name] for group in self.groups]
-            return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
-        return allocate_per_group(self.cost, target, ratio, self.ladders)
+        if scores is None or self.widths_are_planned:
+            return allocate_per_group(self.cost, target, ratio, self.ladders)
+        if self.config.ranking == "sensitivity":
+            ordered = [scores[group.name] for group in self.groups]
+            exponent = self.config.sensitivity_exponent
+            return allocate_by_sensitivity(self.cost, target, ratio, self.ladders, ordered, exponent)
+        comparable = normalize_scores(scores, self.config.normalization)
+        ordered = [comparable[group.name] for group in self.groups]
+        return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
 
     def _rank(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
         """Scores that channels are ranked by: averaged over rankings, with a head start for kept channels."""
@@ -204,7 +218,7 @@ class GradientFlowPruner:
             if not self.history:
                 raise ValueError(f"step={step} is past the last ranking, and none was made: call step() from 0 on")
             self.finished = True
-            if self.config.ranking == "global":  # whose widths were not known before
+            if not self.widths_are_planned:
                 self._warn_if_missed()
         return update
 

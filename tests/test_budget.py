@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusers_gfprune.budget import (
     BUDGET_TOLERANCE,
+    allocate_by_sensitivity,
     allocate_global,
     allocate_per_group,
     check_reachable,
@@ -132,6 +133,20 @@ def test_global_ranking_meets_the_budget(name: str, target: str, cost_aware: boo
         assert all(width in ladder for width, ladder in zip(kept, ladders))
 
 
+@pytest.mark.parametrize("exponent", [0.2, 1.0])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
+def test_widths_by_sensitivity_meet_the_budget(name: str, target: str, exponent: float) -> None:
+    """As above, with groups whose scores are decades apart, as they are in trained models."""
+    cost = cost_of(name)
+    ladders = ladders_of(cost)
+    scores = [score * 10.0 ** (index % 5) for index, score in enumerate(random_scores(cost))]
+    for ratio in RATIOS:
+        kept = allocate_by_sensitivity(cost, target, ratio, ladders, scores, exponent)
+        assert cost.removed(target, kept) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
+        assert all(width in ladder for width, ladder in zip(kept, ladders))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
 def test_budget_is_met_with_widths_that_are_multiples(name: str, target: str) -> None:
@@ -145,7 +160,7 @@ def test_budget_is_met_with_widths_that_are_multiples(name: str, target: str) ->
     assert {ratio: gap for ratio, gap in gaps.items() if abs(gap) > BUDGET_TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("ranking", ["group", "global"])
+@pytest.mark.parametrize("ranking", ["group", "sensitivity", "global"])
 @pytest.mark.parametrize("name", ["base", "three-levels"])
 def test_kept_widths_are_multiples_or_dense(name: str, ranking: str) -> None:
     """Hardware wants multiples of 8; a group that is not pruned keeps its width."""
@@ -154,6 +169,8 @@ def test_kept_widths_are_multiples_or_dense(name: str, ranking: str) -> None:
     for ratio in RATIOS[:-1]:
         if ranking == "group":
             kept = allocate_per_group(cost, "macs", ratio, ladders)
+        elif ranking == "sensitivity":
+            kept = allocate_by_sensitivity(cost, "macs", ratio, ladders, random_scores(cost), 0.5)
         else:
             kept = allocate_global(cost, "macs", ratio, ladders, random_scores(cost))
         assert ((kept % 8 == 0) | (kept == cost.dense)).all()
@@ -173,6 +190,7 @@ def test_nothing_is_removed_at_ratio_zero() -> None:
     cost = cost_of("base")
     ladders = ladders_of(cost)
     assert (allocate_per_group(cost, "macs", 0.0, ladders) == cost.dense).all()
+    assert (allocate_by_sensitivity(cost, "macs", 0.0, ladders, random_scores(cost), 0.2) == cost.dense).all()
     assert (allocate_global(cost, "macs", 0.0, ladders, random_scores(cost)) == cost.dense).all()
 
 
@@ -206,12 +224,47 @@ def test_no_group_is_ever_empty(name: str, target: str) -> None:
     check_reachable(cost, target, ratio, ladders)
     for kept in (
         allocate_per_group(cost, target, ratio, ladders),
+        allocate_by_sensitivity(cost, target, ratio, ladders, random_scores(cost), 0.5),
         allocate_global(cost, target, ratio, ladders, random_scores(cost)),
         # asked for more than there is, the ladders end before the groups do
         allocate_per_group(cost, target, 1.0, ladders),
+        allocate_by_sensitivity(cost, target, 1.0, ladders, random_scores(cost), 0.5),
         allocate_global(cost, target, 1.0, ladders, random_scores(cost)),
     ):
         assert (kept >= smallest).all()
+
+
+def test_shares_follow_cost_over_sensitivity() -> None:
+    """x_g = lambda (W_g / S_g)^beta, known answer: with channels as the cost, a sixteenth of the score per channel and
+    beta = 1/2 are four times the share."""
+    cost = cost_of("cifar10")
+    ladders = ladders_of(cost)
+    scores = [torch.full((group.num_channels,), 16.0 if index % 2 else 1.0) for index, group in enumerate(cost.groups)]
+    kept = allocate_by_sensitivity(cost, "channels", 0.25, ladders, scores, 0.5)
+    shares = 1 - kept / cost.dense
+    assert shares[0::2] == pytest.approx(shares[0::2].mean(), abs=0.01)
+    assert shares[1::2] == pytest.approx(shares[1::2].mean(), abs=0.01)
+    assert shares[0::2].mean() / shares[1::2].mean() == pytest.approx(4, rel=0.03)
+
+
+def test_sensitivity_is_a_sum_of_absolute_values_on_any_scale() -> None:
+    """Signs and a common factor change nothing, exponent 0 ignores scores altogether, and zeros are no division by zero."""
+    cost = cost_of("base")
+    ladders, scores = ladders_of(cost), random_scores(cost)
+    kept = allocate_by_sensitivity(cost, "macs", 0.5, ladders, scores, 0.5)
+    changed = [-1e-9 * score for score in scores]
+    assert kept.tolist() == allocate_by_sensitivity(cost, "macs", 0.5, ladders, changed, 0.5).tolist()
+    uniform = allocate_per_group(cost, "macs", 0.5, ladders)
+    assert uniform.tolist() == allocate_by_sensitivity(cost, "macs", 0.5, ladders, scores, 0.0).tolist()
+    assert uniform.tolist() != kept.tolist()
+    nothing = [torch.zeros_like(score) for score in scores]
+    assert cost.removed("macs", allocate_by_sensitivity(cost, "macs", 0.5, ladders, nothing, 0.2)) == pytest.approx(
+        0.5, abs=0.01
+    )
+    scores[3] = nothing[3]
+    kept = allocate_by_sensitivity(cost, "macs", 0.2, ladders, scores, 0.5)
+    assert kept[3] == ladders[3][-1]
+    assert cost.removed("macs", kept) == pytest.approx(0.2, abs=0.01)
 
 
 def test_global_ranking_takes_the_group_with_lower_scores_first() -> None:

@@ -36,6 +36,9 @@ INVALID = [
     ("diff_pruning_threshold", 1.5),
     ("diff_pruning_threshold", -0.05),
     ("revival_margin", -0.1),
+    ("sensitivity_exponent", -0.2),
+    ("sensitivity_exponent", float("inf")),
+    ("sensitivity_exponent", float("nan")),
     ("total_steps", 0),
     ("soft_fraction", -0.1),
     ("soft_fraction", 0.3),  # later than hard_fraction, 0.2
@@ -65,7 +68,16 @@ def test_every_choice_is_accepted(field) -> None:
     """The choices shown in the help text are those that validation knows."""
     for choice in field.metadata["choices"]:
         assert getattr(GFPruneConfig(**{field.name: choice}), field.name) == choice
-    assert field.default in field.metadata["choices"]
+    assert getattr(GFPruneConfig(), field.name) in field.metadata["choices"]
+
+
+def test_widths_are_chosen_by_scores_that_tell_how_much_a_group_matters() -> None:
+    """Sums of squared weights, say, do not; whoever asks for it gets it all the same."""
+    assert GFPruneConfig().ranking == "sensitivity"
+    assert GFPruneConfig(criterion="magnitude").ranking == "group"
+    assert GFPruneConfig(criterion="magnitude", ranking="sensitivity").ranking == "sensitivity"
+    assert GFPruneConfig.from_preset("paper").ranking == "group"  # as published
+    assert GFPruneConfig.from_preset("one-shot", criterion="diff-pruning").ranking == "group"
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_ranking_leaves_weights_gradients_and_mode_alone():
 # --- channels that scores would keep -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranking", ["group", "global"])
+@pytest.mark.parametrize("ranking", ["group", "sensitivity", "global"])
 def test_channels_that_scores_would_keep(ranking: str):
     """At the full budget, or at a share of it, by scores alone; masks and kept channels stay as they are."""
     pruner = GradientFlowPruner(build(), config(ratio=0.5, ranking=ranking, soft_fraction=0.0))

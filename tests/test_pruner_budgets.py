@@ -20,7 +20,7 @@ from diffusers_gfprune.masking import dense_parameters
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
-@pytest.mark.parametrize("ranking", ["group", "global"])
+@pytest.mark.parametrize("ranking", ["group", "sensitivity", "global"])
 @pytest.mark.parametrize("target", ["macs", "params", "channels"])
 def test_budget_is_met_by_the_compacted_model(target: str, ranking: str, ratio: float):
     """Counted on the small model, not on the plan for it."""
@@ -38,7 +38,7 @@ def test_budget_is_met_by_the_compacted_model(target: str, ranking: str, ratio: 
 
 
 @pytest.mark.parametrize("multiple", [4, 8])
-@pytest.mark.parametrize("ranking", ["group", "global"])
+@pytest.mark.parametrize("ranking", ["group", "sensitivity", "global"])
 def test_channel_multiple(ranking: str, multiple: int):
     """Widths that suit hardware: multiples, or the dense width."""
     pruner = GradientFlowPruner(build(), one_shot(ratio=0.5, ranking=ranking, channel_multiple=multiple))

@@ -52,8 +52,10 @@ def describe_plan(pruner: GradientFlowPruner, args: Arguments, estimate: StepEst
         f"  {group.name:44}{group.num_channels:>7}{int(width):>9}" + (f"   ({group.heads} heads)" if group.heads > 1 else "")
         for group, width in zip(pruner.groups, pruner.planned_widths)
     ]
-    if config.ranking == "global":
-        lines.append("  (a global ranking chooses widths by scores; these are those of a uniform cut)")
+    if not pruner.widths_are_planned:
+        lines.append(
+            f"  (ranking={config.ranking} chooses widths by scores; these are those of the same share of every group)"
+        )
     for name in ("macs", "params", "channels"):
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")

@@ -1,0 +1,150 @@
+"""Do scores tell how much a channel group matters? Their sums, against the damage that is done by pruning the group alone.
+
+    python benchmarks/sensitivity.py --dataset digits
+    python benchmarks/sensitivity.py --dataset cifar10 --dataset_name uoft-cs/cifar10
+
+Widths by sensitivity (`--ranking sensitivity`, `diffusers_gfprune/budget.py`) take the sum S_g of absolute scores in a group
+as what the group is worth. Here half of the channels of one group at a time is masked, four random halves in turn, and
+
+    damage_g = mean of (eps_masked(x_t, t) - eps_dense(x_t, t))^2
+
+on calibration images is compared with S_g of each criterion over all groups of a trained model. No channels that a criterion
+chose are involved, so that none is favoured.
+
+Results go to `benchmarks/results/sensitivity/<dataset>.json`, and a picture of all data sets to `benchmarks/pictures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from diffusers import DDPMPipeline
+from scipy.stats import pearsonr, spearmanr
+from study_settings import BASE, CRITERIA, DATASETS
+from torch import Tensor
+from tqdm.auto import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+from batches import calibration_batches  # noqa: E402
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner  # noqa: E402
+from diffusers_gfprune.budget import select_channels  # noqa: E402
+from diffusers_gfprune.importance import score_channels  # noqa: E402
+from image_data import load_images  # noqa: E402
+from prune_arguments import parse_arguments  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/sensitivity"
+PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
+HALVES = 4
+
+
+@torch.no_grad()
+def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int = HALVES) -> dict[str, float]:
+    """Mean squared change of the noise prediction without half of the channels of a group, by group name, over some draws."""
+    images, noise, timesteps, *labels = batch
+    noisy = pruner.noise_scheduler.add_noise(images, noise, timesteps)
+
+    def predict() -> Tensor:
+        return pruner.unet(noisy, timesteps, class_labels=labels[0] if labels else None).sample
+
+    everything = {group.name: torch.ones(group.num_channels) for group in pruner.groups}
+    generator = torch.Generator().manual_seed(0)
+    pruner.unet.eval()
+    pruner.set_masks(everything)
+    dense, found = predict(), {}
+    for group, ladder in zip(tqdm(pruner.groups, desc="channel groups"), pruner.ladders):
+        half = min(ladder, key=lambda width: abs(width - group.num_channels / 2))
+        changes = []
+        for _ in range(halves):
+            mask = select_channels(group, torch.rand(group.num_channels, generator=generator), half)
+            pruner.set_masks({**everything, group.name: mask.float()})
+            changes.append((predict() - dense).square().mean().item())
+        found[group.name] = sum(changes) / halves
+    pruner.set_masks(everything)
+    return found
+
+
+def measure(dataset: str, words: list[str]) -> dict:
+    """Sums of scores and damages of all groups of a data set's model, and how they correlate."""
+    args = parse_arguments([*BASE[dataset], *words])
+    pipeline = DDPMPipeline.from_pretrained(args.model.pretrained_model_name_or_path, use_safetensors=True)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    images, _ = load_images(args.data, unet.config)
+    number, size = args.pruning.calibration_batches, args.training.train_batch_size
+    batches = calibration_batches(images, number, size, num_train_timesteps=1000, seed=0, step=0)
+    pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), scheduler)
+    damage = damages(pruner, batches[0])
+    sums, rows = {}, {}
+    for criterion in CRITERIA:
+        scores = score_channels(unet, pruner.groups, batches, scheduler, GFPruneConfig(criterion=criterion))
+        sums[criterion] = {name: values.abs().sum().item() for name, values in scores.items()}
+        pairs = [(sums[criterion][name], damage[name]) for name in damage]
+        logs = [[math.log10(value) for value in column] for column in zip(*pairs)]
+        rows[criterion] = {
+            "log_pearson": float(pearsonr(*logs).statistic),
+            "spearman": float(spearmanr(*logs).statistic),
+            "decades": max(logs[0]) - min(logs[0]),
+        }
+    decades = math.log10(max(damage.values()) / min(damage.values()))
+    return {
+        "calibration_batches": number,
+        "calibration_batch_size": size,
+        "halves": HALVES,
+        "groups": len(damage),
+        "damage_decades": decades,
+        "by_criterion": rows,
+        "damage": damage,
+        "summed_scores": sums,
+    }
+
+
+def plot(path: Path, found: dict[str, dict]) -> None:
+    """Summed scores against damage, a row of pictures a data set."""
+    shown = [name for name in CRITERIA if name != "random"]
+    figure, axes = plt.subplots(
+        len(found), len(shown), figsize=(2.7 * len(shown), 2.7 * len(found)), squeeze=False, constrained_layout=True
+    )
+    for row, (dataset, results) in zip(axes, found.items()):
+        for axis, criterion in zip(row, shown):
+            sums = results["summed_scores"][criterion]
+            axis.scatter(list(sums.values()), [results["damage"][name] for name in sums], s=10)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            correlation = results["by_criterion"][criterion]["log_pearson"]
+            axis.set_title(f"{dataset}, {CRITERIA[criterion]}: {correlation:.2f}", fontsize=9)
+            axis.set_xlabel("summed scores of a group", fontsize=8)
+            axis.tick_params(labelsize=7)
+        row[0].set_ylabel("damage without half of it", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=DATASETS, required=True)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    options, words = parser.parse_known_args(argv)
+    found = measure(options.dataset, words)
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"{options.dataset}.json").write_text(json.dumps(found, indent=1) + "\n")
+    files = {name: options.results / f"{name}.json" for name in DATASETS}
+    plot(options.picture, {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()})
+    print(f"{options.dataset}: damage over {found['damage_decades']:.1f} decades")
+    for criterion, row in found["by_criterion"].items():
+        print(f"  {criterion:14} " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
