@@ -58,6 +58,8 @@ STUDY ?=
 
 study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cores; goes on where it stopped), into benchmarks/results/study/
 	$(VENV)/bin/python benchmarks/approximation.py
+	$(VENV)/bin/python benchmarks/sensitivity.py --dataset digits
+	$(VENV)/bin/python benchmarks/sensitivity.py --dataset cifar10
 	$(VENV)/bin/python benchmarks/study.py --dataset digits $(STUDY)
 	$(VENV)/bin/python benchmarks/study.py --dataset cifar10 $(STUDY)
 	$(VENV)/bin/python benchmarks/study_report.py --write

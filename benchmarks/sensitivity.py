@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
@@ -74,7 +75,7 @@ def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int =
     return found
 
 
-def measure(dataset: str, words: list[str]) -> dict:
+def measure(dataset: str, words: list[str], halves: int = HALVES) -> dict:
     """Sums of scores and damages of all groups of a data set's model, and how they correlate."""
     args = parse_arguments([*BASE[dataset], *words])
     pipeline = DDPMPipeline.from_pretrained(args.model.pretrained_model_name_or_path, use_safetensors=True)
@@ -83,7 +84,7 @@ def measure(dataset: str, words: list[str]) -> dict:
     number, size = args.pruning.calibration_batches, args.training.train_batch_size
     batches = calibration_batches(images, number, size, num_train_timesteps=1000, seed=0, step=0)
     pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), scheduler)
-    damage = damages(pruner, batches[0])
+    damage = damages(pruner, batches[0], halves)
     sums, rows = {}, {}
     for criterion in CRITERIA:
         scores = score_channels(unet, pruner.groups, batches, scheduler, GFPruneConfig(criterion=criterion))
@@ -99,7 +100,7 @@ def measure(dataset: str, words: list[str]) -> dict:
     return {
         "calibration_batches": number,
         "calibration_batch_size": size,
-        "halves": HALVES,
+        "halves": halves,
         "groups": len(damage),
         "damage_decades": decades,
         "by_criterion": rows,
@@ -120,6 +121,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
             axis.scatter(list(sums.values()), [results["damage"][name] for name in sums], s=10)
             axis.set_xscale("log")
             axis.set_yscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             correlation = results["by_criterion"][criterion]["log_pearson"]
             axis.set_title(f"{dataset}, {CRITERIA[criterion]}: {correlation:.2f}", fontsize=9)
             axis.set_xlabel("summed scores of a group", fontsize=8)
@@ -133,10 +135,11 @@ def plot(path: Path, found: dict[str, dict]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=DATASETS, required=True)
+    parser.add_argument("--halves", type=int, default=HALVES, help="Random halves that damage is averaged over.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options, words = parser.parse_known_args(argv)
-    found = measure(options.dataset, words)
+    found = measure(options.dataset, words, options.halves)
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{options.dataset}.json").write_text(json.dumps(found, indent=1) + "\n")
     files = {name: options.results / f"{name}.json" for name in DATASETS}

@@ -19,10 +19,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from study_settings import DATASETS, SETTINGS  # noqa: E402
+from study_settings import CRITERIA, DATASETS, SETTINGS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"
+SENSITIVITY = ROOT / "benchmarks/results/sensitivity"
 APPROXIMATION = ROOT / "benchmarks/results/approximation.json"
 PICTURES = ROOT / "benchmarks/pictures"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -100,10 +101,22 @@ def approximation_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def sensitivity_table(folder: Path) -> str:
+    """How well summed scores tell the damage of pruning a group alone."""
+    lines = ["| model | criterion | correlation of logarithms | rank correlation | decades |", "|---|---|---|---|---|"]
+    for dataset in DATASETS:
+        if (folder / f"{dataset}.json").is_file():
+            found = json.loads((folder / f"{dataset}.json").read_text())
+            for criterion, row in found["by_criterion"].items():
+                cells = f"{row['log_pearson']:.2f} | {row['spearman']:.2f} | {row['decades']:.1f}"
+                lines.append(f"| {TITLES[dataset]} | {CRITERIA[criterion]} | {cells} of {found['damage_decades']:.1f} |")
+    return "\n".join(lines)
+
+
 def revival_table(found: Found, dataset: str) -> str:
     """How many channels came back, and whether that helped."""
     lines = ["| setting | came back, per run | of all channels ranked out | SSIM to dense |", "|---|---|---|---|"]
-    for name in ("two-phase", "paper", *(s.name for s in SETTINGS.values() if s.part == "revival")):
+    for name in ("two-phase", "often", "paper", *(s.name for s in SETTINGS.values() if s.part == "revival")):
         runs = found.get(name, [])
         if runs:
             back = [sum(r["revived_channels"] for r in run["rankings"]) for run in runs]
@@ -213,7 +226,7 @@ def tables(data: dict[str, Found]) -> dict[str, str]:
         "rivals": lambda found, dataset: main_table(found, dataset, ["main"], [*CURVES, "torch-pruning", "scratch"]),
         **{
             part: (lambda found, dataset, part=part: main_table(found, dataset, [part, "main"], _beside(part)))
-            for part in ("budget", "phases", "schedules", "scores")
+            for part in ("budget", "widths", "phases", "schedules", "scores")
         },
         "revival": revival_table,
         "peer": peer_table,
@@ -247,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     made = tables(data)
     if APPROXIMATION.is_file():
         made["approximation"] = approximation_table(APPROXIMATION)
+    if SENSITIVITY.is_dir():
+        made["sensitivity"] = sensitivity_table(SENSITIVITY)
     for name, table in made.items():
         print(f"\n{name}\n\n{table}")
     if data:

@@ -4,6 +4,7 @@ Parts of the study:
 
     main        criteria in one shot and progressively, with the dense model as teacher and without
     budget      the main rivals at 30 % and 70 % of the MACs removed
+    widths      which share of its channels each group loses, by whose scores
     phases      how long the two phases are, and what each is for
     schedules   shapes of s_t and p_t
     revival     whether channels may come back
@@ -58,8 +59,9 @@ class Setting:
     kind: str = "prune"
 
 
-ONE_SHOT = ("--preset", "one-shot")
+ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # one ranking can afford more images
 UNIFORM = ("--ranking", "group")  # as all rivals are published: the same share of every group
+OFTEN = ("--update_interval", "15")  # where what happens at rankings is the question; the digits recipe has few of them
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
 
@@ -105,6 +107,24 @@ def _budgets() -> list[Setting]:
     return found
 
 
+def _widths() -> list[Setting]:
+    rows = [
+        ("two-phase-group", "gradient flow, two phases, the same share of every group", UNIFORM),
+        ("one-shot-group", "gradient flow, one-shot, the same share of every group", (*ONE_SHOT, *UNIFORM)),
+    ]
+    for exponent in ("0.1", "0.3", "0.5"):
+        title = f"gradient flow, two phases, widths by sensitivity, exponent {exponent}"
+        rows.append((f"exponent-{exponent}", title, ("--sensitivity_exponent", exponent)))
+    for criterion in ("diff-pruning", "taylor", "magnitude"):
+        chosen = (*ONE_SHOT, "--criterion", criterion, "--ranking", "sensitivity")
+        rows.append((f"sensitivity-{criterion}", f"{CRITERIA[criterion]}, one-shot, widths by its own sensitivity", chosen))
+    rows += [
+        ("ranking-global", "gradient flow, two phases, global ranking", ("--ranking", "global")),
+        ("ranking-global-cost", "gradient flow, two phases, global ranking per MAC", ("--ranking", "global", "--cost_aware")),
+    ]
+    return [Setting(name, title, "widths", arguments) for name, title, arguments in rows]
+
+
 def _phases() -> list[Setting]:
     def fractions(soft: float, hard: float) -> tuple[str, ...]:
         return ("--soft_fraction", f"{soft:g}", "--hard_fraction", f"{hard:g}")
@@ -120,10 +140,16 @@ def _phases() -> list[Setting]:
 
 
 def _schedules() -> list[Setting]:
-    found = []
-    for shape in ("linear", "cosine", "exponential", "cubic"):
-        found.append(Setting(f"p-{shape}", f"p_t {shape}", "schedules", ("--mask_schedule", shape), datasets=DIGITS))
-        found.append(Setting(f"s-{shape}", f"s_t {shape}", "schedules", ("--sparsity_schedule", shape), datasets=DIGITS))
+    found = [
+        Setting("often", "p_t linear, s_t cubic (the default), a ranking every 15 steps", "schedules", OFTEN, datasets=DIGITS)
+    ]
+    for name, option, shapes in (
+        ("p", "--mask_schedule", ("cosine", "exponential", "cubic")),
+        ("s", "--sparsity_schedule", ("linear", "cosine", "exponential")),
+    ):
+        for shape in shapes:
+            title = f"{name}_t {shape}, a ranking every 15 steps"
+            found.append(Setting(f"{name}-{shape}", title, "schedules", (option, shape, *OFTEN), datasets=DIGITS))
     return found
 
 
@@ -135,7 +161,7 @@ def _revival() -> list[Setting]:
         ("no-memory", "channels come back at once, scores of the moment", ("--revival_margin", "0", "--score_decay", "0")),
         ("mask-jumps", "masks jump at rankings", ("--interpolate_masks", "false")),
     ]
-    return [Setting(name, title, "revival", arguments, datasets=DIGITS) for name, title, arguments in rows]
+    return [Setting(name, title, "revival", (*arguments, *OFTEN), datasets=DIGITS) for name, title, arguments in rows]
 
 
 def _scores() -> list[Setting]:
@@ -146,12 +172,10 @@ def _scores() -> list[Setting]:
         ("scores-masked", "at the masked weights", ("--score_at", "masked")),
         ("scores-output", "over the slices that produce a channel", ("--score_slices", "output")),
         ("scores-weight", "over the weights that produce a channel", ("--score_slices", "weight")),
-        ("ranking-global", "global ranking", ("--ranking", "global")),
-        ("ranking-global-cost", "global ranking, per MAC", ("--ranking", "global", "--cost_aware")),
-        ("batches-16", "16 calibration batches in place of 4", ("--calibration_batches", "16")),
+        ("batches-16", "16 calibration batches in place of 2", ("--calibration_batches", "16")),
         ("finite-difference", "Hg by finite differences", ("--hvp", "finite-difference")),
     ]
     return [Setting(name, title, "scores", arguments, datasets=DIGITS) for name, title, arguments in rows]
 
 
-SETTINGS = {s.name: s for s in (*_main(), *_budgets(), *_phases(), *_schedules(), *_revival(), *_scores())}
+SETTINGS = {s.name: s for s in (*_main(), *_budgets(), *_widths(), *_phases(), *_schedules(), *_revival(), *_scores())}

@@ -1,4 +1,4 @@
-"""benchmarks/study*.py and approximation.py: settings are valid, runs are kept and not repeated, the whole machinery works."""
+"""benchmarks/study*.py, approximation.py and sensitivity.py: settings are valid, runs are kept, the whole machinery works."""
 
 from __future__ import annotations
 
@@ -150,3 +150,17 @@ def test_the_approximation_holds_for_small_changes(tmp_path: Path) -> None:
     for found in json.loads(output.read_text())["models"].values():
         assert found["single"]["by_share"]["0.001"]["pearson"] > 0.99
         assert found["single"]["by_share"]["0.001"]["median_ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_gradient_flow_tells_how_much_a_group_matters(tmp_path: Path) -> None:
+    """What `--ranking sensitivity` rests on: on the digits teacher, over decades; magnitude would be no guide."""
+    import sensitivity
+
+    words = ["--halves", "1", "--results", str(tmp_path), "--picture", str(tmp_path / "sensitivity.png")]
+    sensitivity.main(["--dataset", "digits", *words, "--calibration_batches", "1"])
+    found = json.loads((tmp_path / "digits.json").read_text())
+    assert found["groups"] == len(found["damage"]) == 22 and found["damage_decades"] > 2
+    correlation = {name: row["log_pearson"] for name, row in found["by_criterion"].items()}
+    assert correlation["gradient-flow"] > 0.8 > 0.5 > correlation["magnitude"]
+    assert (tmp_path / "sensitivity.png").stat().st_size > 10_000
+    assert "| digits, 8x8 | gradient flow | 0." in study_report.sensitivity_table(tmp_path)
