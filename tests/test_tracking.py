@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,16 @@ def test_curves_have_their_points(events) -> None:
     assert steps[0] == 0 and steps[-1] == STEPS
 
 
-def test_rankings_are_logged_group_by_group(events) -> None:
+def test_rankings_are_logged_group_by_group(events, tracked: Path) -> None:
     shares = [name for name in events.Tags()["scalars"] if name.startswith("pruning/sparsity/")]
     assert len(shares) == 22 and "pruning/sparsity/conv_in" in shares
     assert [event.step for event in events.Scalars("pruning/macs")] == [0, 2, 4, 8, 10]
     assert events.Scalars("pruning/sparsity")[-1].value == pytest.approx(0.5, abs=0.01)
-    assert events.Scalars("pruning/sparsity/conv_in")[-1].value == pytest.approx(1 - 35 / 48)
+    kept = {group["name"]: group for group in json.loads((tracked / "pruning_report.json").read_text())["channel_groups"]}
+    for name in shares:
+        group = kept[name.removeprefix("pruning/sparsity/")]
+        removed = 1 - group["kept_channels"] / group["dense_channels"]
+        assert events.Scalars(name)[-1].value == pytest.approx(removed, abs=1e-6), name
 
 
 def test_samples_are_logged_beside_the_dense_models(events) -> None:
