@@ -58,7 +58,7 @@ def figure(run: Run, dataset: str, column: str, which: str = "pruned") -> float 
 
 
 def main_table(found: Found, dataset: str, parts: Sequence[str], names: Sequence[str] | None = None) -> str:
-    """A Markdown table of settings, best distance first within the table's order of settings."""
+    """A Markdown table of settings that have results: those of the parts, or of them those named, in that order."""
     first = next(iter(found.values()))[0]
     distance = first["evaluation"]["distances"][DISTANCE[dataset]]["title"]
     titles = [distance if name == "distance" else title for name, title in COLUMNS.items()]
@@ -66,9 +66,9 @@ def main_table(found: Found, dataset: str, parts: Sequence[str], names: Sequence
     dense = [figure(first, dataset, name, "dense") for name in COLUMNS]
     cells = ["1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.4f}" for name, v in zip(COLUMNS, dense)]
     lines.append(f"| dense | - | {first['dense']['macs'] / 1e6:.1f}M | " + " | ".join(cells) + " |")
-    for name, runs in found.items():
-        setting = SETTINGS[name]
-        if setting.part not in parts or (names is not None and name not in names):
+    for name in found if names is None else names:
+        setting, runs = SETTINGS[name], found.get(name, [])
+        if setting.part not in parts or not runs:
             continue
         cells = [spread([figure(run, dataset, column) for run in runs], 2 if "psnr" in column else 4) for column in COLUMNS]
         macs = statistics.mean(run["pruned"]["macs"] for run in runs) / 1e6
@@ -150,6 +150,11 @@ CURVES = {
     "one-shot-gradient-flow": ("gradient flow, one-shot", "tab:purple"),
     "paper": ("gradient flow as published, no teacher", "tab:red"),
 }
+# The rows that the README shows
+RIVALS = (
+    *("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "torch-pruning", "scratch"),
+    *("two-phase-noise", "one-shot-diff-pruning-noise", "one-shot-magnitude-noise", "paper"),
+)
 
 
 def curve(run: Run, dataset: str, metric: str) -> tuple[list[float], list[float], list[float]]:
@@ -223,7 +228,7 @@ def tables(data: dict[str, Found]) -> dict[str, str]:
     """Every table of the documents, by name."""
     made: dict[str, Callable[[Found, str], str]] = {
         "main": lambda found, dataset: main_table(found, dataset, ["main"]),
-        "rivals": lambda found, dataset: main_table(found, dataset, ["main"], [*CURVES, "torch-pruning", "scratch"]),
+        "rivals": lambda found, dataset: main_table(found, dataset, ["main"], RIVALS),
         **{
             part: (lambda found, dataset, part=part: main_table(found, dataset, [part, "main"], _beside(part)))
             for part in ("budget", "widths", "phases", "schedules", "scores")

@@ -69,8 +69,9 @@ def test_heads_are_removed_whole_when_asked():
         assert set(kept.tolist()) <= {0.0, 8.0} if unit == "heads" else len(set(kept.tolist())) == 1
 
 
-def test_global_ranking_takes_the_lowest_of_all_groups(scripted: list[Script]):
-    """One group without importance goes down to its floor, and the most important one stays whole."""
+def test_rankings_that_compare_groups(scripted: list[Script]):
+    """Two groups that cost the same, of 32 channels. Global: the one without importance goes down to its floor, the most
+    important one stays whole. By sensitivity: the share that each loses is in a proportion that scores and exponent say."""
     worthless, precious = "down_blocks.1.resnets.0.conv1", "mid_block.resnets.0.conv1"
 
     def scores(name: str, channels: int) -> Tensor:
@@ -79,13 +80,16 @@ def test_global_ranking_takes_the_lowest_of_all_groups(scripted: list[Script]):
     scripted.append(scores)
     options = {"criterion": "scripted", "ratio": 0.3, "min_keep_ratio": 0.25}
     kept = {}
-    for ranking in ("group", "global"):
-        pruner = GradientFlowPruner(build(), one_shot(ranking=ranking, normalization="none", **options))
+    for ranking in ("group", "sensitivity", "global"):
+        config = one_shot(ranking=ranking, normalization="none", sensitivity_exponent=0.1, **options)
+        pruner = GradientFlowPruner(build(), config)
         pruner.step(0, batches())
         kept[ranking] = {name: int(mask.sum()) for name, mask in pruner.masks.items()}
     assert kept["global"][worthless] in (8, 9)  # the last step of the search may give one channel back
     assert kept["global"][precious] in (31, 32)
     assert abs(kept["group"][worthless] - kept["group"][precious]) <= 1
+    lost = {name: 32 - kept["sensitivity"][name] for name in (worthless, precious)}
+    assert lost[worthless] / lost[precious] == pytest.approx(1e6**0.1, rel=0.25)  # of whole channels
 
 
 def test_an_unreachable_ratio_leaves_the_model_without_masks():
