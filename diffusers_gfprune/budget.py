@@ -3,9 +3,9 @@
 A group offers a ladder of widths: multiples of `channel_multiple` (and of the heads, inside attention), down to a floor, and
 its dense width. Three ways of walking down the ladders until the share `ratio` of the dense cost is gone:
 
-- ranking per group: every group keeps the same share of its channels, found by bisection;
-- ranking per group, widths by sensitivity: a group loses the more, the more cost that saves and the less it matters;
-- global ranking: the lowest-scored unit of all goes first, one after another.
+- group: every group keeps the same share of its channels, found by bisection;
+- sensitivity: a group loses the more, the more cost that saves and the less the group matters;
+- global: the lowest-scored unit of all goes first, one after another.
 
 All end with single steps of single groups towards the target, so that it is met to within one unit of one group.
 
@@ -43,6 +43,7 @@ __all__ = [
 
 BUDGET_TOLERANCE = 0.01  # share of the dense cost
 ATTENTION_UNITS = ("head_dim", "heads")
+_SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
 
 
 def width_ladder(
@@ -150,17 +151,16 @@ def allocate_by_sensitivity(
     """
     sensitivity = np.array([float(score.double().abs().sum()) for score in scores])
     saved = cost.marginal(target, cost.dense) * cost.dense
-    # A group of zeros may go down to its floor, but shares stay finite.
-    sensitivity = np.maximum(sensitivity, 1e-12 * sensitivity.max() if sensitivity.any() else 1.0)
-    return _allocate_in_proportion(cost, target, ratio, ladders, (saved / sensitivity) ** exponent)
+    # A group of zeros goes down to its floor first, but shares stay finite.
+    gain = saved / np.maximum(sensitivity, _SMALLEST * sensitivity.max() if sensitivity.any() else 1.0)
+    proportions = np.maximum((gain / gain.max()) ** exponent, _SMALLEST)
+    return _allocate_in_proportion(cost, target, ratio, ladders, proportions)
 
 
 def _allocate_in_proportion(
     cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], proportions: np.ndarray
 ) -> np.ndarray:
-    """Widths that remove `ratio` of the cost, with removed shares in given proportions as far as the ladders go."""
-    positive = proportions[proportions > 0]
-    proportions = proportions / positive.max()
+    """Widths that remove `ratio` of the cost, with removed shares in given proportions > 0 as far as the ladders go."""
 
     def rungs_at(scale: float) -> list[int]:
         return [
@@ -168,7 +168,7 @@ def _allocate_in_proportion(
             for ladder, proportion in zip(ladders, proportions)
         ]
 
-    low, high = 0.0, float(positive.max() / positive.min())  # where every group that counts is at its floor
+    low, high = 0.0, float(1 / proportions.min())  # where every group is at its floor
     for _ in range(40 + math.ceil(math.log2(high))):
         middle = (low + high) / 2
         kept = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])

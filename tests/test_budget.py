@@ -133,7 +133,7 @@ def test_global_ranking_meets_the_budget(name: str, target: str, cost_aware: boo
         assert all(width in ladder for width, ladder in zip(kept, ladders))
 
 
-@pytest.mark.parametrize("exponent", [0.2, 1.0])
+@pytest.mark.parametrize("exponent", [0.2, 1.0, 1e4])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
 def test_widths_by_sensitivity_meet_the_budget(name: str, target: str, exponent: float) -> None:
