@@ -7,7 +7,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # More arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow test-faults quality style teacher cifar10-teacher benchmark study study-quick compare clean
+.PHONY: help install prune test test-slow test-faults quality style teacher cifar10-teacher benchmark study study-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -67,9 +67,6 @@ study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cor
 study-quick: install ## the machinery of the study at reduced size (under ten minutes), into runs/study-quick/
 	$(VENV)/bin/python benchmarks/study.py --quick --jobs 2
 	$(VENV)/bin/python benchmarks/study_report.py --results runs/study-quick/results --pictures runs/study-quick/pictures
-
-compare: install ## two phases, one-shot criteria and the teacher on the digits (three hours), into benchmarks/results/digits/
-	$(VENV)/bin/python benchmarks/compare_digits.py
 
 clean: ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
