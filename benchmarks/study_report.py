@@ -272,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     if data:
         plot_curves(args.pictures / "quality_over_steps.png", data, "steps")
         plot_curves(args.pictures / "quality_over_time.png", data, "time")
-        plot_budgets(args.pictures / "quality_over_macs.png", data)
+        if any(SETTINGS[name].part == "budget" for found in data.values() for name in found):
+            plot_budgets(args.pictures / "quality_over_macs.png", data)
     if args.write:
         for document in DOCUMENTS:
             write(document, made)

@@ -92,6 +92,29 @@ def test_rankings_that_compare_groups(scripted: list[Script]):
     assert lost[worthless] / lost[precious] == pytest.approx(1e6**0.1, rel=0.25)  # of whole channels
 
 
+def test_widths_by_sensitivity_stand_once_the_budget_is_met(scripted: list[Script]):
+    """Sensitivities that drift change widths on the way to the budget; after it, channels only swap within their groups."""
+
+    def drifting(seed: int) -> Script:
+        generator = torch.Generator().manual_seed(seed)
+        return lambda name, channels: torch.rand(channels, generator=generator) * 10 ** torch.rand(1, generator=generator)
+
+    scripted += [drifting(seed) for seed in range(8)]
+    options = {"criterion": "scripted", "ranking": "sensitivity", "sensitivity_exponent": 1.0, "revival_margin": 0.0}
+    pruner = GradientFlowPruner(build(), config(score_decay=0.0, sparsity_schedule="linear", **options))
+    met, widths = [], []
+    for step in range(21):
+        if (update := pruner.step(step, batches())) is not None:
+            met.append(update.sparsity > 0.49)
+            widths.append([int(kept.sum()) for kept in pruner.kept.values()])
+            assert update.revived_channels > 0 or step == 0
+    first = met.index(True)
+    assert 0 < first < len(met) - 2 and pruner.history[first].phase == "soft"  # the goal of the last soft ranking is N
+    assert all(now == widths[first] for now in widths[first:])
+    shares = [[kept / dense for kept, dense in zip(row, pruner.cost.dense)] for row in widths[: first + 1]]
+    assert any(now > before for row, after in zip(shares, shares[1:]) for before, now in zip(row, after))
+
+
 def test_an_unreachable_ratio_leaves_the_model_without_masks():
     """An error before any training, and the model as it was."""
     unet = build()
