@@ -101,7 +101,8 @@ def refusals(rank: int) -> dict[str, str]:
     """Messages where rank 1 is not like rank 0."""
     other, found = float(rank == 1), {}
     batches = rows(global_batches(), rank, 2)
-    first = GradientFlowPruner(build().double(), GFPruneConfig.from_preset("one-shot", total_steps=1), SCHEDULER)
+    config = GFPruneConfig.from_preset("one-shot", total_steps=1, ranking="group")
+    first = GradientFlowPruner(build().double(), config, SCHEDULER)
 
     def pruner(weights: float = 0.0, **options) -> GradientFlowPruner:
         found = copy.deepcopy(first, {id(group): group for group in first.groups})  # tracing again would take its time
