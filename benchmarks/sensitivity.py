@@ -24,7 +24,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from diffusers import DDPMPipeline
 from scipy.stats import pearsonr, spearmanr
 from study_settings import BASE, CRITERIA, DATASETS
 from torch import Tensor
@@ -43,6 +42,7 @@ from diffusers_gfprune.budget import select_channels  # noqa: E402
 from diffusers_gfprune.importance import score_channels  # noqa: E402
 from image_data import load_images  # noqa: E402
 from prune_arguments import parse_arguments  # noqa: E402
+from run_folder import load_dense_pipeline, write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/sensitivity"
 PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
@@ -78,11 +78,11 @@ def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int =
 def measure(dataset: str, words: list[str], halves: int = HALVES) -> dict:
     """Sums of scores and damages of all groups of a data set's model, and how they correlate."""
     args = parse_arguments([*BASE[dataset], *words])
-    pipeline = DDPMPipeline.from_pretrained(args.model.pretrained_model_name_or_path, use_safetensors=True)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
+    unet, scheduler = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
     images, _ = load_images(args.data, unet.config)
     number, size = args.pruning.calibration_batches, args.training.train_batch_size
-    batches = calibration_batches(images, number, size, num_train_timesteps=1000, seed=0, step=0)
+    timesteps = scheduler.config.num_train_timesteps
+    batches = calibration_batches(images, number, size, num_train_timesteps=timesteps, seed=0, step=0)
     pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), scheduler)
     damage = damages(pruner, batches[0], halves)
     sums, rows = {}, {}
@@ -139,9 +139,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options, words = parser.parse_known_args(argv)
+    if options.halves < 1:
+        raise ValueError(f"halves={options.halves} must be at least 1")
     found = measure(options.dataset, words, options.halves)
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"{options.dataset}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(options.results / f"{options.dataset}.json", found)
     files = {name: options.results / f"{name}.json" for name in DATASETS}
     plot(options.picture, {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()})
     print(f"{options.dataset}: damage over {found['damage_decades']:.1f} decades")
@@ -150,4 +152,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"sensitivity.py: error: {error}")

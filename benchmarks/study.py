@@ -143,9 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     teacher = TEACHERS[options.dataset]
     if not (ROOT / teacher).is_dir():
-        sys.exit(
-            f"study.py: error: dataset={options.dataset} needs {teacher}: make cifar10-teacher, and copy its result there"
-        )
+        target = {"digits": "teacher", "cifar10": "cifar10-teacher"}[options.dataset]
+        sys.exit(f"study.py: error: dataset={options.dataset} needs {teacher}: make {target}, and copy its result there")
     chosen = [
         setting
         for setting in SETTINGS.values()

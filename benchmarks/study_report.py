@@ -2,6 +2,7 @@
 
     python benchmarks/study_report.py                       tables on the terminal
     python benchmarks/study_report.py --write               tables into README.md and benchmarks/README.md, too
+    python benchmarks/study_report.py --time                quality over time, too: of runs that had the machine to themselves
 
 A table in a document stands between two comments, `<!-- study: NAME -->` and `<!-- end -->`; what is between them is replaced.
 """
@@ -257,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="Replace the tables of the documents.")
+    parser.add_argument("--time", action="store_true", help="Draw quality over time; no two runs may have shared the machine.")
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     args = parser.parse_args(argv)
     data = {dataset: found for dataset in DATASETS if (found := load(dataset, args.results))}
@@ -271,7 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{name}\n\n{table}")
     if data:
         plot_curves(args.pictures / "quality_over_steps.png", data, "steps")
-        plot_curves(args.pictures / "quality_over_time.png", data, "time")
+        if args.time:
+            plot_curves(args.pictures / "quality_over_time.png", data, "time")
         if any(SETTINGS[name].part == "budget" for found in data.values() for name in found):
             plot_budgets(args.pictures / "quality_over_macs.png", data)
     if args.write:

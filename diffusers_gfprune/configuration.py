@@ -19,7 +19,7 @@ HESSIAN_BATCHES = ("mean", "each")
 NORMALIZATIONS = ("none", "mean", "max", "l2", "standard")
 RANKINGS = ("group", "sensitivity", "global")
 
-# Gradient flow as arXiv 2501.09464 states it; the defaults below are the best setting measured here.
+# Gradient flow as arXiv 2501.09464 states it; the defaults below are what benchmarks/README.md led to.
 PRESETS: dict[str, dict] = {
     "default": {},
     "paper": {

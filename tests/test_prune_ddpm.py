@@ -121,6 +121,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     run = run_script(*digits(tmp_path / "run", "--dry_run"))
     assert run.returncode == 0, run.stderr
     assert "macs" in run.stdout and "time       about" in run.stdout and "conv_in" in run.stdout
+    assert "even cut" in run.stdout and "ranking=sensitivity will choose other widths" in run.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -134,7 +134,7 @@ def test_the_whole_machinery_works(tmp_path: Path) -> None:
             wanted = 0.3 if name.endswith("-30") else 0.5
             assert abs(removed - wanted) < (0.05 if name == "torch-pruning" else 0.01), name
     assert found["scratch"][0]["pruned"]["macs"] == found["two-phase"][0]["pruned"]["macs"]
-    study_report.main(["--results", str(environment["results"]), "--pictures", str(environment["pictures"])])
+    study_report.main(["--results", str(environment["results"]), "--pictures", str(environment["pictures"]), "--time"])
     names = {path.name for path in environment["pictures"].iterdir()}
     assert names == {"quality_over_steps.png", "quality_over_time.png", "quality_over_macs.png"}
 

@@ -46,16 +46,14 @@ def describe_plan(pruner: GradientFlowPruner, args: Arguments, estimate: StepEst
         f"plan: remove {config.ratio:.1%} of {config.target} by {config.criterion} "
         f"({len(pruner.groups)} channel groups, ranking: {config.ranking})",
         "",
-        f"  {'channel group':44}{'dense':>7}{'planned':>9}",
+        f"  {'channel group':44}{'dense':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
     ]
     lines += [
         f"  {group.name:44}{group.num_channels:>7}{int(width):>9}" + (f"   ({group.heads} heads)" if group.heads > 1 else "")
         for group, width in zip(pruner.groups, pruner.planned_widths)
     ]
     if not pruner.widths_are_planned:
-        lines.append(
-            f"  (ranking={config.ranking} chooses widths by scores; these are those of the same share of every group)"
-        )
+        lines.append(f"  (ranking={config.ranking} will choose other widths, by scores, at the same {config.target})")
     for name in ("macs", "params", "channels"):
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
