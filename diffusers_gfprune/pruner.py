@@ -227,7 +227,7 @@ class GradientFlowPruner:
         ranked = self._rank(batches)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
-        chosen = self.choose_channels(ranked, share * self.config.ratio, self._settled_widths(share))
+        chosen = self.choose_channels(ranked, share * self.config.ratio, self._widths_by_sensitivity(share))
         starts = {name: mask.float().cpu() for name, mask in self.masks.items()}
         found = {"averaged scores": self.scores, "kept channels": chosen, "masks": starts}
         check_identical({f"{what} of {name}": tensors[name] for what, tensors in found.items() for name in tensors})
@@ -250,18 +250,21 @@ class GradientFlowPruner:
         self.history.append(update)
         return update
 
-    def _settled_widths(self, share: float) -> np.ndarray | None:
-        """Widths by sensitivity stand once a ranking has met the whole budget; channels swap within their groups from then on.
+    def _widths_by_sensitivity(self, share: float) -> np.ndarray | None:
+        """Kept channels of each group at a share of the budget, with shape `(groups,)`; None: not how widths are chosen.
 
-        Sensitivities drift a little from ranking to ranking. Where masks are binary, one channel more in a group and one less
+        What a group is worth is told by the averaged scores alone: the head start of kept channels would count for it, too.
+        Once a ranking has met the whole budget, widths stand, and channels swap within their groups from then on.
+        Sensitivities drift a little from ranking to ranking; where masks are binary, one channel more in a group and one less
         in another is a jump of the loss that buys nothing.
         """
-        if self.config.ranking != "sensitivity" or not self.history or self._by_hand:
+        if self.config.ranking != "sensitivity":
             return None
-        before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
-        if not share == before == 1:
-            return None
-        return np.array([int(self.kept[group.name].sum()) for group in self.groups])
+        if self.history and not self._by_hand:
+            before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
+            if share == before == 1:
+                return np.array([int(self.kept[group.name].sum()) for group in self.groups])
+        return self._allocate(share * self.config.ratio, self.scores) if share > 0 else self.cost.dense
 
     def _follow_path(self, step: int) -> None:
         """Set masks to where the last ranking wants them at `step`."""

@@ -101,8 +101,7 @@ def refusals(rank: int) -> dict[str, str]:
     """Messages where rank 1 is not like rank 0."""
     other, found = float(rank == 1), {}
     batches = rows(global_batches(), rank, 2)
-    config = GFPruneConfig.from_preset("one-shot", total_steps=1, ranking="group")
-    first = GradientFlowPruner(build().double(), config, SCHEDULER)
+    first = GradientFlowPruner(build().double(), GFPruneConfig.from_preset("one-shot", total_steps=1), SCHEDULER)
 
     def pruner(weights: float = 0.0, **options) -> GradientFlowPruner:
         found = copy.deepcopy(first, {id(group): group for group in first.groups})  # tracing again would take its time

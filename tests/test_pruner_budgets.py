@@ -115,6 +115,23 @@ def test_widths_by_sensitivity_stand_once_the_budget_is_met(scripted: list[Scrip
     assert any(now > before for row, after in zip(shares, shares[1:]) for before, now in zip(row, after))
 
 
+def test_the_head_start_of_kept_channels_changes_no_width(scripted: list[Script]):
+    """What a group is worth does not depend on how many of its channels are kept so far, least of all on none being gone."""
+    precious = "up_blocks.0.resnets.0.conv1"
+    scripted.append(lambda name, channels: rising(name, channels) * (1e6 if name == precious else 1.0))
+    widths = {}
+    for margin in (0.0, 1e6):
+        options = {"criterion": "scripted", "ranking": "sensitivity", "sparsity_schedule": "linear", "revival_margin": margin}
+        pruner = GradientFlowPruner(build(), config(**options))
+        widths[margin] = []
+        for step in range(21):
+            if pruner.step(step, batches()) is not None:
+                widths[margin].append({name: int(kept.sum()) for name, kept in pruner.kept.items()})
+    assert widths[1e6] == widths[0.0]
+    channels = next(group.num_channels for group in pruner.groups if group.name == precious)
+    assert widths[0.0][0][precious] == channels  # nothing of it goes at first, so that it has no head start
+
+
 def test_an_unreachable_ratio_leaves_the_model_without_masks():
     """An error before any training, and the model as it was."""
     unet = build()
