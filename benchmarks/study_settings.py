@@ -112,7 +112,7 @@ def _widths() -> list[Setting]:
         ("two-phase-group", "gradient flow, two phases, the same share of every group", UNIFORM),
         ("one-shot-group", "gradient flow, one-shot, the same share of every group", (*ONE_SHOT, *UNIFORM)),
     ]
-    for exponent in ("0.1", "0.3", "0.5"):
+    for exponent in ("0.1", "0.3", "0.7"):
         title = f"gradient flow, two phases, widths by sensitivity, exponent {exponent}"
         rows.append((f"exponent-{exponent}", title, ("--sensitivity_exponent", exponent)))
     for criterion in ("diff-pruning", "taylor", "magnitude"):
