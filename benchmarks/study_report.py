@@ -240,9 +240,17 @@ def tables(data: dict[str, Found]) -> dict[str, str]:
     return {f"{name} {dataset}": make(found, dataset) for name, make in made.items() for dataset, found in data.items()}
 
 
+# Rows of the main table that those of a part are to be compared with
+BESIDE = {
+    "widths": ("two-phase", "one-shot-gradient-flow"),
+    "budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
+}
+
+
 def _beside(part: str) -> list[str]:
-    """Settings of a part, with the default beside them."""
-    return ["two-phase", *(setting.name for setting in SETTINGS.values() if setting.part == part)]
+    """Settings of a part, after those that they are compared with."""
+    own = (setting.name for setting in SETTINGS.values() if setting.part == part)
+    return [*BESIDE.get(part, ("two-phase",)), *own]
 
 
 def write(document: Path, made: dict[str, str]) -> None:

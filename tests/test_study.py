@@ -90,6 +90,8 @@ def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
     assert row.split(" | ")[1:] == ["3", "50.0M", "0.0700 ± 0.0000", "0.0400 ± 0.0000", "0.9200 ± 0.0200", "20.00 ± 0.00 |"]
     assert "30 %" not in table and "| dense | - | 100.0M | 0.0600 | 0.0300 | 1 | - |" in table
     assert "| 1.0 ± 0.0 | 25.0% |" in study_report.revival_table(found, "digits")
+    budgets = study_report.tables({"digits": found})["budget digits"].splitlines()[3:]  # after the title, its line, and dense
+    assert [line.split(" | ")[2] for line in budgets] == ["50.0M", "70.0M"]  # the default beside those of its part
 
 
 def test_tables_are_replaced_where_they_are_marked(tmp_path: Path) -> None:
