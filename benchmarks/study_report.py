@@ -215,6 +215,7 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
                 f"{TITLES[dataset]}: {'Fréchet distance' if metric == 'distance' else 'SSIM to dense'}", fontsize=10
             )
             axis.set_xlabel("MACs removed, %")
+            axis.set_xticks([30, 50, 70])
     axes[0, 0].legend(fontsize=7)
     _save(figure_, path)
 
