@@ -62,7 +62,7 @@ study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cor
 	$(VENV)/bin/python benchmarks/sensitivity.py --dataset cifar10
 	$(VENV)/bin/python benchmarks/study.py --dataset digits $(STUDY)
 	$(VENV)/bin/python benchmarks/study.py --dataset cifar10 $(STUDY)
-	$(VENV)/bin/python benchmarks/study_report.py --write --time
+	$(VENV)/bin/python benchmarks/study_report.py --write
 
 study-quick: install ## the machinery of the study at reduced size (under ten minutes), into runs/study-quick/
 	$(VENV)/bin/python benchmarks/study.py --quick --jobs 2

@@ -152,7 +152,7 @@ class GradientFlowPruner:
         """
         ratio = self.config.ratio if ratio is None else ratio
         if widths is None:
-            widths = self._allocate(ratio, scores) if ratio > 0 else self.cost.dense
+            widths = self._allocate(ratio, scores)
         return {
             group.name: select_channels(group, scores[group.name], int(width), self.config.attention_unit)
             for group, width in zip(self.groups, widths)
@@ -162,6 +162,8 @@ class GradientFlowPruner:
 
     def _allocate(self, ratio: float, scores: Mapping[str, Tensor] | None = None) -> np.ndarray:
         target = self.config.target
+        if ratio == 0:
+            return self.cost.dense
         if scores is None or self.widths_are_planned:
             return allocate_per_group(self.cost, target, ratio, self.ladders)
         if self.config.ranking == "sensitivity":
@@ -264,7 +266,7 @@ class GradientFlowPruner:
             before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
             if share == before == 1:
                 return np.array([int(self.kept[group.name].sum()) for group in self.groups])
-        return self._allocate(share * self.config.ratio, self.scores) if share > 0 else self.cost.dense
+        return self._allocate(share * self.config.ratio, self.scores)
 
     def _follow_path(self, step: int) -> None:
         """Set masks to where the last ranking wants them at `step`."""

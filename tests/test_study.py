@@ -107,10 +107,23 @@ def test_no_results_is_one_line(tmp_path: Path) -> None:
         study_report.main(["--results", str(tmp_path)])
 
 
-def test_a_teacher_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "wanted"),
+    [("cifar10", "benchmarks/cifar10/teacher: make cifar10-teacher"), ("digits", "training/digits/teacher: make teacher")],
+)
+def test_a_teacher_that_is_not_there_is_one_line(
+    dataset: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match="dataset=cifar10 needs benchmarks/cifar10/teacher: make cifar10-teacher"):
-        study.main(["--dataset", "cifar10", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"dataset={dataset} needs {wanted}"):
+        study.main(["--dataset", dataset, "--results", str(tmp_path)])
+
+
+def test_no_halves_are_one_line(tmp_path: Path) -> None:
+    words = ["--dataset", "digits", "--halves", "0", "--results", str(tmp_path / "new")]
+    run = subprocess.run([sys.executable, "benchmarks/sensitivity.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr.splitlines()[-1]) == (1, "sensitivity.py: error: halves=0 must be at least 1")
+    assert "Traceback" not in run.stderr and not (tmp_path / "new").exists()
 
 
 def test_a_run_whose_results_are_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
