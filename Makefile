@@ -62,11 +62,14 @@ study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cor
 	$(VENV)/bin/python benchmarks/sensitivity.py --dataset cifar10
 	$(VENV)/bin/python benchmarks/study.py --dataset digits $(STUDY)
 	$(VENV)/bin/python benchmarks/study.py --dataset cifar10 $(STUDY)
+	$(VENV)/bin/python benchmarks/study_time.py
 	$(VENV)/bin/python benchmarks/study_report.py --write
 
 study-quick: install ## the machinery of the study at reduced size (under ten minutes), into runs/study-quick/
 	$(VENV)/bin/python benchmarks/study.py --quick --jobs 2
-	$(VENV)/bin/python benchmarks/study_report.py --results runs/study-quick/results --pictures runs/study-quick/pictures --time
+	$(VENV)/bin/python benchmarks/study_time.py --repeats 1 --results runs/study-quick/results --output runs/study-quick/times.json
+	$(VENV)/bin/python benchmarks/study_report.py --results runs/study-quick/results --pictures runs/study-quick/pictures \
+		--times runs/study-quick/times.json
 
 clean: ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

@@ -29,7 +29,7 @@ QUICK = ROOT / "runs/study-quick"
 # One setting of every kind and part, and a run in seconds
 QUICK_SETTINGS = (
     *("two-phase", "one-shot-diff-pruning", "one-shot-magnitude", "paper", "scratch", "torch-pruning"),
-    *("two-phase-30", "phases-5-10", "p-cosine", "no-revival", "ranking-global"),
+    *("two-phase-30", "phases-5-10", "p-cosine", "iterations", "no-revival", "ranking-global"),
 )
 QUICK_ARGUMENTS = (
     *("--max_train_steps", "40", "--calibration_batches", "1", "--calibration_batch_size", "16", "--train_batch_size", "16"),
@@ -46,7 +46,7 @@ def result_file(dataset: str, setting: Setting, seed: int, results: Path = RESUL
 def record(setting: Setting, dataset: str, seed: int, results: dict, report: dict) -> dict:
     """What is kept of a run: its results, curves and rankings, and how it was made."""
     curves = report.get("curves", {})
-    names = ("quality_steps", "quality_seconds", "quality", "validation_steps", "validation_loss", "compaction", "seconds")
+    names = ("quality_steps", "quality", "validation_steps", "validation_loss", "compaction")
     shown = ("step", "phase", "sparsity", "mask_value", "revived_channels", "newly_pruned_channels")
     return {
         "format_version": FORMAT_VERSION,
@@ -68,7 +68,8 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
 
 def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], curve_steps: int | None = None) -> list[str]:
     """Arguments of a run of `training/prune_ddpm.py`."""
-    curves = ("--eval_steps", str(curve_steps or CURVE_STEPS[dataset])) if setting.curves else ()
+    steps = curve_steps or setting.curve_steps or CURVE_STEPS[dataset]
+    curves = ("--eval_steps", str(steps)) if setting.curves else ()
     seeds = ("--seed", str(seed), "--pruning_seed", str(seed))  # random choices differ from seed to seed
     return [*BASE[dataset], *setting.arguments, *curves, *seeds, *extra]
 
@@ -91,7 +92,8 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
             ["--baseline", setting.kind, "--results", str(options.results / dataset)],
         )
     words = arguments_of(setting, dataset, seed, extra, 15 if options.quick else None)
-    command = [sys.executable, script, *words, *more, "--output_dir", str(folder)]
+    remembered = ["benchmarks/study_run.py", "--teacher_cache", str(options.runs / f"teacher-{dataset}-seed{seed}")]
+    command = [sys.executable, *remembered, script, *words, *more, "--output_dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     print(f"--- {name}", flush=True)
     log = folder.with_name(f"{folder.name}.log")

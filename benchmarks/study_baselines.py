@@ -138,14 +138,15 @@ def torch_pruning(args: Arguments, unet: nn.Module, noise_scheduler, images, ste
     return small, {"peer": report}
 
 
-def scratch(args: Arguments, unet: nn.Module, noise_scheduler, results_folder: Path) -> tuple[nn.Module, dict]:
-    """Random weights in the widths of the default setting of the same seed."""
-    path = results_folder / f"two-phase-seed{args.run.seed}.json"
-    if not path.is_file():
-        raise ValueError(f"results={results_folder} holds no {path.name}: run the setting two-phase first")
-    widths = json.loads(path.read_text())["widths"]
-    config = GFPruneConfig(ratio=args.pruning.ratio, total_steps=1, criterion="random")
-    pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler)
+def with_widths(unet: nn.Module, widths: dict[str, int], seed: int = 0) -> GFPrunedUNet2DModel:
+    """A model of a dense one's architecture with random weights.
+
+    Args:
+        unet: The dense model.
+        widths: Channels of each group, as results of the study name them.
+        seed: Of the weights.
+    """
+    pruner = GradientFlowPruner(copy.deepcopy(unet), GFPruneConfig(total_steps=1, criterion="random"))
     # Which channels are kept does not matter where weights are random, how many of each norm group does little
     masks = {}
     for group in pruner.groups:
@@ -157,8 +158,17 @@ def scratch(args: Arguments, unet: nn.Module, noise_scheduler, results_folder: P
             mask[head * per_head + places] = 1
         masks[group.name] = mask
     pruner.set_masks(masks)
-    torch.manual_seed(args.run.seed)
-    return GFPrunedUNet2DModel.from_config(pruner.compact().config), {}
+    config = pruner.compact().config
+    torch.manual_seed(seed)
+    return GFPrunedUNet2DModel.from_config(config)
+
+
+def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.Module, dict]:
+    """Random weights in the widths of the default setting of the same seed."""
+    path = results_folder / f"two-phase-seed{args.run.seed}.json"
+    if not path.is_file():
+        raise ValueError(f"results={results_folder} holds no {path.name}: run the setting two-phase first")
+    return with_widths(unet, json.loads(path.read_text())["widths"], args.run.seed), {}
 
 
 def fine_tune(args: Arguments, student: nn.Module, dense: nn.Module, noise_scheduler, images) -> nn.Module:
@@ -210,7 +220,7 @@ def main() -> None:
     step_loss = StepLoss(held_out, noise_scheduler, labels)
     quality = SampleQuality(args.evaluation, dense, noise_scheduler, images, accelerator.device)
     if options.baseline == "scratch":
-        student, extra = scratch(args, unet, noise_scheduler, options.results)
+        student, extra = scratch(args, unet, options.results)
     else:
         student, extra = torch_pruning(args, unet, noise_scheduler, images, step_loss)
     print(f"{options.baseline}: {count_parameters(student):,} parameters, {count_macs(student):,} MACs", flush=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/study_report.py                       tables on the terminal
     python benchmarks/study_report.py --write               tables into README.md and benchmarks/README.md, too
-    python benchmarks/study_report.py --time                quality over time, too: of runs that had the machine to themselves
 
+Time is put together from the steps that `study_time.py` measured, for runs that it knows: those of the study share a machine.
 A table in a document stands between two comments, `<!-- study: NAME -->` and `<!-- end -->`; what is between them is replaced.
 """
 
@@ -21,6 +21,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from study_settings import CRITERIA, DATASETS, SETTINGS  # noqa: E402
+from study_time import OUTPUT as TIMES  # noqa: E402
+from study_time import seconds  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"
@@ -58,8 +60,8 @@ def figure(run: Run, dataset: str, column: str, which: str = "pruned") -> float 
     return run[which].get(DISTANCE[dataset] if column == "distance" else column)
 
 
-def main_table(found: Found, dataset: str, parts: Sequence[str], names: Sequence[str] | None = None) -> str:
-    """A Markdown table of settings that have results: those of the parts, or of them those named, in that order."""
+def main_table(found: Found, dataset: str, names: Sequence[str]) -> str:
+    """A Markdown table of the named settings that have results, in that order."""
     first = next(iter(found.values()))[0]
     distance = first["evaluation"]["distances"][DISTANCE[dataset]]["title"]
     titles = [distance if name == "distance" else title for name, title in COLUMNS.items()]
@@ -67,9 +69,9 @@ def main_table(found: Found, dataset: str, parts: Sequence[str], names: Sequence
     dense = [figure(first, dataset, name, "dense") for name in COLUMNS]
     cells = ["1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.4f}" for name, v in zip(COLUMNS, dense)]
     lines.append(f"| dense | - | {first['dense']['macs'] / 1e6:.1f}M | " + " | ".join(cells) + " |")
-    for name in found if names is None else names:
+    for name in names:
         setting, runs = SETTINGS[name], found.get(name, [])
-        if setting.part not in parts or not runs:
+        if not runs:
             continue
         cells = [spread([figure(run, dataset, column) for run in runs], 2 if "psnr" in column else 4) for column in COLUMNS]
         macs = statistics.mean(run["pruned"]["macs"] for run in runs) / 1e6
@@ -116,16 +118,44 @@ def sensitivity_table(folder: Path) -> str:
 
 def revival_table(found: Found, dataset: str) -> str:
     """How many channels came back, and whether that helped."""
-    lines = ["| setting | came back, per run | of all channels ranked out | SSIM to dense |", "|---|---|---|---|"]
-    for name in ("two-phase", "often", "paper", *(s.name for s in SETTINGS.values() if s.part == "revival")):
+    lines = [
+        "| setting | seeds | rankings | came back, per run | of all channels ranked out | distance | SSIM to dense |",
+        "|---" * 7 + "|",
+    ]
+    for name in ("two-phase", "paper", "often", *of_part("revival")):
         runs = found.get(name, [])
         if runs:
             back = [sum(r["revived_channels"] for r in run["rankings"]) for run in runs]
             gone = [sum(r["newly_pruned_channels"] for r in run["rankings"]) for run in runs]
             share = statistics.mean(b / g for b, g in zip(back, gone))
-            ssim = spread([run["pruned"]["ssim_to_dense"] for run in runs])
-            lines.append(f"| {SETTINGS[name].title} | {spread(back, 1)} | {share:.1%} | {ssim} |")
+            title = SETTINGS[name].title + (f", {runs[0]['steps']} steps" if name in ("two-phase", "paper") else "")
+            distance, ssim = (spread([figure(run, dataset, c) for run in runs]) for c in ("distance", "ssim_to_dense"))
+            cells = (title, len(runs), len(runs[0]["rankings"]), spread(back, 1), f"{share:.1%}", distance, ssim)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def iterations_table(found: Found, dataset: str) -> str:
+    """Quality at the end of either phase, where all of a run is these phases."""
+    lines = [
+        "| schedules | seeds | distance at N | at M | SSIM to dense at N | at M |",
+        "|---" * 6 + "|",
+    ]
+    for name in of_part("iterations"):
+        runs = found.get(name, [])
+        if runs:
+            cells = []
+            for metric in ("distance", "ssim_to_dense"):
+                curves = [dict(zip(*curve(run, dataset, metric))) for run in runs]
+                for end in ("soft_end_step", "total_steps"):
+                    cells.append(spread([c[run["phases"][end]] for c, run in zip(curves, runs)]))
+            lines.append(f"| {SETTINGS[name].title} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def of_part(part: str) -> list[str]:
+    """Names of the settings of a part of the study."""
+    return [setting.name for setting in SETTINGS.values() if setting.part == part]
 
 
 def peer_table(found: Found, dataset: str) -> str:
@@ -158,33 +188,46 @@ RIVALS = (
 )
 
 
-def curve(run: Run, dataset: str, metric: str) -> tuple[list[float], list[float], list[float]]:
-    """Steps, seconds and values of a metric along a run, its end included."""
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
+ITERATIONS = {name: (SETTINGS[name].title, colour) for name, colour in zip(of_part("iterations"), COLOURS)}
+
+
+def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric along a run, its end included."""
     key = DISTANCE[dataset] if metric == "distance" else metric
     curves = run["curves"]
-    steps, seconds = [*curves["quality_steps"], run["steps"]], [*curves["quality_seconds"], sum(curves["seconds"].values())]
-    return steps, seconds, [*curves["quality"][key], run["pruned"][key]]
+    return [*curves["quality_steps"], run["steps"]], [*curves["quality"][key], run["pruned"][key]]
 
 
-def plot_curves(path: Path, data: dict[str, Found], against: str) -> None:
-    """Quality over steps or over time, a row of pictures a data set; bands are the range over seeds."""
+def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | None = None) -> None:
+    """Quality over steps, or over time, a row of pictures a data set; bands are the range over seeds.
+
+    Args:
+        path: Where the picture goes.
+        data: Runs by data set; those that have none of the settings shown are left out.
+        shown: Title and colour by setting.
+        times: What `study_time.py` found, for quality over time.
+    """
+    data = {dataset: found for dataset, found in data.items() if any(name in found for name in shown)}
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
-            for name, (title, colour) in CURVES.items():
-                runs = [curve(run, dataset, metric) for run in found.get(name, []) if run["curves"].get("quality_steps")]
-                if runs:
-                    places = [statistics.mean(v) for v in zip(*(run[1 if against == "time" else 0] for run in runs))]
-                    values = list(zip(*(run[2] for run in runs)))
-                    axis.plot(places, [statistics.mean(v) for v in values], marker=".", label=title, color=colour)
-                    axis.fill_between(places, list(map(min, values)), list(map(max, values)), alpha=0.15, color=colour)
+            for name, (title, colour) in shown.items():
+                runs = [run for run in found.get(name, []) if run["curves"].get("quality_steps")]
+                if not runs or (times is not None and name not in times[dataset]["settings"]):
+                    continue
+                steps = curve(runs[0], dataset, metric)[0]
+                values = list(zip(*(curve(run, dataset, metric)[1] for run in runs)))
+                places = [seconds(runs[0], step, times[dataset]) for step in steps] if times is not None else steps
+                axis.plot(places, [statistics.mean(v) for v in values], marker=".", label=title, color=colour)
+                axis.fill_between(places, list(map(min, values)), list(map(max, values)), alpha=0.15, color=colour)
             first = next(iter(found.values()))[0]
             title = first["evaluation"]["distances"][DISTANCE[dataset]]["title"] if metric == "distance" else "SSIM to dense"
             if metric == "distance":
                 axis.set_yscale("log")
                 axis.axhline(first["dense"][DISTANCE[dataset]], color="gray", linestyle=":", label="dense")
             axis.set_title(f"{TITLES[dataset]}: {title}", fontsize=10)
-            axis.set_xlabel("seconds of training and scoring" if against == "time" else "training step")
+            axis.set_xlabel("training step" if times is None else "time of training and scoring, in dense training steps")
     axes[0, 0].legend(fontsize=7)
     _save(figure_, path)
 
@@ -226,32 +269,27 @@ def _save(figure_, path: Path) -> None:
     plt.close(figure_)
 
 
-def tables(data: dict[str, Found]) -> dict[str, str]:
-    """Every table of the documents, by name."""
-    made: dict[str, Callable[[Found, str], str]] = {
-        "main": lambda found, dataset: main_table(found, dataset, ["main"]),
-        "rivals": lambda found, dataset: main_table(found, dataset, ["main"], RIVALS),
-        **{
-            part: (lambda found, dataset, part=part: main_table(found, dataset, [part, "main"], _beside(part)))
-            for part in ("budget", "widths", "phases", "schedules", "scores")
-        },
-        "revival": revival_table,
-        "peer": peer_table,
-    }
-    return {f"{name} {dataset}": make(found, dataset) for name, make in made.items() for dataset, found in data.items()}
-
-
 # Rows of the main table that those of a part are to be compared with
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
     "budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
+    "scores": ("short",),
 }
 
 
-def _beside(part: str) -> list[str]:
-    """Settings of a part, after those that they are compared with."""
-    own = (setting.name for setting in SETTINGS.values() if setting.part == part)
-    return [*BESIDE.get(part, ("two-phase",)), *own]
+def tables(data: dict[str, Found]) -> dict[str, str]:
+    """Every table of the documents, by name."""
+    made: dict[str, Callable[[Found, str], str]] = {
+        "rivals": lambda found, dataset: main_table(found, dataset, RIVALS),
+        **{
+            part: (lambda found, dataset, part=part: main_table(found, dataset, (*BESIDE.get(part, ()), *of_part(part))))
+            for part in ("main", "budget", "widths", "phases", "schedules", "scores")
+        },
+        "iterations": iterations_table,
+        "revival": revival_table,
+        "peer": peer_table,
+    }
+    return {f"{name} {dataset}": make(found, dataset) for name, make in made.items() for dataset, found in data.items()}
 
 
 def write(document: Path, made: dict[str, str]) -> None:
@@ -267,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="Replace the tables of the documents.")
-    parser.add_argument("--time", action="store_true", help="Draw quality over time; no two runs may have shared the machine.")
+    parser.add_argument("--times", type=Path, default=TIMES, help="What study_time.py wrote.")
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     args = parser.parse_args(argv)
     data = {dataset: found for dataset in DATASETS if (found := load(dataset, args.results))}
@@ -281,9 +319,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, table in made.items():
         print(f"\n{name}\n\n{table}")
     if data:
-        plot_curves(args.pictures / "quality_over_steps.png", data, "steps")
-        if args.time:
-            plot_curves(args.pictures / "quality_over_time.png", data, "time")
+        plot_curves(args.pictures / "quality_over_steps.png", data, CURVES)
+        if args.times.is_file():
+            plot_curves(args.pictures / "quality_over_time.png", data, CURVES, json.loads(args.times.read_text()))
+        if any(name in found for found in data.values() for name in ITERATIONS):
+            plot_curves(args.pictures / "quality_at_rankings.png", data, ITERATIONS)
         if any(SETTINGS[name].part == "budget" for found in data.values() for name in found):
             plot_budgets(args.pictures / "quality_over_macs.png", data)
     if args.write:

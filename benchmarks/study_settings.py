@@ -7,8 +7,12 @@ Parts of the study:
     widths      which share of its channels each group loses, by whose scores
     phases      how long the two phases are, and what each is for
     schedules   shapes of s_t and p_t
+    iterations  the same, with sample quality at every ranking until masks freeze
     revival     whether channels may come back
     scores      what arXiv 2501.09464 leaves open about the score
+
+The last five ask what is inside the two phases. They run on the digits, for a third of the steps: short runs are affordable in
+numbers, and differ more, since fine-tuning evens out much of what pruning did.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class Setting:
         part: Of the study.
         arguments: Of `training/prune_ddpm.py`, after those of `BASE`.
         curves: Whether sample quality is measured along the way, too.
+        curve_steps: Steps between two points of these curves; None: those of the data set.
         datasets: Where it is run.
         kind: `"prune"`: the script; `"scratch"` and `"torch-pruning"`: `study_baselines.py`, for models of other origin.
     """
@@ -55,15 +60,17 @@ class Setting:
     part: str
     arguments: tuple[str, ...] = ()
     curves: bool = False
+    curve_steps: int | None = None
     datasets: tuple[str, ...] = DATASETS
     kind: str = "prune"
 
 
 ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # one ranking can afford more images
 UNIFORM = ("--ranking", "group")  # as all rivals are published: the same share of every group
-OFTEN = ("--update_interval", "15")  # where what happens at rankings is the question; the digits recipe has few of them
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
+SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
+OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # where what happens at rankings is the question
 
 
 def _main() -> list[Setting]:
@@ -130,26 +137,40 @@ def _phases() -> list[Setting]:
         return ("--soft_fraction", f"{soft:g}", "--hard_fraction", f"{hard:g}")
 
     rows = [
-        ("phases-5-10", "N = 5 %, M = 10 %", fractions(0.05, 0.1)),
-        ("phases-10-20", "N = 10 %, M = 20 %", fractions(0.1, 0.2)),
-        ("phases-20-40", "N = 20 %, M = 40 %", fractions(0.2, 0.4)),
-        ("soft-only", "soft only, N = M = 20 %", fractions(0.2, 0.2)),
-        ("hard-only", "hard only, M = 20 %", fractions(0, 0.2)),
+        ("short", "gradient flow, two phases (default: N = 10 %, M = 20 %)", SHORT),
+        ("short-one-shot", "gradient flow, one-shot", (*SHORT, *ONE_SHOT)),
+        ("short-diff-pruning", "Diff-Pruning, one-shot", (*SHORT, *ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)),
+        ("short-magnitude", "magnitude, one-shot", (*SHORT, *ONE_SHOT, "--criterion", "magnitude", *UNIFORM)),
+        ("phases-5-10", "N = 5 %, M = 10 %", (*SHORT, *fractions(0.05, 0.1))),
+        ("phases-20-40", "N = 20 %, M = 40 %", (*SHORT, *fractions(0.2, 0.4))),
+        ("soft-only", "soft only, N = M = 20 %", (*SHORT, *fractions(0.2, 0.2))),
+        ("hard-only", "hard only, M = 20 %", (*SHORT, *fractions(0, 0.2))),
     ]
     return [Setting(name, title, "phases", arguments, datasets=DIGITS) for name, title, arguments in rows]
 
 
+SHAPES = (
+    ("--mask_schedule", ("cosine", "exponential", "cubic")),
+    ("--sparsity_schedule", ("linear", "cosine", "exponential")),
+)
+
+
 def _schedules() -> list[Setting]:
+    # All of the run is phases 1 and 2, at one learning rate; fewer samples, since they are drawn at every ranking
+    phases = ("--soft_fraction", "0.5", "--hard_fraction", "1", "--lr_scheduler", "constant")
+    iterations = (*("--max_train_steps", "200", "--update_interval", "20"), *phases)
+    iterations += ("--eval_images", "500", "--ddim_num_inference_steps", "20")
+    default = "p_t linear, s_t cubic (default)"
     found = [
-        Setting("often", "p_t linear, s_t cubic (the default), a ranking every 15 steps", "schedules", OFTEN, datasets=DIGITS)
+        Setting("often", default, "schedules", OFTEN, datasets=DIGITS),
+        Setting("iterations", default, "iterations", iterations, True, 20, DIGITS),
     ]
-    for name, option, shapes in (
-        ("p", "--mask_schedule", ("cosine", "exponential", "cubic")),
-        ("s", "--sparsity_schedule", ("linear", "cosine", "exponential")),
-    ):
+    for option, shapes in SHAPES:
+        letter = {"--mask_schedule": "p", "--sparsity_schedule": "s"}[option]
         for shape in shapes:
-            title = f"{name}_t {shape}, a ranking every 15 steps"
-            found.append(Setting(f"{name}-{shape}", title, "schedules", (option, shape, *OFTEN), datasets=DIGITS))
+            name, title, shaped = f"{letter}-{shape}", f"{letter}_t {shape}", (option, shape)
+            found.append(Setting(name, title, "schedules", (*shaped, *OFTEN), datasets=DIGITS))
+            found.append(Setting(f"iterations-{name}", title, "iterations", (*iterations, *shaped), True, 20, DIGITS))
     return found
 
 
@@ -175,7 +196,7 @@ def _scores() -> list[Setting]:
         ("batches-16", "16 calibration batches in place of 2", ("--calibration_batches", "16")),
         ("finite-difference", "Hg by finite differences", ("--hvp", "finite-difference")),
     ]
-    return [Setting(name, title, "scores", arguments, datasets=DIGITS) for name, title, arguments in rows]
+    return [Setting(name, title, "scores", (*arguments, *SHORT), datasets=DIGITS) for name, title, arguments in rows]
 
 
 SETTINGS = {s.name: s for s in (*_main(), *_budgets(), *_widths(), *_phases(), *_schedules(), *_revival(), *_scores())}

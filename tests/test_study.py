@@ -18,8 +18,11 @@ sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
 
 import study  # noqa: E402
 import study_report  # noqa: E402
+import study_time  # noqa: E402
+from study_run import RememberedTeacher  # noqa: E402
 from study_settings import DATASETS, SETTINGS  # noqa: E402
 
+from diffusers_gfprune.evaluation.cache import TensorCache  # noqa: E402
 from prune_arguments import parse_arguments  # noqa: E402
 
 
@@ -29,15 +32,11 @@ def results_of(name: str, seed: int, ssim: float, macs: int = 50) -> dict:
     dense = {"macs": 100_000_000, "step_loss": 0.06, "fd_pixels": 0.03}
     distances = {"fd_pixels": {"title": "FD-pixels", "features": "raw pixels", "reference_images": 10}}
     ranking = {"step": 0, "revived_channels": 1, "newly_pruned_channels": 4}
+    phases = {"soft_end_step": 50, "hard_end_step": 60, "total_steps": 100}
     return {
         **{"setting": name, "dataset": "digits", "seed": seed, "dense": dense, "pruned": pruned, "steps": 100},
-        **{"evaluation": {"distances": distances}, "rankings": [ranking], "widths": {}, "phases": {"total_steps": 100}},
-        "curves": {
-            "quality_steps": [50],
-            "quality_seconds": [5.0],
-            "quality": {k: [v] for k, v in pruned.items()},
-            "seconds": {},
-        },
+        **{"evaluation": {"distances": distances}, "rankings": [ranking], "widths": {}, "phases": phases},
+        "curves": {"quality_steps": [50], "quality": {k: [v / 2] for k, v in pruned.items()}},
     }
 
 
@@ -85,13 +84,68 @@ def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
     (folder / "two-phase-30-seed0.json").write_text(json.dumps(results_of("two-phase-30", 0, 0.98, macs=70)))
     found = study_report.load("digits", tmp_path)
     assert {name: len(runs) for name, runs in found.items()} == {"two-phase": 3, "two-phase-30": 1}
-    table = study_report.main_table(found, "digits", ["main"])
+    table = study_report.main_table(found, "digits", ["two-phase", "paper"])
     row = next(line for line in table.splitlines() if "(default)" in line)
     assert row.split(" | ")[1:] == ["3", "50.0M", "0.0700 ± 0.0000", "0.0400 ± 0.0000", "0.9200 ± 0.0200", "20.00 ± 0.00 |"]
     assert "30 %" not in table and "| dense | - | 100.0M | 0.0600 | 0.0300 | 1 | - |" in table
-    assert "| 1.0 ± 0.0 | 25.0% |" in study_report.revival_table(found, "digits")
+    assert "| 1.0 ± 0.0 | 25.0% | 0.0400 ± 0.0000 | 0.9200 ± 0.0200 |" in study_report.revival_table(found, "digits")
     budgets = study_report.tables({"digits": found})["budget digits"].splitlines()[3:]  # after the title, its line, and dense
     assert [line.split(" | ")[2] for line in budgets] == ["50.0M", "70.0M"]  # the default beside those of its part
+
+
+def test_iterations_are_told_at_the_end_of_either_phase() -> None:
+    found = {"iterations": [results_of("iterations", 0, 0.9)]}
+    row = study_report.iterations_table(found, "digits").splitlines()[-1]
+    assert row.split(" | ")[1:] == ["1", "0.0200", "0.0400", "0.4500", "0.9000 |"]
+
+
+def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
+    """40 masked steps at 1.25 and 10 at 1 each with the teacher's 0.5, and one ranking of 8, by hand."""
+    run = results_of("two-phase", 0, 0.9)
+    run["phases"]["hard_end_step"] = 40
+    own = {"compacted": 1.0, "ranking": 8.0, "teacher": 0.5}
+    times = {"digits": {"masked": 1.25, "settings": {"two-phase": own}}}
+    assert study_time.seconds(run, 50, times["digits"]) == 40 * 1.75 + 10 * 1.5 + 8
+    assert study_time.seconds(run, 0, times["digits"]) == 0
+    # A setting that was not timed is not drawn, and does not keep others from it
+    data = {"digits": {"paper": [results_of("paper", 0, 0.8)], "two-phase": [run]}}
+    study_report.plot_curves(tmp_path / "time.png", data, study_report.CURVES, times)
+    assert (tmp_path / "time.png").stat().st_size > 10_000
+
+
+def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
+    """For the settings that have results, with what each does."""
+    for name in ("two-phase", "one-shot-magnitude"):
+        kept = study.result_file("digits", SETTINGS[name], 0)
+        (tmp_path / "digits").mkdir(exist_ok=True)
+        (tmp_path / "digits" / kept.name).write_text(kept.read_text())
+    threads = torch.get_num_threads()
+    found = study_time.measure("digits", tmp_path, 1)
+    assert torch.get_num_threads() == threads
+    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude"}
+    assert found["settings"]["one-shot-magnitude"]["ranking"] == 0 < found["settings"]["two-phase"]["ranking"]
+    assert all(value["teacher"] == found["teacher"] > 0 for value in found["settings"].values())
+
+
+def test_a_remembered_teacher_says_the_same_and_is_asked_once(tmp_path: Path) -> None:
+    class Doubling(torch.nn.Module):
+        asked = 0
+
+        def forward(self, noisy_images, timesteps, class_labels, **options):
+            self.asked += 1
+            return 2 * noisy_images + timesteps[:, None, None, None]
+
+    teacher = Doubling()
+    images, timesteps = torch.randn(2, 1, 4, 4), torch.tensor([1, 2])
+    for _ in range(2):  # the second one is another run's
+        remembered = RememberedTeacher(teacher, TensorCache(tmp_path))
+        for change in (0, 1):
+            answer = remembered(images, timesteps + change, return_features=False, pairs=False)
+            assert torch.equal(answer, teacher.forward(images, timesteps + change, None))
+    assert teacher.asked == 2 + 4  # those of this test are four
+    remembered(images, timesteps, torch.tensor([0, 1]))
+    remembered(images.view(2, 4, 1, 4), timesteps)
+    assert teacher.asked == 2 + 4 + 2
 
 
 def test_tables_are_replaced_where_they_are_marked(tmp_path: Path) -> None:
@@ -149,9 +203,13 @@ def test_the_whole_machinery_works(tmp_path: Path) -> None:
             wanted = 0.3 if name.endswith("-30") else 0.5
             assert abs(removed - wanted) < (0.05 if name == "torch-pruning" else 0.01), name
     assert found["scratch"][0]["pruned"]["macs"] == found["two-phase"][0]["pruned"]["macs"]
-    study_report.main(["--results", str(environment["results"]), "--pictures", str(environment["pictures"]), "--time"])
+    times = tmp_path / "times.json"
+    study_time.main(["--results", str(environment["results"]), "--output", str(times), "--repeats", "1"])
+    words = ["--results", str(environment["results"]), "--pictures", str(environment["pictures"]), "--times", str(times)]
+    study_report.main(words)
     names = {path.name for path in environment["pictures"].iterdir()}
-    assert names == {"quality_over_steps.png", "quality_over_time.png", "quality_over_macs.png"}
+    endings = ("over_steps", "over_time", "over_macs", "at_rankings")
+    assert names == {f"quality_{ending}.png" for ending in endings}
 
 
 def test_the_approximation_holds_for_small_changes(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""One run of the study: a script with its arguments, and what the teacher predicts kept for the runs after it.
+
+    python benchmarks/study_run.py --teacher_cache runs/study/cache training/prune_ddpm.py --recipe digits --output_dir DIR
+
+Runs of one seed train on the same noisy images step by step, whatever they prune, and so ask the dense model the same
+questions: its answers, a quarter of a run's time, are kept in files named by what was asked. What comes from a file is what
+the model would say, bit for bit; only the seconds in a run's curves are not those of a run by itself (`study_time.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
+
+import objective  # noqa: E402
+from diffusers_gfprune.evaluation.cache import TensorCache, tensors_fingerprint  # noqa: E402
+
+__all__ = ["RememberedTeacher", "remember_teachers"]
+
+
+class RememberedTeacher(nn.Module):
+    """A frozen model whose predictions are kept.
+
+    Args:
+        teacher: A `NoisePrediction` of the dense model, in evaluation mode.
+        cache: Where predictions are kept.
+    """
+
+    def __init__(self, teacher: nn.Module, cache: TensorCache) -> None:
+        super().__init__()
+        self.teacher, self.cache = teacher, cache
+        # Threads decide in which order sums are taken, and so the last bit.
+        self.identity = {
+            "teacher": tensors_fingerprint(teacher.state_dict()),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    def forward(self, noisy_images: Tensor, timesteps: Tensor, class_labels: Tensor | None = None, **options) -> Tensor:
+        """The prediction, of the shape of `noisy_images` `(batch, channels, height, width)`."""
+        asked = hashlib.sha256()
+        for tensor in (noisy_images, timesteps, *(() if class_labels is None else (class_labels,))):
+            asked.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
+        key = {**self.identity, "inputs": asked.hexdigest()}
+        answer = functools.partial(self.teacher, noisy_images, timesteps, class_labels, **options)
+        return self.cache.get("teacher", key, lambda: {"prediction": answer()})["prediction"]
+
+
+def remember_teachers(folder: Path) -> None:
+    """Have every `Objective` that compares predictions alone, on the CPU, keep those of its teacher in a folder."""
+    plain = objective.Objective.__init__
+
+    @functools.wraps(plain)
+    def remembering(self, *args, **kwargs) -> None:
+        plain(self, *args, **kwargs)
+        if self.needs_teacher and not self.needs_features and not self.needs_directions:
+            if next(self.teacher.parameters()).device.type == "cpu":
+                self.teacher = RememberedTeacher(self.teacher, TensorCache(folder))
+
+    objective.Objective.__init__ = remembering
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--teacher_cache", type=Path, required=True, help="Folder of the predictions that are kept.")
+    parser.add_argument("script", help="training/prune_ddpm.py or benchmarks/study_baselines.py")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="Its arguments.")
+    options = parser.parse_args()
+    remember_teachers(options.teacher_cache.resolve())
+    sys.argv = [options.script, *options.words]
+    runpy.run_path(options.script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

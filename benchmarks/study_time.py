@@ -1,0 +1,115 @@
+"""How long the steps of the study's runs take: the time axis of its curves, scoring and masking included.
+
+    python benchmarks/study_time.py               both data sets, into benchmarks/results/study_time.json (a few minutes)
+
+The study's runs share a machine, so that their own clocks say little. Here the pieces that a run is made of are measured in
+interleaved pairs with plain dense training steps on the same images, one CPU thread as in the study,
+
+    masked      a training step with masks
+    compacted   a training step of the model in the widths that a setting left (first seed)
+    teacher     a forward of the dense model
+    scoring     one calibration batch for one criterion
+
+and `seconds` puts a run together from them, in units of one dense training step:
+
+    t(k) = sum over steps < k of (masked or compacted + teacher) + sum over rankings before k of batches x scoring
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+from pathlib import Path
+
+import torch
+from cost import Trainer, batches_for, half_masked, paired
+from diffusers import UNet2DModel
+from study import RESULTS, ROOT, arguments_of
+from study_baselines import with_widths
+from study_settings import DATASETS, SETTINGS, TEACHERS
+
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.importance import score_channels
+from prune_arguments import parse_arguments
+
+OUTPUT = ROOT / "benchmarks/results/study_time.json"
+# Settings whose quality is drawn over time
+TIMED = ("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "paper")
+BATCH_SIZE = 64
+
+
+def measure(dataset: str, results: Path, repeats: int) -> dict:
+    """Ratios to a plain dense step, of the pieces of all settings that have results."""
+    dense = UNet2DModel.from_pretrained(ROOT / TEACHERS[dataset] / "unet", use_safetensors=True)
+    batches = batches_for(dense, BATCH_SIZE, 1)
+    plain = Trainer(copy.deepcopy(dense), batches)
+    frozen = copy.deepcopy(dense).eval().requires_grad_(False)
+    masked = copy.deepcopy(dense)
+    half_masked(masked)
+
+    def ratio(function) -> float:
+        return paired(function, plain.steps, repeats)["ratio"]
+
+    @torch.no_grad()
+    def ask_teacher() -> None:
+        frozen(batches[0][0], batches[0][2])
+
+    found = {"masked": ratio(Trainer(masked, batches).steps), "teacher": ratio(ask_teacher), "settings": {}}
+    scoring: dict[str, float] = {"magnitude": 0.0}
+    for name in TIMED:
+        path = results / dataset / f"{name}-seed0.json"
+        if not path.is_file():
+            continue
+        args = parse_arguments(arguments_of(SETTINGS[name], dataset, 0, []))
+        config: GFPruneConfig = args.pruning.config(args.training.max_train_steps)
+        if config.criterion not in scoring:
+            pruner = GradientFlowPruner(copy.deepcopy(dense), config)
+            scoring[config.criterion] = ratio(
+                lambda p=pruner, c=config: score_channels(p.unet, p.groups, batches, p.noise_scheduler, c)
+            )
+        small = with_widths(dense, json.loads(path.read_text())["widths"])
+        found["settings"][name] = {
+            "compacted": ratio(Trainer(small, batches).steps),
+            "ranking": args.pruning.calibration_batches * scoring[config.criterion],
+            "teacher": found["teacher"] * args.objective.needs_teacher,
+        }
+    return {**found, "scoring_per_batch": scoring, "repeats": repeats}
+
+
+def seconds(run: dict, step: int, pieces: dict) -> float:
+    """Time of a run until a step, in dense training steps.
+
+    Args:
+        run: Its results, as `study.py` keeps them.
+        step: Training steps done (>= 0).
+        pieces: What `measure` found for its data set.
+    """
+    own = pieces["settings"][run["setting"]]
+    masked = min(step, run["phases"]["hard_end_step"])
+    rankings = sum(ranking["step"] < step for ranking in run["rankings"])
+    steps = masked * pieces["masked"] + (step - masked) * own["compacted"] + step * own["teacher"]
+    return steps + rankings * own["ranking"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Of the study, for widths.")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--repeats", type=int, default=9, help="Pairs that each piece is measured in (>= 1).")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        raise SystemExit(f"study_time.py: error: repeats={args.repeats} must be at least 1")
+    torch.set_num_threads(1)
+    found: dict = {"machine": {"threads": 1, "torch": torch.__version__, "python": platform.python_version()}}
+    for dataset in DATASETS:
+        found[dataset] = measure(dataset, args.results, args.repeats)
+        print(dataset, json.dumps(found[dataset], indent=2))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
