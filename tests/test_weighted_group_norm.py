@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,7 +111,34 @@ def test_zero_weights_remove_channels():
     assert torch.equal(again[:, kept], found[:, kept])
 
 
-@pytest.mark.parametrize(("offset", "spread"), [(300.0, 1.0), (-300.0, 1.0), (0.0, 1e-4), (5.0, 1e-2), (0.0, 1e4)])
+CONDITIONS = [(300.0, 1.0), (-300.0, 1.0), (0.0, 1e-4), (5.0, 1e-2), (0.0, 1e4)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("offset", "spread"), CONDITIONS)
+def test_ragged_group_norm_is_as_accurate_in_inference_as_in_training(
+    offset: float, spread: float, memory_format: torch.memory_format
+):
+    """Fewer operations without gradients, and no digits lost by them."""
+    norm = RaggedGroupNorm([3, 12, 1, 8])
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(2, 24, 8, 8) * spread + offset).contiguous(memory_format=memory_format)
+    training = norm(x).detach()
+    before = x.clone()
+    with torch.no_grad():
+        inference = norm(x)
+        assert torch.equal(x, before)
+        exact = copy.deepcopy(norm).double()(x.double())
+    scale = exact.abs().max()
+    assert (inference - exact).abs().max() <= 2 * (training - exact).abs().max() + 1e-6 * scale
+    with torch.inference_mode():
+        assert torch.equal(norm(x), inference)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(norm(x), inference, rtol=1e-5, atol=1e-5 * scale.item())  # nothing is cast down
+
+
+@pytest.mark.parametrize(("offset", "spread"), CONDITIONS)
 def test_weighted_group_norm_is_as_accurate_as_native(offset: float, spread: float):
     """E[x^2] - E[x]^2 would lose all digits at a mean of 300; forward and gradient against float64."""
     x, direction = torch.randn(2, 48, 64) * spread + offset, torch.randn(2, 48, 64)
