@@ -112,7 +112,11 @@ def test_samples_are_those_before_the_push(finder: tuple[bool, dict]) -> None:
     with_package, found = finder
     known = samples(DDPMPipeline.from_pretrained(PUBLISHED))
     for name in (*SAME, *(("ours", "auto", "model") if with_package else ())):
-        assert torch.equal(torch.tensor(found[name], dtype=known.dtype), known), name
+        values = torch.tensor(found[name], dtype=known.dtype)
+        if name == "revision" and not with_package:  # runs the file of that revision, which is older: the same to rounding
+            torch.testing.assert_close(values, known, rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(values, known), name
 
 
 def test_private_variant_and_code(finder: tuple[bool, dict]) -> None:

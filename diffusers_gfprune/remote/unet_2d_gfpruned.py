@@ -190,25 +190,18 @@ def norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Ten
     return (_norm_tables if torch.compiler.is_compiling() else _cached_norm_tables)(group_sizes, device)
 
 
-@functools.lru_cache(maxsize=4096)
-def _averaging(group_sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Takes means over groups and gives each channel that of its own: shape `(channels, channels)`, symmetric."""
-    membership, weights = norm_tables(group_sizes, device)
-    with torch.inference_mode(False):
-        return weights @ membership.t()
-
-
-def _ragged_norm(x: Tensor, averaging: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def _ragged_norm(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """`norm_forward` without statistics, in as few operations as it takes: at small sizes their number is the time.
 
-    1 / rstd^2 is var + eps, and rows of `averaging` sum to 1, so that eps need be neither taken off nor added.
+    1 / rstd^2 is var + eps, and weights of a group sum to 1, so that eps need be neither taken off nor added.
     """
     batch, channels = x.shape[:2]
     positions = x.numel() // (batch * channels)
     normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
     mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
-    offset = mean - mean @ averaging  # not fused: sums that start at a large mean lose digits
-    scale = (rstd.pow(-2).addcmul_(offset, offset) @ averaging).rsqrt_().mul_(gamma)
+    members = membership.t()
+    offset = mean - (mean @ weights) @ members
+    scale = ((rstd.pow(-2).addcmul_(offset, offset) @ weights).rsqrt_() @ members).mul_(gamma)
     shift = torch.addcmul(beta, offset, scale)
     shape = batch, channels, *(1,) * (x.dim() - 2)
     return normalized.mul_(scale.div_(rstd).view(shape)).add_(shift.view(shape))
@@ -229,10 +222,9 @@ class RaggedGroupNorm(nn.GroupNorm):
         self.group_sizes = tuple(group_sizes)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._is_plain_inference(input):
-            averaging = _averaging(self.group_sizes, input.device)
-            return _ragged_norm(input.contiguous(), averaging, self.weight, self.bias, self.eps)
         membership, weights = norm_tables(self.group_sizes, input.device)
+        if self._is_plain_inference(input):
+            return _ragged_norm(input.contiguous(), weights, membership, self.weight, self.bias, self.eps)
         return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
 
     def _is_plain_inference(self, input: Tensor) -> bool:
