@@ -16,7 +16,7 @@ plain sum of scores, the case beta -> infinity, does not know. The least damage 
     x_g  =  lambda (W_g / S_g)^beta
 
 with lambda found by bisection; beta = 0 is the same share for all. The default is beta = 1/2 (damage as the cube of the
-share): beyond it little was gained on CIFAR-10 images, and on the digits beta hardly mattered (benchmarks/README.md).
+share), chosen while scores were in the metric of weights; the study compares others (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("dense", "masked")
 SCORE_SLICES = ("all", "output", "weight")
 AGGREGATIONS = ("signed", "abs", "sum_abs")
+FLOW_METRICS = ("predictions", "weights")
 HESSIAN_BATCHES = ("mean", "each")
 NORMALIZATIONS = ("none", "mean", "max", "l2", "standard")
 RANKINGS = ("group", "sensitivity", "global")
@@ -24,6 +25,7 @@ PRESETS: dict[str, dict] = {
     "default": {},
     "paper": {
         "criterion": "gradient-flow",
+        "flow_metric": "weights",
         "aggregation": "signed",
         "hessian_batches": "mean",
         "score_slices": "all",
@@ -71,13 +73,28 @@ class GFPruneConfig:
             "help": "Importance: gradient-flow, taylor, diff-pruning, magnitude or random (in Python, also one you register)."
         },
     )
-    hvp: str = _choice("exact", HVP_METHODS, "How H g is computed: double backward, or differences of gradients.")
-    hessian_batches: str = _choice(
-        "each", HESSIAN_BATCHES, "g and H of the mean loss over all calibration batches, or of each batch in turn."
+    flow_metric: str = _choice(
+        "predictions",
+        FLOW_METRICS,
+        "gradient-flow: what the gradient norm that a removal causes is measured in, predictions (natural gradient) or "
+        "weights (theta * H g, as published).",
     )
-    aggregation: str = _choice("sum_abs", AGGREGATIONS, "How gradient flow sums over a channel: sum, |sum| or sum of |.|.")
+    hvp: str = _choice(
+        "exact", HVP_METHODS, "flow_metric=weights: how H g is computed, by double backward or by differences of gradients."
+    )
+    hessian_batches: str = _choice(
+        "each",
+        HESSIAN_BATCHES,
+        "flow_metric=weights: g and H of the mean loss over all calibration batches, or of each batch in turn.",
+    )
+    aggregation: str = _choice(
+        "sum_abs", AGGREGATIONS, "flow_metric=weights: how theta * H g is summed over a channel, sum, |sum| or sum of |.|."
+    )
     score_slices: str = _choice(
-        "all", SCORE_SLICES, "What a channel's score is summed over: every slice, those that produce it, their weights."
+        "all",
+        SCORE_SLICES,
+        "What a channel's score is summed over: every slice, those that produce it, their weights. With "
+        "flow_metric=predictions, always those that produce it.",
     )
     score_at: str = _choice("dense", SCORE_AT, "Score with every mask at 1, or at the masked weights.")
     normalization: str = _choice("mean", NORMALIZATIONS, "What makes scores of groups comparable in a global ranking.")
@@ -133,6 +150,7 @@ class GFPruneConfig:
         for name, choices in (
             ("target", TARGETS),
             ("attention_unit", ATTENTION_UNITS),
+            ("flow_metric", FLOW_METRICS),
             ("hvp", HVP_METHODS),
             ("hessian_batches", HESSIAN_BATCHES),
             ("aggregation", AGGREGATIONS),
@@ -171,6 +189,11 @@ class GFPruneConfig:
         if preset not in PRESETS:
             raise ValueError(f"preset={preset} must be one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[preset], **overrides})
+
+    @property
+    def takes_hessian(self) -> bool:
+        """Whether scores take products with the Hessian."""
+        return self.criterion == "gradient-flow" and self.flow_metric == "weights"
 
     def schedule(self) -> PruningSchedule:
         """The schedule in steps."""

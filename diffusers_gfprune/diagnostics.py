@@ -65,15 +65,16 @@ def check_hessian_gradient_product(
         groups: Its channel groups.
         batches: Calibration batches, as for `score_channels`.
         noise_scheduler: The Diffusers scheduler that adds the noise.
-        config: Options of the scores, apart from `criterion` and `hvp`.
+        config: Options of the scores, apart from `criterion`, `flow_metric` and `hvp`.
 
     Returns:
         `rank_correlation`, the smallest Spearman correlation of a group with at least 8 channels (all channels together if
         there is none), in [-1, 1]; `group`, which that is (or None); `relative_error`, `|exact - difference| / |exact|` over
         all channels of all groups.
     """
+    by_hessian = {"criterion": "gradient-flow", "flow_metric": "weights"}
     exact, difference = (
-        score_channels(unet, groups, batches, noise_scheduler, replace(config, criterion="gradient-flow", hvp=hvp))
+        score_channels(unet, groups, batches, noise_scheduler, replace(config, **by_hessian, hvp=hvp))
         for hvp in ("exact", "finite-difference")
     )
     exact, difference = ({name: values.double().cpu() for name, values in scores.items()} for scores in (exact, difference))
@@ -217,6 +218,8 @@ def _no_gain(comparison: Mapping | None, check: Mapping | None, config: GFPruneC
         return None
     if config.criterion != "gradient-flow":
         remedy = "use --criterion gradient-flow or magnitude"
+    elif not config.takes_hessian:
+        remedy = "raise --calibration_batches"
     elif check is None:
         remedy = "check the Hessian-gradient product with --check_scores"
     else:

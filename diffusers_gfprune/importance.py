@@ -2,7 +2,9 @@
 
 With weights theta, noise-prediction loss L, gradient g = dL/dtheta, Hessian H, and sums over the slices of a channel c:
 
-    gradient-flow   sum_c theta (H g)         arXiv 2501.09464; the argument is GraSP's (Wang et al., arXiv 2002.07376):
+    gradient-flow   E |df/dm_c|^2             the squared gradient norm that removing c causes, in the metric of predictions f
+                                              (`natural_flow`); in that of weights, `flow_metric="weights"`, as published:
+                    sum_c theta (H g)         arXiv 2501.09464; the argument is GraSP's (Wang et al., arXiv 2002.07376):
                                               removing c changes ||g||^2 by -2 theta_c . (H g)_c to first order
     taylor          | sum_c theta g |         Molchanov et al., arXiv 1906.10771
     diff-pruning    sum_c | theta g |         Fang et al., arXiv 2305.10924: g over timesteps whose loss is at least a
@@ -29,6 +31,7 @@ from .channel_groups import ChannelGroup
 from .configuration import GFPruneConfig
 from .distributed import check_identical, gather_rows
 from .hessian_product import HESSIAN_PRODUCTS
+from .natural_flow import prediction_changes
 from .scoring_context import CalibrationBatch, Scores, ScoringContext
 from .scoring_mode import scoring_mode
 
@@ -114,8 +117,14 @@ def score_channels(
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
         unet = copy.deepcopy(unet).float()
     context = ScoringContext(unet, groups, batches, noise_scheduler, config)
-    differentiate = 1 if config.hvp == "finite-difference" else _DERIVATIVES.get(config.criterion, 2)
-    with scoring_mode(unet, list(context.parameters.values()), config.score_at == "dense", differentiate):
+    of_predictions = config.criterion == "gradient-flow" and not config.takes_hessian
+    once = of_predictions or config.hvp == "finite-difference"
+    differentiate = 1 if once else _DERIVATIVES.get(config.criterion, 2)
+    # Outputs that checkpointing computes again are not those that a hook has seen
+    mode = scoring_mode(
+        unet, list(context.parameters.values()), config.score_at == "dense", differentiate, keep_activations=of_predictions
+    )
+    with mode:
         scores = _CRITERIA[config.criterion](context)
     _check_finite(scores)
     check_identical({f"scores of {name}": values for name, values in scores.items()})
@@ -155,6 +164,8 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
 
 @register_criterion("gradient-flow")
 def _gradient_flow(context: ScoringContext) -> Scores:
+    if context.config.flow_metric == "predictions":
+        return prediction_changes(context)
     product = HESSIAN_PRODUCTS[context.config.hvp]
     batches = [[batch] for batch in context.batches]
     if context.config.hessian_batches == "mean":

@@ -4,9 +4,11 @@ At each ranking the channels are scored (`importance`), a budget says how many e
 their masks fall to the p_t of the schedule (`schedules`). Everything is ranked again at the next update, so that a channel
 comes back to 1 when its rank recovers. Weights train throughout: the pruner only sets masks (`masking`).
 
-Departures from the published form, each an option. Because rankings are noisy, masks of the soft phase move in a straight
-line from ranking to ranking (`interpolate_masks`), and a channel comes back only on clear evidence (`revival_margin`). Because
-layers do not matter alike, scores also say what share of its channels each group loses (`ranking="sensitivity"`).
+Departures from the published form, each an option. Scores are gradient norms in the metric of predictions
+(`flow_metric="predictions"`), which tell what channels matter on a trained network. Because rankings are noisy, masks of the
+soft phase move in a straight line from ranking to ranking (`interpolate_masks`), and a channel comes back only on clear
+evidence (`revival_margin`). Because layers do not matter alike, scores also say what share of its channels each group loses
+(`ranking="sensitivity"`).
 """
 
 from __future__ import annotations

@@ -51,18 +51,27 @@ class ScoringContext:
         wanted = {piece.name for group in self.groups for piece in group.slices}
         self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in wanted}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.parameters.values())).device
+
     def loss(self, batch: CalibrationBatch, sample_weights: Tensor | None = None) -> Tensor:
         """Noise-prediction loss of a batch, a scalar: the mean of errors times `sample_weights (batch,)`, on this rank."""
         errors = self.sample_losses(batch)
         return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
 
-    def sample_losses(self, batch: CalibrationBatch) -> Tensor:
-        """Mean squared error of each sample, with shape `(batch,)`."""
-        device = next(iter(self.parameters.values())).device
-        clean, noise, timesteps, *labels = (tensor.to(device) for tensor in batch)
+    def predictions(self, batch: CalibrationBatch) -> Tensor:
+        """What the model predicts of a batch's noisy images, float32, of their shape."""
+        clean, noise, timesteps, *labels = (tensor.to(self.device) for tensor in batch)
         noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
         labels = labels[0] if labels else None
-        prediction = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
+        return self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
+
+    def sample_losses(self, batch: CalibrationBatch) -> Tensor:
+        """Mean squared error of each sample, with shape `(batch,)`."""
+        prediction = self.predictions(batch)
+        clean, noise, timesteps = (tensor.to(self.device) for tensor in batch[:3])
         target = noise_target(self.noise_scheduler, clean, noise, timesteps)
         if prediction.shape != target.shape:
             raise ValueError(f"the model predicts shape {tuple(prediction.shape)}, its target has {tuple(target.shape)}")

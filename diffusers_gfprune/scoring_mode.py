@@ -105,7 +105,11 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def scoring_mode(
-    unet: nn.Module, parameters: Sequence[nn.Parameter], dense: bool = False, differentiate: int = 2
+    unet: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    dense: bool = False,
+    differentiate: int = 2,
+    keep_activations: bool = False,
 ) -> Iterator[None]:
     """Run the model in evaluation mode and full precision.
 
@@ -115,6 +119,7 @@ def scoring_mode(
         dense: Whether masks count as ones.
         differentiate: How often losses are differentiated inside: 0, 1 or 2. What is differentiated twice goes without fused
             attention and gradient checkpointing.
+        keep_activations: Whether to go without gradient checkpointing in any case.
     """
     masks = getattr(unet, MASKS_MODULE, None)
     twice = differentiate > 1
@@ -128,7 +133,7 @@ def scoring_mode(
         ieee_float32(),
         torch.compiler.set_stance("force_eager"),  # compiled graphs cannot be differentiated twice
         masks.suspended() if masks is not None and dense else nullcontext(),
-        _without_checkpointing(unet) if twice else nullcontext(),
+        _without_checkpointing(unet) if twice or keep_activations else nullcontext(),
         sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(),
         LeanDoubleBackward() if twice else nullcontext(),
     ):

@@ -34,10 +34,11 @@ from diffusers_gfprune.one_shot import calibration_batches
 ROWS = 6  # of a global batch; three on each of two ranks, so that differences take halves of unequal size
 SCHEDULER = DDPMScheduler()
 CRITERIA = {
-    "exact-mean": {"hvp": "exact", "hessian_batches": "mean"},
-    "exact-each": {"hvp": "exact", "hessian_batches": "each"},
-    "difference-mean": {"hvp": "finite-difference", "hessian_batches": "mean"},
-    "difference-each": {"hvp": "finite-difference", "hessian_batches": "each"},
+    "predictions": {"flow_metric": "predictions"},
+    "exact-mean": {"flow_metric": "weights", "hvp": "exact", "hessian_batches": "mean"},
+    "exact-each": {"flow_metric": "weights", "hvp": "exact", "hessian_batches": "each"},
+    "difference-mean": {"flow_metric": "weights", "hvp": "finite-difference", "hessian_batches": "mean"},
+    "difference-each": {"flow_metric": "weights", "hvp": "finite-difference", "hessian_batches": "each"},
     "taylor": {"criterion": "taylor"},
     "diff-pruning": {"criterion": "diff-pruning", "diff_pruning_threshold": 0.9},
     "magnitude": {"criterion": "magnitude"},

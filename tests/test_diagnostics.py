@@ -157,8 +157,9 @@ def test_one_shot_pruning_is_meant_to_jump():
 @pytest.mark.parametrize(
     ("options", "check", "remedy"),
     [
-        ({}, None, "check the Hessian-gradient product with --check_scores"),
-        ({}, {"rank_correlation": 1.0, "group": "a"}, "raise --calibration_batches"),
+        ({}, None, "raise --calibration_batches"),
+        ({"flow_metric": "weights"}, None, "check the Hessian-gradient product with --check_scores"),
+        ({"flow_metric": "weights"}, {"rank_correlation": 1.0, "group": "a"}, "or try another --aggregation"),
         ({"criterion": "taylor"}, None, "use --criterion gradient-flow or magnitude"),
     ],
 )

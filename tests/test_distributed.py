@@ -99,7 +99,7 @@ def test_comparison_with_magnitude_is_that_of_one_process(runs: tuple[Result, Re
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("weights", "scores of .* differ between rank 0 and rank 1: every rank must have the same weights"),
+        ("weights", "values of .*weight differ between rank 0 and rank 1: every rank must have the same weights"),
         ("weights, magnitude", "scores of .* differ between rank 0 and rank 1: every rank must have the same weights"),
         ("averaged scores", "averaged scores of conv_in differ between rank 0 and rank 1"),
         ("masks", "masks of conv_in differ between rank 0 and rank 1"),

@@ -148,7 +148,7 @@ def test_training_holds_what_the_plan_says(name, size, masked, teacher) -> None:
 def test_scoring_holds_what_the_plan_says(name, size, hvp, teacher) -> None:
     unet = model_of(name, teacher)
     estimate = StepEstimate(size, 0.0, 1, bytes_of(unet), 0, size, count_activations(unet, size))
-    config = GFPruneConfig(hvp=hvp, hessian_batches="mean")
+    config = GFPruneConfig(flow_metric="weights", hvp=hvp, hessian_batches="mean")
     pruner = GradientFlowPruner(unet, config)
     batches = [batch_for(unet, size), batch_for(unet, size)]
     with LiveBytes() as live:

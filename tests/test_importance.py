@@ -24,17 +24,21 @@ from diffusers_gfprune.importance import criteria, register_criterion, score_cha
 
 Batches = list[tuple[Tensor, ...]]
 
-# Every criterion, with both ways to multiply by the Hessian.
+# Every criterion, with both metrics and both ways to multiply by the Hessian.
 CRITERIA = {
-    "exact": {"criterion": "gradient-flow", "hvp": "exact"},
-    "finite-difference": {"criterion": "gradient-flow", "hvp": "finite-difference"},
+    "predictions": {"criterion": "gradient-flow", "flow_metric": "predictions"},
+    "exact": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "exact"},
+    "finite-difference": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "finite-difference"},
     "taylor": {"criterion": "taylor"},
     "diff-pruning": {"criterion": "diff-pruning"},
     "magnitude": {"criterion": "magnitude"},
     "random": {"criterion": "random"},
 }
 # Gradient flow as the paper states it, at dense weights.
-PAPER = {"aggregation": "signed", "hessian_batches": "mean", "score_slices": "all", "score_at": "dense"}
+PAPER = {
+    **{"flow_metric": "weights", "aggregation": "signed", "hessian_batches": "mean"},
+    **{"score_slices": "all", "score_at": "dense"},
+}
 
 
 def smooth_images(count: int, generator: torch.Generator) -> Tensor:
@@ -342,7 +346,7 @@ def test_taylor_by_hand(score_slices: str, expected: list[float]) -> None:
 )
 def test_gradient_flow_by_hand(hvp: str, options: dict, expected: list[float]) -> None:
     """sum_c theta (H g); the loss is a polynomial of degree 4, so that differences are nearly exact too."""
-    assert two_channel_scores(hand_model(), hvp=hvp, **options) == pytest.approx(expected, rel=0.02)
+    assert two_channel_scores(hand_model(), flow_metric="weights", hvp=hvp, **options) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,7 @@ BAD_INPUT = {
     "too few samples for pixels": (["--eval_features", "pixels", "--eval_images", "64"], "needs more than 64 images"),
     "weights of another network": (["--inception_weights", "x.pt"], "inception_weights=x.pt needs eval_features=inception"),
     "seed below 0": (["--eval_seed", "-1"], "eval_seed=-1 must not be negative"),
+    "scores to check of predictions": (["--check_scores"], "check_scores=True needs flow_metric=weights, not predictions"),
     "scores to check of magnitude": (["--check_scores", "--criterion", "magnitude"], "needs criterion=gradient-flow"),
     "phases out of order": (["--soft_fraction", "0.5"], "soft_fraction=0.5 and hard_fraction=0.2"),
 }

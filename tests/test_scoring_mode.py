@@ -23,7 +23,11 @@ from diffusers_gfprune.scoring_mode import ieee_float32, scoring_mode
 GROUPS = trace_channel_groups(build())
 SCHEDULER = DDPMScheduler()
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-HVP = ["exact", "finite-difference"]
+FORMS = {
+    "predictions": {"flow_metric": "predictions"},
+    "exact": {"flow_metric": "weights", "hvp": "exact"},
+    "finite-difference": {"flow_metric": "weights", "hvp": "finite-difference"},
+}
 
 
 def scores(unet: UNet2DModel, images: Tensor = IMAGES, **options) -> dict[str, Tensor]:
@@ -102,28 +106,28 @@ def test_no_tf32_inside_with_the_flags_of_older_torch(training_precision: None, 
     assert older() == before
 
 
-@pytest.mark.parametrize("hvp", HVP)
-def test_autocast_does_not_reach_scores(hvp: str):
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_does_not_reach_scores(form: str):
     """Neither a surrounding one, nor the one that Accelerate puts around the forward of the model itself."""
     unet = build()
-    expected = scores(unet, hvp=hvp)
+    expected = scores(unet, **FORMS[form])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(scores(unet, hvp=hvp), expected, tolerance=0)
+        assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(unet)
     wrapped = vars(unet)["forward"]
     assert prepared is unet  # in place: whoever holds the model has the wrapped one
-    assert_close(scores(unet, hvp=hvp), expected, tolerance=0)
+    assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)
     assert vars(unet)["forward"] is wrapped
 
 
-@pytest.mark.parametrize("hvp", HVP)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_scored_in_full_precision(hvp: str, dtype: torch.dtype):
+def test_half_precision_weights_are_scored_in_full_precision(form: str, dtype: torch.dtype):
     """The scores are those of the rounded weights, to float32 rounding; the model is left in half precision."""
     unet = build().to(dtype)
     weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
-    expected = scores(copy.deepcopy(unet).float(), hvp=hvp)
-    assert_close(scores(unet, hvp=hvp), expected, tolerance=0)
+    expected = scores(copy.deepcopy(unet).float(), **FORMS[form])
+    assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)
     for name, weight in unet.state_dict().items():
         assert weight.dtype == dtype and torch.equal(weight, weights[name])
 
@@ -131,13 +135,13 @@ def test_half_precision_weights_are_scored_in_full_precision(hvp: str, dtype: to
 # --- how the model runs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hvp", HVP)
-def test_gradient_checkpointing_changes_no_score(hvp: str):
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_checkpointing_changes_no_score(form: str):
     """A model that is short of memory is ranked as any other."""
     unet = build()
-    expected = scores(unet, hvp=hvp)
+    expected = scores(unet, **FORMS[form])
     unet.enable_gradient_checkpointing()
-    assert_close(scores(unet, hvp=hvp), expected)
+    assert_close(scores(unet, **FORMS[form]), expected)
     assert unet.is_gradient_checkpointing
 
 
@@ -153,23 +157,23 @@ def test_checkpointing_is_off_only_where_it_would_save_nothing(differentiate: in
     assert blocks and all(block.gradient_checkpointing for block in blocks)
 
 
-@pytest.mark.parametrize("hvp", HVP)
-def test_memory_format_changes_no_score(hvp: str):
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_format_changes_no_score(form: str):
     """Channels-last weights and images; weights stay so."""
     unet = build()
-    expected = scores(unet, hvp=hvp)
+    expected = scores(unet, **FORMS[form])
     unet.to(memory_format=torch.channels_last)
     images = IMAGES.contiguous(memory_format=torch.channels_last)
-    assert_close(scores(unet, images, hvp=hvp), expected, tolerance=2e-3)
+    assert_close(scores(unet, images, **FORMS[form]), expected, tolerance=2e-3)
     assert unet.mid_block.resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("hvp", HVP)
-def test_a_compiled_model_is_scored_eagerly(hvp: str):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_compiled_model_is_scored_eagerly(form: str):
     """Compiled graphs have no second derivative."""
     unet = build()
-    expected = scores(unet, hvp=hvp)
+    expected = scores(unet, **FORMS[form])
     unet.mid_block.compile(backend="aot_eager")
     sample, steps = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)
     unet(sample, steps).sample.sum().backward()  # compiles
-    assert_close(scores(unet, hvp=hvp), expected, tolerance=0)
+    assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)

@@ -28,8 +28,18 @@ TWO = (*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0
 # 50 steps, of which 20 prune, with rankings in between; fine-tuning follows on the compacted model
 FIFTY = ("--max_train_steps", 50, "--soft_fraction", 0.2, "--hard_fraction", 0.4, "--checkpointing_steps", 0)
 FORMS = {
-    "exact": ("--hvp", "exact", "--distillation_weight", 0),
-    "finite differences": ("--hvp", "finite-difference", "--hessian_batches", "mean", "--distillation_weight", 0.5),
+    "predictions": ("--distillation_weight", 0),
+    "exact": ("--flow_metric", "weights", "--hvp", "exact", "--distillation_weight", 0),
+    "finite differences": (
+        "--flow_metric",
+        "weights",
+        "--hvp",
+        "finite-difference",
+        "--hessian_batches",
+        "mean",
+        "--distillation_weight",
+        0.5,
+    ),
 }
 
 

@@ -278,7 +278,7 @@ def memory_plan(
     free_bytes: int,
     *,
     criterion: str = "gradient-flow",
-    hvp: str = "exact",
+    hvp: str | None = "exact",
     use_8bit_adam: bool = False,
     use_ema: bool = False,
     teacher: bool = False,
@@ -292,7 +292,7 @@ def memory_plan(
         estimate: Of a step.
         free_bytes: What the run may use on the device: what is free, and what it holds there already.
         criterion: How channels are scored: by second derivatives, first ones, or none.
-        hvp: How H g is computed.
+        hvp: How H g is computed; None: scores take none.
         use_8bit_adam: Whether moments have 8 bits.
         use_ema: Whether weights are averaged.
         teacher: Whether the dense model lies on the device, too.
@@ -300,6 +300,7 @@ def memory_plan(
         gradient_accumulation_steps: As it is, for the advice.
         device: Where that is.
     """
+    hvp = hvp if criterion == "gradient-flow" else None
     weights = estimate.weight_bytes
     optimizer = weights // 2 if use_8bit_adam else 2 * weights
     average, dense = weights * use_ema, weights * teacher
@@ -311,14 +312,14 @@ def memory_plan(
     def training(images: int) -> int:
         return int(WORKSPACE * (states + images * per_image)) + beside
 
-    def scoring(images: int, hvp: str = hvp) -> int:
+    def scoring(images: int, hvp: str | None = hvp) -> int:
         if criterion in ("magnitude", "random"):
             return int(WORKSPACE * states) + beside
-        factor = SCORING[hvp] if criterion == "gradient-flow" else 1.0
+        factor = 1.0 if hvp is None else SCORING[hvp]
         return int(factor * WORKSPACE * (states + images * per_scored_image)) + beside
 
     trained, scored = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
-    method = f"hvp={hvp}" if criterion == "gradient-flow" else f"criterion={criterion}"
+    method = f"criterion={criterion}" if hvp is None else f"hvp={hvp}"
     place = "this machine" if torch.device(device).type == "cpu" else "this GPU"
     lines = [
         f"memory     about {_size(scored)} while scoring ({method}), {_size(trained)} while training; "
@@ -336,7 +337,7 @@ def memory_plan(
             advice.append("use_8bit_adam")
     if scored > free_bytes:
         lightest = hvp
-        if criterion == "gradient-flow" and hvp == "exact":
+        if hvp == "exact":
             lightest = "finite-difference"
             advice.append(f"hvp={lightest} ({_size(scoring(estimate.scoring_batch_size, lightest))})")
         fitting = [n for n in range(1, estimate.scoring_batch_size + 1) if scoring(n, lightest) <= free_bytes]

@@ -96,6 +96,10 @@ class PruningArguments(GFPruneConfig):
             raise ValueError(f"criterion={self.criterion} must be one of {', '.join(criteria())}")
         if self.check_scores and self.criterion != "gradient-flow":
             raise ValueError(f"check_scores=True needs criterion=gradient-flow, not {self.criterion}")
+        if self.check_scores and self.flow_metric != "weights":
+            raise ValueError(
+                f"check_scores=True needs flow_metric=weights, not {self.flow_metric}: the other takes no Hessian"
+            )
 
     def config(self, total_steps: int) -> GFPruneConfig:
         """The library's configuration for a run of `total_steps`."""

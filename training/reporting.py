@@ -70,7 +70,7 @@ def describe_plan(pruner: GradientFlowPruner, args: Arguments, estimate: StepEst
         estimate,
         machine_memory(device),
         criterion=config.criterion,
-        hvp=config.hvp,
+        hvp=config.hvp if config.takes_hessian else None,
         use_8bit_adam=args.training.use_8bit_adam,
         use_ema=args.training.use_ema,
         teacher=args.objective.needs_teacher,
@@ -85,12 +85,12 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     """Time of a run without its evaluation, from that of a dense step.
 
     As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, a scoring pass over
-    a batch about three steps, and a compacted step what its MACs say.
+    a batch two steps, or three with the Hessian, and a compacted step what its MACs say.
     """
     config, t = pruner.config, args.training
     step = estimate.seconds * t.gradient_accumulation_steps
     left = 1 - pruner.cost.removed("macs", pruner.planned_widths)
-    per_batch = {"gradient-flow": 3.0, "magnitude": 0.0, "random": 0.0}.get(config.criterion, 1.0)
+    per_batch = {"gradient-flow": 2.0, "magnitude": 0.0, "random": 0.0}.get(config.criterion, 1.0) + config.takes_hessian
     images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or t.train_batch_size)
     scoring = per_batch * estimate.seconds * rankings * images / t.train_batch_size
     extra = extra_forwards(args.objective)  # a dense forward is a third of a dense step
