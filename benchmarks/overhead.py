@@ -74,8 +74,8 @@ def median_seconds(function: Callable[[int], object], repeats: int = 5) -> float
     return statistics.median(times)
 
 
-def measure_steps(model: str) -> dict[str, float]:
-    """Ratios to a plain dense step on the same images."""
+def measure_steps(model: str, hvp: str) -> dict[str, float]:
+    """Ratios to a plain dense step on the same images; `hvp` as for `cost.scorer`."""
     dense, size, repeats = build(model), BATCH_SIZES[model], REPEATS[model]
     batches = batches_for(dense, size, 1)
     several = batches_for(dense, size, SCORING_BATCHES[model])
@@ -87,7 +87,7 @@ def measure_steps(model: str) -> dict[str, float]:
         "compacted_step": (Trainer(small, batches).steps, plain.steps),
         "distilled_compacted_step": (Distilled(copy.deepcopy(small), batches, dense).steps, plain.steps),
         "scoring_per_batch": (
-            scorer(copy.deepcopy(dense), several, "exact", "each"),
+            scorer(copy.deepcopy(dense), several, hvp),
             Trainer(copy.deepcopy(dense), several).steps,
         ),
     }
@@ -191,7 +191,8 @@ def main() -> None:
         found = {**found, "machine": machine} if found.get("machine") == machine else {"machine": machine}
         for model in args.models:
             words = ["--recipe", model]
-            steps, state = measure_steps(model), measure_state(model, words)
+            config = parse_arguments(words).pruning.config(1)
+            steps, state = measure_steps(model, config.hvp if config.takes_hessian else "none"), measure_state(model, words)
             found[model] = {"steps": steps, "state": state, "together": put_together(model, words, steps, state)}
             args.output.write_text(json.dumps(found, indent=2) + "\n")
     print(table(json.loads(args.output.read_text())))

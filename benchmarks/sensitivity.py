@@ -1,4 +1,4 @@
-"""Do scores tell how much a channel group matters? Their sums, against the damage that is done by pruning the group alone.
+"""Do scores tell the damage that pruning does, to one group of channels or another, and to one channel of a group or another?
 
     python benchmarks/sensitivity.py --dataset digits
     python benchmarks/sensitivity.py --dataset cifar10 --dataset_name uoft-cs/cifar10
@@ -9,7 +9,8 @@ as what the group is worth. Here half of the channels of one group at a time is 
     damage_g = mean of (eps_masked(x_t, t) - eps_dense(x_t, t))^2
 
 on calibration images is compared with S_g of each criterion over all groups of a trained model. No channels that a criterion
-chose are involved, so that none is favoured.
+chose are involved, so that none is favoured. Which channels of a group go is another question: single channels are masked, and
+their damage is compared with their scores, group by group.
 
 Results go to `benchmarks/results/sensitivity/<dataset>.json`, and a picture of all data sets to `benchmarks/pictures`.
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from scipy.stats import pearsonr, spearmanr
-from study_settings import BASE, CRITERIA, DATASETS
+from study_settings import BASE, DATASETS, SCORES
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -46,7 +47,7 @@ from run_folder import load_dense_pipeline, write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/sensitivity"
 PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
-HALVES = 4
+HALVES, CHANNELS = 4, 16
 
 
 @torch.no_grad()
@@ -75,7 +76,36 @@ def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int =
     return found
 
 
-def measure(dataset: str, words: list[str], halves: int = HALVES) -> dict:
+@torch.no_grad()
+def channel_damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], channels: int = CHANNELS) -> dict[str, dict]:
+    """The same without single channels of a group, up to so many drawn at random: damage by channel, by group name."""
+    images, noise, timesteps, *labels = batch
+    noisy = pruner.noise_scheduler.add_noise(images, noise, timesteps)
+    masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}
+
+    def predict() -> Tensor:
+        return pruner.unet(noisy, timesteps, class_labels=labels[0] if labels else None).sample
+
+    pruner.unet.eval()
+    dense = predict()
+    for group in tqdm(pruner.groups, desc="channels of groups"):
+        found[group.name] = {}
+        for channel in torch.randperm(group.num_channels, generator=generator)[:channels].tolist():
+            masks.set({group.name: (torch.arange(group.num_channels) != channel).float()}, check=False)  # heads may differ
+            found[group.name][channel] = (predict() - dense).square().mean().item()
+        masks.set({group.name: torch.ones(group.num_channels)})
+    return found
+
+
+def within_groups(scores: dict[str, Tensor], damage: dict[str, dict]) -> float:
+    """Spearman correlation of scores and damage of channels, the mean over groups."""
+    correlations = [
+        spearmanr(scores[name][list(channels)].numpy(), list(channels.values())).statistic for name, channels in damage.items()
+    ]
+    return float(sum(correlations) / len(correlations))
+
+
+def measure(dataset: str, words: list[str], halves: int = HALVES, channels: int = CHANNELS) -> dict:
     """Sums of scores and damages of all groups of a data set's model, and how they correlate."""
     args = parse_arguments([*BASE[dataset], *words])
     unet, scheduler = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
@@ -85,9 +115,10 @@ def measure(dataset: str, words: list[str], halves: int = HALVES) -> dict:
     batches = calibration_batches(images, number, size, num_train_timesteps=timesteps, seed=0, step=0)
     pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), scheduler)
     damage = damages(pruner, batches[0], halves)
+    of_channels = channel_damages(pruner, batches[0], channels)
     sums, rows = {}, {}
-    for criterion in CRITERIA:
-        scores = score_channels(unet, pruner.groups, batches, scheduler, GFPruneConfig(criterion=criterion))
+    for criterion, (_, options) in SCORES.items():
+        scores = score_channels(unet, pruner.groups, batches, scheduler, GFPruneConfig(**options))
         sums[criterion] = {name: values.abs().sum().item() for name, values in scores.items()}
         pairs = [(sums[criterion][name], damage[name]) for name in damage]
         logs = [[math.log10(value) for value in column] for column in zip(*pairs)]
@@ -95,12 +126,14 @@ def measure(dataset: str, words: list[str], halves: int = HALVES) -> dict:
             "log_pearson": float(pearsonr(*logs).statistic),
             "spearman": float(spearmanr(*logs).statistic),
             "decades": max(logs[0]) - min(logs[0]),
+            "within_groups": within_groups(scores, of_channels),
         }
     decades = math.log10(max(damage.values()) / min(damage.values()))
     return {
         "calibration_batches": number,
         "calibration_batch_size": size,
         "halves": halves,
+        "channels": channels,
         "groups": len(damage),
         "damage_decades": decades,
         "by_criterion": rows,
@@ -111,7 +144,7 @@ def measure(dataset: str, words: list[str], halves: int = HALVES) -> dict:
 
 def plot(path: Path, found: dict[str, dict]) -> None:
     """Summed scores against damage, a row of pictures a data set."""
-    shown = [name for name in CRITERIA if name != "random"]
+    shown = [name for name in SCORES if name != "random"]
     figure, axes = plt.subplots(
         len(found), len(shown), figsize=(2.7 * len(shown), 2.7 * len(found)), squeeze=False, constrained_layout=True
     )
@@ -123,7 +156,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
             axis.set_yscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
             correlation = results["by_criterion"][criterion]["log_pearson"]
-            axis.set_title(f"{dataset}, {CRITERIA[criterion]}: {correlation:.2f}", fontsize=9)
+            axis.set_title(f"{dataset}\n{SCORES[criterion][0]}: {correlation:.2f}", fontsize=9)
             axis.set_xlabel("summed scores of a group", fontsize=8)
             axis.tick_params(labelsize=7)
         row[0].set_ylabel("damage without half of it", fontsize=8)
@@ -136,19 +169,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=DATASETS, required=True)
     parser.add_argument("--halves", type=int, default=HALVES, help="Random halves that damage is averaged over.")
+    parser.add_argument("--channels", type=int, default=CHANNELS, help="Channels of a group that are masked alone (>= 2).")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options, words = parser.parse_known_args(argv)
     if options.halves < 1:
         raise ValueError(f"halves={options.halves} must be at least 1")
-    found = measure(options.dataset, words, options.halves)
+    if options.channels < 2:
+        raise ValueError(f"channels={options.channels} must be at least 2")
+    found = measure(options.dataset, words, options.halves, options.channels)
     options.results.mkdir(parents=True, exist_ok=True)
     write_json(options.results / f"{options.dataset}.json", found)
     files = {name: options.results / f"{name}.json" for name in DATASETS}
     plot(options.picture, {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()})
     print(f"{options.dataset}: damage over {found['damage_decades']:.1f} decades")
     for criterion, row in found["by_criterion"].items():
-        print(f"  {criterion:14} " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+        print(f"  {criterion:21} " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
 
 
 if __name__ == "__main__":

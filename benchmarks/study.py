@@ -91,7 +91,7 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
             "benchmarks/study_baselines.py",
             ["--baseline", setting.kind, "--results", str(options.results / dataset)],
         )
-    words = arguments_of(setting, dataset, seed, extra, 15 if options.quick else None)
+    words = arguments_of(setting, dataset, seed, extra, 10 if options.quick else None)
     remembered = ["benchmarks/study_run.py", "--teacher_cache", str(options.runs / f"teacher-{dataset}-seed{seed}")]
     command = [sys.executable, *remembered, script, *words, *more, "--output_dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}

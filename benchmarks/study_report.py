@@ -20,7 +20,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from study_settings import CRITERIA, DATASETS, SETTINGS  # noqa: E402
+from study_settings import DATASETS, SCORES, SETTINGS  # noqa: E402
 from study_time import OUTPUT as TIMES  # noqa: E402
 from study_time import seconds  # noqa: E402
 
@@ -105,14 +105,18 @@ def approximation_table(path: Path) -> str:
 
 
 def sensitivity_table(folder: Path) -> str:
-    """How well summed scores tell the damage of pruning a group alone."""
-    lines = ["| model | criterion | correlation of logarithms | rank correlation | decades |", "|---|---|---|---|---|"]
+    """How well summed scores tell the damage of pruning a group alone, and scores that of single channels of a group."""
+    lines = [
+        "| model | criterion | groups: correlation of logarithms | rank correlation | decades | channels: rank correlation |",
+        "|---" * 6 + "|",
+    ]
     for dataset in DATASETS:
         if (folder / f"{dataset}.json").is_file():
             found = json.loads((folder / f"{dataset}.json").read_text())
             for criterion, row in found["by_criterion"].items():
                 cells = f"{row['log_pearson']:.2f} | {row['spearman']:.2f} | {row['decades']:.1f}"
-                lines.append(f"| {TITLES[dataset]} | {CRITERIA[criterion]} | {cells} of {found['damage_decades']:.1f} |")
+                cells += f" of {found['damage_decades']:.1f} | {row['within_groups']:.2f}"
+                lines.append(f"| {TITLES[dataset]} | {SCORES[criterion][0]} | {cells} |")
     return "\n".join(lines)
 
 
@@ -273,6 +277,7 @@ def _save(figure_, path: Path) -> None:
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
     "budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
+    "metric": ("two-phase", "one-shot-gradient-flow", "two-phase-group", "one-shot-group"),
     "scores": ("short",),
 }
 
@@ -283,7 +288,7 @@ def tables(data: dict[str, Found]) -> dict[str, str]:
         "rivals": lambda found, dataset: main_table(found, dataset, RIVALS),
         **{
             part: (lambda found, dataset, part=part: main_table(found, dataset, (*BESIDE.get(part, ()), *of_part(part))))
-            for part in ("main", "budget", "widths", "phases", "schedules", "scores")
+            for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores")
         },
         "iterations": iterations_table,
         "revival": revival_table,

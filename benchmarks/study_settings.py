@@ -5,6 +5,7 @@ Parts of the study:
     main        criteria in one shot and progressively, with the dense model as teacher and without
     budget      the main rivals at 30 % and 70 % of the MACs removed
     widths      which share of its channels each group loses, by whose scores
+    metric      gradient norms measured in weights, as published, in place of predictions
     phases      how long the two phases are, and what each is for
     schedules   shapes of s_t and p_t
     iterations  the same, with sample quality at every ranking until masks freeze
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BASE", "CURVE_STEPS", "DATASETS", "SETTINGS", "TEACHERS", "Setting"]
+__all__ = ["BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "SCORES", "SETTINGS", "TEACHERS", "Setting"]
 
 DATASETS = ("digits", "cifar10")
 
@@ -37,6 +38,12 @@ CRITERIA = {
     "taylor": "Taylor",
     "diff-pruning": "Diff-Pruning",
     "gradient-flow": "gradient flow",
+}
+
+# Scores that are compared with the damage they are to tell: title, and options of GFPruneConfig
+SCORES = {
+    **{name: (title, {"criterion": name}) for name, title in CRITERIA.items()},
+    "gradient-flow-weights": ("gradient flow, in weights", {"criterion": "gradient-flow", "flow_metric": "weights"}),
 }
 
 
@@ -67,6 +74,7 @@ class Setting:
 
 ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # one ranking can afford more images
 UNIFORM = ("--ranking", "group")  # as all rivals are published: the same share of every group
+WEIGHTS = ("--flow_metric", "weights")
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
@@ -132,6 +140,16 @@ def _widths() -> list[Setting]:
     return [Setting(name, title, "widths", arguments) for name, title, arguments in rows]
 
 
+def _metric() -> list[Setting]:
+    rows = [
+        ("weights-two-phase", "in weights, two phases", WEIGHTS),
+        ("weights-one-shot", "in weights, one-shot", (*WEIGHTS, *ONE_SHOT)),
+        ("weights-two-phase-group", "in weights, two phases, the same share of every group", (*WEIGHTS, *UNIFORM)),
+        ("weights-one-shot-group", "in weights, one-shot, the same share of every group", (*WEIGHTS, *ONE_SHOT, *UNIFORM)),
+    ]
+    return [Setting(name, f"gradient flow {title}", "metric", arguments) for name, title, arguments in rows]
+
+
 def _phases() -> list[Setting]:
     def fractions(soft: float, hard: float) -> tuple[str, ...]:
         return ("--soft_fraction", f"{soft:g}", "--hard_fraction", f"{hard:g}")
@@ -187,16 +205,21 @@ def _revival() -> list[Setting]:
 
 def _scores() -> list[Setting]:
     rows = [
-        ("scores-signed", "signed sums", ("--aggregation", "signed")),
-        ("scores-abs", "absolute value of sums", ("--aggregation", "abs")),
-        ("scores-mean-loss", "g and H of the mean loss", ("--hessian_batches", "mean")),
-        ("scores-masked", "at the masked weights", ("--score_at", "masked")),
-        ("scores-output", "over the slices that produce a channel", ("--score_slices", "output")),
-        ("scores-weight", "over the weights that produce a channel", ("--score_slices", "weight")),
-        ("batches-16", "16 calibration batches in place of 2", ("--calibration_batches", "16")),
-        ("finite-difference", "Hg by finite differences", ("--hvp", "finite-difference")),
+        ("scores-weights", "in weights: sums of absolute values, batch by batch", WEIGHTS),
+        ("scores-signed", "in weights: signed sums", (*WEIGHTS, "--aggregation", "signed")),
+        ("scores-abs", "in weights: absolute value of sums", (*WEIGHTS, "--aggregation", "abs")),
+        ("scores-mean-loss", "in weights: g and H of the mean loss", (*WEIGHTS, "--hessian_batches", "mean")),
+        ("scores-output", "in weights: over the slices that produce a channel", (*WEIGHTS, "--score_slices", "output")),
+        ("finite-difference", "in weights: Hg by finite differences", (*WEIGHTS, "--hvp", "finite-difference")),
+        ("scores-masked", "in predictions: at the masked weights", ("--score_at", "masked")),
+        ("batches-1", "in predictions: 1 calibration batch in place of 2", ("--calibration_batches", "1")),
+        ("batches-8", "in predictions: 8 calibration batches in place of 2", ("--calibration_batches", "8")),
     ]
     return [Setting(name, title, "scores", (*arguments, *SHORT), datasets=DIGITS) for name, title, arguments in rows]
 
 
-SETTINGS = {s.name: s for s in (*_main(), *_budgets(), *_widths(), *_phases(), *_schedules(), *_revival(), *_scores())}
+SETTINGS = {
+    setting.name: setting
+    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores)
+    for setting in part()
+}

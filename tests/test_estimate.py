@@ -143,12 +143,13 @@ def test_training_holds_what_the_plan_says(name, size, masked, teacher) -> None:
     assert 1 / BOUND < memory_plan(estimate, 0).training / (held + live.peak) < BOUND
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
+@pytest.mark.parametrize("hvp", ["exact", "finite-difference", None])
 @pytest.mark.parametrize(("name", "size"), [("digits", 24), ("three-levels-two-layers", 16)])
 def test_scoring_holds_what_the_plan_says(name, size, hvp, teacher) -> None:
     unet = model_of(name, teacher)
     estimate = StepEstimate(size, 0.0, 1, bytes_of(unet), 0, size, count_activations(unet, size))
-    config = GFPruneConfig(flow_metric="weights", hvp=hvp, hessian_batches="mean")
+    options = {"flow_metric": "weights", "hvp": hvp, "hessian_batches": "mean"} if hvp else {"flow_metric": "predictions"}
+    config = GFPruneConfig(**options)
     pruner = GradientFlowPruner(unet, config)
     batches = [batch_for(unet, size), batch_for(unet, size)]
     with LiveBytes() as live:

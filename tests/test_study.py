@@ -229,11 +229,13 @@ def test_gradient_flow_tells_how_much_a_group_matters(tmp_path: Path) -> None:
     """What `--ranking sensitivity` rests on: on the digits teacher, over decades; magnitude would be no guide."""
     import sensitivity
 
-    words = ["--halves", "1", "--results", str(tmp_path), "--picture", str(tmp_path / "sensitivity.png")]
+    words = ["--halves", "1", "--channels", "4", "--results", str(tmp_path), "--picture", str(tmp_path / "sensitivity.png")]
     sensitivity.main(["--dataset", "digits", *words, "--calibration_batches", "1"])
     found = json.loads((tmp_path / "digits.json").read_text())
     assert found["groups"] == len(found["damage"]) == 22 and found["damage_decades"] > 2
     correlation = {name: row["log_pearson"] for name, row in found["by_criterion"].items()}
     assert correlation["gradient-flow"] > 0.8 > 0.5 > correlation["magnitude"]
+    within = {name: row["within_groups"] for name, row in found["by_criterion"].items()}
+    assert within["gradient-flow"] > 0.6 > within["gradient-flow-weights"] > within["random"]
     assert (tmp_path / "sensitivity.png").stat().st_size > 10_000
     assert "| digits, 8x8 | gradient flow | 0." in study_report.sensitivity_table(tmp_path)

@@ -36,8 +36,8 @@ __all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Resident size / counted bytes of a step on the CIFAR-10 model (1,028 of 926 MiB).
 WORKSPACE = 1.1
-# Peak of a scoring pass / peak of a step on as many images, by `hvp`.
-SCORING = {"exact": 2.4, "finite-difference": 1.2}
+# Peak of a scoring pass by gradient flow / peak of a step on as many images, by `hvp`; None: no product with the Hessian.
+SCORING = {"exact": 2.4, "finite-difference": 1.2, None: 1.7}
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def memory_plan(
     def scoring(images: int, hvp: str | None = hvp) -> int:
         if criterion in ("magnitude", "random"):
             return int(WORKSPACE * states) + beside
-        factor = 1.0 if hvp is None else SCORING[hvp]
+        factor = SCORING[hvp] if criterion == "gradient-flow" else 1.0
         return int(factor * WORKSPACE * (states + images * per_scored_image)) + beside
 
     trained, scored = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
