@@ -117,7 +117,8 @@ def _by_group(context: ScoringContext, along: dict[str, Tensor]) -> Iterator[tup
 def _probe(batch: CalibrationBatch, number: int) -> Tensor:
     """Gaussian noise, of the shape of a batch's images, that depends on each image's own noise: on no rank or order."""
     rows = []
-    for noise in batch[1].cpu():
-        generator = torch.Generator().manual_seed(zlib.crc32(noise.contiguous().numpy().tobytes(), number))
+    for noise in batch[1].cpu().contiguous():
+        content = noise.view(-1).view(torch.uint8).numpy()  # bytes: NumPy has no bfloat16
+        generator = torch.Generator().manual_seed(zlib.crc32(content, number))
         rows.append(torch.randn(noise.shape, generator=generator))
     return torch.stack(rows)

@@ -62,19 +62,24 @@ class ScoringContext:
         return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
 
     def predictions(self, batch: CalibrationBatch) -> Tensor:
-        """What the model predicts of a batch's noisy images, float32, of their shape."""
+        """What the model predicts of a batch's noisy images, float32, of their shape.
+
+        Raises:
+            ValueError: It predicts something of another shape.
+        """
         clean, noise, timesteps, *labels = (tensor.to(self.device) for tensor in batch)
         noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
         labels = labels[0] if labels else None
-        return self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
+        found = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
+        if found.shape != clean.shape:
+            raise ValueError(f"the model predicts shape {tuple(found.shape)}, its target has {tuple(clean.shape)}")
+        return found
 
     def sample_losses(self, batch: CalibrationBatch) -> Tensor:
         """Mean squared error of each sample, with shape `(batch,)`."""
         prediction = self.predictions(batch)
         clean, noise, timesteps = (tensor.to(self.device) for tensor in batch[:3])
         target = noise_target(self.noise_scheduler, clean, noise, timesteps)
-        if prediction.shape != target.shape:
-            raise ValueError(f"the model predicts shape {tuple(prediction.shape)}, its target has {tuple(target.shape)}")
         return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
 
     def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, build, inputs
+from architectures import ARCHITECTURES, BASE, build, inputs
 from diffusers import DDPMScheduler, UNet2DModel
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -108,6 +108,22 @@ def test_scores_belong_to_images_not_to_batches() -> None:
             torch.testing.assert_close(values, whole[name], rtol=1e-3, atol=1e-6 * whole[name].max().item())
     elsewhere = scores(unet, [batch_of(unet, 8, seed=1)])
     assert not torch.allclose(elsewhere["conv_in"], whole["conv_in"], rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batches_in_half_precision_are_scored_in_full(dtype: torch.dtype) -> None:
+    """Images and noise of a run in half precision, for a model in float32."""
+    unet = build("base")
+    halved = tuple(c.to(dtype) if c.is_floating_point() else c for c in batch_of(unet, 4))
+    for values in scores(unet, [halved]).values():
+        assert values.dtype == torch.float32 and torch.isfinite(values).all() and values.max() > 0
+
+
+def test_a_prediction_of_another_shape_is_refused() -> None:
+    """As of models that predict a variance, too."""
+    unet = UNet2DModel(**{**BASE, "out_channels": 2})
+    with pytest.raises(ValueError, match=r"predicts shape \(4, 2, 8, 8\), its target has \(4, 1, 8, 8\)"):
+        scores(unet, [batch_of(unet, 4)])
 
 
 def test_more_probes_bring_scores_closer_together(monkeypatch: pytest.MonkeyPatch) -> None:
