@@ -54,17 +54,20 @@ MAX_PARAMETERS = 2**33
 def _normalize(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The equations of the module docstring as plain, differentiable operations; `x` has shape `(B, C, N)`."""
     mean, var = x.mean(dim=2), x.var(dim=2, correction=0)  # (B, C)
-    group_mean, offset, inverse_std = _group_statistics(mean, var, weights, membership, eps)
+    group_mean, offset, inverse_std = _group_statistics(mean, var + eps, weights, membership, eps)
     scale = gamma * inverse_std
     return torch.addcmul((beta - group_mean * scale)[:, :, None], x, scale[:, :, None])
 
 
-def _group_statistics(mean, var, weights, membership, eps):
-    """From moments of channels, `(B, C)`: the mean of their groups, their distance from it, and 1/std of their groups."""
-    group_mean = (mean @ weights) @ membership.t()  # (B, G), then each channel gets its group's
+def _group_statistics(mean, var_eps, weights, membership, eps):
+    """From means and variances + eps of channels, `(B, C)`: the mean of their groups, their distance from it, and 1/std of
+    their groups."""
+    members = membership.t()
+    group_mean = (mean @ weights) @ members  # (B, G), then each channel gets its group's
     offset = mean - group_mean
-    group_var = torch.addcmul(var, offset, offset) @ weights
-    return group_mean, offset, torch.rsqrt(group_var + eps) @ membership.t()
+    # Weights of a group sum to 1, so that eps comes along; to 0 in one that is masked whole, which nobody reads
+    group_var_eps = (torch.addcmul(var_eps, offset, offset) @ weights).clamp_min(eps / 2)
+    return group_mean, offset, group_var_eps.rsqrt() @ members
 
 
 def norm_forward(x, weights, membership, gamma, beta, eps):
@@ -74,8 +77,7 @@ def norm_forward(x, weights, membership, gamma, beta, eps):
     # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
     normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
     mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
-    var = rstd.pow(-2).sub_(eps).clamp_min_(0)
-    group_mean, offset, inverse_std = _group_statistics(mean, var, weights, membership, eps)
+    group_mean, offset, inverse_std = _group_statistics(mean, rstd.pow(-2), weights, membership, eps)
     scale = gamma * inverse_std
     # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's. Kernels
     # with one broadcast operand are vectorized, those with two are not.
@@ -190,23 +192,6 @@ def norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Ten
     return (_norm_tables if torch.compiler.is_compiling() else _cached_norm_tables)(group_sizes, device)
 
 
-def _ragged_norm(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """`norm_forward` without statistics, in as few operations as it takes: at small sizes their number is the time.
-
-    1 / rstd^2 is var + eps, and weights of a group sum to 1, so that eps need be neither taken off nor added.
-    """
-    batch, channels = x.shape[:2]
-    positions = x.numel() // (batch * channels)
-    normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
-    mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
-    members = membership.t()
-    offset = mean - (mean @ weights) @ members
-    scale = ((rstd.pow(-2).addcmul_(offset, offset) @ weights).rsqrt_() @ members).mul_(gamma)
-    shift = torch.addcmul(beta, offset, scale)
-    shape = batch, channels, *(1,) * (x.dim() - 2)
-    return normalized.mul_(scale.div_(rstd).view(shape)).add_(shift.view(shape))
-
-
 class RaggedGroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` whose groups may differ in size.
 
@@ -223,20 +208,7 @@ class RaggedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         membership, weights = norm_tables(self.group_sizes, input.device)
-        if self._is_plain_inference(input):
-            return _ragged_norm(input.contiguous(), weights, membership, self.weight, self.bias, self.eps)
         return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
-
-    def _is_plain_inference(self, input: Tensor) -> bool:
-        """Whether nothing is to be differentiated, cast or compiled."""
-        device = input.device.type
-        return (
-            input.dtype == self.weight.dtype == torch.float32
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and device != "meta"
-            and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-        )
 
     def extra_repr(self) -> str:
         return f"group_sizes={list(self.group_sizes)}, eps={self.eps}"
