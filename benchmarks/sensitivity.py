@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -50,18 +51,20 @@ PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
 HALVES, CHANNELS = 4, 16
 
 
+def predictor(pruner: GradientFlowPruner, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """Predicts noise on a batch, with the masks as they are then."""
+    images, noise, timesteps, *labels = batch
+    noisy = pruner.noise_scheduler.add_noise(images, noise, timesteps)
+    pruner.unet.eval()
+    return lambda: pruner.unet(noisy, timesteps, class_labels=labels[0] if labels else None).sample
+
+
 @torch.no_grad()
 def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int = HALVES) -> dict[str, float]:
     """Mean squared change of the noise prediction without half of the channels of a group, by group name, over some draws."""
-    images, noise, timesteps, *labels = batch
-    noisy = pruner.noise_scheduler.add_noise(images, noise, timesteps)
-
-    def predict() -> Tensor:
-        return pruner.unet(noisy, timesteps, class_labels=labels[0] if labels else None).sample
-
+    predict = predictor(pruner, batch)
     everything = {group.name: torch.ones(group.num_channels) for group in pruner.groups}
     generator = torch.Generator().manual_seed(0)
-    pruner.unet.eval()
     pruner.set_masks(everything)
     dense, found = predict(), {}
     for group, ladder in zip(tqdm(pruner.groups, desc="channel groups"), pruner.ladders):
@@ -79,14 +82,8 @@ def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int =
 @torch.no_grad()
 def channel_damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], channels: int = CHANNELS) -> dict[str, dict]:
     """The same without single channels of a group, up to so many drawn at random: damage by channel, by group name."""
-    images, noise, timesteps, *labels = batch
-    noisy = pruner.noise_scheduler.add_noise(images, noise, timesteps)
+    predict = predictor(pruner, batch)
     masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}
-
-    def predict() -> Tensor:
-        return pruner.unet(noisy, timesteps, class_labels=labels[0] if labels else None).sample
-
-    pruner.unet.eval()
     dense = predict()
     for group in tqdm(pruner.groups, desc="channels of groups"):
         found[group.name] = {}

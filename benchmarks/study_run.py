@@ -27,6 +27,8 @@ from diffusers_gfprune.evaluation.cache import TensorCache, tensors_fingerprint 
 
 __all__ = ["RememberedTeacher", "remember_teachers"]
 
+SCRIPTS = ("training/prune_ddpm.py", "benchmarks/study_baselines.py")
+
 
 class RememberedTeacher(nn.Module):
     """A frozen model whose predictions are kept.
@@ -73,12 +75,12 @@ def remember_teachers(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--teacher_cache", type=Path, required=True, help="Folder of the predictions that are kept.")
-    parser.add_argument("script", help="training/prune_ddpm.py or benchmarks/study_baselines.py")
+    parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help="Its arguments.")
     options = parser.parse_args()
     remember_teachers(options.teacher_cache.resolve())
     sys.argv = [options.script, *options.words]
-    runpy.run_path(options.script, run_name="__main__")
+    runpy.run_path(str(ROOT / options.script), run_name="__main__")
 
 
 if __name__ == "__main__":

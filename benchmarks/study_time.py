@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -100,7 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="Pairs that each piece is measured in (>= 1).")
     args = parser.parse_args(argv)
     if args.repeats < 1:
-        raise SystemExit(f"study_time.py: error: repeats={args.repeats} must be at least 1")
+        raise ValueError(f"repeats={args.repeats} must be at least 1")
+    if not any(args.results.glob("*/*-seed0.json")):
+        raise ValueError(f"results={args.results} holds no results: run benchmarks/study.py first")
     torch.set_num_threads(1)
     found: dict = {"machine": {"threads": 1, "torch": torch.__version__, "python": platform.python_version()}}
     for dataset in DATASETS:
@@ -112,4 +115,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"study_time.py: error: {error}")

@@ -31,14 +31,8 @@ FORMS = {
     "predictions": ("--distillation_weight", 0),
     "exact": ("--flow_metric", "weights", "--hvp", "exact", "--distillation_weight", 0),
     "finite differences": (
-        "--flow_metric",
-        "weights",
-        "--hvp",
-        "finite-difference",
-        "--hessian_batches",
-        "mean",
-        "--distillation_weight",
-        0.5,
+        *("--flow_metric", "weights", "--hvp", "finite-difference", "--hessian_batches", "mean"),
+        *("--distillation_weight", 0.5),
     ),
 }
 

@@ -180,6 +180,26 @@ def test_no_halves_are_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("study_time.py", ["--repeats", "0"], "study_time.py: error: repeats=0 must be at least 1"),
+        (
+            "study_time.py",
+            ["--results", "nowhere"],
+            "study_time.py: error: results=nowhere holds no results: run benchmarks/st",
+        ),
+        ("sensitivity.py", ["--dataset", "digits", "--channels", "1"], "sensitivity.py: error: channels=1 must be at least 2"),
+        ("study_run.py", ["--teacher_cache", "x", "training/train_ddpm.py"], "study_run.py: error: argument script: invalid"),
+    ],
+)
+def test_bad_arguments_are_one_line(script: str, words: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *words]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode != 0 and run.stderr.splitlines()[-1].startswith(message) and "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_whose_results_are_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = study.result_file("digits", SETTINGS["paper"], 0, tmp_path)
     target.parent.mkdir()
