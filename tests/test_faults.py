@@ -125,6 +125,7 @@ def test_a_disk_that_fills_during_a_checkpoint(reference: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_dies(reference: Path, tmp_path: Path) -> None:
     """One line, no traceback, and the run goes on from where it was."""
     arguments = ("--dataloader_num_workers", 1)

@@ -87,9 +87,6 @@ def test_push_that_fails_at_the_end_leaves_the_run_whole(tmp_path: Path) -> None
         ),
         (["--push_to_hub", "--hub_model_id", "bob/x"], WRITE, "push_to_hub to bob/x cannot work: .*may not write"),
         (["--push_to_hub"], None, "push_to_hub to run cannot work: .*token"),
-        (["--push_to_hub", "--hub_model_id", "two words"], WRITE, "hub_model_id=two words is no repository name"),
-        (["--hub_model_id", "alice/x"], WRITE, "hub_model_id=alice/x needs --push_to_hub"),
-        (["--push_to_hub", "--hub_strategy", "every_save"], WRITE, "hub_strategy=every_save needs"),
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_training(tmp_path: Path, arguments, token, message) -> None:

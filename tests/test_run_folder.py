@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -85,10 +86,12 @@ def test_a_write_that_fails_at_the_end_is_one_clear_line(tmp_path: Path) -> None
         *(sys.executable, "training/prune_ddpm.py", "--pretrained_model_name_or_path", TEACHER),
         *("--dataset_name", "training/digits", "--output_dir", tmp_path / "run", "--preset", "one-shot"),
         *("--criterion", "random", "--max_train_steps", "1", "--eval_images", "0", "--validation_images", "8"),
+        *("--calibration_batches", "1", "--train_batch_size", "8", "--latency_batch_size", "0"),
     ]
     run = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),

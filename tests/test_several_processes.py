@@ -55,7 +55,7 @@ def without_dropout(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [f if f == "predictions" else pytest.param(f, marks=pytest.mark.slow) for f in FORMS])
 def test_two_processes_do_what_one_does(tmp_path: Path, form: str) -> None:
     model = ("--pretrained_model_name_or_path", without_dropout(tmp_path / "model"))
     run_here(tmp_path / "one", *model, *FIFTY, *FORMS[form], "--train_batch_size", 16)
