@@ -75,6 +75,7 @@ class Setting:
 ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # one ranking can afford more images
 UNIFORM = ("--ranking", "group")  # as all rivals are published: the same share of every group
 WEIGHTS = ("--flow_metric", "weights")
+STEEPER = ("--sensitivity_exponent", "0.5")  # for sums that spread less than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
@@ -127,12 +128,13 @@ def _widths() -> list[Setting]:
         ("two-phase-group", "gradient flow, two phases, the same share of every group", UNIFORM),
         ("one-shot-group", "gradient flow, one-shot, the same share of every group", (*ONE_SHOT, *UNIFORM)),
     ]
-    for exponent in ("0.1", "0.3", "0.7"):
+    for exponent in ("0.1", "0.5", "0.7"):
         title = f"gradient flow, two phases, widths by sensitivity, exponent {exponent}"
         rows.append((f"exponent-{exponent}", title, ("--sensitivity_exponent", exponent)))
     for criterion in ("diff-pruning", "taylor", "magnitude"):
-        chosen = (*ONE_SHOT, "--criterion", criterion, "--ranking", "sensitivity")
-        rows.append((f"sensitivity-{criterion}", f"{CRITERIA[criterion]}, one-shot, widths by its own sensitivity", chosen))
+        chosen = (*ONE_SHOT, "--criterion", criterion, "--ranking", "sensitivity", *STEEPER)
+        title = f"{CRITERIA[criterion]}, one-shot, widths by its own sensitivity, exponent 0.5"
+        rows.append((f"sensitivity-{criterion}", title, chosen))
     rows += [
         ("ranking-global", "gradient flow, two phases, global ranking", ("--ranking", "global")),
         ("ranking-global-cost", "gradient flow, two phases, global ranking per MAC", ("--ranking", "global", "--cost_aware")),
@@ -142,8 +144,8 @@ def _widths() -> list[Setting]:
 
 def _metric() -> list[Setting]:
     rows = [
-        ("weights-two-phase", "in weights, two phases", WEIGHTS),
-        ("weights-one-shot", "in weights, one-shot", (*WEIGHTS, *ONE_SHOT)),
+        ("weights-two-phase", "in weights, two phases, exponent 0.5", (*WEIGHTS, *STEEPER)),
+        ("weights-one-shot", "in weights, one-shot, exponent 0.5", (*WEIGHTS, *STEEPER, *ONE_SHOT)),
         ("weights-two-phase-group", "in weights, two phases, the same share of every group", (*WEIGHTS, *UNIFORM)),
         ("weights-one-shot-group", "in weights, one-shot, the same share of every group", (*WEIGHTS, *ONE_SHOT, *UNIFORM)),
     ]

@@ -15,8 +15,9 @@ plain sum of scores, the case beta -> infinity, does not know. The least damage 
 
     x_g  =  lambda (W_g / S_g)^beta
 
-with lambda found by bisection; beta = 0 is the same share for all. The default is beta = 1/2 (damage as the cube of the
-share), chosen while scores were in the metric of weights; the study compares others (benchmarks/README.md).
+with lambda found by bisection; beta = 0 is the same share for all. Which beta is best depends on how far the sums
+of a criterion spread, and on how long the small model trains: right after pruning, damage is all that counts; later, what
+narrow groups cannot learn. The default, 0.3, is for sums in the metric of predictions (benchmarks/README.md compares others).
 """
 
 from __future__ import annotations

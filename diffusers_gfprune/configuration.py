@@ -109,7 +109,7 @@ class GFPruneConfig:
         },
     )
     sensitivity_exponent: float = field(
-        default=0.5,
+        default=0.3,
         metadata={
             "help": "Ranking by sensitivity: groups lose shares in proportion to this power of cost / summed scores (>= 0); 0 "
             "is the same share for all."
