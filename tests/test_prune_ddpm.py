@@ -40,6 +40,11 @@ def run_script(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def run_here(*arguments: object) -> None:
+    """The same in this process, which saves the seconds that a new one takes to import everything."""
+    prune_ddpm.main([*SHORT, *map(str, arguments)])
+
+
 def digits(output_dir: Path, *arguments: object) -> list[object]:
     return [
         *("--pretrained_model_name_or_path", TEACHER, "--dataset_name", "training/digits"),
@@ -127,8 +132,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 def test_masks_that_freeze_at_the_last_step(tmp_path: Path) -> None:
     """With M at the end of the run there is no fine-tuning, and the result is still compacted."""
-    run = run_script(*digits(tmp_path / "run", "--hard_fraction", 1.0, "--eval_images", 0, "--max_train_steps", 6))
-    assert run.returncode == 0, run.stderr
+    run_here(*digits(tmp_path / "run", "--hard_fraction", 1.0, "--eval_images", 0, "--max_train_steps", 6))
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(0.5, abs=0.01)
 
@@ -145,11 +149,10 @@ def image_folder(path: Path, size: tuple[int, int] = (8, 8), mode: str = "L", co
 def test_image_folder_as_data(tmp_path: Path) -> None:
     """A folder of image files, not square and larger than the model's images, trains as well."""
     folder = image_folder(tmp_path / "images", size=(12, 16))
-    run = run_script(
+    run_here(
         *("--pretrained_model_name_or_path", TEACHER, "--train_data_dir", folder, "--output_dir", tmp_path / "run"),
         *("--max_train_steps", 6, "--eval_images", 0, "--random_flip", "--preset", "one-shot", "--criterion", "taylor"),
     )
-    assert run.returncode == 0, run.stderr
     assert (tmp_path / "run/model_index.json").exists()
 
 
@@ -234,11 +237,9 @@ BAD_INPUT = {
 def test_bad_arguments_are_refused_before_anything_is_written(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """In this process, which saves the seconds that a new one takes to import everything."""
     arguments, message = BAD_INPUT[name]
-    words = [*SHORT, *map(str, digits(tmp_path / "run", *arguments))]
     with pytest.raises((ValueError, SystemExit)) as refused:
-        prune_ddpm.main(words)
+        run_here(*digits(tmp_path / "run", *arguments))
     said = str(refused.value) if issubclass(refused.type, ValueError) else capsys.readouterr().err
     assert message in said
     assert list(tmp_path.iterdir()) == []
@@ -305,8 +306,7 @@ def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:
     """Scores and results are those of the model as it is saved, not of autocast."""
-    run = run_script(*digits(tmp_path / "run", "--mixed_precision", "bf16", "--eval_images", 0, "--max_train_steps", 6))
-    assert run.returncode == 0, run.stderr
+    run_here(*digits(tmp_path / "run", "--mixed_precision", "bf16", "--eval_images", 0, "--max_train_steps", 6))
     results = json.loads((tmp_path / "run/results.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
     rows = datasets.load_dataset("parquet", data_files=str(ROOT / "training/digits/data/validation.parquet"))["train"]
@@ -329,8 +329,7 @@ def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
     (output / "mine.txt").write_text("precious")
     assert_refused_here("output_dir=", *digits(output))
     assert (output / "mine.txt").read_text() == "precious"
-    overwritten = run_script(*digits(output, "--overwrite_output_dir", "--max_train_steps", 6, "--eval_images", 0))
-    assert overwritten.returncode == 0, overwritten.stderr
+    run_here(*digits(output, "--overwrite_output_dir", "--max_train_steps", 6, "--eval_images", 0))
     assert not (output / "mine.txt").exists() and (output / "model_index.json").exists()
 
 
@@ -342,9 +341,9 @@ def test_diverging_loss_is_an_error(tmp_path: Path) -> None:
 
 
 def assert_refused_here(message: str, *arguments: object) -> None:
-    """The same in this process, which saves the seconds that a new one takes to import everything."""
+    """In this process, the exception that a process of its own ends with."""
     with pytest.raises((ValueError, OSError)) as refused:
-        prune_ddpm.main([*SHORT, *map(str, arguments)])
+        run_here(*arguments)
     assert message in str(refused.value)
 
 
