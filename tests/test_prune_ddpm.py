@@ -335,8 +335,7 @@ def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
 
 def test_diverging_loss_is_an_error(tmp_path: Path) -> None:
     diverging = ("--learning_rate", 1e30, "--max_grad_norm", 1e30, "--preset", "one-shot", "--criterion", "magnitude")
-    run = run_script(*digits(tmp_path / "run", *diverging))
-    assert_refused(run, "lower learning_rate=1e+30")
+    assert_refused_here("lower learning_rate=1e+30", *digits(tmp_path / "run", *diverging))
     assert list(tmp_path.iterdir()) == []
 
 
