@@ -28,7 +28,7 @@ test: install ## run the tests
 test-slow: install ## run the tests that take longer than a minute
 	$(VENV)/bin/python -m pytest -m slow
 
-test-faults: install ## kill a run at twenty random moments and more, and see it end the same (about ten minutes)
+test-faults: install ## kill a run at twenty random moments and more, and see it end the same (about twelve minutes)
 	$(VENV)/bin/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_several_processes.py
 
 quality: install ## check style
