@@ -178,6 +178,21 @@ def peer_table(found: Found, dataset: str) -> str:
     return "\n".join(lines)
 
 
+def time_table(data: dict[str, Found], times: dict) -> str:
+    """How long runs take, and what of it their rankings do, in dense training steps."""
+    lines = ["| data | setting | steps | time of a run | of it, rankings |", "|---" * 5 + "|"]
+    for dataset, found in data.items():
+        for name in times[dataset]["settings"]:
+            runs = found.get(name, [])
+            if runs:
+                ranking = times[dataset]["settings"][name]["ranking"]
+                whole = statistics.mean(seconds(run, run["steps"], times[dataset]) for run in runs)
+                rankings = statistics.mean(ranking * len(run["rankings"]) for run in runs)
+                cells = (TITLES[dataset], SETTINGS[name].title, f"{runs[0]['steps']:,}", f"{whole:,.0f}", f"{rankings:,.0f}")
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 CURVES = {
     "two-phase": ("gradient flow, two phases (default)", "tab:blue"),
     "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
@@ -317,6 +332,9 @@ def main(argv: list[str] | None = None) -> None:
     if not data and not args.write:
         raise SystemExit(f"study_report.py: error: results={args.results} holds no results: run benchmarks/study.py first")
     made = tables(data)
+    times = json.loads(args.times.read_text()) if args.times.is_file() else None
+    if times is not None:
+        made["time"] = time_table(data, times)
     if APPROXIMATION.is_file():
         made["approximation"] = approximation_table(APPROXIMATION)
     if SENSITIVITY.is_dir():
@@ -325,8 +343,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{name}\n\n{table}")
     if data:
         plot_curves(args.pictures / "quality_over_steps.png", data, CURVES)
-        if args.times.is_file():
-            plot_curves(args.pictures / "quality_over_time.png", data, CURVES, json.loads(args.times.read_text()))
+        if times is not None:
+            plot_curves(args.pictures / "quality_over_time.png", data, CURVES, times)
         if any(name in found for found in data.values() for name in ITERATIONS):
             plot_curves(args.pictures / "quality_at_rankings.png", data, ITERATIONS)
         if any(SETTINGS[name].part == "budget" for found in data.values() for name in found):

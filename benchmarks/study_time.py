@@ -8,7 +8,7 @@ interleaved pairs with plain dense training steps on the same images, one CPU th
     masked      a training step with masks
     compacted   a training step of the model in the widths that a setting left (first seed)
     teacher     a forward of the dense model
-    scoring     one calibration batch for one criterion
+    scoring     one calibration batch for one criterion, gradient flow in either metric
 
 and `seconds` puts a run together from them, in units of one dense training step:
 
@@ -65,15 +65,14 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
             continue
         args = parse_arguments(arguments_of(SETTINGS[name], dataset, 0, []))
         config: GFPruneConfig = args.pruning.config(args.training.max_train_steps)
-        if config.criterion not in scoring:
+        score = "gradient-flow-weights" if config.takes_hessian else config.criterion
+        if score not in scoring:
             pruner = GradientFlowPruner(copy.deepcopy(dense), config)
-            scoring[config.criterion] = ratio(
-                lambda p=pruner, c=config: score_channels(p.unet, p.groups, batches, p.noise_scheduler, c)
-            )
+            scoring[score] = ratio(lambda p=pruner, c=config: score_channels(p.unet, p.groups, batches, p.noise_scheduler, c))
         small = with_widths(dense, json.loads(path.read_text())["widths"])
         found["settings"][name] = {
             "compacted": ratio(Trainer(small, batches).steps),
-            "ranking": args.pruning.calibration_batches * scoring[config.criterion],
+            "ranking": args.pruning.calibration_batches * scoring[score],
             "teacher": found["teacher"] * args.objective.needs_teacher,
         }
     return {**found, "scoring_per_batch": scoring, "repeats": repeats}

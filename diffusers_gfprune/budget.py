@@ -15,9 +15,9 @@ plain sum of scores, the case beta -> infinity, does not know. The least damage 
 
     x_g  =  lambda (W_g / S_g)^beta
 
-with lambda found by bisection; beta = 0 is the same share for all. Which beta is best depends on how far the sums
-of a criterion spread, and on how long the small model trains: right after pruning, damage is all that counts; later, what
-narrow groups cannot learn. The default, 0.3, is for sums in the metric of predictions (benchmarks/README.md compares others).
+with lambda found by bisection; beta = 0 is the same share for all. The further the sums of a
+criterion spread, the smaller it should be. The default, 0.3, is for sums in the metric of predictions; those in the metric of
+weights and of other criteria spread over about half as many decades (benchmarks/README.md has them, and other exponents).
 """
 
 from __future__ import annotations

@@ -109,6 +109,9 @@ def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
     times = {"digits": {"masked": 1.25, "settings": {"two-phase": own}}}
     assert study_time.seconds(run, 50, times["digits"]) == 40 * 1.75 + 10 * 1.5 + 8
     assert study_time.seconds(run, 0, times["digits"]) == 0
+    data = {"digits": {"two-phase": [run]}}
+    table = study_report.time_table(data, times)  # 40 x 1.75 + 60 x 1.5 + 8
+    assert table.splitlines()[-1] == "| digits, 8x8 | gradient flow, two phases (default) | 100 | 168 | 8 |"
     # A setting that was not timed is not drawn, and does not keep others from it
     data = {"digits": {"paper": [results_of("paper", 0, 0.8)], "two-phase": [run]}}
     study_report.plot_curves(tmp_path / "time.png", data, study_report.CURVES, times)
@@ -117,16 +120,19 @@ def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
 
 def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
     """For the settings that have results, with what each does."""
-    for name in ("two-phase", "one-shot-magnitude"):
-        kept = study.result_file("digits", SETTINGS[name], 0)
-        (tmp_path / "digits").mkdir(exist_ok=True)
-        (tmp_path / "digits" / kept.name).write_text(kept.read_text())
+    kept = study.result_file("digits", SETTINGS["two-phase"], 0).read_text()
+    (tmp_path / "digits").mkdir()
+    for name in ("two-phase", "one-shot-magnitude", "paper"):
+        study.result_file("digits", SETTINGS[name], 0, tmp_path).write_text(kept)
     threads = torch.get_num_threads()
     found = study_time.measure("digits", tmp_path, 1)
     assert torch.get_num_threads() == threads
-    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude"}
+    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude", "paper"}
+    assert set(found["scoring_per_batch"]) == {"magnitude", "gradient-flow", "gradient-flow-weights"}  # one time each
     assert found["settings"]["one-shot-magnitude"]["ranking"] == 0 < found["settings"]["two-phase"]["ranking"]
-    assert all(value["teacher"] == found["teacher"] > 0 for value in found["settings"].values())
+    assert {n: value["teacher"] == found["teacher"] > 0 for n, value in found["settings"].items()} == {
+        **{"two-phase": True, "one-shot-magnitude": True, "paper": False}  # which has none
+    }
 
 
 def test_a_remembered_teacher_says_the_same_and_is_asked_once(tmp_path: Path) -> None:
@@ -184,9 +190,15 @@ def test_a_teacher_that_is_not_there_is_one_line(
         (sensitivity, ["--dataset", "digits", "--channels", "1"], "channels=1 must be at least 2"),
     ],
 )
-def test_bad_arguments_are_refused(script: ModuleType, words: list[str], message: str) -> None:
+def test_bad_arguments_are_refused(
+    script: ModuleType, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written."""
+    monkeypatch.setattr(script, "OUTPUT" if script is study_time else "RESULTS", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         script.main(words)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
