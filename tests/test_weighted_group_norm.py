@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_gfprune.double_backward import weighted_group_norm as lean_weighted_group_norm
+from diffusers_gfprune.remote import unet_2d_gfpruned
 from diffusers_gfprune.remote.unet_2d_gfpruned import RaggedGroupNorm, norm_tables, weighted_group_norm
 
 CPU = torch.device("cpu")
@@ -198,6 +200,106 @@ def test_sampling_and_training_normalize_alike(case: str):
     expected = weighted_group_norm(x, *WEIGHT_CASES[case], gamma, beta, 1e-5)
     with torch.no_grad():
         assert torch.equal(weighted_group_norm(x, *WEIGHT_CASES[case], gamma, beta, 1e-5), expected)
+
+
+def test_native_backward_is_given_a_scale(monkeypatch: pytest.MonkeyPatch):
+    """PyTorch 2.6 and 2.11 raise an error without one, PyTorch 2.14 does not."""
+    native, given = torch.ops.aten.native_group_norm_backward, []
+
+    class Ops:
+        def native_group_norm_backward(self, *args):
+            given.append(args[4])
+            return native(*args)
+
+    monkeypatch.setattr(torch.ops, "aten", Ops())
+    norm = RaggedGroupNorm([3, 1, 2])
+    norm(torch.randn(2, 6, 4, requires_grad=True)).square().sum().backward()
+    assert [scale.shape for scale in given] == [(12,)]
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_stats(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What the kernel of that name says of rows `(1, R, N)`: mean and 1/std, in float32 at least."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return wide.mean(dim=(0, 2)), (wide.var(dim=(0, 2), correction=0) + eps).rsqrt()
+
+
+def batch_norm_elemt(rows: Tensor, weight: None, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    """An affine map of each row, in the dtype of the rows."""
+    assert weight is None
+    return ((rows - mean[:, None]) * invstd[:, None] + bias[:, None]).to(rows.dtype)
+
+
+def batch_norm_backward_reduce(grad: Tensor, rows: Tensor, mean: Tensor, *rest) -> tuple[Tensor | None, ...]:
+    """Sums of the gradient, and of the gradient times the distance from a mean, over each row."""
+    wide = grad.to(mean.dtype)
+    return wide.sum(dim=(0, 2)), (wide * (rows - mean[:, None])).sum(dim=(0, 2)), None, None
+
+
+@pytest.fixture
+def row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU, with its kernels written down in plain operations."""
+    for kernel in (batch_norm_stats, batch_norm_elemt, batch_norm_backward_reduce):
+        monkeypatch.setattr(torch, kernel.__name__, kernel)
+    monkeypatch.setattr(unet_2d_gfpruned, "_has_row_kernels", lambda x: True)
+
+
+@pytest.mark.parametrize("case", WEIGHT_CASES)
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize("function", [weighted_group_norm, lean_weighted_group_norm], ids=["plain", "lean"])
+def test_path_of_a_gpu_differentiates_twice(case: str, check, function, row_kernels: None):
+    """The same derivatives from other kernels, in training and in scoring."""
+    weights, membership = WEIGHT_CASES[case]
+    x = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
+    gamma, beta = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert check(lambda *args: function(args[0], weights, membership, *args[1:], 1e-2), (x, gamma, beta))
+
+
+def outputs_and_gradients(norm: RaggedGroupNorm, x: Tensor, direction: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input, scale and shift, in float64 on the CPU."""
+    leaf = x.clone().requires_grad_()
+    y = norm(leaf)
+    found = torch.autograd.grad(y, [leaf, norm.weight, norm.bias], direction.to(y))
+    with torch.no_grad():
+        assert torch.equal(norm(x), y)
+    assert y.dtype == found[0].dtype == x.dtype
+    return [tensor.detach().cpu().double() for tensor in (y, *found)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_path_of_a_gpu_equals_that_of_a_cpu(dtype: torch.dtype, request: pytest.FixtureRequest):
+    """Half precision, too: read and written as it is, with statistics in float32."""
+    norm = RaggedGroupNorm([3, 12, 1, 8])
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, direction = (torch.randn(4, 24, 8, 8) * 2 + 3).to(dtype), torch.randn(4, 24, 8, 8).to(dtype)
+    expected = outputs_and_gradients(copy.deepcopy(norm).double(), x.double(), direction.double())
+    request.getfixturevalue("row_kernels")
+    for found, exact in zip(outputs_and_gradients(norm, x, direction), expected):
+        assert (found - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("offset", "spread"), CONDITIONS)
+def test_gpu_equals_cpu(offset: float, spread: float, dtype: torch.dtype, memory_format: torch.memory_format):
+    """The kernels themselves."""
+    if dtype == torch.float16 and spread > 1e3:
+        pytest.skip("out of the range of float16")
+    norm = RaggedGroupNorm([3, 12, 1, 8])
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, direction = ((torch.randn(4, 24, 16, 16) * scale + shift).to(dtype) for scale, shift in ((spread, offset), (1, 0)))
+    expected = outputs_and_gradients(copy.deepcopy(norm).double(), x.double(), direction.double())
+    on_gpu = copy.deepcopy(norm).double() if dtype == torch.float64 else copy.deepcopy(norm)
+    found = outputs_and_gradients(on_gpu.cuda(), x.cuda().contiguous(memory_format=memory_format), direction.cuda())
+    conditioning = 1 + abs(offset) / spread  # of means that are taken in float32
+    for result, exact in zip(found, expected):
+        tolerance = 4 * torch.finfo(dtype).eps + 20 * conditioning * torch.finfo(torch.float32).eps
+        assert (result - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 # --- ragged group norm -------------------------------------------------------------------------------------------------

@@ -70,29 +70,50 @@ def _group_statistics(mean, var_eps, weights, membership, eps):
     return group_mean, offset, group_var_eps.rsqrt() @ members
 
 
+def _has_row_kernels(x: Tensor) -> bool:
+    """Whether the kernels of synchronized batch norm are there: statistics, and an affine map, of every row of a matrix."""
+    return x.is_cuda
+
+
 def norm_forward(x, weights, membership, gamma, beta, eps):
     """`_normalize` in two passes over `x`, and the statistics `(B, C)`: mean and 1/std of channels, scale, mean and 1/std of
-    their groups."""
+    their groups. A half precision `x` is read as it is; statistics are taken in float32."""
     batch, channels, positions = x.shape
-    # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
-    normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
+    rows = batch * channels
+    if _has_row_kernels(x):
+        # Samples and channels together are the "channels" of a batch norm. Nothing of the size of x is written twice.
+        mean, rstd = torch.batch_norm_stats(x.view(1, rows, positions), eps)
+    else:
+        # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
+        normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
     mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
     group_mean, offset, inverse_std = _group_statistics(mean, rstd.pow(-2), weights, membership, eps)
     scale = gamma * inverse_std
-    # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's. Kernels
-    # with one broadcast operand are vectorized, those with two are not.
-    shift = torch.addcmul(beta, offset, scale)
-    output = normalized.mul_((scale / rstd)[:, :, None]).add_(shift[:, :, None])
+    if _has_row_kernels(x):
+        shift = beta.expand(batch, channels).reshape(rows)
+        flat = x.view(1, rows, positions), None, shift, group_mean.view(rows), scale.view(rows)
+        output = torch.batch_norm_elemt(*flat, eps).view_as(x)
+    else:
+        # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's.
+        # Kernels with one broadcast operand are vectorized, those with two are not.
+        shift = torch.addcmul(beta, offset, scale)
+        output = normalized.mul_((scale / rstd)[:, :, None]).add_(shift[:, :, None])
     return output, (mean, rstd, scale, group_mean, inverse_std)
 
 
 def channel_sums(grad, x, mean, rstd, group_mean):
     """Sums of `grad` and of `grad * (x - group_mean)` over positions, each `(B, C)`, in one pass."""
     batch, channels, positions = x.shape
-    # The native kernel takes samples and channels together for the channels of a single sample.
     rows = batch * channels
+    if _has_row_kernels(x):
+        flat = grad.view(1, rows, positions), x.view(1, rows, positions), group_mean.reshape(rows), rstd.view(rows)
+        grad_sum, centred, *_ = torch.batch_norm_backward_reduce(*flat, rstd.view(rows), True, False, False)
+        return grad_sum.view(batch, channels), centred.view(batch, channels)
+    # The native kernel takes samples and channels together for the channels of a single sample. Its sums do not depend on
+    # gamma, but older PyTorch (2.11 is one) takes their shape and device from it.
     _, grad_x_sum, grad_sum = torch.ops.aten.native_group_norm_backward(
-        grad, x, mean.view(1, rows), rstd.view(1, rows), None, 1, rows, positions, rows, [False, True, True]
+        *(grad, x, mean.view(1, rows), rstd.view(1, rows), rstd.view(rows)),
+        *(1, rows, positions, rows, [False, True, True]),
     )
     grad_sum = grad_sum.view(batch, channels)
     return grad_sum, torch.addcmul(grad_x_sum.view(batch, channels) / rstd, mean - group_mean, grad_sum)
@@ -106,7 +127,11 @@ def norm_backward(grad, x, weights, membership, gamma, mean, rstd, scale, group_
     d_both = torch.cat([centred * scale * inverse_std.square(), scale * grad_sum])  # (2 B, C)
     p, q = ((d_both @ membership) @ weights.t()).mul_(-1 / x.shape[2]).chunk(2)  # p: coefficient of (x - mean_g)
     q = torch.addcmul(q, p, group_mean, value=-1)
-    dx = torch.mul(x, p[:, :, None]).add_(q[:, :, None]).addcmul_(grad, scale[:, :, None])
+    if _has_row_kernels(x):  # where two broadcast operands cost nothing, but a pass does
+        dx = torch.addcmul(q[:, :, None], x, p[:, :, None])
+        dx = torch.addcmul(dx, grad, scale[:, :, None], out=torch.empty_like(x))
+    else:
+        dx = torch.mul(x, p[:, :, None]).add_(q[:, :, None]).addcmul_(grad, scale[:, :, None])
     return dx, (centred * inverse_std).sum(dim=0), grad_sum.sum(dim=0), grad_sum, centred
 
 
@@ -127,7 +152,7 @@ class _WeightedGroupNorm(torch.autograd.Function):
             x, weights, membership, gamma, *_ = saved
             needed = ctx.needs_input_grad
             wanted = [t for t, need in ((x, needed[0]), (gamma, needed[3]), (beta, needed[4])) if need]
-            y = _normalize(x, weights, membership, gamma, beta, ctx.eps)
+            y = _normalize(x.to(gamma.dtype), weights, membership, gamma, beta, ctx.eps).to(x.dtype)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return tuple(next(found) if need else None for need in needed)
         dx, dgamma, dbeta, *_ = norm_backward(grad.contiguous(), *saved)
@@ -153,13 +178,14 @@ def weighted_group_norm(
         The normalized tensor, of the shape and dtype of `x`.
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # the small matrix products must not run in half precision
             return weighted_group_norm(x, weights, membership, gamma, beta, eps, function)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    flat = x.flatten(2).to(dtype).contiguous()
+    compiling = torch.compiler.is_compiling()
+    flat = x.flatten(2).to(x.dtype if _has_row_kernels(x) and not compiling else dtype).contiguous()
     arguments = flat, weights.to(dtype), membership.to(dtype), gamma.to(dtype), beta.to(dtype), eps
-    if torch.compiler.is_compiling():  # a compiler fuses the plain form by itself
+    if compiling:  # a compiler fuses the plain form by itself
         output = _normalize(*arguments)
     elif torch.is_grad_enabled():
         output = function.apply(*arguments)

@@ -1,0 +1,155 @@
+"""Speed on a GPU of the dense, the masked and the compacted model: training steps and forwards, fp32, bf16, and compiled.
+
+    python benchmarks/gpu.py                      into benchmarks/results/gpu.json (minutes, most of them compilation)
+    python benchmarks/gpu.py --table              the table of that file
+
+The model is the configuration of google/ddpm-cifar10-32 with random weights, pruned to half its MACs with widths that are
+multiples of 8; masked means all its channels and a mask on half of them, as in the two phases. A training step is forward,
+backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast. Times are medians of interleaved rounds (A B C A
+B C ...), speed-ups medians of the rounds' ratios. fp32 is what PyTorch makes of it by default: TF32 in convolutions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cost import batches_for, build, half_masked
+from torch import nn
+
+from diffusers_gfprune.evaluation.cost import hardware_name
+from diffusers_gfprune.evaluation.speed import SpeedSetting, measure_speed
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "benchmarks/results/gpu.json"
+SETTINGS = (("float32", False), ("bfloat16", False), ("bfloat16", True))
+
+
+def three_models(device: torch.device) -> tuple[dict[str, nn.Module], float]:
+    """Dense, masked and compacted, on a device, by name; and the share of MACs that is removed."""
+    dense = build("cifar10")
+    masked = copy.deepcopy(dense)
+    half_masked(masked, channel_multiple=8)
+    pruner = half_masked(copy.deepcopy(dense), channel_multiple=8)
+    removed = pruner.history[-1].sparsity
+    models = {"dense": dense, "masked": masked, "compacted": pruner.compact()}
+    return {name: unet.to(device) for name, unet in models.items()}, removed
+
+
+def step_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, compiled: bool) -> Callable[[], None]:
+    """One training step, as a function that does it again at every call."""
+    noisy, noise, timesteps = batch
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+    forward = torch.compile(unet) if compiled else unet
+    autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(noisy.device.type, getattr(torch, dtype))
+
+    def step() -> None:
+        with autocast:
+            loss = nn.functional.mse_loss(forward(noisy, timesteps).sample.float(), noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(action: Callable[[], None], device: torch.device) -> float:
+    """Of one call, until the device is done."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    action()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure_steps(models: dict[str, nn.Module], batch_size: int, dtype: str, compiled: bool, repeats: int) -> list[dict]:
+    """A row for each model."""
+    device = next(models["dense"].parameters()).device
+    torch.compiler.reset()
+    batch = tuple(tensor.to(device) for tensor in batches_for(models["dense"], batch_size, 1)[0])
+    steps = {name: step_of(unet.train(), batch, dtype, compiled) for name, unet in models.items()}
+    for step in (step for step in steps.values() for _ in range(3)):
+        step()
+    rounds = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(repeats)]
+    return [
+        {
+            "model": name,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "mode": "compiled" if compiled else "eager",
+            "step_ms": 1000 * statistics.median(times[name] for times in rounds),
+            "samples_per_second": batch_size / statistics.median(times[name] for times in rounds),
+            "speedup": statistics.median(times["dense"] / times[name] for times in rounds),
+        }
+        for name in models
+    ]
+
+
+def table(found: dict) -> str:
+    """Markdown: samples per second, and how many times as fast as the dense model."""
+    lines = ["| | batch | dense | masked | compacted |", "|---|---|---|---|---|"]
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    for what, title in (("steps", "training step"), ("forwards", "forward")):
+        rows: dict[tuple, dict] = {}
+        for row in found[what]:
+            rows.setdefault((row["dtype"], row["mode"], row["batch_size"]), {})[row["model"]] = row
+        for (dtype, mode, batch_size), models in rows.items():
+            cells = []
+            for name in ("dense", "masked", "compacted"):
+                row = models.get(name)
+                if row is None or "error" in row:
+                    cells.append("-" if row is None else row["error"])
+                else:
+                    ratio = "" if name == "dense" else f" ({row['speedup']:.2f})"
+                    cells.append(f"{row['samples_per_second']:,.0f}{ratio}")
+            ending = ", compiled" if mode == "compiled" else ""
+            lines.append(f"| {title}, {short[dtype]}{ending} | {batch_size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train_batch_size", type=int, default=128, help="Images of a training step.")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256], help="Samples of a forward.")
+    parser.add_argument("--repeats", type=int, default=20, help="Rounds.")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--table", action="store_true", help="Print the table of an existing file and stop.")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.output.read_text())))
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu.py: error: device=cuda: there is no CUDA device here")
+    device = torch.device(args.device)
+    models, removed = three_models(device)
+    found: dict = {
+        "machine": {"gpu": hardware_name(device), "torch": torch.__version__, "python": platform.python_version()},
+        "promised_by_macs": 1 / (1 - removed),
+        "steps": [],
+        "forwards": [],
+    }
+    inference = {name: models[name] for name in ("dense", "compacted")}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for dtype, compiled in SETTINGS:
+        settings = [SpeedSetting(size, dtype, compiled) for size in args.batch_sizes]
+        found["forwards"] += measure_speed(inference, settings, repeats=args.repeats)
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        found["steps"] += measure_steps(models, args.train_batch_size, dtype, compiled, args.repeats)
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
