@@ -1,0 +1,54 @@
+"""benchmarks/gpu.py: rows of three models, side by side, and what it says of a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cost  # noqa: E402
+import gpu  # noqa: E402
+
+NARROW = {"sample_size": 16, "block_out_channels": (32, 32, 32, 32)}
+
+
+def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
+    monkeypatch.setattr(gpu, "SETTINGS", (("float32", False), ("bfloat16", False)))
+    output = tmp_path / "gpu.json"
+    sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, "--output", str(output)])
+    gpu.main()
+    found = json.loads(output.read_text())
+    steps = [(row["model"], row["dtype"], row["batch_size"]) for row in found["steps"]]
+    names = ("dense", "masked", "compacted")
+    assert steps == [(name, dtype, 2) for dtype in ("float32", "bfloat16") for name in names]
+    assert [row["model"] for row in found["forwards"]] == ["dense", "compacted"] * 2
+    assert all(row["batch_size"] == 3 and row["speedup"] > 0 for row in found["forwards"])
+    assert found["promised_by_macs"] == pytest.approx(2, rel=0.05)
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--table", "--output", str(output)])
+    gpu.main()
+    assert capsys.readouterr().out == printed
+    assert [line.split(" | ")[0] for line in printed.splitlines()[2:]] == [
+        *("| training step, fp32", "| training step, bf16", "| forward, fp32", "| forward, bf16")
+    ]
+
+
+def test_table_of_the_document_is_that_of_the_results() -> None:
+    table = gpu.table(json.loads(gpu.OUTPUT.read_text()))
+    assert table in (ROOT / "benchmarks/README.md").read_text()
+
+
+def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit, match="^gpu.py: error: device=cuda: "):
+        gpu.main()
+    assert not list(tmp_path.iterdir())
