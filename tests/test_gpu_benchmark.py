@@ -41,6 +41,18 @@ def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     ]
 
 
+def test_compiled_steps_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is to be compiled in one piece: what Dynamo leaves out would run eagerly under the name of compiled."""
+    monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda unet, **options: asked.append(options) or unet)
+    models, removed = gpu.three_models(torch.device("cpu"))
+    assert removed == pytest.approx(0.5, rel=0.05)
+    rows = gpu.measure_steps(models, 2, "bfloat16", compiled=True, repeats=1)
+    assert [(row["model"], row["mode"]) for row in rows] == [(name, "compiled") for name in models]
+    assert asked == [{"fullgraph": True, "dynamic": False}] * 3
+
+
 def test_table_of_the_document_is_that_of_the_results() -> None:
     table = gpu.table(json.loads(gpu.OUTPUT.read_text()))
     assert table in (ROOT / "benchmarks/README.md").read_text()

@@ -14,6 +14,7 @@ from diffusers_gfprune.remote import unet_2d_gfpruned
 from diffusers_gfprune.remote.unet_2d_gfpruned import RaggedGroupNorm, norm_tables, weighted_group_norm
 
 CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 # --- weighted group norm -----------------------------------------------------------------------------------------------
@@ -220,27 +221,45 @@ def test_native_backward_is_given_a_scale(monkeypatch: pytest.MonkeyPatch):
 # --- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
+ROWS = []  # dtypes that the kernels were given
+
+
+def statistics_of(rows: Tensor, *vectors: Tensor) -> torch.dtype:
+    """The dtype of statistics: float32, and float64 for float64. The kernels refuse others."""
+    assert rows.ndim == 3 and rows.shape[0] == 1 and rows.is_contiguous()
+    ROWS.append(rows.dtype)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    assert all(vector.dtype == dtype and vector.shape == rows.shape[1:2] for vector in vectors)
+    return dtype
+
+
 def batch_norm_stats(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What the kernel of that name says of rows `(1, R, N)`: mean and 1/std, in float32 at least."""
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    """What the kernel of that name says of rows `(1, R, N)`: mean and 1/std."""
+    wide = rows.to(statistics_of(rows))
     return wide.mean(dim=(0, 2)), (wide.var(dim=(0, 2), correction=0) + eps).rsqrt()
 
 
 def batch_norm_elemt(rows: Tensor, weight: None, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
     """An affine map of each row, in the dtype of the rows."""
+    statistics_of(rows, bias, mean, invstd)
     assert weight is None
     return ((rows - mean[:, None]) * invstd[:, None] + bias[:, None]).to(rows.dtype)
 
 
-def batch_norm_backward_reduce(grad: Tensor, rows: Tensor, mean: Tensor, *rest) -> tuple[Tensor | None, ...]:
+def batch_norm_backward_reduce(
+    grad: Tensor, rows: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, *wanted: bool
+) -> tuple[Tensor | None, ...]:
     """Sums of the gradient, and of the gradient times the distance from a mean, over each row."""
-    wide = grad.to(mean.dtype)
+    dtype = statistics_of(rows, mean, invstd, weight)
+    assert grad.dtype == rows.dtype and grad.is_contiguous() and wanted == (True, False, False)
+    wide = grad.to(dtype)
     return wide.sum(dim=(0, 2)), (wide * (rows - mean[:, None])).sum(dim=(0, 2)), None, None
 
 
 @pytest.fixture
 def row_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a GPU, with its kernels written down in plain operations."""
+    ROWS.clear()
     for kernel in (batch_norm_stats, batch_norm_elemt, batch_norm_backward_reduce):
         monkeypatch.setattr(torch, kernel.__name__, kernel)
     monkeypatch.setattr(unet_2d_gfpruned, "_has_row_kernels", lambda x: True)
@@ -255,6 +274,12 @@ def test_path_of_a_gpu_differentiates_twice(case: str, check, function, row_kern
     x = torch.randn(2, 6, 2, 2, dtype=torch.float64, requires_grad=True)
     gamma, beta = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert check(lambda *args: function(args[0], weights, membership, *args[1:], 1e-2), (x, gamma, beta))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs."""
+    return request.param
 
 
 def outputs_and_gradients(norm: RaggedGroupNorm, x: Tensor, direction: Tensor) -> list[Tensor]:
@@ -279,9 +304,22 @@ def test_path_of_a_gpu_equals_that_of_a_cpu(dtype: torch.dtype, request: pytest.
     request.getfixturevalue("row_kernels")
     for found, exact in zip(outputs_and_gradients(norm, x, direction), expected):
         assert (found - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+    assert set(ROWS) == {dtype}  # not a float32 copy
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 6, 1, 1)])
+def test_empty_batches_and_single_positions(shape: tuple[int, ...], device: str):
+    """Nothing to normalize, and statistics over channels alone."""
+    norm = RaggedGroupNorm([3, 1, 2]).to(device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    y = norm(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+    expected = [F.group_norm(part, 1, eps=norm.eps) for part in x.detach().cpu().split([3, 1, 2], dim=1)] if shape[0] else [x]
+    torch.testing.assert_close(y.detach().cpu(), torch.cat(expected, dim=1).detach().cpu(), rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("offset", "spread"), CONDITIONS)
@@ -298,8 +336,31 @@ def test_gpu_equals_cpu(offset: float, spread: float, dtype: torch.dtype, memory
     found = outputs_and_gradients(on_gpu.cuda(), x.cuda().contiguous(memory_format=memory_format), direction.cuda())
     conditioning = 1 + abs(offset) / spread  # of means that are taken in float32
     for result, exact in zip(found, expected):
-        tolerance = 4 * torch.finfo(dtype).eps + 20 * conditioning * torch.finfo(torch.float32).eps
+        statistics = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        tolerance = 4 * torch.finfo(dtype).eps + 20 * conditioning * statistics
         assert (result - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("function", [weighted_group_norm, lean_weighted_group_norm], ids=["plain", "lean"])
+@pytest.mark.parametrize("positions", [1, 20])
+def test_second_derivatives_where_the_test_runs(positions: int, function, device: str):
+    """As scoring takes them, with a gradient that is not contiguous; against autograd in float64."""
+    weights, membership = WEIGHT_CASES["soft"]
+    values = [torch.randn(3, 6, positions), torch.randn(6), torch.randn(6)]
+    direction = torch.randn(3, positions, 6).transpose(1, 2)
+
+    def product(dtype: torch.dtype, where: str, norm) -> list[Tensor]:
+        leaves = [value.to(where, dtype).requires_grad_() for value in values]
+        tables = weights.to(where), membership.to(where)
+        y = norm(leaves[0], *tables, *leaves[1:], 1e-2)
+        first = torch.autograd.grad(y, leaves, direction.to(where, dtype), create_graph=True)
+        return [g.cpu().double() for g in torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:2])]
+
+    def plain(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        return unet_2d_gfpruned._normalize(x, weights.to(x.dtype), membership.to(x.dtype), gamma, beta, eps)
+
+    for found, exact in zip(product(torch.float32, device, function), product(torch.float64, "cpu", plain)):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
 # --- ragged group norm -------------------------------------------------------------------------------------------------

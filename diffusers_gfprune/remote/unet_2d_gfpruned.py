@@ -72,7 +72,7 @@ def _group_statistics(mean, var_eps, weights, membership, eps):
 
 def _has_row_kernels(x: Tensor) -> bool:
     """Whether the kernels of synchronized batch norm are there: statistics, and an affine map, of every row of a matrix."""
-    return x.is_cuda
+    return x.is_cuda and x.numel() > 0  # they refuse an empty batch
 
 
 def norm_forward(x, weights, membership, gamma, beta, eps):
@@ -128,8 +128,8 @@ def norm_backward(grad, x, weights, membership, gamma, mean, rstd, scale, group_
     p, q = ((d_both @ membership) @ weights.t()).mul_(-1 / x.shape[2]).chunk(2)  # p: coefficient of (x - mean_g)
     q = torch.addcmul(q, p, group_mean, value=-1)
     if _has_row_kernels(x):  # where two broadcast operands cost nothing, but a pass does
-        dx = torch.addcmul(q[:, :, None], x, p[:, :, None])
-        dx = torch.addcmul(dx, grad, scale[:, :, None], out=torch.empty_like(x))
+        dx = torch.addcmul(q[:, :, None], x, p[:, :, None])  # of the dtype of p
+        dx = torch.addcmul(dx, grad, scale[:, :, None], out=dx if dx.dtype == x.dtype else torch.empty_like(x))
     else:
         dx = torch.mul(x, p[:, :, None]).add_(q[:, :, None]).addcmul_(grad, scale[:, :, None])
     return dx, (centred * inverse_std).sum(dim=0), grad_sum.sum(dim=0), grad_sum, centred
@@ -183,7 +183,7 @@ def weighted_group_norm(
             return weighted_group_norm(x, weights, membership, gamma, beta, eps, function)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     compiling = torch.compiler.is_compiling()
-    flat = x.flatten(2).to(x.dtype if _has_row_kernels(x) and not compiling else dtype).contiguous()
+    flat = x.flatten(2).to(x.dtype if not compiling and _has_row_kernels(x) else dtype).contiguous()
     arguments = flat, weights.to(dtype), membership.to(dtype), gamma.to(dtype), beta.to(dtype), eps
     if compiling:  # a compiler fuses the plain form by itself
         output = _normalize(*arguments)
