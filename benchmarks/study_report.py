@@ -49,10 +49,16 @@ def load(dataset: str, results: Path = RESULTS) -> Found:
     return found
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean, and sample standard deviation where there are several."""
+def spread(values: Sequence[float], digits: int | None = None) -> str:
+    """Mean, and sample standard deviation where there are several; with two decimals from 1 on, else with four."""
+    digits = decimals(statistics.mean(values)) if digits is None else digits
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def decimals(value: float) -> int:
+    """How many a figure has in tables."""
+    return 2 if abs(value) >= 1 else 4
 
 
 def figure(run: Run, dataset: str, column: str, which: str = "pruned") -> float | None:
@@ -67,13 +73,15 @@ def main_table(found: Found, dataset: str, names: Sequence[str]) -> str:
     titles = [distance if name == "distance" else title for name, title in COLUMNS.items()]
     lines = ["| setting | seeds | MACs | " + " | ".join(titles) + " |", "|---|---|---|" + "---|" * len(titles)]
     dense = [figure(first, dataset, name, "dense") for name in COLUMNS]
-    cells = ["1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.4f}" for name, v in zip(COLUMNS, dense)]
+    cells = [
+        "1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.{decimals(v)}f}" for name, v in zip(COLUMNS, dense)
+    ]
     lines.append(f"| dense | - | {first['dense']['macs'] / 1e6:.1f}M | " + " | ".join(cells) + " |")
     for name in names:
         setting, runs = SETTINGS[name], found.get(name, [])
         if not runs:
             continue
-        cells = [spread([figure(run, dataset, column) for run in runs], 2 if "psnr" in column else 4) for column in COLUMNS]
+        cells = [spread([figure(run, dataset, column) for run in runs]) for column in COLUMNS]
         macs = statistics.mean(run["pruned"]["macs"] for run in runs) / 1e6
         lines.append(f"| {setting.title} | {len(runs)} | {macs:.1f}M | " + " | ".join(cells) + " |")
     return "\n".join(lines)
