@@ -229,6 +229,8 @@ def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
 def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | None = None) -> None:
     """Quality over steps, or over time, a row of pictures a data set; bands are the range over seeds.
 
+    Where a curve starts far off, as one does whose channels are masked in a hurry, its first point is out of the picture.
+
     Args:
         path: Where the picture goes.
         data: Runs by data set; those that have none of the settings shown are left out.
@@ -239,6 +241,7 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
+            seen: list[float] = []
             for name, (title, colour) in shown.items():
                 runs = [run for run in found.get(name, []) if run["curves"].get("quality_steps")]
                 if not runs or (times is not None and name not in times[dataset]["settings"]):
@@ -248,11 +251,15 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
                 places = [seconds(runs[0], step, times[dataset]) for step in steps] if times is not None else steps
                 axis.plot(places, [statistics.mean(v) for v in values], marker=".", label=title, color=colour)
                 axis.fill_between(places, list(map(min, values)), list(map(max, values)), alpha=0.15, color=colour)
+                seen += [value for point in (values[1:] or values) for value in point]
             first = next(iter(found.values()))[0]
             title = first["evaluation"]["distances"][DISTANCE[dataset]]["title"] if metric == "distance" else "SSIM to dense"
             if metric == "distance":
                 axis.set_yscale("log")
                 axis.axhline(first["dense"][DISTANCE[dataset]], color="gray", linestyle=":", label="dense")
+                seen.append(first["dense"][DISTANCE[dataset]])
+            margin = 0.3 * (max(seen) - min(seen))
+            axis.set_ylim(0.95 * min(seen) if metric == "distance" else min(seen) - margin, max(seen) + margin)
             axis.set_title(f"{TITLES[dataset]}: {title}", fontsize=10)
             axis.set_xlabel("training step" if times is None else "time of training and scoring, in dense training steps")
     axes[0, 0].legend(fontsize=7)
