@@ -258,8 +258,9 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
                 axis.set_yscale("log")
                 axis.axhline(first["dense"][DISTANCE[dataset]], color="gray", linestyle=":", label="dense")
                 seen.append(first["dense"][DISTANCE[dataset]])
-            margin = 0.3 * (max(seen) - min(seen))
-            axis.set_ylim(0.95 * min(seen) if metric == "distance" else min(seen) - margin, max(seen) + margin)
+            if len(set(seen)) > 1:
+                margin = 0.3 * (max(seen) - min(seen))
+                axis.set_ylim(0.95 * min(seen) if metric == "distance" else min(seen) - margin, max(seen) + margin)
             axis.set_title(f"{TITLES[dataset]}: {title}", fontsize=10)
             axis.set_xlabel("training step" if times is None else "time of training and scoring, in dense training steps")
     axes[0, 0].legend(fontsize=7)
