@@ -1,7 +1,8 @@
 """Speed on a GPU of the dense, the masked and the compacted model: training steps and forwards, fp32, bf16, and compiled.
 
-    python benchmarks/gpu.py                      into benchmarks/results/gpu.json (minutes, most of them compilation)
-    python benchmarks/gpu.py --table              the table of that file
+    python benchmarks/gpu.py                            into benchmarks/results/gpu.json
+    python benchmarks/gpu.py --modes eager compiled     compiled models, too (minutes, most of them compilation)
+    python benchmarks/gpu.py --table                    the table of that file
 
 The model is the configuration of google/ddpm-cifar10-32 with random weights, pruned to half its MACs with widths that are
 multiples of 8; masked means all its channels, with those at zero that half the MACs cost, as in the hard phase. A training
@@ -16,10 +17,10 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from cost import batches_for, build, half_masked
 from torch import nn
 
 from diffusers_gfprune.evaluation.cost import hardware_name
-from diffusers_gfprune.evaluation.speed import SpeedSetting, measure_speed
+from diffusers_gfprune.evaluation.speed import MODES, SpeedSetting, measure_speed, seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "benchmarks/results/gpu.json"
-SETTINGS = (("float32", False), ("bfloat16", False), ("bfloat16", True))
+DTYPES = ("float32", "bfloat16")
 
 
 def three_models(device: torch.device) -> tuple[dict[str, nn.Module], float]:
@@ -64,20 +65,6 @@ def step_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, compil
     return step
 
 
-def seconds(action: Callable[[], None], device: torch.device) -> float:
-    """Of one call, until the device is done."""
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    synchronize()
-    start = time.perf_counter()
-    action()
-    synchronize()
-    return time.perf_counter() - start
-
-
 def measure_steps(models: dict[str, nn.Module], batch_size: int, dtype: str, compiled: bool, repeats: int) -> list[dict]:
     """A row for each model."""
     device = next(models["dense"].parameters()).device
@@ -86,7 +73,7 @@ def measure_steps(models: dict[str, nn.Module], batch_size: int, dtype: str, com
     steps = {name: step_of(unet.train(), batch, dtype, compiled) for name, unet in models.items()}
     for step in (step for step in steps.values() for _ in range(3)):
         step()
-    rounds = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(repeats)]
+    rounds = [{name: seconds_of(step, device) for name, step in steps.items()} for _ in range(repeats)]
     return [
         {
             "model": name,
@@ -116,7 +103,7 @@ def table(found: dict) -> str:
                 if row is None or "error" in row:
                     cells.append("-" if row is None else row["error"])
                 else:
-                    ratio = "" if name == "dense" else f" ({row['speedup']:.2f})"
+                    ratio = "" if name == "dense" or row["speedup"] is None else f" ({row['speedup']:.2f})"
                     cells.append(f"{row['samples_per_second']:,.0f}{ratio}")
             ending = ", compiled" if mode == "compiled" else ""
             lines.append(f"| {title}, {short[dtype]}{ending} | {batch_size} | {' | '.join(cells)} |")
@@ -127,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_batch_size", type=int, default=128, help="Images of a training step.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256], help="Samples of a forward.")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"])
     parser.add_argument("--repeats", type=int, default=20, help="Rounds.")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--device", default="cuda")
@@ -135,9 +123,13 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.output.read_text())))
         return
+    for name in ("train_batch_size", "batch_sizes", "repeats"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={args.device}: there is no CUDA device here")
     device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"gpu.py: error: device={args.device}: there is no CUDA device here")
     models, removed = three_models(device)
     found: dict = {
         "machine": {"gpu": hardware_name(device), "torch": torch.__version__, "python": platform.python_version()},
@@ -146,15 +138,19 @@ def main() -> None:
         "forwards": [],
     }
     inference = {name: models[name] for name in ("dense", "compacted")}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for dtype, compiled in SETTINGS:
+    for dtype, compiled in ((dtype, mode == "compiled") for mode in args.modes for dtype in DTYPES):
         settings = [SpeedSetting(size, dtype, compiled) for size in args.batch_sizes]
         found["forwards"] += measure_speed(inference, settings, repeats=args.repeats)
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
         found["steps"] += measure_steps(models, args.train_batch_size, dtype, compiled, args.repeats)
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    complete = args.output.with_suffix(".tmp")
+    complete.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(complete, args.output)
     print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of the device or of the compiler
+        sys.exit(f"gpu.py: error: {' '.join(str(error).split())}")

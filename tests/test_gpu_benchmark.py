@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +21,6 @@ NARROW = {"sample_size": 16, "block_out_channels": (32, 32, 32, 32)}
 
 def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
-    monkeypatch.setattr(gpu, "SETTINGS", (("float32", False), ("bfloat16", False)))
     output = tmp_path / "gpu.json"
     sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, "--output", str(output)])
@@ -58,9 +58,27 @@ def test_table_of_the_document_is_that_of_the_results() -> None:
     assert table in (ROOT / "benchmarks/README.md").read_text()
 
 
-def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cuda:1"], "device=cuda:1: there is no CUDA device here"),
+        (["--repeats", "0"], "repeats=0 must be at least 1"),
+        (["--train_batch_size", "-1"], "train_batch_size=-1 must be at least 1"),
+        (["--batch_sizes", "4", "0"], r"batch_sizes=\[4, 0\] must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is built or written."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "gpu.json")])
-    with pytest.raises(SystemExit, match="^gpu.py: error: device=cuda: "):
+    monkeypatch.setattr(gpu, "three_models", None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--output", str(tmp_path / "gpu.json")])
+    with pytest.raises(ValueError, match=f"^{message}$"):
         gpu.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--table", "--output", str(tmp_path / "none.json")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("gpu.py: error: ") and "Traceback" not in run.stderr

@@ -142,14 +142,14 @@ def test_memory_is_counted_alike_whatever_else_is_held(monkeypatch: pytest.Monke
     wanted = ["synchronize", "reset_peak_memory_stats", "memory_allocated", "forward", "synchronize", "max_memory_allocated"]
     assert calls == wanted
     calls.clear()
-    assert speed._time(lambda: calls.append("forward"), torch.device("cuda")) >= 0
+    assert speed.seconds_of(lambda: calls.append("forward"), torch.device("cuda")) >= 0
     assert calls == ["synchronize", "forward", "synchronize"]
 
 
 def test_speedup_is_the_median_of_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of 1, 2, 9 s against 1, 4, 3 s: ratios 1, 1/2, 3. The ratio of the medians would be 2/3."""
     times = iter([1.0, 1.0, 2.0, 4.0, 9.0, 3.0])
-    monkeypatch.setattr(speed, "_time", lambda forward, device: next(times))
+    monkeypatch.setattr(speed, "seconds_of", lambda action, device: next(times))
     first, second = measure_speed({"a": Tiny(), "b": Tiny()}, [SpeedSetting(4, "float32")], repeats=3)
     assert (first["latency_ms"], first["samples_per_second"], first["speedup"]) == (2000, 2, 1)
     assert (second["latency_ms"], second["samples_per_second"], second["speedup"]) == (3000, pytest.approx(4 / 3), 1)

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from .cost import example_inputs, hardware_name, spatial_size
 
-__all__ = ["DTYPES", "MEMORY_FORMATS", "MODES", "SpeedSetting", "measure_speed", "parse_settings"]
+__all__ = ["DTYPES", "MEMORY_FORMATS", "MODES", "SpeedSetting", "measure_speed", "parse_settings", "seconds_of"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eager", "compiled")
@@ -231,7 +231,7 @@ def _measure_setting(
         advance()
     for _ in range(repeats):
         for runner in runners.values():
-            runner.attempt(lambda runner=runner: runner.seconds.append(_time(runner.forward, device)))
+            runner.attempt(lambda runner=runner: runner.seconds.append(seconds_of(runner.forward, device)))
         advance()
     first = next(iter(runners.values()))
     rows = []
@@ -280,13 +280,13 @@ def _prepare(
     runner.peak_memory = held + _allocated_at_most(runner.forward, device)
 
 
-def _time(forward: Callable[[], object], device: torch.device) -> float:
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, until the device is done."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    forward()
+    action()
     if cuda:
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
