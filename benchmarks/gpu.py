@@ -1,14 +1,15 @@
-"""Speed on a GPU of the dense, the masked and the compacted model: training steps and forwards, fp32, bf16, and compiled.
+"""Speed on a GPU of the dense, the masked and the compacted model: training steps and forwards, in fp32 and bf16.
 
-    python benchmarks/gpu.py                            into benchmarks/results/gpu.json
-    python benchmarks/gpu.py --modes eager compiled     compiled models, too (minutes, most of them compilation)
-    python benchmarks/gpu.py --table                    the table of that file
+    python benchmarks/gpu.py                                into benchmarks/results/gpu.json
+    python benchmarks/gpu.py --modes eager graph compiled   compiled models, too (minutes, most of them compilation)
+    python benchmarks/gpu.py --table                        the table of that file
 
 The model is the configuration of google/ddpm-cifar10-32 with random weights, pruned to half its MACs with widths that are
 multiples of 8; masked means all its channels, with those at zero that half the MACs cost, as in the hard phase. A training
-step is forward, backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast. Times are medians of interleaved
-rounds (A B C A B C ...), speed-ups medians of the rounds' ratios. fp32 is what PyTorch makes of it by default: TF32 in
-convolutions.
+step is forward, backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast; a forward has weights in the dtype
+itself. Eager is how scripts run by default: the CPU sends each operation to the GPU, and may be the slower of the two. A CUDA
+graph is the same work, recorded and sent in one go, so that the GPU alone counts. Times are medians of interleaved rounds
+(A B C A B C ...), speed-ups medians of the rounds' ratios. fp32 is what PyTorch makes of it by default: TF32 in convolutions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import os
 import platform
@@ -29,11 +31,12 @@ from cost import batches_for, build, half_masked
 from torch import nn
 
 from diffusers_gfprune.evaluation.cost import hardware_name
-from diffusers_gfprune.evaluation.speed import MODES, SpeedSetting, measure_speed, seconds_of
+from diffusers_gfprune.evaluation.speed import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "benchmarks/results/gpu.json"
 DTYPES = ("float32", "bfloat16")
+MODES = ("eager", "graph", "compiled")
 
 
 def three_models(device: torch.device) -> tuple[dict[str, nn.Module], float]:
@@ -47,11 +50,33 @@ def three_models(device: torch.device) -> tuple[dict[str, nn.Module], float]:
     return {name: unet.to(device) for name, unet in models.items()}, removed
 
 
-def step_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, compiled: bool) -> Callable[[], None]:
+def replayed(action: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """What an action does on the GPU, as a CUDA graph."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # a graph cannot hold what is only done at first: compilation, optimizer states
+        for _ in range(3):
+            action()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+
+    def replay(owner=action) -> None:  # of weights and optimizer states, whose memory the graph goes on using
+        graph.replay()
+
+    return replay
+
+
+def callable_of(unet: nn.Module, mode: str) -> Callable:
+    return torch.compile(unet, fullgraph=True, dynamic=False) if mode == "compiled" else unet
+
+
+def step_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, mode: str) -> Callable[[], None]:
     """One training step, as a function that does it again at every call."""
     noisy, noise, timesteps = batch
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
-    forward = torch.compile(unet, fullgraph=True, dynamic=False) if compiled else unet
+    optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-5, capturable=mode == "graph")
+    forward = callable_of(unet, mode)
     autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(noisy.device.type, getattr(torch, dtype))
 
     def step() -> None:
@@ -62,25 +87,38 @@ def step_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, compil
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return replayed(step, noisy.device) if mode == "graph" else step
 
 
-def measure_steps(models: dict[str, nn.Module], batch_size: int, dtype: str, compiled: bool, repeats: int) -> list[dict]:
-    """A row for each model."""
+def forward_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, mode: str) -> Callable[[], None]:
+    """One forward without gradients, likewise."""
+    noisy, _, timesteps = batch
+    noisy = noisy.to(getattr(torch, dtype))
+    model = callable_of(copy.deepcopy(unet).eval().to(noisy.dtype), mode)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(noisy, timesteps)
+
+    return replayed(forward, noisy.device) if mode == "graph" else forward
+
+
+def measure(models: dict[str, nn.Module], make: Callable, batch_size: int, dtype: str, mode: str, repeats: int) -> list[dict]:
+    """A row for each model, of what `make` makes of it: `step_of` or `forward_of`."""
     device = next(models["dense"].parameters()).device
     torch.compiler.reset()
     batch = tuple(tensor.to(device) for tensor in batches_for(models["dense"], batch_size, 1)[0])
-    steps = {name: step_of(unet.train(), batch, dtype, compiled) for name, unet in models.items()}
-    for step in (step for step in steps.values() for _ in range(3)):
-        step()
-    rounds = [{name: seconds_of(step, device) for name, step in steps.items()} for _ in range(repeats)]
+    actions = {name: make(unet, batch, dtype, mode) for name, unet in models.items()}
+    for action in (action for action in actions.values() for _ in range(3)):
+        action()
+    rounds = [{name: seconds_of(action, device) for name, action in actions.items()} for _ in range(repeats)]
     return [
         {
             "model": name,
             "batch_size": batch_size,
             "dtype": dtype,
-            "mode": "compiled" if compiled else "eager",
-            "step_ms": 1000 * statistics.median(times[name] for times in rounds),
+            "mode": mode,
+            "milliseconds": 1000 * statistics.median(times[name] for times in rounds),
             "samples_per_second": batch_size / statistics.median(times[name] for times in rounds),
             "speedup": statistics.median(times["dense"] / times[name] for times in rounds),
         }
@@ -100,21 +138,25 @@ def table(found: dict) -> str:
             cells = []
             for name in ("dense", "masked", "compacted"):
                 row = models.get(name)
-                if row is None or "error" in row:
-                    cells.append("-" if row is None else row["error"])
-                else:
-                    ratio = "" if name == "dense" or row["speedup"] is None else f" ({row['speedup']:.2f})"
-                    cells.append(f"{row['samples_per_second']:,.0f}{ratio}")
-            ending = ", compiled" if mode == "compiled" else ""
+                ratio = "" if row is None or name == "dense" else f" ({row['speedup']:.2f})"
+                cells.append("-" if row is None else f"{row['samples_per_second']:,.0f}{ratio}")
+            ending = {"eager": "", "graph": ", CUDA graph", "compiled": ", compiled"}[mode]
             lines.append(f"| {title}, {short[dtype]}{ending} | {batch_size} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def save(found: dict, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    complete = output.with_suffix(".tmp")
+    complete.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(complete, output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_batch_size", type=int, default=128, help="Images of a training step.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256], help="Samples of a forward.")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager", "graph"])
     parser.add_argument("--repeats", type=int, default=20, help="Rounds.")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--device", default="cuda")
@@ -129,6 +171,8 @@ def main() -> None:
             raise ValueError(f"{name}={value} must be at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={args.device}: there is no CUDA device here")
+    if "graph" in args.modes and not args.device.startswith("cuda"):
+        raise ValueError(f"modes={args.modes}: a graph wants a CUDA device, got device={args.device}")
     device = torch.device(args.device)
     models, removed = three_models(device)
     found: dict = {
@@ -138,14 +182,13 @@ def main() -> None:
         "forwards": [],
     }
     inference = {name: models[name] for name in ("dense", "compacted")}
-    for dtype, compiled in ((dtype, mode == "compiled") for mode in args.modes for dtype in DTYPES):
-        settings = [SpeedSetting(size, dtype, compiled) for size in args.batch_sizes]
-        found["forwards"] += measure_speed(inference, settings, repeats=args.repeats)
-        found["steps"] += measure_steps(models, args.train_batch_size, dtype, compiled, args.repeats)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    complete = args.output.with_suffix(".tmp")
-    complete.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(complete, args.output)
+    for mode in args.modes:  # each is saved when it is done: compilation takes long, and may be stopped
+        for dtype, size in itertools.product(DTYPES, args.batch_sizes):
+            found["forwards"] += measure(inference, forward_of, size, dtype, mode, args.repeats)
+            save(found, args.output)
+        for dtype in DTYPES:
+            found["steps"] += measure(models, step_of, args.train_batch_size, dtype, mode, args.repeats)
+            save(found, args.output)
     print(table(found))
 
 

@@ -44,29 +44,33 @@ class _GroupNorm(Function):
     """Weighted group norm that can be differentiated twice."""
 
     @staticmethod
-    def forward(ctx, x, weights, membership, gamma, beta, eps):
-        output, statistics = norm_forward(x, weights, membership, gamma, beta, eps)
-        ctx.save_for_backward(x, weights, membership, gamma, *statistics)
+    def forward(ctx, x, weights, group_sizes, gamma, beta, eps):
+        output, statistics = norm_forward(x, weights, group_sizes, gamma, beta, eps)
+        ctx.save_for_backward(x, weights, gamma, *statistics)
+        ctx.group_sizes = group_sizes
         return output
 
     @staticmethod
     def backward(ctx, grad):
         # A node of its own is only worth its price where it is differentiated.
         function = _GroupNormBackward.apply if torch.is_grad_enabled() else norm_backward
-        dx, dgamma, dbeta, *_ = function(grad.contiguous(), *ctx.saved_tensors)
+        x, weights, *others = ctx.saved_tensors
+        dx, dgamma, dbeta, *_ = function(grad.contiguous(), x, weights, ctx.group_sizes, *others)
         return dx, None, None, dgamma, dbeta, None
 
 
 class _GroupNormBackward(Function):
     @staticmethod
-    def forward(ctx, grad, *saved):
-        dx, dgamma, dbeta, grad_sum, centred = norm_backward(grad, *saved)
-        ctx.save_for_backward(grad, *saved, grad_sum, centred)
-        return dx, dgamma, dbeta
+    def forward(ctx, grad, x, weights, group_sizes, *others):
+        *gradients, b, a = norm_backward(grad, x, weights, group_sizes, *others)
+        ctx.save_for_backward(grad, x, weights, *others, a, b)
+        ctx.group_sizes = group_sizes
+        return tuple(gradients)
 
     @staticmethod
     def backward(ctx, u, u_gamma, u_beta):
-        grad, x, weights, membership, gamma, mean, rstd, scale, group_mean, r, grad_sum, centred = ctx.saved_tensors
+        grad, x, weights, gamma, mean, rstd, scale, group_mean, r, a, b = ctx.saved_tensors  # a, b: sums of dy and dy z
+        membership = norm_tables(ctx.group_sizes, x.device)[0].to(weights.dtype)
         u = u.contiguous()
         positions = x.shape[2]
         w = weights.sum(dim=1) / positions  # (C,), of an element
@@ -75,7 +79,6 @@ class _GroupNormBackward(Function):
             return (values @ membership) @ membership.t()
 
         # Sums over a channel, (B, C), then over its group
-        a, b = grad_sum, centred * r
         u_sum, u_centred = channel_sums(u, x, mean, rstd, group_mean)
         k = channel_sums(u, grad, torch.zeros_like(mean), torch.ones_like(rstd), torch.zeros_like(mean))[1]
         A, B, ku = over_group(torch.cat([gamma * a, gamma * b, gamma * k])).chunk(3)
@@ -103,9 +106,11 @@ def _affine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     return output
 
 
-def weighted_group_norm(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def weighted_group_norm(
+    x: Tensor, weights: Tensor, group_sizes: tuple[int, ...], gamma: Tensor, beta: Tensor, eps: float
+) -> Tensor:
     """`remote.unet_2d_gfpruned.weighted_group_norm`, whose second derivative is cheap."""
-    return _weighted_group_norm(x, weights, membership, gamma, beta, eps, function=_GroupNorm)
+    return _weighted_group_norm(x, weights, group_sizes, gamma, beta, eps, function=_GroupNorm)
 
 
 # --- SiLU --------------------------------------------------------------------------------------------------------------
@@ -201,8 +206,8 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     if weight is None or bias is None:
         return NotImplemented
     sizes = (input.shape[1] // num_groups,) * num_groups
-    membership, weights = norm_tables(sizes, input.device)
-    return weighted_group_norm(input, weights, membership, weight, bias, eps)
+    _, weights = norm_tables(sizes, input.device)
+    return weighted_group_norm(input, weights, sizes, weight, bias, eps)
 
 
 def _silu(input, inplace=False):

@@ -199,7 +199,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         sizes = (self.num_channels // self.num_groups,) * self.num_groups
         membership, _ = norm_tables(sizes, input.device)
         weights = _kept_per_version(self, vector, (input.device,), lambda: _norm_weights(vector(), membership))
-        return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
+        return weighted_group_norm(input, weights, sizes, self.weight, self.bias, self.eps)
 
 
 def _norm_weights(mask: Tensor, membership: Tensor) -> Tensor:

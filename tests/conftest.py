@@ -12,6 +12,8 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton kernels are interpreted; it has to know before it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ NARROW = {"sample_size": 16, "block_out_channels": (32, 32, 32, 32)}
 def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
     output = tmp_path / "gpu.json"
-    sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2")
+    sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2", "--modes", "eager")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, "--output", str(output)])
     gpu.main()
     found = json.loads(output.read_text())
@@ -48,7 +48,7 @@ def test_compiled_steps_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", lambda unet, **options: asked.append(options) or unet)
     models, removed = gpu.three_models(torch.device("cpu"))
     assert removed == pytest.approx(0.5, rel=0.05)
-    rows = gpu.measure_steps(models, 2, "bfloat16", compiled=True, repeats=1)
+    rows = gpu.measure(models, gpu.step_of, 2, "bfloat16", "compiled", repeats=1)
     assert [(row["model"], row["mode"]) for row in rows] == [(name, "compiled") for name in models]
     assert asked == [{"fullgraph": True, "dynamic": False}] * 3
 
@@ -65,6 +65,7 @@ def test_table_of_the_document_is_that_of_the_results() -> None:
         (["--repeats", "0"], "repeats=0 must be at least 1"),
         (["--train_batch_size", "-1"], "train_batch_size=-1 must be at least 1"),
         (["--batch_sizes", "4", "0"], r"batch_sizes=\[4, 0\] must be at least 1"),
+        (["--device", "cpu"], r"modes=\['eager', 'graph'\]: a graph wants a CUDA device, got device=cpu"),
     ],
 )
 def test_bad_arguments_are_refused(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

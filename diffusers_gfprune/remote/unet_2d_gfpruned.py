@@ -14,17 +14,21 @@ channel stays in the group it was trained in; for weights `W[c, g] = 1 / size_g`
     y_c = gamma_c (x_c - mean_g) / sqrt(var_g + eps) + beta_c                                       (Wu and He, 2018)
 
 which is group normalization (https://arxiv.org/abs/1803.08494) with groups of any size, and, with other weights, over a
-masked set of channels.
+masked set of channels. On a GPU, where every small operation costs as much as a large one, Triton kernels take one launch for
+what takes a dozen elsewhere.
 
 This one file is the whole model: it travels inside saved folders as `diffusers_gfprune.py`, and imports nothing but the
-standard library, torch and Diffusers.
+standard library, torch and Diffusers (and Triton, where torch brought it).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import inspect
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -40,6 +44,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+try:  # by name: Diffusers refuses a file that has an import statement of a package that is not there
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+logger = logging.getLogger(__name__)
+
 __all__ = ["GFPrunedUNet2DModel", "RaggedGroupNorm", "norm_tables", "weighted_group_norm"]
 
 MODULE_FILE = "diffusers_gfprune.py"
@@ -54,7 +65,7 @@ MAX_PARAMETERS = 2**33
 def _normalize(x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """The equations of the module docstring as plain, differentiable operations; `x` has shape `(B, C, N)`."""
     mean, var = x.mean(dim=2), x.var(dim=2, correction=0)  # (B, C)
-    group_mean, offset, inverse_std = _group_statistics(mean, var + eps, weights, membership, eps)
+    group_mean, _, inverse_std = _group_statistics(mean, var + eps, weights, membership, eps)
     scale = gamma * inverse_std
     return torch.addcmul((beta - group_mean * scale)[:, :, None], x, scale[:, :, None])
 
@@ -70,34 +81,22 @@ def _group_statistics(mean, var_eps, weights, membership, eps):
     return group_mean, offset, group_var_eps.rsqrt() @ members
 
 
-def _has_row_kernels(x: Tensor) -> bool:
-    """Whether the kernels of synchronized batch norm are there: statistics, and an affine map, of every row of a matrix."""
-    return x.is_cuda and x.numel() > 0  # they refuse an empty batch
-
-
-def norm_forward(x, weights, membership, gamma, beta, eps):
+def norm_forward(x, weights, group_sizes, gamma, beta, eps):
     """`_normalize` in two passes over `x`, and the statistics `(B, C)`: mean and 1/std of channels, scale, mean and 1/std of
-    their groups. A half precision `x` is read as it is; statistics are taken in float32."""
+    their groups."""
+    if _has_kernels(x):
+        return _launch_forward(x, weights, group_sizes, gamma, beta, eps)
+    membership = _membership(group_sizes, weights)
     batch, channels, positions = x.shape
-    rows = batch * channels
-    if _has_row_kernels(x):
-        # Samples and channels together are the "channels" of a batch norm. Nothing of the size of x is written twice.
-        mean, rstd = torch.batch_norm_stats(x.view(1, rows, positions), eps)
-    else:
-        # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
-        normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
+    # Instance statistics by the native kernel: Welford, vectorized; torch.var_mean is many times slower on CPU.
+    normalized, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, positions, channels, eps)
     mean, rstd = mean.view(batch, channels), rstd.view(batch, channels)
     group_mean, offset, inverse_std = _group_statistics(mean, rstd.pow(-2), weights, membership, eps)
     scale = gamma * inverse_std
-    if _has_row_kernels(x):
-        shift = beta.expand(batch, channels).reshape(rows)
-        flat = x.view(1, rows, positions), None, shift, group_mean.view(rows), scale.view(rows)
-        output = torch.batch_norm_elemt(*flat, eps).view_as(x)
-    else:
-        # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's.
-        # Kernels with one broadcast operand are vectorized, those with two are not.
-        shift = torch.addcmul(beta, offset, scale)
-        output = normalized.mul_((scale / rstd)[:, :, None]).add_(shift[:, :, None])
+    # From (x - mean) * rstd to (x - mean_g) * scale + beta, in place: that tensor is in the cache, and nobody else's.
+    # Kernels with one broadcast operand are vectorized, those with two are not.
+    shift = torch.addcmul(beta, offset, scale)
+    output = normalized.mul_((scale / rstd)[:, :, None]).add_(shift[:, :, None])
     return output, (mean, rstd, scale, group_mean, inverse_std)
 
 
@@ -105,62 +104,212 @@ def channel_sums(grad, x, mean, rstd, group_mean):
     """Sums of `grad` and of `grad * (x - group_mean)` over positions, each `(B, C)`, in one pass."""
     batch, channels, positions = x.shape
     rows = batch * channels
-    if _has_row_kernels(x):
-        flat = grad.view(1, rows, positions), x.view(1, rows, positions), group_mean.reshape(rows), rstd.view(rows)
-        grad_sum, centred, *_ = torch.batch_norm_backward_reduce(*flat, rstd.view(rows), True, False, False)
-        return grad_sum.view(batch, channels), centred.view(batch, channels)
     # The native kernel takes samples and channels together for the channels of a single sample. Its sums do not depend on
     # gamma, but older PyTorch (2.11 is one) takes their shape and device from it.
     _, grad_x_sum, grad_sum = torch.ops.aten.native_group_norm_backward(
-        *(grad, x, mean.view(1, rows), rstd.view(1, rows), rstd.view(rows)),
+        *(grad.to(rstd.dtype), x.to(rstd.dtype), mean.view(1, rows), rstd.view(1, rows), rstd.view(rows)),
         *(1, rows, positions, rows, [False, True, True]),
     )
     grad_sum = grad_sum.view(batch, channels)
     return grad_sum, torch.addcmul(grad_x_sum.view(batch, channels) / rstd, mean - group_mean, grad_sum)
 
 
-def norm_backward(grad, x, weights, membership, gamma, mean, rstd, scale, group_mean, inverse_std):
-    """Gradients of `x`, `gamma` and `beta`, and the channel sums. That of `x` is an affine function of `grad` and `x` with
-    coefficients per channel, dx = g * scale + x * p + q."""
+def norm_backward(grad, x, weights, group_sizes, gamma, mean, rstd, scale, group_mean, inverse_std):
+    """Gradients of `x`, `gamma` and `beta`; those of the latter for each sample, too, `(B, C)`. That of `x` is an affine
+    function of `grad` and `x` with coefficients per channel, dx = g * scale + x * p + q."""
+    if _has_kernels(x):
+        dx, sums = _launch_backward(grad, x, weights, group_sizes, scale, group_mean, inverse_std)
+        return dx, *sums.sum(dim=1), *sums
+    membership = _membership(group_sizes, weights)
     grad_sum, centred = channel_sums(grad, x, mean, rstd, group_mean)
     # d loss / d mean_g and d loss / d var_g, and from there to the channels that each statistic is made of
     d_both = torch.cat([centred * scale * inverse_std.square(), scale * grad_sum])  # (2 B, C)
     p, q = ((d_both @ membership) @ weights.t()).mul_(-1 / x.shape[2]).chunk(2)  # p: coefficient of (x - mean_g)
     q = torch.addcmul(q, p, group_mean, value=-1)
-    if _has_row_kernels(x):  # where two broadcast operands cost nothing, but a pass does
-        dx = torch.addcmul(q[:, :, None], x, p[:, :, None])  # of the dtype of p
-        dx = torch.addcmul(dx, grad, scale[:, :, None], out=dx if dx.dtype == x.dtype else torch.empty_like(x))
-    else:
-        dx = torch.mul(x, p[:, :, None]).add_(q[:, :, None]).addcmul_(grad, scale[:, :, None])
-    return dx, (centred * inverse_std).sum(dim=0), grad_sum.sum(dim=0), grad_sum, centred
+    dx = torch.mul(x, p[:, :, None]).add_(q[:, :, None]).addcmul_(grad, scale[:, :, None])
+    normalized = centred * inverse_std
+    return dx, normalized.sum(dim=0), grad_sum.sum(dim=0), normalized, grad_sum
+
+
+# --- the same in one launch, on a GPU ----------------------------------------------------------------------------------
+
+# A program has one group of one sample, whose channels lie side by side in memory, and goes over it tile by tile, a few times:
+# it is in the cache.
+
+
+def _tile(row, c, end, offset, positions, TILE_N: tl.constexpr):
+    """Places in memory of channels `c` at positions from `offset` on, and which of them are in the group."""
+    n = offset + tl.arange(0, TILE_N)
+    return (row + c)[:, None] * positions + n[None, :], (c < end)[:, None] & (n < positions)[None, :]
+
+
+def _forward_kernel(
+    x_ptr, y_ptr, weights_ptr, first_ptr, gamma_ptr, beta_ptr, scale_ptr, mean_ptr, inverse_ptr,
+    eps, channels, groups, positions, TILE_C: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """`norm_forward`: mean, then variance around it, then the output."""
+    sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    row = sample.to(tl.int64) * channels
+    first, end = tl.load(first_ptr + group), tl.load(first_ptr + group + 1)
+    total = tl.zeros([TILE_C, TILE_N], weights_ptr.dtype.element_ty)
+    weight_sum = tl.zeros([TILE_C], weights_ptr.dtype.element_ty)
+    for start in range(first, end, TILE_C):
+        c = start + tl.arange(0, TILE_C)
+        weight = tl.load(weights_ptr + c * groups + group, mask=c < end, other=0.0)
+        weight_sum += weight
+        for offset in range(0, positions, TILE_N):
+            at, inside = _tile(row, c, end, offset, positions, TILE_N)
+            total += tl.load(x_ptr + at, mask=inside, other=0.0).to(total.dtype) * weight[:, None]
+    mean = tl.sum(total) / positions
+    total = tl.zeros([TILE_C, TILE_N], weights_ptr.dtype.element_ty)
+    for start in range(first, end, TILE_C):
+        c = start + tl.arange(0, TILE_C)
+        weight = tl.load(weights_ptr + c * groups + group, mask=c < end, other=0.0)
+        for offset in range(0, positions, TILE_N):
+            at, inside = _tile(row, c, end, offset, positions, TILE_N)
+            distance = tl.where(inside, tl.load(x_ptr + at, mask=inside, other=0.0).to(total.dtype) - mean, 0.0)
+            total += distance * distance * weight[:, None]
+    variance = tl.sum(total) / positions + eps * tl.sum(weight_sum)  # as in _group_statistics
+    inverse_std = 1 / tl.sqrt(tl.maximum(variance, eps / 2))
+    for start in range(first, end, TILE_C):
+        c = start + tl.arange(0, TILE_C)
+        scale = tl.load(gamma_ptr + c, mask=c < end, other=0.0) * inverse_std
+        beta = tl.load(beta_ptr + c, mask=c < end, other=0.0)
+        tl.store(scale_ptr + row + c, scale, mask=c < end)
+        tl.store(mean_ptr + row + c, tl.zeros_like(scale) + mean, mask=c < end)
+        tl.store(inverse_ptr + row + c, tl.zeros_like(scale) + inverse_std, mask=c < end)
+        for offset in range(0, positions, TILE_N):
+            at, inside = _tile(row, c, end, offset, positions, TILE_N)
+            value = tl.load(x_ptr + at, mask=inside, other=0.0).to(total.dtype)
+            tl.store(y_ptr + at, (value - mean) * scale[:, None] + beta[:, None], mask=inside)
+
+
+def _backward_kernel(
+    grad_ptr, x_ptr, dx_ptr, weights_ptr, first_ptr, scale_ptr, mean_ptr, inverse_ptr, d_gamma_ptr, d_beta_ptr,
+    channels, groups, positions, TILE_C: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """`norm_backward`: sums over each channel, and of these over the group, then the gradient of `x`."""
+    sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    row = sample.to(tl.int64) * channels
+    first, end = tl.load(first_ptr + group), tl.load(first_ptr + group + 1)
+    mean, inverse_std = tl.load(mean_ptr + row + first), tl.load(inverse_ptr + row + first)
+    d_mean = tl.zeros([TILE_C], weights_ptr.dtype.element_ty)  # of the loss by the mean of the group, and by its variance
+    d_variance = tl.zeros([TILE_C], weights_ptr.dtype.element_ty)
+    for start in range(first, end, TILE_C):
+        c = start + tl.arange(0, TILE_C)
+        plain = tl.zeros([TILE_C, TILE_N], weights_ptr.dtype.element_ty)
+        centred = tl.zeros([TILE_C, TILE_N], weights_ptr.dtype.element_ty)
+        for offset in range(0, positions, TILE_N):
+            at, inside = _tile(row, c, end, offset, positions, TILE_N)
+            grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(plain.dtype)
+            plain += grad
+            centred += grad * (tl.load(x_ptr + at, mask=inside, other=0.0).to(plain.dtype) - mean)
+        scale = tl.load(scale_ptr + row + c, mask=c < end, other=0.0)
+        d_gamma, d_beta = tl.sum(centred, axis=1) * inverse_std, tl.sum(plain, axis=1)
+        tl.store(d_gamma_ptr + row + c, d_gamma, mask=c < end)
+        tl.store(d_beta_ptr + row + c, d_beta, mask=c < end)
+        d_mean += scale * d_beta
+        d_variance += scale * d_gamma
+    by_mean = tl.sum(d_mean) / positions
+    by_variance = tl.sum(d_variance) * inverse_std / positions
+    for start in range(first, end, TILE_C):
+        c = start + tl.arange(0, TILE_C)
+        weight = tl.load(weights_ptr + c * groups + group, mask=c < end, other=0.0)
+        scale = tl.load(scale_ptr + row + c, mask=c < end, other=0.0)
+        for offset in range(0, positions, TILE_N):
+            at, inside = _tile(row, c, end, offset, positions, TILE_N)
+            grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(d_mean.dtype)
+            distance = tl.load(x_ptr + at, mask=inside, other=0.0).to(d_mean.dtype) - mean
+            dx = grad * scale[:, None] - weight[:, None] * (by_mean + distance * by_variance)
+            tl.store(dx_ptr + at, dx, mask=inside)
+
+
+if triton is not None:
+    _tile = triton.jit(_tile)
+    # One variant of a kernel for each size of images, whatever the widths
+    _forward_kernel, _backward_kernel = map(
+        triton.jit(do_not_specialize=["channels", "groups"]), (_forward_kernel, _backward_kernel)
+    )
+
+
+def _launch(kernel, x: Tensor, groups: int, *arguments) -> None:
+    batch, channels, positions = x.shape
+    tile_n = min(triton.next_power_of_2(positions), 1024)
+    tile_c = min(2048 // tile_n, 16)
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()  # Triton launches on the current device
+    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+        kernel[(batch * groups,)](*arguments, channels, groups, positions, TILE_C=tile_c, TILE_N=tile_n)
+
+
+def _launch_forward(x, weights, group_sizes, gamma, beta, eps):
+    """`norm_forward`. A half precision `x` is read as it is."""
+    output, first = torch.empty_like(x), _first_channels(group_sizes, x.device)
+    scale, mean, inverse_std = weights.new_empty(3, *x.shape[:2])
+    tensors = x, output, weights.contiguous(), first, gamma.contiguous(), beta.contiguous(), scale, mean, inverse_std
+    _launch(_forward_kernel, x, len(group_sizes), *tensors, eps)
+    return output, (mean, inverse_std, scale, mean, inverse_std)  # any mean and 1/std serve channel_sums
+
+
+def _launch_backward(grad, x, weights, group_sizes, scale, group_mean, inverse_std):
+    """The gradient of `x`, and those of `gamma` and `beta` for each sample, `(2, B, C)`."""
+    dx, first, sums = torch.empty_like(x), _first_channels(group_sizes, x.device), scale.new_empty(2, *scale.shape)
+    _launch(
+        *(_backward_kernel, x, len(group_sizes)),
+        *(grad, x, dx, weights.contiguous(), first, scale, group_mean, inverse_std, *sums),
+    )
+    return dx, sums
+
+
+@functools.lru_cache
+def _kernels_work(device: torch.device) -> bool:
+    """Tried once: Triton wants a C compiler, and a card that is not too old."""
+    if triton is None:
+        return False
+    x, ones = torch.zeros(1, 1, 1, device=device), torch.ones(1, 1, device=device)
+    try:
+        _launch_forward(x, ones, (1,), ones[0], ones[0], 1e-5)
+    except Exception as error:  # of many types: of Triton, of the C compiler, of the driver
+        logger.warning(f"Triton does not work on {device}, and norms of pruned models are slower without it: {error}")
+        return False
+    return True
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and _kernels_work(x.device)
 
 
 class _WeightedGroupNorm(torch.autograd.Function):
     """`_normalize` with few passes over `x`: autograd would keep and re-read five tensors of its size."""
 
     @staticmethod
-    def forward(ctx, x, weights, membership, gamma, beta, eps):
-        output, statistics = norm_forward(x, weights, membership, gamma, beta, eps)
-        ctx.save_for_backward(x, weights, membership, gamma, *statistics, beta)
-        ctx.eps = eps
+    def forward(ctx, x, weights, group_sizes, gamma, beta, eps):
+        output, statistics = norm_forward(x, weights, group_sizes, gamma, beta, eps)
+        ctx.save_for_backward(x, weights, gamma, *statistics, beta)
+        ctx.group_sizes, ctx.eps = group_sizes, eps
         return output
 
     @staticmethod
     def backward(ctx, grad):
-        *saved, beta = ctx.saved_tensors
+        x, weights, gamma, *statistics, beta = ctx.saved_tensors
         if torch.is_grad_enabled():  # a double backward: let autograd differentiate the plain form
-            x, weights, membership, gamma, *_ = saved
+            membership = _membership(ctx.group_sizes, weights)
             needed = ctx.needs_input_grad
             wanted = [t for t, need in ((x, needed[0]), (gamma, needed[3]), (beta, needed[4])) if need]
             y = _normalize(x.to(gamma.dtype), weights, membership, gamma, beta, ctx.eps).to(x.dtype)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return tuple(next(found) if need else None for need in needed)
-        dx, dgamma, dbeta, *_ = norm_backward(grad.contiguous(), *saved)
+        dx, dgamma, dbeta, *_ = norm_backward(grad.contiguous(), x, weights, ctx.group_sizes, gamma, *statistics)
         return dx, None, None, dgamma, dbeta, None
 
 
 def weighted_group_norm(
-    x: Tensor, weights: Tensor, membership: Tensor, gamma: Tensor, beta: Tensor, eps: float, function=_WeightedGroupNorm
+    x: Tensor,
+    weights: Tensor,
+    group_sizes: tuple[int, ...],
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    function=_WeightedGroupNorm,
 ) -> Tensor:
     """Group normalization whose statistics weigh channels (see the module docstring).
 
@@ -168,7 +317,7 @@ def weighted_group_norm(
         x: Input with shape `(batch, channels, *)`, any floating dtype; statistics are taken in float32.
         weights: Weights of channels in groups with shape `(channels, groups)`, float32; the column of a group sums to 1,
             or to 0 where all of its channels are masked.
-        membership: 1 where a channel is in a group, else 0, with shape `(channels, groups)`, float32.
+        group_sizes: Channels in each group, in order (each >= 1).
         gamma: Scale with shape `(channels,)`.
         beta: Shift with shape `(channels,)`.
         eps: Added to the variance (> 0).
@@ -180,20 +329,22 @@ def weighted_group_norm(
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # the small matrix products must not run in half precision
-            return weighted_group_norm(x, weights, membership, gamma, beta, eps, function)
+            return weighted_group_norm(x, weights, group_sizes, gamma, beta, eps, function)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    compiling = torch.compiler.is_compiling()
-    flat = x.flatten(2).to(x.dtype if not compiling and _has_row_kernels(x) else dtype).contiguous()
-    arguments = flat, weights.to(dtype), membership.to(dtype), gamma.to(dtype), beta.to(dtype), eps
-    if compiling:  # a compiler fuses the plain form by itself
-        output = _normalize(*arguments)
-    elif torch.is_grad_enabled():
-        output = function.apply(*arguments)
+    weights, gamma, beta = weights.to(dtype), gamma.to(dtype), beta.to(dtype)
+    # A compiler fuses the plain form by itself, whatever the memory format; native kernels refuse an empty batch
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        output = _normalize(x.flatten(2).to(dtype), weights, _membership(group_sizes, weights), gamma, beta, eps)
+        return output.to(x.dtype).view(x.shape)
+    flat = x.flatten(2).to(x.dtype if _has_kernels(x) else dtype).contiguous()
+    if torch.is_grad_enabled():
+        output = function.apply(flat, weights, group_sizes, gamma, beta, eps)
     else:
-        output = norm_forward(*arguments)[0]
+        output = norm_forward(flat, weights, group_sizes, gamma, beta, eps)[0]
     return output.to(x.dtype).view(x.shape)
 
 
+@functools.lru_cache(maxsize=4096)
 def _norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # or training after sampling would meet an inference tensor
         sizes = torch.tensor(group_sizes, device=device)
@@ -203,9 +354,7 @@ def _norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Te
         return membership, membership / sizes
 
 
-_cached_norm_tables = functools.lru_cache(maxsize=4096)(_norm_tables)
-
-
+@torch.compiler.assume_constant_result  # or compiled models would make the tables in every forward
 def norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which channel is in which norm group, and its weight there if all count alike.
 
@@ -213,9 +362,21 @@ def norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Ten
     into an empty model.
 
     Returns:
-        `membership` and `weights` of `weighted_group_norm`, each with shape `(channels, groups)`, float32.
+        1 where a channel is in a group, else 0, and `weights` of `weighted_group_norm`, each with shape `(channels, groups)`,
+        float32.
     """
-    return (_norm_tables if torch.compiler.is_compiling() else _cached_norm_tables)(group_sizes, device)
+    return _norm_tables(group_sizes, device)
+
+
+def _membership(group_sizes: tuple[int, ...], weights: Tensor) -> Tensor:
+    return norm_tables(group_sizes, weights.device)[0].to(weights.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _first_channels(group_sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each group begins, and where the last ends, with shape `(groups + 1,)`, int32."""
+    with torch.inference_mode(False):
+        return torch.tensor([0, *group_sizes]).cumsum(0).to(device, torch.int32)
 
 
 class RaggedGroupNorm(nn.GroupNorm):
@@ -233,8 +394,8 @@ class RaggedGroupNorm(nn.GroupNorm):
         self.group_sizes = tuple(group_sizes)
 
     def forward(self, input: Tensor) -> Tensor:
-        membership, weights = norm_tables(self.group_sizes, input.device)
-        return weighted_group_norm(input, weights, membership, self.weight, self.bias, self.eps)
+        _, weights = norm_tables(self.group_sizes, input.device)
+        return weighted_group_norm(input, weights, self.group_sizes, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"group_sizes={list(self.group_sizes)}, eps={self.eps}"
