@@ -8,8 +8,9 @@ The model is the configuration of google/ddpm-cifar10-32 with random weights, pr
 multiples of 8; masked means all its channels, with those at zero that half the MACs cost, as in the hard phase. A training
 step is forward, backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast; a forward has weights in the dtype
 itself. Eager is how scripts run by default: the CPU sends each operation to the GPU, and may be the slower of the two. A CUDA
-graph is the same work, recorded and sent in one go, so that the GPU alone counts. Times are medians of interleaved rounds
-(A B C A B C ...), speed-ups medians of the rounds' ratios. fp32 is what PyTorch makes of it by default: TF32 in convolutions.
+graph is the same work, recorded and sent in one go, so that the GPU alone counts (with the AdamW that can be recorded). Times
+are medians of interleaved rounds (A B C A B C ...), speed-ups medians of the rounds' ratios. fp32 is what PyTorch makes of it
+by default: TF32 in convolutions.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def replayed(action: Callable[[], object], device: torch.device) -> Callable[[],
             action()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         action()
 
     def replay(owner=action) -> None:  # of weights and optimizer states, whose memory the graph goes on using
@@ -146,6 +147,7 @@ def table(found: dict) -> str:
 
 
 def save(found: dict, output: Path) -> None:
+    """Write a file that is complete or not there."""
     output.parent.mkdir(parents=True, exist_ok=True)
     complete = output.with_suffix(".tmp")
     complete.write_text(json.dumps(found, indent=1) + "\n")
@@ -182,13 +184,15 @@ def main() -> None:
         "forwards": [],
     }
     inference = {name: models[name] for name in ("dense", "compacted")}
-    for mode in args.modes:  # each is saved when it is done: compilation takes long, and may be stopped
+    partial = args.output.with_suffix(".partial.json")  # what is measured so far: compilation takes long, and may be stopped
+    for mode in args.modes:
         for dtype, size in itertools.product(DTYPES, args.batch_sizes):
             found["forwards"] += measure(inference, forward_of, size, dtype, mode, args.repeats)
-            save(found, args.output)
+            save(found, partial)
         for dtype in DTYPES:
             found["steps"] += measure(models, step_of, args.train_batch_size, dtype, mode, args.repeats)
-            save(found, args.output)
+            save(found, partial)
+    os.replace(partial, args.output)
     print(table(found))
 
 

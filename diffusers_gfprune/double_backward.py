@@ -2,7 +2,7 @@
 
 Autograd differentiates twice by composing elementwise operations for norms and activations, each of which keeps its result,
 and turns convolutions inside out (the batch becomes channels). Here the second derivative of each is written down, in terms of
-the same native kernels as the first.
+native kernels.
 
 Notation: `dy` is the gradient of the output, `u` the vector that the first backward's result is multiplied by.
 

@@ -25,6 +25,7 @@ def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2", "--modes", "eager")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, "--output", str(output)])
     gpu.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
     found = json.loads(output.read_text())
     steps = [(row["model"], row["dtype"], row["batch_size"]) for row in found["steps"]]
     names = ("dense", "masked", "compacted")
@@ -53,8 +54,9 @@ def test_compiled_steps_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyP
     assert asked == [{"fullgraph": True, "dynamic": False}] * 3
 
 
-def test_table_of_the_document_is_that_of_the_results() -> None:
-    table = gpu.table(json.loads(gpu.OUTPUT.read_text()))
+@pytest.mark.parametrize("name", ["gpu", "gpu-compiled"])
+def test_tables_of_the_document_are_those_of_the_results(name: str) -> None:
+    table = gpu.table(json.loads(gpu.OUTPUT.with_stem(name).read_text()))
     assert table in (ROOT / "benchmarks/README.md").read_text()
 
 

@@ -220,24 +220,34 @@ def test_native_backward_is_given_a_scale(monkeypatch: pytest.MonkeyPatch):
 # --- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
+LAUNCHED: list[torch.dtype] = []  # dtypes of the input of every kernel
+
+
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     """The device of tests of the Triton kernels: a GPU, or else the CPU, on which Triton interprets them (see conftest.py)."""
+    if unet_2d_gfpruned.triton is None:
+        pytest.skip("needs Triton")
+    launch = unet_2d_gfpruned._launch
+    LAUNCHED.clear()
+    monkeypatch.setattr(
+        unet_2d_gfpruned, "_launch", lambda kernel, x, *rest: LAUNCHED.append(x.dtype) or launch(kernel, x, *rest)
+    )
     if torch.cuda.is_available():
         return "cuda"
     monkeypatch.setattr(unet_2d_gfpruned, "_has_kernels", lambda x: True)
     return "cpu"
 
 
-@pytest.mark.parametrize("case", WEIGHT_CASES)
+@pytest.mark.parametrize(("case", "positions"), [*((case, 3) for case in WEIGHT_CASES), ("soft", 1)])
 @pytest.mark.parametrize("function", [weighted_group_norm, lean_weighted_group_norm], ids=["plain", "lean"])
-def test_kernels_differentiate_twice(case: str, function, kernels: str):
+def test_kernels_differentiate_twice(case: str, positions: int, function, kernels: str):
     """In training and in scoring, with a gradient that is not contiguous; against autograd through the plain form."""
     weights, sizes = WEIGHT_CASES[case]
     weights = weights.double()
     weights = weights / weights.sum(dim=0).clamp_min(1e-30)  # sums of 1 to the last digit, which the backward builds on
-    values = [torch.randn(shape, dtype=torch.float64) for shape in ((2, 6, 3), 6, 6)]
-    direction = torch.randn(2, 3, 6, dtype=torch.float64).transpose(1, 2)
+    values = [torch.randn(shape, dtype=torch.float64) for shape in ((2, 6, positions), 6, 6)]
+    direction = torch.randn(2, positions, 6, dtype=torch.float64).transpose(1, 2)
 
     def derivatives(where: str, norm, *groups) -> list[Tensor]:
         leaves = [value.to(where).requires_grad_() for value in values]
@@ -250,6 +260,7 @@ def test_kernels_differentiate_twice(case: str, function, kernels: str):
     plain = derivatives("cpu", unet_2d_gfpruned._normalize, unet_2d_gfpruned._membership(sizes, weights))
     for found, expected in zip(derivatives(kernels, function, sizes), plain):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # eps reaches the kernels in float32
+    assert LAUNCHED
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -286,8 +297,29 @@ def test_kernels_equal_the_other_path(sizes: tuple[int, ...], shape: tuple[int, 
         without.setattr(unet_2d_gfpruned, "_has_kernels", lambda x: False)
         expected = outputs_and_gradients(exact_norm, x.double(), direction.double())
     norm = exact_norm if dtype == torch.float64 else norm
+    tolerance = 1e-9 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps + 20 * torch.finfo(torch.float32).eps
     for found, exact in zip(outputs_and_gradients(norm.to(kernels), x.to(kernels), direction), expected):
-        assert (found - exact).abs().max() <= max(20 * torch.finfo(dtype).eps, 1e-9) * exact.abs().max()
+        assert (found - exact).abs().max() <= tolerance * exact.abs().max()
+    assert set(LAUNCHED) == {dtype}  # not a float32 copy
+
+
+def test_kernels_read_scales_in_half_precision(kernels: str):
+    """As a model in bfloat16 has them; without gradients nothing is copied to float32."""
+    norm, x = RaggedGroupNorm([3, 1, 2]).to(kernels, torch.bfloat16), torch.randn(2, 6, 4, 4).to(kernels, torch.bfloat16)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        found = norm(x)
+    torch.testing.assert_close(found, norm(x).detach(), rtol=0, atol=0)
+    assert found.dtype == torch.bfloat16 and len(LAUNCHED) == 2
+
+
+def test_kernels_hide_no_nan(kernels: str):
+    """In one group of one sample, and in no other."""
+    norm, x = RaggedGroupNorm([3, 1, 2]).to(kernels), torch.randn(2, 6, 4, 4).to(kernels)
+    x[1, 1, 2, 3] = torch.nan
+    found = norm(x).isnan().flatten(2).all(dim=2).cpu()
+    assert found.tolist() == [[False] * 6, [True] * 3 + [False] * 3]
 
 
 def test_kernels_see_nothing_of_removed_channels(kernels: str):
@@ -304,19 +336,43 @@ def test_kernels_see_nothing_of_removed_channels(kernels: str):
     assert torch.equal(again[:, kept], found[:, kept])
 
 
+@pytest.mark.skipif(unet_2d_gfpruned.triton is None, reason="needs Triton")
 def test_without_a_working_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """No C compiler, an old card: said once, and the other path taken."""
 
     def fails(*arguments):
         raise RuntimeError("Failed to find C compiler")
 
+    norm, x = RaggedGroupNorm([3, 1, 2]), torch.randn(2, 6, 4, 4)
+    expected = norm(x)
     unet_2d_gfpruned._kernels_work.cache_clear()
-    monkeypatch.setattr(unet_2d_gfpruned, "_launch_forward", fails)
-    assert [unet_2d_gfpruned._kernels_work(CPU) for _ in range(2)] == [False, False]
-    assert [record.getMessage() for record in caplog.records] == [
-        "Triton does not work on cpu, and norms of pruned models are slower without it: Failed to find C compiler"
-    ]
+    with monkeypatch.context() as broken:
+        broken.setattr(unet_2d_gfpruned, "_launch", fails)
+        broken.setattr(unet_2d_gfpruned, "_has_kernels", lambda x: unet_2d_gfpruned._kernels_work(x.device, x.dtype))
+        assert torch.equal(norm(x), expected)
+        assert torch.equal(norm(x), expected)
     unet_2d_gfpruned._kernels_work.cache_clear()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("Triton does not work on cpu with torch.float32; ") and said.endswith(": Failed to find C compiler")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.randn(2, 7, 4)}, r"group_sizes=\(3, 1, 2\) must be those of the 7 channels of x, got weights of shape"),
+        ({"sizes": (3, 1)}, r"group_sizes=\(3, 1\) must be those of the 6 channels of x"),
+        ({"weights": torch.ones(6, 2)}, r"got weights of shape \(6, 2\), 6 values of gamma and 6 of beta"),
+        ({"gamma": torch.ones(5)}, "5 values of gamma and 6 of beta"),
+        ({"beta": torch.ones(7)}, "6 values of gamma and 7 of beta"),
+        ({"gamma": torch.ones(6, device="meta")}, "x is on cpu, which is not where all of weights, gamma and beta are: meta"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changed: dict, message: str):
+    """A kernel would read and write beyond its tensors."""
+    arguments = {"x": torch.randn(2, 6, 4), "weights": torch.ones(6, 3), "sizes": (3, 1, 2)}
+    arguments = {**arguments, "gamma": torch.ones(6), "beta": torch.ones(6), **changed}
+    with pytest.raises(ValueError, match=message):
+        weighted_group_norm(*arguments.values(), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 6, 1, 1)])
@@ -419,3 +475,12 @@ def test_compiled_norms_make_no_tables():
         torch.testing.assert_close(torch.compile(norm, backend=backend, fullgraph=True)(x), norm(x), rtol=1e-5, atol=1e-5)
     assert made
     assert not [name for name in made if any(word in name for word in ("arange", "repeat_interleave", "tensor", "contiguous"))]
+
+
+def test_an_export_leaves_nothing_behind():
+    """Tensors are fakes while a model is exported: a cached one would spoil the norms of all later models."""
+    norm, x = RaggedGroupNorm([4, 1, 2]), torch.randn(2, 7, 4, 4)  # sizes that no other test has cached
+    exported = torch.export.export(norm, (x,), strict=False).module()
+    expected = torch.cat([F.group_norm(part, 1, eps=norm.eps) for part in x.split([4, 1, 2], dim=1)], dim=1)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)

@@ -44,9 +44,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-try:  # by name: Diffusers refuses a file that has an import statement of a package that is not there
+try:  # by name: Diffusers complains of a file that has an import statement of a package that is not there
     triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
-except ImportError:
+except Exception:  # of any type: it may be there, and broken
     triton = tl = None
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ def _group_statistics(mean, var_eps, weights, membership, eps):
 
 
 def norm_forward(x, weights, group_sizes, gamma, beta, eps):
-    """`_normalize` in two passes over `x`, and the statistics `(B, C)`: mean and 1/std of channels, scale, mean and 1/std of
-    their groups."""
+    """`_normalize` in two passes over `x`, and the statistics `(B, C)`: mean and 1/std of channels (or others, from which
+    `channel_sums` may start as well), scale, mean and 1/std of their groups."""
     if _has_kernels(x):
         return _launch_forward(x, weights, group_sizes, gamma, beta, eps)
     membership = _membership(group_sizes, weights)
@@ -137,12 +137,26 @@ def norm_backward(grad, x, weights, group_sizes, gamma, mean, rstd, scale, group
 # it is in the cache.
 
 
+def _kernel(**options):
+    """`triton.jit`, where it can."""
+
+    def decorate(function):
+        try:
+            return function if triton is None else triton.jit(**options)(function)
+        except OSError:  # no source file
+            return function
+
+    return decorate
+
+
+@_kernel()
 def _tile(row, c, end, offset, positions, TILE_N: tl.constexpr):
     """Places in memory of channels `c` at positions from `offset` on, and which of them are in the group."""
     n = offset + tl.arange(0, TILE_N)
     return (row + c)[:, None] * positions + n[None, :], (c < end)[:, None] & (n < positions)[None, :]
 
 
+@_kernel(do_not_specialize=["channels", "groups"])  # for fewer variants of it: one for each size of images, not of layers
 def _forward_kernel(
     x_ptr, y_ptr, weights_ptr, first_ptr, gamma_ptr, beta_ptr, scale_ptr, mean_ptr, inverse_ptr,
     eps, channels, groups, positions, TILE_C: tl.constexpr, TILE_N: tl.constexpr,
@@ -170,11 +184,11 @@ def _forward_kernel(
             distance = tl.where(inside, tl.load(x_ptr + at, mask=inside, other=0.0).to(total.dtype) - mean, 0.0)
             total += distance * distance * weight[:, None]
     variance = tl.sum(total) / positions + eps * tl.sum(weight_sum)  # as in _group_statistics
-    inverse_std = 1 / tl.sqrt(tl.maximum(variance, eps / 2))
+    inverse_std = 1 / tl.sqrt(tl.maximum(variance, eps / 2, propagate_nan=tl.PropagateNan.ALL))
     for start in range(first, end, TILE_C):
         c = start + tl.arange(0, TILE_C)
-        scale = tl.load(gamma_ptr + c, mask=c < end, other=0.0) * inverse_std
-        beta = tl.load(beta_ptr + c, mask=c < end, other=0.0)
+        scale = tl.load(gamma_ptr + c, mask=c < end, other=0.0).to(total.dtype) * inverse_std
+        beta = tl.load(beta_ptr + c, mask=c < end, other=0.0).to(total.dtype)
         tl.store(scale_ptr + row + c, scale, mask=c < end)
         tl.store(mean_ptr + row + c, tl.zeros_like(scale) + mean, mask=c < end)
         tl.store(inverse_ptr + row + c, tl.zeros_like(scale) + inverse_std, mask=c < end)
@@ -184,6 +198,7 @@ def _forward_kernel(
             tl.store(y_ptr + at, (value - mean) * scale[:, None] + beta[:, None], mask=inside)
 
 
+@_kernel(do_not_specialize=["channels", "groups"])
 def _backward_kernel(
     grad_ptr, x_ptr, dx_ptr, weights_ptr, first_ptr, scale_ptr, mean_ptr, inverse_ptr, d_gamma_ptr, d_beta_ptr,
     channels, groups, positions, TILE_C: tl.constexpr, TILE_N: tl.constexpr,
@@ -224,14 +239,6 @@ def _backward_kernel(
             tl.store(dx_ptr + at, dx, mask=inside)
 
 
-if triton is not None:
-    _tile = triton.jit(_tile)
-    # One variant of a kernel for each size of images, whatever the widths
-    _forward_kernel, _backward_kernel = map(
-        triton.jit(do_not_specialize=["channels", "groups"]), (_forward_kernel, _backward_kernel)
-    )
-
-
 def _launch(kernel, x: Tensor, groups: int, *arguments) -> None:
     batch, channels, positions = x.shape
     tile_n = min(triton.next_power_of_2(positions), 1024)
@@ -242,7 +249,7 @@ def _launch(kernel, x: Tensor, groups: int, *arguments) -> None:
 
 
 def _launch_forward(x, weights, group_sizes, gamma, beta, eps):
-    """`norm_forward`. A half precision `x` is read as it is."""
+    """`norm_forward`. Half precision is read as it is; statistics are of the dtype of `weights`."""
     output, first = torch.empty_like(x), _first_channels(group_sizes, x.device)
     scale, mean, inverse_std = weights.new_empty(3, *x.shape[:2])
     tensors = x, output, weights.contiguous(), first, gamma.contiguous(), beta.contiguous(), scale, mean, inverse_std
@@ -261,21 +268,22 @@ def _launch_backward(grad, x, weights, group_sizes, scale, group_mean, inverse_s
 
 
 @functools.lru_cache
-def _kernels_work(device: torch.device) -> bool:
-    """Tried once: Triton wants a C compiler, and a card that is not too old."""
+def _kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tried once: Triton wants a C compiler, and a card that is not too old for it and for the dtype."""
     if triton is None:
         return False
-    x, ones = torch.zeros(1, 1, 1, device=device), torch.ones(1, 1, device=device)
+    x, ones = torch.zeros(1, 1, 1, device=device, dtype=dtype), torch.ones(1, 1, device=device)
     try:
-        _launch_forward(x, ones, (1,), ones[0], ones[0], 1e-5)
+        _, (*_, scale, mean, inverse_std) = _launch_forward(x, ones, (1,), ones[0], ones[0], 1e-5)
+        _launch_backward(x, x, ones, (1,), scale, mean, inverse_std)
     except Exception as error:  # of many types: of Triton, of the C compiler, of the driver
-        logger.warning(f"Triton does not work on {device}, and norms of pruned models are slower without it: {error}")
+        logger.warning(f"Triton does not work on {device} with {dtype}; norms of pruned models are slower without it: {error}")
         return False
     return True
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and _kernels_work(x.device)
+    return x.is_cuda and type(x) is Tensor and _kernels_work(x.device, x.dtype)
 
 
 class _WeightedGroupNorm(torch.autograd.Function):
@@ -316,7 +324,7 @@ def weighted_group_norm(
     Args:
         x: Input with shape `(batch, channels, *)`, any floating dtype; statistics are taken in float32.
         weights: Weights of channels in groups with shape `(channels, groups)`, float32; the column of a group sums to 1,
-            or to 0 where all of its channels are masked.
+            or to 0 where all of its channels are masked, and is 0 outside of the group.
         group_sizes: Channels in each group, in order (each >= 1).
         gamma: Scale with shape `(channels,)`.
         beta: Shift with shape `(channels,)`.
@@ -325,18 +333,31 @@ def weighted_group_norm(
 
     Returns:
         The normalized tensor, of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: Channels or groups of the arguments differ, or they are not on one device.
     """
+    channels = x.shape[1]
+    if not channels == len(gamma) == len(beta) == sum(group_sizes) or weights.shape != (channels, len(group_sizes)):
+        raise ValueError(
+            f"group_sizes={group_sizes} must be those of the {channels} channels of x, got weights of shape "
+            f"{tuple(weights.shape)}, {len(gamma)} values of gamma and {len(beta)} of beta"
+        )
+    if not x.device == weights.device == gamma.device == beta.device:
+        raise ValueError(f"x is on {x.device}, which is not where all of weights, gamma and beta are: {gamma.device}")
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # the small matrix products must not run in half precision
             return weighted_group_norm(x, weights, group_sizes, gamma, beta, eps, function)
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    weights, gamma, beta = weights.to(dtype), gamma.to(dtype), beta.to(dtype)
+    weights, kernels = weights.to(dtype), not torch.compiler.is_compiling() and _has_kernels(x)
+    if not kernels or torch.is_grad_enabled():
+        gamma, beta = gamma.to(dtype), beta.to(dtype)
     # A compiler fuses the plain form by itself, whatever the memory format; native kernels refuse an empty batch
     if torch.compiler.is_compiling() or x.numel() == 0:
         output = _normalize(x.flatten(2).to(dtype), weights, _membership(group_sizes, weights), gamma, beta, eps)
         return output.to(x.dtype).view(x.shape)
-    flat = x.flatten(2).to(x.dtype if _has_kernels(x) else dtype).contiguous()
+    flat = x.flatten(2).to(x.dtype if kernels else dtype).contiguous()
     if torch.is_grad_enabled():
         output = function.apply(flat, weights, group_sizes, gamma, beta, eps)
     else:
@@ -365,7 +386,8 @@ def norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Ten
         1 where a channel is in a group, else 0, and `weights` of `weighted_group_norm`, each with shape `(channels, groups)`,
         float32.
     """
-    return _norm_tables(group_sizes, device)
+    # While a model is exported, tensors are fakes, which must not be kept
+    return (_norm_tables.__wrapped__ if torch.compiler.is_compiling() else _norm_tables)(group_sizes, device)
 
 
 def _membership(group_sizes: tuple[int, ...], weights: Tensor) -> Tensor:
@@ -376,7 +398,7 @@ def _membership(group_sizes: tuple[int, ...], weights: Tensor) -> Tensor:
 def _first_channels(group_sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each group begins, and where the last ends, with shape `(groups + 1,)`, int32."""
     with torch.inference_mode(False):
-        return torch.tensor([0, *group_sizes]).cumsum(0).to(device, torch.int32)
+        return torch.tensor([0, *group_sizes], device=device).cumsum(0).int()
 
 
 class RaggedGroupNorm(nn.GroupNorm):
