@@ -37,7 +37,7 @@ from prune_arguments import parse_arguments
 
 OUTPUT = ROOT / "benchmarks/results/study_time.json"
 # Settings whose quality is drawn over time
-TIMED = ("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "paper")
+TIMED = ("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "two-phase-noise", "paper")
 BATCH_SIZE = 64
 
 
