@@ -655,7 +655,7 @@ class GFPrunedUNet2DModel(UNet2DModel):
         training = self.training
         try:
             self.eval()(sample, torch.zeros(1, dtype=torch.long, device="meta"), class_labels=labels)
-        except (RuntimeError, AssertionError) as error:
+        except (ValueError, RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else "a sampler got another width than its own"
             raise ValueError(f"the widths in the config do not fit together: {reason}") from error
         finally:
