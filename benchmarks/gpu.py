@@ -185,6 +185,7 @@ def main() -> None:
     }
     inference = {name: models[name] for name in ("dense", "compacted")}
     partial = args.output.with_suffix(".partial.json")  # what is measured so far: compilation takes long, and may be stopped
+    save(found, partial)
     for mode in args.modes:
         for dtype, size in itertools.product(DTYPES, args.batch_sizes):
             found["forwards"] += measure(inference, forward_of, size, dtype, mode, args.repeats)

@@ -220,19 +220,21 @@ def test_native_backward_is_given_a_scale(monkeypatch: pytest.MonkeyPatch):
 # --- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
-LAUNCHED: list[torch.dtype] = []  # dtypes of the input of every kernel
+LAUNCHED: list[list[torch.dtype]] = []  # dtypes of the tensors of every kernel
+needs_triton = pytest.mark.skipif(unet_2d_gfpruned.triton is None, reason="needs Triton")
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("triton", marks=needs_triton)])
 def kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     """The device of tests of the Triton kernels: a GPU, or else the CPU, on which Triton interprets them (see conftest.py)."""
-    if unet_2d_gfpruned.triton is None:
-        pytest.skip("needs Triton")
     launch = unet_2d_gfpruned._launch
     LAUNCHED.clear()
-    monkeypatch.setattr(
-        unet_2d_gfpruned, "_launch", lambda kernel, x, *rest: LAUNCHED.append(x.dtype) or launch(kernel, x, *rest)
-    )
+
+    def recorded(kernel, x: Tensor, groups: int, *arguments) -> None:
+        LAUNCHED.append([argument.dtype for argument in arguments if isinstance(argument, Tensor)])
+        launch(kernel, x, groups, *arguments)
+
+    monkeypatch.setattr(unet_2d_gfpruned, "_launch", recorded)
     if torch.cuda.is_available():
         return "cuda"
     monkeypatch.setattr(unet_2d_gfpruned, "_has_kernels", lambda x: True)
@@ -300,7 +302,7 @@ def test_kernels_equal_the_other_path(sizes: tuple[int, ...], shape: tuple[int, 
     tolerance = 1e-9 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps + 20 * torch.finfo(torch.float32).eps
     for found, exact in zip(outputs_and_gradients(norm.to(kernels), x.to(kernels), direction), expected):
         assert (found - exact).abs().max() <= tolerance * exact.abs().max()
-    assert set(LAUNCHED) == {dtype}  # not a float32 copy
+    assert {dtypes[0] for dtypes in LAUNCHED} == {dtype}  # input or gradient: not a float32 copy
 
 
 def test_kernels_read_scales_in_half_precision(kernels: str):
@@ -311,7 +313,8 @@ def test_kernels_read_scales_in_half_precision(kernels: str):
     with torch.no_grad():
         found = norm(x)
     torch.testing.assert_close(found, norm(x).detach(), rtol=0, atol=0)
-    assert found.dtype == torch.bfloat16 and len(LAUNCHED) == 2
+    without, trained = (dtypes[4:6] for dtypes in LAUNCHED)  # of scale and shift
+    assert without == [torch.bfloat16] * 2 and trained == [torch.float32] * 2
 
 
 def test_kernels_hide_no_nan(kernels: str):
@@ -336,7 +339,7 @@ def test_kernels_see_nothing_of_removed_channels(kernels: str):
     assert torch.equal(again[:, kept], found[:, kept])
 
 
-@pytest.mark.skipif(unet_2d_gfpruned.triton is None, reason="needs Triton")
+@needs_triton
 def test_without_a_working_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """No C compiler, an old card: said once, and the other path taken."""
 
