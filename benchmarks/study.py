@@ -71,7 +71,7 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
     steps = curve_steps or setting.curve_steps or CURVE_STEPS[dataset]
     curves = ("--eval_steps", str(steps)) if setting.curves else ()
     seeds = ("--seed", str(seed), "--pruning_seed", str(seed))  # random choices differ from seed to seed
-    return [*BASE[dataset], *setting.arguments, *curves, *seeds, *extra]
+    return [*BASE[dataset], *setting.arguments, *setting.own.get(dataset, ()), *curves, *seeds, *extra]
 
 
 def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) -> None:

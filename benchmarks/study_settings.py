@@ -18,7 +18,8 @@ numbers, and differ more, since fine-tuning evens out much of what pruning did.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "SCORES", "SETTINGS", "TEACHERS", "Setting"]
 
@@ -59,6 +60,7 @@ class Setting:
         curves: Whether sample quality is measured along the way, too.
         curve_steps: Steps between two points of these curves; None: those of the data set.
         datasets: Where it is run.
+        own: Of one data set, further arguments.
         kind: `"prune"`: the script; `"scratch"` and `"torch-pruning"`: `study_baselines.py`, for models of other origin.
     """
 
@@ -69,6 +71,7 @@ class Setting:
     curves: bool = False
     curve_steps: int | None = None
     datasets: tuple[str, ...] = DATASETS
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kind: str = "prune"
 
 
@@ -78,6 +81,8 @@ WEIGHTS = ("--flow_metric", "weights")
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums that spread less than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
+# Rankings at every tenth of the soft phase, which is the default of the script; both recipes rank less often
+TENTHS = {"digits": ("--update_interval", "15"), "cifar10": ("--update_interval", "6")}
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
 OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # where what happens at rankings is the question
 
@@ -103,10 +108,10 @@ def _main() -> list[Setting]:
         found.append(Setting(f"scratch{ending}", f"scratch, at the default's widths{words}", "main", teacher, kind="scratch"))
         title = f"Torch-Pruning as in Diff-Pruning's script{words}"
         found.append(Setting(f"torch-pruning{ending}", title, "main", teacher, kind="torch-pruning"))
-    published = ("--preset", "paper")
-    found.append(Setting("paper", "gradient flow as published, two phases, no teacher", "main", published, curves=True))
-    taught = (*published, "--distillation_weight", "1")
-    found.append(Setting("paper-teacher", "gradient flow as published, two phases", "main", taught))
+    published, taught = ("--preset", "paper"), ("--preset", "paper", "--distillation_weight", "1")
+    title = "gradient flow as published, two phases"
+    found.append(Setting("paper", f"{title}, no teacher", "main", published, curves=True, own=TENTHS))
+    found.append(Setting("paper-teacher", title, "main", taught, own=TENTHS))
     return found
 
 
@@ -153,18 +158,19 @@ def _metric() -> list[Setting]:
 
 
 def _phases() -> list[Setting]:
-    def fractions(soft: float, hard: float) -> tuple[str, ...]:
-        return ("--soft_fraction", f"{soft:g}", "--hard_fraction", f"{hard:g}")
+    def phases(soft: float, hard: float, interval: int) -> tuple[str, ...]:
+        fractions = ("--soft_fraction", f"{soft:g}", "--hard_fraction", f"{hard:g}")
+        return (*SHORT, *fractions, "--update_interval", str(interval))  # three rankings, as in the default
 
     rows = [
         ("short", "gradient flow, two phases (default: N = 10 %, M = 20 %)", SHORT),
         ("short-one-shot", "gradient flow, one-shot", (*SHORT, *ONE_SHOT)),
         ("short-diff-pruning", "Diff-Pruning, one-shot", (*SHORT, *ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)),
         ("short-magnitude", "magnitude, one-shot", (*SHORT, *ONE_SHOT, "--criterion", "magnitude", *UNIFORM)),
-        ("phases-5-10", "N = 5 %, M = 10 %", (*SHORT, *fractions(0.05, 0.1))),
-        ("phases-20-40", "N = 20 %, M = 40 %", (*SHORT, *fractions(0.2, 0.4))),
-        ("soft-only", "soft only, N = M = 20 %", (*SHORT, *fractions(0.2, 0.2))),
-        ("hard-only", "hard only, M = 20 %", (*SHORT, *fractions(0, 0.2))),
+        ("phases-5-10", "N = 5 %, M = 10 %", phases(0.05, 0.1, 13)),
+        ("phases-20-40", "N = 20 %, M = 40 %", phases(0.2, 0.4, 50)),
+        ("soft-only", "soft only, N = M = 20 %", phases(0.2, 0.2, 34)),
+        ("hard-only", "hard only, M = 20 %", phases(0, 0.2, 34)),
     ]
     return [Setting(name, title, "phases", arguments, datasets=DIGITS) for name, title, arguments in rows]
 
@@ -196,8 +202,8 @@ def _schedules() -> list[Setting]:
 
 def _revival() -> list[Setting]:
     rows = [
-        ("frozen-first", "the first choice, never changed", ("--score_decay", "0.999999", "--revival_margin", "1e9")),
-        ("no-revival", "a pruned channel never comes back", ("--revival_margin", "1e9")),
+        ("frozen-first", "ranked by the first scores alone", ("--score_decay", "0.999999", "--revival_margin", "1e3")),
+        ("no-revival", "none comes back in another's place", ("--revival_margin", "1e3")),
         ("free-revival", "channels come back at once", ("--revival_margin", "0")),
         ("no-memory", "channels come back at once, scores of the moment", ("--revival_margin", "0", "--score_decay", "0")),
         ("mask-jumps", "masks jump at rankings", ("--interpolate_masks", "false")),
@@ -206,13 +212,14 @@ def _revival() -> list[Setting]:
 
 
 def _scores() -> list[Setting]:
+    weights = (*WEIGHTS, *STEEPER)
     rows = [
-        ("scores-weights", "in weights: sums of absolute values, batch by batch", WEIGHTS),
-        ("scores-signed", "in weights: signed sums", (*WEIGHTS, "--aggregation", "signed")),
-        ("scores-abs", "in weights: absolute value of sums", (*WEIGHTS, "--aggregation", "abs")),
-        ("scores-mean-loss", "in weights: g and H of the mean loss", (*WEIGHTS, "--hessian_batches", "mean")),
-        ("scores-output", "in weights: over the slices that produce a channel", (*WEIGHTS, "--score_slices", "output")),
-        ("finite-difference", "in weights: Hg by finite differences", (*WEIGHTS, "--hvp", "finite-difference")),
+        ("scores-weights", "in weights: sums of absolute values, batch by batch", weights),
+        ("scores-signed", "in weights: signed sums", (*weights, "--aggregation", "signed")),
+        ("scores-abs", "in weights: absolute value of sums", (*weights, "--aggregation", "abs")),
+        ("scores-mean-loss", "in weights: g and H of the mean loss", (*weights, "--hessian_batches", "mean")),
+        ("scores-output", "in weights: over the slices that produce a channel", (*weights, "--score_slices", "output")),
+        ("finite-difference", "in weights: Hg by finite differences", (*weights, "--hvp", "finite-difference")),
         ("scores-masked", "in predictions: at the masked weights", ("--score_at", "masked")),
         ("batches-1", "in predictions: 1 calibration batch in place of 2", ("--calibration_batches", "1")),
         ("batches-8", "in predictions: 8 calibration batches in place of 2", ("--calibration_batches", "8")),

@@ -187,8 +187,9 @@ class GradientFlowPruner:
             scores = {name: decay * self.scores[name] + (1 - decay) * values for name, values in scores.items()}
         self.scores = scores
         margin = self.config.revival_margin
+        # In float64: a large head start would swallow what float32 tells of the scores of kept channels.
         return {
-            name: values + margin * values.abs().mean() * self.kept[name] if (~self.kept[name]).any() else values
+            name: values.double() + margin * values.abs().mean() * self.kept[name] if (~self.kept[name]).any() else values
             for name, values in scores.items()
         }
 

@@ -183,6 +183,20 @@ def test_revival_needs_clear_evidence(scripted: list[Script], advantage: float, 
     assert pruner.masks["conv_in"][-1] == 1 - revived
 
 
+@pytest.mark.parametrize("margin", [1e3, 1e9])
+def test_a_large_margin_does_not_drown_the_scores(scripted: list[Script], margin: float):
+    """Where nothing may come back, those that go next are still the lowest-scored of what is left."""
+    scripted += [lambda name, channels: 1 + 1e-3 * rising(name, channels)] * 7
+    options = {"criterion": "scripted", "target": "channels", "ratio": 0.5, "revival_margin": margin}
+    pruner = GradientFlowPruner(build(), config(**options))
+    for step in range(21):
+        pruner.step(step, batches())
+    assert sum(update.newly_pruned_channels > 0 for update in pruner.history) >= 2
+    for group in pruner.groups:  # scores rise within every head
+        mask = pruner.masks[group.name].view(group.heads, -1)
+        assert torch.equal(mask, mask.sort(dim=1).values), group.name
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.75])
 def test_scores_are_averaged_over_rankings(scripted: list[Script], decay: float):
     """score_t = d score_{t-1} + (1 - d) new, so that one noisy ranking does not decide."""
