@@ -38,9 +38,9 @@ def save_pruned(folder: Path, architecture: str = "base") -> Path:
     return folder
 
 
-def write_images(folder: Path, channels: int = 1, train: int = 120, size: int = 8) -> Path:
+def write_images(folder: Path, channels: int = 1, train: int = 120, size: int = 8, seed: int = 0) -> Path:
     """A data set of noise, brighter at the top, with labels 0 to 3."""
-    generator = np.random.default_rng(channels)
+    generator = np.random.default_rng(channels + 10 * seed)
     shape = (train + 8, size, size) if channels == 1 else (train + 8, size, size, channels)
     pixels = generator.integers(0, 128, shape)
     pixels[:, : size // 2] += 100

@@ -69,6 +69,13 @@ def test_step_loss_with_many_images_still_covers_the_grid() -> None:
     assert model.seen(1).unique(return_counts=True)[1].tolist() == [100] * 16
 
 
+@pytest.mark.parametrize(("images", "grid"), [(10, 16), (100, 16), (10, 1000), (600, 1000), (3, 7), (1, 16)])
+def test_step_loss_meets_all_timesteps_alike(images: int, grid: int) -> None:
+    timesteps = StepLoss(torch.zeros(images, 1, 2, 2), DDPMScheduler(), grid=grid).timesteps
+    _, met = timesteps.unique(return_counts=True)
+    assert len(met) == grid and met.max() - met.min() <= 1
+
+
 def test_step_loss_gives_each_image_its_label() -> None:
     """Labels follow their images through repetition and batching."""
     images = torch.arange(3.0).view(3, 1, 1, 1)

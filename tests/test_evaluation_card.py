@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def test_card_shows_the_figures_of_the_evaluation(arguments: list, tmp_path: Pat
         for kept in ("parameters", "macs", "weight_file_bytes", "latency"):
             assert after[name][kept] == before[name][kept]
         assert after[name]["step_loss"] == found[argument]["step_loss"] != before[name]["step_loss"]
-        assert {k: after[name][k] for k in found[argument]["quality"]} == found[argument]["quality"]
+        shown = {k: v for k, v in found[argument]["quality"].items() if k != "kd_pixels"}
+        assert {k: after[name][k] for k in shown} == shown and "kd_pixels" not in after[name]
     e = after["evaluation"]
     assert (e["num_images"], e["num_inference_steps"], e["seed"], e["ema"]) == (70, 2, 7, True)
     assert set(e["distances"]) == {"fd_pixels"} and e["distances"]["fd_pixels"]["reference_images"] == 120
@@ -109,6 +111,56 @@ def test_failure_leaves_the_run_as_it_was(arguments: list, tmp_path: Path, monke
         run(tmp_path, *arguments)
     assert contents(tmp_path / "small") == before and not list((tmp_path / "small").glob(".*"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_left_half_changed(arguments: list, tmp_path: Path, monkeypatch) -> None:
+    """A file that cannot be replaced brings back those that were; the same command then goes through."""
+    (tmp_path / "small/samples.png").unlink()
+    before = contents(tmp_path / "small")
+    replace, replaced = os.replace, []
+
+    def fail(source, target):
+        if Path(target).parent == tmp_path / "small" and Path(source).parent.name != "earlier":
+            replaced.append(target)
+            if len(replaced) == 3:
+                raise OSError("no such luck")
+        replace(source, target)
+
+    monkeypatch.setattr("evaluation_card.os.replace", fail)
+    with pytest.raises(OSError, match="no such luck"):
+        run(tmp_path, *arguments)
+    assert contents(tmp_path / "small") == before and not list((tmp_path / "small").glob(".*"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("evaluation_card.os.replace", replace)
+    assert run(tmp_path, *arguments)["evaluation"]["seed"] == 7
+
+
+def test_killed_while_the_run_is_changed(arguments: list, tmp_path: Path, monkeypatch) -> None:
+    """The same command changes what is left."""
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation_card.os.replace", killed := Killed(2))
+        patch.setattr("evaluation_card.RunUpdate.undo", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *arguments)
+    assert killed.left == 0 and (tmp_path / "small/.evaluation.incomplete").is_dir() and not (tmp_path / "out").exists()
+    found = run(tmp_path, *arguments)
+    after, card = json.loads((tmp_path / "small/results.json").read_text()), (tmp_path / "small/README.md").read_text()
+    assert after["pruned"]["step_loss"] == found["model"]["step_loss"]
+    assert is_as_rendered(card) and f"{found['model']['quality']['fd_pixels']:.4g}" in card
+    assert not list((tmp_path / "small").glob(".*"))
+
+
+class Killed:
+    """`os.replace`, until the process dies."""
+
+    def __init__(self, after: int) -> None:
+        self.left, self.replace = after, os.replace
+
+    def __call__(self, source, target) -> None:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.replace(source, target)
 
 
 @pytest.mark.parametrize(

@@ -113,12 +113,13 @@ def test_only_what_figures_depend_on_must_be_the_same() -> None:
 def test_table() -> None:
     """Numbers as they are read in papers; a dash where there is none."""
     lines = comparison_table([results("a"), results("b", None)]).splitlines()
-    head = "| model | parameters | MACs | step loss | FID | KID | PSNR to dense (dB) | SSIM to dense | latency (ms), batch 1 |"
+    quality = "| step loss | FID | KID | PSNR to dense (dB) | SSIM to dense | latency (ms), batch 1 |"
+    head = f"| model | parameters | MACs | file {quality}"
     assert sorted(lines[0].split(" | ")) == sorted(head.split(" | "))
-    assert lines[2] == "| org/dense (reference) | 3.00M | 4.00G | 0.02 | 3.5 | - | - | - | 15 |"
-    assert lines[3] == "| a | 1.50M | 2.00G | 0.03 | 4 | 0.001 | - | 0.9 | 7.5 |"
-    assert lines[4] == "| b | 1.50M | 2.00G | 0.03 | - | 0.001 | - | 0.9 | 7.5 |"
-    assert {line.count("|") for line in lines} == {10} and len(lines) == 5
+    assert lines[2] == "| org/dense (reference) | 3.00M | 4.00G | 12 MB | 0.02 | 3.5 | - | - | - | 15 |"
+    assert lines[3] == "| a | 1.50M | 2.00G | 6 MB | 0.03 | 4 | 0.001 | - | 0.9 | 7.5 |"
+    assert lines[4] == "| b | 1.50M | 2.00G | 6 MB | 0.03 | - | 0.001 | - | 0.9 | 7.5 |"
+    assert {line.count("|") for line in lines} == {11} and len(lines) == 5
 
 
 def test_reference_is_shown_where_all_have_the_same() -> None:
@@ -147,7 +148,7 @@ def test_latency_is_shown_where_all_were_timed_alike() -> None:
 def test_folder_of_images_has_a_table() -> None:
     """Without cost."""
     found = EvaluationResults(ModelFigures("samples", quality={"fid": 5.0}), None, {"distances": {}}, "")
-    assert comparison_table([found]).splitlines()[2] == "| samples | - | - | - | 5 |"
+    assert comparison_table([found]).splitlines()[2] == "| samples | - | - | - | - | 5 |"
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
@@ -207,6 +208,28 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds .*a, which this run reads"):
         compare(tmp_path, "a", more=("--output_dir", str(tmp_path), "--overwrite_output_dir"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_other_versions_and_machines_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """They may move figures in the last digits, and do not forbid a comparison."""
+    write(tmp_path / "a", results("a"))
+    write(tmp_path / "b", results("b", versions={"torch": "3"}, hardware="abacus"))
+    compare(tmp_path, "a", "b")
+    warnings = capsys.readouterr().err
+    assert "warning: versions.torch differs: 2, 3" in warnings and "hardware differs: None, abacus" in warnings
+
+
+def test_other_held_out_images_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Where no features are taken, the step loss alone tells two data sets apart."""
+    from evaluate_helpers import save_dense, write_images
+
+    model = ("--model", save_dense(tmp_path / "model"), "--num_images", 0)
+    short = ("--speed_batch_sizes", "0", "--step_loss_timesteps", "4")
+    for seed, folder in enumerate(("one", "other")):
+        data = write_images(tmp_path / folder / "images", seed=seed)
+        run(tmp_path, *model, "--dataset_name", data, out=f"of-{folder}", short=short)
+    with pytest.raises(ValueError, match="they differ in step_loss_fingerprint: [0-9a-f]{8}, [0-9a-f]{8}$"):
+        compare(tmp_path, "of-one", "of-other")
 
 
 def test_evaluations_of_this_script_can_be_compared(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from architectures import build
 from cleanfid import fid as cleanfid
 from cleanfid.inception_torchscript import InceptionV3W
 from diffusers import DDPMPipeline, DDPMScheduler
-from evaluate_helpers import COUNT, FILES, real_images, run, save_dense, write_images
+from evaluate_helpers import COUNT, FILES, fail_to_sample, real_images, run, save_dense, write_images
 from hub_helpers import make_run
 from hub_server import WRITE, HubServer
 from image_helpers import load, unet_config
@@ -23,6 +23,8 @@ from diffusers_gfprune.evaluation.features import INCEPTION_FILE
 from diffusers_gfprune.evaluation.fidelity import frechet_distance_pixels
 from diffusers_gfprune.evaluation.quality import SamplingSettings
 from diffusers_gfprune.hub import push_folder
+
+BARE = ("--speed_batch_sizes", "0", "--step_loss_timesteps", "4")
 
 # --- which distances ----------------------------------------------------------------------------------------------------
 
@@ -93,12 +95,39 @@ def test_several_networks_at_once(inception: Path, world: Path, tmp_path: Path, 
 def test_without_samples_and_without_networks(world: Path, tmp_path: Path) -> None:
     """Cost and step loss alone; similarity alone."""
     arguments = ("--model", world / "pruned", "--reference_model", world / "dense", "--dataset_name", world / "images")
-    bare = run(tmp_path, *arguments, "--num_images", 0, out="bare")
+    bare = run(tmp_path, *arguments, "--num_images", 0, out="bare", short=BARE)
     assert bare["model"]["quality"] == {} and bare["model"]["step_loss"] > 0
     assert bare["evaluation"]["num_images"] == 0 and bare["evaluation"]["distances"] == {}
     assert {path.name for path in (tmp_path / "bare").iterdir()} == {"results.json", "step_loss.png", "table.md"}
     alike = run(tmp_path, *arguments, "--num_images", 3, "--features", "none", out="alike")
     assert set(alike["model"]["quality"]) == {"ssim_to_dense", "psnr_to_dense"} and alike["evaluation"]["distances"] == {}
+
+
+@pytest.mark.parametrize("samples", [("--num_images", 0), ("--num_images", 3, "--features", "none")])
+def test_stream_without_distances(world: Path, tmp_path: Path, samples: tuple) -> None:
+    """It need not be counted where only held-out images are read."""
+    arguments = ("--model", world / "pruned", "--reference_model", world / "dense", "--dataset_name", world / "images")
+    found = run(tmp_path, *arguments, "--streaming", *samples, short=BARE)
+    assert found["model"]["step_loss"] > 0 and found["evaluation"]["distances"] == {}
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=["broken images", "more than there are"])
+def test_what_is_wrong_with_real_images_is_said_before_sampling(
+    world: Path, tmp_path: Path, monkeypatch, broken: bool
+) -> None:
+    from image_helpers import encode, write_parquet
+
+    images = [encode(np.full((8, 8), number, dtype=np.uint8)) for number in range(120)]
+    if broken:
+        images[60:] = [b"cut"] * 60
+    data = write_parquet(tmp_path / "images", [images])
+    monkeypatch.setattr(SamplingSettings, "sample", fail_to_sample)
+    arguments = ("--model", world / "dense", "--dataset_name", data, "--validation_images", 8, "--num_images", 70)
+    more, message = ("--max_broken_images", 10), "max_broken_images=10 is exceeded"
+    if not broken:
+        more, message = ("--num_reference_images", 500), "num_reference_images=500 must be at most the 112 training images"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *arguments, *more)
 
 
 def test_model_against_itself(world: Path, tmp_path: Path) -> None:
@@ -226,8 +255,8 @@ def test_nothing_is_overwritten(world: Path, tmp_path: Path, no_sampling) -> Non
 
 def test_earlier_evaluation_can_be_replaced(world: Path, tmp_path: Path) -> None:
     arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--num_images", 0)
-    run(tmp_path, *arguments)
-    again = run(tmp_path, *arguments, "--step_loss_timesteps", 2, "--overwrite_output_dir")
+    run(tmp_path, *arguments, short=BARE)
+    again = run(tmp_path, *arguments, "--step_loss_timesteps", 2, "--overwrite_output_dir", short=BARE)
     assert again["evaluation"]["step_loss_timesteps"] == 2
 
 

@@ -122,6 +122,13 @@ def test_other_criteria_are_not_called_gradient_flow(files):
     assert "gradient-flow pruning](" not in card and "gradient-flow" not in header(card)["tags"]
 
 
+def test_sampler_with_noise_says_so(files):
+    results, report = files
+    assert ", eta" not in render_card(results, report, "small")
+    results["evaluation"]["eta"] = 0.5
+    assert "(leading spacing, eta 0.5), seed" in render_card(results, report, "small")
+
+
 def test_run_without_samples(files):
     results, report = files
     results["evaluation"]["num_images"] = 0

@@ -199,3 +199,9 @@ def test_model_left_by_a_killed_run_is_not_overwritten(tmp_path: Path, what: str
     (left / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=f"run.{what} holds the model of a run that did not end"):
         RunFolder(str(tmp_path / "run"), overwrite=True).check()
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    """It would be read as it is, and its results would name a commit that nobody looked at."""
+    with pytest.raises(ValueError, match=f"revision=v9 does not go with a folder, .*={tmp_path}: it is of the Hub"):
+        load_dense_pipeline(str(tmp_path), "v9")

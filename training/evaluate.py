@@ -36,6 +36,7 @@ from evaluation_results import (
     ModelFigures,
     common_reference,
     comparison_table,
+    differing_machines,
     differing_settings,
     read_results,
     reference_title,
@@ -101,8 +102,9 @@ def main(argv: list[str] | None = None) -> None:
             unit="image",
             disable=not main_process,
         ) as bar:
+            real.make(*share, bar.update)  # first, since what is wrong with real images should be said early
             samples.make(*share, bar.update)
-            real.make(*share, bar.update)
+        # A process that failed has said why and ended, and the launcher ends those that wait for it here.
         accelerator.wait_for_everyone()
         accelerator.end_training()
         if not main_process:
@@ -115,13 +117,15 @@ def main(argv: list[str] | None = None) -> None:
         if args.output.update_model_card:
             update = RunUpdate(Path(args.model.model), results, folder.staging / "samples.png")
         try:
+            if update is not None:
+                update.apply()  # before the results are there, so that the same command repeats what was cut off
             folder.publish()
         except BaseException:
             if update is not None:
-                update.discard()
+                update.undo()
             raise
     if update is not None:
-        update.apply()
+        update.discard()
     samples.forget_images()
     print(f"\n{table}\n\nsaved: {folder.path}")
 
@@ -209,8 +213,8 @@ def measure(
 def write_files(folder: Path, results: EvaluationResults, samples: Samples) -> str:
     """Results, pictures and the table, which is returned, too."""
     write_json(folder / "results.json", results.to_dict())
-    if samples.spans:
-        shown = {source.name: source.shown(samples.spans[0]) for source in samples.sources}
+    shown = samples.shown()
+    if shown:
         save_file(shown, folder / SAMPLES_FILE)
         pictures = {name: images.float() / 255 for name, images in shown.items()}
         if len(pictures) == 2:
@@ -238,6 +242,8 @@ def compare(args: EvaluateArguments, folder: RunFolder) -> None:
     if differing:
         raise ValueError(f"compare={' '.join(args.model.compare)} cannot be compared, they differ in {'; '.join(differing)}")
     table = comparison_table(results)
+    for name, values in differing_machines(results).items():
+        print(f"warning: {name} differs: {', '.join(map(str, values))}", file=sys.stderr)
     rows = sample_rows(args.model.compare, results)
     with folder:
         folder.prepare(nn.Identity())

@@ -18,6 +18,7 @@ __all__ = ["EvaluateArguments", "parse_evaluate_arguments"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 FEATURES = ("auto", "none", "inception", "efflite0", "dinov2", "pixels")
+DINOV2 = "facebook/dinov2-large"
 # Samples of a model where no number is given: what published figures take
 NUM_IMAGES = 50_000
 
@@ -50,6 +51,10 @@ class ModelArguments:
         given = [name for name in ("model", "images_dir", "compare") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"give one of --model, --images_dir and --compare, not {' and '.join(given) or 'none of them'}")
+        for name, needs in (("revision", "model"), ("reference_revision", "reference_model")):
+            where = getattr(self, needs)
+            if getattr(self, name) is not None and where is not None and Path(where).is_dir():
+                raise ValueError(f"{name}={getattr(self, name)} does not go with a folder, {needs}={where}: it is of the Hub")
         for name, needs in (("revision", "model"), ("reference_revision", "reference_model"), ("reference_model", "model")):
             if getattr(self, name) is not None and getattr(self, needs) is None:
                 raise ValueError(f"{name}={getattr(self, name)} needs --{needs}")
@@ -117,7 +122,7 @@ class SampleArguments:
     inception_weights: str | None = field(
         default=None, metadata={"help": "Inception's TorchScript file inception-2015-12-05.pt (default: downloaded)."}
     )
-    dinov2_model: str = field(default="facebook/dinov2-large", metadata={"help": "DINOv2: a Hub id or a local folder."})
+    dinov2_model: str = field(default=DINOV2, metadata={"help": "DINOv2: a Hub id or a local folder."})
     num_reference_images: int | None = field(
         default=None, metadata={"help": "Real images, from the first training image on (>= 2; default: all)."}
     )
@@ -136,6 +141,8 @@ class SampleArguments:
             raise ValueError(f"features={' '.join(self.features)} must name each network once, or be auto or none alone")
         if self.inception_weights is not None and not {"auto", "inception"} & {*self.features}:
             raise ValueError(f"inception_weights={self.inception_weights} needs --features inception")
+        if self.dinov2_model != DINOV2 and "dinov2" not in self.features:
+            raise ValueError(f"dinov2_model={self.dinov2_model} needs --features dinov2")
         self.settings()
 
     def settings(self) -> SamplingSettings:
@@ -210,6 +217,11 @@ class EvaluateArguments:
             self._refuse("images_dir", [m, s, self.cost], kept)
             if s.num_images == 0 or s.features == ["none"]:
                 raise ValueError(f"images_dir={m.images_dir} needs images and --features to measure anything")
+        if s.num_images == 0:
+            self._refuse("num_images 0", [s], ("num_images", *(["features"] if s.features == ["none"] else [])))
+        if not self.cost.settings():
+            self._refuse("speed_batch_sizes 0", [self.cost], ("speed_batch_sizes", "step_loss_timesteps"))
+        self._refuse_training()
         if s.num_images != 0 and s.features == ["none"] and m.reference_model is None:
             raise ValueError(
                 "features=none without --reference_model leaves nothing to measure on samples: add --num_images 0"
@@ -226,6 +238,12 @@ class EvaluateArguments:
                 default = value.default_factory() if callable(value.default_factory) else value.default
                 if value.name not in (argument, *allowed) and getattr(group, value.name) != default:
                     raise ValueError(f"{value.name}={getattr(group, value.name)} does not go with --{argument}")
+
+    def _refuse_training(self) -> None:
+        for name in ("random_flip", "shuffle_buffer_size", "dataloader_num_workers"):
+            value = getattr(self.data, name)
+            if value != DataArguments.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={value} is for training: an evaluation reads real images in order, as they are")
 
     def _check_update(self) -> None:
         m = self.model

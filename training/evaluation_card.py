@@ -2,7 +2,8 @@
 
 The run's `results.json` stays what `diffusers_gfprune.model_card` reads: cost and latency are those that the run measured,
 figures of samples and the step loss become those of the evaluation, with all that they depend on. Everything is made beside
-the run and then moved into it, so that a failure leaves the run as it was.
+the run and then moved into it, so that a failure leaves the run as it was; the evaluation's own folder appears after that, so
+that after a kill the same command does what is left.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def merged_run_results(measured: Mapping, results: EvaluationResults) -> dict:
         _check_same(measured, name, argument, figures.parameters, figures.macs)
         earlier = {k for k in merged[name] if is_frechet(k) or k in ("kid", *SIMILARITIES) or k.startswith("kd_")}
         kept = {key: value for key, value in merged[name].items() if key not in earlier}
-        merged[name] = {**kept, "step_loss": figures.step_loss, **figures.quality}
+        told = {key: value for key, value in figures.quality.items() if is_frechet(key) or key in SIMILARITIES}
+        merged[name] = {**kept, "step_loss": figures.step_loss, **told}
     e = results.evaluation
     drawn = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed")
     merged["evaluation"] |= {
@@ -122,6 +124,7 @@ class RunUpdate:
 
     def __init__(self, run: Path, results: EvaluationResults, picture: Path) -> None:
         self.run, self.fresh = run, run / ".evaluation.incomplete"
+        self._replaced: list[str] = []
         shutil.rmtree(self.fresh, ignore_errors=True)
         try:
             self.fresh.mkdir()
@@ -139,8 +142,22 @@ class RunUpdate:
 
     def apply(self) -> None:
         """Replace the run's files, each whole."""
+        earlier = self.fresh / "earlier"
+        earlier.mkdir()
+        for name in REPLACED:
+            if (self.run / name).is_file():
+                shutil.copyfile(self.run / name, earlier / name)
         for name in REPLACED:
             os.replace(self.fresh / name, self.run / name)
+            self._replaced.append(name)
+
+    def undo(self) -> None:
+        """Bring back what `apply` replaced, and remove what was made."""
+        for name in self._replaced:
+            if (self.fresh / "earlier" / name).is_file():
+                os.replace(self.fresh / "earlier" / name, self.run / name)
+            else:
+                (self.run / name).unlink(missing_ok=True)
         self.discard()
 
     def discard(self) -> None:

@@ -16,7 +16,14 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from diffusers_gfprune.evaluation.cache import tensors_fingerprint
-from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, example_inputs, hardware_name, spatial_size
+from diffusers_gfprune.evaluation.cost import (
+    count_macs,
+    count_parameters,
+    example_inputs,
+    hardware_name,
+    spatial_size,
+    uses_tf32,
+)
 from diffusers_gfprune.evaluation.quality import Quality
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from diffusers_gfprune.hub import HUB_ERRORS
@@ -32,6 +39,10 @@ __all__ = ["describe_evaluation", "describe_model", "describe_plan", "trial", "w
 
 # What figures depend on besides the packages of a run
 PACKAGES = ("clean-fid", "numpy", "pillow", "scikit-image", "scipy", "torchvision", "transformers")
+SIMILARITIES = {
+    "ssim_to_dense": "scikit-image, uniform window of 7x7 pixels, mean over images",
+    "psnr_to_dense": "of the mean squared error over all images",
+}
 # Values of the images in the trial on a CPU, where more of them only take longer
 TRIAL_VALUES = 2**14
 
@@ -146,6 +157,7 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
         parameters=count_parameters(unet),
         macs=count_macs(unet),
         weight_file_bytes=weight_file_bytes(unet),
+        scheduler={key: value for key, value in scheduler.config.items() if not key.startswith("_")},
         step_loss=mean,
         step_loss_by_timestep={str(timestep): loss for timestep, loss in losses.items()},
     )
@@ -166,6 +178,9 @@ def describe_evaluation(
     args: EvaluateArguments, inputs: Inputs, real: RealFeatures, quality: Quality, accelerator: Accelerator
 ) -> dict:
     """Everything that figures depend on, once they are there."""
+    images, labels = inputs.held_out
+    held_out = {"images": images} if labels is None else {"images": images, "labels": labels}
+    fingerprint = tensors_fingerprint(held_out) if inputs.models else None
     drawn = {"sampler": "images of a folder"} if args.model.images_dir else quality.settings.identity()
     return {
         **drawn,
@@ -182,6 +197,9 @@ def describe_evaluation(
         "distances": quality.describe(),
         "step_loss_images": len(inputs.held_out[0]) if inputs.models else 0,
         "step_loss_timesteps": args.cost.step_loss_timesteps if inputs.models else 0,
+        "step_loss_fingerprint": fingerprint,
+        "similarities": SIMILARITIES if len(inputs.models) == 2 and inputs.num_images else {},
+        "tf32": uses_tf32(accelerator.device),
         "device": accelerator.device.type,
         "hardware": hardware_name(accelerator.device),
         "threads": torch.get_num_threads(),

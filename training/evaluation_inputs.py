@@ -136,7 +136,14 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     if args.model.images_dir is not None:
         folder_images = FolderImages(args.model.images_dir, s.num_images, args.data.resolution)
     config = folder_images.config if folder_images is not None else models["model"][0].config
+    if models and args.cost.settings() and device.type not in ("cpu", "cuda"):
+        sizes = " ".join(map(str, args.cost.speed_batch_sizes))
+        raise ValueError(f"speed_batch_sizes={sizes} must be 0 on {device.type}: speed is measured on a CPU or a CUDA device")
     images, held_out = load_images(args.data, config)
+    if None not in (s.num_reference_images, images.num_images) and s.num_reference_images > images.num_images:
+        raise ValueError(
+            f"num_reference_images={s.num_reference_images} must be at most the {images.num_images} training images"
+        )
     if folder_images is not None:
         count = len(folder_images)
     else:
@@ -160,6 +167,11 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tup
         if args.samples.num_inference_steps > steps:
             raise ValueError(
                 f"num_inference_steps={args.samples.num_inference_steps} must be at most the {steps} timesteps that "
+                f"{argument}={name} was trained with"
+            )
+        if args.cost.step_loss_timesteps > steps:
+            raise ValueError(
+                f"step_loss_timesteps={args.cost.step_loss_timesteps} must be at most the {steps} timesteps that "
                 f"{argument}={name} was trained with"
             )
         unet.requires_grad_(False).eval().to(device)

@@ -15,6 +15,7 @@ __all__ = [
     "ModelFigures",
     "common_reference",
     "comparison_table",
+    "differing_machines",
     "differing_settings",
     "read_results",
     "reference_title",
@@ -40,6 +41,7 @@ class ModelFigures:
         step_loss_by_timestep: The same by timestep.
         quality: Distances and similarities by metric, such as `fid`, `kid`, `fd_efflite0`, `ssim_to_dense`.
         speed: One entry a setting (see `diffusers_gfprune.evaluation.speed`).
+        scheduler: Configuration of the noise scheduler that the model was trained with, which sampling follows.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ModelFigures:
     step_loss_by_timestep: dict[str, float] | None = None
     quality: dict[str, float | None] = field(default_factory=dict)
     speed: list[dict] = field(default_factory=list)
+    scheduler: dict | None = None
 
 
 @dataclass
@@ -109,6 +112,7 @@ TYPES = {
     "parameters": int,
     "macs": int,
     "weight_file_bytes": int,
+    "scheduler": dict,
     "step_loss": NUMBER,
     "step_loss_by_timestep": dict,
     "quality": dict,
@@ -156,7 +160,7 @@ def read_results(folder: str | Path) -> EvaluationResults:
         raise ValueError(f"{path}: {error}") from error
 
 
-# What may differ in a comparison: versions and hardware are reported, not compared.
+# What may differ in a comparison: `differing_machines` reports it.
 FREE = ("versions", "hardware", "threads", "num_processes")
 SETTING = ("batch_size", "dtype", "mode", "memory_format")
 MACHINE = ("device", "hardware", "threads", "sample_size")
@@ -171,6 +175,14 @@ def differing_settings(results: Sequence[EvaluationResults]) -> list[str]:
         if any(value != values[0] for value in values):
             found.append(f"{name}: {', '.join(map(str, values))}")
     return found
+
+
+def differing_machines(results: Sequence[EvaluationResults]) -> dict[str, list]:
+    """Versions, hardware and the like in which evaluations differ, which is no reason not to compare them, with all values."""
+    settings = [_flat({k: v for k, v in result.evaluation.items() if k in FREE}) for result in results]
+    names = dict.fromkeys(name for one in settings for name in one)
+    found = {name: [one.get(name) for one in settings] for name in names}
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
 
 
 def _flat(values: Mapping, prefix: str = "") -> dict:
@@ -210,10 +222,11 @@ def comparison_table(results: Sequence[EvaluationResults]) -> str:
     for name, entry in distances.items() if isinstance(distances, dict) else ():
         titles[name] = str(entry.get("title", name)) if isinstance(entry, dict) else name
     timed = _timed_alike(figures)
-    header = ["model", "parameters", "MACs", "step loss", *(titles.get(name, name) for name in metrics), *timed]
+    header = ["model", "parameters", "MACs", "file", "step loss", *(titles.get(name, name) for name in metrics), *timed]
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for number, (name, row) in enumerate(rows):
-        cells = [name, _big(row.parameters), _big(row.macs), _figure(row.step_loss)]
+        cells = [name, _big(row.parameters), _big(row.macs), _bytes(row.weight_file_bytes)]
+        cells.append(_figure(row.step_loss))
         cells += [_figure(row.quality.get(metric)) for metric in metrics]
         lines.append("| " + " | ".join([*cells, *(_figure(latencies[number]) for latencies in timed.values())]) + " |")
     return "\n".join(lines)
@@ -242,6 +255,10 @@ def _big(value: int | None) -> str:
         return "-"
     unit, name = (1e9, "G") if value >= 1e9 else (1e6, "M")
     return f"{value / unit:.2f}{name}"
+
+
+def _bytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.3g} MB"
 
 
 def _figure(value: float | None) -> str:

@@ -143,7 +143,10 @@ class Samples:
 
     def __init__(self, sources: Sequence[ImageSource], networks: Sequence, spans: Sequence[range]) -> None:
         self.sources, self.networks, self.spans = list(sources), list(networks), list(spans)
-        self._made: dict[tuple, Tensor] = {}  # where nothing can be kept, nothing is made twice all the same
+        # Where nothing can be kept, nothing is made twice all the same
+        self._made: dict[tuple, Tensor] = {}
+        self._paired: dict[range, dict[str, Tensor]] = {}
+        self._shown: dict[str, Tensor] = {}
 
     def make(self, process: int = 0, processes: int = 1, advance: Advance = _nothing) -> None:
         """Make one process's share, every `processes`-th shard, of all that is wanted.
@@ -157,10 +160,9 @@ class Samples:
             for source in self.sources:
                 for network in self.networks:
                     self._made[source.name, network.name, shard] = source.features(network, shard, advance)
-            self._pair(shard, advance)
+            self._paired[shard] = self._pair(shard, advance)
             if shard == self.spans[0]:
-                for source in self.sources:
-                    source.shown(shard)
+                self._shown = {source.name: source.shown(shard) for source in self.sources}
 
     def unsampled(self, process: int = 0, processes: int = 1) -> list[int]:
         """How many images of each source are still to be sampled in a process's share."""
@@ -200,12 +202,18 @@ class Samples:
         """
         if len(self.sources) < 2 or not self.spans:
             return {}
-        parts = [self._pair(shard) for shard in self.spans]
+        parts = [self._paired[shard] if shard in self._paired else self._pair(shard) for shard in self.spans]
         error = torch.cat([part["squared_error"] for part in parts]).mean().item()
         found: dict[str, float | None] = {"psnr_to_dense": None if error == 0 else float(-10 * np.log10(error))}
         if "ssim" in parts[0]:
             found["ssim_to_dense"] = torch.cat([part["ssim"] for part in parts]).mean().item()
         return found
+
+    def shown(self) -> dict[str, Tensor]:
+        """The first images of each source, for pictures: uint8 by name of the source; empty where there are no samples."""
+        if self.spans and not self._shown:
+            self._shown = {source.name: source.shown(self.spans[0]) for source in self.sources}
+        return self._shown
 
     def _pair_key(self, shard: range) -> dict:
         return {"source": self.sources[0].describe(shard), "reference": self.sources[1].describe(shard)}

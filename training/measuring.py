@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_gfprune.evaluation.cache import TensorCache, tensors_fingerprint
-from diffusers_gfprune.evaluation.cost import spatial_size
+from diffusers_gfprune.evaluation.cost import spatial_size, uses_tf32
 from diffusers_gfprune.evaluation.features import FeatureNetwork, feature_network
 from diffusers_gfprune.evaluation.quality import Quality, SamplingSettings, extract_features
 from diffusers_gfprune.evaluation.sampling import to_uint8
@@ -49,6 +49,10 @@ MAX_PIXEL_DIMENSIONS = 1024
 # Images in a shard: at most, and so that they take no more than 64 MiB in float32
 SHARD_IMAGES, SHARD_VALUES = 256, 2**24
 BATCH_SIZE = 128
+FEATURE_PACKAGES = (
+    *("clean-fid", "diffusers-gfprune", "efficientnet-lite-pytorch"),
+    *("pillow", "torch", "torchvision", "transformers"),
+)
 
 
 def shard_size(shape: Sequence[int]) -> int:
@@ -56,12 +60,17 @@ def shard_size(shape: Sequence[int]) -> int:
     return max(1, min(SHARD_IMAGES, SHARD_VALUES // math.prod(shape)))
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of packages, by name."""
+def versions(*packages: str) -> dict[str, str | None]:
+    """Installed versions of packages, by name; None for those that are not there."""
     return {name: _version(name) for name in packages}
 
 
-_version = functools.cache(importlib.metadata.version)  # which reads files
+@functools.cache  # files are read
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def sampling_settings(args: EvaluationArguments) -> SamplingSettings:
@@ -83,6 +92,7 @@ def model_identity(unet: nn.Module, scheduler) -> dict:
         "unet": repr(sorted(config.items())),
         "scheduler": repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))),
         "device": next(unet.parameters()).device.type,
+        "tf32": uses_tf32(next(unet.parameters()).device),
         "dtype": str(next(unet.parameters()).dtype),
         "versions": versions("diffusers-gfprune", "diffusers", "torch"),
     }
@@ -97,7 +107,7 @@ def dense_samples(cache: TensorCache, settings: SamplingSettings, unet: nn.Modul
 
 def feature_identity(network: FeatureNetwork) -> dict:
     """What features depend on besides the images, as JSON values."""
-    return {**network.identity(), "versions": versions("clean-fid", "pillow", "torch", "torchvision", "transformers")}
+    return {**network.identity(), "versions": versions(*FEATURE_PACKAGES)}
 
 
 class RealFeatures:
@@ -124,7 +134,7 @@ class RealFeatures:
         max_broken: int | None = None,
     ) -> None:
         self.images, self.networks, self.cache, self.max_broken = images, tuple(networks), cache, max_broken
-        self.count = min(number for number in (wanted, images.num_images) if number is not None)
+        self.count = min((number for number in (wanted, images.num_images) if number is not None), default=0)
         self.fingerprint: str | None = None
         self._made: dict[int, Shard] = {}
 

@@ -60,6 +60,7 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
     """
     found = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
     if os.path.isdir(name_or_path):
+        found["revision"] = None  # a folder has none
         readme = Path(name_or_path) / "README.md"
         if readme.is_file():
             found["license"] = _known_license(ModelCard.load(readme, ignore_metadata_errors=True).data.get("license"))

@@ -17,7 +17,16 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-__all__ = ["count_macs", "count_parameters", "example_inputs", "layer_positions", "measure_latency", "spatial_size"]
+__all__ = [
+    "count_macs",
+    "count_parameters",
+    "example_inputs",
+    "hardware_name",
+    "layer_positions",
+    "measure_latency",
+    "spatial_size",
+    "uses_tf32",
+]
 
 
 def spatial_size(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
@@ -129,6 +138,13 @@ def hardware_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Whether float32 products or convolutions may be made in TensorFloat-32, as PyTorch does with convolutions by default."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from .cache import default_cache_dir, tensors_fingerprint
+from .cost import uses_tf32
 
 __all__ = ["NETWORKS", "FeatureNetwork", "feature_network", "resize_clean"]
 
@@ -81,7 +82,7 @@ class FeatureNetwork(ABC):
     dimensions: int | None
 
     @abstractmethod
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str | bool]:
         """All that features depend on besides the images, as JSON values."""
 
     @abstractmethod
@@ -147,7 +148,8 @@ class ImageNetwork(FeatureNetwork):
 
     def identity(self) -> dict[str, str]:
         resizing = f"clean-fid, PIL, bicubic, float32, {self.size}x{self.size}"
-        return {"name": self.name, "layer": self.layer, "weights": self.weights, "resizing": resizing}
+        where = {"device": self.device.type, "tf32": uses_tf32(self.device)}
+        return {"name": self.name, "layer": self.layer, "weights": self.weights, "resizing": resizing, **where}
 
     def to(self, device: torch.device | str) -> ImageNetwork:
         self.device = torch.device(device)

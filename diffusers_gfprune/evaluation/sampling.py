@@ -31,7 +31,9 @@ QUADRATIC_SHARE = 0.8
 
 
 class SpacedDDIMScheduler(DDIMScheduler):
-    """DDIM that also knows quadratic spacing: every step goes to the next timestep of the sequence, wherever that is.
+    """DDIM that also knows quadratic spacing, where every step goes to the next timestep of the sequence.
+
+    With the other spacings a step goes down by T // S, as in Diffusers, which is the next timestep wherever spacing allows.
 
     `timestep_spacing="quadratic"` is an argument of `set_timesteps`, since the configuration does not know the word.
     """

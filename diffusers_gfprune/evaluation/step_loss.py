@@ -66,17 +66,17 @@ class StepLoss:
         seed: int = 0,
         batch_size: int = 256,
     ) -> None:
-        if grid < 1:
-            raise ValueError(f"grid={grid} must be at least 1 timestep")
         steps = noise_scheduler.config.num_train_timesteps
+        if not 1 <= grid <= steps:
+            raise ValueError(f"grid={grid} must be 1 to {steps} timesteps")
         timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
-        # Repetition r of image i takes timestep i + r * (grid // repeats) of the grid, round and round.
-        repeats = max(1, min(grid, 1024 // max(1, len(images))))
+        # Repetition r of image i takes timestep i + r * grid // repeats of the grid, round and round.
+        number = max(1, len(images))
+        repeats = max(min(grid, 1024 // number), -(-grid // number))
         self.images = images
         self.image_of = torch.arange(len(images)).repeat(repeats)  # image of each of the errors that are averaged
-        index = torch.arange(len(images)).repeat(repeats) + torch.arange(repeats).repeat_interleave(len(images)) * (
-            grid // repeats
-        )
+        shifts = torch.arange(repeats) * grid // repeats
+        index = torch.arange(len(images)).repeat(repeats) + shifts.repeat_interleave(len(images))
         self.timesteps = timesteps[index % grid]
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(len(self.image_of), *images.shape[1:], generator=generator)
