@@ -109,10 +109,10 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, channels: int 
     images, _ = load_images(args.data, unet.config)
     number, size = args.pruning.calibration_batches, args.training.train_batch_size
     timesteps = scheduler.config.num_train_timesteps
-    batches = calibration_batches(images, number, size, num_train_timesteps=timesteps, seed=0, step=0)
+    *batches, unseen = calibration_batches(images, number + 1, size, num_train_timesteps=timesteps, seed=0, step=0)
     pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), scheduler)
-    damage = damages(pruner, batches[0], halves)
-    of_channels = channel_damages(pruner, batches[0], channels)
+    damage = damages(pruner, unseen, halves)
+    of_channels = channel_damages(pruner, unseen, channels)
     sums, rows = {}, {}
     for criterion, (_, options) in SCORES.items():
         scores = score_channels(unet, pruner.groups, batches, scheduler, GFPruneConfig(**options))
@@ -153,7 +153,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
             axis.set_yscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
             correlation = results["by_criterion"][criterion]["log_pearson"]
-            axis.set_title(f"{dataset}\n{SCORES[criterion][0]}: {correlation:.2f}", fontsize=9)
+            axis.set_title(f"{dataset}\n{SCORES[criterion][0]}: {correlation:.2f}", fontsize=8)
             axis.set_xlabel("summed scores of a group", fontsize=8)
             axis.tick_params(labelsize=7)
         row[0].set_ylabel("damage without half of it", fontsize=8)

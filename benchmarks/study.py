@@ -5,8 +5,9 @@
     python benchmarks/study.py --dataset cifar10 --dataset_name uoft-cs/cifar10
     python benchmarks/study.py --quick                              everything at reduced size, in runs/study-quick
 
-Each run leaves one JSON file in `benchmarks/results/study/<dataset>/`; one that is there is not made again, and a run that was
-killed goes on from its checkpoint. `study_report.py` makes tables and pictures of these files.
+Each run leaves one JSON file in `benchmarks/results/study/<dataset>/`; one that is there is not made again (it is an error, if
+other arguments made it), and a run that was killed goes on from its checkpoint. `study_report.py` makes tables and pictures of
+these files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,11 @@ QUICK_ARGUMENTS = (
     *("--eval_images", "80", "--ddim_num_inference_steps", "5", "--validation_images", "64", "--ema_max_decay", "0.9"),
 )
 FORMAT_VERSION = 1
+# Arguments of a run that change nothing of its results
+MACHINE = (
+    *("--evaluation_cache_dir", "--latency_batch_size", "--resume_from_checkpoint", "--checkpointing_steps"),
+    *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps"),
+)
 
 
 def result_file(dataset: str, setting: Setting, seed: int, results: Path = RESULTS) -> Path:
@@ -74,12 +81,35 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
     return [*BASE[dataset], *setting.arguments, *setting.own.get(dataset, ()), *curves, *seeds, *extra]
 
 
+def made_by(command: str, words: list[str]) -> bool:
+    """Whether a run's command line, as its report keeps it, has these arguments, in any order, and no others that matter."""
+    given = shlex.split(command.replace("\\\n", " "))[3:]  # accelerate launch SCRIPT
+    return _by_name(given) == _by_name(words)
+
+
+def _by_name(words: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            values = found[word] = []
+        else:
+            values.append(word)
+    return {name: values for name, values in found.items() if name not in MACHINE}
+
+
 def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) -> None:
     """One run, unless its results are there."""
     target = result_file(dataset, setting, seed, options.results)
-    if target.exists():
-        return
     name = f"{dataset}, {setting.title}, seed {seed}"
+    curve_steps = 10 if options.quick else None
+    if target.exists():
+        words = arguments_of(setting, dataset, seed, options.extra, curve_steps)
+        if not made_by(json.loads(target.read_text())["command"], words):
+            print(
+                f"*** {name}: {target} was made with other arguments; remove it to make it again", file=sys.stderr, flush=True
+            )
+            options.failed.append(name)
+        return
     folder = options.runs / dataset / f"{setting.name}-seed{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     extra = ["--evaluation_cache_dir", str(options.runs / "cache"), "--latency_batch_size", "0", *options.extra]
@@ -91,7 +121,7 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
             "benchmarks/study_baselines.py",
             ["--baseline", setting.kind, "--results", str(options.results / dataset)],
         )
-    words = arguments_of(setting, dataset, seed, extra, 10 if options.quick else None)
+    words = arguments_of(setting, dataset, seed, extra, curve_steps)
     remembered = ["benchmarks/study_run.py", "--teacher_cache", str(options.runs / f"teacher-{dataset}-seed{seed}")]
     command = [sys.executable, *remembered, script, *words, *more, "--output_dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}

@@ -56,6 +56,11 @@ def spread(values: Sequence[float], digits: int | None = None) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; nothing of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def decimals(value: float) -> int:
     """How many a figure has in tables."""
     return 2 if abs(value) >= 1 else 4
@@ -87,6 +92,18 @@ def main_table(found: Found, dataset: str, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def dense_distance(runs: Sequence[Run], dataset: str) -> float:
+    """The dense model's distance in runs that are shown together.
+
+    Raises:
+        ValueError: They measured it in different ways.
+    """
+    found = [figure(run, dataset, "distance", "dense") for run in runs]
+    if max(found) > 1.01 * min(found):  # the last digits differ from machine to machine
+        raise ValueError(f"runs of {dataset} have dense distances from {min(found):.4g} to {max(found):.4g}: keep them apart")
+    return found[0]
+
+
 def approximation_table(path: Path) -> str:
     """How well the first-order approximation tells the change of the gradient norm."""
     models = json.loads(path.read_text())["models"]
@@ -100,13 +117,14 @@ def approximation_table(path: Path) -> str:
             lines.append(f"| {name} | {share} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| model | lowest-scored channels removed | change predicted | measured | loss before | after |",
-        "|---" * 6 + "|",
+        "| model | squared gradient norm | lowest-scored removed | change predicted | measured | loss before | after |",
+        "|---" * 7 + "|",
     ]
     for name, found in models.items():
         for row in found["together"]:
+            norm = f"{found['squared_gradient_norm']:.2g}"
             lines.append(
-                f"| {name} | {row['share']:.0%} of every group | {row['predicted']:+.3g} | {row['measured']:+.3g} | "
+                f"| {name} | {norm} | {row['share']:.0%} of every group | {row['predicted']:+.3g} | {row['measured']:+.3g} | "
                 f"{found['loss']:.3f} | {found['loss'] + row['loss_change']:.3f} |"
             )
     return "\n".join(lines)
@@ -153,15 +171,17 @@ def iterations_table(found: Found, dataset: str) -> str:
         "| schedules | seeds | distance at N | at M | SSIM to dense at N | at M |",
         "|---" * 6 + "|",
     ]
-    for name in of_part("iterations"):
-        runs = found.get(name, [])
-        if runs:
-            cells = []
-            for metric in ("distance", "ssim_to_dense"):
-                curves = [dict(zip(*curve(run, dataset, metric))) for run in runs]
-                for end in ("soft_end_step", "total_steps"):
-                    cells.append(spread([c[run["phases"][end]] for c, run in zip(curves, runs)]))
-            lines.append(f"| {SETTINGS[name].title} | {len(runs)} | " + " | ".join(cells) + " |")
+    shown = {name: runs for name in of_part("iterations") if (runs := found.get(name))}
+    if shown:
+        dense = f"{dense_distance([run for runs in shown.values() for run in runs], dataset):.4f}"
+        lines.append(f"| dense | - | {dense} | {dense} | 1 | 1 |")
+    for name, runs in shown.items():
+        cells = []
+        for metric in ("distance", "ssim_to_dense"):
+            curves = [dict(zip(*curve(run, dataset, metric))) for run in runs]
+            for end in ("soft_end_step", "total_steps"):
+                cells.append(spread([c[run["phases"][end]] for c, run in zip(curves, runs)]))
+        lines.append(f"| {SETTINGS[name].title} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -227,7 +247,7 @@ def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
 
 
 def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | None = None) -> None:
-    """Quality over steps, or over time, a row of pictures a data set; bands are the range over seeds.
+    """Quality over steps, or over time, a row of pictures a data set; bands are standard deviations, dashed lines one seed.
 
     Where a curve starts far off, as one does whose channels are masked in a hurry, its first point is out of the picture.
 
@@ -242,6 +262,7 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
             seen: list[float] = []
+            drawn: list[Run] = []
             for name, (title, colour) in shown.items():
                 runs = [run for run in found.get(name, []) if run["curves"].get("quality_steps")]
                 if not runs or (times is not None and name not in times[dataset]["settings"]):
@@ -249,15 +270,23 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
                 steps = curve(runs[0], dataset, metric)[0]
                 values = list(zip(*(curve(run, dataset, metric)[1] for run in runs)))
                 places = [seconds(runs[0], step, times[dataset]) for step in steps] if times is not None else steps
-                axis.plot(places, [statistics.mean(v) for v in values], marker=".", label=title, color=colour)
-                axis.fill_between(places, list(map(min, values)), list(map(max, values)), alpha=0.15, color=colour)
-                seen += [value for point in (values[1:] or values) for value in point]
-            first = next(iter(found.values()))[0]
-            title = first["evaluation"]["distances"][DISTANCE[dataset]]["title"] if metric == "distance" else "SSIM to dense"
+                means, deviations = list(map(statistics.mean, values)), list(map(deviation, values))
+                style = "-" if len(runs) > 1 else "--"
+                axis.plot(places, means, style, marker=".", label=title, color=colour)
+                low, high = ([m + sign * d for m, d in zip(means, deviations)] for sign in (-1, 1))
+                axis.fill_between(places, low, high, alpha=0.15, color=colour)
+                seen += [value for bounds in (low, high) for value in (bounds[1:] or bounds)]
+                drawn += runs
+            if not drawn:
+                continue
+            title = (
+                drawn[0]["evaluation"]["distances"][DISTANCE[dataset]]["title"] if metric == "distance" else "SSIM to dense"
+            )
             if metric == "distance":
                 axis.set_yscale("log")
-                axis.axhline(first["dense"][DISTANCE[dataset]], color="gray", linestyle=":", label="dense")
-                seen.append(first["dense"][DISTANCE[dataset]])
+                dense = dense_distance(drawn, dataset)
+                axis.axhline(dense, color="gray", linestyle=":", label="dense")
+                seen.append(dense)
             if len(set(seen)) > 1:
                 margin = 0.3 * (max(seen) - min(seen))
                 axis.set_ylim(0.95 * min(seen) if metric == "distance" else min(seen) - margin, max(seen) + margin)
@@ -268,13 +297,15 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
 
 
 def plot_budgets(path: Path, data: dict[str, Found]) -> None:
-    """Quality over the share of MACs removed."""
+    """Quality over the share of MACs removed; bars are standard deviations, hollow points one seed."""
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
+            drawn: list[Run] = []
             for name in ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"):
                 points = []
                 for ending in ("-30", "", "-70"):
+                    drawn += found.get(name + ending, [])
                     for run in found.get(name + ending, []):
                         points.append((1 - run["pruned"]["macs"] / run["dense"]["macs"], figure(run, dataset, metric)))
                 groups: dict[float, list[float]] = {}
@@ -283,12 +314,14 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
                 if groups:
                     shares = sorted(groups)
                     means = [statistics.mean(groups[share]) for share in shares]
-                    low, high = ([bound(groups[share]) for share in shares] for bound in (min, max))
-                    errors = [[m - v for m, v in zip(means, low)], [v - m for m, v in zip(means, high)]]
+                    errors = [deviation(groups[share]) for share in shares]
                     title, colour = CURVES[name]
                     axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=title, color=colour)
-            if metric == "distance":
-                axis.axhline(next(iter(found.values()))[0]["dense"][DISTANCE[dataset]], color="gray", linestyle=":")
+                    single = [(100 * s, mean) for s, mean in zip(shares, means) if len(groups[s]) == 1]
+                    for place, mean in single:
+                        axis.plot(place, mean, "o", color=colour, markerfacecolor="white")
+            if metric == "distance" and drawn:
+                axis.axhline(dense_distance(drawn, dataset), color="gray", linestyle=":")
             axis.set_title(
                 f"{TITLES[dataset]}: {'Fréchet distance' if metric == 'distance' else 'SSIM to dense'}", fontsize=10
             )
@@ -329,8 +362,15 @@ def tables(data: dict[str, Found]) -> dict[str, str]:
 
 
 def write(document: Path, made: dict[str, str]) -> None:
-    """Replace the tables of a document."""
+    """Replace the tables of a document.
+
+    Raises:
+        ValueError: It has a place for a table that is not there.
+    """
     text = document.read_text()
+    unknown = {*re.findall(r"<!-- study: (.+?) -->", text)} - {*made}
+    if unknown:
+        raise ValueError(f"{document.name} has a place for {', '.join(sorted(unknown))}, which is no table")
     for name, table in made.items():
         marks = re.escape(f"<!-- study: {name} -->"), re.escape("<!-- end -->")
         text = re.sub(rf"({marks[0]}\n).*?({marks[1]})", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)

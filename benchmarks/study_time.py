@@ -59,6 +59,7 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
 
     found = {"masked": ratio(Trainer(masked, batches).steps), "teacher": ratio(ask_teacher), "settings": {}}
     scoring: dict[str, float] = {"magnitude": 0.0}
+    compacted: dict[tuple, float] = {}  # settings that ended with the same widths take the same time
     for name in TIMED:
         path = results / dataset / f"{name}-seed0.json"
         if not path.is_file():
@@ -69,9 +70,11 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
         if score not in scoring:
             pruner = GradientFlowPruner(copy.deepcopy(dense), config)
             scoring[score] = ratio(lambda p=pruner, c=config: score_channels(p.unet, p.groups, batches, p.noise_scheduler, c))
-        small = with_widths(dense, json.loads(path.read_text())["widths"])
+        widths = json.loads(path.read_text())["widths"]
+        if tuple(widths.items()) not in compacted:
+            compacted[tuple(widths.items())] = ratio(Trainer(with_widths(dense, widths), batches).steps)
         found["settings"][name] = {
-            "compacted": ratio(Trainer(small, batches).steps),
+            "compacted": compacted[tuple(widths.items())],
             "ranking": args.pruning.calibration_batches * scoring[score],
             "teacher": found["teacher"] * args.objective.needs_teacher,
         }

@@ -25,6 +25,7 @@ from study_run import RememberedTeacher  # noqa: E402
 from study_settings import DATASETS, SETTINGS  # noqa: E402
 
 from diffusers_gfprune.evaluation.cache import TensorCache  # noqa: E402
+from provenance import command_line  # noqa: E402
 from prune_arguments import parse_arguments  # noqa: E402
 
 
@@ -96,9 +97,14 @@ def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
 
 
 def test_iterations_are_told_at_the_end_of_either_phase() -> None:
-    found = {"iterations": [results_of("iterations", 0, 0.9)]}
-    row = study_report.iterations_table(found, "digits").splitlines()[-1]
+    """Beside the dense model as these runs measured it, on fewer samples than others."""
+    found = {"two-phase": [results_of("two-phase", 0, 0.9)], "iterations": [results_of("iterations", 0, 0.9)]}
+    found["iterations"][0]["dense"]["fd_pixels"] = 0.08
+    dense, row = study_report.iterations_table(found, "digits").splitlines()[-2:]
+    assert dense.split(" | ")[1:] == ["-", "0.0800", "0.0800", "1", "1 |"]
     assert row.split(" | ")[1:] == ["1", "0.0200", "0.0400", "0.4500", "0.9000 |"]
+    with pytest.raises(ValueError, match="runs of digits have dense distances from 0.03 to 0.08: keep them apart"):
+        study_report.dense_distance([runs[0] for runs in found.values()], "digits")
 
 
 def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
@@ -162,6 +168,8 @@ def test_tables_are_replaced_where_they_are_marked(tmp_path: Path) -> None:
     for _ in range(2):  # again and again
         study_report.write(document, {"main digits": "| new |", "main cifar10": "| other |"})
     assert document.read_text() == "before\n<!-- study: main digits -->\n\n| new |\n\n<!-- end -->\nafter <!-- end -->\n"
+    with pytest.raises(ValueError, match="README.md has a place for main digits, which is no table"):
+        study_report.write(document, {"main cifar10": "| other |"})
 
 
 def test_no_results_is_one_line(tmp_path: Path) -> None:
@@ -219,9 +227,27 @@ def test_bad_arguments_are_one_line(script: str, words: list[str], message: str,
 def test_a_run_whose_results_are_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = study.result_file("digits", SETTINGS["paper"], 0, tmp_path)
     target.parent.mkdir()
-    target.write_text("{}")
+    words = study.arguments_of(SETTINGS["paper"], "digits", 0, ["--output_dir", "paper-seed0"])
+    command = command_line(words)
+    target.write_text(json.dumps({"command": command}))
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a run was started"))
-    study.main(["--dataset", "digits", "--settings", "paper", "--seeds", "0", "--results", str(tmp_path)])
+    again = ["--dataset", "digits", "--settings", "paper", "--seeds", "0", "--results", str(tmp_path)]
+    study.main(again)
+    # Results of other arguments are neither taken for it nor replaced
+    for words, other in ((again, command.replace("--update_interval 15", "")), ([*again, "--max_train_steps", "9"], command)):
+        target.write_text(json.dumps({"command": other}))
+        with pytest.raises(SystemExit, match="1 of 1 runs failed: digits, gradient flow as published"):
+            study.main(words)
+        assert json.loads(target.read_text())["command"] == other
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_results_are_those_of_their_settings(dataset: str) -> None:
+    """Those that are committed, whatever has become of the settings since."""
+    for runs in study_report.load(dataset).values():
+        for run in runs:
+            words = study.arguments_of(SETTINGS[run["setting"]], dataset, run["seed"], [])
+            assert study.made_by(run["command"], words), (run["setting"], run["seed"])
 
 
 @pytest.mark.slow
@@ -270,6 +296,6 @@ def test_gradient_flow_tells_how_much_a_group_matters(tmp_path: Path) -> None:
     correlation = {name: row["log_pearson"] for name, row in found["by_criterion"].items()}
     assert correlation["gradient-flow"] > 0.8 > 0.5 > correlation["magnitude"]
     within = {name: row["within_groups"] for name, row in found["by_criterion"].items()}
-    assert within["gradient-flow"] > 0.6 > within["gradient-flow-weights"] > within["random"]
+    assert within["gradient-flow"] > 0.4 > within["gradient-flow-weights"] > within["random"]
     assert (tmp_path / "sensitivity.png").stat().st_size > 10_000
     assert "| digits, 8x8 | gradient flow | 0." in study_report.sensitivity_table(tmp_path)
