@@ -61,6 +61,7 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
         "dataset": dataset,
         "seed": seed,
         "command": report.get("command"),
+        "commit": commit(),
         "dense": results["dense"],
         "pruned": results["pruned"],
         "evaluation": results["evaluation"],
@@ -71,6 +72,13 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
         "widths": {group["name"]: group["kept_channels"] for group in report.get("channel_groups", [])},
         **{name: report[name] for name in ("peer",) if name in report},
     }
+
+
+def commit() -> str | None:
+    """What is checked out here, marked where files have changed since; None where that cannot be known."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+    return found.stdout.strip() or None if found is not None else None
 
 
 def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], curve_steps: int | None = None) -> list[str]:
