@@ -76,6 +76,11 @@ def test_step_loss_meets_all_timesteps_alike(images: int, grid: int) -> None:
     assert len(met) == grid and met.max() - met.min() <= 1
 
 
+def test_step_loss_of_few_timesteps_takes_them_all() -> None:
+    few = StepLoss(torch.zeros(2, 1, 2, 2), DDPMScheduler(num_train_timesteps=5), grid=16)
+    assert few.timesteps.unique().tolist() == [0, 1, 2, 3, 4]
+
+
 def test_step_loss_gives_each_image_its_label() -> None:
     """Labels follow their images through repetition and batching."""
     images = torch.arange(3.0).view(3, 1, 1, 1)

@@ -148,8 +148,8 @@ class RunUpdate:
             if (self.run / name).is_file():
                 shutil.copyfile(self.run / name, earlier / name)
         for name in REPLACED:
-            os.replace(self.fresh / name, self.run / name)
             self._replaced.append(name)
+            os.replace(self.fresh / name, self.run / name)
 
     def undo(self) -> None:
         """Bring back what `apply` replaced, and remove what was made."""

@@ -51,7 +51,7 @@ class StepLoss:
         images: Held-out images in [-1, 1], with shape `(images, channels, height, width)`.
         noise_scheduler: A Diffusers scheduler with `add_noise`; its timesteps span the grid.
         class_labels: Labels with shape `(images,)`, for conditional models.
-        grid: Number of timesteps (>= 1), spread evenly. Every timestep meets as many images as every other (give or take
+        grid: Number of timesteps (>= 1; at most those there are), spread evenly. Every timestep meets as many images as every other (give or take
             one); with fewer than 1,024 images, each image is used at several timesteps.
         seed: Seed of the noise.
         batch_size: Images in one forward.
@@ -66,9 +66,10 @@ class StepLoss:
         seed: int = 0,
         batch_size: int = 256,
     ) -> None:
+        if grid < 1:
+            raise ValueError(f"grid={grid} must be at least 1 timestep")
         steps = noise_scheduler.config.num_train_timesteps
-        if not 1 <= grid <= steps:
-            raise ValueError(f"grid={grid} must be 1 to {steps} timesteps")
+        grid = min(grid, steps)
         timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
         # Repetition r of image i takes timestep i + r * grid // repeats of the grid, round and round.
         number = max(1, len(images))
