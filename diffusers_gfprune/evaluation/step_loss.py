@@ -51,8 +51,8 @@ class StepLoss:
         images: Held-out images in [-1, 1], with shape `(images, channels, height, width)`.
         noise_scheduler: A Diffusers scheduler with `add_noise`; its timesteps span the grid.
         class_labels: Labels with shape `(images,)`, for conditional models.
-        grid: Number of timesteps (>= 1; at most those there are), spread evenly. Every timestep meets as many images as every other (give or take
-            one); with fewer than 1,024 images, each image is used at several timesteps.
+        grid: Number of timesteps (>= 1; at most those there are), spread evenly. Every timestep meets as many images as every
+            other (give or take one); with fewer than 1,024 images, each image is used at several timesteps.
         seed: Seed of the noise.
         batch_size: Images in one forward.
     """
