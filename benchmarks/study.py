@@ -20,11 +20,16 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, TEACHERS, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+from prune_arguments import parse_arguments  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results/study"
 RUNS = ROOT / "runs/study"
 QUICK = ROOT / "runs/study-quick"
@@ -90,19 +95,21 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
 
 
 def made_by(command: str, words: list[str]) -> bool:
-    """Whether a run's command line, as its report keeps it, has these arguments, in any order, and no others that matter."""
+    """Whether a run's command line, as its report keeps it, says the same as these arguments, but for those of `MACHINE`."""
     given = shlex.split(command.replace("\\\n", " "))[3:]  # accelerate launch SCRIPT
-    return _by_name(given) == _by_name(words)
+    return _meaning(given) == _meaning(words)
 
 
-def _by_name(words: list[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _meaning(words: list[str]) -> dict:
+    """Values of all arguments, given or from the recipe."""
+    kept, skipped = [], False
     for word in words:
-        if word.startswith("--"):
-            values = found[word] = []
-        else:
-            values.append(word)
-    return {name: values for name, values in found.items() if name not in MACHINE}
+        skipped = word in MACHINE if word.startswith("--") else skipped
+        if not skipped:
+            kept.append(str(ROOT / word) if word.endswith(".yaml") else word)
+    values = asdict(parse_arguments(kept))
+    del values["words"]
+    return values
 
 
 def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) -> None:
