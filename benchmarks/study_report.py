@@ -319,7 +319,7 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
                     axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=title, color=colour)
                     single = [(100 * s, mean) for s, mean in zip(shares, means) if len(groups[s]) == 1]
                     for place, mean in single:
-                        axis.plot(place, mean, "o", color=colour, markerfacecolor="white")
+                        axis.plot(place, mean, "o", color=colour, markerfacecolor="white", zorder=3)
             if metric == "distance" and drawn:
                 axis.axhline(dense_distance(drawn, dataset), color="gray", linestyle=":")
             axis.set_title(
