@@ -274,6 +274,11 @@ def test_earlier_evaluation_can_be_replaced(world: Path, tmp_path: Path) -> None
         (["--features", "dinov2", "--dinov2_model", "{rgb}"], "dinov2_model=.*rgb cannot be loaded as DINOv2"),
         (["--model", "{broken}"], "model=.*broken predicts values that are not finite in float32"),
         (["--model", "{missing}"], "model=.*missing is not a folder"),
+        (["--revision", "v1"], "model=.* is a folder, and has no revision=v1"),
+        (
+            ["--reference_model", "{rgb}", "--reference_revision", "v1"],
+            "reference_model=.*rgb is a folder, and has no revision=v1",
+        ),
         (["--step_loss_timesteps", "1001"], "step_loss_timesteps=1001 must be at most the 1000 timesteps"),
         (["--dataset_name", "{missing}"], "dataset_name=.*missing is not a folder"),
     ],

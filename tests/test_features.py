@@ -335,6 +335,14 @@ def test_other_weights_in_the_efflite0_package_are_not_read(tmp_path: Path, monk
         feature_network("efflite0")
 
 
+def test_identity_tells_where_features_are_made(efflite0: FeatureNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU, or of products in TensorFloat-32, are others."""
+    here = efflite0.identity()
+    assert (here["device"], here["tf32"]) == ("cpu", False)
+    monkeypatch.setattr("diffusers_gfprune.evaluation.features.uses_tf32", lambda device: True)
+    assert efflite0.identity() == {**here, "tf32": True}
+
+
 def test_efflite0_recognises_photographs(efflite0: FeatureNetwork) -> None:
     """Its own classifier, on our features, knows a cat and a cup of coffee: the weights are real and loaded."""
     with torch.no_grad():

@@ -51,10 +51,6 @@ class ModelArguments:
         given = [name for name in ("model", "images_dir", "compare") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"give one of --model, --images_dir and --compare, not {' and '.join(given) or 'none of them'}")
-        for name, needs in (("revision", "model"), ("reference_revision", "reference_model")):
-            where = getattr(self, needs)
-            if getattr(self, name) is not None and where is not None and Path(where).is_dir():
-                raise ValueError(f"{name}={getattr(self, name)} does not go with a folder, {needs}={where}: it is of the Hub")
         for name, needs in (("revision", "model"), ("reference_revision", "reference_model"), ("reference_model", "model")):
             if getattr(self, name) is not None and getattr(self, needs) is None:
                 raise ValueError(f"{name}={getattr(self, name)} needs --{needs}")

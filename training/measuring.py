@@ -49,6 +49,7 @@ MAX_PIXEL_DIMENSIONS = 1024
 # Images in a shard: at most, and so that they take no more than 64 MiB in float32
 SHARD_IMAGES, SHARD_VALUES = 256, 2**24
 BATCH_SIZE = 128
+# What features are made with
 FEATURE_PACKAGES = (
     *("clean-fid", "diffusers-gfprune", "efficientnet-lite-pytorch"),
     *("pillow", "torch", "torchvision", "transformers"),

@@ -66,7 +66,7 @@ def load_pipeline(
     if looks_local and not Path(name_or_path).is_dir():
         raise ValueError(f"{argument} is not a folder")
     if revision is not None and Path(name_or_path).is_dir():
-        raise ValueError(f"revision={revision} does not go with a folder, {argument}: it is of the Hub")
+        raise ValueError(f"{argument} is a folder, and has no revision={revision}: revisions are of the Hub")
     known = {kind.__name__: kind for kind in classes}
     try:
         folder = Path(name_or_path)

@@ -146,7 +146,7 @@ class ImageNetwork(FeatureNetwork):
         resizing = f"resized by clean-fid (PIL bicubic to {self.size}x{self.size})"
         self.description = f"{self.layer}; {resizing}; weights from {origin} (CRC-32 {weights})"
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str | bool]:
         resizing = f"clean-fid, PIL, bicubic, float32, {self.size}x{self.size}"
         where = {"device": self.device.type, "tf32": uses_tf32(self.device)}
         return {"name": self.name, "layer": self.layer, "weights": self.weights, "resizing": resizing, **where}
