@@ -2,15 +2,16 @@
 
     python benchmarks/gpu.py                                into benchmarks/results/gpu.json
     python benchmarks/gpu.py --modes eager graph compiled   compiled models, too (minutes, most of them compilation)
+    python benchmarks/gpu.py --channel_multiple 64          widths that tensor cores' tiles are full of
     python benchmarks/gpu.py --table                        the table of that file
 
 The model is the configuration of google/ddpm-cifar10-32 with random weights, pruned to half its MACs with widths that are
-multiples of 8; masked means all its channels, with those at zero that half the MACs cost, as in the hard phase. A training
-step is forward, backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast; a forward has weights in the dtype
-itself. Eager is how scripts run by default: the CPU sends each operation to the GPU, and may be the slower of the two. A CUDA
-graph is the same work, recorded and sent in one go, so that the GPU alone counts (with the AdamW that can be recorded). Times
-are medians of interleaved rounds (A B C A B C ...), speed-ups medians of the rounds' ratios. fp32 is what PyTorch makes of it
-by default: TF32 in convolutions.
+multiples of 8, unless it is told others; masked means all its channels, with those at zero that half the MACs cost, as in
+the hard phase. A training step is forward, backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast; a
+forward has weights in the dtype itself. Eager is how scripts run by default: the CPU sends each operation to the GPU, and
+may be the slower of the two. A CUDA graph is the same work, recorded and sent in one go, so that the GPU alone counts (with
+the AdamW that can be recorded). Times are medians of interleaved rounds (A B C A B C ...), speed-ups medians of the rounds'
+ratios. fp32 is what PyTorch makes of it by default: TF32 in convolutions.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "benchmarks/results/gpu.json"
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "graph", "compiled")
+PARTS = ("forwards", "steps")
 
 
-def three_models(device: torch.device) -> tuple[dict[str, nn.Module], float]:
+def three_models(device: torch.device, channel_multiple: int = 8) -> tuple[dict[str, nn.Module], float]:
     """Dense, masked and compacted, on a device, by name; and the share of MACs that is removed."""
     dense = build("cifar10")
     masked = copy.deepcopy(dense)
-    half_masked(masked, channel_multiple=8)
-    pruner = half_masked(copy.deepcopy(dense), channel_multiple=8)
+    half_masked(masked, channel_multiple=channel_multiple)
+    pruner = half_masked(copy.deepcopy(dense), channel_multiple=channel_multiple)
     removed = pruner.history[-1].sparsity
     models = {"dense": dense, "masked": masked, "compacted": pruner.compact()}
     return {name: unet.to(device) for name, unet in models.items()}, removed
@@ -159,6 +161,8 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=128, help="Images of a training step.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256], help="Samples of a forward.")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager", "graph"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="What to measure.")
+    parser.add_argument("--channel_multiple", type=int, default=8, help="Widths of the pruned models are multiples of it.")
     parser.add_argument("--repeats", type=int, default=20, help="Rounds.")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--device", default="cuda")
@@ -167,7 +171,7 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.output.read_text())))
         return
-    for name in ("train_batch_size", "batch_sizes", "repeats"):
+    for name in ("train_batch_size", "batch_sizes", "channel_multiple", "repeats"):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -176,9 +180,10 @@ def main() -> None:
     if "graph" in args.modes and not args.device.startswith("cuda"):
         raise ValueError(f"modes={args.modes}: a graph wants a CUDA device, got device={args.device}")
     device = torch.device(args.device)
-    models, removed = three_models(device)
+    models, removed = three_models(device, args.channel_multiple)
     found: dict = {
         "machine": {"gpu": hardware_name(device), "torch": torch.__version__, "python": platform.python_version()},
+        "channel_multiple": args.channel_multiple,
         "promised_by_macs": 1 / (1 - removed),
         "steps": [],
         "forwards": [],
@@ -187,10 +192,10 @@ def main() -> None:
     partial = args.output.with_suffix(".partial.json")  # what is measured so far: compilation takes long, and may be stopped
     save(found, partial)
     for mode in args.modes:
-        for dtype, size in itertools.product(DTYPES, args.batch_sizes):
+        for dtype, size in itertools.product(DTYPES, args.batch_sizes if "forwards" in args.parts else ()):
             found["forwards"] += measure(inference, forward_of, size, dtype, mode, args.repeats)
             save(found, partial)
-        for dtype in DTYPES:
+        for dtype in DTYPES if "steps" in args.parts else ():
             found["steps"] += measure(models, step_of, args.train_batch_size, dtype, mode, args.repeats)
             save(found, partial)
     os.replace(partial, args.output)

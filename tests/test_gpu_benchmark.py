@@ -22,7 +22,7 @@ NARROW = {"sample_size": 16, "block_out_channels": (32, 32, 32, 32)}
 def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
     output = tmp_path / "gpu.json"
-    sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2", "--modes", "eager")
+    sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2", "--modes", "eager", "--channel_multiple", "4")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, "--output", str(output)])
     gpu.main()
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
@@ -32,6 +32,7 @@ def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert steps == [(name, dtype, 2) for dtype in ("float32", "bfloat16") for name in names]
     assert [row["model"] for row in found["forwards"]] == ["dense", "compacted"] * 2
     assert all(row["batch_size"] == 3 and row["speedup"] > 0 for row in found["forwards"])
+    assert found["channel_multiple"] == 4
     assert found["promised_by_macs"] == pytest.approx(2, rel=0.05)
     printed = capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--table", "--output", str(output)])
@@ -54,7 +55,7 @@ def test_compiled_steps_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyP
     assert asked == [{"fullgraph": True, "dynamic": False}] * 3
 
 
-@pytest.mark.parametrize("name", ["gpu", "gpu-compiled"])
+@pytest.mark.parametrize("name", ["gpu", "gpu-64", "gpu-compiled", "gpu-compiled-64"])
 def test_tables_of_the_document_are_those_of_the_results(name: str) -> None:
     table = gpu.table(json.loads(gpu.OUTPUT.with_stem(name).read_text()))
     assert table in (ROOT / "benchmarks/README.md").read_text()
@@ -66,6 +67,7 @@ def test_tables_of_the_document_are_those_of_the_results(name: str) -> None:
         (["--device", "cuda:1"], "device=cuda:1: there is no CUDA device here"),
         (["--repeats", "0"], "repeats=0 must be at least 1"),
         (["--train_batch_size", "-1"], "train_batch_size=-1 must be at least 1"),
+        (["--channel_multiple", "0"], "channel_multiple=0 must be at least 1"),
         (["--batch_sizes", "4", "0"], r"batch_sizes=\[4, 0\] must be at least 1"),
         (["--device", "cpu"], r"modes=\['eager', 'graph'\]: a graph wants a CUDA device, got device=cpu"),
     ],
