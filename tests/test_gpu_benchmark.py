@@ -43,6 +43,20 @@ def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     ]
 
 
+def test_parts_and_widths_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
+    models, _ = gpu.three_models(torch.device("cpu"), 16)
+    widths = {module.out_channels for module in models["compacted"].modules() if isinstance(module, torch.nn.Conv2d)}
+    assert 16 in widths and all(width % 16 == 0 for width in widths - {3})
+    for part, other in (gpu.PARTS, gpu.PARTS[::-1]):
+        output = tmp_path / f"{part}.json"
+        sizes = ("--train_batch_size", "1", "--batch_sizes", "1", "--repeats", "1", "--modes", "eager", "--parts", part)
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, "--output", str(output)])
+        gpu.main()
+        found = json.loads(output.read_text())
+        assert found[part] and not found[other]
+
+
 def test_compiled_steps_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is to be compiled in one piece: what Dynamo leaves out would run eagerly under the name of compiled."""
     monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})

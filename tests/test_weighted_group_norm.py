@@ -465,8 +465,8 @@ def test_compiled_ragged_group_norm_equals_eager():
 
 
 def test_compiled_norms_make_no_tables_and_call_no_library():
-    """Tables are constants of the compiled code: to make them anew takes more kernels than the norm itself, and so do matrix
-    products with them."""
+    """Tables are constants of the compiled code: to make them anew takes more kernels than the norm itself. Products with them
+    are fused with the rest, which a matrix product is not."""
     torch._dynamo.reset()
     made = []
 

@@ -82,8 +82,8 @@ def _group_statistics(mean, var_eps, weights, membership, eps):
 
 
 def _product(values: Tensor, table: Tensor) -> Tensor:
-    """`values @ table`, which a compiler gets in a form that it fuses with what is around it: a call of a library for each of
-    four so small products takes a GPU longer than all the rest of a norm."""
+    """`values @ table`, which a compiler gets in a form that it fuses with what is around it, in place of four calls of a
+    library in every norm."""
     return (values[:, :, None] * table).sum(dim=1) if torch.compiler.is_compiling() else values @ table
 
 
