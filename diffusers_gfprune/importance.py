@@ -40,6 +40,9 @@ __all__ = ["CalibrationBatch", "ScoringContext", "criteria", "normalize_scores",
 # How often the losses of built-in criteria are differentiated; your own may be twice, too.
 _DERIVATIVES = {"taylor": 1, "diff-pruning": 1, "magnitude": 0, "random": 0}
 
+# Criteria that need no batches
+WEIGHTS_ONLY = ("magnitude", "random")
+
 _CRITERIA: dict[str, Callable[[ScoringContext], Scores]] = {}
 
 
@@ -68,7 +71,7 @@ def _check_batches(batches: Sequence[CalibrationBatch], criterion: str) -> None:
     """Refuse batches that ranks have different shapes of, before one waits for another."""
     shapes = [size for batch in batches for column in batch for size in column.shape]
     check_identical({"shapes of calibration batches": torch.tensor([len(batches), *shapes])})
-    if criterion not in ("magnitude", "random") and len(batches) == 0:
+    if criterion not in WEIGHTS_ONLY and len(batches) == 0:
         raise ValueError(f"criterion={criterion} needs calibration batches, got none")
 
 

@@ -35,10 +35,12 @@ from .channel_groups import trace_channel_groups
 from .compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .configuration import GFPruneConfig
 from .cost_model import CostModel
+from .diffusion_process import check_timesteps, training_process
 from .distributed import check_identical
-from .importance import CalibrationBatch, criteria, normalize_scores, score_channels
+from .importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_channels
 from .pruner_state import MaskPath, MaskUpdate, PrunerState
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+from .scoring_context import check_batch
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
 
@@ -65,11 +67,12 @@ class GradientFlowPruner:
     Args:
         unet: A dense `UNet2DModel`.
         config: Every option.
-        noise_scheduler: Adds noise to calibration images (default: `DDPMScheduler()`).
+        noise_scheduler: Of the model; calibration images are noised in its process (default: `DDPMScheduler()`).
         sample_size: Height and width that MACs are counted for (default: the model's).
 
     Raises:
-        ValueError: The model cannot be pruned, or the budget cannot be met. The model is not changed then.
+        ValueError: The model or its scheduler is of a kind that cannot be pruned, or the budget cannot be met. The model is
+            not changed then.
     """
 
     def __init__(
@@ -83,7 +86,8 @@ class GradientFlowPruner:
             raise ValueError(f"criterion={config.criterion} must be one of {', '.join(criteria())}")
         self.unet = unet
         self.config = config
-        self.noise_scheduler = noise_scheduler or DDPMScheduler()
+        self.noise_scheduler = DDPMScheduler() if noise_scheduler is None else training_process(noise_scheduler)
+        check_timesteps(unet, self.noise_scheduler)
         self.schedule = config.schedule()
         self.history: list[MaskUpdate] = []
         self.groups = trace_channel_groups(unet)
@@ -204,13 +208,15 @@ class GradientFlowPruner:
             step: Training step, from 0.
             calibration_batches: Batches `(clean_images, noise, timesteps[, class_labels])`, or a function that returns
                 them, which is called only when channels are ranked. With several processes, this rank's rows of every batch,
-                the same number on each.
+                the same number on each. Labels are taken as they are: where training drops some to a null label, these
+                batches should, too.
 
         Returns:
             What changed, when channels were ranked at this step.
 
         Raises:
-            ValueError: Scores are not finite, or scores and masks are not the same on every rank; then on all of them.
+            ValueError: A batch is not one of this model; or scores are not finite, or scores and masks are not the same on
+                every rank; the last two on all of them.
         """
         if self.finished:
             return None
@@ -229,6 +235,8 @@ class GradientFlowPruner:
         return update
 
     def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:
+        for batch in batches if self.config.criterion not in WEIGHTS_ONLY else ():
+            check_batch(self.unet, self.noise_scheduler, batch)
         ranked = self._rank(batches)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)

@@ -19,10 +19,68 @@ from .distributed import mean_over_ranks, world_size
 from .evaluation.step_loss import noise_target
 from .masking import dense_parameters
 
-__all__ = ["CalibrationBatch", "Scores", "ScoringContext"]
+__all__ = ["CalibrationBatch", "Scores", "ScoringContext", "check_batch"]
 
 CalibrationBatch = Sequence[Tensor]
 Scores = dict[str, Tensor]
+
+
+def check_batch(unet: nn.Module, noise_scheduler, batch: CalibrationBatch) -> None:
+    """Refuse a calibration batch that is not one of this model.
+
+    Args:
+        unet: The model.
+        noise_scheduler: The process that it was trained in.
+        batch: `(clean_images, noise, timesteps[, class_labels])`.
+
+    Raises:
+        ValueError: A tensor has another shape, dtype or range than the model takes, or labels are missing, or are too many.
+    """
+    if not 3 <= len(batch) <= 4:
+        raise ValueError(f"a calibration batch is (clean_images, noise, timesteps[, class_labels]), not {len(batch)} tensors")
+    clean, noise, timesteps, *labels = batch
+    if clean.ndim != 4 or clean.shape[1] != unet.config.in_channels:
+        found = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
+        raise ValueError(f"clean images have {found}, the model takes in_channels={unet.config.in_channels}")
+    if noise.shape != clean.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, clean images have {tuple(clean.shape)}")
+    _check_integers("timesteps", timesteps, len(clean), noise_scheduler.config.num_train_timesteps)
+    _check_labels(unet, labels[0] if labels else None, len(clean))
+
+
+def _check_integers(name: str, values: Tensor, size: int, count: int, argument: str = "") -> None:
+    """Integers from 0 to `count - 1` with shape `(size,)`."""
+    wanted = f"{argument}they must be integers from 0 to {count - 1}"
+    if values.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} have dtype {values.dtype}; {wanted}")
+    if values.shape != (size,):
+        raise ValueError(f"{name} have shape {tuple(values.shape)}, not {(size,)}; {wanted}")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} are from {low} to {high}; {wanted}")
+
+
+def _check_labels(unet: nn.Module, labels: Tensor | None, size: int) -> None:
+    config = unet.config
+    if unet.class_embedding is None:
+        if labels is not None:
+            raise ValueError("the model is unconditional, the batch has class_labels: leave them out")
+        return
+    if labels is None:
+        raise ValueError("the batch has no class_labels, which the model takes")
+    if config.class_embed_type == "identity":
+        shape = (size, unet.time_embedding.linear_2.out_features)
+        if not labels.is_floating_point() or labels.shape != shape:
+            raise ValueError(
+                f"class_labels have shape {tuple(labels.shape)}, {labels.dtype}; with class_embed_type=identity they must be "
+                f"embeddings, floating point with shape {shape}"
+            )
+    elif config.class_embed_type == "timestep":
+        if labels.shape != (size,):
+            raise ValueError(f"class_labels have shape {tuple(labels.shape)}, not {(size,)}, with class_embed_type=timestep")
+    else:
+        count = config.num_class_embeds
+        _check_integers("class_labels", labels, size, count, f"the model has num_class_embeds={count}, so that ")
 
 
 @dataclass

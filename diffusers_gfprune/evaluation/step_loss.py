@@ -9,11 +9,13 @@ jumps that the training loss hides in its noise.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
 
+from ..diffusion_process import training_process
 from .eval_mode import evaluating
 
 __all__ = ["StepLoss", "noise_target"]
@@ -49,7 +51,7 @@ class StepLoss:
 
     Args:
         images: Held-out images in [-1, 1], with shape `(images, channels, height, width)`.
-        noise_scheduler: A Diffusers scheduler with `add_noise`; its timesteps span the grid.
+        noise_scheduler: Of the model (see `diffusion_process`); its timesteps span the grid.
         class_labels: Labels with shape `(images,)`, for conditional models.
         grid: Number of timesteps (>= 1; at most those there are), spread evenly. Every timestep meets as many images as every
             other (give or take one); with fewer than 1,024 images, each image is used at several timesteps.
@@ -68,6 +70,7 @@ class StepLoss:
     ) -> None:
         if grid < 1:
             raise ValueError(f"grid={grid} must be at least 1 timestep")
+        self.noise_scheduler = training_process(noise_scheduler)
         steps = noise_scheduler.config.num_train_timesteps
         grid = min(grid, steps)
         timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
@@ -82,8 +85,13 @@ class StepLoss:
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(len(self.image_of), *images.shape[1:], generator=generator)
         self.class_labels = class_labels
-        self.noise_scheduler = noise_scheduler
         self.batch_size = batch_size
+
+    def with_label(self, label: int) -> StepLoss:
+        """The same loss with one label in place of all, such as the null label."""
+        other = copy.copy(self)
+        other.class_labels = torch.full((len(self.images),), label, dtype=torch.long)
+        return other
 
     def __call__(self, model: nn.Module) -> float:
         """Mean squared error of `model`, in evaluation mode for the time being."""

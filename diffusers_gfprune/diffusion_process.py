@@ -1,0 +1,172 @@
+"""Which diffusion process a model was trained in, and which schedulers stand for it.
+
+The training loss, the scores and the step loss all noise images in the process of Ho et al. (arXiv 2006.11239, equation 4),
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    abar_t = prod_(s <= t) (1 - beta_s),    t = 0, ..., T - 1 an integer,
+
+with the model's own betas, and the model predicts eps, x_0 or v. A scheduler of Diffusers stands for that process if it has
+these betas and gives the model such x_t as they are. Schedulers of continuous noise levels scale the model's input and have
+timesteps between integers; those of flow matching or of distilled models stand for another process. Their configurations look
+alike, and loading one into another class succeeds without a word, so that only the class tells: `TRAINABLE_SCHEDULERS` and
+`REFUSED_SCHEDULERS` name every scheduler of Diffusers 0.42 (a test walks over them), and what neither names is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+__all__ = ["REFUSED_SCHEDULERS", "TRAINABLE_SCHEDULERS", "check_scheduler_class", "check_timesteps", "training_process"]
+
+# Samplers of one process: with the same betas they add the same noise (tests/test_diffusion_process.py)
+TRAINABLE_SCHEDULERS = (
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "PNDMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+
+_SIGMAS = "it has continuous noise levels"
+_FLOW = "it is one of flow matching"
+_DISTILLED = "it samples from distilled models, which noise prediction would undo"
+_TOKENS = "it is one of discrete tokens"
+_OTHER = "its process is not that of a DDPM"
+_INVERSE = "it adds noise to images and makes none"
+# Why each of the others is refused, by class
+REFUSED_SCHEDULERS = {
+    **dict.fromkeys(
+        [
+            *("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"),
+            *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
+            *("KDPM2DiscreteScheduler", "KarrasVeScheduler", "LMSDiscreteScheduler", "ScoreSdeVeScheduler"),
+            *("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "ScoreSdeVpScheduler"),
+        ],
+        _SIGMAS,
+    ),
+    **dict.fromkeys(
+        [
+            *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+            *("HeliosScheduler", "LTXEulerAncestralRFScheduler", "PiflowScheduler", "MiniMaxH3Scheduler"),
+            "RFD4ProteinaScheduler",
+        ],
+        _FLOW,
+    ),
+    **dict.fromkeys(
+        [
+            *("CMStochasticIterativeScheduler", "ConsistencyDecoderScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"),
+            *("LCMScheduler", "SCMScheduler", "TCDScheduler"),
+        ],
+        _DISTILLED,
+    ),
+    **dict.fromkeys(
+        [
+            *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
+            "VQDiffusionScheduler",
+        ],
+        _TOKENS,
+    ),
+    **dict.fromkeys(
+        [
+            *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDPMWuerstchenScheduler", "RePaintScheduler"),
+            "UnCLIPScheduler",
+        ],
+        _OTHER,
+    ),
+    **dict.fromkeys(["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"], _INVERSE),
+}
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+# What makes up a process in the configuration of a scheduler
+_PROCESS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    "rescale_betas_zero_snr",
+)
+
+
+def check_scheduler_class(name: str, *bases: str) -> None:
+    """Refuse a scheduler by its class alone, whatever its configuration.
+
+    Args:
+        name: Of the class.
+        bases: Names of the classes that it inherits from.
+
+    Raises:
+        ValueError: It is not one of `TRAINABLE_SCHEDULERS`, and inherits from none.
+    """
+    if not any(known in TRAINABLE_SCHEDULERS for known in (name, *bases)):
+        reason = next(
+            (REFUSED_SCHEDULERS[known] for known in (name, *bases) if known in REFUSED_SCHEDULERS), "it is not known"
+        )
+        supported = ", ".join(known.removesuffix("Scheduler") for known in TRAINABLE_SCHEDULERS)
+        raise ValueError(f"scheduler={name} is not supported, {reason}; supported (each with Scheduler): {supported}")
+
+
+def training_process(scheduler) -> DDPMScheduler:
+    """The process that a scheduler's model was trained in, as a scheduler that adds its noise.
+
+    Args:
+        scheduler: Of a trained pipeline.
+
+    Returns:
+        A `DDPMScheduler` with the same timesteps, betas and `prediction_type`, for `add_noise` and `get_velocity`: some
+        samplers add noise only at the timesteps that they were last set to.
+
+    Raises:
+        ValueError: The scheduler is not one of `TRAINABLE_SCHEDULERS`, or its configuration is that of another process.
+    """
+    check_scheduler_class(*(kind.__name__ for kind in type(scheduler).__mro__))
+    config = scheduler.config
+    if config.get("use_flow_sigmas"):
+        raise ValueError(f"use_flow_sigmas=True of the scheduler is not supported, {_FLOW}: it must be False")
+    if config.prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type={config.prediction_type} of the scheduler is not supported: it must be one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    if config.get("variance_type") in ("learned", "learned_range"):
+        raise ValueError(
+            f"variance_type={config.variance_type} of the scheduler is not supported: models that also predict the variance "
+            f"cannot be pruned"
+        )
+    steps = config.num_train_timesteps
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_train_timesteps={steps} of the scheduler must be an integer of at least 1")
+    try:
+        process = DDPMScheduler(**{name: config[name] for name in _PROCESS if name in config})
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"the betas of the scheduler cannot be made: {' '.join(str(error).split())}") from error
+    _check_noise_levels(process, scheduler)
+    return process
+
+
+def check_timesteps(unet: nn.Module, process: DDPMScheduler) -> None:
+    """Refuse a model that has no embedding of some timestep of its process.
+
+    Raises:
+        ValueError: Its time embedding is a table with fewer rows.
+    """
+    rows, steps = unet.config.num_train_timesteps, process.config.num_train_timesteps
+    if unet.config.time_embedding_type == "learned" and rows < steps:
+        raise ValueError(
+            f"num_train_timesteps={steps} of the scheduler must be at most num_train_timesteps={rows} of the model, whose "
+            f"time embedding is learned"
+        )
+
+
+def _check_noise_levels(process: DDPMScheduler, scheduler) -> None:
+    """Refuse betas that are none, or of which the scheduler makes others."""
+    betas, abar, steps = process.betas, process.alphas_cumprod, process.config.num_train_timesteps
+    if len(betas) != steps:
+        raise ValueError(f"trained_betas of the scheduler has {len(betas)} values, not num_train_timesteps={steps}")
+    if not (torch.isfinite(betas).all() and (betas > 0).all() and (betas <= 1).all()):
+        ends = f"beta_start={process.config.beta_start}, beta_end={process.config.beta_end}"
+        raise ValueError(f"the betas of the scheduler ({ends}) must be greater than 0 and at most 1")
+    theirs = getattr(scheduler, "alphas_cumprod", None)
+    if theirs is None or theirs.shape != abar.shape or not torch.allclose(theirs.cpu().float(), abar, rtol=1e-4, atol=1e-6):
+        raise ValueError(f"scheduler={type(scheduler).__name__} has other noise levels than those of a DDPM with its betas")
