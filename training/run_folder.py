@@ -1,4 +1,4 @@
-"""The files of a run: where it starts from, whether it can be written, and how it appears whole or not at all.
+"""The files of a run: whether they can be written, and how the result appears whole or not at all.
 
 <output_dir>                 the result, once it is complete
 .<output_dir>.incomplete     the result until then
@@ -15,92 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from torch import nn
 
-from diffusers_gfprune import GFPrunedUNet2DModel
-
-__all__ = ["RunFolder", "load_dense_pipeline", "load_pipeline", "write_json"]
+__all__ = ["RunFolder", "format_size", "write_json"]
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> tuple[UNet2DModel, DDPMScheduler]:
-    """Load the UNet and the scheduler of a trained DDPM that is to be pruned, from safetensors only.
-
-    Args:
-        name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories, at the root.
-        revision: Branch, tag or commit on the Hub.
-
-    Raises:
-        ValueError: There is no such model, it is no DDPM with a `UNet2DModel`, or its weights are missing, damaged, of
-            another shape, or a pickle.
-    """
-    return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", (UNet2DModel,))
-
-
-def load_pipeline(
-    name_or_path: str,
-    revision: str | None,
-    argument: str,
-    classes: Sequence[type[UNet2DModel]] = (UNet2DModel, GFPrunedUNet2DModel),
-) -> tuple[UNet2DModel, DDPMScheduler]:
-    """Load the UNet and the scheduler of a DDPM, from safetensors only, without running code of the repository.
-
-    Args:
-        name_or_path: A Hub id or a local folder.
-        revision: Branch, tag or commit on the Hub.
-        argument: What to call it in errors.
-        classes: What the UNet may be.
-
-    Raises:
-        ValueError: As `load_dense_pipeline`.
-    """
-    argument = f"{argument}={name_or_path}"
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_local and not Path(name_or_path).is_dir():
-        raise ValueError(f"{argument} is not a folder")
-    if revision is not None and Path(name_or_path).is_dir():
-        raise ValueError(f"{argument} is a folder, and has no revision={revision}: revisions are of the Hub")
-    known = {kind.__name__: kind for kind in classes}
-    try:
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            folder = Path(DDPMPipeline.download(name_or_path, revision=revision, use_safetensors=True))
-        index = json.loads((folder / "model_index.json").read_text())
-        component = index["unet"][1]
-        if component not in known:
-            raise ValueError(f"its unet is a {component}, not a {' or '.join(known)}")
-        unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-        weights = [path.name for path in unet_folder.iterdir() if path.name.startswith("diffusion_pytorch_model")]
-        if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in weights):
-            found = ", ".join(weights) or "no weights"
-            raise ValueError(f"its unet has {found}: only safetensors are loaded, pickles never are")
-        unet, info = known[component].from_pretrained(unet_folder, use_safetensors=True, output_loading_info=True)
-        scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-        scheduler = DDPMScheduler.from_pretrained(scheduler_folder)
-        if scheduler.config.num_train_timesteps < 1:
-            raise ValueError(f"its scheduler has num_train_timesteps={scheduler.config.num_train_timesteps}")
-    except (
-        *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
-        *(SafetensorError, HfHubHTTPError, HFValidationError),
-    ) as error:
-        raise ValueError(f"{argument} cannot be loaded: {_first_line(error)}") from error
-    # Diffusers leaves weights that a file lacks random, with a warning only.
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
-        wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
-        raise ValueError(f"{argument}: {len(wrong)} weights do not fit its config, first {wrong[0]}")
-    if unet.config.out_channels != unet.config.in_channels:
-        raise ValueError(
-            f"{argument} has in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}: models that "
-            f"also predict the variance cannot be pruned"
-        )
-    return unet, scheduler
+def format_size(count: float) -> str:
+    """Bytes in words: MiB, or GiB from 1 GiB on."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -151,6 +73,34 @@ class RunFolder:
                 f"{self.training} holds checkpoints of a run that did not end: go on with --resume_from_checkpoint latest, "
                 f"or start again with --overwrite_output_dir"
             )
+
+    def try_writing(self, size: int) -> None:
+        """Write a file of some bytes where the result will be, and delete it again, with the folders that were made for it.
+
+        Free space says little of quotas, and nothing of folders that may not be written.
+
+        Raises:
+            ValueError: It cannot be written.
+        """
+        made = [folder for folder in self.path.parents if not folder.exists()]
+        trial, chunk = self._beside("trial"), bytes(2**20)
+        try:
+            try:
+                trial.parent.mkdir(parents=True, exist_ok=True)
+                with open(trial, "wb") as file:
+                    for start in range(0, size, len(chunk)):
+                        file.write(chunk[: size - start])
+                    os.fsync(file.fileno())
+            finally:
+                trial.unlink(missing_ok=True)
+                for folder in made:
+                    with contextlib.suppress(OSError):  # another run may use it by now
+                        folder.rmdir()
+        except OSError as error:
+            raise ValueError(
+                f"output_dir={self.path}: a file of the size of the weights, {format_size(size)}, cannot be written beside "
+                f"it: {error.strerror}"
+            ) from error
 
     def prepare(self, model: nn.Module, resuming: bool = False) -> None:
         """Make the hidden folder, and check that a pipeline with `model` will fit on the disk.

@@ -22,6 +22,7 @@ from objective import Objective
 from prune_arguments import Arguments
 from run_folder import RunFolder
 from tracking import project_configuration
+from trained_pipelines import TrainedPipeline
 
 __all__ = ["Run", "estimate_run", "make_accelerator", "make_batches", "make_calibration", "run_identity", "run_settings"]
 
@@ -39,12 +40,12 @@ class Run:
         folder: Files of the run.
         checkpoints: In the folder.
         identity: What a checkpoint must share to be gone on from.
+        pipeline: Where the run starts from; its UNet is the one that is pruned.
         dense: The dense model, frozen.
-        noise_scheduler: Of the model.
         images: Training images.
         num_held_out: Held-out images.
         step_loss: Loss on these.
-        dense_step_loss: Of the dense model.
+        dense_step_losses: Of the dense model (see `measure_step_losses`); empty on other processes than the main one.
         sample_quality: Measures samples.
         objective: Training loss.
         origin: Base model, data set and command, for the report.
@@ -56,12 +57,12 @@ class Run:
     folder: RunFolder
     checkpoints: Checkpoints
     identity: dict
+    pipeline: TrainedPipeline
     dense: nn.Module
-    noise_scheduler: object
     images: object
     num_held_out: int
     step_loss: StepLoss
-    dense_step_loss: float
+    dense_step_losses: dict[str, float]
     sample_quality: SampleQuality
     objective: Objective
     origin: dict
@@ -156,7 +157,7 @@ def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[tuple[Te
         run.images,
         args.pruning.calibration_batches,
         args.pruning.calibration_batch_size or args.training.train_batch_size,
-        num_train_timesteps=run.noise_scheduler.config.num_train_timesteps,
+        num_train_timesteps=run.pipeline.process.config.num_train_timesteps,
         seed=args.run.seed,
         step=step,
         rank=accelerator.process_index,
