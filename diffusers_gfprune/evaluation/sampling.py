@@ -9,10 +9,16 @@ noise can be compared image by image. Timesteps are spaced evenly (`"leading"`, 
 as squares, denser where there is little noise (`"quadratic"`: t_s = (sqrt(0.8 T) (s - 1) / (S - 1))^2, the setting of Song et
 al. for CIFAR-10, appendix D.2, and of the diffusion pruning papers).
 
+Leading spacing goes up from 0 in gaps of T // S. Where S does not divide T, it may end far below T (501 of 1,000 steps have
+gaps of 1 and end at timestep 500), and sampling would start from noise that the model takes for a half denoised image.
+`fit_spacing` finds what can be sampled instead; `make_sampler` refuses what cannot come out right.
+
 Images are rounded to 8 bits, as files would hold them: what is measured is what is seen.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +27,86 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..diffusion_process import training_process
 from .eval_mode import evaluating
 
-__all__ = ["TIMESTEP_SPACINGS", "SpacedDDIMScheduler", "default_labels", "image_generators", "sample_images", "to_uint8"]
+__all__ = [
+    "TIMESTEP_SPACINGS",
+    "Spacing",
+    "SpacedDDIMScheduler",
+    "fit_spacing",
+    "image_generators",
+    "make_sampler",
+    "sample_images",
+    "to_uint8",
+]
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
+# Share of the timesteps that leading spacing must span: it is 1 where the number of steps divides them. After 0.9 of the
+# linear schedule of Ho et al., 1.7 % of the image is left.
+LEADING_SHARE = 0.9
+# Beta schedules that DDIMScheduler makes itself
+DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # The share of the timesteps that a quadratic sequence reaches up to (Song et al.'s code)
 QUADRATIC_SHARE = 0.8
 
 
-class SpacedDDIMScheduler(DDIMScheduler):
-    """DDIM that also knows quadratic spacing, where every step goes to the next timestep of the sequence.
+class Spacing(NamedTuple):
+    """Timesteps that can be sampled.
 
-    With the other spacings a step goes down by T // S, as in Diffusers, which is the next timestep wherever spacing allows.
+    Attributes:
+        num_inference_steps: How many.
+        timestep_spacing: One of `TIMESTEP_SPACINGS`.
+        changes: What is not as it was asked for, a line each.
+    """
+
+    num_inference_steps: int
+    timestep_spacing: str
+    changes: tuple[str, ...] = ()
+
+
+def _leading_misses(num_train_timesteps: int, num_inference_steps: int, steps_offset: int) -> str | None:
+    """What is wrong with the timesteps of leading spacing, if anything is."""
+    gap = num_train_timesteps // num_inference_steps
+    first = (num_inference_steps - 1) * gap + steps_offset
+    starts = f"would start at timestep {first} of {num_train_timesteps}"
+    if first >= num_train_timesteps:
+        return f"{starts}, because of steps_offset={steps_offset} of the scheduler"
+    if num_inference_steps * gap < LEADING_SHARE * num_train_timesteps:
+        return f"{starts} and leave out the noisier ones"
+    return None
+
+
+def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> Spacing:
+    """What can be sampled in place of what was asked for, where that is not possible.
+
+    Args:
+        scheduler: Of the model, with T timesteps.
+        num_inference_steps: S as asked for (>= 1): at most T of them are taken.
+        timestep_spacing: One of `TIMESTEP_SPACINGS`. Leading spacing that would leave out the noisiest timesteps, or go past
+            the last one, becomes trailing.
+    """
+    changes = []
+    num_train_timesteps, steps_offset = scheduler.config.num_train_timesteps, scheduler.config.get("steps_offset", 0)
+    if num_inference_steps > num_train_timesteps:
+        changes.append(
+            f"num_inference_steps={num_inference_steps} is more than the {num_train_timesteps} timesteps that the model was "
+            f"trained with: samples take {num_train_timesteps}"
+        )
+        num_inference_steps = num_train_timesteps
+    if timestep_spacing == "leading" and (wrong := _leading_misses(num_train_timesteps, num_inference_steps, steps_offset)):
+        changes.append(
+            f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: samples take trailing spacing"
+        )
+        timestep_spacing = "trailing"
+    return Spacing(num_inference_steps, timestep_spacing, tuple(changes))
+
+
+class SpacedDDIMScheduler(DDIMScheduler):
+    """DDIM that also knows quadratic spacing, and where every step goes to the next timestep of the sequence.
+
+    Diffusers goes down by T // S whatever the spacing. That is the next timestep with leading spacing, and with trailing
+    spacing where S divides T; with linspace it is another one.
 
     `timestep_spacing="quadratic"` is an argument of `set_timesteps`, since the configuration does not know the word.
     """
@@ -50,14 +123,13 @@ class SpacedDDIMScheduler(DDIMScheduler):
             quadratic: Space them as squares, whatever the configuration says.
         """
         super().set_timesteps(num_inference_steps, device)
-        gap = self.config.num_train_timesteps // num_inference_steps
-        self.previous = {int(t): int(t) - gap for t in self.timesteps}
         if quadratic:
             top = np.sqrt(self.config.num_train_timesteps * QUADRATIC_SHARE)
             rising = np.unique((np.linspace(0, top, num_inference_steps) ** 2).astype(np.int64))
             rising = rising[rising < self.config.num_train_timesteps]
             self.timesteps = torch.from_numpy(rising[::-1].copy()).to(device)
-            self.previous = dict(zip(rising.tolist(), [-1, *rising[:-1].tolist()]))
+        falling = self.timesteps.tolist()
+        self.previous = dict(zip(falling, [*falling[1:], -1]))
 
     def step(
         self,
@@ -108,15 +180,47 @@ def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def default_labels(unet: nn.Module, numbers: range) -> Tensor | None:
-    """Class labels for samples of a conditional model: the classes in turn. None for an unconditional one."""
-    classes = unet.config.num_class_embeds
-    return None if classes is None else torch.tensor(list(numbers)) % classes
-
-
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1] as 8-bit values."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def make_sampler(scheduler, num_inference_steps: int, timestep_spacing: str = "leading") -> SpacedDDIMScheduler:
+    """DDIM for a trained model, set to its timesteps.
+
+    Args:
+        scheduler: Of the model (see `diffusion_process`): DDIM takes its configuration, and its betas, over.
+        num_inference_steps: S (>= 1, at most the model's timesteps).
+        timestep_spacing: One of `TIMESTEP_SPACINGS`.
+
+    Raises:
+        ValueError: The scheduler cannot be sampled by DDIM, or not with these timesteps.
+    """
+    if timestep_spacing not in TIMESTEP_SPACINGS:
+        raise ValueError(f"timestep_spacing={timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
+    process = training_process(scheduler)
+    steps = process.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= steps:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} must be from 1 to the {steps} timesteps of the model's training"
+        )
+    offset = scheduler.config.get("steps_offset", 0)
+    if timestep_spacing == "leading" and (wrong := _leading_misses(steps, num_inference_steps, offset)):
+        raise ValueError(f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: take trailing")
+    quadratic = timestep_spacing == "quadratic"
+    options: dict = {} if quadratic else {"timestep_spacing": timestep_spacing}
+    if process.config.trained_betas is None and process.config.beta_schedule not in DDIM_BETA_SCHEDULES:
+        options |= {"trained_betas": process.betas.tolist(), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
+    ddim = SpacedDDIMScheduler.from_config(scheduler.config, **options)
+    ddim.set_timesteps(num_inference_steps, quadratic=quadratic)
+    first = int(ddim.timesteps[0])
+    if ddim.alphas_cumprod[first] <= 0 and process.config.prediction_type == "epsilon":
+        raise ValueError(
+            f"timestep_spacing={timestep_spacing} starts at timestep {first}, where rescale_betas_zero_snr=True of the "
+            f"scheduler leaves nothing but noise, from which prediction_type=epsilon makes no image: take leading, with at "
+            f"most {steps // 2} steps"
+        )
+    return ddim
 
 
 @torch.no_grad()
@@ -142,7 +246,7 @@ def sample_images(
         scheduler: Its scheduler, whose configuration DDIM takes over.
         num_images: How many (>= 1).
         size: Height and width in pixels.
-        num_inference_steps: DDIM steps (>= 1).
+        num_inference_steps: DDIM steps (>= 1; see `make_sampler`).
         seed: Of the noise (>= 0).
         batch_size: Images in one forward (>= 1).
         class_labels: With shape `(num_images,)`, for conditional models.
@@ -155,17 +259,12 @@ def sample_images(
         Images in [0, 1], in steps of 1/255, float32 on the CPU, with shape `(num_images, channels, height, width)`.
 
     Raises:
-        ValueError: An argument is out of its range, or samples are not finite.
+        ValueError: An argument is out of its range, the scheduler is of another process, or samples are not finite.
     """
-    if timestep_spacing not in TIMESTEP_SPACINGS:
-        raise ValueError(f"timestep_spacing={timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must be in [0, 1]")
     parameter = next(unet.parameters())
-    quadratic = timestep_spacing == "quadratic"
-    spacing = {} if quadratic else {"timestep_spacing": timestep_spacing}
-    ddim = SpacedDDIMScheduler.from_config(scheduler.config, **spacing)
-    ddim.set_timesteps(num_inference_steps, quadratic=quadratic)
+    ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing)
     shape = (unet.config.in_channels, *size)
     images = []
     with evaluating(unet):
