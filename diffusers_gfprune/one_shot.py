@@ -3,45 +3,81 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from .class_labels import LabelDropout, check_labels, make_label_dropout
 from .configuration import GFPruneConfig
 from .evaluation.cost import spatial_size
+from .pixel_values import image_values, unused_range
 from .pruner import GradientFlowPruner
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
 __all__ = ["calibration_batches", "images_to_tensor", "prune_unet"]
+
+logger = logging.getLogger(__name__)
 
 
 def images_to_tensor(images, channels: int) -> Tensor:
     """Calibration images as float32 in [-1, 1] with shape `(images, channels, height, width)`.
 
     Args:
-        images: A tensor of that kind, or a list of PIL images of one size.
-        channels: What the model takes: 1 (greyscale) or 3 (RGB).
+        images: One of
+
+            - a tensor of that kind, or of uint8, or a list of tensors of shape `(channels, height, width)`;
+            - a list of PIL images of one size, in the modes of `pixel_values`;
+            - an array of shape `(images, height, width[, 1 or 3])`, or a list of its rows: uint8, uint16 (greyscale only) or
+              floating point in [0, 1], as `output_type="np"` of a pipeline gives them.
+        channels: What the model takes: 1 (greyscale) or 3 (RGB); of tensors, any number.
 
     Raises:
-        ValueError: The tensor has another shape or range, or there are no images.
+        ValueError: Images have another shape, range or type, differ in size, or there are none.
     """
     if not isinstance(images, Tensor):
-        images = list(images)
-        if not images:
-            raise ValueError("images is empty: pruning needs at least one calibration image")
-        mode = {1: "L", 3: "RGB"}.get(channels)
-        if mode is None:
-            raise ValueError(f"the model takes {channels} channels: pass images as a tensor")
-        pixels = np.stack([np.asarray(image.convert(mode), dtype=np.float32) for image in images])
-        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        images = _stack(images, channels)
     if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (images, {channels}, height, width)")
-    if not images.is_floating_point() or images.min() < -1.001 or images.max() > 1.001:
-        raise ValueError(f"images have values from {images.min():g} to {images.max():g}, not floating point in [-1, 1]")
+    if images.dtype == torch.uint8:
+        return images.float().div_(255).mul_(2).sub_(1)
+    if not images.is_floating_point():
+        raise ValueError(f"images are a tensor of {images.dtype}, not uint8 or floating point in [-1, 1]")
+    least, most = images.min().item(), images.max().item()
+    if not (least >= -1.001 and most <= 1.001):  # NaN is refused, too
+        raise ValueError(f"images have values from {least:g} to {most:g}, not floating point in [-1, 1]")
+    if least >= 0:
+        logger.warning(
+            "images have values from %.3g to %.3g, and are taken as they are: a model sees black as -1. If yours sees black "
+            "at 0, pass images * 2 - 1",
+            least,
+            most,
+        )
     return images.float()
+
+
+def _stack(images, channels: int) -> Tensor:
+    """Images one by one, all of one size, as a tensor."""
+    try:
+        images = list(images)
+    except TypeError:
+        raise ValueError(f"images is a {type(images).__name__}, not a list of images or a tensor") from None
+    if not images:
+        raise ValueError("images is empty: pruning needs at least one calibration image")
+    if not all(isinstance(image, Tensor) for image in images):
+        if channels not in (1, 3):
+            raise ValueError(f"the model takes {channels} channels: pass images as a tensor")
+        given, images = images, [image_values(image, channels, f"images[{i}]") for i, image in enumerate(images)]
+        reasons = [unused_range(image) for image in given if isinstance(image, Image.Image)]
+        if reasons and None not in reasons:
+            logger.warning(reasons[0])
+    for index, image in enumerate(images):
+        if (image.shape, image.dtype) != (images[0].shape, images[0].dtype):
+            described = [f"images[{i}] has shape {tuple(images[i].shape)} of {images[i].dtype}" for i in (0, index)]
+            raise ValueError(f"images differ in size or type: {', '.join(described)}")
+    return torch.stack(images)
 
 
 def calibration_batches(
@@ -50,6 +86,7 @@ def calibration_batches(
     batch_size: int = 32,
     class_labels: Tensor | None = None,
     seed: int = 0,
+    label_dropout: LabelDropout | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """Batches `(clean_images, noise, timesteps[, class_labels])` with noise and timesteps drawn from `seed`.
 
@@ -58,11 +95,14 @@ def calibration_batches(
         noise_scheduler: A Diffusers scheduler; timesteps are uniform over its training timesteps.
         batch_size: Images in a batch (>= 1).
         class_labels: With shape `(images,)`.
-        seed: Of noise and timesteps.
+        seed: Of noise and timesteps, and of which labels are dropped.
+        label_dropout: How labels are dropped, if they are.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator)
     timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(images),), generator=generator)
+    if label_dropout is not None:
+        class_labels = label_dropout.several(class_labels, generator)
     columns: Sequence[Tensor] = (
         (images, noise, timesteps) if class_labels is None else (images, noise, timesteps, class_labels)
     )
@@ -76,6 +116,8 @@ def prune_unet(
     batch_size: int = 32,
     class_labels: Tensor | None = None,
     seed: int = 0,
+    label_dropout: float | None = None,
+    null_label: int | None = None,
     **options,
 ) -> GFPrunedUNet2DModel:
     """Prune a copy of a dense UNet in one shot.
@@ -86,7 +128,10 @@ def prune_unet(
         images: Calibration images (`images_to_tensor`).
         batch_size: Images in a calibration batch.
         class_labels: With shape `(images,)`, for conditional models.
-        seed: Of calibration noise and timesteps.
+        seed: Of calibration noise and timesteps, and of which labels are dropped.
+        label_dropout: Share of the labels that `null_label` replaces, in [0, 1) (default: 0.1 with a null label): that of the
+            model's training.
+        null_label: Label that stands for no label, of models for classifier-free guidance.
         **options: Fields of `GFPruneConfig`.
 
     Returns:
@@ -107,6 +152,11 @@ def prune_unet(
         raise ValueError(f"images are {pixels.shape[2]}x{pixels.shape[3]} pixels, the model's sample_size is {wanted}")
     if class_labels is not None and len(class_labels) != len(pixels):
         raise ValueError(f"class_labels has {len(class_labels)} labels for {len(pixels)} images")
+    dropout = make_label_dropout(unet.config.num_class_embeds, null_label, label_dropout)
+    if dropout is not None:
+        if class_labels is None:
+            raise ValueError(f"null_label={null_label} needs class_labels of the images")
+        check_labels(class_labels.tolist(), dropout.null_label)
     pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler, sample_size=tuple(pixels.shape[2:]))
-    pruner.step(0, calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed))
+    pruner.step(0, calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed, dropout))
     return pruner.compact()

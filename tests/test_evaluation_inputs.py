@@ -30,6 +30,9 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     write(tmp_path / "0", 7)
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_text("no image")
+    for hidden in (".ipynb_checkpoints", "0/.thumbnails/large", "__MACOSX"):
+        (tmp_path / hidden).mkdir(parents=True)
+        write(tmp_path / hidden, 9)
     images = FolderImages(str(tmp_path))
     assert len(images) == 4 and images.channels == 1 and images.size == (6, 4)
     pixels = images.read(range(4))
@@ -51,6 +54,18 @@ def test_colour_is_read_as_rgb(tmp_path: Path) -> None:
     pixels = FolderImages(str(folder)).read(range(5))
     assert pixels.shape == (5, 3, 6, 4)
     assert pixels[:, :, 0, 0].tolist() == [[value] * 3 for value in (10, 20, 30, 40, 50)]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3)])
+def test_greyscale_is_read_as_it_is_however_it_is_stored(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """16 bits are scaled, and not clipped to white."""
+    folder = write(tmp_path, 10, shape=shape)
+    Image.fromarray(np.full((6, 4), 20 * 257, np.uint16)).save(folder / "001.png")
+    Image.fromarray(np.full((6, 4, 3), 30, np.uint8)).save(folder / "002.png")
+    Image.fromarray(np.full((6, 4), 40 / 255, np.float32)).save(folder / "003.tif")
+    pixels = FolderImages(str(folder)).read(range(4))
+    assert pixels.dtype == torch.uint8 and pixels.shape == (4, len(shape) * 2 - 3, 6, 4)
+    assert pixels.amax((1, 2, 3)).tolist() == pixels.amin((1, 2, 3)).tolist() == [10, 20, 30, 40]
 
 
 def test_digest_is_of_what_the_files_hold(tmp_path: Path) -> None:
@@ -75,9 +90,11 @@ def test_what_are_no_images_of_one_kind_is_refused(tmp_path: Path) -> None:
     extra = tmp_path / "x/003.png"
     for content, message in (
         (encode(np.zeros((8, 8), np.uint8)), "003.png has 8x8 pixels, others have 6x4"),
-        (encode(np.zeros((6, 4, 3), np.uint8)), "003.png has mode RGB, the first image is greyscale"),
+        (
+            encode(np.eye(6, 4, dtype=np.uint8)[..., None] * np.uint8([9, 0, 0])),
+            "003.png: mode RGB is in colour where greyscale",
+        ),
         (b"no image", "003.png cannot be read: cannot identify"),
-        (encode(Image.fromarray(np.zeros((6, 4), np.uint16))), "003.png has mode I;16, the first image is greyscale"),
     ):
         extra.write_bytes(content)
         with pytest.raises(ValueError, match=message):

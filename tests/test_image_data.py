@@ -12,12 +12,16 @@ import pytest
 import torch
 from image_helpers import encode, load, numbered, numbers_of, unet_config, write_folder, write_parquet
 from PIL import Image
+from torchvision import transforms
 
 import image_data
+from batches import train_dataloader
 from image_data import DataArguments
 from image_decoding import BrokenImage, BrokenImages, EncodedImage, ImageDecoder
 
 TRUNCATED = numbered(7)[:45]
+SMALL = encode(np.zeros((4, 9), dtype=np.uint8))
+COLOUR = encode(np.array([[[255, 0, 0]]], dtype=np.uint8).repeat(8, 0).repeat(8, 1))
 
 
 def decoder(size: int = 8, channels: int = 1, classes: int | None = None, **options) -> ImageDecoder:
@@ -56,10 +60,32 @@ def test_greyscale_modes_for_a_greyscale_model(mode: str) -> None:
     torch.testing.assert_close(pixels, tensor(picture.convert("L")), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("RGB", 1), ("P", 1), ("I;16", 1), ("I;16", 3)])
-def test_modes_that_would_lose_something_are_broken(mode: str, channels: int) -> None:
-    with pytest.raises(BrokenImage, match=f"row 5 of column image: images have mode {mode}"):
-        decoder(channels=channels)(encoded(encode(Image.new(mode, (8, 8)))))
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK"])
+def test_greyscale_stored_in_colour_fits_a_greyscale_model_and_colour_does_not(mode: str) -> None:
+    grey = noise_image(8, 8)
+    pixels = decoder()(encoded(encode(grey.convert("P") if mode == "P" else grey.convert("RGB").convert(mode), "tiff")))
+    torch.testing.assert_close(pixels, tensor(grey), atol=1e-6, rtol=0)
+    with pytest.raises(BrokenImage, match=f"row 5 of column image: mode {mode} is in colour where greyscale"):
+        decoder()(encoded(encode(noise_image(8, 8, "RGB").convert(mode), "tiff")))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("height", [8, 12])
+def test_sixteen_bits_are_scaled_cropped_and_not_clipped(channels: int, height: int) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (height, 8), dtype=np.uint16)
+    decode = decoder(channels=channels, center_crop=True)
+    top = (height - 8) // 2
+    expected = torch.from_numpy(values[top : top + 8] / 65535 * 2 - 1).float().expand(channels, 8, 8)
+    torch.testing.assert_close(decode(encoded(encode(values))), expected, atol=1e-6, rtol=0)
+    with pytest.raises(BrokenImage, match=r"row 5 of column image: mode F .* has values from 0 to 255, not in \[0, 1\]"):
+        decode(encoded(encode(np.full((8, 8), 255, np.float32) * np.eye(8, dtype=np.float32), "tiff")))
+
+
+def test_mode_of_a_data_set_does_not_clip_sixteen_bits() -> None:
+    decode = ImageDecoder("image", datasets.Image(mode="L"), unet_config())
+    pixels = decode(encoded(encode(np.full((8, 8), 65535 // 4, np.uint16))))
+    torch.testing.assert_close(pixels, torch.full((1, 8, 8), -0.5), atol=1e-4, rtol=0)
+    assert decode(encoded(encode(noise_image(8, 8, "RGB")))).shape == (1, 8, 8)  # asked for by the data set
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 16), (16, 12), (9, 30)])
@@ -93,7 +119,7 @@ def test_crop_at_the_centre_and_flip_if_asked() -> None:
     assert torch.equal(flipping(image), centre)
 
 
-@pytest.mark.parametrize("data", [None, b"", b"not an image", TRUNCATED, encode(np.zeros((4, 9), dtype=np.uint8))])
+@pytest.mark.parametrize("data", [None, b"", b"not an image", TRUNCATED, SMALL, COLOUR])
 def test_what_counts_as_broken(data: bytes | None) -> None:
     with pytest.raises(BrokenImage, match="row 5 of column image: "):
         decoder()(encoded(data))
@@ -210,40 +236,62 @@ def test_validation_split_and_labels(streaming: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_broken_images_at_the_start_are_passed_over(streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train = [TRUNCATED, None, *(numbered(number) for number in range(4))]
-    folder = write_parquet(tmp_path / "data", [train])
-    write_parquet(folder, [[numbered(9), b"", numbered(8)]], split="test")
+@pytest.mark.parametrize("misfit", [TRUNCATED, None, SMALL, COLOUR], ids=["broken", "none", "small", "colour"])
+def test_misfits_are_alike_wherever_they_stand(
+    misfit: bytes | None, streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start, further on, and among the held-out ones."""
+    folder = write_parquet(tmp_path / "data", [[misfit, misfit, *(numbered(n) for n in range(30)), misfit, numbered(30)]])
+    write_parquet(folder, [[misfit, numbered(9), numbered(8)]], split="test")
     with caplog.at_level(logging.WARNING):
         images, (held_out, _) = load(folder, streaming=streaming, validation_images=3)
     assert numbers_of(held_out) == [9, 8]
-    assert "1 held-out images are left out, the last one: row 1" in caplog.text
-    assert numbers_of(images.head(3)) == [0, 1, 2]
-    with pytest.raises(ValueError, match="max_broken_images=0 is exceeded: 1 images .* row 0"):
-        load(folder, streaming=streaming, max_broken_images=0)
+    assert "1 held-out images are left out, the last one: row 0" in caplog.text and "enlarged" not in caplog.text
+    assert numbers_of(images.head(99)) == list(range(31)) and not images.decoder.enlarge
+    assert images.summary.num_held_out == 2
+    batches = train_dataloader(images, 8, seed=0, num_train_timesteps=10)
+    met = {name for _, batch in zip(range(12), batches) for name in batch["broken"]}
+    assert met == {f"row {row}" + (" of shard 0" if streaming else "") for row in (0, 1, 32)}
+    with pytest.raises(ValueError, match="split train: max_broken_images=1 is exceeded: 2 images .* row 0"):
+        load(folder, streaming=streaming, max_broken_images=1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_data_of_broken_images_only(streaming: bool, tmp_path: Path) -> None:
-    folder = write_parquet(tmp_path / "data", [[TRUNCATED] * 15])
+def test_data_of_misfits_only(streaming: bool, tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "data", [[TRUNCATED, COLOUR] * 20])
     write_parquet(folder, [[numbered(9)]], split="test")
-    with pytest.raises(ValueError, match="none of the first 10 images can be read, the last one: row 9"):
+    with pytest.raises(ValueError, match="none of the 32 images that were looked at fits the model, the last one: row"):
         load(folder, streaming=streaming)
     (tmp_path / "other").mkdir()
     other = write_parquet(tmp_path / "other/data", [[numbered(1)] * 4])
     write_parquet(other, [[b""]], split="test")
-    with pytest.raises(ValueError, match="no held-out images that can be read"):
+    with pytest.raises(ValueError, match="split test: there are no held-out images: none of 1 fits the model, the last one: "):
         load(other, streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_first_image_that_does_not_fit_is_an_error(streaming: bool, tmp_path: Path) -> None:
-    small = write_folder(tmp_path / "small", [encode(np.zeros((4, 4), dtype=np.uint8))] * 6)
-    with pytest.raises(ValueError, match="4x4 pixels are smaller than the model's sample_size=8x8"):
-        load(small, streaming=streaming)
-    colour = write_folder(tmp_path / "colour", [encode(noise_image(8, 8, "RGB"))] * 6)
-    with pytest.raises(ValueError, match="mode RGB but the model takes in_channels=1"):
-        load(colour, streaming=streaming)
+def test_set_that_is_smaller_than_the_model_is_enlarged(
+    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Diffusers' train_unconditional.py enlarges it, whichever images are held out; a set with one large image is not."""
+    small = [noise_image(4, 6 - n % 3) for n in range(12)]
+    folder = write_folder(tmp_path / "small", [*map(encode, small), TRUNCATED])
+    scaled = transforms.Compose([transforms.Resize(8), transforms.CenterCrop(8), transforms.ToTensor()])
+    with caplog.at_level(logging.WARNING):
+        images, (held_out, _) = load(folder, streaming=streaming, validation_images=1 if streaming else 6)
+    assert [r.getMessage() for r in caplog.records if "held-out" not in r.getMessage()] == [
+        "the images are smaller (4x6 pixels and the like) than the model's sample_size=8x8: they are enlarged, as Diffusers' "
+        "train_unconditional.py does it"
+    ]
+    assert images.summary.enlarged and "all are scaled up to the model's size" in images.summary.lines()[1]
+    pixels = torch.cat([held_out, images.head(99)])
+    expected = torch.stack([scaled(picture) * 2 - 1 for picture in small])
+    order = [int((pixels - picture).abs().amax((1, 2, 3)).argmin()) for picture in expected]
+    torch.testing.assert_close(pixels[order], expected, atol=1e-6, rtol=0)
+    mixed = write_parquet(tmp_path / "mixed", [[*map(encode, small), numbered(7), numbered(8)]])
+    write_parquet(mixed, [[numbered(5)]], split="validation")
+    images, _ = load(mixed, streaming=streaming, max_broken_images=12)
+    assert not images.decoder.enlarge and numbers_of(images.head(99)) == [7, 8]
 
 
 def test_greyscale_images_for_a_colour_model_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,6 +312,29 @@ def test_too_few_images_to_hold_out(streaming: bool, tmp_path: Path) -> None:
     empty = write_parquet(tmp_path / "empty", [[]])
     with pytest.raises(ValueError, match="has no training images" if streaming else "corresponds to no data"):
         load(empty, streaming=streaming)
+
+
+def test_choice_among_several_columns_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Masks beside pictures, coarse labels beside fine ones."""
+    rows = {
+        name: [{"bytes": numbered(n + start), "path": None} for n in range(6)] for name, start in (("image", 0), ("mask", 9))
+    }
+    labels = {"fine": datasets.ClassLabel(num_classes=2), "coarse": datasets.ClassLabel(num_classes=2)}
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image(), **labels})
+    (tmp_path / "data").mkdir()
+    columns = {**rows, "fine": [0] * 6, "coarse": [1] * 6}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data/train.parquet")
+    with caplog.at_level(logging.WARNING):
+        train, (_, labels) = load(tmp_path / "data", unet_config(classes=2))
+    assert max(numbers_of(train.head(9))) < 9 and labels.tolist() == [0, 0]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "image_column=image is taken of the columns ['image', 'mask']",
+        "label_column=fine is taken of the columns ['fine', 'coarse']",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        train, (_, labels) = load(tmp_path / "data", unet_config(classes=2), image_column="mask", label_column="coarse")
+    assert min(numbers_of(train.head(9))) >= 9 and labels.tolist() == [1, 1] and not caplog.records
 
 
 def test_folder_without_data_is_one_clear_line(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 Images are decoded here, one by one, and not by `datasets`: there, one broken file ends a stream or a loading process.
 Preprocessing is that of Diffusers' `train_unconditional.py`: scaled so that the image just covers the model's size
-(bilinear), cropped at random or at the centre, flipped left to right if asked, scaled to [-1, 1].
+(bilinear), cropped at random or at the centre, flipped left to right if asked, scaled to [-1, 1]. Modes are those of
+`diffusers_gfprune.pixel_values`. Images that are smaller than the model's are misfits, unless the whole set is small
+(`adapt_decoder`): then they are enlarged, as that script does it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -17,11 +20,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-__all__ = ["BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWORK_ERRORS", "sample_size"]
+from diffusers_gfprune.class_labels import LabelDropout
+from diffusers_gfprune.pixel_values import is_deep, is_greyscale, pixel_values, unused_range, with_channels
 
-GREYSCALE_MODES = {"1", "L", "LA"}
-# Whatever else Pillow has (16 bits, floats) it converts to 8 bits by clipping.
-COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"}
+__all__ = ["BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWORK_ERRORS", "adapt_decoder", "sample_size"]
+
+logger = logging.getLogger(__name__)
+
 # What the Hub's client raises, after many attempts of its own
 NETWORK_ERRORS = (ConnectionError, TimeoutError, HTTPError)
 
@@ -112,16 +117,37 @@ class ImageDecoder:
         unet_config: Configuration of the model: `sample_size`, `in_channels` (1: greyscale, 3: RGB), `num_class_embeds`.
         center_crop: Crop at the centre, not at random.
         random_flip: Flip half of the images left to right.
+        label_dropout: How labels are dropped; None: the model has no null label.
+
+    Attributes:
+        enlarge: Scale images up that are smaller than the model's, which else do not fit it.
     """
 
     def __init__(
-        self, column: str, feature: datasets.Image, unet_config, *, center_crop: bool = False, random_flip: bool = False
+        self,
+        column: str,
+        feature: datasets.Image,
+        unet_config,
+        *,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        label_dropout: LabelDropout | None = None,
     ) -> None:
         self.column = column
-        self.feature = datasets.Image(mode=feature.mode)
+        self.feature, self.mode = datasets.Image(), feature.mode
         self.size = sample_size(unet_config)
         self.channels, self.num_classes = unet_config.in_channels, unet_config.num_class_embeds
-        self.center_crop, self.random_flip = center_crop, random_flip
+        self.center_crop, self.random_flip, self.label_dropout = center_crop, random_flip, label_dropout
+        self.enlarge = False
+
+    @property
+    def null_label(self) -> int | None:
+        """What stands for no label, if the model knows such a label."""
+        return None if self.label_dropout is None else self.label_dropout.null_label
+
+    def dropped(self, label: int | None, uniform: float) -> int | None:
+        """The label that a model is trained with, after a random number in [0, 1) has decided whether it is dropped."""
+        return label if self.label_dropout is None or label is None else self.label_dropout.one(label, uniform)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -129,7 +155,7 @@ class ImageDecoder:
         return (self.channels, *self.size)
 
     def open(self, image: EncodedImage) -> Image.Image:
-        """Decode an image as it is.
+        """Decode an image as it is, in the mode that the data set names, if any.
 
         Raises:
             BrokenImage: It cannot be read.
@@ -138,24 +164,34 @@ class ImageDecoder:
         if image.encoded is None:
             raise self._broken(image, "there is none")
         try:
-            return self.feature.decode_example(image.encoded)
+            picture = self.feature.decode_example(image.encoded)
+            return picture if self.mode is None or is_deep(picture) else picture.convert(self.mode)
         except NETWORK_ERRORS as error:
             raise ValueError(f"{image.name} cannot be fetched: {' '.join(str(error).split())}") from error
         except Exception as error:  # broken bytes make Pillow raise anything
             raise self._broken(image, " ".join(str(error).split()) or type(error).__name__) from error
 
-    def misfit(self, picture: Image.Image) -> str | None:
-        """Why an image is not one for this model, or None if it is."""
-        if picture.height < self.size[0] or picture.width < self.size[1]:
-            return (
-                f"{picture.height}x{picture.width} pixels are smaller than the model's "
-                f"sample_size={self.size[0]}x{self.size[1]}"
-            )
-        if self.channels == 1 and picture.mode not in GREYSCALE_MODES:
-            return f"images have mode {picture.mode} but the model takes in_channels=1 (greyscale)"
-        if picture.mode not in GREYSCALE_MODES | COLOUR_MODES:
-            return f"images have mode {picture.mode}, which is neither greyscale nor colour with 8 bits per channel"
-        return None
+    def is_small(self, picture: Image.Image) -> bool:
+        """Whether an image would have to be enlarged for the model."""
+        return picture.height < self.size[0] or picture.width < self.size[1]
+
+    def fitted(self, image: EncodedImage, picture: Image.Image) -> Image.Image:
+        """An image with the model's channels (`with_channels`), of any size that will do.
+
+        Raises:
+            BrokenImage: It does not fit the model.
+            ValueError: Its label is none of the model's.
+        """
+        if self.is_small(picture) and not self.enlarge:
+            wanted = f"the model's sample_size={self.size[0]}x{self.size[1]}"
+            raise self._broken(image, f"{picture.height}x{picture.width} pixels are smaller than {wanted}")
+        try:
+            picture = with_channels(picture, self.channels)
+        except ValueError as error:
+            raise self._broken(image, str(error)) from error
+        if self.num_classes is not None:
+            self._check_label(image)
+        return picture
 
     def __call__(self, image: EncodedImage, uniforms: Sequence[float] | None = None) -> Tensor:
         """Decode, scale and crop an image.
@@ -172,13 +208,7 @@ class ImageDecoder:
             BrokenImage: The image cannot be read or does not fit the model.
             ValueError: Its label is none of the model's, or it cannot be fetched.
         """
-        picture = self.open(image)
-        reason = self.misfit(picture)
-        if reason is not None:
-            raise self._broken(image, reason)
-        if self.num_classes is not None:
-            self._check_label(image)
-        picture = _cover_resize(picture.convert("L" if self.channels == 1 else "RGB"), self.size)
+        picture = _cover_resize(self.fitted(image, self.open(image)), self.size)
         if uniforms is None or self.center_crop:
             picture = F.center_crop(picture, list(self.size))
         else:
@@ -187,14 +217,74 @@ class ImageDecoder:
             picture = F.crop(picture, top, left, *self.size)
         if uniforms is not None and self.random_flip and uniforms[2] < 0.5:
             picture = F.hflip(picture)
-        return F.to_tensor(picture).mul_(2).sub_(1)
+        return pixel_values(picture, self.channels)
 
     def _check_label(self, image: EncodedImage) -> None:
         if not isinstance(image.label, int) or not 0 <= image.label < self.num_classes:
             raise ValueError(f"label {image.label} of {image.name} is none of the model's num_class_embeds={self.num_classes}")
+        if image.label == self.null_label:
+            raise ValueError(f"label {image.label} of {image.name} is null_label={self.null_label}, which no image may have")
 
     def _broken(self, image: EncodedImage, reason: str) -> BrokenImage:
         return BrokenImage(f"{image.name} of column {self.column}: {reason}")
+
+
+def adapt_decoder(decoder: ImageDecoder, images: Sequence[EncodedImage], max_broken_images: int) -> None:
+    """An early look at a few images of a data set: do they fit the model, and is the whole set smaller than its images?
+
+    They are looked at one by one, up to the first one that fits. If all that can be read are smaller than the model's, the set
+    counts as small: images are enlarged from now on. If a single one of them is not, images that are smaller are misfits,
+    like all others that do not fit, and it does not matter where they stand. A function of the images alone.
+
+    Args:
+        decoder: Its `enlarge` is set.
+        images: A few of the data set, always the same ones.
+        max_broken_images: More misfits than this are an error.
+
+    Raises:
+        ValueError: None of them fits, more than `max_broken_images` do not, or one has a label that the model lacks.
+    """
+    looked: list[tuple[EncodedImage, Image.Image | BrokenImage]] = []
+    for image in images:
+        looked.append((image, _opened(decoder, image)))
+        if _misfit(decoder, *looked[-1]) is None:
+            break
+    pictures = [found for _, found in looked if not isinstance(found, BrokenImage)]
+    decoder.enlarge = len(pictures) > 0 and all(map(decoder.is_small, pictures))
+    misfits = {image.name: misfit for image, found in looked if (misfit := _misfit(decoder, image, found)) is not None}
+    if len(misfits) == len(looked):
+        last = list(misfits.values())[-1]
+        raise ValueError(f"none of the {len(looked)} images that were looked at fits the model, the last one: {last}")
+    BrokenImages(max_broken_images).add(misfits)
+    picture = next(found for image, found in looked if image.name not in misfits)
+    if decoder.enlarge:
+        logger.warning(
+            "the images are smaller (%dx%d pixels and the like) than the model's sample_size=%dx%d: they are enlarged, as "
+            "Diffusers' train_unconditional.py does it",
+            *(picture.height, picture.width, *decoder.size),
+        )
+    if (reason := unused_range(picture)) is not None:
+        logger.warning(reason)
+    if decoder.channels == 3 and is_greyscale(picture):
+        logger.warning("images have mode %s: they are converted to RGB, which the model takes", picture.mode)
+
+
+def _opened(decoder: ImageDecoder, image: EncodedImage) -> Image.Image | BrokenImage:
+    try:
+        return decoder.open(image)
+    except BrokenImage as error:
+        return error
+
+
+def _misfit(decoder: ImageDecoder, image: EncodedImage, found: Image.Image | BrokenImage) -> BrokenImage | None:
+    """Why an image is not one for the model, if it is not."""
+    if isinstance(found, BrokenImage):
+        return found
+    try:
+        decoder.fitted(image, found)
+    except BrokenImage as error:
+        return error
+    return None
 
 
 def sample_size(unet_config) -> tuple[int, int]:

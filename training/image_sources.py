@@ -6,7 +6,8 @@ Both give `EncodedImage`s and leave it to `batches` which ones are wanted. What 
 - `in_order()`: all images, from the first on;
 - `spare(generator)`: a random image, to stand in for a broken one;
 - `head(count)`: the first images as a tensor;
-- `decoder`: the `ImageDecoder` that makes tensors of them.
+- `decoder`: the `ImageDecoder` that makes tensors of them;
+- `summary`: where they come from and how many there are, for the plan (set by `load_images`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from image_decoding import BrokenImage, EncodedImage, ImageDecoder
+from image_splits import DataSummary
 
 __all__ = ["ImageRows", "ImageStream"]
 
@@ -34,6 +36,8 @@ class ImageRows:
         label_column: Column of class labels, None if the model is not class conditional.
         order: Which rows count, and in which order, with shape `(num_images,)`.
     """
+
+    summary: DataSummary | None = None
 
     def __init__(self, rows: datasets.Dataset, decoder: ImageDecoder, label_column: str | None, order: np.ndarray) -> None:
         self.rows, self.decoder, self.label_column, self.order = rows, decoder, label_column, order
@@ -80,6 +84,7 @@ class ImageStream:
         num_held_out: So many of the first images are in `held_out` and nowhere else.
     """
 
+    summary: DataSummary | None = None
     num_images = None  # not known before the end
     num_spares = 32
 

@@ -1,0 +1,222 @@
+"""Local folders: which files in them count, which splits they hold, and names that `datasets` would take for patterns.
+
+- Hidden files, and everything in hidden folders (`.ipynb_checkpoints`, `__MACOSX`), are left out everywhere.
+- Image files are one split, all of them, whatever they are called. Only where every image lies in a folder that is named as a
+  split, and there are folders for training and for validation or test (`train/`, `test/`), are these the splits: that is a
+  layout that `datasets` documents, while its reading splits from file names takes parts of a set for the whole.
+- Folders written by `save_to_disk` are read as such.
+- Of everything else (parquet files, a README that lists data files) `datasets` knows best, and is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from glob import has_magic
+from pathlib import Path
+
+import datasets
+import yaml
+from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, DataFilesList, _get_data_files_patterns, sanitize_patterns
+from datasets.load import infer_module_for_data_files_list
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from fsspec.utils import glob_translate
+from huggingface_hub import metadata_load
+
+__all__ = ["load_folder", "visible_files"]
+
+logger = logging.getLogger(__name__)
+
+SPLIT_OF_FOLDER = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# What `save_to_disk` writes beside the data, of a `Dataset` or a `DatasetDict`
+SAVED = ("state.json", "dataset_dict.json")
+
+
+def visible_files(folder: str | Path) -> list[Path]:
+    """All files in a folder and in the folders in it, in the order of their paths, but for hidden ones.
+
+    Hidden is what `datasets` leaves out: whatever has a name that begins with a dot, folders whose names begin with two
+    underscores, and all that is in them. Links to folders are followed, unless they lead back to where they lie.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    found: list[str] = []
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        here = Path(os.path.realpath(parent))
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__")) and not here.is_relative_to(os.path.realpath(os.path.join(parent, name)))
+        ]
+        paths = (os.path.join(parent, name) for name in files if not name.startswith("."))
+        found += [path for path in paths if os.path.isfile(path)]
+    return [Path(path) for path in sorted(found)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def load_folder(
+    folder: str, config_name: str | None, *, images_only: bool, cache_dir: str | None, streaming: bool
+) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+    """The splits of a local folder.
+
+    Args:
+        folder: Its path.
+        config_name: Which configuration, where a README in the folder lists several.
+        images_only: Read nothing but image files, and what `save_to_disk` wrote.
+        cache_dir: Where `datasets` keeps what it prepares.
+        streaming: Read them as streams.
+
+    Raises:
+        ValueError: There is nothing of the kind in it, or it is not clear which files belong to which split.
+    """
+    root = Path(os.path.abspath(folder))
+    if any((root / name).is_file() for name in SAVED):
+        _refuse_config(config_name, "written by save_to_disk")
+        return _load_saved(root, streaming)
+    files = visible_files(root)
+    nested = next((path for path in (root, *files) if "::" in str(path)), None)
+    if nested is not None:
+        raise ValueError(f"{nested} has '::' in its path, which `datasets` takes for the inside of an archive: rename it")
+    options = {"cache_dir": cache_dir, "streaming": streaming}
+    listed = [] if images_only else _listed_configs(root)
+    if not listed:
+        has_images = any(_is_image(path) or path.suffix == ".zip" for path in files)
+        if images_only and not has_images:
+            raise ValueError("there are no image files in it (a folder of parquet files is given as dataset_name)")
+        kind = _kind([path for path in files if path.name not in FILES_TO_IGNORE])
+        if has_images and (images_only or kind in ("imagefolder", "text")):  # text: captions
+            _refuse_config(config_name, "of image files")
+            return _load_image_files(files, options)
+    if has_magic(str(root)) or root.suffix == ".py":  # as the old scripts of data sets had
+        return _load_by_patterns(root, files, listed, config_name, options)
+    splits = datasets.load_dataset(str(root), config_name, **options)
+    if not listed:
+        found = datasets.load_dataset_builder(str(root), config_name, cache_dir=cache_dir).config.data_files or {}
+        _warn_of_left_out(root, files, {Path(path).resolve() for paths in found.values() for path in paths})
+    return splits
+
+
+def _warn_of_left_out(root: Path, files: Sequence[Path], used: Collection[Path]) -> None:
+    """`datasets` reads no files that stand beside those of splits and have none in their names."""
+    kind = _kind(list(used))
+    left_out = [path for path in files if path.resolve() not in used and kind is not None and _kind([path]) == kind]
+    if left_out:
+        logger.warning(
+            "%d files of %s are in no split and are not read, such as %s: a README can list the files of each split",
+            *(len(left_out), root, left_out[0].relative_to(root)),
+        )
+
+
+def _refuse_config(config_name: str | None, kind: str) -> None:
+    if config_name is not None:
+        raise ValueError(f"dataset_config_name={config_name} does not go with a folder {kind}, which has no configurations")
+
+
+def _load_saved(root: Path, streaming: bool) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+    """What `save_to_disk` wrote: Arrow tables and JSON."""
+    saved = datasets.load_from_disk(str(root))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+    splits = {name: rows.with_format(None) for name, rows in splits.items()}  # columns may have been saved as tensors
+    if not streaming:
+        return splits
+    shards = {name: min(len(rows), max(1, len(rows.cache_files))) for name, rows in splits.items()}
+    return {name: rows.to_iterable_dataset(num_shards=max(1, shards[name])) for name, rows in splits.items()}
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in ImageFolder.EXTENSIONS
+
+
+def _data_files(paths: Sequence[Path]) -> DataFilesList:
+    """Files as `datasets` takes them without looking for patterns in their names; it knows by their times what has changed."""
+    states = [os.stat(path) for path in paths]
+    return DataFilesList([str(path) for path in paths], [(str(s.st_mtime_ns), str(s.st_size)) for s in states])
+
+
+def _kind(paths: Sequence[Path]) -> str | None:
+    """Which module of `datasets` reads most of some files."""
+    return infer_module_for_data_files_list(_data_files(paths))[0]
+
+
+def _load_image_files(files: Sequence[Path], options: dict) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Image files with what comes with them: class folders, metadata files, archives."""
+    splits = _split_folders(files)
+    # Folders of splits are no classes
+    direct = any(path.parent.name.lower() in SPLIT_OF_FOLDER for paths in splits.values() for path in paths if _is_image(path))
+    data_files = DataFilesDict({name: _data_files(paths) for name, paths in splits.items()})
+    no_labels = {"drop_labels": True} if len(splits) > 1 and direct else {}
+    return datasets.load_dataset("imagefolder", data_files=data_files, **no_labels, **options)
+
+
+def _split_folders(files: Sequence[Path]) -> dict[str, Sequence[Path]]:
+    """Files of each split, if every image lies in the folder (or archive) of one; else all of them, as training images."""
+    images = [path for path in files if _is_image(path) or path.suffix == ".zip"]
+    top = Path(os.path.commonpath([path.parent for path in images]))
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        name = path.relative_to(top).parts[0] if path.is_relative_to(top) else ""
+        if path.parent == top:  # a file has no split by its name; an archive stands for a folder
+            name = path.stem if path.suffix == ".zip" else ""
+        if name.lower() in SPLIT_OF_FOLDER:
+            splits.setdefault(SPLIT_OF_FOLDER[name.lower()], []).append(path)
+    if "train" not in splits or len(splits) == 1:
+        return {"train": files}
+    inside = {path for paths in splits.values() for path in paths}
+    strays = [path for path in images if path not in inside]
+    if strays:
+        raise ValueError(
+            f"there are folders of splits in {top} ({', '.join(sorted(splits))}), and {len(strays)} images outside of them, "
+            f"such as {strays[0].relative_to(top)}: move these, or name a folder without splits"
+        )
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def _listed_configs(root: Path) -> list[dict]:
+    """Configurations with data files of their own in the README of a folder."""
+    readme = root / "README.md"
+    try:
+        configs = (metadata_load(readme) or {}).get("configs") if readme.is_file() else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"what stands first in its README.md is not YAML: {' '.join(str(error).split())}") from error
+    return [config for config in configs or [] if isinstance(config, dict) and "data_files" in config]
+
+
+def _load_by_patterns(
+    root: Path, files: Sequence[Path], listed: Sequence[dict], config_name: str | None, options: dict
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """As `load_dataset` reads a folder, which would take the brackets in this one's name for a pattern."""
+    names = {path.relative_to(root).as_posix(): path for path in files if path.name not in FILES_TO_IGNORE}
+
+    def matching(pattern: str) -> list[str]:
+        fits: Callable = re.compile(glob_translate(pattern)).match
+        return [name for name in names if fits(name)]
+
+    by_name = {config.get("config_name", "default"): config["data_files"] for config in listed}
+    if config_name is not None and config_name not in by_name:
+        raise ValueError(f"dataset_config_name={config_name} is not in the README of the folder, which has {list(by_name)}")
+    if config_name is None and len(by_name) > 1:
+        default = [config for config in listed if config.get("default") or config.get("config_name") == "default"]
+        if not default:
+            raise ValueError(f"dataset_config_name is needed: the README of the folder has {list(by_name)}")
+        config_name = default[0].get("config_name", "default")
+    chosen = by_name.get(config_name) if config_name else next(iter(by_name.values()), None)
+    patterns = _get_data_files_patterns(matching) if chosen is None else sanitize_patterns(chosen)
+    splits = {split: dict.fromkeys(n for p in found for n in matching(p)) for split, found in patterns.items()}
+    splits = {split: [names[name] for name in found] for split, found in splits.items()}
+    module = _kind([path for found in splits.values() for path in found])
+    if module is None:
+        raise ValueError("there are no data files in it")
+    kept = {split: _data_files([path for path in found if _kind([path]) == module]) for split, found in splits.items()}
+    if not listed:
+        _warn_of_left_out(root, files, {path.resolve() for found in splits.values() for path in found})
+    return datasets.load_dataset(module, data_files=DataFilesDict(kept), **options)
