@@ -49,9 +49,10 @@ cifar10-teacher: install ## train the scaled-down CIFAR-10 DDPM of the study (tw
 		--dataset_name uoft-cs/cifar10 --random_flip --train_batch_size 64 --max_train_steps 16000 --learning_rate 5e-4 \
 		--validation_images 1024 --output_dir runs/cifar10-teacher --resume_from_checkpoint latest $(ARGS)
 
-benchmark: install ## measure what pruning, checkpoints and tracking cost, into benchmarks/results/
+benchmark: install ## measure what pruning, checkpoints, tracking and dropped labels cost, into benchmarks/results/
 	$(VENV)/bin/python benchmarks/cost.py
 	$(VENV)/bin/python benchmarks/overhead.py
+	$(VENV)/bin/python benchmarks/label_dropout.py --write
 
 # More arguments for `make study`, such as STUDY="--jobs 2 --part main"
 STUDY ?=

@@ -45,7 +45,8 @@ from diffusers_gfprune.budget import select_channels  # noqa: E402
 from diffusers_gfprune.importance import score_channels  # noqa: E402
 from image_data import load_images  # noqa: E402
 from prune_arguments import parse_arguments  # noqa: E402
-from run_folder import load_dense_pipeline, write_json  # noqa: E402
+from run_folder import write_json  # noqa: E402
+from trained_pipelines import load_dense_pipeline  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/sensitivity"
 PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
@@ -106,7 +107,7 @@ def within_groups(scores: dict[str, Tensor], damage: dict[str, dict]) -> float:
 def measure(dataset: str, words: list[str], halves: int = HALVES, channels: int = CHANNELS) -> dict:
     """Sums of scores and damages of all groups of a data set's model, and how they correlate."""
     args = parse_arguments([*BASE[dataset], *words])
-    unet, scheduler = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    unet, scheduler, *_ = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
     images, _ = load_images(args.data, unet.config)
     number, size = args.pruning.calibration_batches, args.training.train_batch_size
     timesteps = scheduler.config.num_train_timesteps

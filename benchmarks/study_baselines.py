@@ -43,8 +43,9 @@ from measuring import SampleQuality  # noqa: E402
 from objective import NoisePrediction, Objective  # noqa: E402
 from provenance import command_line  # noqa: E402
 from prune_arguments import Arguments, parse_arguments  # noqa: E402
-from reporting import results  # noqa: E402
-from run_folder import load_dense_pipeline, write_json  # noqa: E402
+from reporting import measure_step_losses, results  # noqa: E402
+from run_folder import write_json  # noqa: E402
+from trained_pipelines import load_dense_pipeline  # noqa: E402
 from training_state import seed_everything  # noqa: E402
 
 LOSS_THRESHOLD = 0.05  # Diff-Pruning's
@@ -214,18 +215,19 @@ def main() -> None:
     options, words = parser.parse_known_args()
     args = parse_arguments(words)
     accelerator = Accelerator(cpu=True)
-    unet, noise_scheduler = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    pipeline = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    unet, noise_scheduler = pipeline.unet, pipeline.process
     images, (held_out, labels) = load_images(args.data, unet.config)
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     step_loss = StepLoss(held_out, noise_scheduler, labels)
-    quality = SampleQuality(args.evaluation, dense, noise_scheduler, images, accelerator.device)
+    quality = SampleQuality(args.evaluation, dense, pipeline.scheduler, images, accelerator.device)
     if options.baseline == "scratch":
         student, extra = scratch(args, unet, options.results)
     else:
         student, extra = torch_pruning(args, unet, noise_scheduler, images, step_loss)
     print(f"{options.baseline}: {count_parameters(student):,} parameters, {count_macs(student):,} MACs", flush=True)
     student = fine_tune(args, student, dense, noise_scheduler, images)
-    losses = step_loss(dense), step_loss(student)
+    losses = [measure_step_losses(step_loss, unet, images.decoder.null_label) for unet in (dense, student)]
     measured, _, _ = results(args, dense, student, quality, len(held_out), losses)
     folder = Path(args.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build, pruned
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from evaluate_helpers import COUNT, FILES, real_images, run
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,6 +37,18 @@ def evaluated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def models() -> dict:
     """Those of the world, as they are in memory."""
     return {"model": pruned("base"), "reference_model": build("base")}
+
+
+def test_a_model_saved_with_another_sampler_is_measured_in_its_process(world: Path, tmp_path: Path) -> None:
+    """DPMSolverMultistepScheduler adds noise only at the timesteps that it was last set to."""
+    DDPMPipeline(build("base"), DPMSolverMultistepScheduler()).save_pretrained(tmp_path / "model")
+    arguments = ("--dataset_name", world / "images", "--num_images", 0, "--features", "none")
+    folders = (tmp_path / "model", world / "dense")
+    short = ("--speed_batch_sizes", "0", "--step_loss_timesteps", "4")
+    other, known = (
+        run(tmp_path, "--model", folder, *arguments, out=f"{folder.name}-evaluation", short=short) for folder in folders
+    )
+    assert other["model"]["step_loss"] == pytest.approx(known["model"]["step_loss"], rel=1e-6)
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,10 @@ def test_identity_of_a_model_is_in_its_weights_and_settings() -> None:
     assert all(model_identity(*other) != known for other in others)
 
 
+# Images of an unconditional model, which nobody reads
+UNREAD = SimpleNamespace(decoder=SimpleNamespace(null_label=None))
+
+
 def quality_of(tmp_path: Path, cache: bool = False, **options) -> SampleQuality:
     """What a run measures with, on noise."""
     generator = np.random.default_rng(0)
@@ -211,7 +216,7 @@ def test_run_takes_as_many_real_images_as_it_is_told(tmp_path: Path) -> None:
         quality_of(tmp_path, eval_reference_images=60, eval_features="pixels").measure(pruned("base"))
     with pytest.raises(ValueError, match="eval_features=pixels needs more than 64 images, not eval_images=64"):
         args = EvaluationArguments(eval_images=64, eval_features="pixels")
-        SampleQuality(args, build("base"), DDPMScheduler(), None, torch.device("cpu"))
+        SampleQuality(args, build("base"), DDPMScheduler(), UNREAD, torch.device("cpu"))
 
 
 def test_later_runs_find_the_dense_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,4 +233,4 @@ def test_later_runs_find_the_dense_samples(tmp_path: Path, monkeypatch: pytest.M
 
 def test_without_samples_nothing_is_loaded() -> None:
     args = EvaluationArguments(eval_images=0, eval_features="inception")
-    assert SampleQuality(args, build("base"), DDPMScheduler(), None, torch.device("cpu")).network is None
+    assert SampleQuality(args, build("base"), DDPMScheduler(), UNREAD, torch.device("cpu")).network is None

@@ -134,6 +134,16 @@ def test_student_that_is_the_teacher_has_only_noise_to_learn(name):
     torch.testing.assert_close(loss.detach(), 0.5 * terms["noise"])
 
 
+def test_student_and_teacher_see_the_same_labels():
+    """Those that were dropped included."""
+    found, seen = objective(EVERYTHING, "class-embedding"), []
+    own = build("class-embedding")
+    for unet in (own, found.teacher.unet):
+        unet.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].tolist()))
+    found(student(own), {**batch(labels=True), "class_labels": torch.tensor([0, 9, 2, 9])})
+    assert seen == [[0, 9, 2, 9] * 2] * 2
+
+
 def test_inputs_a_step_away_enter_the_matching_terms_only():
     _, everything = objective(EVERYTHING)(student(), batch())
     _, plain = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), batch())

@@ -14,7 +14,9 @@ Streams have no such order: which images a rank meets also depends on the number
 the shards. With these unchanged, a stream resumes with exactly the same batches too.
 
 Calibration batches are a function of (seed, step), with timesteps spread evenly over the noise levels: of g images, number
-j gets t = ⌊(j + u) T / g⌋ with u uniform in [0, 1), which lowers the variance of the scores.
+j gets t = ⌊(j + u) T / g⌋ with u uniform in [0, 1), which lowers the variance of the scores. Where labels are dropped
+(`class_labels`), number j of all batches drops its label if {u + j (√5 - 1) / 2} < p, with one u for a ranking: numbers that
+are evenly spread, so that every ranking sees the null label in its share, and at noise levels of all kinds.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from draws import CALIBRATION, DRAW, ORDER, random_generator, read_example, stack_examples
+from draws import CALIBRATION, CALIBRATION_LABELS, DRAW, ORDER, random_generator, read_example, stack_examples
 from image_decoding import NETWORK_ERRORS, BrokenImages, EncodedImage
 from image_sources import ImageRows, ImageStream
 from interruption import notice_dead_workers_at_next_batch, obey_only_parent
 
 __all__ = ["BrokenImages", "calibration_batches", "train_dataloader"]
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 READ_ERRORS = (ValueError, OSError, *NETWORK_ERRORS)
 
 
@@ -301,14 +304,20 @@ def calibration_batches(
     _check(0, seed=seed, step=step)
     _check_rank(rank, world_size)
     blocks = _stream_blocks if isinstance(images, ImageStream) else _row_blocks
-    batches = []
+    batches, earlier = [], 0
+    offset = random_generator(seed, CALIBRATION_LABELS, step).random()
     for number, encoded in enumerate(blocks(images, num_batches, batch_size, seed, step, rank, world_size)):
         if not encoded:
             raise ValueError(f"there are fewer training images than the {world_size} processes")
         size, first = len(encoded) * world_size, len(encoded) * rank
         examples = [
-            read_example(images, image, seed, CALIBRATION, step, number, first + row) for row, image in enumerate(encoded)
+            read_example(
+                *(images, image, seed, CALIBRATION, step, number, first + row),
+                drop=(offset + (earlier + first + row) * GOLDEN_RATIO) % 1,
+            )
+            for row, image in enumerate(encoded)
         ]
+        earlier += size
         times = [(first + row + example.time) / size for row, example in enumerate(examples)]
         batch = stack_examples(examples, times, num_train_timesteps)
         if broken is not None:

@@ -20,7 +20,7 @@ from image_sources import ImageRows, ImageStream
 __all__ = ["Example", "random_generator", "read_example", "stack_examples"]
 
 # What a generator is for
-ORDER, DRAW, REPLACEMENT, CALIBRATION = range(4)
+ORDER, DRAW, REPLACEMENT, CALIBRATION, CALIBRATION_LABELS = range(5)
 MAX_REPLACEMENTS = 10
 
 
@@ -41,15 +41,21 @@ class Example:
     broken: list[str]
 
 
-def read_example(images: ImageRows | ImageStream, image: EncodedImage, seed: int, *key: int) -> Example:
-    """Decode an image, or another one in its place, with the random numbers of (seed, key)."""
+def read_example(
+    images: ImageRows | ImageStream, image: EncodedImage, seed: int, *key: int, drop: float | None = None
+) -> Example:
+    """Decode an image, or another one in its place, with the random numbers of (seed, key).
+
+    The last of these, or `drop` in its place, decides whether the label is dropped, if labels are.
+    """
     generator = random_generator(seed, *key)
     *uniforms, time = generator.random(4)
     noise = torch.from_numpy(generator.standard_normal(images.decoder.shape, dtype=np.float32))
+    drop = generator.random() if drop is None else drop
     broken: list[str] = []
     for replacement in range(MAX_REPLACEMENTS + 1):
         try:
-            return Example(images.decoder(image, uniforms), image.label, noise, time, broken)
+            return Example(images.decoder(image, uniforms), images.decoder.dropped(image.label, drop), noise, time, broken)
         except BrokenImage as error:
             broken.append(image.name)
             reason = error

@@ -45,6 +45,7 @@ from evaluation_samples import Samples, folder_source, model_source, shards
 from measuring import RealFeatures
 from plots import plot_step_loss, save_sample_grid, save_sample_rows
 from provenance import command_line, portable
+from rehearsal import rehearse_features
 from run_folder import RunFolder, write_json
 
 SAMPLES_FILE = "samples.safetensors"
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     # 1. models, data, networks: everything that can be wrong is found here
     inputs = main_first(accelerator, lambda: load_inputs(args, accelerator.device))
     cache = TensorCache(cache_dir)
-    samples = make_samples(args, inputs, cache)
+    samples = make_samples(inputs, cache)
     real = RealFeatures(
         inputs.images,
         inputs.networks,
@@ -85,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
             if args.output.update_model_card:
                 check_run(Path(args.model.model), inputs)
             print(describe_plan(args, inputs, samples, real, share[1]), flush=True)
+            for change in inputs.changes:
+                print(f"warning: {change}", file=sys.stderr)
+            rehearse_features(inputs.networks, inputs.images.decoder.shape)
             warn_of_few(inputs, real)
     if args.output.dry_run:
         accelerator.end_training()
@@ -158,15 +162,16 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
         raise ValueError(f"evaluation_cache_dir={cache_dir} cannot be written: {error.strerror}") from error
 
 
-def make_samples(args: EvaluateArguments, inputs: Inputs, cache: TensorCache) -> Samples:
+def make_samples(inputs: Inputs, cache: TensorCache) -> Samples:
     """Where samples come from; nothing is sampled here."""
     if inputs.folder_images is not None:
         shape = (inputs.folder_images.channels, *inputs.folder_images.size)
         return Samples(
             [folder_source("images", inputs.folder_images, cache)], inputs.networks, shards(inputs.num_images, shape)
         )
-    settings = args.samples.settings()
-    sources = [model_source(name, unet, scheduler, settings, cache) for name, (unet, scheduler) in inputs.models.items()]
+    sources = [
+        model_source(name, unet, scheduler, inputs.settings, cache) for name, (unet, scheduler) in inputs.models.items()
+    ]
     return Samples(sources, inputs.networks, shards(inputs.num_images, inputs.images.decoder.shape))
 
 
@@ -192,7 +197,7 @@ def measure(
         print(f"warning: samples of other processes are not in {samples.sources[0].cache.folder}: made again", file=sys.stderr)
     if inputs.folder_images is not None:
         figures = [ModelFigures(name=str(portable(args.model.images_dir)))]
-    quality = Quality(args.samples.settings(), inputs.networks, real.features(), kernel=True)
+    quality = Quality(inputs.settings, inputs.networks, real.features(), kernel=True)
     if samples.spans:
         for measured, source in zip(figures, samples.sources):
             measured.quality |= quality.distances(samples.features(source))

@@ -45,7 +45,7 @@ class ModelArguments:
         default_factory=list,
         metadata={"help": "Folders that earlier evaluations left: print their table, draw their samples, and stop."},
     )
-    torch_dtype: str = field(default="float32", metadata={"help": "Number type of the models.", "choices": list(DTYPES)})
+    dtype: str = field(default="float32", metadata={"help": "Number type of the models.", "choices": list(DTYPES)})
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "images_dir", "compare") if getattr(self, name)]
@@ -236,7 +236,7 @@ class EvaluateArguments:
                     raise ValueError(f"{value.name}={getattr(group, value.name)} does not go with --{argument}")
 
     def _refuse_training(self) -> None:
-        for name in ("random_flip", "shuffle_buffer_size", "dataloader_num_workers"):
+        for name in ("random_flip", "shuffle_buffer_size", "dataloader_num_workers", "label_dropout"):
             value = getattr(self.data, name)
             if value != DataArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={value} is for training: an evaluation reads real images in order, as they are")

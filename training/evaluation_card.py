@@ -19,6 +19,7 @@ from pathlib import Path
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
 from diffusers_gfprune.hub import PICTURES, update_card
 from diffusers_gfprune.model_card import is_as_rendered, render_card
+from diffusers_gfprune.remote.pipeline_prune_ddpm import EVAL_RESULTS
 from evaluation_inputs import Inputs
 from evaluation_results import EvaluationResults
 from run_folder import write_json
@@ -27,8 +28,9 @@ __all__ = ["RunUpdate", "check_run", "merged_run_results"]
 
 # Metrics that an evaluation replaces
 SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
+NULL_LABEL_LOSS = "step_loss_null_label"
 # In this order: the card tells of the others
-REPLACED = (PICTURES["samples"], "results.json", "README.md")
+REPLACED = (PICTURES["samples"], "results.json", EVAL_RESULTS, "README.md")
 
 
 def is_frechet(metric: str) -> bool:
@@ -86,11 +88,16 @@ def merged_run_results(measured: Mapping, results: EvaluationResults) -> dict:
     for name, argument in (("pruned", "model"), ("dense", "reference_model")):
         figures = getattr(results, argument)
         _check_same(measured, name, argument, figures.parameters, figures.macs)
-        earlier = {k for k in merged[name] if is_frechet(k) or k in ("kid", *SIMILARITIES) or k.startswith("kd_")}
+        replaced = ("kid", *SIMILARITIES, NULL_LABEL_LOSS)
+        earlier = {k for k in merged[name] if is_frechet(k) or k in replaced or k.startswith("kd_")}
         kept = {key: value for key, value in merged[name].items() if key not in earlier}
         told = {key: value for key, value in figures.quality.items() if is_frechet(key) or key in SIMILARITIES}
         merged[name] = {**kept, "step_loss": figures.step_loss, **told}
+        if figures.step_loss_null_label is not None:
+            merged[name][NULL_LABEL_LOSS] = figures.step_loss_null_label
     e = results.evaluation
+    merged["evaluation"].pop("null_label", None)  # known to the run, or only now
+    merged["evaluation"] |= {name: e[name] for name in ("null_label",) if name in e}
     drawn = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed")
     merged["evaluation"] |= {
         name: e[name] for name in (*drawn, "step_loss_images", "sample_size", "device", "dtype", "versions")
@@ -146,10 +153,15 @@ class RunUpdate:
         earlier.mkdir()
         for name in REPLACED:
             if (self.run / name).is_file():
+                (earlier / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.run / name, earlier / name)
         for name in REPLACED:
             self._replaced.append(name)
-            os.replace(self.fresh / name, self.run / name)
+            if (self.fresh / name).is_file():
+                (self.run / name).parent.mkdir(exist_ok=True)
+                os.replace(self.fresh / name, self.run / name)
+            else:  # nothing of an evaluation goes to the Hub's collection
+                (self.run / name).unlink(missing_ok=True)
 
     def undo(self) -> None:
         """Bring back what `apply` replaced, and remove what was made."""

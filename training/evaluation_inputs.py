@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor, nn
 
 from diffusers_gfprune.evaluation.cost import spatial_size
 from diffusers_gfprune.evaluation.features import FeatureNetwork, feature_network
+from diffusers_gfprune.evaluation.quality import SamplingSettings
+from diffusers_gfprune.evaluation.sampling import to_uint8
+from diffusers_gfprune.hub import HUB_ERRORS
+from diffusers_gfprune.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
 from evaluation_arguments import EvaluateArguments
-from image_data import load_images
-from image_decoding import COLOUR_MODES, GREYSCALE_MODES
+from image_data import DataArguments, load_images
+from image_folders import visible_files
 from image_sources import ImageRows, ImageStream
-from run_folder import load_pipeline
+from trained_pipelines import load_pipeline
 
-__all__ = ["FolderImages", "Inputs", "load_inputs"]
+__all__ = ["FolderImages", "Inputs", "load_inputs", "recorded_settings"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 class FolderImages:
-    """Generated images that lie in a folder and the folders in it, in the order of their paths.
+    """Generated images that lie in a folder and the folders in it, but for hidden ones, in the order of their paths.
+
+    The first one decides between greyscale and colour; modes are those of `diffusers_gfprune.pixel_values`.
 
     Args:
         folder: The folder.
@@ -40,26 +48,23 @@ class FolderImages:
 
     def __init__(self, folder: str, wanted: int | None = None, resolution: int | None = None) -> None:
         self.folder = Path(folder)
-        paths = [path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
-        self.paths = sorted(paths, key=lambda path: path.relative_to(self.folder).as_posix())[:wanted]
+        self.paths = [path for path in visible_files(self.folder) if path.suffix.lower() in SUFFIXES][:wanted]
         if len(self.paths) < (wanted or 2):
             raise ValueError(f"images_dir={folder} holds {len(self.paths)} images, too few: {wanted or 2} are needed")
         self._digests: dict[range, str] = {}
         first = self._open(self.paths[0])
-        self.channels, self.size = 1 if first.mode in GREYSCALE_MODES else 3, (first.height, first.width)
+        self.channels, self.size = 1 if is_greyscale(first) else 3, (first.height, first.width)
         if resolution is not None and self.size != (resolution, resolution):
             raise ValueError(
                 f"resolution={resolution} but images of images_dir={folder} have {first.height}x{first.width} pixels"
             )
-        for path in self.paths:  # headers only
+        for path in self.paths:  # headers only, unless it takes the pixels to know whether an image fits
             image = self._open(path)
             if (image.height, image.width) != self.size:
                 found = f"{path.name} has {image.height}x{image.width} pixels"
                 raise ValueError(f"images_dir={folder}: {found}, others have {first.height}x{first.width}")
-            known = GREYSCALE_MODES if self.channels == 1 else GREYSCALE_MODES | COLOUR_MODES
-            if image.mode not in known:
-                wanted_modes = "the first image is greyscale" if self.channels == 1 else "which is no colour of 8 bits"
-                raise ValueError(f"images_dir={folder}: {path.name} has mode {image.mode}, {wanted_modes}")
+            if needs_pixels(image, self.channels):
+                self._pixels(path)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -93,10 +98,14 @@ class FolderImages:
     def _pixels(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as image:
-                pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+                image.load()
         except Exception as error:
             raise self._broken(path, error) from error
-        return torch.from_numpy(pixels.reshape(*self.size, self.channels)).permute(2, 0, 1)
+        try:
+            picture = with_channels(image, self.channels)
+        except ValueError as error:
+            raise ValueError(f"images_dir={self.folder}: {path.name}: {error}") from error
+        return to_uint8(pixel_values(picture, self.channels) / 2 + 0.5)
 
     def _broken(self, path: Path, error: Exception) -> ValueError:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -115,6 +124,8 @@ class Inputs:
         held_out: Images in [-1, 1] for the step loss, and their labels, if any.
         networks: Feature networks of the distances.
         num_images: Samples of each model, or images of the folder.
+        settings: How models are sampled, as their timesteps allow.
+        changes: What is not as the command line says, a line each.
     """
 
     models: dict[str, tuple[nn.Module, object]]
@@ -124,6 +135,8 @@ class Inputs:
     held_out: tuple[Tensor, Tensor | None]
     networks: list[FeatureNetwork]
     num_images: int
+    settings: SamplingSettings
+    changes: tuple[str, ...] = ()
 
 
 def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
@@ -139,7 +152,7 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     if models and args.cost.settings() and device.type not in ("cpu", "cuda"):
         sizes = " ".join(map(str, args.cost.speed_batch_sizes))
         raise ValueError(f"speed_batch_sizes={sizes} must be 0 on {device.type}: speed is measured on a CPU or a CUDA device")
-    images, held_out = load_images(args.data, config)
+    images, held_out = load_images(_with_null_label(args, config), config)
     if None not in (s.num_reference_images, images.num_images) and s.num_reference_images > images.num_images:
         raise ValueError(
             f"num_reference_images={s.num_reference_images} must be at most the {images.num_images} training images"
@@ -150,7 +163,35 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
         count = 0 if s.num_images == 0 else s.settings().num_images
     available = [number for number in (s.num_reference_images, images.num_images) if number is not None]
     networks = _load_networks(args, device, config, [count, *available]) if count else []
-    return Inputs(models, folder_images, config, images, held_out, networks, count)
+    settings, changes = replace(s.settings(), null_label=images.decoder.null_label), ()
+    if models:
+        settings, changes = settings.fitted(models["model"][1])  # models that are compared have the same timesteps
+    return Inputs(models, folder_images, config, images, held_out, networks, count, settings, changes if count else ())
+
+
+def recorded_settings(name: str, revision: str | None = None) -> dict:
+    """What the results of the run that made a model say of their settings; empty where there are none.
+
+    Args:
+        name: Of the model: a Hub id or a local folder.
+        revision: Branch, tag or commit on the Hub.
+    """
+    with suppress(ValueError, LookupError, TypeError, *HUB_ERRORS):
+        path = Path(name) / "results.json"
+        if not Path(name).is_dir():
+            path = Path(hf_hub_download(name, "results.json", revision=revision))
+        settings = json.loads(path.read_text())["evaluation"]
+        return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def _with_null_label(args: EvaluateArguments, config) -> DataArguments:
+    """The data's arguments, with the null label that the run of the model has recorded, if none is given."""
+    m = args.model
+    if m.model is None or config.num_class_embeds is None or args.data.null_label is not None:
+        return args.data
+    recorded = recorded_settings(m.model, m.revision).get("null_label")
+    return replace(args.data, null_label=recorded) if isinstance(recorded, int) else args.data
 
 
 def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tuple[nn.Module, object]]:
@@ -160,23 +201,16 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tup
     for argument, (name, revision) in names.items():
         if name is None:
             continue
-        unet, scheduler = load_pipeline(name, revision, argument)
-        if unet.config.sample_size is None:
-            raise ValueError(f"{argument}={name} has sample_size=None in its config: set it")
+        unet, scheduler, *_ = load_pipeline(name, revision, argument)
         steps = scheduler.config.num_train_timesteps
-        if args.samples.num_inference_steps > steps:
-            raise ValueError(
-                f"num_inference_steps={args.samples.num_inference_steps} must be at most the {steps} timesteps that "
-                f"{argument}={name} was trained with"
-            )
         if args.cost.step_loss_timesteps > steps:
             raise ValueError(
                 f"step_loss_timesteps={args.cost.step_loss_timesteps} must be at most the {steps} timesteps that "
                 f"{argument}={name} was trained with"
             )
         unet.requires_grad_(False).eval().to(device)
-        if m.torch_dtype != "float32":
-            unet.to(getattr(torch, m.torch_dtype))
+        if m.dtype != "float32":
+            unet.to(getattr(torch, m.dtype))
         found[argument] = unet, scheduler
     if len(found) == 2:
         makes = [_makes(unet, scheduler) for unet, scheduler in found.values()]

@@ -39,6 +39,7 @@ class ModelFigures:
         weight_file_bytes: Of the weights as safetensors.
         step_loss: Mean squared error of the noise prediction on held-out images.
         step_loss_by_timestep: The same by timestep.
+        step_loss_null_label: The same with the null label in place of all labels, where the model has one.
         quality: Distances and similarities by metric, such as `fid`, `kid`, `fd_efflite0`, `ssim_to_dense`.
         speed: One entry a setting (see `diffusers_gfprune.evaluation.speed`).
         scheduler: Configuration of the noise scheduler that the model was trained with, which sampling follows.
@@ -56,6 +57,7 @@ class ModelFigures:
     quality: dict[str, float | None] = field(default_factory=dict)
     speed: list[dict] = field(default_factory=list)
     scheduler: dict | None = None
+    step_loss_null_label: float | None = None
 
 
 @dataclass
@@ -115,6 +117,7 @@ TYPES = {
     "scheduler": dict,
     "step_loss": NUMBER,
     "step_loss_by_timestep": dict,
+    "step_loss_null_label": NUMBER,
     "quality": dict,
     "speed": list,
 }
@@ -222,11 +225,21 @@ def comparison_table(results: Sequence[EvaluationResults]) -> str:
     for name, entry in distances.items() if isinstance(distances, dict) else ():
         titles[name] = str(entry.get("title", name)) if isinstance(entry, dict) else name
     timed = _timed_alike(figures)
-    header = ["model", "parameters", "MACs", "file", "step loss", *(titles.get(name, name) for name in metrics), *timed]
+    unlabelled = ["step loss (null label)"] if any(row.step_loss_null_label is not None for row in figures) else []
+    header = [
+        "model",
+        "parameters",
+        "MACs",
+        "file",
+        "step loss",
+        *unlabelled,
+        *(titles.get(name, name) for name in metrics),
+        *timed,
+    ]
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for number, (name, row) in enumerate(rows):
         cells = [name, _big(row.parameters), _big(row.macs), _bytes(row.weight_file_bytes)]
-        cells.append(_figure(row.step_loss))
+        cells += [_figure(row.step_loss), *(_figure(row.step_loss_null_label) for _ in unlabelled)]
         cells += [_figure(row.quality.get(metric)) for metric in metrics]
         lines.append("| " + " | ".join([*cells, *(_figure(latencies[number]) for latencies in timed.values())]) + " |")
     return "\n".join(lines)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from diffusers_gfprune import PruneDDPMPipeline
 from diffusers_gfprune.hub import HUB_ERRORS, PushError, prepare_repo, push_checkpoint, reason, update_card
 from plots import plot_pruning, plot_widths, save_sample_grid
 from prune_arguments import Arguments
-from reporting import pruning_report, results
+from reporting import measure_step_losses, pruning_report, results
 from run_folder import RunFolder, write_json
 from run_setup import Run
 from training_state import TrainingState
@@ -36,7 +36,7 @@ def save_model(run: Run, state: TrainingState) -> None:
     """Save the pipeline as it is, and push it if that is wanted; a push that fails is no reason to stop."""
     args = run.args
     with state.averaged() as unet:
-        run.folder.save(PruneDDPMPipeline(unet=unet, scheduler=run.noise_scheduler).save_pretrained)
+        run.folder.save(partial(run.pipeline.save, unet))
     if run.repo_id is not None and args.hub.hub_strategy == "every_save":
         message = f"Step {state.step} of {args.training.max_train_steps}"
         try:
@@ -52,11 +52,13 @@ def finish(run: Run, state: TrainingState) -> None:
         state.ema.copy_to(state.unet.parameters())
     unet = state.unet.requires_grad_(False).eval()
     dense = run.dense.to(run.accelerator.device)
-    losses = (run.dense_step_loss, run.step_loss(unet))
-    folder.save(PruneDDPMPipeline(unet=unet, scheduler=run.noise_scheduler).save_pretrained)
+    losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.decoder.null_label))
+    folder.save(partial(run.pipeline.save, unet))
     measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, run.num_held_out, losses)
     write_json(folder.staging / "results.json", measured)
-    report = pruning_report(args, state, run.dense_step_loss, run.origin)
+    report = pruning_report(
+        args, state.pruner, state.curves, run.dense_step_losses["step_loss"], run.origin, state.diagnostics, state.broken
+    )
     write_json(folder.staging / "pruning_report.json", report)
     plot_pruning(folder.staging / "pruning.png", report)
     plot_widths(folder.staging / "widths.png", report)
@@ -73,6 +75,7 @@ def print_results(measured: dict, folder: RunFolder) -> None:
         ("parameters", "parameters", "{:,}"),
         ("MACs", "macs", "{:,}"),
         ("step loss (held out)", "step_loss", "{:.4f}"),
+        ("step loss, null label", "step_loss_null_label", "{:.4f}"),
         *((described["title"], name, "{:.3f}") for name, described in measured["evaluation"]["distances"].items()),
         ("SSIM to dense", "ssim_to_dense", "{:.3f}"),
         ("latency in ms", "latency_ms", "{:.2f}"),

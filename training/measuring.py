@@ -74,14 +74,15 @@ def _version(name: str) -> str | None:
         return None
 
 
-def sampling_settings(args: EvaluationArguments) -> SamplingSettings:
-    """How a run draws its samples."""
+def sampling_settings(args: EvaluationArguments, null_label: int | None = None) -> SamplingSettings:
+    """How a run draws its samples, of all labels but the null label."""
     return SamplingSettings(
         num_images=max(1, args.eval_images),  # none are drawn where none are wanted
         num_inference_steps=args.ddim_num_inference_steps,
         timestep_spacing=args.timestep_spacing,
         seed=args.eval_seed,
         batch_size=args.eval_batch_size,
+        null_label=null_label,
     )
 
 
@@ -205,6 +206,8 @@ class RealFeatures:
         pixels = functools.cache(lambda: _pixels(images, decoder))  # once for all networks, if at all
         digest = _digest(images) or hashlib.sha256(pixels().numpy().tobytes()).hexdigest()
         key = {"real": digest, "count": len(images), "shape": list(decoder.shape)}
+        if decoder.enlarge:  # the same files are misfits in a set of larger ones
+            key["enlarged"] = True
 
         def make(network: FeatureNetwork) -> dict[str, Tensor]:
             readable = pixels()
@@ -258,14 +261,18 @@ class SampleQuality:
     Args:
         args: The command line.
         dense: The dense model; it samples once, when it is first compared with.
-        noise_scheduler: Of the model.
+        scheduler: Of the model, as it was saved.
         images: Training images.
         device: Where the models are.
+
+    Attributes:
+        settings: How samples are drawn, as the model's timesteps allow.
+        changes: What is not as the command line says, a line each.
     """
 
-    def __init__(self, args: EvaluationArguments, dense: nn.Module, noise_scheduler, images, device: torch.device) -> None:
-        self.args, self.dense, self.scheduler, self.images, self.device = args, dense, noise_scheduler, images, device
-        self.settings = sampling_settings(args)
+    def __init__(self, args: EvaluationArguments, dense: nn.Module, scheduler, images, device: torch.device) -> None:
+        self.args, self.dense, self.scheduler, self.images, self.device = args, dense, scheduler, images, device
+        self.settings, self.changes = sampling_settings(args, images.decoder.null_label).fitted(scheduler)
         self.network = self._network() if args.eval_images else None
         self.cache = TensorCache(None if args.evaluation_cache_dir is None else Path(args.evaluation_cache_dir))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import sys
 import time
@@ -32,8 +33,9 @@ from measuring import SampleQuality
 from objective import Objective
 from provenance import command_line, describe_base_model, describe_dataset
 from prune_arguments import parse_arguments
-from reporting import describe_plan
-from run_folder import RunFolder, load_dense_pipeline
+from rehearsal import rehearse_run
+from reporting import describe_plan, measure_step_losses
+from run_folder import RunFolder
 from run_setup import Run, estimate_run, make_accelerator, make_batches, make_calibration, run_identity
 from safeguards import (
     check_divergence,
@@ -44,8 +46,10 @@ from safeguards import (
     report_broken_images,
     save_checkpoint,
     stop_if_asked,
+    warn,
 )
 from tracking import Tracking
+from trained_pipelines import load_dense_pipeline
 from training_state import TrainingState, seed_everything
 
 
@@ -62,10 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         folder.check(resuming)
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # downloads once
-        unet, noise_scheduler = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-        if unet.config.sample_size is None:
-            raise ValueError("the model's config has sample_size=None: set it to the size the model was trained at")
+        pipeline = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+        unet, noise_scheduler = pipeline.unet, pipeline.process
         images, (held_out_images, held_out_labels) = load_images(args.data, unet.config)
+    # With the null label and the share that were found, for checkpoints and the report
+    args = dataclasses.replace(args, data=args.data.with_labels(images.decoder.label_dropout))
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     pruner = GradientFlowPruner(unet, args.pruning.config(args.training.max_train_steps), noise_scheduler)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # there are enough images
@@ -74,16 +79,20 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
     if main_process and checkpoint is None and not args.run.dry_run:
         folder.check()
-    if main_process:
-        print(describe_plan(pruner, args, estimate_run(args, accelerator, dense, noise_scheduler), accelerator.device))
-    if args.run.dry_run:
-        return
-    sample_quality = SampleQuality(args.evaluation, dense, noise_scheduler, images, accelerator.device)
+    sample_quality = SampleQuality(args.evaluation, dense, pipeline.scheduler, images, accelerator.device)
     origin = {
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
         "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
         "command": command_line(args.words),
     }
+    if main_process:
+        estimate = estimate_run(args, accelerator, dense, noise_scheduler)
+        print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
+        for change in sample_quality.changes:
+            warn(accelerator, f"warning: {change}")
+        print(f"  {rehearse_run(args, pruner, sample_quality, len(held_out_images), origin, folder)}")
+    if args.run.dry_run:
+        return
     repo_id = prepared_repository(args) if args.hub.push_to_hub and main_process else None
 
     # 2. what trains, what it is measured by
@@ -96,15 +105,16 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.print(f"going on from {checkpoint.path.name}")
         step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels, batch_size=args.evaluation.eval_batch_size)
         dense.to(accelerator.device)
-        dense_step_loss = step_loss(dense) if main_process else math.nan
+        null_label = images.decoder.null_label
+        dense_step_losses = measure_step_losses(step_loss, dense, null_label) if main_process else {}
         objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
         if not objective.needs_teacher:
             dense.to("cpu")  # until it is sampled from beside the pruned one
         run = Run(
-            *(args, accelerator, folder, checkpoints, identity, dense, noise_scheduler, images, len(held_out_images)),
-            *(step_loss, dense_step_loss, sample_quality, objective, origin, repo_id),
+            *(args, accelerator, folder, checkpoints, identity, pipeline, dense, images, len(held_out_images)),
+            *(step_loss, dense_step_losses, sample_quality, objective, origin, repo_id),
         )
-        tracking = Tracking(args, accelerator, folder, dense, noise_scheduler)
+        tracking = Tracking(args, accelerator, folder, sample_quality)
 
         # 3. train and prune; 4. measure, save, show
         with Interruption() as interruption:
@@ -123,7 +133,7 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
     total, every = args.training.max_train_steps, args.checkpoints.checkpointing_steps
     broken = BrokenImages(args.data.max_broken_images, state.broken)
     first = state.step * args.training.gradient_accumulation_steps
-    batches = iter(make_batches(args, accelerator, run.images, run.noise_scheduler, first))
+    batches = iter(make_batches(args, accelerator, run.images, run.pipeline.process, first))
     while state.step < total:
         # 3a. masks, and compaction once they freeze
         seed_everything(args.run.seed, state.step, accelerator.process_index)

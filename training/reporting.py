@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+from collections.abc import Mapping, Sequence
 
 import safetensors.torch
 import torch
@@ -12,14 +13,26 @@ from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, measure_latency, spatial_size
+from diffusers_gfprune.evaluation.quality import SamplingSettings
+from diffusers_gfprune.evaluation.step_loss import StepLoss
 from estimate import StepEstimate, machine_memory, memory_plan
+from image_splits import DataSummary
 from measuring import SampleQuality
 from objective import extra_forwards
 from provenance import portable
 from prune_arguments import Arguments
-from training_state import TrainingState
+from training_state import Curves
 
-__all__ = ["describe_plan", "package_versions", "pruning_report", "results", "weight_file_bytes"]
+__all__ = [
+    "describe_evaluation",
+    "describe_plan",
+    "measure_step_losses",
+    "model_figures",
+    "package_versions",
+    "pruning_report",
+    "results",
+    "weight_file_bytes",
+]
 
 FORMAT_VERSION = 2
 CURVE_POINTS = 500
@@ -31,14 +44,17 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def describe_plan(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, device: torch.device) -> str:
-    """What a run will do: widths, costs, steps, time, memory.
+def describe_plan(
+    pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, device: torch.device, data: DataSummary
+) -> str:
+    """What a run will do: widths, costs, data, steps, time, memory.
 
     Args:
         pruner: Made, but not stepped yet.
         args: The command line.
         estimate: Of a dense training step.
         device: Where the run will train.
+        data: Of the training images.
     """
     cost, schedule, config = pruner.cost, pruner.schedule, pruner.config
     total = config.total_steps
@@ -57,6 +73,7 @@ def describe_plan(pruner: GradientFlowPruner, args: Arguments, estimate: StepEst
     for name in ("macs", "params", "channels"):
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
+    lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
     timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
@@ -110,41 +127,80 @@ def weight_file_bytes(unet: nn.Module) -> int:
     return len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
+def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | None) -> dict[str, float]:
+    """Step losses of a model, as `results.json` names them.
+
+    Args:
+        step_loss: On held-out images, with their labels.
+        unet: The model.
+        null_label: Of the model, if it has one.
+    """
+    losses = {"step_loss": step_loss(unet)}
+    if null_label is not None:
+        losses["step_loss_null_label"] = step_loss.with_label(null_label)(unet)
+    return losses
+
+
+def model_figures(unet: nn.Module, step_losses: Mapping[str, float], latency: dict | None) -> dict:
+    """What `results.json` says of a model without samples.
+
+    Args:
+        unet: The model.
+        step_losses: Of `measure_step_losses`.
+        latency: Of `measure_latency`, if it was measured.
+    """
+    return {
+        "parameters": count_parameters(unet),
+        "macs": count_macs(unet),
+        "weight_file_bytes": weight_file_bytes(unet),
+        **step_losses,
+        "latency": latency,
+    }
+
+
+def describe_evaluation(args: Arguments, unet: nn.Module, settings: SamplingSettings, num_held_out: int) -> dict:
+    """What the figures in `results.json` depend on."""
+    parameter = next(unet.parameters())
+    return {
+        **settings.identity(),
+        "num_images": args.evaluation.eval_images,
+        "ema": args.training.use_ema,
+        "step_loss_images": num_held_out,
+        "sample_size": list(spatial_size(unet)),
+        "device": parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "distances": {},
+        "versions": package_versions(),
+    }
+
+
 def results(
     args: Arguments,
     dense: nn.Module,
     pruned: nn.Module,
     sample_quality: SampleQuality,
     num_held_out: int,
-    step_losses: tuple[float, float],
+    step_losses: tuple[Mapping[str, float], Mapping[str, float]],
 ) -> tuple[dict, Tensor | None, Tensor | None]:
     """Measure the dense and the pruned model side by side.
+
+    Args:
+        args: The command line.
+        dense: The dense model.
+        pruned: The pruned one.
+        sample_quality: Measures samples.
+        num_held_out: Images of the step losses.
+        step_losses: Of `measure_step_losses`, of either model.
 
     Returns:
         The content of `results.json`, and the samples of either model in [0, 1], if any were asked for.
     """
-    e = args.evaluation
+    batch_size = args.evaluation.latency_batch_size
     measured: dict = {"format_version": FORMAT_VERSION}
-    for name, unet, loss in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
-        measured[name] = {
-            "parameters": count_parameters(unet),
-            "macs": count_macs(unet),
-            "weight_file_bytes": weight_file_bytes(unet),
-            "step_loss": loss,
-            "latency": measure_latency(unet, e.latency_batch_size) if e.latency_batch_size else None,
-        }
-    measured["evaluation"] = {
-        **sample_quality.settings.identity(),
-        "num_images": e.eval_images,
-        "ema": args.training.use_ema,
-        "step_loss_images": num_held_out,
-        "sample_size": list(spatial_size(dense)),
-        "device": str(next(pruned.parameters()).device.type),
-        "dtype": str(next(pruned.parameters()).dtype).removeprefix("torch."),
-        "distances": {},
-        "versions": package_versions(),
-    }
-    if e.eval_images == 0:
+    for name, unet, losses in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
+        measured[name] = model_figures(unet, losses, measure_latency(unet, batch_size) if batch_size else None)
+    measured["evaluation"] = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
+    if args.evaluation.eval_images == 0:
         return measured, None, None
     quality = sample_quality.quality
     samples = sample_quality.sample(pruned, progress="sampling (pruned)")
@@ -165,16 +221,26 @@ def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:
     }
 
 
-def pruning_report(args: Arguments, state: TrainingState, dense_step_loss: float, origin: dict) -> dict:
+def pruning_report(
+    args: Arguments,
+    pruner: GradientFlowPruner,
+    curves: Curves,
+    dense_step_loss: float,
+    origin: dict,
+    diagnostics: dict | None = None,
+    broken: Sequence[str] = (),
+) -> dict:
     """The content of `pruning_report.json`: what was removed, when, and how training went.
 
     Args:
         args: The command line.
-        state: After the last step.
+        pruner: After the last step.
+        curves: Recorded along the run.
         dense_step_loss: Of the base model.
         origin: `base_model`, `dataset` and `command` (see `provenance`).
+        diagnostics: What was found about known failures of the method.
+        broken: Images that could not be read.
     """
-    pruner = state.pruner
     return {
         "format_version": FORMAT_VERSION,
         **origin,
@@ -197,8 +263,8 @@ def pruning_report(args: Arguments, state: TrainingState, dense_step_loss: float
         ],
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,
-        "curves": {**_schedule_curves(pruner), **dataclasses.asdict(state.curves)},
-        "diagnostics": state.diagnostics,
-        "unreadable_images": [portable(name) for name in state.broken],
+        "curves": {**_schedule_curves(pruner), **dataclasses.asdict(curves)},
+        "diagnostics": diagnostics or {},
+        "unreadable_images": [portable(name) for name in broken],
         "versions": package_versions(),
     }

@@ -10,16 +10,17 @@ Trackers are those of Accelerate. Names are grouped by the part before the slash
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
-from diffusers_gfprune.evaluation.cost import spatial_size
-from diffusers_gfprune.evaluation.sampling import sample_images
 from diffusers_gfprune.pruner import MaskUpdate
+from measuring import SampleQuality
 from plots import save_sample_grid
 from provenance import portable
 from prune_arguments import Arguments
@@ -43,13 +44,11 @@ class Tracking:
         args: The command line.
         accelerator: With the tracker chosen in its `log_with`.
         folder: Of the run; grids of samples go to its training folder.
-        dense: The dense model, which samples from the same noise.
-        noise_scheduler: Of the model.
+        sample_quality: How samples are drawn, and the dense model, which samples from the same noise.
     """
 
-    def __init__(self, args: Arguments, accelerator: Accelerator, folder: RunFolder, dense, noise_scheduler) -> None:
-        self.args, self.accelerator, self.folder = args, accelerator, folder
-        self.dense, self.noise_scheduler = dense, noise_scheduler
+    def __init__(self, args: Arguments, accelerator: Accelerator, folder: RunFolder, sample_quality: SampleQuality) -> None:
+        self.args, self.accelerator, self.folder, self.sample_quality = args, accelerator, folder, sample_quality
         self.dense_samples: torch.Tensor | None = None
         self.progress: tqdm | None = None
         self.phase: str | None = None
@@ -136,19 +135,14 @@ class Tracking:
         """A grid of samples beside the dense model's, always from the same noise, with averaged weights if there are any."""
         if not self.accelerator.is_main_process:
             return
-        e, count = self.args.evaluation, self.args.tracking.num_samples
-        device = self.accelerator.device
-
-        def sample(unet) -> torch.Tensor:
-            size, classes = spatial_size(unet), unet.config.num_class_embeds
-            labels = None if classes is None else torch.arange(count) % classes
-            steps, batch = e.ddim_num_inference_steps, e.eval_batch_size
-            return sample_images(unet, self.noise_scheduler, count, size, steps, e.eval_seed, batch, labels, progress=None)
-
+        count = self.args.tracking.num_samples
+        settings = dataclasses.replace(self.sample_quality.settings, num_images=count)
+        sample = partial(settings.sample, scheduler=self.sample_quality.scheduler)
         if self.dense_samples is None:
-            home = next(self.dense.parameters()).device
-            self.dense_samples = sample(self.dense.to(device))
-            self.dense.to(home)
+            dense = self.sample_quality.dense
+            home = next(dense.parameters()).device
+            self.dense_samples = sample(dense.to(self.accelerator.device))
+            dense.to(home)
         with state.averaged() as unet:
             samples = sample(unet)
         path = self.folder.training / "samples" / f"step-{state.step}.png"

@@ -23,20 +23,23 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from batches import BrokenImages, train_dataloader
 from checkpointing import Checkpoint, Checkpoints
+from diffusers_gfprune.diffusion_process import training_process
+from diffusers_gfprune.evaluation.quality import SamplingSettings
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
 from image_data import DataArguments, load_images
 from interruption import Interruption, StoppedBySignal, asked_to_stop
-from named_state import load_optimizer_state, optimizer_tensors
+from named_state import check_tensors, load_optimizer_state, optimizer_tensors
+from plots import save_sample_rows
+from rehearsal import trial
 from run_folder import RunFolder
 from training_state import seed_everything
 
@@ -126,7 +129,13 @@ class DenseTraining:
         checkpoints.save(self.step, identity, {}, tensors, values)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same run."""
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            ValueError: It holds tensors of another model.
+        """
+        for part, what in (("model", "weights"), ("ema", "averaged weights")):
+            check_tensors(checkpoint.path, what, checkpoint.tensors[part], self.parameters)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(checkpoint.tensors["model"][name])
@@ -162,12 +171,18 @@ def main() -> None:
         raise ValueError(f"model_config={args.model_config} makes no UNet2DModel: {error}") from error
     if unet.config.sample_size is None:
         raise ValueError(f"model_config={args.model_config} has no sample_size")
-    noise_scheduler = DDPMScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
-        prediction_type=args.prediction_type,
-    )
+    try:
+        noise_scheduler = DDPMScheduler(
+            num_train_timesteps=args.ddpm_num_steps,
+            beta_schedule=args.ddpm_beta_schedule,
+            prediction_type=args.prediction_type,
+        )
+    except NotImplementedError as error:
+        raise ValueError(f"ddpm_beta_schedule={args.ddpm_beta_schedule}: {error}") from error
+    training_process(noise_scheduler)  # refuses what no model is trained to predict
     images, (held_out_images, held_out_labels) = load_images(data_args, unet.config)
+    if main_process:
+        print("\n".join(f"{title:5} {line}" for title, line in zip(("data:", "", ""), images.summary.lines())))
     step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
     state = DenseTraining(args, unet.to(accelerator.device).train(), accelerator)
     free = ("model_config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps")
@@ -194,6 +209,12 @@ def main() -> None:
         world_size=accelerator.num_processes,
     )
     broken = BrokenImages(data_args.max_broken_images, state.broken)
+    shown, changes = SamplingSettings(num_images=32, seed=0, null_label=images.decoder.null_label).fitted(noise_scheduler)
+    if main_process:
+        for change in changes:
+            print(f"warning: {change}", file=sys.stderr)
+        trial(f"model_config={args.model_config}", unet, noise_scheduler, shown)
+        folder.try_writing(sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()))
 
     with folder if main_process else contextlib.nullcontext():
         if main_process:
@@ -228,7 +249,7 @@ def main() -> None:
             print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
         if main_process:
             state.ema.copy_to(unet.parameters())
-            save(DDPMPipeline(unet=unet, scheduler=noise_scheduler), folder)
+            save(DDPMPipeline(unet=unet, scheduler=noise_scheduler), folder, shown)
     accelerator.end_training()
 
 
@@ -250,15 +271,12 @@ def training_step(args: TrainArguments, state: DenseTraining, batch: dict[str, T
     state.step += 1
 
 
-def save(pipeline: DDPMPipeline, folder: RunFolder) -> None:
-    """Leave the pipeline and, of an unconditional model, a grid of samples."""
+def save(pipeline: DDPMPipeline, folder: RunFolder, shown: SamplingSettings) -> None:
+    """Leave the pipeline and a grid of samples, with all classes in turn."""
     pipeline.unet.eval()
     pipeline.save_pretrained(folder.staging)
-    if pipeline.unet.config.num_class_embeds is None:
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        samples = pipeline(batch_size=32, generator=torch.Generator().manual_seed(0), num_inference_steps=100).images
-        samples = [sample.resize((64, 64), 0) for sample in samples]
-        make_image_grid(samples, rows=4, cols=8).save(folder.staging / "samples.png")
+    samples = shown.sample(pipeline.unet, pipeline.scheduler, progress="sampling")
+    save_sample_rows(folder.staging / "samples.png", samples.split(8), columns=8)
     folder.publish()
 
 

@@ -7,14 +7,15 @@ samples of the dense model), so that curves over training, results of a run and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..class_labels import real_labels
 from .cost import spatial_size
 from .fidelity import frechet_distance, frechet_distance_pixels, kernel_distance, psnr_to_reference, ssim_to_reference
-from .sampling import TIMESTEP_SPACINGS, default_labels, sample_images, to_uint8
+from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
 
 __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
 
@@ -35,6 +36,7 @@ class SamplingSettings:
         eta: Share of DDPM's noise in each step, in [0, 1]; 0 is deterministic.
         seed: Of the noise (>= 0).
         batch_size: Images in one forward (>= 1); no sample depends on it.
+        null_label: Label of a conditional model that is no class: nothing is sampled with it.
     """
 
     num_images: int = 1000
@@ -43,6 +45,7 @@ class SamplingSettings:
     eta: float = 0.0
     seed: int = 1234
     batch_size: int = 128
+    null_label: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_images", "num_inference_steps", "batch_size"):
@@ -58,7 +61,15 @@ class SamplingSettings:
     def identity(self) -> dict:
         """What samples depend on, as JSON values that go into result files."""
         values = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        if self.null_label is None:
+            del values["null_label"]
         return {"sampler": "DDIM", **values}
+
+    def fitted(self, scheduler) -> tuple[SamplingSettings, tuple[str, ...]]:
+        """Settings that a model can be sampled with, and what had to be changed for it, a line each (see `fit_spacing`)."""
+        spacing = fit_spacing(scheduler, self.num_inference_steps, self.timestep_spacing)
+        fitted = replace(self, num_inference_steps=spacing.num_inference_steps, timestep_spacing=spacing.timestep_spacing)
+        return fitted, spacing.changes
 
     def sample(
         self, unet: nn.Module, scheduler, first: int = 0, count: int | None = None, progress: str | None = None
@@ -77,7 +88,7 @@ class SamplingSettings:
             self.num_inference_steps,
             self.seed,
             self.batch_size,
-            default_labels(unet, range(first, first + count)),
+            real_labels(unet.config.num_class_embeds, range(first, first + count), self.null_label),
             progress,
             timestep_spacing=self.timestep_spacing,
             eta=self.eta,

@@ -1,0 +1,122 @@
+"""Does a pruned model keep its null label? With and without dropping labels while it is pruned and trained.
+
+    python benchmarks/label_dropout.py
+
+A class-conditional DDPM of the digits with 11 labels, the last of which replaces 15 % of the labels in its training, is pruned
+to half of its MACs with labels alone (`--label_dropout 0`) and with 10 % of them dropped, the default of `prune_ddpm.py`. What
+counts is how far the step loss on held-out images rises with labels and with the null label,
+
+    rise = loss of the pruned model / loss of the dense model - 1.
+
+Results go to `benchmarks/results/label_dropout.json`, and with `--write` the table goes to `benchmarks/README.md`. Models are
+kept in `runs/label-dropout`, and not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+from run_folder import write_json  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/label_dropout.json"
+README, MARK, END = ROOT / "benchmarks/README.md", "<!-- label dropout -->\n", "<!-- end -->"
+DATA = ("--dataset_name", "training/digits")
+SHARES = (0.0, 0.1)
+MODEL = {"block_out_channels": [32, 48], "num_class_embeds": 11, "dropout": 0.0}
+
+
+def script(name: str, *words: object) -> None:
+    """Run a training script on one thread.
+
+    Raises:
+        subprocess.CalledProcessError: It fails.
+    """
+    command = [sys.executable, f"training/{name}", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+def train(folder: Path, steps: int) -> Path:
+    """The dense model, with 15 % of its labels dropped."""
+    model = folder / "dense"
+    if not model.exists():
+        config = json.loads((ROOT / "training/digits/unet_config.json").read_text()) | MODEL
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "unet_config.json").write_text(json.dumps(config))
+        words = ("--label_dropout", 0.15, "--max_train_steps", steps, "--train_batch_size", 64, "--lr_warmup_steps", 200)
+        last = ("--resume_from_checkpoint", "latest", "--validation_steps", 1000, "--output_dir", model)
+        script("train_ddpm.py", "--model_config", folder / "unet_config.json", *DATA, *words, *last)
+    return model
+
+
+def prune(model: Path, folder: Path, share: float, seed: int, steps: int) -> dict:
+    """Results of a run that drops a share of the labels."""
+    run = folder / f"{share:g}-seed{seed}"
+    if not run.exists():
+        words = ("--max_train_steps", steps, "--label_dropout", share, "--seed", seed, "--target", "macs", "--ratio", 0.5)
+        short = ("--eval_images", 0, "--latency_batch_size", 0, "--update_interval", max(1, steps // 20))
+        script(
+            *("prune_ddpm.py", "--pretrained_model_name_or_path", model, *DATA, *words, *short),
+            *("--output_dir", run, "--overwrite_output_dir", "--resume_from_checkpoint", "latest"),
+        )
+    return json.loads((run / "results.json").read_text())
+
+
+def rises(results: dict) -> dict[str, float]:
+    """By how much either loss has risen."""
+    dense, pruned = results["dense"], results["pruned"]
+    return {name: pruned[name] / dense[name] - 1 for name in ("step_loss", "step_loss_null_label")}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Does a pruned model keep its null label?")
+    parser.add_argument("--train_steps", type=int, default=2500, help="steps of the dense model (>= 1)")
+    parser.add_argument("--prune_steps", type=int, default=500, help="steps of each pruning run (>= 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the pruning runs")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/label-dropout", help="where models are kept")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where results go")
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
+    args = parser.parse_args(argv)
+    for name in ("train_steps", "prune_steps"):
+        if getattr(args, name) < 1:
+            sys.exit(f"label_dropout.py: error: {name}={getattr(args, name)} must be at least 1")
+    model = train(args.folder, args.train_steps)
+    rows = []
+    for share in SHARES:
+        for seed in args.seeds:
+            results = prune(model, args.folder, share, seed, args.prune_steps)
+            losses = {which: {name: results[which][name] for name in rises(results)} for which in ("dense", "pruned")}
+            rows.append({"label_dropout": share, "seed": seed, "rise": rises(results), **losses})
+    settings = {"train_steps": args.train_steps, "prune_steps": args.prune_steps, "train_label_dropout": 0.15}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, {"settings": settings, "runs": rows})
+    print(table(rows))
+    if args.write:
+        text = README.read_text("utf-8")
+        before, mark, rest = text.partition(MARK)
+        README.write_text(f"{before}{mark}\n{table(rows)}\n\n{rest[rest.index(END) :]}", "utf-8")
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table, a row a share: means over seeds."""
+    lines = [
+        "| `--label_dropout` | seeds | rise with labels | rise with the null label | ratio |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for share in dict.fromkeys(row["label_dropout"] for row in rows):
+        found = [row["rise"] for row in rows if row["label_dropout"] == share]
+        labels, null = (sum(rise[name] for rise in found) / len(found) for name in ("step_loss", "step_loss_null_label"))
+        lines.append(f"| {share:g} | {len(found)} | {labels:.1%} | {null:.1%} | {null / labels:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
