@@ -95,6 +95,21 @@ def _check_supported(config) -> None:
         )
 
 
+def _settings(module: nn.Module | None) -> dict[str, object]:
+    """What a module computes with beside its parameters: its kind, heads, groups, eps, strides, ..."""
+    states = ("training", "gradient_checkpointing")
+    public = {} if module is None else {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in states}
+    plain = {key: value for key, value in public.items() if isinstance(value, (bool, int, float, str, tuple))}
+    return {"__class__": type(module).__name__, **plain}
+
+
+def _check_settings(name: str, found: dict, wanted: dict) -> None:
+    """Refuse a module that computes otherwise than its configuration says, by which the pruned model is built."""
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise ValueError(f"the model does not match its config: {name}.{key}={found.get(key)!r} should be {value!r}")
+
+
 def _meta_twin(unet: UNet2DModel) -> UNet2DModel:
     if type(unet).__name__ == "GFPrunedUNet2DModel":
         raise ValueError(
@@ -111,7 +126,10 @@ def _meta_twin(unet: UNet2DModel) -> UNet2DModel:
             raise ValueError(f"the model does not match its config: {name} should have shape {tuple(parameter.shape)}")
     if theirs:
         raise ValueError(f"the model does not match its config: it has an additional parameter {next(iter(theirs))}")
+    modules = dict(unet.named_modules())
     for name, module in twin.named_modules():
+        if name and not isinstance(module, nn.Dropout):  # settings of the model itself are its config
+            _check_settings(name, _settings(modules.get(name)), _settings(module))
         if isinstance(module, Attention) and module.heads < 1:
             raise ValueError(
                 f"attention_head_dim={unet.config.attention_head_dim} leaves {name} ({module.query_dim} channels) no head"

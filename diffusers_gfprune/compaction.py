@@ -96,6 +96,9 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
                 alive[key] = torch.ones(parameter.shape[piece.dim], dtype=torch.bool)
             alive[key][list(piece.positions)] = mask.bool()
         if group.attention is not None:
+            now = modules[group.attention].heads
+            if now != group.heads:
+                raise ValueError(f"{group.attention}.heads={now} must be {group.heads}, as when its channels were traced")
             per_head = mask.view(group.heads, -1).sum(dim=1)  # (heads,)
             heads, kept_dim = int((per_head > 0).sum()), int(per_head.max())
             head_dim = group.num_channels // group.heads
@@ -186,14 +189,18 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
 
 
 def check_ema(ema, unet: nn.Module) -> None:
-    """Refuse an `EMAModel` that has another number of parameters than the model.
+    """Refuse an `EMAModel` of another model, whose tensors its own methods would match by position, and broadcast.
 
     Raises:
-        ValueError: It has.
+        ValueError: It has another number of parameters than the model, or one has another shape.
     """
-    count = len(list(unet.parameters()))
-    if len(ema.shadow_params) != count:
-        raise ValueError(f"the average has {len(ema.shadow_params)} parameters, the model {count}")
+    parameters = dense_parameters(unet)
+    if len(ema.shadow_params) != len(parameters):
+        raise ValueError(f"ema has {len(ema.shadow_params)} parameters, the model {len(parameters)}")
+    for (name, parameter), shadow in zip(parameters.items(), ema.shadow_params):
+        if shadow.shape != parameter.shape:
+            shapes = f"shape {tuple(shadow.shape)} in ema, and {tuple(parameter.shape)} in the model"
+            raise ValueError(f"{name} has {shapes}: ema must be an average of this model's parameters, in their order")
 
 
 def carry_ema(ema, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> None:
@@ -208,7 +215,7 @@ def carry_ema(ema, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> N
         plan: The plan it was compacted by.
 
     Raises:
-        ValueError: The average has another number of parameters than the model.
+        ValueError: The average is of another model.
     """
     check_ema(ema, unet)
     names = list(dense_parameters(unet))

@@ -265,6 +265,45 @@ def test_a_pruned_model_is_refused():
         trace_channel_groups(small)
 
 
+@pytest.mark.parametrize(
+    ("module", "setting", "value", "message"),
+    [
+        ("mid_block.attentions.0", "heads", 2, "mid_block.attentions.0.heads=2 should be 4"),
+        ("mid_block.attentions.0", "scale", 1.0, "mid_block.attentions.0.scale=1.0 should be 0.35"),
+        ("down_blocks.0.resnets.0.norm1", "num_groups", 2, "norm1.num_groups=2 should be 4"),
+        ("up_blocks.0.resnets.0", "output_scale_factor", 2.0, "output_scale_factor=2.0 should be 1.0"),
+        ("conv_norm_out", "eps", 1e-3, "conv_norm_out.eps=0.001 should be 1e-05"),
+        ("conv_in", "padding", (0, 0), r"conv_in.padding=\(0, 0\) should be"),
+    ],
+)
+def test_modules_that_do_not_match_the_config_are_refused(module: str, setting: str, value: object, message: str):
+    """The pruned model is built from the config, and would compute something else without a word."""
+    unet = build()
+    setattr(unet.get_submodule(module), setting, value)
+    with pytest.raises(ValueError, match=f"^the model does not match its config: .*{message}"):
+        trace_channel_groups(unet)
+
+
+def test_another_activation_is_refused_and_another_state_is_not():
+    unet = build()
+    unet.train().enable_gradient_checkpointing()
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5  # what --dropout sets
+    assert tuple(trace_channel_groups(unet)) == traced()
+    unet.conv_act = torch.nn.ReLU()
+    with pytest.raises(ValueError, match="conv_act.__class__='ReLU' should be 'SiLU'"):
+        trace_channel_groups(unet)
+
+
+def test_heads_that_change_after_tracing_are_refused():
+    unet = build()
+    groups = list(traced())
+    unet.mid_block.attentions[0].heads = 2
+    with pytest.raises(ValueError, match="mid_block.attentions.0.heads=2 must be 4"):
+        plan_compaction(unet, groups, random_masks(groups, seed=0))
+
+
 def test_another_model_is_refused():
     """Only the class is looked at, so that the message says what was passed."""
     other = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)

@@ -322,6 +322,19 @@ def test_a_carried_average_saves_the_small_model(tmp_path: Path):
     assert torch.equal(run(loaded), run(small))
 
 
+@pytest.mark.parametrize("shape", [(1,), (16, 1), (1, 16)], ids=str)
+def test_an_average_of_other_shapes_is_refused(shape: tuple[int, ...]):
+    """`EMAModel` copies by broadcasting: the model would have one value in all channels."""
+    unet = masked(0)
+    ema = EMAModel(unet.parameters())
+    position = list(dense_parameters(unet)).index("conv_norm_out.weight")
+    ema.shadow_params[position] = torch.ones(shape)
+    plan = planned(unet)
+    small = compact(unet, plan)
+    with pytest.raises(ValueError, match="^conv_norm_out.weight has shape .* in ema, and .16,. in the model: ema must be"):
+        carry_ema(ema, unet, small, plan)
+
+
 def test_an_average_of_another_model_is_refused():
     """`EMAModel` matches by position, and would mix up the tensors without a word."""
     unet = masked(0)

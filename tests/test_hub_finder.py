@@ -52,7 +52,7 @@ except Exception as error:
     found["refused"] = type(error).__name__
 found["private"] = samples(DiffusionPipeline.from_pretrained("alice/private", token=TOKEN, **options)).tolist()
 found["cached"] = samples(DiffusionPipeline.from_pretrained("alice/digits", local_files_only=True, **options)).tolist()
-half = DiffusionPipeline.from_pretrained("alice/digits", variant="fp16", torch_dtype=torch.float16, **options)
+half = DiffusionPipeline.from_pretrained("alice/digits", variant="fp16", dtype=torch.float16, **options)
 found["half"] = str(half.unet.dtype)
 if WITH:
     from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline

@@ -95,6 +95,19 @@ def test_models(server: HubServer) -> None:
         assert_published_output(unet)
 
 
+def test_auto_model_of_a_repository_of_a_model_alone(server: HubServer) -> None:
+    """There is no model_index.json that names this package, and config.json names code."""
+    name = "alice/unet-alone"
+    GFPrunedUNet2DModel.from_pretrained(PUBLISHED, subfolder="unet").push_to_hub(name)
+    files = hub_files(server, name)
+    assert b"auto_map" in files["config.json"]
+    server.add_repo("alice/unet-in-a-folder", {f"unet/{file}": data for file, data in files.items()})
+    for repo, options in ((name, {}), ("alice/unet-in-a-folder", {"subfolder": "unet"})):
+        unet = AutoModel.from_pretrained(repo, **options)
+        assert type(unet) is GFPrunedUNet2DModel and not remote_code()
+        assert_published_output(unet)
+
+
 def test_published_format_computes_what_it_did() -> None:
     assert_published_output(GFPrunedUNet2DModel.from_pretrained(PUBLISHED, subfolder="unet"))
 
@@ -112,11 +125,11 @@ def test_pinned_revision(server: HubServer, known: torch.Tensor) -> None:
 
 
 def test_variant_and_dtype(server: HubServer) -> None:
-    half = DiffusionPipeline.from_pretrained(REPO, variant="fp16", torch_dtype=torch.float16)
+    half = DiffusionPipeline.from_pretrained(REPO, variant="fp16", dtype=torch.float16)
     assert half.unet.dtype == torch.float16
     asked = [request.path for request in server.requests if "fp16" in request.path]
     assert asked, "the variant was not what was downloaded"
-    full = GFPrunedUNet2DModel.from_pretrained(REPO, subfolder="unet", torch_dtype=torch.bfloat16)
+    full = GFPrunedUNet2DModel.from_pretrained(REPO, subfolder="unet", dtype=torch.bfloat16)
     assert full.dtype == torch.bfloat16
     assert_published_output(DiffusionPipeline.from_pretrained(REPO, variant="fp16").unet.float(), tolerance=5e-3)
 
@@ -330,8 +343,15 @@ found["custom"] = type(
     DiffusionPipeline.from_pretrained(REPO, custom_pipeline=REPO, trust_remote_code=True)
 ).__name__
 pipe.unet.push_to_hub("alice/unet-found")
+try:
+    AutoModel.from_pretrained("alice/unet-found")
+except ValueError as error:
+    found["auto untrusted"] = str(error)
 unet = AutoModel.from_pretrained("alice/unet-found", trust_remote_code=True)
 found["auto"] = type(unet).__name__
+from diffusers import DDIMPipeline
+switched = DDIMPipeline.from_pipe(pipe)
+found["switched"] = type(switched).__name__ if switched.unet is pipe.unet else None
 try:
     DiffusionPipeline.from_pretrained(HARMFUL, trust_remote_code=True)
 except SystemExit as error:
@@ -385,6 +405,8 @@ def test_stranger_keeps_the_code_and_the_layout(stranger: tuple[dict, Path], ser
 def test_stranger_uses_our_pipeline_and_auto_model(stranger: tuple[dict, Path]) -> None:
     assert stranger[0]["custom"] == "PruneDDPMPipeline"
     assert stranger[0]["auto"] == "GFPrunedUNet2DModel"
+    assert "trust_remote_code=True" in stranger[0]["auto untrusted"]
+    assert stranger[0]["switched"] == "DDIMPipeline"
 
 
 def test_folder_of_a_stranger_is_one_of_ours(stranger: tuple[dict, Path], tmp_path: Path, known: torch.Tensor) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
+from script_helpers import ROOT, forget_accelerator
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
 from checkpointing import Checkpoints  # noqa: E402
@@ -31,8 +30,7 @@ WORDS = ["--pretrained_model_name_or_path", "model", "--dataset_name", "images",
 
 
 def make_state(*words: str, checkpoint=None, scaler=None) -> TrainingState:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     torch.manual_seed(0)
     args = parse_arguments([*WORDS, "--preset", "one-shot", "--criterion", "magnitude", *words])
     unet = UNet2DModel(**SMALL)
@@ -108,9 +106,10 @@ def test_saved_and_restored_states_go_on_alike(tmp_path: Path, compacted: bool, 
     for seed in (3, 4):
         step(state, seed)
         step(other, seed)
+    restored = other.tensors()
     for part, content in state.tensors().items():
         for name, tensor in content.items():
-            assert torch.equal(tensor, other.tensors()[part][name]), (part, name)
+            assert torch.equal(tensor, restored[part][name]), (part, name)
     assert state.lr_scheduler.get_last_lr() == other.lr_scheduler.get_last_lr()
 
 
@@ -122,6 +121,28 @@ def test_a_whole_checkpoint_that_lacks_something_is_refused(tmp_path: Path, part
     del (values if part == "values" else tensors)[{"values": "recent", "tensors": "optimizer"}[part]]
     path = Checkpoints(tmp_path).save(1, {}, {}, tensors, values)
     with pytest.raises(ValueError, match="checkpoint-1 does not fit this run: KeyError"):
+        make_state(checkpoint=Checkpoints(tmp_path).load(path))
+
+
+@pytest.mark.parametrize(("part", "what"), [("model", "weights"), ("ema", "averaged weights")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.update({"conv_in.bias": torch.ones(1)}),
+            r"conv_in.bias has shape \(1,\), and the model's \(16,\)",
+        ),
+        (lambda tensors: tensors.pop("conv_in.bias"), "1 names, first conv_in.bias"),
+    ],
+    ids=["broadcastable", "missing"],
+)
+def test_tensors_of_another_model_are_refused(tmp_path: Path, part: str, what: str, change, message: str) -> None:
+    """Copying would broadcast one value to all channels."""
+    state = make_state()
+    tensors = {name: dict(content) for name, content in state.tensors().items()}
+    change(tensors[part])
+    path = Checkpoints(tmp_path).save(1, {}, {}, tensors, state.values())
+    with pytest.raises(ValueError, match=f"checkpoint-1 holds {what} of another configuration: {message}"):
         make_state(checkpoint=Checkpoints(tmp_path).load(path))
 
 

@@ -184,7 +184,7 @@ def test_variant_is_saved_beside_the_main_weights(tmp_path: Path):
     assert sorted(os.listdir(tmp_path)) == sorted([*FILES, "diffusion_pytorch_model.fp16.safetensors"])
     assert (tmp_path / WEIGHTS).read_bytes() == main
     assert torch.equal(run(GFPrunedUNet2DModel.from_pretrained(tmp_path)), run(pruned()))
-    loaded = GFPrunedUNet2DModel.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    loaded = GFPrunedUNet2DModel.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     for name, value in loaded.state_dict().items():
         assert value.dtype == torch.float16
         assert torch.equal(value, half.state_dict()[name])
@@ -229,11 +229,13 @@ def test_other_processes_write_no_module_file(tmp_path: Path):
     assert "config.json" not in os.listdir(tmp_path)
 
 
+@pytest.mark.filterwarnings("error:.*torch_dtype")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_torch_dtype(dtype: torch.dtype, tmp_path: Path):
-    """Weights are cast on loading, to what casting the model would give."""
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtype_by_its_new_and_its_old_name(name: str, dtype: torch.dtype, tmp_path: Path):
+    """Weights are cast on loading, to what casting the model would give; a model warns of neither name."""
     pruned().save_pretrained(tmp_path)
-    loaded = GFPrunedUNet2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = GFPrunedUNet2DModel.from_pretrained(tmp_path, **{name: dtype})
     expected = copy.deepcopy(pruned()).to(dtype)
     for name, value in loaded.state_dict().items():
         assert value.dtype == dtype

@@ -10,7 +10,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["load_optimizer_state", "optimizer_numbers", "optimizer_tensors"]
+__all__ = ["check_tensors", "load_optimizer_state", "optimizer_numbers", "optimizer_tensors"]
+
+
+def check_tensors(source: object, part: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of the parameters; copying would broadcast them without a word.
+
+    Args:
+        source: Where they come from, for the error.
+        part: Which they are, for the error.
+        tensors: By name.
+        parameters: What they belong to, by name.
+
+    Raises:
+        ValueError: A name is on one side only, or a shape differs.
+    """
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())
+        raise ValueError(f"{source} holds {part} of another configuration: {len(odd)} names, first {odd[0]}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            shapes = f"{tuple(tensors[name].shape)}, and the model's {tuple(parameter.shape)}"
+            raise ValueError(f"{source} holds {part} of another configuration: {name} has shape {shapes}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from checkpointing import Checkpoint
 from diffusers_gfprune import GFPrunedUNet2DModel, GradientFlowPruner
 from diffusers_gfprune.masking import MASKS_MODULE, dense_name, dense_parameters
-from named_state import load_optimizer_state, optimizer_numbers, optimizer_tensors
+from named_state import check_tensors, load_optimizer_state, optimizer_numbers, optimizer_tensors
 from objective import NoisePrediction
 from prune_arguments import Arguments
 
@@ -248,10 +248,10 @@ class TrainingState:
         """
         values, tensors = checkpoint.values, checkpoint.tensors
         targets = {**dense_parameters(self.unet), **_buffers(self.unet)}
-        if targets.keys() != tensors["model"].keys():
-            odd = sorted(targets.keys() ^ tensors["model"].keys())
-            raise ValueError(f"{checkpoint.path} holds other weights than its configuration: {len(odd)} names, first {odd[0]}")
+        check_tensors(checkpoint.path, "weights", tensors["model"], targets)
         parameters = dense_parameters(self.unet)
+        if self.ema is not None:
+            check_tensors(checkpoint.path, "averaged weights", tensors["ema"], parameters)
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(tensors["model"][name])

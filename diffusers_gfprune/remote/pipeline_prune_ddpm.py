@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 
 from diffusers import DDPMPipeline
 
@@ -16,9 +17,40 @@ __all__ = ["PruneDDPMPipeline"]
 
 # What a pruning run leaves beside the model, and what therefore goes where the model goes
 REPORT = "pruning_report.json"
-COMPANIONS = (REPORT, "results.json", "README.md", "samples.png", "widths.png", "pruning.png")
+EVAL_RESULTS = ".eval_results/diffusers_gfprune.yaml"
+COMPANIONS = (REPORT, "results.json", "README.md", EVAL_RESULTS, "samples.png", "widths.png", "pruning.png")
 MODEL = ("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/diffusers_gfprune.py", "unet/config.json")
 WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.safetensors.index*.json")
+
+
+# Pipelines of a UNet2DModel that works on pixels, and a scheduler
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "PruneDDPMPipeline")
+COMPONENTS = ("unet", "scheduler")
+
+
+def check_pipeline_index(index: Mapping) -> str:
+    """Refuse a pipeline that is another one than its UNet and its scheduler make.
+
+    Args:
+        index: Content of `model_index.json`.
+
+    Returns:
+        The name of its class.
+
+    Raises:
+        ValueError: It is of another class, lacks a component, or has others, as latent models have.
+    """
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"its pipeline is a {name}, which is not supported; supported: {', '.join(PIPELINES[:-1])}")
+    components = [key for key, value in index.items() if isinstance(value, (list, tuple)) and any(value)]
+    missing = [key for key in COMPONENTS if key not in components]
+    if missing:
+        raise ValueError(f"its {name} has no component {missing[0]}")
+    other = [key for key in components if key not in COMPONENTS]
+    if other:
+        raise ValueError(f"its {name} has a component {other[0]}, where {' and '.join(COMPONENTS)} alone are supported")
+    return name
 
 
 def rename_in_card(card: str, repo_id: str) -> str:
@@ -45,8 +77,9 @@ class PruneDDPMPipeline(DDPMPipeline):
             images: Calibration images like those the model was trained on: a tensor in [-1, 1] with shape
                 `(images, channels, height, width)`, or a list of PIL images of the model's size.
             **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`, and `batch_size` (default 32),
-                `class_labels` (with shape `(images,)`, for conditional models) and `seed` (of noise and timesteps,
-                default 0).
+                `class_labels` (with shape `(images,)`, for conditional models), `null_label` and `label_dropout` (of models
+                for classifier-free guidance: the label that stands for none, and the share of labels that it replaces,
+                default 0.1), and `seed` (of noise and timesteps, default 0).
 
         Returns:
             A new pipeline with a `GFPrunedUNet2DModel`; this one is left as it was.
@@ -63,6 +96,14 @@ class PruneDDPMPipeline(DDPMPipeline):
         unet = prune_unet(self.unet, self.scheduler, images, **options)
         return type(self)(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))
 
+    @classmethod
+    @functools.wraps(DDPMPipeline.load_config.__func__)
+    def load_config(cls, *args, **kwargs):
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_pipeline_index(index)  # Diffusers would drop a component that this class does not know, with a warning
+        return loaded
+
     @functools.wraps(DDPMPipeline.save_pretrained)
     def save_pretrained(self, save_directory, *args, **kwargs):
         os.makedirs(save_directory, exist_ok=True)
@@ -74,6 +115,7 @@ class PruneDDPMPipeline(DDPMPipeline):
         if os.path.isfile(os.path.join(source, REPORT)) and not os.path.exists(os.path.join(save_directory, REPORT)):
             for name in COMPANIONS:
                 if os.path.isfile(os.path.join(source, name)):
+                    os.makedirs(os.path.dirname(os.path.join(save_directory, name)), exist_ok=True)
                     shutil.copyfile(os.path.join(source, name), os.path.join(save_directory, name))
         card = pathlib.Path(save_directory, "README.md")
         self._card = card.read_text("utf-8") if card.is_file() else None

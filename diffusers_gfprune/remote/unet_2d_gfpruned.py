@@ -29,17 +29,22 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import pathlib
+import reprlib
 import shutil
+import typing
 from collections.abc import Mapping, Sequence
 
+import diffusers
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import GaussianFourierProjection
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -56,7 +61,10 @@ __all__ = ["GFPrunedUNet2DModel", "RaggedGroupNorm", "norm_tables", "weighted_gr
 MODULE_FILE = "diffusers_gfprune.py"
 MAX_WIDTH = 2**16  # channels of a layer: refuses a hostile config before anything is allocated
 MAX_LAYERS_PER_BLOCK = 64
+MAX_LAYERS = 256  # of all blocks on the way down
 MAX_PARAMETERS = 2**33
+MAX_SIDE = 2**14  # pixels of an image
+MAX_SAMPLE_VALUES = 2**30  # of an image, in all
 
 
 # --- group normalization with weighted channels ------------------------------------------------------------------------
@@ -392,8 +400,9 @@ def norm_tables(group_sizes: tuple[int, ...], device: torch.device) -> tuple[Ten
         1 where a channel is in a group, else 0, and `weights` of `weighted_group_norm`, each with shape `(channels, groups)`,
         float32.
     """
-    # While a model is exported, tensors are fakes, which must not be kept
-    return (_norm_tables.__wrapped__ if torch.compiler.is_compiling() else _norm_tables)(group_sizes, device)
+    # While a model is exported, tensors are fakes, and while it is traced, parts of a graph: they must not be kept
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return (_norm_tables.__wrapped__ if watched else _norm_tables)(group_sizes, device)
 
 
 def _membership(group_sizes: tuple[int, ...], weights: Tensor) -> Tensor:
@@ -441,22 +450,107 @@ def _check_integer(name: str, value, low: int, high: int) -> None:
         raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
 
 
+# What each argument of `UNet2DModel` may be: the smallest and the largest value, or one of these. Blocks are those that can be
+# pruned.
+_INTEGERS = {
+    "in_channels": (1, MAX_WIDTH),
+    "out_channels": (1, MAX_WIDTH),
+    "block_out_channels": (1, MAX_WIDTH),
+    "layers_per_block": (1, MAX_LAYERS_PER_BLOCK),
+    "downsample_padding": (0, 1),  # anything else changes the size of images
+    "attention_head_dim": (1, MAX_WIDTH),
+    "norm_num_groups": (1, MAX_WIDTH),
+    "attn_norm_num_groups": (1, MAX_WIDTH),
+    "time_embedding_dim": (1, MAX_WIDTH),
+    "num_class_embeds": (1, 10**7),
+    "num_train_timesteps": (1, 10**7),
+}
+_NUMBERS = {
+    "freq_shift": (0, MAX_WIDTH),
+    "mid_block_scale_factor": (1e-3, 1e3),  # of a division
+    "dropout": (0, 1),
+    "norm_eps": (1e-12, 1),  # added to a variance, in single precision
+}
+_CHOICES = {
+    "center_input_sample": (False, True),
+    "flip_sin_to_cos": (False, True),
+    "add_attention": (False, True),
+    "time_embedding_type": ("positional", "fourier", "learned"),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "act_fn": ("silu", "swish", "mish", "gelu", "relu"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": ("timestep", "identity"),
+}
+_LISTS = {"block_out_channels", "down_block_types", "up_block_types"}
+_OPTIONAL = {
+    *("sample_size", "attention_head_dim", "attn_norm_num_groups", "time_embedding_dim", "num_class_embeds"),
+    *("num_train_timesteps", "mid_block_type", "downsample_type", "upsample_type", "class_embed_type"),
+}
+
+
+def _refuse(name: str, value, wanted: str) -> None:
+    raise ValueError(f"{name}={reprlib.repr(value)} must be {wanted}")
+
+
+def _check_value(name: str, value) -> None:
+    """Refuse a value that is not in the tables above; one that they do not know, of a later Diffusers, must be plain JSON."""
+    if name in _INTEGERS:
+        _check_integer(name, value, *_INTEGERS[name])
+    elif name in _NUMBERS:
+        low, high = _NUMBERS[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            _refuse(name, value, f"a number from {low:g} to {high:g}")
+    elif name in _CHOICES:
+        prefix = "UNetRes" if name in _LISTS and isinstance(value, str) else ""  # as Diffusers once named its blocks
+        plain = value.removeprefix(prefix) if prefix else value
+        if not any(type(plain) is type(choice) and plain == choice for choice in _CHOICES[name]):
+            _refuse(name, value, f"one of {', '.join(map(str, _CHOICES[name]))}")
+    else:
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        plain = all(entry is None or isinstance(entry, (bool, str, int, float)) for entry in entries)
+        if not plain or len(entries) > 64 or not all(math.isfinite(entry) for entry in entries if isinstance(entry, float)):
+            _refuse(name, value, "a finite number, a string, a boolean, or a list of up to 64 of them")
+
+
 def _check_dense_config(config: Mapping) -> None:
-    """Refuse dense arguments that could not be built or would allocate without bound."""
-    for name in ("in_channels", "out_channels"):
-        _check_integer(name, config[name], 1, MAX_WIDTH)
-    _check_integer("layers_per_block", config["layers_per_block"], 1, MAX_LAYERS_PER_BLOCK)
-    for name in ("norm_num_groups", "attn_norm_num_groups", "attention_head_dim", "time_embedding_dim"):
-        if config[name] is not None:
-            _check_integer(name, config[name], 1, MAX_WIDTH)
-    for name in ("num_class_embeds", "num_train_timesteps"):
-        if config[name] is not None:
-            _check_integer(name, config[name], 1, 10**7)
-    channels = config["block_out_channels"]
-    if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= 16:
-        raise ValueError(f"block_out_channels={channels!r} must be a list of 1 to 16 integers")
-    for value in channels:
-        _check_integer("block_out_channels", value, 1, MAX_WIDTH)
+    """Refuse dense arguments that could not be built, would compute no number, or would allocate without bound."""
+    for name, value in config.items():
+        if name in _LISTS:
+            if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
+                _refuse(name, value, "a list with 1 to 16 entries")
+            for entry in value:
+                _check_value(name, entry)
+        elif name != "sample_size" and not (value is None and name in _OPTIONAL):
+            _check_value(name, value)
+    widths, groups, shift = config["block_out_channels"], config["norm_num_groups"], config["freq_shift"]
+    for name in ("down_block_types", "up_block_types"):
+        if len(config[name]) != len(widths):
+            _refuse(name, config[name], f"as many as block_out_channels, {len(widths)}")
+    if len(widths) * config["layers_per_block"] > MAX_LAYERS:
+        _refuse("layers_per_block", config["layers_per_block"], f"at most {MAX_LAYERS // len(widths)} in {len(widths)} blocks")
+    if any(width % groups for width in widths):
+        _refuse("norm_num_groups", groups, f"a divisor of all of block_out_channels={list(widths)}")
+    groups = config["attn_norm_num_groups"]
+    if groups is not None and config["add_attention"] and config["mid_block_type"] is not None and widths[-1] % groups:
+        _refuse("attn_norm_num_groups", groups, f"a divisor of {widths[-1]}, the last of block_out_channels")
+    last = max(widths[0] // 2 - 1, 0)
+    if config["time_embedding_type"] == "positional" and shift > last:  # frequencies are divided by the difference
+        _refuse("freq_shift", shift, f"a number from 0 to {last}, for block_out_channels that start with {widths[0]}")
+    if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
+        _refuse("num_train_timesteps", None, 'an integer where time_embedding_type="learned"')
+    _check_sample_size(config["sample_size"], config["in_channels"], 2 ** (len(widths) - 1))
+
+
+def _check_sample_size(size, channels: int, multiple: int) -> None:
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    fits = len(sides) == 2 and all(_is_int(side) and 1 <= side <= MAX_SIDE and side % multiple == 0 for side in sides)
+    if size is not None and not (fits and channels * sides[0] * sides[1] <= MAX_SAMPLE_VALUES):
+        most = f"{MAX_SAMPLE_VALUES // channels} pixels in all"
+        _refuse("sample_size", size, f"one or two multiples of {multiple}, up to {MAX_SIDE} and with at most {most}")
 
 
 def _checked_table(name: str, table) -> Mapping:
@@ -476,6 +570,36 @@ def _dense_channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     return None
+
+
+# --- tensors in files --------------------------------------------------------------------------------------------------
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SMALL_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value, NaN where there is one, in one pass (`isfinite` takes ten times as long)."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = (tensor.float() if tensor.dtype in _SMALL_FLOATS else tensor).aminmax()
+    return float(torch.maximum(-low, high))
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype, quantized: bool = False) -> None:
+    """Refuse weights that are not floating point (unless they are quantized), or not finite, as they are or in `dtype`."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (*_FLOATS, *_SMALL_FLOATS):
+            if not quantized:
+                raise ValueError(f"the weight {name} is {tensor.dtype}, and must be floating point")
+        elif not math.isfinite(largest := _largest(tensor)):
+            raise ValueError(f"the weight {name} holds values that are not finite (NaN or infinity)")
+        elif largest > torch.finfo(dtype).max:
+            raise ValueError(f"the weight {name} holds a value of size {largest:g}, which {dtype} does not have")
+        if name.endswith((".to_qkv.weight", ".to_qkv.bias")):
+            sources = [tensors.get(name.replace(".to_qkv.", f".to_{letter}.")) for letter in "qkv"]
+            if all(source is not None for source in sources) and not torch.equal(torch.cat(sources), tensor):
+                raise ValueError(f"the weight {name} is not that of to_q, to_k and to_v: unfuse projections before training")
 
 
 # --- narrowing ---------------------------------------------------------------------------------------------------------
@@ -592,6 +716,7 @@ class GFPrunedUNet2DModel(UNet2DModel):
     """
 
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _keys_to_ignore_on_load_unexpected = [r"attentions\.\d+\.to_qkv\.(weight|bias)$"]  # copies, made by fuse_projections
     _auto_class = "AutoModel"  # config.json then says where a trusting AutoModel finds this file
     _card: str | None = None
 
@@ -672,10 +797,27 @@ class GFPrunedUNet2DModel(UNet2DModel):
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
+    def _dict_from_json_file(cls, *args, **kwargs):
+        try:
+            config = super()._dict_from_json_file(*args, **kwargs)
+        except RecursionError:
+            config = None
+        if not isinstance(config, dict):  # Diffusers would take a string for the name of another repository
+            raise ValueError("config.json must hold a JSON object, of a depth that can be read")
+        if not isinstance(config.get("quantization_config", {}), (dict, type(None))):
+            _refuse("quantization_config", config["quantization_config"], "a JSON object")
+        return config
+
+    @classmethod
     @functools.wraps(UNet2DModel.from_pretrained.__func__)
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors=False: pruned models are loaded from safetensors only")
+        if kwargs.get("use_flashpack"):
+            raise ValueError("use_flashpack=True: pruned models are loaded from safetensors only")
+        device_map = kwargs.get("device_map")
+        if not isinstance(device_map, Mapping) or "disk" not in device_map.values():
+            kwargs.pop("offload_state_dict", None)  # Diffusers reads such weights back only beside others that stay on disk
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
@@ -695,6 +837,9 @@ class GFPrunedUNet2DModel(UNet2DModel):
         for name in resolved_model_file or ():  # an index of safetensors can name any file
             if not str(name).endswith(".safetensors"):
                 raise ValueError(f"{name} is no safetensors file: pruned models are loaded from safetensors only")
+        # Before anything is converted: NaN stays NaN, but whole numbers would become floats
+        for part in [state_dict] if state_dict is not None else map(load_state_dict, resolved_model_file):
+            _check_tensors(part, kwargs.get("dtype") or model.dtype, quantized=kwargs.get("hf_quantizer") is not None)
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     def to_json_string(self) -> str:
@@ -730,3 +875,13 @@ class GFPrunedUNet2DModel(UNet2DModel):
 
 # Saved pipelines name the library of a component by its class's module: this package, whose file travels with them.
 GFPrunedUNet2DModel.__module__ = "diffusers_gfprune"
+
+# Every pipeline of Diffusers that takes a UNet2DModel: `from_pipe` passes a component on only if its very class is in the
+# annotation of the argument.
+for _name in (
+    *("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "KarrasVePipeline", "LDMPipeline"),
+    *("LDMSuperResolutionPipeline", "PNDMPipeline", "RePaintPipeline", "ScoreSdeVePipeline"),
+):
+    with contextlib.suppress(AttributeError, RuntimeError):  # a Diffusers without it, or without what it needs
+        _init = getattr(diffusers, _name).__init__
+        _init.__annotations__["unet"] = typing.get_type_hints(_init)["unet"] | GFPrunedUNet2DModel  # a union holds it once
