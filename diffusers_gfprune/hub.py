@@ -30,8 +30,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .model_card import check_card, is_as_rendered, render_card
-from .remote.pipeline_prune_ddpm import COMPANIONS, MODEL, WEIGHTS, rename_in_card
+from .model_card import check_card, is_as_rendered, render_card, render_eval_results
+from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, MODEL, WEIGHTS, rename_in_card
 
 __all__ = [
     "FILES",
@@ -124,7 +124,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
 
     Args:
         folder: Where they lie.
-        names: Relative paths; only cards and JSON are read.
+        names: Relative paths; only cards, JSON and YAML are read.
         token: The token in use, to look for, too.
 
     Raises:
@@ -134,7 +134,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
     # Short paths such as / or /root would be found where nothing is meant
     places = {str(place) for place in (Path.home(), Path.cwd(), root, root.resolve()) if len(place.parts) > 2}
     for name in names:
-        if not name.endswith((".md", ".json")):
+        if not name.endswith((".md", ".json", ".yaml")):
             continue
         text = (root / name).read_text("utf-8")
         if TOKEN.search(text) or (token and token in text):
@@ -147,7 +147,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
 
 
 def update_card(folder: str | os.PathLike, repo_id: str) -> None:
-    """Write README.md for `repo_id`, from the results and the report of a run.
+    """Write README.md for `repo_id`, and the results as the Hub collects them, from the results and the report of a run.
 
     A card edited by hand keeps its text; only the examples that load the model name the new repository.
 
@@ -165,6 +165,11 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
     if readme.exists() and not is_as_rendered(readme.read_text("utf-8")):
         card = rename_in_card(readme.read_text("utf-8"), repo_id)
         check_card(card)
+    entries = render_eval_results(results, report)
+    (root / EVAL_RESULTS).unlink(missing_ok=True)
+    if entries is not None:
+        (root / EVAL_RESULTS).parent.mkdir(exist_ok=True)
+        (root / EVAL_RESULTS).write_text(entries, "utf-8")
     complete = readme.with_name(".README.md.incomplete")
     complete.write_text(card, "utf-8")
     os.replace(complete, readme)
@@ -280,7 +285,7 @@ def push_folder(
             repo_id=full_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=list(WEIGHTS),
+            delete_patterns=[*WEIGHTS, EVAL_RESULTS],
             revision=revision,
             commit_message=commit_message,
         )

@@ -15,9 +15,16 @@ from importlib.resources import files
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    parse_eval_result_entries,
+)
 
-__all__ = ["LICENSES", "check_card", "is_as_rendered", "render_card"]
+__all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
 
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
@@ -107,8 +114,9 @@ def _metadata(results: Mapping, report: Mapping, model_name: str) -> ModelCardDa
         for metric in metrics
     ]
     options = {}
-    if base["hub_id"] is not None:
-        options = {"base_model": base["hub_id"], "base_model_relation": "finetune"}
+    # Its own place on the Hub, or what a model from elsewhere was made of
+    if (base_model := base["hub_id"] or base.get("derived_from")) is not None:
+        options = {"base_model": base_model, "base_model_relation": "finetune"}
     if dataset["hub_id"] is not None:
         options["datasets"] = [dataset["hub_id"]]
     if found:
@@ -191,6 +199,60 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
     card = f"---\n{metadata}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
     check_card(card)
     return f"{card}\n{_seal(card)}\n"
+
+
+def render_eval_results(results: Mapping, report: Mapping) -> str | None:
+    """The results as the Hub collects them for data sets, `.eval_results/*.yaml`.
+
+    Distances to the images of a data set on the Hub, with the metric (`fid`, `fd-efflite0`) as the task. The Hub shows such a
+    result beside others where the data set is registered as a benchmark that has this task. Similarity to the dense model is
+    no result on a data set, and stays on the card.
+
+    Args:
+        results: Content of `results.json`.
+        report: Content of `pruning_report.json`.
+
+    Returns:
+        YAML, or None where there is nothing to say.
+
+    Raises:
+        ValueError: A field is missing, or a figure is not finite.
+    """
+    entries = []
+    try:
+        dataset, drawn = report["dataset"]["hub_id"], results["evaluation"]
+        for metric in _distances(results) if dataset is not None else []:
+            samples = f"{drawn['num_images']} samples ({drawn['sampler']}, {drawn['num_inference_steps']} steps)"
+            notes = f"{metric['title']}, {samples}, {metric['reference_images']} images. {metric['warning']}".strip()
+            entries.append(EvalResultEntry(dataset, task_id=metric["id"], value=metric["pruned"], notes=notes))
+    except KeyError as error:
+        raise ValueError(f"results.json or pruning_report.json lacks the field {error} of the evaluation results") from error
+    if not entries:
+        return None
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    check_eval_results(text)
+    return text
+
+
+def check_eval_results(text: str) -> None:
+    """Refuse results that the Hub would not read.
+
+    Args:
+        text: Content of a file in `.eval_results`.
+
+    Raises:
+        ValueError: It is no YAML list of results, names no data set, or has a value that is no finite number.
+    """
+    try:
+        entries = parse_eval_result_entries(yaml.safe_load(text))
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the evaluation results cannot be read: {' '.join(repr(error).split())}") from error
+    for entry in entries:
+        if not isinstance(entry.dataset_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.dataset_id):
+            raise ValueError(f"dataset={entry.dataset_id!r} of the evaluation results is no Hub id")
+        number = isinstance(entry.value, (int, float)) and not isinstance(entry.value, bool)
+        if not number or not math.isfinite(entry.value):
+            raise ValueError(f"value={entry.value!r} of {entry.task_id} in the evaluation results is no finite number")
 
 
 def _seal(card: str) -> str:

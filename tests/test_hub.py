@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from diffusers import DDPMPipeline
 from hub_helpers import contents, digest, make_run
 from hub_server import OTHER, READ, WRITE, HubServer
-from huggingface_hub import ModelCard, file_download, snapshot_download
+from huggingface_hub import ModelCard, file_download, parse_eval_result_entries, snapshot_download
 from huggingface_hub.utils import _http
-from script_helpers import RUN_FILES
+from script_helpers import RUN_FILES, run_script
 
 import diffusers_gfprune
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
@@ -77,6 +78,25 @@ def test_card_names_the_repository_it_is_in(server: HubServer, run: Path) -> Non
     push_folder(run, "alice/other")
     assert b'from_pretrained("alice/other"' in on_hub(server, "alice/other")["README.md"]
     assert ModelCard.load("alice/other").data.pipeline_tag == "unconditional-image-generation"
+
+
+def test_evaluation_results_go_with_the_card(server: HubServer, run: Path, tmp_path: Path) -> None:
+    """And leave with it, where there are none any more."""
+    name, report = ".eval_results/diffusers_gfprune.yaml", json.loads((run / "pruning_report.json").read_text())
+    described = {**report, "dataset": {"name": "org/images", "hub_id": "org/images"}}
+    (run / "pruning_report.json").write_text(json.dumps(described))
+    push_folder(run, REPO)
+    assert set(on_hub(server)) == {*PUSHED, name}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(on_hub(server)[name]))
+    assert (entry.dataset_id, entry.task_id) == ("org/images", "fd-pixels")
+    pipe = PruneDDPMPipeline.from_pretrained(run)
+    pipe.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / name).read_bytes() == on_hub(server)[name]
+    pipe.push_to_hub("alice/again")
+    assert name in on_hub(server, "alice/again")
+    (run / "pruning_report.json").write_text(json.dumps(report))
+    push_folder(run, REPO)
+    assert set(on_hub(server)) == PUSHED and not (run / name).exists()
 
 
 def test_card_edited_by_hand_keeps_its_text(server: HubServer, run: Path) -> None:
@@ -295,7 +315,7 @@ def test_command_line(server: HubServer, run: Path, tmp_path: Path) -> None:
     assert f"pushed: {server.endpoint}/{REPO}/commit/" in done.stdout
     assert on_hub(server) == contents(run) and server.repositories[("models", REPO)].private
     assert WRITE not in done.stdout + done.stderr
-    again = command(server, tmp_path / "cache", "push", run, "bob/digits")
+    again = run_script("diffusers_gfprune.hub", "push", run, "bob/digits")
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1].startswith("python -m diffusers_gfprune.hub: error: push to bob/digits failed")
 

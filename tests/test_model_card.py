@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from diffusers_gfprune.model_card import (
     CITATIONS,
     LICENSES,
     check_card,
+    check_eval_results,
     is_as_rendered,
     render_card,
+    render_eval_results,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,45 @@ def test_metadata(files):
     found = ModelCard(render_card(results, report, "me/model")).data.eval_results
     assert {result.metric_type for result in found} == {"fd-pixels", "ssim", "psnr"}
     assert {result.dataset_name for result in found} == {"org/images"}
+
+
+def test_models_that_a_local_one_was_made_of_are_its_base_models(files):
+    results, report = files
+    report["base_model"]["derived_from"] = ["org/a", "org/b"]
+    card = render_card(results, report, "me/model")
+    assert header(card)["base_model"] == ["org/a", "org/b"]
+    assert "huggingface.co/org/" not in card.split("---")[2]  # what was pruned is the local one
+
+
+def test_evaluation_results_are_what_the_client_reads(files):
+    results, report = files
+    assert render_eval_results(results, report) is None  # the data set is not on the Hub
+    report["dataset"] = {"name": "org/images", "hub_id": "org/images"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(render_eval_results(results, report)))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/images", "fd-pixels", results["pruned"]["fd_pixels"])
+    wanted = "FD-pixels, 1000 samples (DDIM, 50 steps), 1500 images. Not FID: compare it with nothing else."
+    assert entry.notes == wanted
+    results["evaluation"]["distances"] = {}
+    assert render_eval_results(results, report) is None
+    del results["evaluation"]["distances"]
+    with pytest.raises(ValueError, match="lacks the field 'distances'"):
+        render_eval_results(results, report)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- dataset: {id: org/x, task_id: fid}\n  value: .nan\n", "value=nan of fid .* is no finite number"),
+        ("- dataset: {id: org/x, task_id: fid}\n  value: high\n", "value='high' of fid"),
+        ("- dataset: {id: 'no id', task_id: fid}\n  value: 1\n", "dataset='no id' of the evaluation results is no Hub id"),
+        ("- dataset: {id: org/x}\n  value: 1\n", "cannot be read: KeyError.'task_id'."),
+        ("- 3\n", "cannot be read"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_evaluation_results_that_the_hub_would_not_read(text, message):
+    with pytest.raises(ValueError, match=message):
+        check_eval_results(text)
 
 
 def test_local_sources_are_no_hub_ids(files):

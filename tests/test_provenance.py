@@ -1,5 +1,6 @@
 """Where a run came from is told without paths of the machine and without tokens."""
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,45 @@ def test_local_model_with_and_without_a_card(tmp_path):
     assert describe_base_model(str(tmp_path)) == {"name": tmp_path.name, "hub_id": None, "revision": None, "license": None}
     (tmp_path / "README.md").write_bytes(CARD)
     assert describe_base_model(str(tmp_path))["license"] == "cc-by-4.0"
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_folder_in_the_cache_of_the_hub(tmp_path):
+    folder = tmp_path / f"models--alice--dense-8px/snapshots/{COMMIT}"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_bytes(CARD)
+    wanted = {"name": "alice/dense-8px", "hub_id": "alice/dense-8px", "revision": COMMIT, "license": "cc-by-4.0"}
+    assert describe_base_model(str(folder)) == wanted
+
+
+CACHED = f"/root/hub/models--alice--dense/snapshots/{COMMIT}/unet"
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"README.md": "---\nbase_model: org/dense\n---\n"}, ["org/dense"]),
+        ({"README.md": "---\nbase_model: [org/a, org/b]\n---\n", "model_index.json": "{}"}, ["org/a", "org/b"]),
+        ({"unet/config.json": json.dumps({"_name_or_path": CACHED})}, ["alice/dense"]),
+        ({"unet/config.json": json.dumps({"_name_or_path": CACHED.replace("/", "\\")})}, ["alice/dense"]),
+        ({"model_index.json": json.dumps({"_name_or_path": "alice/known"})}, ["alice/known"]),
+        ({"model_index.json": json.dumps({"_name_or_path": "runs/teacher"})}, None),  # a folder, as likely
+        ({"model_index.json": json.dumps({"_name_or_path": "/data/models/dense"})}, None),
+        ({"model_index.json": "[1]", "unet/config.json": "{"}, None),
+        ({"README.md": "---\nbase_model: 3\n---\n", "model_index.json": json.dumps({"_name_or_path": 3})}, None),
+    ],
+    ids=str,
+)
+def test_folder_that_says_what_it_was_made_of(server, tmp_path, files, wanted):
+    server.add_repo("alice/known", {"model_index.json": b"{}"})
+    hf_hub_download("alice/known", "model_index.json")
+    for name, text in files.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(text)
+    found = describe_base_model(str(tmp_path / "model"))
+    assert found.get("derived_from") == wanted and found["hub_id"] is None
 
 
 def test_model_on_the_hub(server):

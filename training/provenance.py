@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,8 @@ from diffusers_gfprune.model_card import LICENSES
 __all__ = ["command_line", "describe_base_model", "describe_dataset", "portable"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A folder of the Hub's cache
+SNAPSHOT = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
 SECRETS = ("--hub-token",)
 
 
@@ -56,15 +59,22 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        `name`, and `hub_id`, `revision` and `license`, which are None where they are unknown.
+        `name`, and `hub_id`, `revision` and `license`, which are None where they are unknown. A folder that is not on the Hub
+        has `derived_from`, too, where it says for certain which models there it was made of.
     """
     found = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
     if os.path.isdir(name_or_path):
         found["revision"] = None  # a folder has none
-        readme = Path(name_or_path) / "README.md"
+        readme, data = Path(name_or_path) / "README.md", {}
         if readme.is_file():
-            found["license"] = _known_license(ModelCard.load(readme, ignore_metadata_errors=True).data.get("license"))
-        return found
+            data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+            found["license"] = _known_license(data.get("license"))
+        cached = SNAPSHOT.search(os.path.realpath(name_or_path))
+        if cached is not None:
+            hub_id = f"{cached[1]}/{cached[2]}"
+            return {**found, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}
+        origins = _origins(Path(name_or_path), data.get("base_model"))
+        return {**found, "derived_from": origins} if origins else found
     found["hub_id"] = name_or_path
     # Files that were loaded lie in a folder named by their commit, while a branch may have moved on since.
     cached = try_to_load_from_cache(name_or_path, "model_index.json", revision=revision)
@@ -77,6 +87,29 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
     found["revision"] = info.sha
     found["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
     return found
+
+
+def _origins(folder: Path, base_model: object) -> list[str]:
+    """Models on the Hub that a saved pipeline comes from: those on its card, or the one whose files it was loaded from.
+
+    Diffusers writes where a model was loaded from; a path in the Hub's cache is certain, a bare name might be a folder.
+    """
+    named = base_model if isinstance(base_model, list) else [base_model]
+    named = [name for name in named if isinstance(name, str) and HUB_ID.fullmatch(name)]
+    for name in ("unet/config.json", "model_index.json"):
+        if named:
+            break
+        try:
+            origin = json.loads((folder / name).read_text("utf-8")).get("_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if not isinstance(origin, str):
+            continue
+        if (cached := SNAPSHOT.search(origin)) is not None:
+            named = [f"{cached[1]}/{cached[2]}"]
+        elif HUB_ID.fullmatch(origin) and isinstance(try_to_load_from_cache(origin, "model_index.json"), str):
+            named = [origin]  # it was loaded from the Hub on this machine
+    return named
 
 
 def describe_dataset(dataset_name: str | None, train_data_dir: str | None) -> dict[str, str | None]:
