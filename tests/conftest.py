@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from filelock import FileLock  # noqa: E402
+from script_helpers import forget_accelerator  # noqa: E402
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # Triton kernels are interpreted; it has to know before it is imported
@@ -26,8 +28,7 @@ def fixed_seed():
 def no_accelerator_left():
     """Accelerate keeps its state for the whole process; no test sees that of another."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
 
 
 @pytest.fixture
@@ -38,6 +39,24 @@ def scripted():
     script.clear()
     yield script
     script.clear()
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A short run that nothing happened to, and the checkpoints of all its steps, which tests only read.
+
+    The first of pytest's processes that asks for it makes it; others wait.
+    """
+    from resume_helpers import uninterrupted
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes
+    folder /= "whole_run"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "run").exists():
+            uninterrupted(folder)
+    return folder / "run", folder / "kept"
 
 
 @pytest.fixture(scope="module")

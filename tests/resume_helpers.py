@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from script_helpers import ROOT, forget_accelerator, plain_runs
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
 import prune_ddpm  # noqa: E402
@@ -24,22 +23,22 @@ from checkpointing import Checkpoint, Checkpoints  # noqa: E402
 from run_folder import RunFolder  # noqa: E402
 
 TEACHER = ROOT / "training/digits/teacher"
-STEPS = 24
-# Soft phase to step 6, hard phase to step 12, rankings at every second step, a checkpoint after every step
+STEPS = 16
+# Soft phase to step 4, hard phase to step 8, rankings at every second step, a checkpoint after every step
 PHASES = [
     *("--pretrained_model_name_or_path", str(TEACHER), "--dataset_name", str(ROOT / "training/digits")),
     *("--max_train_steps", str(STEPS), "--soft_fraction", "0.25", "--hard_fraction", "0.5", "--update_interval", "2"),
     *("--train_batch_size", "8", "--calibration_batches", "1", "--use_ema", "--lr_scheduler", "cosine"),
-    *("--validation_steps", "8", "--validation_images", "4", "--logging_steps", "5"),
+    *("--validation_steps", "8", "--validation_images", "4", "--logging_steps", "4"),
     *("--eval_images", "0", "--latency_batch_size", "0", "--checkpointing_steps", "1"),
 ]
 
 
 def run_here(output_dir: Path, *arguments: object) -> None:
     """The script in this process, which saves the seconds that a new one takes to import everything."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    prune_ddpm.main([*PHASES, "--output_dir", str(output_dir), *map(str, arguments)])
+    forget_accelerator()
+    with plain_runs():
+        prune_ddpm.main([*PHASES, "--output_dir", str(output_dir), *map(str, arguments)])
 
 
 def start(output_dir: Path, *arguments: object, launcher: tuple[str, ...] = (sys.executable,), **options) -> subprocess.Popen:
@@ -66,16 +65,28 @@ def checkpoints_kept(folder: Path) -> Iterator[Path]:
         RunFolder.publish = publish
 
 
+def uninterrupted(folder: Path, *arguments: object) -> tuple[Path, Path]:
+    """A finished run, and the checkpoints of all its steps."""
+    with checkpoints_kept(folder / "kept") as kept:
+        run_here(folder / "run", "--checkpoints_total_limit", 0, *arguments)
+    return folder / "run", kept
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.partition("-")[2])
+
+
 def place(source: Path, output_dir: Path, last: int) -> None:
     """Put the checkpoints up to a step where a run with `output_dir` looks for its own, as if it had been killed there."""
     for path in source.glob("checkpoint-*"):
-        if int(path.name.partition("-")[2]) <= last:
+        if step_of(path) <= last:
             shutil.copytree(path, output_dir.with_name(f"{output_dir.name}.training") / path.name)
 
 
 def last_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint of the last step."""
-    return Checkpoints(folder).load(folder / f"checkpoint-{STEPS}")
+    return Checkpoints(folder).load(max(folder.glob("checkpoint-*"), key=step_of))
 
 
 def assert_same_state(first: Checkpoint, second: Checkpoint) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from resume_helpers import checkpoints_kept, place, run_here
 
-# Of 24 steps, the 10th and 20th, and the end; later arguments win
-CURVES = ("--eval_steps", 10, "--eval_images", 70, "--eval_batch_size", 70, "--ddim_num_inference_steps", 2)
+# Of 16 steps, the 6th and 12th, and the end; later arguments win
+CURVES = ("--eval_steps", 6, "--eval_images", 70, "--eval_batch_size", 70, "--ddim_num_inference_steps", 2)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def report(run: Path) -> dict:
 
 def test_quality_is_measured_along_the_way(measured: tuple[Path, Path]) -> None:
     curves = report(measured[0])["curves"]
-    assert curves["quality_steps"] == [10, 20]
+    assert curves["quality_steps"] == [6, 12]
     assert set(curves["quality"]) == {"fd_pixels", "psnr_to_dense", "ssim_to_dense"}
     assert all(len(values) == 2 for values in curves["quality"].values())
     assert 0 < curves["quality_seconds"][0] < curves["quality_seconds"][1] <= sum(curves["seconds"].values())
@@ -41,13 +41,12 @@ def test_quality_is_measured_along_the_way(measured: tuple[Path, Path]) -> None:
     )
 
 
-def test_measuring_changes_nothing_else(measured: tuple[Path, Path], tmp_path: Path) -> None:
-    run_here(tmp_path / "run")
-    assert weights(tmp_path / "run") == weights(measured[0])
+def test_measuring_changes_nothing_else(measured: tuple[Path, Path], whole_run: tuple[Path, Path]) -> None:
+    assert weights(whole_run[0]) == weights(measured[0])
 
 
 def test_curves_go_on_after_an_interruption(measured: tuple[Path, Path], tmp_path: Path) -> None:
-    place(measured[1], tmp_path / "run", 15)
+    place(measured[1], tmp_path / "run", 9)
     run_here(tmp_path / "run", *CURVES, "--resume_from_checkpoint", "latest")
     mine, whole = (report(run)["curves"] for run in (tmp_path / "run", measured[0]))
     assert mine["quality_steps"] == whole["quality_steps"] and mine["quality"] == whole["quality"]

@@ -55,7 +55,7 @@ def test_lists() -> None:
         (["--images_dir", ".", "--revision", "v1"], "revision=v1 needs --model"),
         ([*MODEL, "--reference_revision", "v1"], "reference_revision=v1 needs --reference_model"),
         (["--images_dir", ".", "--eta", "0.5"], "eta=0.5 does not go with --images_dir"),
-        (["--images_dir", ".", "--torch_dtype", "bfloat16"], "torch_dtype=bfloat16 does not go with --images_dir"),
+        (["--images_dir", ".", "--dtype", "bfloat16"], "dtype=bfloat16 does not go with --images_dir"),
         (["--images_dir", ".", "--speed_modes", "compiled"], r"speed_modes=\['compiled'\] does not go with --images_dir"),
         (["--images_dir", ".", "--features", "none"], "images_dir=. needs images and --features"),
         (["--compare", "a", "b", "--num_images", "5"], "num_images=5 does not go with --compare"),
@@ -104,7 +104,7 @@ def test_what_does_not_go_together_is_refused(words: list[str], message: str) ->
     ("words", "message"),
     [
         ([*MODEL, "--timestep_spacing", "cubic"], "--timestep_spacing.*: invalid choice: 'cubic'"),
-        ([*MODEL, "--torch_dtype", "int8"], "--torch_dtype.*: invalid choice: 'int8'"),
+        ([*MODEL, "--dtype", "int8"], "--dtype.*: invalid choice: 'int8'"),
         ([*MODEL, "--num_images", "many"], "--num_images.*: invalid int value: 'many'"),
         ([*MODEL, "--speed_batch_sizes", "big"], "--speed_batch_sizes.*: invalid int value: 'big'"),
         ([*MODEL, "--features"], "--features: expected at least one argument"),

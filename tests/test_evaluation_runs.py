@@ -163,7 +163,7 @@ def test_half_precision(world: Path, tmp_path: Path) -> None:
     """Near full precision, not equal to it, and written down."""
     arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--num_images", 70)
     full = run(tmp_path, *arguments, out="full")
-    half = run(tmp_path, *arguments, "--torch_dtype", "bfloat16", out="half")
+    half = run(tmp_path, *arguments, "--dtype", "bfloat16", out="half")
     assert half["evaluation"]["dtype"] == "bfloat16"
     assert half["model"]["weight_file_bytes"] < 0.6 * full["model"]["weight_file_bytes"]
     for name in ("step_loss",):
@@ -229,7 +229,16 @@ def test_plan_alone(world: Path, tmp_path: Path, capsys) -> None:
     run(tmp_path, "--model", world / "dense", "--dataset_name", world / "images", "--dry_run")
     printed = capsys.readouterr().out
     assert "50,000 of each model: DDIM, 2 steps (leading), eta 0, seed 1234" in printed and "FD-pixels" in printed
+    assert "120 training images of train, 8 held-out images of validation" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_more_steps_than_timesteps_are_made_to_fit_and_said(world: Path, tmp_path: Path, capsys) -> None:
+    arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--dry_run")
+    for steps, drawn in ((1001, "1000 steps (leading)"), (501, "501 steps (trailing)")):
+        run(tmp_path, *arguments, "--num_inference_steps", steps)
+        printed = capsys.readouterr()
+        assert drawn in printed.out and f"num_inference_steps={steps}" in printed.err
 
 
 def test_nothing_is_overwritten(world: Path, tmp_path: Path, no_sampling) -> None:
@@ -267,12 +276,11 @@ def test_earlier_evaluation_can_be_replaced(world: Path, tmp_path: Path) -> None
             ["--reference_model", "{rgb}"],
             "reference_model=.*rgb makes 8x8 images of 3 channels in 1000 timesteps, the model 8x8",
         ),
-        (["--num_inference_steps", "1001"], "num_inference_steps=1001 must be at most the 1000 timesteps that model="),
         (["--num_images", "64"], "features=pixels needs more than 64 images, generated and real, not 64"),
         (["--num_images", "70", "--num_reference_images", "60"], "features=pixels needs more than 64 .* not 60"),
         (["--features", "inception", "--inception_weights", "nowhere"], "inception_weights=nowhere must be the path"),
         (["--features", "dinov2", "--dinov2_model", "{rgb}"], "dinov2_model=.*rgb cannot be loaded as DINOv2"),
-        (["--model", "{broken}"], "model=.*broken predicts values that are not finite in float32"),
+        (["--model", "{broken}"], "model=.*broken: the weight conv_out.bias holds values that are not finite"),
         (["--model", "{missing}"], "model=.*missing is not a folder"),
         (["--revision", "v1"], "model=.* is a folder, and has no revision=v1"),
         (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import resource
 import signal
 import subprocess
 import time
@@ -11,35 +10,25 @@ from pathlib import Path
 
 import psutil
 import pytest
-from resume_helpers import assert_same_result, run_here, start
+from resume_helpers import assert_same_result, run_here, start, step_of
+from script_helpers import files_limited_to
 
 RESUME = ("--resume_from_checkpoint", "latest")
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("reference") / "run"
-    run_here(folder, "--checkpointing_steps", 0)
-    return folder
 
 
 def wait_for_checkpoint(process: subprocess.Popen, output_dir: Path, step: int) -> None:
     """Until the checkpoint of a step, or a later one, is there."""
     folder = output_dir.with_name(f"{output_dir.name}.training")
     while process.poll() is None:
-        if any(int(path.name.partition("-")[2]) >= step for path in folder.glob("checkpoint-*")):
+        if any(step_of(path) >= step for path in folder.glob("checkpoint-*")):
             return
         time.sleep(0.005)
     pytest.fail(f"the run ended before checkpoint {step}: {process.communicate()[1]}")
 
 
-def finish(output_dir: Path, *arguments: object) -> str:
-    """Go on to the end, in a process of its own; what it said on standard error."""
-    process = start(output_dir, *RESUME, *arguments)
-    printed, said = process.communicate()
-    assert process.returncode == 0, said
-    return said
+def finish(output_dir: Path, *arguments: object) -> None:
+    """Go on to the end, in this process."""
+    run_here(output_dir, *RESUME, *arguments)
 
 
 def kill_again_and_again(output_dir: Path, moments: list[float]) -> int:
@@ -66,8 +55,8 @@ def kill_again_and_again(output_dir: Path, moments: list[float]) -> int:
     return killed
 
 
-@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 11])
-def test_killed_while_training(reference: Path, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7])
+def test_killed_while_training(whole_run: tuple[Path, Path], tmp_path: Path, step: int) -> None:
     """At a moment of its own choosing: some time into whatever follows the checkpoint of a step, often the next one."""
     process = start(tmp_path / "run")
     wait_for_checkpoint(process, tmp_path / "run", step)
@@ -76,12 +65,12 @@ def test_killed_while_training(reference: Path, tmp_path: Path, step: int) -> No
     process.communicate()
     assert not (tmp_path / "run").exists()
     finish(tmp_path / "run")
-    assert_same_result(reference, tmp_path / "run")
+    assert_same_result(whole_run[0], tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(reference: Path, tmp_path: Path) -> None:
+def test_killed_at_twenty_random_moments(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
     clock = time.perf_counter()
     process = start(tmp_path / "whole")
     assert process.communicate() and process.returncode == 0
@@ -91,12 +80,12 @@ def test_killed_at_twenty_random_moments(reference: Path, tmp_path: Path) -> Non
         rounds += 1
         moments = [generator.uniform(0.2, 1.0) * whole for _ in range(5)]
         killed += kill_again_and_again(tmp_path / f"run-{rounds}", moments)
-        assert_same_result(reference, tmp_path / f"run-{rounds}")
+        assert_same_result(whole_run[0], tmp_path / f"run-{rounds}")
     print(f"killed {killed} times over {rounds} runs, {whole:.1f} s each")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_asked_to_stop(reference: Path, tmp_path: Path, number: int) -> None:
+def test_asked_to_stop(whole_run: tuple[Path, Path], tmp_path: Path, number: int) -> None:
     """Between two checkpoints: the step is finished, saved, and the process leaves with the status of the signal."""
     arguments = ("--checkpointing_steps", 7)
     process = start(tmp_path / "run", *arguments)
@@ -107,26 +96,24 @@ def test_asked_to_stop(reference: Path, tmp_path: Path, number: int) -> None:
     assert "Traceback" not in said and f"stopped by {signal.Signals(number).name} after step " in said
     assert {path.name for path in tmp_path.iterdir()} == {"run.training"}
     finish(tmp_path / "run", *arguments)
-    assert_same_result(reference, tmp_path / "run")
+    assert_same_result(whole_run[0], tmp_path / "run")
 
 
-def test_a_disk_that_fills_during_a_checkpoint(reference: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_during_a_checkpoint(
+    whole_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """No file may grow over 5.5 MB: the moments of the masked model do not fit, those of the compacted one do."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_500_000, resource.RLIM_INFINITY))
-
-    process = start(tmp_path / "run", "--checkpointing_steps", 8, preexec_fn=limit)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    with files_limited_to(5_500_000):
+        run_here(tmp_path / "run", "--checkpointing_steps", 8)
+    said = capsys.readouterr().err
     assert said.count("could not be saved in") == 1 and said.count("training goes on") == 1
     assert "checkpoint-8 could not be saved" in said
-    assert_same_result(reference, tmp_path / "run")
+    assert_same_result(whole_run[0], tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow
-def test_a_loading_process_that_dies(reference: Path, tmp_path: Path) -> None:
+def test_a_loading_process_that_dies(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
     """One line, no traceback, and the run goes on from where it was."""
     arguments = ("--dataloader_num_workers", 1)
     process = start(tmp_path / "run", *arguments)
@@ -138,11 +125,11 @@ def test_a_loading_process_that_dies(reference: Path, tmp_path: Path) -> None:
     assert process.returncode != 0 and "Traceback" not in said
     assert len(errors) == 1 and "loading images failed" in errors[0] and "last good checkpoint" in errors[0]
     finish(tmp_path / "run", *arguments)
-    assert_same_result(reference, tmp_path / "run")
+    assert_same_result(whole_run[0], tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_workers_leave_the_signal_to_the_run(reference: Path, tmp_path: Path) -> None:
+def test_workers_leave_the_signal_to_the_run(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
     """A whole process group is told to stop, as schedulers do: loading processes must live until the step is saved."""
     arguments = ("--dataloader_num_workers", 1, "--checkpointing_steps", 7)
     process = start(tmp_path / "run", *arguments)
@@ -152,4 +139,4 @@ def test_workers_leave_the_signal_to_the_run(reference: Path, tmp_path: Path) ->
     _, said = process.communicate()
     assert process.returncode == 143 and "stopped by SIGTERM after step " in said, said
     finish(tmp_path / "run", *arguments)
-    assert_same_result(reference, tmp_path / "run")
+    assert_same_result(whole_run[0], tmp_path / "run")

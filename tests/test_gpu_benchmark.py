@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from script_helpers import ROOT, assert_one_error, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cost  # noqa: E402
 import gpu  # noqa: E402
 
-NARROW = {"sample_size": 16, "block_out_channels": (32, 32, 32, 32)}
+NARROW = {
+    **{"sample_size": 16, "block_out_channels": (32, 32), "layers_per_block": 1},
+    **{"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
+}
 
 
 def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -97,7 +99,6 @@ def test_bad_arguments_are_refused(words: list[str], message: str, tmp_path: Pat
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--table", "--output", str(tmp_path / "none.json")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_script("benchmarks/gpu.py", "--table", "--output", tmp_path / "none.json")
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith("gpu.py: error: ") and "Traceback" not in run.stderr
+    assert_one_error(run, "none.json")

@@ -144,11 +144,13 @@ def test_pil_images_and_tensors_prune_alike(name: str, channels: int):
     assert all(torch.equal(value, from_tensor[key]) for key, value in from_pil.items())
 
 
-def test_pil_images_are_converted_to_the_model_s_colours():
-    """A greyscale model takes colour images, and the other way round."""
-    grey = dense_pipeline().prune(pil_images(3), ratio=0.3, criterion="taylor")
-    colour = dense_pipeline("rgb").prune(pil_images(1), ratio=0.3, criterion="taylor")
-    assert (grey.unet.config.in_channels, colour.unet.config.in_channels) == (1, 3)
+def test_greyscale_goes_with_every_model_and_colour_with_those_in_colour():
+    """As in the training scripts."""
+    assert dense_pipeline("rgb").prune(pil_images(1), ratio=0.3, criterion="taylor").unet.config.in_channels == 3
+    in_colour = [image.convert("RGB") for image in pil_images(1)]
+    assert dense_pipeline().prune(in_colour, ratio=0.3, criterion="taylor").unet.config.in_channels == 1
+    with pytest.raises(ValueError, match=r"images\[0\]: mode RGB is in colour where greyscale"):
+        dense_pipeline().prune(pil_images(3), ratio=0.3)
 
 
 def test_prune_is_reproducible_and_depends_on_the_images():
@@ -192,13 +194,13 @@ def test_labels_of_another_number_than_images_are_refused(count: int):
         (tensor_images()[:0], r"shape \(0, 1, 8, 8\)"),
         (tensor_images() * 127.5 + 127.5, r"not floating point in \[-1, 1\]"),
         (tensor_images() * 1.1, r"not floating point in \[-1, 1\]"),
-        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), r"not floating point in \[-1, 1\]"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.int32), r"not uint8 or floating point in \[-1, 1\]"),
         (torch.full((4, 1, 8, 8), float("nan")), "finite|NaN|nan"),
         ([], "images is empty"),
         ([*pil_images(size=8), *pil_images(size=10)], "shape|size"),
         (tensor_images(size=7), "7"),
     ],
-    ids=["channels", "no-batch", "none", "bytes", "above", "uint8", "nan", "empty-list", "two-sizes", "indivisible-size"],
+    ids=["channels", "no-batch", "none", "bytes", "above", "int32", "nan", "empty-list", "two-sizes", "indivisible-size"],
 )
 def test_images_that_do_not_fit_are_refused(images: Tensor | list, message: str):
     """With what was found and what is wanted; scores of such images would mean nothing."""
@@ -306,7 +308,7 @@ def test_variants_lie_side_by_side(tmp_path: Path):
     half.save_pretrained(tmp_path, variant="fp16")
     assert files_in(tmp_path) == sorted([*SAVED_FILES, "unet/diffusion_pytorch_model.fp16.safetensors"])
     assert np.array_equal(sample(quiet(DiffusionPipeline.from_pretrained(tmp_path))), sample(pruned))
-    loaded = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     assert all(torch.equal(value, half.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
 
 

@@ -10,14 +10,19 @@ import pytest
 import torch
 from resume_helpers import TEACHER, checkpoints_kept, last_checkpoint, run_here
 
-# Default phases of the default run, shortened: 24 steps at batch 32
-LONGER = ("--train_batch_size", 32, "--calibration_batches", 2)
+# Twelve steps of pruning at batch 32, and one more: nothing but them chooses channels
+LARGE = (
+    *("--train_batch_size", 32, "--calibration_batches", 2),
+    *("--max_train_steps", 13, "--soft_fraction", 0.46, "--hard_fraction", 0.92),
+)
+# Of 12 steps 6 prune
+FEW = ("--max_train_steps", 12)
 
 
 def final(folder: Path, *arguments: object):
-    """The last checkpoint of a run."""
+    """The last checkpoint of a run, the only one that it saves."""
     with checkpoints_kept(folder / "kept") as kept:
-        run_here(folder / "run", *arguments)
+        run_here(folder / "run", *arguments, "--checkpointing_steps", 100)
     return last_checkpoint(kept)
 
 
@@ -39,12 +44,12 @@ def kept_channels(checkpoint) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory):
-    return final(tmp_path_factory.mktemp("plain"), *LONGER)
+    return final(tmp_path_factory.mktemp("plain"), *LARGE)
 
 
 def test_bf16_keeps_the_channels_that_fp32_keeps(plain, tmp_path: Path) -> None:
     """At half of the MACs of the digits teacher; scores are in full precision, weights have trained in bf16."""
-    reduced = final(tmp_path, *LONGER, "--mixed_precision", "bf16")
+    reduced = final(tmp_path, *LARGE, "--mixed_precision", "bf16")
     full, half = kept_channels(plain), kept_channels(reduced)
     assert 0.6 < full.float().mean() < 0.8  # half of the MACs, not of the channels
     agreement = (full == half).float().mean().item()
@@ -56,7 +61,7 @@ def test_bf16_keeps_the_channels_that_fp32_keeps(plain, tmp_path: Path) -> None:
 
 def test_accumulation_and_channels_last_change_rounding_only(tmp_path: Path) -> None:
     """Two batches of 8 images make the step that one of 16 makes, whatever the order of memory."""
-    common = (*without_dropout(tmp_path / "model"), "--calibration_batch_size", 16)
+    common = (*without_dropout(tmp_path / "model"), "--calibration_batch_size", 16, *FEW)
     large = final(tmp_path / "large", *common, "--train_batch_size", 16)
     parts = ("--train_batch_size", 8, "--gradient_accumulation_steps", 2)
     for name, arguments in {"parts": parts, "last": ("--train_batch_size", 16, "--channels_last")}.items():

@@ -1,4 +1,4 @@
-"""training/prune_ddpm.py, started the way users start it."""
+"""training/prune_ddpm.py: through the launcher, as a script and as a function, with good and with bad input."""
 
 from __future__ import annotations
 
@@ -18,31 +18,46 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from script_helpers import RUN_FILES, SHORT
+from script_helpers import ROOT, RUN_FILES, SHORT, assert_one_error, forget_accelerator, plain_runs, run_script
 
 import diffusers_gfprune
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from diffusers_gfprune.one_shot import images_to_tensor
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
 import prune_ddpm  # noqa: E402
 
 TEACHER = ROOT / "training/digits/teacher"
+# Nothing is sampled or timed at the end of a run
+UNMEASURED = ("--eval_images", 0, "--latency_batch_size", 0)
 
 
-def run_script(*arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
-    """Run the script with the arguments of a short run, of which later ones win."""
-    command = [*launcher, "training/prune_ddpm.py", *SHORT, *map(str, arguments)]
+# With --quiet, as the README says; Accelerate adds a traceback of its own to errors otherwise
+LAUNCH = (
+    *(str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A short run in processes of its own, as users start it; later arguments win."""
+    command = [*LAUNCH, "training/prune_ddpm.py", *SHORT, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def run_short(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The script in this process."""
+    return run_script("training/prune_ddpm.py", *SHORT, *arguments)
+
+
 def run_here(*arguments: object) -> None:
-    """The same in this process, which saves the seconds that a new one takes to import everything."""
-    prune_ddpm.main([*SHORT, *map(str, arguments)])
+    """Its function, whose errors are raised."""
+    forget_accelerator()
+    with plain_runs():
+        prune_ddpm.main([*SHORT, *map(str, arguments)])
 
 
 def digits(output_dir: Path, *arguments: object) -> list[object]:
@@ -56,11 +71,7 @@ def digits(output_dir: Path, *arguments: object) -> list[object]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A short run on the digits, through `accelerate launch`, and what it printed."""
     output = tmp_path_factory.mktemp("runs") / "digits"
-    launcher = (
-        *(str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-    )
-    run = run_script(*digits(output, "--use_ema"), launcher=launcher)
+    run = launch(*digits(output, "--use_ema"))
     assert run.returncode == 0, run.stderr
     return output, run.stdout
 
@@ -113,26 +124,27 @@ def test_run_loads_as_a_pipeline(finished_run: tuple[Path, str], scheduler: type
 
 
 def test_same_seed_gives_the_same_weights(finished_run: tuple[Path, str], tmp_path: Path) -> None:
-    """A run is a function of its arguments."""
+    """A run is a function of its arguments, whatever process it is in and has been in before."""
     output, _ = finished_run
-    again = run_script(*digits(tmp_path / "again", "--use_ema", "--eval_images", 0))
-    assert again.returncode == 0, again.stderr
+    run_here(*digits(tmp_path / "again", "--use_ema", *UNMEASURED))
     first, second = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (output, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    run = run_script(*digits(tmp_path / "run", "--dry_run"))
+    run = run_short(*digits(tmp_path / "run", "--dry_run"))
     assert run.returncode == 0, run.stderr
     assert "macs" in run.stdout and "time       about" in run.stdout and "conv_in" in run.stdout
     assert "even cut" in run.stdout and "ranking=sensitivity will choose other widths" in run.stdout
+    assert "dataset_name=training/digits, splits train (1,500), validation (297): 1,797 images in all" in run.stdout
+    assert "1,500 training images of train, 16 held-out images of validation" in run.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_masks_that_freeze_at_the_last_step(tmp_path: Path) -> None:
     """With M at the end of the run there is no fine-tuning, and the result is still compacted."""
-    run_here(*digits(tmp_path / "run", "--hard_fraction", 1.0, "--eval_images", 0, "--max_train_steps", 6))
+    run_here(*digits(tmp_path / "run", "--hard_fraction", 1.0, "--max_train_steps", 6, *UNMEASURED))
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(0.5, abs=0.01)
 
@@ -151,7 +163,7 @@ def test_image_folder_as_data(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", size=(12, 16))
     run_here(
         *("--pretrained_model_name_or_path", TEACHER, "--train_data_dir", folder, "--output_dir", tmp_path / "run"),
-        *("--max_train_steps", 6, "--eval_images", 0, "--random_flip", "--preset", "one-shot", "--criterion", "taylor"),
+        *("--max_train_steps", 2, "--random_flip", "--preset", "one-shot", "--criterion", "taylor", *UNMEASURED),
     )
     assert (tmp_path / "run/model_index.json").exists()
 
@@ -255,7 +267,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("name", ["missing data", "unknown schedule"])
 def test_bad_arguments_end_in_one_clear_line(name: str, tmp_path: Path) -> None:
     arguments, message = BAD_INPUT[name]
-    assert_refused(run_script(*digits(tmp_path / "run", *arguments)), message)
+    assert_one_error(run_short(*digits(tmp_path / "run", *arguments)), message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,14 +290,12 @@ def test_bad_models_are_refused(name: str, tmp_path: Path) -> None:
 
 def test_a_bad_model_ends_in_one_clear_line(tmp_path: Path) -> None:
     model = truncated_teacher(tmp_path / "model")
-    run = run_script(*digits(tmp_path / "run", "--pretrained_model_name_or_path", model))
-    assert_refused(run, BAD_MODELS["truncated"][1])
+    run = run_short(*digits(tmp_path / "run", "--pretrained_model_name_or_path", model))
+    assert_one_error(run, BAD_MODELS["truncated"][1])
 
 
 def test_errors_through_the_launcher_are_one_clear_line_too(tmp_path: Path) -> None:
-    """With --quiet, as the README says; Accelerate adds a traceback of its own otherwise."""
-    launcher = (str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1")
-    assert_refused(run_script(*digits(tmp_path / "run", "--ratio", 2), launcher=launcher), "ratio=2")
+    assert_one_error(launch(*digits(tmp_path / "run", "--ratio", 2)), "ratio=2")
 
 
 def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -294,10 +304,10 @@ def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:40])
     arguments = (
         *("--pretrained_model_name_or_path", TEACHER, "--train_data_dir", folder, "--output_dir", tmp_path / "run"),
-        *("--preset", "one-shot", "--criterion", "random", "--eval_images", 0, "--validation_images", 4),
+        *("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 6, "--validation_images", 4, *UNMEASURED),
     )
     assert_refused_here("max_broken_images=0", *arguments, "--max_broken_images", 0)
-    run = run_script(*arguments)
+    run = run_short(*arguments)
     assert run.returncode == 0, run.stderr
     assert "warning: 1 images could not be read and were left out" in run.stderr
     report = json.loads((tmp_path / "run/pruning_report.json").read_text())
@@ -306,7 +316,7 @@ def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:
     """Scores and results are those of the model as it is saved, not of autocast."""
-    run_here(*digits(tmp_path / "run", "--mixed_precision", "bf16", "--eval_images", 0, "--max_train_steps", 6))
+    run_here(*digits(tmp_path / "run", "--mixed_precision", "bf16", "--max_train_steps", 6, *UNMEASURED))
     results = json.loads((tmp_path / "run/results.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
     rows = datasets.load_dataset("parquet", data_files=str(ROOT / "training/digits/data/validation.parquet"))["train"]
@@ -314,12 +324,12 @@ def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:
     assert StepLoss(held_out, pipeline.scheduler)(pipeline.unet) == pytest.approx(results["pruned"]["step_loss"], rel=1e-5)
 
 
-def test_images_that_do_not_fit_the_model(tmp_path: Path) -> None:
-    small = image_folder(tmp_path / "small", size=(4, 4))
-    colour = image_folder(tmp_path / "colour", mode="RGB")
-    for folder, message in ((small, "4x4 pixels are smaller"), (colour, "mode RGB")):
-        data = ("--train_data_dir", folder, "--output_dir", tmp_path / "run")
-        assert_refused_here(message, "--pretrained_model_name_or_path", TEACHER, *data)
+def test_images_that_do_not_fit_the_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Colour is refused, a set of small images is enlarged, as the plan says."""
+    common = ("--pretrained_model_name_or_path", TEACHER, "--output_dir", tmp_path / "run", "--train_data_dir")
+    assert_refused_here("mode RGB", *common, image_folder(tmp_path / "colour", mode="RGB"))
+    run_here(*common, image_folder(tmp_path / "small", size=(4, 4)), "--dry_run")
+    assert "all are scaled up to the model's size" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -329,7 +339,8 @@ def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
     (output / "mine.txt").write_text("precious")
     assert_refused_here("output_dir=", *digits(output))
     assert (output / "mine.txt").read_text() == "precious"
-    run_here(*digits(output, "--overwrite_output_dir", "--max_train_steps", 6, "--eval_images", 0))
+    quick = ("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 1)
+    run_here(*digits(output, "--overwrite_output_dir", *quick, *UNMEASURED))
     assert not (output / "mine.txt").exists() and (output / "model_index.json").exists()
 
 
@@ -344,11 +355,3 @@ def assert_refused_here(message: str, *arguments: object) -> None:
     with pytest.raises((ValueError, OSError)) as refused:
         run_here(*arguments)
     assert message in str(refused.value)
-
-
-def assert_refused(run: subprocess.CompletedProcess, message: str) -> None:
-    """Non-zero exit, and one line on standard error that says what is wrong, without a traceback."""
-    assert run.returncode != 0
-    assert "Traceback" not in run.stderr
-    errors = [line for line in run.stderr.splitlines() if line.startswith("prune_ddpm.py: error: ")]
-    assert len(errors) == 1 and message in errors[0], run.stderr

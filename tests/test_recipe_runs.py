@@ -22,11 +22,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from hub_helpers import contents
 from hub_server import HubServer
 from safetensors.torch import save
-from script_helpers import RUN_FILES
+from script_helpers import ROOT, RUN_FILES, run_script
 
 from diffusers_gfprune import GFPrunedUNet2DModel
 
-ROOT = Path(__file__).resolve().parent.parent
 # google/ddpm-ema-church-256, and the others of this size
 LARGE = {
     **CIFAR10,
@@ -95,9 +94,14 @@ def settings(recipe: str) -> dict:
     return yaml.safe_load((ROOT / f"training/recipes/{recipe}.yaml").read_text())
 
 
+def words_of(recipe: str, folder: Path) -> list[str]:
+    """The command line of a small run by a recipe."""
+    return ["--recipe", recipe, *SMALL, "--output_dir", str(folder / "run")]
+
+
 def run_recipe(recipe: str, folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "training/prune_ddpm.py", "--recipe", recipe, *SMALL, *arguments]
-    command += ["--output_dir", str(folder / "run")]
+    """In a process of its own, which the environment sends to the Hub of the test."""
+    command = [sys.executable, "training/prune_ddpm.py", *words_of(recipe, folder), *arguments]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
@@ -150,7 +154,7 @@ def run_from_hub(hub: HubServer, recipe: str, config: dict, size: tuple[int, int
 
 
 def test_digits(tmp_path: Path) -> None:
-    run = run_recipe("digits", tmp_path, {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    run = run_script("training/prune_ddpm.py", *words_of("digits", tmp_path))
     assert run.returncode == 0, run.stderr
     check_run(tmp_path / "run", "digits", 1_201_761)
 

@@ -25,8 +25,9 @@ LAUNCH = (
 )
 ONE = (*LAUNCH, "--num_processes", "1")
 TWO = (*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-# 50 steps, of which 20 prune, with rankings in between; fine-tuning follows on the compacted model
+# Of 50 steps 20 prune, of 20 steps 12, with rankings in between; fine-tuning follows on the compacted model
 FIFTY = ("--max_train_steps", 50, "--soft_fraction", 0.2, "--hard_fraction", 0.4, "--checkpointing_steps", 0)
+TWENTY = ("--max_train_steps", 20, "--soft_fraction", 0.3, "--hard_fraction", 0.6, "--checkpointing_steps", 0)
 FORMS = {
     "predictions": ("--distillation_weight", 0),
     "exact": ("--flow_metric", "weights", "--hvp", "exact", "--distillation_weight", 0),
@@ -55,15 +56,17 @@ def without_dropout(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", [f if f == "predictions" else pytest.param(f, marks=pytest.mark.slow) for f in FORMS])
-def test_two_processes_do_what_one_does(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "steps"), [("predictions", TWENTY), *(pytest.param(f, FIFTY, marks=pytest.mark.slow) for f in FORMS)]
+)
+def test_two_processes_do_what_one_does(tmp_path: Path, form: str, steps: tuple[object, ...]) -> None:
     model = ("--pretrained_model_name_or_path", without_dropout(tmp_path / "model"))
-    run_here(tmp_path / "one", *model, *FIFTY, *FORMS[form], "--train_batch_size", 16)
-    printed = finished(start(tmp_path / "two", *model, *FIFTY, *FORMS[form], "--train_batch_size", 8, launcher=TWO))
+    run_here(tmp_path / "one", *model, *steps, *FORMS[form], "--train_batch_size", 16)
+    printed = finished(start(tmp_path / "two", *model, *steps, *FORMS[form], "--train_batch_size", 8, launcher=TWO))
     assert printed.count("plan: remove 50.0% of macs") == 1
     reports = [json.loads((tmp_path / name / "pruning_report.json").read_text()) for name in ("one", "two")]
     one_updates, two_updates = (report["mask_updates"] for report in reports)
-    assert len(one_updates) > 5 and one_updates == two_updates
+    assert len(one_updates) >= 5 and one_updates == two_updates
     assert (tmp_path / "one/unet/config.json").read_text() == (tmp_path / "two/unet/config.json").read_text()
     one_weights, two_weights = (load_file(tmp_path / n / "unet/diffusion_pytorch_model.safetensors") for n in ("one", "two"))
     for name, weight in one_weights.items():
