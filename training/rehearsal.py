@@ -128,10 +128,7 @@ def rehearse_run(
     """
     start, tried = time.perf_counter(), []
     dense, e = sample_quality.dense, args.evaluation
-    home, argument = (
-        next(dense.parameters()).device,
-        f"pretrained_model_name_or_path={args.model.pretrained_model_name_or_path}",
-    )
+    home = next(dense.parameters()).device
     dense.to(sample_quality.device)
     if e.eval_images or args.tracking.sample_steps:
         argument = f"pretrained_model_name_or_path={args.model.pretrained_model_name_or_path}"
@@ -166,9 +163,9 @@ def rehearse_card(
         ValueError: The card would not be valid, or a push would refuse it.
     """
     dense, network = sample_quality.dense, sample_quality.network
-    losses = (
-        {"step_loss": 1.0} if sample_quality.settings.null_label is None else {"step_loss": 1.0, "step_loss_null_label": 1.0}
-    )
+    losses = {"step_loss": 1.0}
+    if sample_quality.settings.null_label is not None:
+        losses["step_loss_null_label"] = 1.0
     figures = model_figures(dense, losses, latency)
     evaluation = describe_evaluation(args, dense, sample_quality.settings, num_held_out)
     if args.evaluation.eval_images:
