@@ -54,9 +54,11 @@ ONLY_PRUNED = {
     "offloaded state dict": "Diffusers 0.42.1 leaves all weights on the meta device",
     'device_map="auto"': "UNet2DModel does not name the modules that must not be split",
 }
-# Features that take long, and are tried on one level
-SLOW = ("compiled", "torch.export")
-LONG = (*SLOW, "compiled with dynamic shapes", "offload to disk", "torch.jit.trace", "torch.jit.trace in training")
+# Features that take long: tried on one level, by `make test-slow`
+SLOW = (
+    *("compiled", "compiled with dynamic shapes", "torch.export"),
+    *("offload to disk", "torch.jit.trace", "torch.jit.trace in training"),
+)
 
 
 def feature(name: str) -> Callable:
@@ -416,7 +418,7 @@ def outcome(name: str, model: nn.Module, folder: Path) -> object:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in FEATURES])
 def test_pruned_models_do_what_stock_models_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    architecture = "one-level" if name in LONG else "base"
+    architecture = "one-level" if name in SLOW else "base"
     stock, small = build(architecture), copy.deepcopy(pruned(architecture))
     assert type(stock) is UNet2DModel and type(small) is GFPrunedUNet2DModel
     shipped._norm_tables.cache_clear()  # as in a fresh process
@@ -449,4 +451,4 @@ def test_what_is_written_about_loading_does_not_warn(tmp_path: Path) -> None:
 
 
 def test_differences_are_of_features_that_are_tried() -> None:
-    assert {*ONLY_STOCK, *ONLY_PRUNED, *LONG} <= FEATURES.keys()
+    assert {*ONLY_STOCK, *ONLY_PRUNED, *SLOW} <= FEATURES.keys()

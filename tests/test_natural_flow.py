@@ -69,6 +69,7 @@ def test_score_is_the_squared_derivative_of_predictions(name: str, monkeypatch: 
     assert 0.5 < ratio.min() and ratio.max() < 1.5 and ratio.std() < 0.2
 
 
+@pytest.mark.slow
 def test_scores_tell_the_damage_of_single_channels() -> None:
     """On the trained digits model, where products with the Hessian tell little of it; group by group."""
     unet = UNet2DModel.from_pretrained(ROOT / "training/digits/teacher/unet", use_safetensors=True).eval()

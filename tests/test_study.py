@@ -272,6 +272,7 @@ def test_the_whole_machinery_works(tmp_path: Path) -> None:
     assert names == {f"quality_{ending}.png" for ending in endings}
 
 
+@pytest.mark.slow
 def test_the_approximation_holds_for_small_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient norm changes as predicted where weights move by a thousandth."""
     import approximation
@@ -286,6 +287,7 @@ def test_the_approximation_holds_for_small_changes(tmp_path: Path, monkeypatch: 
         assert found["single"]["by_share"]["0.001"]["median_ratio"] == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 def test_gradient_flow_tells_how_much_a_group_matters(tmp_path: Path) -> None:
     """What `--ranking sensitivity` rests on: on the digits teacher, over decades; magnitude would be no guide."""
     words = ["--halves", "1", "--channels", "4", "--results", str(tmp_path), "--picture", str(tmp_path / "sensitivity.png")]
