@@ -215,10 +215,12 @@ def make_sampler(scheduler, num_inference_steps: int, timestep_spacing: str = "l
     ddim.set_timesteps(num_inference_steps, quadratic=quadratic)
     first = int(ddim.timesteps[0])
     if ddim.alphas_cumprod[first] <= 0 and process.config.prediction_type == "epsilon":
+        cause = (
+            "rescale_betas_zero_snr=True" if process.config.rescale_betas_zero_snr else f"beta_end={process.config.beta_end}"
+        )
         raise ValueError(
-            f"timestep_spacing={timestep_spacing} starts at timestep {first}, where rescale_betas_zero_snr=True of the "
-            f"scheduler leaves nothing but noise, from which prediction_type=epsilon makes no image: take leading, with at "
-            f"most {steps // 2} steps"
+            f"timestep_spacing={timestep_spacing} starts at timestep {first}, where {cause} of the scheduler leaves nothing "
+            f"but noise, from which prediction_type=epsilon makes no image: take leading, with at most {steps // 2} steps"
         )
     return ddim
 
