@@ -42,6 +42,8 @@ def check_batch(unet: nn.Module, noise_scheduler, batch: CalibrationBatch) -> No
     if clean.ndim != 4 or clean.shape[1] != unet.config.in_channels:
         found = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
         raise ValueError(f"clean images have {found}, the model takes in_channels={unet.config.in_channels}")
+    if len(clean) == 0:
+        raise ValueError(f"clean images have shape {tuple(clean.shape)}: a calibration batch needs at least one image")
     if noise.shape != clean.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, clean images have {tuple(clean.shape)}")
     _check_integers("timesteps", timesteps, len(clean), noise_scheduler.config.num_train_timesteps)

@@ -173,6 +173,7 @@ def test_labels_that_do_not_fit_are_refused(architecture: str, labels: str, mess
         ({"timesteps": torch.tensor([1, 50])}, "timesteps are from 1 to 50; they must be integers from 0 to 49"),
         ({"timesteps": torch.tensor([1])}, r"timesteps have shape \(1,\), not \(2,\)"),
         ({"noise": torch.zeros(2, 1, 4, 4)}, r"noise has shape \(2, 1, 4, 4\), clean images have \(2, 1, 8, 8\)"),
+        ({"clean": torch.zeros(0, 1, 8, 8)}, r"shape \(0, 1, 8, 8\): a calibration batch needs at least one image"),
         ({"clean": torch.zeros(2, 3, 8, 8), "noise": torch.zeros(2, 3, 8, 8)}, "3 channels, the model takes in_channels=1"),
     ],
 )
