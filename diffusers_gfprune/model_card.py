@@ -61,6 +61,11 @@ LICENSES = frozenset(
 )
 
 
+def _revived(update: Mapping) -> int:
+    """Units that came back at a ranking; reports of before units counted channels."""
+    return update["revived_channels"] if "revived_channels" in update else update["revived_units"]
+
+
 def _share_removed(dense: float, pruned: float) -> float:
     return 1 - pruned / dense
 
@@ -185,7 +190,7 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
             dataset_link=_link(report["dataset"], "datasets/"),
             distances=_distances(results),
             similarities=_similarities(results),
-            revived=sum(update["revived_channels"] for update in report["mask_updates"]),
+            revived=sum(_revived(update) for update in report["mask_updates"]),
             license_known=report["base_model"]["license"] not in (None, "unknown"),
             citations=CITATIONS,
         )
