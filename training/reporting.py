@@ -197,8 +197,8 @@ def results(
     measured: dict = {"format_version": FORMAT_VERSION}
     for name, unet, losses in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
         measured[name] = model_figures(unet, losses)
-    settings = args.evaluation.speed_settings()
-    measured["speed"] = measure_speed({"dense": dense, "pruned": pruned}, settings, progress="speed") if settings else []
+    settings, models = args.evaluation.speed_settings(), {"dense": dense, "pruned": pruned}
+    measured["speed"] = measure_speed(models, settings, progress="speed") if settings else []
     measured["evaluation"] = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
     if args.evaluation.eval_images == 0:
         return measured, None, None
