@@ -60,7 +60,7 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
     """What is kept of a run: its results, curves and rankings, and how it was made."""
     curves = report.get("curves", {})
     names = ("quality_steps", "quality", "validation_steps", "validation_loss", "compaction")
-    shown = ("step", "phase", "sparsity", "mask_value", "revived_channels", "newly_pruned_channels")
+    shown = ("step", "phase", "sparsity", "mask_value", "revived_units", "newly_pruned_units")
     return {
         "format_version": FORMAT_VERSION,
         "setting": setting.name,

@@ -63,6 +63,11 @@ LICENSES = frozenset(
 )
 
 
+def _revived(update: Mapping) -> int:
+    """Units that came back at a ranking; reports of before units counted channels."""
+    return update["revived_channels"] if "revived_channels" in update else update["revived_units"]
+
+
 def _share_removed(dense: float, pruned: float) -> float:
     return 1 - pruned / dense
 
@@ -192,7 +197,7 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
             speeds=speeds,
             gains=[speed for speed in speeds if None not in (speed["first_ms"], speed["other_ms"])],
             confidence=CONFIDENCE,
-            revived=sum(update["revived_channels"] for update in report["mask_updates"]),
+            revived=sum(_revived(update) for update in report["mask_updates"]),
             license_known=report["base_model"]["license"] not in (None, "unknown"),
             citations=CITATIONS,
         )

@@ -1,6 +1,6 @@
 """Gradient flow in the metric of predictions: the default score of the gradient-flow criterion.
 
-Let f be the noise predictions, J = df/dtheta, and v_c = -J theta_c the change that removing channel c makes to them, to first
+Let f be the noise predictions, J = df/dtheta, and v_c = -J theta_c the change that removing unit c makes to them, to first
 order. The pruned model trains on its distance to the unpruned predictions, L = |r|^2 / 2 with r = v_c at first and gradient
 J^T v_c. How fast a gradient flow takes L down depends on what a step is measured by:
 
@@ -24,7 +24,8 @@ Random probes r ~ N(0, I), a few for each image, make it one backward for all ch
 
     E (r^T df/dm_c)^2 = |v_c|^2          r^T df/dm_c = sum over layers l that produce c, and positions, of  h_l,c dr^T f/dh_l,c
 
-since a mask multiplies outputs h of the layers that produce its channel. No gradient of a weight is computed.
+since a mask multiplies outputs h of the layers that produce its channels (h_l,c: those of all channels of the unit, summed
+before the square). No gradient of a weight is computed.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ PROBES = 4  # of each image; each costs a backward without weights
 
 
 def prediction_changes(context: ScoringContext) -> Scores:
-    """I_c of every channel: mean squared change of a predicted value, over all images of all ranks.
+    """I_c of every unit: mean squared change of a predicted value, over all images of all ranks.
 
     Args:
         context: The model, in `scoring_mode`, and batches.
 
     Returns:
-        Scores by group name, float32 with shape `(num_channels,)`, >= 0.
+        Scores by group name, float32 with shape `(num_units,)`, >= 0.
 
     Raises:
         ValueError: Ranks have different weights, which no mean over their images would show.
     """
     check_identical({f"values of {name}": parameter for name, parameter in context.parameters.items()})
-    total = {group.name: torch.zeros(group.num_channels, device=context.device) for group in context.groups}
+    total = {group.name: torch.zeros(group.num_units, device=context.device) for group in context.groups}
     images = 0
     with _outputs_kept(context) as outputs:
         for batch in context.batches:
@@ -103,7 +104,7 @@ def _over_positions(module: nn.Module, values: Tensor) -> Tensor:
 
 
 def _by_group(context: ScoringContext, along: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What every layer of a group has, summed over layers, with shape `(batch, num_channels)`."""
+    """What every layer of a group has, summed over layers and the channels of a unit, with shape `(batch, num_units)`."""
     for group in context.groups:
         found = None
         for piece in group.slices:
@@ -111,7 +112,7 @@ def _by_group(context: ScoringContext, along: dict[str, Tensor]) -> Iterator[tup
             if piece.role != "input" and piece.parameter == "weight":
                 part = along[piece.module][:, list(piece.positions)]
                 found = part if found is None else found + part
-        yield group.name, found
+        yield group.name, group.unit_sums(found)
 
 
 def _probe(batch: CalibrationBatch, number: int) -> Tensor:

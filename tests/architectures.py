@@ -133,11 +133,13 @@ def inputs(unet: UNet2DModel, batch_size: int = 2, seed: int = 1) -> dict[str, T
 
 
 def random_mask(group: ChannelGroup, generator: torch.Generator) -> Tensor:
-    """A binary mask that could be compacted: any share of channels, whole heads off, the other heads shrunk alike."""
+    """A binary mask of units that could be compacted: any share of them, whole heads off, the other heads shrunk alike."""
     if group.attention is None:
+        if group.num_units == 0:
+            return torch.ones(0)
         share = 0.1 + 0.8 * torch.rand(1, generator=generator)
-        mask = (torch.rand(group.num_channels, generator=generator) < share).float()
-        mask[torch.randint(group.num_channels, (1,), generator=generator)] = 1
+        mask = (torch.rand(group.num_units, generator=generator) < share).float()
+        mask[torch.randint(group.num_units, (1,), generator=generator)] = 1
         return mask
     head_dim = group.num_channels // group.heads
     width = int(torch.randint(1, head_dim + 1, (1,), generator=generator))
@@ -150,14 +152,14 @@ def random_mask(group: ChannelGroup, generator: torch.Generator) -> Tensor:
 
 
 def random_masks(groups: list[ChannelGroup], seed: int) -> dict[str, Tensor]:
-    """A random mask for every group."""
+    """A random mask for every group, by unit."""
     generator = torch.Generator().manual_seed(seed)
     return {group.name: random_mask(group, generator) for group in groups}
 
 
 @functools.lru_cache
 def pruned(name: str = "base", seed: int = 0) -> GFPrunedUNet2DModel:
-    """A pruned model, ragged norms and missing heads included. Shared by tests: copy it before changing it."""
+    """A pruned model, missing heads included. Shared by tests: copy it before changing it."""
     unet = build(name)
     groups = trace_channel_groups(unet)
     return compact(unet, plan_compaction(unet, groups, random_masks(groups, seed)))

@@ -277,7 +277,7 @@ def test_comparison_with_magnitude(pruner: GradientFlowPruner):
     by_magnitude = GradientFlowPruner(build(), config(ratio=0.5, soft_fraction=0.0), SCHEDULER)  # the same weights
     by_magnitude.step(0, [])
     everything = {name: torch.ones_like(mask) for name, mask in before.items()}
-    chosen = pruner.choose_channels(pruner.scores)
+    chosen = pruner.choose_units(pruner.scores)
     assert found["loss_dense"] == pytest.approx(losses_with(pruner, everything), rel=1e-5)
     assert found["loss_criterion"] == pytest.approx(losses_with(pruner, chosen), rel=1e-5)
     assert found["loss_magnitude"] == pytest.approx(losses_with(pruner, by_magnitude.kept), rel=1e-5)

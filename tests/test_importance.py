@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from diffusers_gfprune import importance, masking
 from diffusers_gfprune.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
 from diffusers_gfprune.configuration import GFPruneConfig
-from diffusers_gfprune.importance import criteria, register_criterion, score_channels
+from diffusers_gfprune.importance import criteria, register_criterion, score_units
 
 Batches = list[tuple[Tensor, ...]]
 
@@ -63,7 +63,7 @@ class Setting:
 
     def scores(self, **options) -> dict[str, Tensor]:
         """Scores with some options changed."""
-        return score_channels(self.unet, self.groups, self.batches, self.scheduler, GFPruneConfig(**options))
+        return score_units(self.unet, self.groups, self.batches, self.scheduler, GFPruneConfig(**options))
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def two_channel_scores(
     )
     clean = torch.tensor(images).view(-1, 1, 1, 1)
     batch = (clean, torch.zeros_like(clean), torch.tensor(timesteps))
-    return score_channels(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
+    return score_units(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
 
 
 def hand_model() -> TwoChannels:

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusers_gfprune import masking, natural_flow
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.configuration import GFPruneConfig
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULER = DDPMScheduler()
@@ -32,7 +32,7 @@ def batch_of(unet: UNet2DModel, size: int, seed: int = 0) -> tuple[Tensor, ...]:
 
 
 def scores(unet: UNet2DModel, batches: list, config: GFPruneConfig = CONFIG) -> dict[str, Tensor]:
-    return score_channels(unet, trace_channel_groups(unet), batches, SCHEDULER, config)
+    return score_units(unet, trace_channel_groups(unet), batches, SCHEDULER, config)
 
 
 def predict(unet: UNet2DModel, batch: tuple[Tensor, ...]) -> Tensor:

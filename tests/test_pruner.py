@@ -270,7 +270,7 @@ def test_channels_that_scores_would_keep(ranking: str):
     scores = {group.name: rising(group.name, group.num_channels) for group in pruner.groups}
     cost = pruner.cost
     for ratio, removed in ((None, 0.5), (0.25, 0.25), (0.0, 0.0)):
-        kept = pruner.choose_channels(scores, ratio)
+        kept = pruner.choose_units(scores, ratio)
         widths = np.array([int(kept[group.name].sum()) for group in pruner.groups])
         assert 1 - cost.macs(widths) / cost.macs(cost.dense) == pytest.approx(removed, abs=0.01)
         assert kept["conv_in"].tolist() == sorted(kept["conv_in"].tolist())  # the last channels have the highest scores

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusers_gfprune import scoring_mode as module
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.configuration import GFPruneConfig
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.scoring_mode import ieee_float32, scoring_mode
 
@@ -33,7 +33,7 @@ FORMS = {
 def scores(unet: UNet2DModel, images: Tensor = IMAGES, **options) -> dict[str, Tensor]:
     """Scores on one batch."""
     batches = calibration_batches(images, SCHEDULER)
-    return score_channels(unet, GROUPS, batches, SCHEDULER, GFPruneConfig(**options))
+    return score_units(unet, GROUPS, batches, SCHEDULER, GFPruneConfig(**options))
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:

@@ -61,12 +61,15 @@ def describe_plan(
     total = config.total_steps
     lines = [
         f"plan: remove {config.ratio:.1%} of {config.target} by {config.criterion} "
-        f"({len(pruner.groups)} channel groups, ranking: {config.ranking})",
+        f"({len(pruner.groups)} channel groups of {sum(group.num_units for group in pruner.groups)} units, "
+        f"ranking: {config.ranking})",
+        f"  widths in multiples of {pruner.channel_multiple}, where whole units allow",
         "",
-        f"  {'channel group':44}{'dense':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
+        f"  {'channel group':44}{'dense':>7}{'units':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
     ]
     lines += [
-        f"  {group.name:44}{group.num_channels:>7}{int(width):>9}" + (f"   ({group.heads} heads)" if group.heads > 1 else "")
+        f"  {group.name:44}{group.num_channels:>7}{group.num_units:>7}{int(width):>9}"
+        + (f"   ({group.heads} heads)" if group.heads > 1 else "")
         for group, width in zip(pruner.groups, pruner.planned_widths)
     ]
     if not pruner.widths_are_planned:
@@ -256,10 +259,12 @@ def pruning_report(
             {
                 "name": group.name,
                 "dense_channels": group.num_channels,
-                "kept_channels": int(pruner.kept[group.name].sum()),
+                "kept_channels": int(width),
+                "dense_units": group.num_units,
+                "kept_units": int(pruner.kept[group.name].sum()),
                 "heads": group.heads,
             }
-            for group in pruner.groups
+            for group, width in zip(pruner.groups, pruner.kept_channels())
         ],
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,
