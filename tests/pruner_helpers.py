@@ -66,7 +66,9 @@ def config(**options) -> GFPruneConfig:
 
 def one_shot(**options) -> GFPruneConfig:
     """Everything at step 0."""
-    return GFPruneConfig.from_preset("one-shot", **{"total_steps": 1, "criterion": "magnitude", "channel_multiple": 1, **options})
+    return GFPruneConfig.from_preset(
+        "one-shot", **{"total_steps": 1, "criterion": "magnitude", "channel_multiple": 1, **options}
+    )
 
 
 def mask_values(pruner: GradientFlowPruner) -> list[float]:

@@ -303,7 +303,8 @@ class TwoChannels(nn.Module):
 def two_channel_scores(
     model: TwoChannels, images: Sequence[float] = (1.0,), timesteps: Sequence[int] = (0,), units=((0,), (1,)), **options
 ) -> list[float]:
-    """Scores of the two channels, or of the units that they make up, for images of one pixel, no noise (so that the target is 0), all in one batch."""
+    """Scores of the two channels, or of the units that they make up, for images of one pixel, no noise (so that the target is
+    0), all in one batch."""
     slices = [GroupSlice("first", "weight", 0, (0, 1), "output"), GroupSlice("second", "weight", 1, (0, 1), "input")]
     if model.first.bias is not None:
         slices.append(GroupSlice("first", "bias", 0, (0, 1), "output"))

@@ -92,7 +92,9 @@ def test_published_masks_jump_at_rankings_and_hold_in_between():
 )
 def test_interpolated_masks_move_in_straight_lines(interval: int, rankings: list[int]):
     """Each ranking says where masks are at the next one, and they arrive there: no mask falls faster than p_t."""
-    pruner = GradientFlowPruner(build("fine-units"), config(update_interval=interval, interpolate_masks=True, mask_schedule="linear"))
+    pruner = GradientFlowPruner(
+        build("fine-units"), config(update_interval=interval, interpolate_masks=True, mask_schedule="linear")
+    )
     assert pruner.schedule.update_steps() == rankings
     path = []
     for step in range(21):

@@ -216,7 +216,10 @@ def test_masks_by_hand_on_the_way_are_taken_over(interval: int, step: int):
     [
         ({"conv_in": torch.zeros(32)}, "leaves none"),
         ({"nowhere": torch.ones(16)}, "no channel group"),
-        ({"conv_in": (torch.arange(32) > 2).float()}, r"has \[0.0, 1.0\] for channels \[0, 1, 2, 3\], which norms have in one group"),
+        (
+            {"conv_in": (torch.arange(32) > 2).float()},
+            r"has \[0.0, 1.0\] for channels \[0, 1, 2, 3\], which norms have in one group",
+        ),
         ({"mid_block.attentions.0.to_q": (torch.arange(32) > 2).float()}, "heads"),
     ],
     ids=["empty", "unknown", "part-of-a-norm-group", "uneven-heads"],
