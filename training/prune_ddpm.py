@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         null_label = images.decoder.null_label
         dense_step_losses = measure_step_losses(step_loss, dense, null_label) if main_process else {}
         objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
+        if objective.needs_teacher and args.precision.torch_compile != "no":
+            objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
         if not objective.needs_teacher:
             dense.to("cpu")  # until it is sampled from beside the pruned one
         run = Run(
@@ -221,6 +223,7 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
     """
     accelerator, t = run.accelerator, run.args.training
     losses, terms = [], []
+    torch.compiler.cudagraph_mark_step_begin()  # gradients of the last step, in a CUDA graph's memory, are done with
     for _ in range(t.gradient_accumulation_steps):
         with explained_worker_death(run, state):
             batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)
