@@ -29,7 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cost import batches_for, build, half_masked
+from cost import half_masked
+from models import batches_for, build
 from torch import nn
 
 from diffusers_gfprune.evaluation.cost import hardware_name

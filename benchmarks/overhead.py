@@ -32,7 +32,8 @@ from diffusers import UNet2DModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
 
-from cost import Trainer, batches_for, build, half_masked, paired, scorer  # noqa: E402
+from cost import Trainer, half_masked, paired, scorer  # noqa: E402
+from models import batches_for, build  # noqa: E402
 
 from checkpointing import Checkpoints  # noqa: E402
 from diffusers_gfprune import GradientFlowPruner  # noqa: E402

@@ -25,8 +25,9 @@ import sys
 from pathlib import Path
 
 import torch
-from cost import Trainer, batches_for, half_masked, paired
+from cost import Trainer, half_masked, paired
 from diffusers import UNet2DModel
+from models import batches_for
 from study import RESULTS, ROOT, arguments_of
 from study_baselines import with_widths
 from study_settings import DATASETS, SETTINGS, TEACHERS
