@@ -318,5 +318,6 @@ def _best_units(group: ChannelGroup, scores: Tensor, keep: int) -> Tensor:
     if keep not in best:
         raise ValueError(f"keep={keep} of {group.name} must be a sum of its units and {len(group.fixed)} fixed channels")
     mask = torch.zeros(group.num_units, dtype=torch.bool)
-    mask[torch.cat(best[keep][1])] = True
+    for members in best[keep][1]:
+        mask[members] = True
     return mask

@@ -416,6 +416,11 @@ def test_units_of_unequal_size_have_the_highest_sum_of_all_sets() -> None:
     assert kept_indices(plain_group(7, [3, 2, 2]), [10.0, 3.0, 1.0], 4) == [1, 2]  # 4 channels are no sum with the best unit
 
 
+def test_a_group_without_units_keeps_its_fixed_channels() -> None:
+    """A stream that straddling norm groups join as a whole, as the first of "base", has nothing to choose from."""
+    assert select_units(plain_group(5, []), torch.ones(0), 5).tolist() == []
+
+
 def test_a_width_that_no_units_add_up_to_is_refused() -> None:
     """Or the model would have another width than the one that was paid for."""
     with pytest.raises(ValueError, match="keep=6 of conv must be a sum of its units and 1 fixed channels"):
