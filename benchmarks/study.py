@@ -45,7 +45,8 @@ QUICK_ARGUMENTS = (
 FORMAT_VERSION = 1
 # Arguments of a run that change nothing of its results
 MACHINE = (
-    *("--evaluation_cache_dir", "--latency_batch_size", "--resume_from_checkpoint", "--checkpointing_steps"),
+    *("--evaluation_cache_dir", "--speed_batch_sizes", "--resume_from_checkpoint", "--checkpointing_steps"),
+    "--latency_batch_size",  # of runs that were made when this was the argument
     *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps"),
 )
 
@@ -127,7 +128,7 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
         return
     folder = options.runs / dataset / f"{setting.name}-seed{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    extra = ["--evaluation_cache_dir", str(options.runs / "cache"), "--latency_batch_size", "0", *options.extra]
+    extra = ["--evaluation_cache_dir", str(options.runs / "cache"), "--speed_batch_sizes", "0", *options.extra]
     if options.dataset_name is not None:
         extra += ["--dataset_name", options.dataset_name]
     script, more = "training/prune_ddpm.py", ["--resume_from_checkpoint", "latest", "--checkpointing_steps", "250"]

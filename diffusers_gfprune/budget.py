@@ -51,7 +51,7 @@ BUDGET_TOLERANCE = 0.01  # share of the dense cost
 ATTENTION_UNITS = ("head_dim", "heads")
 # Channels that kernels take at a time: CPUs with AVX-512, tensor cores in float32 (TF32)
 HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8}
-ALIGNED_WIDTHS = 3  # that a group must have, beside its dense one, for a multiple to be worth it
+ALIGNED_WIDTHS = 6  # that a group must have, beside its dense one, for a multiple to be worth it
 _SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
 
 
@@ -318,6 +318,6 @@ def _best_units(group: ChannelGroup, scores: Tensor, keep: int) -> Tensor:
     if keep not in best:
         raise ValueError(f"keep={keep} of {group.name} must be a sum of its units and {len(group.fixed)} fixed channels")
     mask = torch.zeros(group.num_units, dtype=torch.bool)
-    for members in best[keep][1]:
-        mask[members] = True
+    for chosen in best[keep][1]:
+        mask[chosen] = True
     return mask

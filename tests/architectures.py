@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, dict] = {
     "three-levels": THREE_LEVELS,
     "three-levels-two-layers": {**THREE_LEVELS, "layers_per_block": 2},
     "two-layers": {"layers_per_block": 2},
+    "fine-units": {"block_out_channels": (32, 32), "norm_num_groups": 16},  # units of two or four channels, none straddles
     "one-norm-group": {"norm_num_groups": 1},
     "one-channel-per-norm-group": {"norm_num_groups": 16},
     "one-head": {"attention_head_dim": None},

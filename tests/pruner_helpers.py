@@ -59,13 +59,16 @@ def config(**options) -> GFPruneConfig:
         "soft_fraction": 0.25,
         "hard_fraction": 0.5,
         "update_interval": 3,
+        "channel_multiple": 1,
     }
     return GFPruneConfig(**{**defaults, **options})
 
 
 def one_shot(**options) -> GFPruneConfig:
     """Everything at step 0."""
-    return GFPruneConfig.from_preset("one-shot", **{"total_steps": 1, "criterion": "magnitude", **options})
+    return GFPruneConfig.from_preset(
+        "one-shot", **{"total_steps": 1, "criterion": "magnitude", "channel_multiple": 1, **options}
+    )
 
 
 def mask_values(pruner: GradientFlowPruner) -> list[float]:

@@ -144,15 +144,15 @@ def test_ladder_of_units(channels: int, sizes: list[int], multiple: int, floor: 
     ("group", "multiple", "expected"),
     [
         (plain_group(128, [8] * 16), 16, [128, 112, 96, 80, 64, 48, 32, 16]),
-        (plain_group(120, [12] * 10), 16, [120, 96, 72, 48, 24]),  # 96 and 48 alone are multiples of 16: those of 8
-        (plain_group(16, [4] * 4), 16, [16, 12, 8, 4]),  # one multiple of 8 is too few, too
+        (plain_group(240, [12] * 20), 16, [240, 216, 192, 168, 144, 120, 96, 72, 48, 24]),  # of 16 there are four: those of 8
+        (plain_group(16, [4] * 4), 16, [16, 12, 8, 4]),  # all there are
         (plain_group(16, [16]), 16, [16]),
-        (attention_group(64, 1), 16, [64, 48, 32, 16]),
+        (attention_group(64, 1), 16, [64, 56, 48, 40, 32, 24, 16, 8]),
         (attention_group(24, 4), 8, [24, 20, 16, 12, 8, 4]),
     ],
 )
 def test_aligned_ladder_leaves_a_choice(group: ChannelGroup, multiple: int, expected: list[int]) -> None:
-    """The largest of the multiple, its half, its quarter, ... with three widths below the dense one."""
+    """The largest of the multiple, its half, its quarter, ... with six widths below the dense one."""
     assert aligned_ladder(group, multiple, 0.0, "head_dim") == expected
 
 

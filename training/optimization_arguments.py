@@ -92,7 +92,14 @@ class PrecisionArguments:
         default=False, metadata={"help": "Compute activations again in the backward instead of keeping them."}
     )
     allow_tf32: bool = field(default=False, metadata={"help": "TensorFloat-32 products in training, on GPUs that have them."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the training forward and backward."})
+    torch_compile: str = field(
+        default="no",
+        metadata={
+            "help": "Compile the training forward and backward, and the teacher's forward; reduce-overhead runs them as CUDA "
+            "graphs on a GPU.",
+            "choices": ["no", "default", "reduce-overhead"],
+        },
+    )
     channels_last: bool = field(default=False, metadata={"help": "Keep images and weights in channels-last order."})
 
 

@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
         for change in sample_quality.changes:
             warn(accelerator, f"warning: {change}")
-        print(f"  {rehearse_run(args, pruner, sample_quality, len(held_out_images), origin, folder)}")
+        for line in rehearse_run(args, pruner, sample_quality, len(held_out_images), origin, folder):
+            print(f"  {line}")
     if args.run.dry_run:
         return
     repo_id = prepared_repository(args) if args.hub.push_to_hub and main_process else None
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         null_label = images.decoder.null_label
         dense_step_losses = measure_step_losses(step_loss, dense, null_label) if main_process else {}
         objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
+        if objective.needs_teacher and args.precision.torch_compile != "no":
+            objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
         if not objective.needs_teacher:
             dense.to("cpu")  # until it is sampled from beside the pruned one
         run = Run(
@@ -220,6 +223,7 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
     """
     accelerator, t = run.accelerator, run.args.training
     losses, terms = [], []
+    torch.compiler.cudagraph_mark_step_begin()  # gradients of the last step, in a CUDA graph's memory, are done with
     for _ in range(t.gradient_accumulation_steps):
         with explained_worker_death(run, state):
             batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
-from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, measure_latency, spatial_size
+from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, spatial_size
 from diffusers_gfprune.evaluation.quality import SamplingSettings
+from diffusers_gfprune.evaluation.speed import measure_speed
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from estimate import StepEstimate, machine_memory, memory_plan
 from image_splits import DataSummary
@@ -34,7 +35,7 @@ __all__ = [
     "weight_file_bytes",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CURVE_POINTS = 500
 
 
@@ -144,20 +145,18 @@ def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | 
     return losses
 
 
-def model_figures(unet: nn.Module, step_losses: Mapping[str, float], latency: dict | None) -> dict:
+def model_figures(unet: nn.Module, step_losses: Mapping[str, float]) -> dict:
     """What `results.json` says of a model without samples.
 
     Args:
         unet: The model.
         step_losses: Of `measure_step_losses`.
-        latency: Of `measure_latency`, if it was measured.
     """
     return {
         "parameters": count_parameters(unet),
         "macs": count_macs(unet),
         "weight_file_bytes": weight_file_bytes(unet),
         **step_losses,
-        "latency": latency,
     }
 
 
@@ -198,10 +197,11 @@ def results(
     Returns:
         The content of `results.json`, and the samples of either model in [0, 1], if any were asked for.
     """
-    batch_size = args.evaluation.latency_batch_size
     measured: dict = {"format_version": FORMAT_VERSION}
     for name, unet, losses in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
-        measured[name] = model_figures(unet, losses, measure_latency(unet, batch_size) if batch_size else None)
+        measured[name] = model_figures(unet, losses)
+    settings, models = args.evaluation.speed_settings(), {"dense": dense, "pruned": pruned}
+    measured["speed"] = measure_speed(models, settings, progress="speed") if settings else []
     measured["evaluation"] = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
     if args.evaluation.eval_images == 0:
         return measured, None, None

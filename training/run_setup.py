@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
 from torch import Tensor, nn
 
 from batches import BrokenImages, calibration_batches, train_dataloader
@@ -99,7 +99,11 @@ def make_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
         mixed_precision=args.precision.mixed_precision,
         log_with=None if args.tracking.report_to == "none" else args.tracking.report_to,
         project_config=project_configuration(args, folder),
-        dynamo_backend="inductor" if args.precision.torch_compile else "no",
+        dynamo_plugin=TorchDynamoPlugin(
+            backend="no" if args.precision.torch_compile == "no" else "inductor",
+            mode=None if args.precision.torch_compile == "no" else args.precision.torch_compile,
+            dynamic=False,  # all batches of a run have one size
+        ),
         # Other ranks wait while one measures or samples.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
