@@ -145,6 +145,14 @@ def _polish(
     return kept(rungs)
 
 
+def _nearer_end(
+    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], ends: Sequence[list[int]]
+) -> np.ndarray:
+    """Of the polished widths on either side of the target, the nearer: where single steps are long, one can get stuck."""
+    polished = [_polish(cost, target, ratio, ladders, rungs) for rungs in ends]
+    return min(polished, key=lambda kept: abs(cost.removed(target, kept) - ratio))
+
+
 def allocate_per_group(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> np.ndarray:
     """Widths that remove `ratio` of the cost with (nearly) the same share kept in every group.
 
@@ -205,9 +213,7 @@ def _allocate_in_proportion(
         middle = (low + high) / 2
         kept = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])
         low, high = (middle, high) if cost.removed(target, kept) <= ratio else (low, middle)
-    # Where single steps are long, the walk from one side can get stuck.
-    ends = [_polish(cost, target, ratio, ladders, rungs_at(scale)) for scale in (low, high)]
-    return min(ends, key=lambda kept: abs(cost.removed(target, kept) - ratio))
+    return _nearer_end(cost, target, ratio, ladders, [rungs_at(scale) for scale in (low, high)])
 
 
 def _by_channel(group: ChannelGroup, scores: Tensor) -> np.ndarray:
@@ -247,17 +253,17 @@ def allocate_global(
         # A negative score asks for removal all the more where it is cheap in importance per cost saved.
         return mean / price[index] if mean >= 0 else mean * price[index] / price.mean() ** 2
 
-    rungs = [0] * len(ladders)
+    rungs = before = [0] * len(ladders)
     kept = cost.dense.copy()
     heap = [(unit_score(index, 0), index) for index, ladder in enumerate(ladders) if len(ladder) > 1]
     heapq.heapify(heap)
     while heap and cost.removed(target, kept) < ratio:
         _, index = heapq.heappop(heap)
-        rungs[index] += 1
+        before, rungs = rungs, [*rungs[:index], rungs[index] + 1, *rungs[index + 1 :]]
         kept[index] = ladders[index][rungs[index]]
         if rungs[index] + 1 < len(ladders[index]):
             heapq.heappush(heap, (unit_score(index, rungs[index]), index))
-    return _polish(cost, target, ratio, ladders, rungs)
+    return _nearer_end(cost, target, ratio, ladders, (rungs, before))
 
 
 def select_units(group: ChannelGroup, scores: Tensor, keep: int, attention_unit: str = "head_dim") -> Tensor:

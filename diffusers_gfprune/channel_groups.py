@@ -117,10 +117,12 @@ class ChannelGroup:
         """Values of channels, with shape `(num_channels,)`, that are one for each unit, with shape `(num_units,)`.
 
         Raises:
-            ValueError: Values have another shape, differ within a unit, or are not 1 for a fixed channel.
+            ValueError: Values have another shape, are NaN, differ within a unit, or are not 1 for a fixed channel.
         """
         if values.shape != (self.num_channels,):
             raise ValueError(f"mask of {self.name} has shape {tuple(values.shape)}, not ({self.num_channels},)")
+        if values.isnan().any():
+            raise ValueError(f"mask of {self.name} has values that are NaN, outside [0, 1]")
         found = values[[unit[0] for unit in self.units]]
         if not torch.equal(self.per_channel(found), values):
             for unit in self.units:

@@ -1,8 +1,10 @@
-"""Budgets: ladders of widths, targets that are met, and the channels that a width keeps."""
+"""Budgets: ladders of widths, targets that are met, and the units that a width keeps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from diffusers_gfprune.budget import (
     BUDGET_TOLERANCE,
+    HARDWARE_MULTIPLES,
+    aligned_ladder,
     allocate_by_sensitivity,
     allocate_global,
     allocate_per_group,
@@ -25,6 +29,9 @@ from diffusers_gfprune.cost_model import TARGETS, CostModel
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 MIN_KEEP_RATIO = 0.1  # the default of GFPruneConfig
+# Models with units small enough for any budget to be met. With the 4 norm groups of the other test architectures, single units
+# are up to 8 % of the parameters.
+FINE = ["one-channel-per-norm-group", "cifar10"]
 
 
 @cache
@@ -43,20 +50,34 @@ def ladders_of(cost: CostModel, channel_multiple: int = 1, min_keep_ratio: float
     return [width_ladder(group, channel_multiple, min_keep_ratio) for group in cost.groups]
 
 
+def single_steps(cost: CostModel) -> list[list[int]]:
+    """Ladders as if every channel were a unit, on which allocations can be told from the rounding to units."""
+    return [list(range(width, 0, -1)) for width in cost.dense.tolist()]
+
+
 def random_scores(cost: CostModel) -> list[Tensor]:
-    """Scores of every group, uniform in [0, 1)."""
+    """Scores of every group's units, uniform in [0, 1)."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.rand(group.num_channels, generator=generator) for group in cost.groups]
+    return [torch.rand(group.num_units, generator=generator) for group in cost.groups]
 
 
-def plain_group(num_channels: int) -> ChannelGroup:
-    """A group outside attention."""
-    return ChannelGroup("conv", num_channels, slices=())
+def even_scores(cost: CostModel) -> list[Tensor]:
+    """Scores of every group's units, 1 for each channel."""
+    return [group.unit_sizes.float() for group in cost.groups]
+
+
+def plain_group(num_channels: int, sizes: Sequence[int] | None = None) -> ChannelGroup:
+    """A group outside attention, with units of these sizes in a row (default: single channels), then fixed channels."""
+    sizes = [1] * num_channels if sizes is None else sizes
+    ends = np.cumsum([0, *sizes]).tolist()
+    units = tuple(tuple(range(first, last)) for first, last in zip(ends, ends[1:]))
+    return ChannelGroup("conv", num_channels, slices=(), units=units, fixed=tuple(range(ends[-1], num_channels)))
 
 
 def attention_group(num_channels: int, heads: int) -> ChannelGroup:
     """The inner channels of an attention."""
-    return ChannelGroup("attn.to_q", num_channels, slices=(), heads=heads, attention="attn")
+    units = tuple((channel,) for channel in range(num_channels))
+    return ChannelGroup("attn.to_q", num_channels, slices=(), units=units, heads=heads, attention="attn")
 
 
 # --- ladders -----------------------------------------------------------------------------------------------------------
@@ -99,6 +120,47 @@ def test_ladder_inside_attention(channels: int, heads: int, multiple: int, unit:
     assert width_ladder(attention_group(channels, heads), multiple, 0.0, unit) == expected
 
 
+@pytest.mark.parametrize(
+    ("channels", "sizes", "multiple", "floor", "expected"),
+    [
+        (16, [4, 4, 4, 4], 1, 0.0, [16, 12, 8, 4]),
+        (16, [4, 4, 4, 4], 8, 0.0, [16, 8]),
+        (16, [4, 4, 4, 4], 1, 0.5, [16, 12, 8]),
+        (16, [16], 1, 0.0, [16]),  # the only unit cannot go
+        (32, [12, 12], 1, 0.0, [32, 20, 8]),  # 8 fixed channels
+        (32, [12, 12], 8, 0.0, [32, 8]),
+        (12, [2, 6], 1, 0.0, [12, 10, 6, 4]),  # 4 fixed channels, with the units of 2, of 6, of neither
+        (10, [1, 2, 4], 1, 0.0, [10, 9, 8, 7, 6, 5, 4, 3]),
+        (9, [3, 2, 2, 2], 1, 0.0, [9, 7, 6, 5, 4, 3, 2]),  # 8 and 1 are no sums
+        (5, [], 1, 0.0, [5]),  # nothing but fixed channels
+    ],
+)
+def test_ladder_of_units(channels: int, sizes: list[int], multiple: int, floor: float, expected: list[int]) -> None:
+    """Sums of whole units on top of the fixed channels: any other width would leave a part of a norm group."""
+    assert width_ladder(plain_group(channels, sizes), multiple, floor) == expected
+
+
+@pytest.mark.parametrize(
+    ("group", "multiple", "expected"),
+    [
+        (plain_group(128, [8] * 16), 16, [128, 112, 96, 80, 64, 48, 32, 16]),
+        (plain_group(240, [12] * 20), 16, [240, 216, 192, 168, 144, 120, 96, 72, 48, 24]),  # of 16 there are four: those of 8
+        (plain_group(16, [4] * 4), 16, [16, 12, 8, 4]),  # all there are
+        (plain_group(16, [16]), 16, [16]),
+        (attention_group(64, 1), 16, [64, 56, 48, 40, 32, 24, 16, 8]),
+        (attention_group(24, 4), 8, [24, 20, 16, 12, 8, 4]),
+    ],
+)
+def test_aligned_ladder_leaves_a_choice(group: ChannelGroup, multiple: int, expected: list[int]) -> None:
+    """The largest of the multiple, its half, its quarter, ... with six widths below the dense one."""
+    assert aligned_ladder(group, multiple, 0.0, "head_dim") == expected
+
+
+def test_hardware_multiples_are_powers_of_two() -> None:
+    """They are halved until a group has a choice."""
+    assert all(multiple.bit_count() == 1 for multiple in HARDWARE_MULTIPLES.values())
+
+
 def test_attention_floor_counts_channels() -> None:
     """A floor of 30 % of 32 channels is 10 channels, hence 3 of each of the 4 heads."""
     assert width_ladder(attention_group(32, 4), 1, 0.3)[-1] == 12
@@ -108,7 +170,7 @@ def test_attention_floor_counts_channels() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
+@pytest.mark.parametrize("name", FINE)
 def test_group_ranking_meets_the_budget(name: str, target: str) -> None:
     """Invariant 3: the share that is removed is the one asked for, within 1 % of the dense cost."""
     cost = cost_of(name)
@@ -122,7 +184,7 @@ def test_group_ranking_meets_the_budget(name: str, target: str) -> None:
 
 @pytest.mark.parametrize("cost_aware", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["base", "three-levels"])
+@pytest.mark.parametrize("name", FINE)
 def test_global_ranking_meets_the_budget(name: str, target: str, cost_aware: bool) -> None:
     """As above, whatever the scores."""
     cost = cost_of(name)
@@ -133,9 +195,19 @@ def test_global_ranking_meets_the_budget(name: str, target: str, cost_aware: boo
         assert all(width in ladder for width, ladder in zip(kept, ladders))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_global_ranking_comes_near_with_coarse_units_too(target: str) -> None:
+    """One step too many may be 8 % of the parameters here: the walk ends on the nearer side of the target."""
+    cost = cost_of("three-levels")
+    ladders, scores = ladders_of(cost), random_scores(cost)
+    for ratio in RATIOS[:-1]:
+        kept = allocate_global(cost, target, ratio, ladders, scores, cost_aware=True)
+        assert cost.removed(target, kept) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
+
+
 @pytest.mark.parametrize("exponent", [0.2, 1.0, 1e4])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
+@pytest.mark.parametrize("name", FINE)
 def test_widths_by_sensitivity_meet_the_budget(name: str, target: str, exponent: float) -> None:
     """As above, with groups whose scores are decades apart, as they are in trained models."""
     cost = cost_of(name)
@@ -148,7 +220,7 @@ def test_widths_by_sensitivity_meet_the_budget(name: str, target: str, exponent:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["base", "three-levels", "cifar10"])
+@pytest.mark.parametrize("name", ["base", *FINE])
 def test_budget_is_met_with_widths_that_are_multiples(name: str, target: str) -> None:
     """Invariant 3 where steps are coarse: multiples of 8 come within 1 % here, so no answer may be further away."""
     cost = cost_of(name)
@@ -178,11 +250,13 @@ def test_kept_widths_are_multiples_or_dense(name: str, ranking: str) -> None:
 
 
 def test_group_ranking_keeps_nearly_the_same_share_everywhere() -> None:
-    """Ranking per group removes a uniform share; only the last steps towards the target differ between groups."""
+    """Ranking per group removes a uniform share; only rounding to units and the last steps towards the target differ."""
     cost = cost_of("cifar10")
-    kept = allocate_per_group(cost, "macs", 0.5, ladders_of(cost))
-    shares = kept / cost.dense
+    shares = allocate_per_group(cost, "macs", 0.5, single_steps(cost)) / cost.dense
     assert shares.max() - shares.min() < 0.05
+    unit = np.array([max(group.unit_sizes.tolist()) for group in cost.groups]) / cost.dense
+    by_unit = allocate_per_group(cost, "macs", 0.5, ladders_of(cost)) / cost.dense
+    assert (abs(by_unit - np.median(by_unit)) <= 1.5 * unit + 0.01).all()
 
 
 def test_nothing_is_removed_at_ratio_zero() -> None:
@@ -216,10 +290,11 @@ def test_unreachable_budget_is_refused(target: str, options: dict) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["base", "three-levels"])
 def test_no_group_is_ever_empty(name: str, target: str) -> None:
-    """Close to the most that can go, without a floor, every group still keeps a channel in each head."""
+    """Close to the most that can go, without a floor, every group still keeps a unit, one in each head, or what is fixed."""
     cost = cost_of(name)
     ladders = ladders_of(cost, min_keep_ratio=0.0)
-    smallest = np.array([group.heads for group in cost.groups])
+    least = [len(group.fixed) or min(group.unit_sizes.tolist()) for group in cost.groups]
+    smallest = np.array([group.heads * width for group, width in zip(cost.groups, least)])
     ratio = cost.removed(target, smallest) - 1e-3
     check_reachable(cost, target, ratio, ladders)
     for kept in (
@@ -238,9 +313,9 @@ def test_shares_follow_cost_over_sensitivity() -> None:
     """x_g = lambda (W_g / S_g)^beta, known answer: with channels as the cost, a sixteenth of the score per channel and
     beta = 1/2 are four times the share."""
     cost = cost_of("cifar10")
-    ladders = ladders_of(cost)
-    scores = [torch.full((group.num_channels,), 16.0 if index % 2 else 1.0) for index, group in enumerate(cost.groups)]
-    kept = allocate_by_sensitivity(cost, "channels", 0.25, ladders, scores, 0.5)
+    scores = [score * width / score.sum() for score, width in zip(random_scores(cost), cost.dense.tolist())]
+    scores = [score * (16 if index % 2 else 1) for index, score in enumerate(scores)]
+    kept = allocate_by_sensitivity(cost, "channels", 0.25, single_steps(cost), scores, 0.5)
     shares = 1 - kept / cost.dense
     assert shares[0::2] == pytest.approx(shares[0::2].mean(), abs=0.01)
     assert shares[1::2] == pytest.approx(shares[1::2].mean(), abs=0.01)
@@ -272,7 +347,7 @@ def test_global_ranking_takes_the_group_with_lower_scores_first() -> None:
     cost = cost_of("base")
     ladders = ladders_of(cost)
     low = next(index for index, group in enumerate(cost.groups) if group.name == "mid_block.resnets.0.conv1")
-    scores = [1 + score for score in random_scores(cost)]
+    scores = [even + even * score for even, score in zip(even_scores(cost), random_scores(cost))]
     scores[low] = scores[low] / 100
     half = cost.dense.copy()
     half[low] //= 2
@@ -288,33 +363,32 @@ def test_global_ranking_follows_the_scores_within_a_group() -> None:
     """Of two groups alike but for one unimportant quarter, the quarter goes."""
     cost = cost_of("base")
     ladders = ladders_of(cost)
-    scores = [torch.ones(group.num_channels) for group in cost.groups]
+    scores = even_scores(cost)
     low = next(index for index, group in enumerate(cost.groups) if group.name == "mid_block.resnets.1.conv1")
-    scores[low][::4] = 0.0
+    scores[low][2] = 0.0  # of four units
     quarter = cost.dense.copy()
-    quarter[low] -= len(scores[low][::4])
+    quarter[low] -= 8
     kept = allocate_global(cost, "channels", cost.removed("channels", quarter), ladders, scores)
     assert kept.tolist() == quarter.tolist()
 
 
 def test_cost_aware_ranking_takes_the_dearest_group_first() -> None:
-    """At equal importance, a channel goes where it saves most."""
-    cost = cost_of("base")
+    """At equal importance, a unit goes where its channels save most."""
+    cost = cost_of("one-channel-per-norm-group")
     ladders = ladders_of(cost)
-    scores = [torch.ones(group.num_channels) for group in cost.groups]
-    price = cost.marginal("params", cost.dense)
-    # the dearest unit of a ladder: channels outside attention are taken one by one
-    dearest = max(range(len(price)), key=lambda index: price[index])
-    kept = allocate_global(cost, "params", 1.5 * price[dearest] / cost.params(cost.dense), ladders, scores, cost_aware=True)
-    assert kept[dearest] < cost.dense[dearest]
-    assert cost.dense.sum() - kept.sum() <= 3
+    dearest = int(cost.marginal("params", cost.dense).argmax())
+    fewer = cost.dense.copy()
+    fewer[dearest] = ladders[dearest][1]
+    ratio = cost.removed("params", fewer)
+    assert allocate_global(cost, "params", ratio, ladders, even_scores(cost), cost_aware=True).tolist() == fewer.tolist()
+    assert allocate_global(cost, "params", ratio, ladders, even_scores(cost)).tolist() != fewer.tolist()
 
 
-# --- channels of a width -----------------------------------------------------------------------------------------------
+# --- units of a width -----------------------------------------------------------------------------------------------
 
 
 def kept_indices(group: ChannelGroup, scores: list[float], keep: int, unit: str = "head_dim") -> list[int]:
-    """Indices of the channels that are kept."""
+    """Indices of the units that are kept."""
     return select_units(group, torch.tensor(scores), keep, unit).nonzero().flatten().tolist()
 
 
@@ -323,6 +397,34 @@ def test_highest_scores_are_kept() -> None:
     assert kept_indices(plain_group(5), [0.3, -2.0, 5.0, 0.1, -0.5], 3) == [0, 2, 3]
     assert kept_indices(plain_group(5), [0.3, -2.0, 5.0, 0.1, -0.5], 5) == [0, 1, 2, 3, 4]
     assert kept_indices(plain_group(5), [0.3, -2.0, 5.0, 0.1, -0.5], 1) == [2]
+
+
+def test_units_of_unequal_size_have_the_highest_sum_of_all_sets() -> None:
+    """The best of all sets with that many channels, by trying them all; taking the best units first is not enough."""
+    sizes, fixed = [1, 1, 2, 2, 3, 3, 5], 2
+    group = plain_group(sum(sizes) + fixed, sizes)
+    scores = torch.randn(len(sizes), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    best: dict[int, float] = {}
+    for chosen in product([0, 1], repeat=len(sizes)):
+        width = fixed + sum(size for size, kept in zip(sizes, chosen) if kept)
+        best[width] = max(best.get(width, -np.inf), float(scores @ torch.tensor(chosen, dtype=torch.float64)))
+    assert sorted(best, reverse=True) == width_ladder(group)
+    for width, expected in best.items():
+        mask = select_units(group, scores, width)
+        assert int(group.per_channel(mask).sum()) == width
+        assert float(scores[mask].sum()) == pytest.approx(expected)
+    assert kept_indices(plain_group(7, [3, 2, 2]), [10.0, 3.0, 1.0], 4) == [1, 2]  # 4 channels are no sum with the best unit
+
+
+def test_a_group_without_units_keeps_its_fixed_channels() -> None:
+    """A stream that straddling norm groups join as a whole, as the first of "base", has nothing to choose from."""
+    assert select_units(plain_group(5, []), torch.ones(0), 5).tolist() == []
+
+
+def test_a_width_that_no_units_add_up_to_is_refused() -> None:
+    """Or the model would have another width than the one that was paid for."""
+    with pytest.raises(ValueError, match="keep=6 of conv must be a sum of its units and 1 fixed channels"):
+        select_units(plain_group(9, [4, 4]), torch.ones(2), 6)
 
 
 def test_among_equals_the_first_are_kept() -> None:
@@ -348,7 +450,7 @@ def test_heads_are_removed_whole_by_the_sum_of_their_scores() -> None:
 
 
 def test_unit_of_attention_does_not_matter_elsewhere() -> None:
-    """A group outside attention loses single channels either way."""
+    """A group outside attention loses its own units either way."""
     assert kept_indices(plain_group(4), [4.0, 1.0, 3.0, 2.0], 3, "heads") == [0, 2, 3]
 
 

@@ -1,4 +1,4 @@
-"""The invariant of the package: a compacted model has the outputs of the masked one, and training goes on with it."""
+"""The invariant of the package: a compacted model has the outputs of the masked one, and norms that are native."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.compaction import compact, plan_compaction
 from diffusers_gfprune.masking import attach, dense_parameters
-from diffusers_gfprune.remote.unet_2d_gfpruned import GFPrunedUNet2DModel, RaggedGroupNorm
+from diffusers_gfprune.remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+
+CONV1 = "down_blocks.0.resnets.0.conv1"  # 16 channels in 4 units, those of norm2's groups
 
 # --- invariant 2: compaction is lossless -------------------------------------------------------------------------------
 
@@ -44,7 +46,10 @@ def architecture(request) -> tuple[str, UNet2DModel, Tensor]:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
 def test_compacted_equals_masked(architecture: tuple[str, UNet2DModel, Tensor], seed: int):
-    """For any binary masks: this is what makes pruning free of sudden loss of information."""
+    """For any binary masks: this is what makes pruning free of sudden loss of information.
+
+    And every norm left is a native one with groups of the dense size: any other is slower, and breaks torch.func.
+    """
     name, unet, dense_output = architecture
     unet.channel_masks.set(random_masks(list(traced(name)), seed))
     masked_output = run(unet)
@@ -52,6 +57,11 @@ def test_compacted_equals_masked(architecture: tuple[str, UNet2DModel, Tensor], 
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in unet.parameters())
     assert relative_error(masked_output, dense_output) > 0.1  # or the masks would not matter
     assert relative_error(run(small), masked_output) <= 1e-4
+    for key, module in small.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            assert type(module) is nn.GroupNorm, key
+            dense = unet.get_submodule(key)
+            assert module.num_channels * dense.num_groups == dense.num_channels * module.num_groups, key
 
 
 @pytest.mark.parametrize("name", ["base", "scale-shift", "three-levels", "class-embedding", "one-norm-group", "two-layers"])
@@ -110,12 +120,16 @@ def test_weights_are_the_kept_slices():
         assert torch.equal(small.get_parameter(name).detach(), expected), name
 
 
-def test_one_channel_left_everywhere():
-    """The smallest model that masks allow."""
-    ones = {group.name: (torch.arange(group.num_channels) == group.num_channels - 1).float() for group in traced()}
-    unet = masked(ones)
+def test_one_unit_left_everywhere():
+    """The smallest model that masks allow: fixed channels alone, or one unit."""
+    last = {group.name: torch.zeros(group.num_units) for group in traced()}
+    for group in traced():
+        if not group.fixed:
+            last[group.name][-1] = 1
+    unet = masked(last)
     small = compacted(unet)
-    assert {module.out_channels for module in small.modules() if isinstance(module, nn.Conv2d)} == {1}
+    smallest = {group.name: len(group.fixed) or len(group.units[-1]) for group in traced()}
+    assert {name: small.get_submodule(name).weight.shape[0] for name in smallest} == smallest
     assert relative_error(run(small), run(unet)) <= 1e-4
 
 
@@ -125,19 +139,17 @@ def test_one_channel_left_everywhere():
 @pytest.mark.parametrize("value", [0.5, 1e-6, 1 - 1e-6])
 def test_masks_that_are_not_binary_are_refused(value: float):
     """A soft mask has no smaller model: rounding it would change the outputs without a word."""
-    mask = torch.ones(16)
-    mask[3] = value
-    unet = masked({"conv_in": mask})
-    with pytest.raises(ValueError, match="conv_in has the value .*only binary masks"):
+    unet = masked({CONV1: torch.tensor([1.0, 1.0, value, 0.0])})
+    with pytest.raises(ValueError, match=f"{CONV1} has the value .*only binary masks"):
         planned(unet)
 
 
-@pytest.mark.parametrize("mask", [torch.zeros(16), torch.ones(15)], ids=["empty", "short"])
+@pytest.mark.parametrize("mask", [torch.zeros(4), torch.ones(3)], ids=["empty", "short"])
 def test_masks_without_a_smaller_model_are_refused(mask: Tensor):
     """Masks may come from elsewhere than `ChannelMasks`, which refuses these."""
-    masks = {group.name: torch.ones(group.num_channels) for group in traced()}
-    with pytest.raises(ValueError, match="conv_in"):
-        plan_compaction(build(), traced(), {**masks, "conv_in": mask})
+    masks = {group.name: torch.ones(group.num_units) for group in traced()}
+    with pytest.raises(ValueError, match=f"mask of {CONV1}"):
+        plan_compaction(build(), traced(), {**masks, CONV1: mask})
 
 
 @pytest.mark.parametrize(
@@ -172,49 +184,38 @@ def test_attention_keeps_the_dense_scale(widths: tuple[int, ...], factor: float 
 
 
 @pytest.mark.parametrize(
-    ("per_group", "sizes", "kind"),
-    [
-        ((4, 4, 4, 4), None, nn.GroupNorm),
-        ((2, 2, 2, 2), [2, 2, 2, 2], nn.GroupNorm),
-        ((3, 0, 3, 3), [3, 3, 3], nn.GroupNorm),
-        ((0, 0, 0, 1), [1], nn.GroupNorm),
-        ((1, 2, 3, 4), [1, 2, 3, 4], RaggedGroupNorm),
-        ((4, 0, 1, 0), [4, 1], RaggedGroupNorm),
-    ],
+    ("units", "sizes"), [((1, 1, 1, 1), None), ((1, 0, 1, 1), [4, 4, 4]), ((0, 1, 0, 1), [4, 4]), ((0, 0, 0, 1), [4])]
 )
-def test_norm_groups_are_native_where_equal_and_ragged_elsewhere(
-    per_group: tuple[int, ...], sizes: list[int] | None, kind: type
-):
-    """A kept channel stays in the group it was trained in; a group without channels is gone."""
-    mask = torch.cat([(torch.arange(4) < width).float() for width in per_group])
+def test_norms_lose_whole_groups(units: tuple[int, ...], sizes: list[int] | None):
+    """A kept channel stays with all others of the group it was trained in."""
     name = "down_blocks.0.resnets.0.norm2"
-    unet = masked({"down_blocks.0.resnets.0.conv1": mask})
+    unet = masked({CONV1: torch.tensor(units, dtype=torch.float32)})
     small = compacted(unet)
     assert small.config.norm_group_sizes == ({} if sizes is None else {name: sizes})
     norm = small.get_submodule(name)
-    assert type(norm) is kind
-    assert (norm.num_groups, norm.num_channels) == (len(sizes or per_group), sum(per_group))
+    assert type(norm) is nn.GroupNorm
+    assert (norm.num_groups, norm.num_channels) == (sum(units), 4 * sum(units))
     assert relative_error(run(small), run(unet)) <= 1e-4
 
 
 def test_norm_groups_that_straddle_the_concatenation():
-    """48 channels in 4 norm groups of 12: the third holds 8 channels of the hidden state and 4 of the skip."""
-    hidden, skip = torch.ones(32), torch.ones(16)
-    hidden[24:32] = torch.tensor([1.0, 0, 1, 0, 1, 0, 0, 0])  # 3 of 8 in the third group
-    skip[:4] = torch.tensor([0.0, 1, 0, 1])  # 2 of 4 in the third group
-    unet = masked({"up_blocks.0.upsamplers.0.conv": hidden, "conv_in": skip})
-    small = compacted(unet)
-    assert small.config.norm_group_sizes["up_blocks.1.resnets.0.norm1"] == [12, 12, 5, 12]
+    """48 channels in 4 norm groups of 12: the third, with 8 channels of the hidden state and 4 of the skip, always stays."""
+    unet = masked({"up_blocks.0.upsamplers.0.conv": torch.tensor([1.0, 0.0])})
+    plan = planned(unet)
+    norm = "up_blocks.1.resnets.0.norm1"
+    assert plan.norm_group_sizes == {norm: [12, 12, 12]}
+    assert plan.kept[f"{norm}.weight", 0].tolist() == [*range(12), *range(24, 48)]
+    small = compact(unet, plan)
     assert relative_error(run(small), run(unet)) <= 1e-4
 
 
 def test_tables_name_the_layers_that_changed_and_no_others():
     """The published config is what a reader of it sees: input and output channels by layer."""
-    unet = masked({"down_blocks.0.resnets.0.conv1": (torch.arange(16) % 4 < 3).float(), TO_Q: head_mask(8, 8, 0, 8)})
+    unet = masked({CONV1: torch.tensor([1.0, 0.0, 1.0, 1.0]), TO_Q: head_mask(8, 8, 0, 8)})
     config = compacted(unet).config
     attention = "down_blocks.1.attentions.0"
     assert config.layer_channels == {
-        "down_blocks.0.resnets.0.conv1": [16, 12],
+        CONV1: [16, 12],
         "down_blocks.0.resnets.0.time_emb_proj": [64, 12],
         "down_blocks.0.resnets.0.conv2": [12, 16],
         f"{attention}.to_q": [32, 24],
@@ -222,7 +223,7 @@ def test_tables_name_the_layers_that_changed_and_no_others():
         f"{attention}.to_v": [32, 24],
         f"{attention}.to_out.0": [24, 32],
     }
-    assert config.norm_group_sizes == {"down_blocks.0.resnets.0.norm2": [3, 3, 3, 3]}
+    assert config.norm_group_sizes == {"down_blocks.0.resnets.0.norm2": [4, 4, 4]}
     assert config.attention_heads == {attention: 3}
     assert {key: value for key, value in config.items() if key in build().config} == dict(build().config)
 

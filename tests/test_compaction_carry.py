@@ -74,7 +74,7 @@ def test_optimizer_state_is_sliced_like_the_weights(kind: str, powers: dict[str,
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_after_compaction_is_the_step_before_it(kind: str):
     """Pruning, then training equals training, then pruning, where no query is rescaled."""
-    whole_attention = {group.name: torch.ones(group.num_channels) for group in traced() if group.attention is not None}
+    whole_attention = {group.name: torch.ones(group.num_units) for group in traced() if group.attention is not None}
     unet = masked({})
     optimizer = OPTIMIZERS[kind](unet.parameters())
     trained(unet, optimizer)  # so that channels that are pruned next have moments too
@@ -254,7 +254,7 @@ def test_training_goes_on_with_8_bit_state(bnb):
         unet, groups = wide()
         optimizer = bnb.optim.AdamW8bit(unet.parameters(), lr=1e-3, eps=1e-3, weight_decay=0.0)
         trained(unet, optimizer)
-        whole_attention = {group.name: torch.ones(group.num_channels) for group in groups if group.attention is not None}
+        whole_attention = {group.name: torch.ones(group.num_units) for group in groups if group.attention is not None}
         unet.channel_masks.set({**random_masks(groups, 0), **whole_attention})
         trained(unet, optimizer)
         runs.append((unet, optimizer))
