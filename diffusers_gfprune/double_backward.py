@@ -27,90 +27,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from .remote.unet_2d_gfpruned import channel_sums, norm_backward, norm_forward, norm_tables
-from .remote.unet_2d_gfpruned import weighted_group_norm as _weighted_group_norm
-
-__all__ = ["LeanDoubleBackward", "weighted_group_norm"]
-
-
-# --- group norm --------------------------------------------------------------------------------------------------------
-
-
-class _GroupNorm(Function):
-    """Weighted group norm that can be differentiated twice."""
-
-    @staticmethod
-    def forward(ctx, x, weights, group_sizes, gamma, beta, eps):
-        output, statistics = norm_forward(x, weights, group_sizes, gamma, beta, eps)
-        ctx.save_for_backward(x, weights, gamma, *statistics)
-        ctx.group_sizes = group_sizes
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        # A node of its own is only worth its price where it is differentiated.
-        function = _GroupNormBackward.apply if torch.is_grad_enabled() else norm_backward
-        x, weights, *others = ctx.saved_tensors
-        dx, dgamma, dbeta, *_ = function(grad.contiguous(), x, weights, ctx.group_sizes, *others)
-        return dx, None, None, dgamma, dbeta, None
-
-
-class _GroupNormBackward(Function):
-    @staticmethod
-    def forward(ctx, grad, x, weights, group_sizes, *others):
-        *gradients, b, a = norm_backward(grad, x, weights, group_sizes, *others)
-        ctx.save_for_backward(grad, x, weights, *others, a, b)
-        ctx.group_sizes = group_sizes
-        return tuple(gradients)
-
-    @staticmethod
-    def backward(ctx, u, u_gamma, u_beta):
-        grad, x, weights, gamma, mean, rstd, scale, group_mean, r, a, b = ctx.saved_tensors  # a, b: sums of dy and dy z
-        membership = norm_tables(ctx.group_sizes, x.device)[0].to(weights.dtype)
-        u = u.contiguous()
-        positions = x.shape[2]
-        w = weights.sum(dim=1) / positions  # (C,), of an element
-
-        def over_group(values: Tensor) -> Tensor:
-            return (values @ membership) @ membership.t()
-
-        # Sums over a channel, (B, C), then over its group
-        u_sum, u_centred = channel_sums(u, x, mean, rstd, group_mean)
-        k = channel_sums(u, grad, torch.zeros_like(mean), torch.ones_like(rstd), torch.zeros_like(mean))[1]
-        A, B, ku = over_group(torch.cat([gamma * a, gamma * b, gamma * k])).chunk(3)
-        U0, U1 = over_group(torch.cat([w * u_sum, w * u_centred * r])).chunk(2)
-        q_sum, qz_sum = over_group(torch.cat([u_gamma * a, u_gamma * b])).chunk(2)
-        q_sum = q_sum - r * (U1 * A + B * U0)
-        qz_sum = qz_sum - 2 * r * U1 * B
-        T = ku - A * U0 - B * U1
-
-        # Both results are affine in u, dy and x, with coefficients per sample and channel.
-        on_z = u_gamma - scale * U1
-        d_grad = _affine((u_beta - scale * U0) - on_z * r * group_mean, (on_z * r, x), (scale, u))
-        x_on_z = -w * r * (qz_sum + r * T)
-        d_x = _affine(-w * r * q_sum - x_on_z * r * group_mean, (x_on_z * r, x), (r * on_z, grad), (-w * r.square() * B, u))
-        d_gamma = (r * (k - U0 * a - U1 * b)).sum(dim=0)
-        return d_grad, d_x, None, None, d_gamma, None, None, None, None, None
-
-
-def _affine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
-    """`constant + sum of coefficient * tensor`, with coefficients `(B, C)` and tensors `(B, C, N)`."""
-    (coefficient, tensor), *others = terms
-    output = torch.mul(tensor, coefficient[:, :, None]).add_(constant[:, :, None])
-    for coefficient, tensor in others:
-        output.addcmul_(coefficient[:, :, None], tensor)
-    return output
-
-
-def weighted_group_norm(
-    x: Tensor, weights: Tensor, group_sizes: tuple[int, ...], gamma: Tensor, beta: Tensor, eps: float
-) -> Tensor:
-    """`remote.unet_2d_gfpruned.weighted_group_norm`, whose second derivative is cheap."""
-    return _weighted_group_norm(x, weights, group_sizes, gamma, beta, eps, function=_GroupNorm)
+__all__ = ["LeanDoubleBackward"]
 
 
 # --- SiLU --------------------------------------------------------------------------------------------------------------
@@ -202,19 +122,11 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
     return _Conv2d.apply(input, weight, bias, *options, groups)
 
 
-def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    if weight is None or bias is None:
-        return NotImplemented
-    sizes = (input.shape[1] // num_groups,) * num_groups
-    _, weights = norm_tables(sizes, input.device)
-    return weighted_group_norm(input, weights, sizes, weight, bias, eps)
-
-
 def _silu(input, inplace=False):
     return NotImplemented if inplace else _SiLU.apply(input)
 
 
-_LEAN = {torch.conv2d: _conv2d, F.group_norm: _group_norm, F.silu: _silu}
+_LEAN = {torch.conv2d: _conv2d, F.silu: _silu}
 
 
 class LeanDoubleBackward(TorchFunctionMode):

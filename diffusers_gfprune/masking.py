@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .channel_groups import ChannelGroup
-from .double_backward import weighted_group_norm
-from .remote.unet_2d_gfpruned import norm_tables
 
 __all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "detach", "dense_parameters"]
 
@@ -189,25 +187,6 @@ class ChannelMask(nn.Module):
         return weight * _kept_per_version(self, self.vector, key, lambda: self.vector().view(self.shape).to(weight.dtype))
 
 
-class MaskedGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` with statistics over the kept channels, weighted by the mask. Made by `attach`, not by hand."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        (vector,) = self.channel_mask
-        if vector.all_ones:
-            return super().forward(input)
-        sizes = (self.num_channels // self.num_groups,) * self.num_groups
-        membership, _ = norm_tables(sizes, input.device)
-        weights = _kept_per_version(self, vector, (input.device,), lambda: _norm_weights(vector(), membership))
-        return weighted_group_norm(input, weights, sizes, self.weight, self.bias, self.eps)
-
-
-def _norm_weights(mask: Tensor, membership: Tensor) -> Tensor:
-    """Weights of channels in their norm groups, `(channels, groups)`; zeros for a group that is masked whole."""
-    weights = membership * mask.float()[:, None]
-    return weights / weights.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-
-
 def _refuse_to_save(*args, **kwargs):
     raise ValueError("the model is masked, and would be saved under names that do not load: compact() or detach() it first")
 
@@ -253,10 +232,6 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
         module = modules[module_name]
         parameter = getattr(module, parameter_name)
         vector = MaskVector(masks, pieces, parameter.shape[dim])
-        if isinstance(module, nn.GroupNorm) and not isinstance(module, MaskedGroupNorm):
-            module.__class__ = MaskedGroupNorm
-            module.channel_mask = (vector,)
-            module.kept = None
         mask = ChannelMask(vector, dim, parameter.ndim).to(parameter.device)
         parametrize.register_parametrization(module, parameter_name, mask)
     parameter = next(unet.parameters())
@@ -272,9 +247,6 @@ def detach(unet: nn.Module) -> None:
             continue
         for name in list(module.parametrizations):
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        if isinstance(module, MaskedGroupNorm):
-            module.__class__ = nn.GroupNorm
-            del module.channel_mask, module.kept
     if hasattr(unet, MASKS_MODULE):
         delattr(unet, MASKS_MODULE)
         del unet.save_pretrained
