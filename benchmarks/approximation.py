@@ -1,14 +1,14 @@
-"""The argument that gradient flow rests on, measured: -2 theta_c . (H g)_c against what removing a channel does to ||g||^2.
+"""The argument that gradient flow rests on, measured: -2 theta_c . (H g)_c against what removing a unit does to ||g||^2.
 
     python benchmarks/approximation.py              into benchmarks/results/approximation.json and a picture (ten minutes)
 
-arXiv 2501.09464 scores a channel by the first-order change of the squared gradient norm when its weights go to zero. Here
-weights of single channels are taken a share a of the way, theta_c -> (1 - a) theta_c, and
+arXiv 2501.09464 scores a unit by the first-order change of the squared gradient norm when its weights go to zero. Here
+weights of single units are taken a share a of the way, theta_c -> (1 - a) theta_c, and
 
     predicted(a) = -2 a theta_c . (H g)_c        measured(a) = ||g(theta_c -> (1 - a) theta_c)||^2 - ||g||^2
 
-are compared over channels of all groups, on one set of calibration batches: for the trained digits DDPM, and for the same
-network before training. Then the lowest-scored share of the channels of every group is removed at once, as pruning does.
+are compared over units of all groups, on one set of calibration batches: for the trained digits DDPM, and for the same
+network before training. Then the lowest-scored share of the units of every group is removed at once, as pruning does.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ REMOVED = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 class Measure:
-    """Squared gradient norms of a model on fixed batches, with some channels scaled.
+    """Squared gradient norms of a model on fixed batches, with some units scaled.
 
     Args:
         unet: The model.
@@ -78,21 +78,22 @@ class Measure:
             return statistics.mean(self.context.loss(batch).item() for batch in self.context.batches)
 
     @torch.no_grad()
-    def _scale(self, channels: Iterable[tuple[ChannelGroup, int]], factor: float) -> None:
-        # Each weight once, also where two channels meet
+    def _scale(self, units: Iterable[tuple[ChannelGroup, int]], factor: float) -> None:
+        # Each weight once, also where two units meet
         masks: dict[str, Tensor] = {}
-        for group, channel in channels:
+        for group, unit in units:
             for piece in group.slices:
                 mask = masks.setdefault(piece.name, torch.zeros_like(self.parameters[piece.name], dtype=torch.bool))
-                mask.select(piece.dim, piece.positions[channel])[...] = True
+                for channel in group.units[unit]:
+                    mask.select(piece.dim, piece.positions[channel])[...] = True
         for name, mask in masks.items():
             self.parameters[name][mask] *= factor
 
-    def change(self, channels: list[tuple[ChannelGroup, int]], share: float) -> tuple[float, float]:
-        """What scaling channels by 1 - share does to ||g||^2 and to the loss."""
+    def change(self, units: list[tuple[ChannelGroup, int]], share: float) -> tuple[float, float]:
+        """What scaling units by 1 - share does to ||g||^2 and to the loss."""
         kept = copy.deepcopy({name: p.detach() for name, p in self.parameters.items()})
         before = self.loss()
-        self._scale(channels, 1 - share)
+        self._scale(units, 1 - share)
         found = self.squared_norm() - self.base, self.loss() - before
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -100,16 +101,16 @@ class Measure:
         return found
 
 
-def single_channels(measure: Measure, count: int) -> dict:
-    """Predicted and measured changes for channels one at a time."""
-    everything = [(group, channel) for group in measure.groups for channel in range(group.num_channels)]
+def single_units(measure: Measure, count: int) -> dict:
+    """Predicted and measured changes for units one at a time."""
+    everything = [(group, unit) for group in measure.groups for unit in range(group.num_units)]
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [everything[index] for index in order[:count]]
-    scores = [measure.scores[group.name][channel].item() for group, channel in chosen]
+    scores = [measure.scores[group.name][unit].item() for group, unit in chosen]
     rows, changes = {}, {}
     for share in SHARES:
         predicted = [-2 * share * score for score in scores]
-        measured = [measure.change([item], share)[0] for item in tqdm(chosen, desc=f"channels, a = {share}")]
+        measured = [measure.change([item], share)[0] for item in tqdm(chosen, desc=f"units, a = {share}")]
         agree = statistics.mean((p > 0) == (m > 0) for p, m in zip(predicted, measured))
         rows[str(share)] = {
             "pearson": float(pearsonr(predicted, measured).statistic),
@@ -118,18 +119,18 @@ def single_channels(measure: Measure, count: int) -> dict:
             "median_ratio": statistics.median(m / p for p, m in zip(predicted, measured)),
         }
         changes[str(share)] = {"predicted": predicted, "measured": measured}
-    return {"channels": count, "by_share": rows, "changes": changes}
+    return {"units": count, "by_share": rows, "changes": changes}
 
 
-def many_channels(measure: Measure) -> list[dict]:
-    """Predicted and measured changes for the lowest-scored channels of every group together."""
+def many_units(measure: Measure) -> list[dict]:
+    """Predicted and measured changes for the lowest-scored units of every group together."""
     rows = []
-    for share in tqdm(REMOVED, desc="channels together"):
+    for share in tqdm(REMOVED, desc="units together"):
         chosen = []
         for group in measure.groups:
-            lowest = measure.scores[group.name].argsort()[: max(1, round(share * group.num_channels))].tolist()
-            chosen += [(group, channel) for channel in lowest]
-        predicted = -2 * sum(measure.scores[group.name][channel].item() for group, channel in chosen)
+            lowest = measure.scores[group.name].argsort()[: max(1, round(share * group.num_units))].tolist()
+            chosen += [(group, unit) for unit in lowest]
+        predicted = -2 * sum(measure.scores[group.name][unit].item() for group, unit in chosen)
         measured, loss = measure.change(chosen, 1.0)
         rows.append({"share": share, "predicted": predicted, "measured": measured, "loss_change": loss})
     return rows
@@ -161,7 +162,7 @@ def plot(path: Path, results: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=50, help="Channels that are taken one at a time.")
+    parser.add_argument("--units", type=int, default=50, help="Units that are taken one at a time.")
     parser.add_argument("--batches", type=int, default=4, help="Calibration batches of 64 images.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/approximation.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "benchmarks/pictures/approximation.png")
@@ -179,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         results["models"][name] = {
             "squared_gradient_norm": measure.base,
             "loss": measure.loss(),
-            "single": single_channels(measure, args.channels),
-            "together": many_channels(measure),
+            "single": single_units(measure, args.units),
+            "together": many_units(measure),
         }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,7 +24,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR10 = {
@@ -117,7 +117,7 @@ def scorer(unet: UNet2DModel, batches, hvp: str = "none", hessian_batches: str =
     options = {} if hvp == "none" else {"flow_metric": "weights", "hvp": hvp, "hessian_batches": hessian_batches}
     config = GFPruneConfig(**options)
     pruner = GradientFlowPruner(unet, config)
-    return lambda: score_channels(unet, pruner.groups, batches, pruner.noise_scheduler, config)
+    return lambda: score_units(unet, pruner.groups, batches, pruner.noise_scheduler, config)
 
 
 def measure_scoring(model: str, hvp: str, hessian_batches: str = "each") -> dict[str, float]:

@@ -61,7 +61,7 @@ def prune(model: Path, folder: Path, share: float, seed: int, steps: int) -> dic
     run = folder / f"{share:g}-seed{seed}"
     if not run.exists():
         words = ("--max_train_steps", steps, "--label_dropout", share, "--seed", seed, "--target", "macs", "--ratio", 0.5)
-        short = ("--eval_images", 0, "--latency_batch_size", 0, "--update_interval", max(1, steps // 20))
+        short = ("--eval_images", 0, "--speed_batch_sizes", 0, "--update_interval", max(1, steps // 20))
         script(
             *("prune_ddpm.py", "--pretrained_model_name_or_path", model, *DATA, *words, *short),
             *("--output_dir", run, "--overwrite_output_dir", "--resume_from_checkpoint", "latest"),

@@ -1,4 +1,4 @@
-"""Do scores tell the damage that pruning does, to one group of channels or another, and to one channel of a group or another?
+"""Do scores tell the damage that pruning does, to one group of channels or another, and to one unit of a group or another?
 
     python benchmarks/sensitivity.py --dataset digits
     python benchmarks/sensitivity.py --dataset cifar10 --dataset_name uoft-cs/cifar10
@@ -10,8 +10,8 @@ as what the group is worth. Here half of the channels of one group at a time is 
 
 on images that were not scored is compared with S_g of each criterion over all groups of a trained model. Halves are random,
 not what a criterion chose. The yardstick is what gradient flow in the metric of predictions estimates (`natural_flow.py`), and
-no other criterion does: what is asked is how well each tells the damage, whatever it was made for. Which channels of a group
-go is another question: single channels are masked, and their damage is compared with their scores, group by group.
+no other criterion does: what is asked is how well each tells the damage, whatever it was made for. Which units of a group
+go is another question: single units are masked, and their damage is compared with their scores, group by group.
 
 Results go to `benchmarks/results/sensitivity/<dataset>.json`, and a picture of all data sets to `benchmarks/pictures`.
 """
@@ -41,8 +41,8 @@ sys.path.insert(0, str(ROOT / "training"))
 
 from batches import calibration_batches  # noqa: E402
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner  # noqa: E402
-from diffusers_gfprune.budget import select_channels  # noqa: E402
-from diffusers_gfprune.importance import score_channels  # noqa: E402
+from diffusers_gfprune.budget import select_units, width_ladder  # noqa: E402
+from diffusers_gfprune.importance import score_units  # noqa: E402
 from image_data import load_images  # noqa: E402
 from prune_arguments import parse_arguments  # noqa: E402
 from run_folder import write_json  # noqa: E402
@@ -50,7 +50,8 @@ from trained_pipelines import load_dense_pipeline  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/sensitivity"
 PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
-HALVES, CHANNELS = 4, 16
+# Random halves of a group; units masked alone; units that a group must have for a rank correlation
+HALVES, UNITS, HANDFUL = 4, 16, 4
 
 
 def predictor(pruner: GradientFlowPruner, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
@@ -65,46 +66,48 @@ def predictor(pruner: GradientFlowPruner, batch: tuple[Tensor, ...]) -> Callable
 def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int = HALVES) -> dict[str, float]:
     """Mean squared change of the noise prediction without half of the channels of a group, by group name, over some draws."""
     predict = predictor(pruner, batch)
-    everything = {group.name: torch.ones(group.num_channels) for group in pruner.groups}
-    generator = torch.Generator().manual_seed(0)
-    pruner.set_masks(everything)
-    dense, found = predict(), {}
-    for group, ladder in zip(tqdm(pruner.groups, desc="channel groups"), pruner.ladders):
-        half = min(ladder, key=lambda width: abs(width - group.num_channels / 2))
+    masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}
+    dense = predict()
+    for group in tqdm(pruner.groups, desc="channel groups"):
+        ladder = width_ladder(group)
+        if len(ladder) == 1:  # one unit, which is never pruned
+            continue
+        half = min(ladder[1:], key=lambda width: abs(width - group.num_channels / 2))
         changes = []
         for _ in range(halves):
-            mask = select_channels(group, torch.rand(group.num_channels, generator=generator), half)
-            pruner.set_masks({**everything, group.name: mask.float()})
+            masks.set({group.name: select_units(group, torch.rand(group.num_units, generator=generator), half).float()})
             changes.append((predict() - dense).square().mean().item())
+        masks.set({group.name: torch.ones(group.num_units)})
         found[group.name] = sum(changes) / halves
-    pruner.set_masks(everything)
     return found
 
 
 @torch.no_grad()
-def channel_damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], channels: int = CHANNELS) -> dict[str, dict]:
-    """The same without single channels of a group, up to so many drawn at random: damage by channel, by group name."""
+def unit_damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], units: int = UNITS) -> dict[str, dict]:
+    """The same without single units of a group, up to so many drawn at random: damage by unit, by group name."""
     predict = predictor(pruner, batch)
     masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}
     dense = predict()
-    for group in tqdm(pruner.groups, desc="channels of groups"):
+    for group in tqdm(pruner.groups, desc="units of groups"):
         found[group.name] = {}
-        for channel in torch.randperm(group.num_channels, generator=generator)[:channels].tolist():
-            masks.set({group.name: (torch.arange(group.num_channels) != channel).float()}, check=False)  # heads may differ
-            found[group.name][channel] = (predict() - dense).square().mean().item()
-        masks.set({group.name: torch.ones(group.num_channels)})
+        for unit in torch.randperm(group.num_units, generator=generator)[:units].tolist():
+            masks.set({group.name: (torch.arange(group.num_units) != unit).float()}, check=False)  # heads may differ
+            found[group.name][unit] = (predict() - dense).square().mean().item()
+        masks.set({group.name: torch.ones(group.num_units)})
     return found
 
 
 def within_groups(scores: dict[str, Tensor], damage: dict[str, dict]) -> float:
-    """Spearman correlation of scores and damage of channels, the mean over groups."""
+    """Spearman correlation of scores and damage of units, the mean over groups of at least `HANDFUL` units."""
     correlations = [
-        spearmanr(scores[name][list(channels)].numpy(), list(channels.values())).statistic for name, channels in damage.items()
+        spearmanr(scores[name][list(units)].numpy(), list(units.values())).statistic
+        for name, units in damage.items()
+        if len(units) >= HANDFUL
     ]
     return float(sum(correlations) / len(correlations))
 
 
-def measure(dataset: str, words: list[str], halves: int = HALVES, channels: int = CHANNELS) -> dict:
+def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = UNITS) -> dict:
     """Sums of scores and damages of all groups of a data set's model, and how they correlate."""
     args = parse_arguments([*BASE[dataset], *words])
     unet, scheduler, *_ = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
@@ -114,10 +117,10 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, channels: int 
     *batches, unseen = calibration_batches(images, number + 1, size, num_train_timesteps=timesteps, seed=0, step=0)
     pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), scheduler)
     damage = damages(pruner, unseen, halves)
-    of_channels = channel_damages(pruner, unseen, channels)
+    of_units = unit_damages(pruner, unseen, units)
     sums, rows = {}, {}
     for criterion, (_, options) in SCORES.items():
-        scores = score_channels(unet, pruner.groups, batches, scheduler, GFPruneConfig(**options))
+        scores = score_units(unet, pruner.groups, batches, scheduler, GFPruneConfig(**options))
         sums[criterion] = {name: values.abs().sum().item() for name, values in scores.items()}
         pairs = [(sums[criterion][name], damage[name]) for name in damage]
         logs = [[math.log10(value) for value in column] for column in zip(*pairs)]
@@ -125,14 +128,14 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, channels: int 
             "log_pearson": float(pearsonr(*logs).statistic),
             "spearman": float(spearmanr(*logs).statistic),
             "decades": max(logs[0]) - min(logs[0]),
-            "within_groups": within_groups(scores, of_channels),
+            "within_groups": within_groups(scores, of_units),
         }
     decades = math.log10(max(damage.values()) / min(damage.values()))
     return {
         "calibration_batches": number,
         "calibration_batch_size": size,
         "halves": halves,
-        "channels": channels,
+        "units": units,
         "groups": len(damage),
         "damage_decades": decades,
         "by_criterion": rows,
@@ -168,15 +171,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=DATASETS, required=True)
     parser.add_argument("--halves", type=int, default=HALVES, help="Random halves that damage is averaged over.")
-    parser.add_argument("--channels", type=int, default=CHANNELS, help="Channels of a group that are masked alone (>= 2).")
+    parser.add_argument("--units", type=int, default=UNITS, help="Units of a group that are masked alone (>= 2).")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options, words = parser.parse_known_args(argv)
     if options.halves < 1:
         raise ValueError(f"halves={options.halves} must be at least 1")
-    if options.channels < 2:
-        raise ValueError(f"channels={options.channels} must be at least 2")
-    found = measure(options.dataset, words, options.halves, options.channels)
+    if options.units < HANDFUL:
+        raise ValueError(f"units={options.units} must be at least {HANDFUL}")
+    found = measure(options.dataset, words, options.halves, options.units)
     options.results.mkdir(parents=True, exist_ok=True)
     write_json(options.results / f"{options.dataset}.json", found)
     files = {name: options.results / f"{name}.json" for name in DATASETS}

@@ -45,7 +45,8 @@ QUICK_ARGUMENTS = (
 FORMAT_VERSION = 1
 # Arguments of a run that change nothing of its results
 MACHINE = (
-    *("--evaluation_cache_dir", "--latency_batch_size", "--resume_from_checkpoint", "--checkpointing_steps"),
+    *("--evaluation_cache_dir", "--speed_batch_sizes", "--resume_from_checkpoint", "--checkpointing_steps"),
+    "--latency_batch_size",  # of runs that were made when this was the argument
     *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps"),
 )
 
@@ -59,7 +60,7 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
     """What is kept of a run: its results, curves and rankings, and how it was made."""
     curves = report.get("curves", {})
     names = ("quality_steps", "quality", "validation_steps", "validation_loss", "compaction")
-    shown = ("step", "phase", "sparsity", "mask_value", "revived_channels", "newly_pruned_channels")
+    shown = ("step", "phase", "sparsity", "mask_value", "revived_units", "newly_pruned_units")
     return {
         "format_version": FORMAT_VERSION,
         "setting": setting.name,
@@ -127,7 +128,7 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
         return
     folder = options.runs / dataset / f"{setting.name}-seed{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    extra = ["--evaluation_cache_dir", str(options.runs / "cache"), "--latency_batch_size", "0", *options.extra]
+    extra = ["--evaluation_cache_dir", str(options.runs / "cache"), "--speed_batch_sizes", "0", *options.extra]
     if options.dataset_name is not None:
         extra += ["--dataset_name", options.dataset_name]
     script, more = "training/prune_ddpm.py", ["--resume_from_checkpoint", "latest", "--checkpointing_steps", "250"]

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 from batches import train_dataloader  # noqa: E402
 from diffusers_gfprune import GFPruneConfig, GFPrunedUNet2DModel, GradientFlowPruner  # noqa: E402
+from diffusers_gfprune.budget import select_units, width_ladder  # noqa: E402
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters  # noqa: E402
 from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target  # noqa: E402
 from image_data import load_images  # noqa: E402
@@ -144,20 +145,17 @@ def with_widths(unet: nn.Module, widths: dict[str, int], seed: int = 0) -> GFPru
 
     Args:
         unet: The dense model.
-        widths: Channels of each group, as results of the study name them.
+        widths: Channels of each group, as results of the study name them; of results from before units, the nearest width
+            that units allow is taken.
         seed: Of the weights.
     """
     pruner = GradientFlowPruner(copy.deepcopy(unet), GFPruneConfig(total_steps=1, criterion="random"))
-    # Which channels are kept does not matter where weights are random, how many of each norm group does little
+    # Which units are kept does not matter where weights are random
     masks = {}
     for group in pruner.groups:
-        mask = torch.zeros(group.num_channels)
-        per_head = group.num_channels // group.heads
-        kept = widths[group.name] // group.heads
-        for head in range(group.heads):
-            places = torch.linspace(0, per_head - 1, kept).round().long() if kept > 1 else torch.zeros(1, dtype=torch.long)
-            mask[head * per_head + places] = 1
-        masks[group.name] = mask
+        wanted = widths.get(group.name, group.num_channels)
+        nearest = min(width_ladder(group), key=lambda width, wanted=wanted: abs(width - wanted))
+        masks[group.name] = group.per_channel(select_units(group, torch.ones(group.num_units), nearest).float())
     pruner.set_masks(masks)
     config = pruner.compact().config
     torch.manual_seed(seed)

@@ -148,16 +148,18 @@ def sensitivity_table(folder: Path) -> str:
 
 
 def revival_table(found: Found, dataset: str) -> str:
-    """How many channels came back, and whether that helped."""
+    """How many units came back, and whether that helped; of runs before units, how many channels."""
     lines = [
-        "| setting | seeds | rankings | came back, per run | of all channels ranked out | distance | SSIM to dense |",
+        "| setting | seeds | rankings | came back, per run | of all ranked out | distance | SSIM to dense |",
         "|---" * 7 + "|",
     ]
     for name in ("two-phase", "paper", "often", *of_part("revival")):
         runs = found.get(name, [])
         if runs:
-            back = [sum(r["revived_channels"] for r in run["rankings"]) for run in runs]
-            gone = [sum(r["newly_pruned_channels"] for r in run["rankings"]) for run in runs]
+            back, gone = (
+                [sum(r.get(f"{what}_units", r.get(f"{what}_channels")) for r in run["rankings"]) for run in runs]
+                for what in ("revived", "newly_pruned")
+            )
             share = statistics.mean(b / g for b, g in zip(back, gone))
             title = SETTINGS[name].title + (f", {runs[0]['steps']} steps" if name in ("two-phase", "paper") else "")
             distance, ssim = (spread([figure(run, dataset, c) for run in runs]) for c in ("distance", "ssim_to_dense"))

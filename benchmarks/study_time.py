@@ -32,7 +32,7 @@ from study_baselines import with_widths
 from study_settings import DATASETS, SETTINGS, TEACHERS
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 from prune_arguments import parse_arguments
 
 OUTPUT = ROOT / "benchmarks/results/study_time.json"
@@ -69,7 +69,7 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
         score = "gradient-flow-weights" if config.takes_hessian else config.criterion
         if score not in scoring:
             pruner = GradientFlowPruner(copy.deepcopy(dense), config)
-            scoring[score] = ratio(lambda p=pruner, c=config: score_channels(p.unet, p.groups, batches, p.noise_scheduler, c))
+            scoring[score] = ratio(lambda p=pruner, c=config: score_units(p.unet, p.groups, batches, p.noise_scheduler, c))
         widths = json.loads(path.read_text())["widths"]
         if tuple(widths.items()) not in compacted:
             compacted[tuple(widths.items())] = ratio(Trainer(with_widths(dense, widths), batches).steps)

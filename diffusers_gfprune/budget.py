@@ -1,7 +1,8 @@
-"""Budgets: from scores and a target cost to the channels that each group keeps.
+"""Budgets: from scores and a target cost to the units that each group keeps.
 
-A group offers a ladder of widths: multiples of `channel_multiple` (and of the heads, inside attention), down to a floor, and
-its dense width. Three ways of walking down the ladders until the share `ratio` of the dense cost is gone:
+A group offers a ladder of widths, in channels: the sums of its units that are multiples of `channel_multiple` (and of the
+heads, inside attention), down to a floor, and its dense width. Three ways of walking down the ladders until the share `ratio`
+of the dense cost is gone:
 
 - group: every group keeps the same share of its channels, found by bisection;
 - sensitivity: a group loses the more, the more cost that saves and the less the group matters;
@@ -24,7 +25,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,17 +37,30 @@ from .cost_model import CostModel
 
 __all__ = [
     "BUDGET_TOLERANCE",
+    "HARDWARE_MULTIPLES",
+    "aligned_ladder",
     "allocate_by_sensitivity",
     "allocate_global",
     "allocate_per_group",
     "check_reachable",
-    "select_channels",
+    "select_units",
     "width_ladder",
 ]
 
 BUDGET_TOLERANCE = 0.01  # share of the dense cost
 ATTENTION_UNITS = ("head_dim", "heads")
+# Channels that kernels take at a time: CPUs with AVX-512, tensor cores in float32 (TF32)
+HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8}
+ALIGNED_WIDTHS = 6  # that a group must have, beside its dense one, for a multiple to be worth it
 _SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
+
+
+def _reachable(sizes: Mapping[int, int]) -> list[int]:
+    """Sums of any of the units, of which there are so many of each size, in ascending order."""
+    sums = {0}
+    for size, count in sizes.items():
+        sums = {total + size * number for total in sums for number in range(count + 1)}
+    return sorted(sums)
 
 
 def width_ladder(
@@ -60,15 +75,30 @@ def width_ladder(
         attention_unit: Inside attention, `"head_dim"` shrinks all heads alike, `"heads"` removes whole heads.
 
     Returns:
-        Widths in descending order, each >= 1.
+        Widths in descending order, each >= 1 and a sum of whole units (and the fixed channels).
     """
-    unit = channel_multiple
-    if group.attention is not None:
-        heads, head_dim = group.heads, group.num_channels // group.heads
-        unit = math.lcm(unit, heads if attention_unit == "head_dim" else head_dim)
     floor = max(1, math.ceil(min_keep_ratio * group.num_channels))
-    below = [width for width in range(unit, group.num_channels, unit) if width >= floor]
+    if group.attention is None:
+        widths = [len(group.fixed) + width for width in _reachable(Counter(group.unit_sizes.tolist()))]
+    else:
+        heads, head_dim = group.heads, group.num_channels // group.heads
+        step = heads if attention_unit == "head_dim" else head_dim
+        widths = list(range(step, group.num_channels + 1, step))
+    below = [width for width in widths if floor <= width < group.num_channels and width % channel_multiple == 0]
     return [group.num_channels, *reversed(below)]
+
+
+def aligned_ladder(group: ChannelGroup, multiple: int, min_keep_ratio: float, attention_unit: str) -> list[int]:
+    """`width_ladder` with the largest power-of-two part of a channel multiple that leaves a group a choice.
+
+    Units of 12 channels are multiples of 16 only four at a time; a group of ten such units has too few of these widths to
+    lose what its scores say, and takes those that are multiples of 8, or of 4.
+    """
+    while True:
+        ladder = width_ladder(group, multiple, min_keep_ratio, attention_unit)
+        if len(ladder) > ALIGNED_WIDTHS or multiple == 1:
+            return ladder
+        multiple //= 2
 
 
 def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:
@@ -81,7 +111,7 @@ def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequenc
     if ratio > most + BUDGET_TOLERANCE:
         raise ValueError(
             f"ratio={ratio:g} of {target} cannot be removed: at most {most:.3f} can, with the floor and channel multiple "
-            f"asked for (min_keep_ratio, channel_multiple)"
+            f"asked for (min_keep_ratio, channel_multiple), and norm groups that go as a whole"
         )
 
 
@@ -145,7 +175,7 @@ def allocate_by_sensitivity(
         target: One of `TARGETS`.
         ratio: Share of the dense cost to remove, in [0, 1].
         ladders: Widths that each group may have (`width_ladder`).
-        scores: Scores of each group's channels, on one scale for all groups, each with shape `(num_channels,)`.
+        scores: Scores of each group's units, on one scale for all groups, each with shape `(num_units,)`.
         exponent: beta >= 0 of the module's text; 0 is `allocate_per_group`.
 
     Returns:
@@ -180,6 +210,12 @@ def _allocate_in_proportion(
     return min(ends, key=lambda kept: abs(cost.removed(target, kept) - ratio))
 
 
+def _by_channel(group: ChannelGroup, scores: Tensor) -> np.ndarray:
+    """Scores shared out among the channels of their units, in ascending order; fixed channels come last."""
+    each = torch.repeat_interleave(scores.double().cpu() / group.unit_sizes, group.unit_sizes)
+    return np.concatenate([np.sort(each.numpy()), np.full(len(group.fixed), np.inf)])
+
+
 def allocate_global(
     cost: CostModel,
     target: str,
@@ -195,13 +231,13 @@ def allocate_global(
         target: One of `TARGETS`.
         ratio: Share of the dense cost to remove, in [0, 1].
         ladders: Widths that each group may have (`width_ladder`).
-        scores: Comparable scores of each group's channels, each with shape `(num_channels,)`.
+        scores: Comparable scores of each group's units, each with shape `(num_units,)`.
         cost_aware: Whether a unit's score is divided by the cost that removing it from the dense model saves.
 
     Returns:
         Kept channels of each group, int64 with shape `(groups,)`.
     """
-    ordered = [np.sort(score.double().cpu().numpy()) for score in scores]
+    ordered = [_by_channel(group, score) for group, score in zip(cost.groups, scores)]
     price = cost.marginal(target, cost.dense) if cost_aware else np.ones(len(ladders))
 
     def unit_score(index: int, rung: int) -> float:
@@ -224,27 +260,58 @@ def allocate_global(
     return _polish(cost, target, ratio, ladders, rungs)
 
 
-def select_channels(group: ChannelGroup, scores: Tensor, keep: int, attention_unit: str = "head_dim") -> Tensor:
-    """Keep the highest-scored channels of a group; among equals, the first.
+def select_units(group: ChannelGroup, scores: Tensor, keep: int, attention_unit: str = "head_dim") -> Tensor:
+    """Keep the units of a group with the highest sum of scores; among equals, the first.
 
     Args:
         group: The channel group.
-        scores: With shape `(num_channels,)`.
-        keep: Channels to keep; inside attention, a width of the group's ladder.
+        scores: With shape `(num_units,)`.
+        keep: Channels to keep, a width of the group's ladder.
         attention_unit: As in `width_ladder`.
 
     Returns:
-        True for kept channels, with shape `(num_channels,)`.
+        True for kept units, with shape `(num_units,)`.
+
+    Raises:
+        ValueError: Scores are not finite, or no units add up to so many channels.
     """
     if not torch.isfinite(scores).all():
         raise ValueError(f"scores of {group.name} are not finite")
+    if group.attention is None:
+        return _best_units(group, scores, keep)
     head_dim = group.num_channels // group.heads
     by_head = scores.view(group.heads, head_dim)
     mask = torch.zeros_like(by_head, dtype=torch.bool)
-    if group.attention is not None and attention_unit == "heads":
+    if attention_unit == "heads":
         heads = by_head.sum(dim=1).argsort(descending=True, stable=True)[: keep // head_dim]
         mask[heads] = True
     else:
         best = by_head.argsort(dim=1, descending=True, stable=True)[:, : keep // group.heads]
         mask.scatter_(1, best, True)
     return mask.view(-1)
+
+
+def _best_units(group: ChannelGroup, scores: Tensor, keep: int) -> Tensor:
+    """Of all sets of units with `keep` channels, the one with the highest sum of scores.
+
+    Of the units of one size, the highest-scored are in it, so that it is enough to know how many of each size: all widths
+    are built up size by size, each with its best sum so far.
+    """
+    best: dict[int, tuple[float, list[Tensor]]] = {len(group.fixed): (0.0, [])}
+    for size in sorted(set(group.unit_sizes.tolist()), reverse=True):
+        members = (group.unit_sizes == size).nonzero().flatten()
+        ordered = members[scores[members].argsort(descending=True, stable=True)]
+        sums = [0.0, *scores[ordered].double().cumsum(0).tolist()]
+        wider: dict[int, tuple[float, list[Tensor]]] = {}
+        for width, (total, chosen) in best.items():
+            for number, value in enumerate(sums):
+                reached = width + number * size
+                if reached <= keep and (reached not in wider or total + value > wider[reached][0]):
+                    wider[reached] = (total + value, [*chosen, ordered[:number]])
+        best = wider
+    if keep not in best:
+        raise ValueError(f"keep={keep} of {group.name} must be a sum of its units and {len(group.fixed)} fixed channels")
+    mask = torch.zeros(group.num_units, dtype=torch.bool)
+    for chosen in best[keep][1]:
+        mask[chosen] = True
+    return mask

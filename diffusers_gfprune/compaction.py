@@ -1,12 +1,11 @@
 """Compaction: a masked UNet becomes a `GFPrunedUNet2DModel` of the size that its binary masks leave.
 
-Every parameter is indexed along the dimensions that run over channels. That alone would not be exact:
+Every parameter is indexed along the dimensions that run over channels. Norms lose whole groups and compute the others as
+before (`channel_groups`): they have fewer groups of the same size, which `norm_group_sizes` lists. One thing more is needed
+for the same outputs. In attention, with `d` channels in a head of which `d'` are kept, scaled dot-product attention would
+divide by sqrt(d') where the dense model divides by sqrt(d), so sqrt(d'/d) is folded into `to_q`:
 
-- norms: a kept channel stays in its own norm group, so that groups may shrink to different sizes (`norm_group_sizes`);
-- attention: with `d` channels in a head of which `d'` are kept, scaled dot-product attention would divide by sqrt(d')
-  where the dense model divides by sqrt(d), so sqrt(d'/d) is folded into `to_q`:
-
-      q k^T / sqrt(d) = (sqrt(d'/d) q) k^T / sqrt(d')
+    q k^T / sqrt(d) = (sqrt(d'/d) q) k^T / sqrt(d')
 
 A `CompactionPlan` holds the indices and factors by parameter name, and carries optimizer state (`optimizer_state`) and
 averaged weights across.
@@ -72,7 +71,7 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
     Args:
         unet: The dense or masked model.
         groups: Its channel groups.
-        masks: A mask for each group, values 0 or 1, with shape `(num_channels,)`.
+        masks: A mask for each group, values 0 or 1, with shape `(num_units,)`.
 
     Returns:
         The plan.
@@ -89,12 +88,13 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
         if not ((mask == 0) | (mask == 1)).all():
             between = mask[(mask != 0) & (mask != 1)][0]
             raise ValueError(f"mask of {group.name} has the value {between:g}: only binary masks can be compacted")
+        kept = group.per_channel(mask).bool()
         for piece in group.slices:
             key = (piece.module, piece.parameter, piece.dim)
             if key not in alive:
                 parameter = getattr(modules[piece.module], piece.parameter)
                 alive[key] = torch.ones(parameter.shape[piece.dim], dtype=torch.bool)
-            alive[key][list(piece.positions)] = mask.bool()
+            alive[key][list(piece.positions)] = kept
         if group.attention is not None:
             now = modules[group.attention].heads
             if now != group.heads:

@@ -11,6 +11,7 @@ from .schedules import SCHEDULES, PruningSchedule
 
 __all__ = ["PRESETS", "GFPruneConfig"]
 
+DEVICES = ("auto", "cpu", "cuda")
 HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("dense", "masked")
 SCORE_SLICES = ("all", "output", "weight")
@@ -60,8 +61,15 @@ class GFPruneConfig:
     # budget
     target: str = _choice("macs", TARGETS, "The cost that is reduced.")
     ratio: float = field(default=0.5, metadata={"help": "Share of the target that is REMOVED, in (0, 1)."})
-    channel_multiple: int = field(
-        default=1, metadata={"help": "Kept channels of a group are a multiple of this (>= 1); 8 suits hardware."}
+    channel_multiple: str = field(
+        default="auto",
+        metadata={
+            "help": "Kept channels of a group are a multiple of this (a number >= 1); auto: of what suits target_device, as "
+            "far as norm groups allow and the budget is still met."
+        },
+    )
+    target_device: str = _choice(
+        "auto", DEVICES, "What the pruned model is for, with channel_multiple=auto; auto: the device that it is pruned on."
     )
     min_keep_ratio: float = field(default=0.1, metadata={"help": "Share of each group that is always kept, in [0, 1)."})
     attention_unit: str = _choice("head_dim", ATTENTION_UNITS, "Shrink all heads alike, or remove whole heads.")
@@ -88,12 +96,12 @@ class GFPruneConfig:
         "flow_metric=weights: g and H of the mean loss over all calibration batches, or of each batch in turn.",
     )
     aggregation: str = _choice(
-        "sum_abs", AGGREGATIONS, "flow_metric=weights: how theta * H g is summed over a channel, sum, |sum| or sum of |.|."
+        "sum_abs", AGGREGATIONS, "flow_metric=weights: how theta * H g is summed over a unit, sum, |sum| or sum of |.|."
     )
     score_slices: str = _choice(
         "all",
         SCORE_SLICES,
-        "What a channel's score is summed over: every slice, those that produce it, their weights. With "
+        "What a unit's score is summed over: every slice, those that produce it, their weights. With "
         "flow_metric=predictions, always those that produce it.",
     )
     score_at: str = _choice("dense", SCORE_AT, "Score with every mask at 1, or at the masked weights.")
@@ -101,8 +109,8 @@ class GFPruneConfig:
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "Rank channels within each group and take the same share of all groups (group), or more of those that "
-            "cost much and score low (sensitivity); or rank all channels together (global). Default: sensitivity for "
+            "help": "Rank units within each group and take the same share of all groups (group), or more of those that "
+            "cost much and score low (sensitivity); or rank all units together (global). Default: sensitivity for "
             "gradient-flow, whose sums tell how much a group matters, group for other criteria. "
             f"Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
@@ -138,7 +146,7 @@ class GFPruneConfig:
     revival_margin: float = field(
         default=0.2,
         metadata={
-            "help": "A pruned channel comes back only if its score is higher than that of a kept one by this share of the "
+            "help": "A pruned unit comes back only if its score is higher than that of a kept one by this share of the "
             "group's mean |score| (>= 0)."
         },
     )
@@ -149,6 +157,7 @@ class GFPruneConfig:
             self.ranking = "sensitivity" if self.criterion == "gradient-flow" else "group"
         for name, choices in (
             ("target", TARGETS),
+            ("target_device", DEVICES),
             ("attention_unit", ATTENTION_UNITS),
             ("flow_metric", FLOW_METRICS),
             ("hvp", HVP_METHODS),
@@ -165,8 +174,10 @@ class GFPruneConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio={self.ratio} must lie between 0 and 1: it is the share of {self.target} removed")
-        if self.channel_multiple < 1:
-            raise ValueError(f"channel_multiple={self.channel_multiple} must be at least 1")
+        if self.channel_multiple != "auto":
+            if not str(self.channel_multiple).isdecimal() or int(self.channel_multiple) < 1:
+                raise ValueError(f"channel_multiple={self.channel_multiple} must be auto or a number, at least 1")
+            self.channel_multiple = int(self.channel_multiple)
         for name in ("min_keep_ratio", "score_decay", "diff_pruning_threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")

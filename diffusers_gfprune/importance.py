@@ -1,6 +1,7 @@
-"""Importance: calibration batches in, one score per channel out. The lowest scores are pruned.
+"""Importance: calibration batches in, one score per unit of channels out. The lowest scores are pruned.
 
-With weights theta, noise-prediction loss L, gradient g = dL/dtheta, Hessian H, and sums over the slices of a channel c:
+With weights theta, noise-prediction loss L, gradient g = dL/dtheta, Hessian H, and sums over the slices of all channels of a
+unit c:
 
     gradient-flow   E |df/dm_c|^2             the squared gradient norm that removing c causes, in the metric of predictions f
                                               (`natural_flow`); in that of weights, `flow_metric="weights"`, as published:
@@ -35,7 +36,7 @@ from .natural_flow import prediction_changes
 from .scoring_context import CalibrationBatch, Scores, ScoringContext
 from .scoring_mode import scoring_mode
 
-__all__ = ["CalibrationBatch", "ScoringContext", "criteria", "normalize_scores", "register_criterion", "score_channels"]
+__all__ = ["CalibrationBatch", "ScoringContext", "criteria", "normalize_scores", "register_criterion", "score_units"]
 
 # How often the losses of built-in criteria are differentiated; your own may be twice, too.
 _DERIVATIVES = {"taylor": 1, "diff-pruning": 1, "magnitude": 0, "random": 0}
@@ -86,14 +87,14 @@ def _check_finite(scores: Mapping[str, Tensor]) -> None:
             )
 
 
-def score_channels(
+def score_units(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
     batches: Sequence[CalibrationBatch],
     noise_scheduler,
     config: GFPruneConfig,
 ) -> Scores:
-    """Score every channel by `config.criterion`. Weights, masks, gradients and mode of the model are left as they were.
+    """Score every unit by `config.criterion`. Weights, masks, gradients and mode of the model are left as they were.
 
     Scores are computed in float32 (float64 if the weights are), whatever precision the model is trained in; a model with
     half-precision weights is copied for that.
@@ -108,7 +109,7 @@ def score_channels(
         config: Criterion and its options.
 
     Returns:
-        Scores by group name, float32 with shape `(num_channels,)`; the same on every rank.
+        Scores by group name, float32 with shape `(num_units,)`; the same on every rank.
 
     Raises:
         ValueError: No such criterion, no batches, batches of other shapes on another rank, or scores that are not finite or
@@ -216,4 +217,4 @@ def _magnitude(context: ScoringContext) -> Scores:
 @register_criterion("random")
 def _random(context: ScoringContext) -> Scores:
     generator = torch.Generator().manual_seed(context.config.pruning_seed)
-    return {group.name: torch.rand(group.num_channels, generator=generator) for group in context.groups}
+    return {group.name: torch.rand(group.num_units, generator=generator) for group in context.groups}

@@ -1,25 +1,26 @@
-"""Channel masks held as torch parametrizations.
+"""Masks held as torch parametrizations.
 
 Every weight and bias `w` that produces a masked channel is read as
 
-    w_eff = m ⊙ w          m in [0, 1], one value per channel, broadcast over the other dimensions of w
+    w_eff = m ⊙ w          m in [0, 1], one value per unit of channels, broadcast over the other dimensions of w
 
-through `torch.nn.utils.parametrize`, and norms take their statistics with the same weights:
+through `torch.nn.utils.parametrize`. With m = 1 nothing changes. With m = 0 the channels of a unit are zero everywhere, and
+readers of them need no mask: their input is zero. Every value between is a continuous path from the one to the other.
 
-    mean_g = sum_{c in g} m_c mean_c / sum_{c in g} m_c          var_g likewise
+Norms stay what they are, `nn.GroupNorm`, since a unit is made of whole norm groups (`channel_groups`): for such a group x,
 
-so that with m = 1 nothing changes, with m_c = 0 channel c is zero everywhere and unseen by its norm group (as if it had
-been removed), and every value between is a continuous path from the one to the other. Readers of a masked channel need no
-mask: their input is zero.
+    GN(m x) = gamma (m x - m mean) / sqrt(m^2 var + eps) + beta          -> GN(x) for eps -> 0
+
+so that a mask changes what other groups compute not at all, and what its own groups compute by its factor on gamma and beta.
 
 There is one stored mask per channel group, a buffer of the `ChannelMasks` module that `attach` adds to the model as
-`channel_masks`; parametrizations and norms hold a reference to it. Weights keep their names with
+`channel_masks`; parametrizations hold a reference to it. Weights keep their names with
 `.parametrizations.<weight>.original` in between, and their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn.utils import parametrize
 
 from .channel_groups import ChannelGroup
 
-__all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "detach", "dense_parameters"]
+__all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "dense_parameters", "detach"]
 
 MASKS_MODULE = "channel_masks"
 
@@ -38,20 +39,22 @@ def check_mask(group: ChannelGroup, mask: Tensor) -> None:
 
     Args:
         group: The channel group.
-        mask: Values in [0, 1] with shape `(num_channels,)`.
+        mask: Values in [0, 1] with shape `(num_units,)`.
 
     Raises:
         ValueError: Wrong shape, values outside [0, 1], no channel left, or heads left with different numbers of channels.
     """
-    if mask.shape != (group.num_channels,):
-        raise ValueError(f"mask of {group.name} has shape {tuple(mask.shape)}, not ({group.num_channels},)")
+    if mask.shape != (group.num_units,):
+        raise ValueError(f"mask of {group.name} has shape {tuple(mask.shape)}, not ({group.num_units},)")
+    if group.num_units == 0:
+        return
     if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
         raise ValueError(f"mask of {group.name} has values from {mask.min():g} to {mask.max():g}, outside [0, 1]")
-    left = (mask > 0).view(group.heads, -1).sum(dim=1)  # (heads,)
-    if left.sum() == 0:
+    left = (mask > 0).view(group.heads, -1).sum(dim=1)  # (heads,); units of attention are single channels
+    if left.sum() == 0 and not group.fixed:
         raise ValueError(f"mask of {group.name} leaves none of its {group.num_channels} channels")
     widths = left[left > 0].unique().tolist()
-    if len(widths) > 1:
+    if group.attention is not None and len(widths) > 1:
         raise ValueError(f"mask of {group.name} leaves heads with {widths} channels: heads are removed whole or shrunk alike")
 
 
@@ -66,9 +69,9 @@ class ChannelMasks(nn.Module):
         super().__init__()
         self.groups = {group.name: group for group in groups}
         for group in groups:
-            self.register_buffer(self._key(group.name), torch.ones(group.num_channels))
+            self.register_buffer(self._key(group.name), torch.ones(group.num_units))
         self.version = 0  # of the values, for what is computed from them
-        self.all_ones = True  # lets a model without a masked channel run its native kernels
+        self.all_ones = True  # spares a model without a masked channel the products
         self.register_load_state_dict_post_hook(lambda module, _: module._refresh())
 
     @staticmethod
@@ -79,7 +82,7 @@ class ChannelMasks(nn.Module):
         return self._buffers[self._key(name)]
 
     def as_dict(self) -> dict[str, Tensor]:
-        """Copies of the masks by group name, each with shape `(num_channels,)`."""
+        """Copies of the masks by group name, each with shape `(num_units,)`."""
         return {name: self[name].detach().clone() for name in self.groups}
 
     def set(self, masks: Mapping[str, Tensor], check: bool = True) -> None:
@@ -117,20 +120,21 @@ class MaskVector(nn.Module):
 
     Args:
         masks: The stored masks.
-        parts: Group name and position of each of its channels, for every slice of the parameter.
-        length: Size of the dimension; positions that no group has count as 1.
+        parts: A group, and the position of each of its channels, for every slice of the parameter.
+        length: Size of the dimension; positions that no group has count as 1, as fixed channels do.
     """
 
-    def __init__(self, masks: ChannelMasks, parts: Sequence[tuple[str, tuple[int, ...]]], length: int) -> None:
+    def __init__(self, masks: ChannelMasks, parts: Sequence[tuple[ChannelGroup, tuple[int, ...]]], length: int) -> None:
         super().__init__()
         self.owner = (masks,)  # a tuple, so that the masks are not registered (and saved) once per parameter
-        self.names = [name for name, _ in parts]
-        source = torch.full((length,), sum(len(positions) for _, positions in parts))
+        self.names = [group.name for group, _ in parts]
+        units = sum(group.num_units for group, _ in parts)
+        source = torch.full((length,), units)  # where in the masks of all parts, and a 1 after them, each value is
         offset = 0
-        for _, positions in parts:
-            source[list(positions)] = torch.arange(offset, offset + len(positions))
-            offset += len(positions)
-        self.padded = offset < length
+        for group, positions in parts:
+            source[list(positions)] = torch.where(group.unit_of < group.num_units, group.unit_of + offset, units)
+            offset += group.num_units
+        self.padded = bool((source == units).any())
         in_order = torch.equal(source, torch.arange(length))
         self.register_buffer("source", None if in_order else source, persistent=False)
 
@@ -154,17 +158,6 @@ class MaskVector(nn.Module):
         return vector if self.source is None else vector[self.source]
 
 
-def _kept_per_version(holder: nn.Module, vector: MaskVector, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` computes from a mask, until masks change or the model moves (which changes `key`)."""
-    if torch.compiler.is_compiling():
-        return make()
-    key = (vector.version, *key)
-    if holder.kept is None or holder.kept[0] != key:
-        with torch.inference_mode(False):
-            holder.kept = (key, make())
-    return holder.kept[1]
-
-
 class ChannelMask(nn.Module):
     """Parametrization `w -> m ⊙ w`.
 
@@ -181,10 +174,18 @@ class ChannelMask(nn.Module):
         self.kept: tuple | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # one graph for all masks: what is computed of them is part of it
+            return weight * self._factor(weight)
         if self.vector.all_ones:
             return weight
-        key = weight.dtype, weight.device
-        return weight * _kept_per_version(self, self.vector, key, lambda: self.vector().view(self.shape).to(weight.dtype))
+        key = self.vector.version, weight.dtype, weight.device
+        if self.kept is None or self.kept[0] != key:
+            with torch.inference_mode(False):
+                self.kept = (key, self._factor(weight))
+        return weight * self.kept[1]
+
+    def _factor(self, weight: Tensor) -> Tensor:
+        return self.vector().view(self.shape).to(weight.dtype)
 
 
 def _refuse_to_save(*args, **kwargs):
@@ -221,11 +222,11 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
     if hasattr(unet, MASKS_MODULE):
         raise ValueError("the model has channel masks already: detach them first")
     masks = ChannelMasks(groups)
-    parts: dict[tuple[str, str, int], list[tuple[str, tuple[int, ...]]]] = {}
+    parts: dict[tuple[str, str, int], list[tuple[ChannelGroup, tuple[int, ...]]]] = {}
     for group in groups:
         for piece in group.slices:
             if piece.role != "input":
-                parts.setdefault((piece.module, piece.parameter, piece.dim), []).append((group.name, piece.positions))
+                parts.setdefault((piece.module, piece.parameter, piece.dim), []).append((group, piece.positions))
 
     modules = dict(unet.named_modules())
     for (module_name, parameter_name, dim), pieces in parts.items():

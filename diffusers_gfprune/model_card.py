@@ -24,6 +24,8 @@ from huggingface_hub import (
     parse_eval_result_entries,
 )
 
+from .evaluation.speedup import CONFIDENCE, compare_speeds
+
 __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
 
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
@@ -59,6 +61,11 @@ LICENSES = frozenset(
     fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
     """.split()
 )
+
+
+def _revived(update: Mapping) -> int:
+    """Units that came back at a ranking; reports of before units counted channels."""
+    return update["revived_channels"] if "revived_channels" in update else update["revived_units"]
 
 
 def _share_removed(dense: float, pruned: float) -> float:
@@ -131,7 +138,8 @@ FILTERS = {
     "percent": lambda value: f"{value:.1%}",
     "change": lambda value: f"{-value:+.1%}",
     "mebibytes": lambda value: f"{value / 2**20:.2f} MiB",
-    "milliseconds": lambda value: f"{value:.2f} ms",
+    "milliseconds": lambda value: "-" if value is None else f"{value:.2f} ms",
+    "share": lambda value: f"{value:.0%}",
     "figure": lambda value: f"{value:.4g}",
 }
 
@@ -168,8 +176,9 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
     try:
         dense, pruned, criterion = results["dense"], results["pruned"], report["config"]["criterion"]
         removed = {key: _share_removed(dense[key], pruned[key]) for key in ("parameters", "macs", "weight_file_bytes")}
-        if dense["latency"] and pruned["latency"]:  # None where it was not measured
+        if dense.get("latency") and pruned.get("latency"):  # of an earlier version: one setting, and no ratio
             removed["latency"] = _share_removed(dense["latency"]["latency_ms"], pruned["latency"]["latency_ms"])
+        speeds = [] if "latency" in dense else compare_speeds(results["speed"])
         template = environment.from_string(files(f"{PACKAGE}.model_cards").joinpath("template.md.jinja").read_text("utf-8"))
         text = template.render(
             results=results,
@@ -185,7 +194,10 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
             dataset_link=_link(report["dataset"], "datasets/"),
             distances=_distances(results),
             similarities=_similarities(results),
-            revived=sum(update["revived_channels"] for update in report["mask_updates"]),
+            speeds=speeds,
+            gains=[speed for speed in speeds if None not in (speed["first_ms"], speed["other_ms"])],
+            confidence=CONFIDENCE,
+            revived=sum(_revived(update) for update in report["mask_updates"]),
             license_known=report["base_model"]["license"] not in (None, "unknown"),
             citations=CITATIONS,
         )

@@ -1,12 +1,13 @@
 """GradientFlowPruner: progressive soft pruning, then hard pruning, then compaction (arXiv 2501.09464, section III).
 
-At each ranking the channels are scored (`importance`), a budget says how many each group keeps (`budget`), and the lowest go:
-their masks fall to the p_t of the schedule (`schedules`). Everything is ranked again at the next update, so that a channel
-comes back to 1 when its rank recovers. Weights train throughout: the pruner only sets masks (`masking`).
+At each ranking the units of channels (`channel_groups`) are scored (`importance`), a budget says how many channels each group
+keeps (`budget`), and the lowest units go: their masks fall to the p_t of the schedule (`schedules`). Everything is ranked
+again at the next update, so that a unit comes back to 1 when its rank recovers. Weights train throughout: the pruner only sets
+masks (`masking`).
 
 Departures from the published form, each an option. Scores are gradient norms in the metric of predictions
-(`flow_metric="predictions"`), which tell what channels matter on a trained network. Because rankings are noisy, masks of the
-soft phase move in a straight line from ranking to ranking (`interpolate_masks`), and a channel comes back only on clear
+(`flow_metric="predictions"`), which tell what units matter on a trained network. Because rankings are noisy, masks of the
+soft phase move in a straight line from ranking to ranking (`interpolate_masks`), and a unit comes back only on clear
 evidence (`revival_margin`). Because layers do not matter alike, scores also say what share of its channels each group loses
 (`ranking="sensitivity"`).
 """
@@ -24,20 +25,22 @@ from torch import Tensor
 from . import masking
 from .budget import (
     BUDGET_TOLERANCE,
+    HARDWARE_MULTIPLES,
+    aligned_ladder,
     allocate_by_sensitivity,
     allocate_global,
     allocate_per_group,
     check_reachable,
-    select_channels,
+    select_units,
     width_ladder,
 )
-from .channel_groups import trace_channel_groups
+from .channel_groups import ChannelGroup, trace_channel_groups
 from .compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .configuration import GFPruneConfig
 from .cost_model import CostModel
 from .diffusion_process import check_timesteps, training_process
 from .distributed import check_identical
-from .importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_channels
+from .importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_units
 from .pruner_state import MaskPath, MaskUpdate, PrunerState
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .scoring_context import check_batch
@@ -92,15 +95,13 @@ class GradientFlowPruner:
         self.history: list[MaskUpdate] = []
         self.groups = trace_channel_groups(unet)
         self.cost = CostModel(unet, self.groups, sample_size)
-        self.ladders = [
-            width_ladder(group, config.channel_multiple, config.min_keep_ratio, config.attention_unit) for group in self.groups
-        ]
+        self.channel_multiple, self.ladders = self._choose_ladders()
         check_reachable(self.cost, config.target, config.ratio, self.ladders)
         self.planned_widths = self._allocate(config.ratio)
         if self.widths_are_planned:
             self._warn_if_missed()
         masking.attach(unet, self.groups)
-        self.kept = {group.name: torch.ones(group.num_channels, dtype=torch.bool) for group in self.groups}
+        self.kept = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in self.groups}
         self.scores: dict[str, Tensor] | None = None
         self.finished = False
         self._path: MaskPath | None = None
@@ -111,7 +112,13 @@ class GradientFlowPruner:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Copies of the masks by group name, each with shape `(num_channels,)`, values in [0, 1]; after `detach` the last."""
+        """The masks by group name, each with shape `(num_channels,)`, values in [0, 1]; after `detach` the last."""
+        masks = self.unit_masks
+        return {group.name: group.per_channel(masks[group.name]) for group in self.groups}
+
+    @property
+    def unit_masks(self) -> dict[str, Tensor]:
+        """The same by unit, each with shape `(num_units,)`."""
         if self._is_masked():
             return self.unet.channel_masks.as_dict()
         return {name: mask.clone() for name, mask in self._last_masks.items()}
@@ -131,11 +138,16 @@ class GradientFlowPruner:
 
         Raises:
             ValueError: No such group, or a mask that no smaller model could have: an empty group, heads left with
-                different numbers of channels. Nothing is changed then. Or masks were taken off the model.
+                different numbers of channels, a norm group that is left in part. Nothing is changed then. Or masks were taken
+                off the model.
         """
         self._check_masked()
-        self.unet.channel_masks.set(masks)
-        self.kept = {name: (mask == 1).cpu() for name, mask in self.masks.items()}
+        groups = {group.name: group for group in self.groups}
+        by_unit = {
+            name: groups[name].per_unit(torch.as_tensor(mask)) if name in groups else mask for name, mask in masks.items()
+        }
+        self.unet.channel_masks.set(by_unit)
+        self.kept = {name: (mask == 1).cpu() for name, mask in self.unit_masks.items()}
         self._path, self._by_hand = None, True
 
     @property
@@ -143,26 +155,53 @@ class GradientFlowPruner:
         """Whether `planned_widths` are what the run ends with; else scores choose the widths, too."""
         return self.config.ranking == "group"
 
-    def choose_channels(
+    def choose_units(
         self, scores: Mapping[str, Tensor], ratio: float | None = None, widths: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """The channels that scores would keep, at a ratio of the target's cost. Masks stay as they are.
+        """The units that scores would keep, at a ratio of the target's cost. Masks stay as they are.
 
         Args:
-            scores: By group name, each with shape `(num_channels,)`; higher is kept.
+            scores: By group name, each with shape `(num_units,)`; higher is kept.
             ratio: Share of the target that is removed, in [0, 1] (default: the full `config.ratio`).
             widths: Kept channels of each group with shape `(groups,)` (default: those that the budget gives).
 
         Returns:
-            True for kept channels by group name, each with shape `(num_channels,)`.
+            True for kept units by group name, each with shape `(num_units,)`.
         """
         ratio = self.config.ratio if ratio is None else ratio
         if widths is None:
             widths = self._allocate(ratio, scores)
         return {
-            group.name: select_channels(group, scores[group.name], int(width), self.config.attention_unit)
+            group.name: select_units(group, scores[group.name], int(width), self.config.attention_unit)
             for group, width in zip(self.groups, widths)
         }
+
+    def kept_channels(self) -> np.ndarray:
+        """Channels that each group keeps by the last ranking, int64 with shape `(groups,)`."""
+        return np.array([int(group.per_channel(self.kept[group.name]).sum()) for group in self.groups])
+
+    # --- the budget ---
+
+    def _choose_ladders(self) -> tuple[int, list[list[int]]]:
+        """The channel multiple and the widths that each group may have.
+
+        With `channel_multiple="auto"`, the largest multiple that suits the target device and lets the budget be met.
+        """
+        config = self.config
+        multiple = config.channel_multiple
+        if multiple != "auto":
+            return multiple, [self._ladder(group, multiple) for group in self.groups]
+        device = next(self.unet.parameters()).device.type if config.target_device == "auto" else config.target_device
+        multiple = HARDWARE_MULTIPLES.get(device, 1)
+        while True:
+            ladders = [aligned_ladder(group, multiple, config.min_keep_ratio, config.attention_unit) for group in self.groups]
+            widths = allocate_per_group(self.cost, config.target, config.ratio, ladders)
+            if multiple == 1 or abs(self.cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
+                return multiple, ladders
+            multiple //= 2
+
+    def _ladder(self, group: ChannelGroup, multiple: int) -> list[int]:
+        return width_ladder(group, multiple, self.config.min_keep_ratio, self.config.attention_unit)
 
     # --- the schedule ---
 
@@ -181,8 +220,8 @@ class GradientFlowPruner:
         return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
 
     def _rank(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
-        """Scores that channels are ranked by: averaged over rankings, with a head start for kept channels."""
-        scores = score_channels(self.unet, self.groups, batches, self.noise_scheduler, self.config)
+        """Scores that units are ranked by: averaged over rankings, with a head start for kept ones."""
+        scores = score_units(self.unet, self.groups, batches, self.noise_scheduler, self.config)
         # Scores fall with the loss; in units of their mean, later rankings weigh as much in the average as earlier ones.
         scale = torch.cat([values.abs() for values in scores.values()]).mean().clamp_min(torch.finfo(torch.float32).tiny)
         scores = {name: (values / scale).cpu() for name, values in scores.items()}
@@ -191,7 +230,7 @@ class GradientFlowPruner:
             scores = {name: decay * self.scores[name] + (1 - decay) * values for name, values in scores.items()}
         self.scores = scores
         margin = self.config.revival_margin
-        # In float64: a large head start would swallow what float32 tells of the scores of kept channels.
+        # In float64: a large head start would swallow what float32 tells of the scores of kept units.
         return {
             name: values.double() + margin * values.abs().mean() * self.kept[name] if (~self.kept[name]).any() else values
             for name, values in scores.items()
@@ -207,12 +246,12 @@ class GradientFlowPruner:
         Args:
             step: Training step, from 0.
             calibration_batches: Batches `(clean_images, noise, timesteps[, class_labels])`, or a function that returns
-                them, which is called only when channels are ranked. With several processes, this rank's rows of every batch,
+                them, which is called only when units are ranked. With several processes, this rank's rows of every batch,
                 the same number on each. Labels are taken as they are: where training drops some to a null label, these
                 batches should, too.
 
         Returns:
-            What changed, when channels were ranked at this step.
+            What changed, when units were ranked at this step.
 
         Raises:
             ValueError: A batch is not one of this model; or scores are not finite, or scores and masks are not the same on
@@ -240,12 +279,12 @@ class GradientFlowPruner:
         ranked = self._rank(batches)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
-        chosen = self.choose_channels(ranked, share * self.config.ratio, self._widths_by_sensitivity(share))
-        starts = {name: mask.float().cpu() for name, mask in self.masks.items()}
-        found = {"averaged scores": self.scores, "kept channels": chosen, "masks": starts}
+        chosen = self.choose_units(ranked, share * self.config.ratio, self._widths_by_sensitivity(share))
+        starts = {name: mask.float().cpu() for name, mask in self.unit_masks.items()}
+        found = {"averaged scores": self.scores, "kept units": chosen, "masks": starts}
         check_identical({f"{what} of {name}": tensors[name] for what, tensors in found.items() for name in tensors})
         before, self.kept = self.kept, chosen
-        widths = np.array([int(kept.sum()) for kept in chosen.values()])
+        widths = self.kept_channels()
         value = self.schedule.mask_value(goal)
         goals = {name: torch.where(kept, 1.0, value) for name, kept in self.kept.items()}
         self._path, self._by_hand = MaskPath(step, goal, starts, goals), False
@@ -254,9 +293,10 @@ class GradientFlowPruner:
             phase="soft" if step < self.schedule.soft_steps else "hard",
             sparsity=self.cost.removed(self.config.target, widths),
             mask_value=value,
+            kept_units=sum(int(kept.sum()) for kept in self.kept.values()),
+            revived_units=sum(int((self.kept[name] & ~before[name]).sum()) for name in self.kept),
+            newly_pruned_units=sum(int((~self.kept[name] & before[name]).sum()) for name in self.kept),
             kept_channels=int(widths.sum()),
-            revived_channels=sum(int((self.kept[name] & ~before[name]).sum()) for name in self.kept),
-            newly_pruned_channels=sum(int((~self.kept[name] & before[name]).sum()) for name in self.kept),
             macs=self.cost.macs(widths),
             params=self.cost.params(widths),
         )
@@ -266,9 +306,9 @@ class GradientFlowPruner:
     def _widths_by_sensitivity(self, share: float) -> np.ndarray | None:
         """Kept channels of each group at a share of the budget, with shape `(groups,)`; None: not how widths are chosen.
 
-        What a group is worth is told by the averaged scores alone: the head start of kept channels would count for it, too.
-        Once a ranking has met the whole budget, widths stand, and channels swap within their groups from then on.
-        Sensitivities drift a little from ranking to ranking; where masks are binary, one channel more in a group and one less
+        What a group is worth is told by the averaged scores alone: the head start of kept units would count for it, too.
+        Once a ranking has met the whole budget, widths stand, and units swap within their groups from then on.
+        Sensitivities drift a little from ranking to ranking; where masks are binary, one unit more in a group and one less
         in another is a jump of the loss that buys nothing.
         """
         if self.config.ranking != "sensitivity":
@@ -276,7 +316,7 @@ class GradientFlowPruner:
         if self.history and not self._by_hand:
             before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
             if share == before == 1:
-                return np.array([int(self.kept[group.name].sum()) for group in self.groups])
+                return self.kept_channels()
         return self._allocate(share * self.config.ratio, self.scores)
 
     def _follow_path(self, step: int) -> None:
@@ -292,11 +332,11 @@ class GradientFlowPruner:
         share = self.history[-1].sparsity if self.history else self.cost.removed(self.config.target, self.planned_widths)
         if abs(share - self.config.ratio) > BUDGET_TOLERANCE:
             logger.warning(
-                "ratio=%.3f of %s is not met: the nearest that channel_multiple=%d, attention_unit=%s and min_keep_ratio=%g "
-                "allow is %.3f",
+                "ratio=%.3f of %s is not met: the nearest that whole norm groups, channel_multiple=%d, attention_unit=%s and "
+                "min_keep_ratio=%g allow is %.3f",
                 self.config.ratio,
                 self.config.target,
-                self.config.channel_multiple,
+                self.channel_multiple,
                 self.config.attention_unit,
                 self.config.min_keep_ratio,
                 share,
@@ -312,7 +352,7 @@ class GradientFlowPruner:
             made with the same model and configuration goes on from it to the same masks, bit for bit, if it is given the
             same weights and calibration batches.
         """
-        masks = {name: mask.float() for name, mask in self.masks.items()}
+        masks = {name: mask.float() for name, mask in self.unit_masks.items()}
         state = PrunerState(masks, self.kept, self.scores, self._path, self.history, self.finished, self._by_hand)
         return state.to_dict()
 
@@ -342,7 +382,7 @@ class GradientFlowPruner:
 
     def compaction_plan(self) -> CompactionPlan:
         """What `compact` keeps; masks must be binary."""
-        return plan_compaction(self.unet, self.groups, self.masks)
+        return plan_compaction(self.unet, self.groups, self.unit_masks)
 
     def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> GFPrunedUNet2DModel:
         """The small model that the binary masks leave, with the outputs of the masked one.
@@ -370,6 +410,6 @@ class GradientFlowPruner:
 
     def detach(self) -> UNet2DModel:
         """Take the masks off: the dense model back, bit for bit, with the weights as trained since."""
-        self._last_masks = self.masks
+        self._last_masks = self.unit_masks
         masking.detach(self.unet)
         return self.unet

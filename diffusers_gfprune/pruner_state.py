@@ -1,16 +1,16 @@
 """What decides how a pruning run goes on, in a form that can be written down: tensors by flat name, and values for JSON.
 
     tensors   masks/<group>        mask as it is on the model, float32 in [0, 1]
-              kept/<group>         channels kept by the last ranking, bool
+              kept/<group>         units kept by the last ranking, bool
               scores/<group>       averaged scores, float32                                after the first ranking
               path_start/<group>   masks at the step at which the last ranking was made    while masks move
               path_goal/<group>    masks at the step that it aims at                       while masks move
-    values    groups               number of channels by group name
+    values    groups               number of units by group name
               path                 {"start_step", "goal_step"}, or null
               history              list of `MaskUpdate.to_dict()`
               finished, by_hand    bool
 
-where all tensors have the shape `(num_channels,)`. Group names hold dots, never a slash. Tensors are for safetensors and
+where all tensors have the shape `(num_units,)`. Group names hold dots, never a slash. Tensors are for safetensors and
 values for JSON, both of which give back every number bit for bit. Schedule and options are not in it: they follow from the
 configuration.
 """
@@ -36,12 +36,13 @@ class MaskUpdate:
     Attributes:
         step: Training step.
         phase: `"soft"` or `"hard"`.
-        sparsity: Share of the target's dense cost that the kept channels leave out, in [0, 1].
-        mask_value: p_t that pruned channels get, at once or, with `interpolate_masks`, by the next ranking; in [0, 1].
-        kept_channels: Channels that get mask 1, likewise.
-        revived_channels: Channels that were pruned after the last ranking and are kept now.
-        newly_pruned_channels: Channels that were kept after the last ranking and are pruned now.
-        macs: MACs of the model that the kept channels would make.
+        sparsity: Share of the target's dense cost that the kept units leave out, in [0, 1].
+        mask_value: p_t that pruned units get, at once or, with `interpolate_masks`, by the next ranking; in [0, 1].
+        kept_units: Units that get mask 1, likewise.
+        revived_units: Units that were pruned after the last ranking and are kept now.
+        newly_pruned_units: Units that were kept after the last ranking and are pruned now.
+        kept_channels: Channels of the kept units, and those that are always kept.
+        macs: MACs of the model that the kept units would make.
         params: Parameters of that model.
     """
 
@@ -49,9 +50,10 @@ class MaskUpdate:
     phase: str
     sparsity: float
     mask_value: float
+    kept_units: int
+    revived_units: int
+    newly_pruned_units: int
     kept_channels: int
-    revived_channels: int
-    newly_pruned_channels: int
     macs: float
     params: float
 
@@ -67,7 +69,7 @@ class MaskPath:
     Attributes:
         start_step: Step of the ranking.
         goal_step: Step at which `goals` are reached (>= `start_step`).
-        starts: Masks at `start_step` by group name, each with shape `(num_channels,)`.
+        starts: Masks at `start_step` by group name, each with shape `(num_units,)`.
         goals: Masks at `goal_step`.
     """
 
@@ -89,8 +91,8 @@ class PrunerState:
     """All that a `GradientFlowPruner` remembers from step to step.
 
     Attributes:
-        masks: By group name, float32 with shape `(num_channels,)`.
-        kept: Channels kept by the last ranking, bool.
+        masks: By group name, float32 with shape `(num_units,)`.
+        kept: Units kept by the last ranking, bool.
         scores: Averaged scores, None before the first ranking.
         path: Where masks move, None while they hold.
         history: One entry for each ranking.
@@ -160,11 +162,11 @@ class PrunerState:
             goal = moving.goals[name] if moving else masks[name]
             check_mask(group, goal)
             if (goal[kept[name]] != 1).any():
-                raise ValueError(f"kept/{name} of the pruner's state does not fit its masks: kept channels have mask 1")
+                raise ValueError(f"kept/{name} of the pruner's state does not fit its masks: kept units have mask 1")
         count = sum(int(flags.sum()) for flags in kept.values())
-        expected = history[-1].kept_channels if history else sum(group.num_channels for group in sizes.values())
+        expected = history[-1].kept_units if history else sum(group.num_units for group in sizes.values())
         if count != expected and not flags["by_hand"]:
-            raise ValueError(f"the pruner's state keeps {count} channels, its history says {expected}")
+            raise ValueError(f"the pruner's state keeps {count} units, its history says {expected}")
         return cls(masks, kept, found.get("scores"), moving, history, **flags)
 
 
@@ -173,10 +175,9 @@ def _check_groups(theirs: Mapping[str, int], groups: Mapping[str, ChannelGroup])
         if name not in groups or name not in theirs:
             where = "the model" if name in groups else "the state"
             raise ValueError(f"the pruner's state is of another model: only {where} has channel group {name}")
-        if theirs[name] != groups[name].num_channels:
+        if theirs[name] != groups[name].num_units:
             raise ValueError(
-                f"the pruner's state is of another model: {name} has {theirs[name]} channels there, "
-                f"{groups[name].num_channels} here"
+                f"the pruner's state is of another model: {name} has {theirs[name]} units there, {groups[name].num_units} here"
             )
 
 
@@ -186,10 +187,10 @@ def _read_tensor(tensors: dict[str, Tensor], family: str, group: ChannelGroup, d
     if name not in tensors:
         raise ValueError(f"the pruner's state has no {name}")
     tensor = tensors.pop(name)
-    if tensor.shape != (group.num_channels,) or tensor.dtype != dtype:
+    if tensor.shape != (group.num_units,) or tensor.dtype != dtype:
         raise ValueError(
             f"{name} of the pruner's state is {tensor.dtype} with shape {tuple(tensor.shape)}, not {dtype} with shape "
-            f"({group.num_channels},)"
+            f"({group.num_units},)"
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} of the pruner's state holds NaN or infinity")

@@ -177,14 +177,14 @@ class ScoringContext:
         return self.summed_gradients(self.loss(batch) / len(batches) for batch in batches)
 
     def reduce(self, contributions: Mapping[str, Tensor], aggregation: str) -> Scores:
-        """Sum per-weight contributions over the slices of each channel.
+        """Sum per-weight contributions over the slices of each unit.
 
         Args:
             contributions: A tensor of its parameter's shape for each name in `parameters`.
             aggregation: `"signed"` (sum), `"abs"` (absolute value of the sum) or `"sum_abs"` (sum of absolute values).
 
         Returns:
-            Scores by group name, float32 with shape `(num_channels,)`.
+            Scores by group name, float32 with shape `(num_units,)`.
         """
         along: dict[tuple[str, int], Tensor] = {}
         scores = {}
@@ -202,5 +202,6 @@ class ScoringContext:
                     along[key] = values.transpose(0, piece.dim).flatten(1).sum(1) if values.ndim > 1 else values
                 part = along[key][list(piece.positions)]
                 total = part.clone() if total is None else total.add_(part)
+            total = group.unit_sums(total)
             scores[group.name] = total.abs() if aggregation == "abs" else total
         return scores

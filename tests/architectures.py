@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, dict] = {
     "three-levels": THREE_LEVELS,
     "three-levels-two-layers": {**THREE_LEVELS, "layers_per_block": 2},
     "two-layers": {"layers_per_block": 2},
+    "fine-units": {"block_out_channels": (32, 32), "norm_num_groups": 16},  # units of two or four channels, none straddles
     "one-norm-group": {"norm_num_groups": 1},
     "one-channel-per-norm-group": {"norm_num_groups": 16},
     "one-head": {"attention_head_dim": None},
@@ -133,11 +134,13 @@ def inputs(unet: UNet2DModel, batch_size: int = 2, seed: int = 1) -> dict[str, T
 
 
 def random_mask(group: ChannelGroup, generator: torch.Generator) -> Tensor:
-    """A binary mask that could be compacted: any share of channels, whole heads off, the other heads shrunk alike."""
+    """A binary mask of units that could be compacted: any share of them, whole heads off, the other heads shrunk alike."""
     if group.attention is None:
+        if group.num_units == 0:
+            return torch.ones(0)
         share = 0.1 + 0.8 * torch.rand(1, generator=generator)
-        mask = (torch.rand(group.num_channels, generator=generator) < share).float()
-        mask[torch.randint(group.num_channels, (1,), generator=generator)] = 1
+        mask = (torch.rand(group.num_units, generator=generator) < share).float()
+        mask[torch.randint(group.num_units, (1,), generator=generator)] = 1
         return mask
     head_dim = group.num_channels // group.heads
     width = int(torch.randint(1, head_dim + 1, (1,), generator=generator))
@@ -150,32 +153,17 @@ def random_mask(group: ChannelGroup, generator: torch.Generator) -> Tensor:
 
 
 def random_masks(groups: list[ChannelGroup], seed: int) -> dict[str, Tensor]:
-    """A random mask for every group."""
+    """A random mask for every group, by unit."""
     generator = torch.Generator().manual_seed(seed)
     return {group.name: random_mask(group, generator) for group in groups}
 
 
 @functools.lru_cache
 def pruned(name: str = "base", seed: int = 0) -> GFPrunedUNet2DModel:
-    """A pruned model, ragged norms and missing heads included. Shared by tests: copy it before changing it."""
+    """A pruned model, missing heads included. Shared by tests: copy it before changing it."""
     unet = build(name)
     groups = trace_channel_groups(unet)
     return compact(unet, plan_compaction(unet, groups, random_masks(groups, seed)))
-
-
-@functools.lru_cache
-def native(name: str = "base") -> GFPrunedUNet2DModel:
-    """A pruned model whose norms are native ones: half of every channel group gone that leaves norm groups alike."""
-    unet = build(name)
-    groups = trace_channel_groups(unet)
-    masks = {group.name: torch.ones(group.num_channels) for group in groups}
-    small = None
-    for group in groups:
-        halved = {**masks, group.name: (torch.arange(group.num_channels) < group.num_channels // 2).float()}
-        tried = compact(unet, plan_compaction(unet, groups, halved))
-        if all(len(set(sizes)) == 1 for sizes in tried.config.norm_group_sizes.values()):
-            masks, small = halved, tried
-    return small
 
 
 @torch.no_grad()

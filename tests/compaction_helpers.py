@@ -64,7 +64,7 @@ def kept_slice(unet: UNet2DModel, name: str, tensor: Tensor, groups: Iterable[Ch
     for group in groups or traced():
         for piece in group.slices:
             if piece.name == name:
-                flags[piece.dim][list(piece.positions)] = unet.channel_masks[group.name] == 1
+                flags[piece.dim][list(piece.positions)] = group.per_channel(unet.channel_masks[group.name]) == 1
     for dim, keep in enumerate(flags):
         tensor = tensor.index_select(dim, keep.nonzero().flatten())
     return tensor

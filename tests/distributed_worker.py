@@ -27,7 +27,7 @@ from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, register_criter
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.diagnostics import compare_with_magnitude
 from diffusers_gfprune.distributed import check_identical, gather_rows, mean_over_ranks, world_size
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 from diffusers_gfprune.masking import dense_parameters
 from diffusers_gfprune.one_shot import calibration_batches
 
@@ -113,7 +113,7 @@ def refusals(rank: int) -> dict[str, str]:
 
     def score(batches: list, weights: float = 0.0, **options) -> object:
         unet = pruner(weights).unet
-        return score_channels(unet, first.groups, batches, SCHEDULER, GFPruneConfig(**options))
+        return score_units(unet, first.groups, batches, SCHEDULER, GFPruneConfig(**options))
 
     found["weights"] = message(lambda: pruner(1e-3 * other).step(0, batches))
     found["weights, magnitude"] = message(lambda: pruner(1e-3 * other, criterion="magnitude").step(0, []))
@@ -148,7 +148,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
 
     unet, groups, batches = build().double(), trace_channel_groups(build()), rows(global_batches(), rank, ranks)
     for name, options in CRITERIA.items():
-        scores = score_channels(unet, groups, batches, SCHEDULER, GFPruneConfig(**options))
+        scores = score_units(unet, groups, batches, SCHEDULER, GFPruneConfig(**options))
         tensors |= {f"scores/{name}/{group}": value for group, value in scores.items()}
 
     pruner, trained = train(rank, ranks)

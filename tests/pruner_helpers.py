@@ -16,7 +16,7 @@ from diffusers_gfprune.importance import ScoringContext
 from diffusers_gfprune.one_shot import calibration_batches
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=100)
-Script = Callable[[str, int], Tensor]  # group name, number of channels -> scores
+Script = Callable[[str, int], Tensor]  # group name, number of units -> scores
 
 # Scores of the rankings to come, one entry each; the last one serves all later rankings.
 script: list[Script] = []
@@ -26,17 +26,17 @@ script: list[Script] = []
 def scripted_criterion(context: ScoringContext) -> dict[str, Tensor]:
     """Scores that a test wrote down."""
     current = script.pop(0) if len(script) > 1 else script[0]
-    return {group.name: current(group.name, group.num_channels) for group in context.groups}
+    return {group.name: current(group.name, group.num_units) for group in context.groups}
 
 
-def rising(name: str, channels: int) -> Tensor:
-    """The first channels are the least important; the mean is 1."""
-    return torch.linspace(0.1, 1.9, channels)
+def rising(name: str, units: int) -> Tensor:
+    """The first units are the least important; the mean is 1."""
+    return torch.linspace(0.1, 1.9, units)
 
 
-def falling(name: str, channels: int) -> Tensor:
-    """The last channels are the least important; the mean is 1."""
-    return torch.linspace(1.9, 0.1, channels)
+def falling(name: str, units: int) -> Tensor:
+    """The last units are the least important; the mean is 1."""
+    return torch.linspace(1.9, 0.1, units)
 
 
 @functools.lru_cache
@@ -59,13 +59,16 @@ def config(**options) -> GFPruneConfig:
         "soft_fraction": 0.25,
         "hard_fraction": 0.5,
         "update_interval": 3,
+        "channel_multiple": 1,
     }
     return GFPruneConfig(**{**defaults, **options})
 
 
 def one_shot(**options) -> GFPruneConfig:
     """Everything at step 0."""
-    return GFPruneConfig.from_preset("one-shot", **{"total_steps": 1, "criterion": "magnitude", **options})
+    return GFPruneConfig.from_preset(
+        "one-shot", **{"total_steps": 1, "criterion": "magnitude", "channel_multiple": 1, **options}
+    )
 
 
 def mask_values(pruner: GradientFlowPruner) -> list[float]:

@@ -17,7 +17,7 @@ from diffusers_gfprune.budget import (
     allocate_global,
     allocate_per_group,
     check_reachable,
-    select_channels,
+    select_units,
     width_ladder,
 )
 from diffusers_gfprune.channel_groups import ChannelGroup, trace_channel_groups
@@ -315,7 +315,7 @@ def test_cost_aware_ranking_takes_the_dearest_group_first() -> None:
 
 def kept_indices(group: ChannelGroup, scores: list[float], keep: int, unit: str = "head_dim") -> list[int]:
     """Indices of the channels that are kept."""
-    return select_channels(group, torch.tensor(scores), keep, unit).nonzero().flatten().tolist()
+    return select_units(group, torch.tensor(scores), keep, unit).nonzero().flatten().tolist()
 
 
 def test_highest_scores_are_kept() -> None:
@@ -356,4 +356,4 @@ def test_unit_of_attention_does_not_matter_elsewhere() -> None:
 def test_scores_that_are_not_finite_are_refused(value: float) -> None:
     """A NaN sorts somewhere; the model would be pruned at random without a word."""
     with pytest.raises(ValueError, match="scores of conv are not finite"):
-        select_channels(plain_group(3), torch.tensor([1.0, value, 2.0]), 2)
+        select_units(plain_group(3), torch.tensor([1.0, value, 2.0]), 2)

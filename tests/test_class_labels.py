@@ -205,7 +205,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [
                 *("--pretrained_model_name_or_path", str(folder / "model"), "--dataset_name", str(DIGITS)),
                 *("--max_train_steps", "6", "--train_batch_size", "8", "--calibration_batches", "1"),
-                *("--validation_images", "16", "--latency_batch_size", "0", "--eval_images", "12"),
+                *("--validation_images", "16", "--speed_batch_sizes", "0", "--eval_images", "12"),
                 *("--ddim_num_inference_steps", "2", "--output_dir", str(folder / "run")),
             ]
         )

@@ -13,6 +13,7 @@ from diffusers_gfprune.schedules import PruningSchedule
 INVALID = [
     ("target", "flops"),
     ("attention_unit", "head"),
+    ("target_device", "tpu"),
     ("flow_metric", "activations"),
     ("hvp", "approximate"),
     ("hessian_batches", "sum"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build, inputs, native, pruned, run
+from architectures import build, inputs, pruned, run
 from diffusers import (
     AutoModel,
     ConsistencyModelPipeline,
@@ -466,7 +466,7 @@ def outcome(name: str, model: nn.Module, folder: Path) -> object:
 def test_pruned_models_do_what_stock_models_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     architecture = "one-level" if name in SLOW else "base"
-    stock, small = build(architecture), copy.deepcopy(native(architecture))
+    stock, small = build(architecture), copy.deepcopy(pruned(architecture))
     assert type(stock) is UNet2DModel and type(small) is GFPrunedUNet2DModel
     if name in ONLY_PRUNED:
         with pytest.raises((RuntimeError, ValueError)):
@@ -484,7 +484,7 @@ def test_pruned_models_do_what_stock_models_do(name: str, tmp_path: Path, monkey
 @pytest.mark.slow
 def test_a_pruned_program_has_no_more_operations_than_the_dense_one() -> None:
     """Whatever reads an exported program, runtimes and compilers, has no more to do on the pruned one."""
-    dense, small = ([node.op for node in exported(unet).graph.nodes].count("call_function") for unet in (build(), native()))
+    dense, small = ([node.op for node in exported(unet).graph.nodes].count("call_function") for unet in (build(), pruned()))
     assert 100 < small <= dense
 
 

@@ -16,8 +16,8 @@ from diffusers_gfprune.evaluation.step_loss import StepLoss
 from diffusers_gfprune.one_shot import calibration_batches, images_to_tensor
 
 DIGITS = Path(__file__).resolve().parent.parent / "training/digits"
-# Half of the hundred and fifty soft steps of `make prune`, of a shorter run: masks fall twice as fast.
-TOTAL_STEPS, SOFT_END, HARD_END = 150, 75, 90
+# Two thirds of the hundred and fifty soft steps of `make prune`, of a shorter run: masks fall half as fast again.
+TOTAL_STEPS, SOFT_END, HARD_END = 200, 100, 115
 WINDOW = 4  # steps around N and M at which the loss is measured
 
 

@@ -26,11 +26,11 @@ DEFAULT, PAPER = GFPruneConfig(), GFPruneConfig.from_preset("paper")
 
 
 def history(revived: list[int], interval: int = 10, pruned: int = 40) -> list[MaskUpdate]:
-    """Rankings of a model with 100 channels, of which `pruned` are masked from the first one on."""
+    """Rankings of a model with 100 units, of which `pruned` are masked from the first one on."""
     updates = []
     for index, count in enumerate(revived):
         new = pruned if index == 0 else count
-        updates.append(MaskUpdate(index * interval, "soft", 0.3, 0.5, 100 - pruned, count, new, 1e6, 1e4))
+        updates.append(MaskUpdate(index * interval, "soft", 0.3, 0.5, 100 - pruned, count, new, 400, 1e6, 1e4))
     return updates
 
 
@@ -68,7 +68,7 @@ def test_histories_may_be_dictionaries():
 @pytest.mark.parametrize(
     ("revived", "found"),
     [
-        ([0, 9, 9], True),  # 9 of 40 pruned channels
+        ([0, 9, 9], True),  # 9 of 40 pruned units
         ([0, 8, 8], False),  # 20 %, not more
         ([0, 9, 0], False),  # once
         ([0, 30, 30, 0, 0, 0, 0, 0], False),  # it has settled
@@ -76,20 +76,20 @@ def test_histories_may_be_dictionaries():
     ],
 )
 def test_flapping_masks(revived: list[int], found: bool):
-    """A fifth of the pruned channels back, at two of the last five rankings."""
+    """A fifth of the pruned units back, at two of the last five rankings."""
     assert kinds(history(revived), calm(), DEFAULT) == ["masks-flap"] * found
 
 
 def test_flapping_by_hand():
-    """The share is one of the channels pruned before the ranking, not after it; the message has the numbers and the remedy."""
+    """The share is one of the units pruned before the ranking, not after it; the message has the numbers and the remedy."""
     updates = [
-        MaskUpdate(0, "soft", 0.1, 0.9, 90, 0, 10, 1e6, 1e4),
-        MaskUpdate(1, "soft", 0.3, 0.8, 70, 6, 26, 1e6, 1e4),  # 6 of 10
-        MaskUpdate(2, "soft", 0.5, 0.7, 50, 9, 29, 1e6, 1e4),  # 9 of 30
+        MaskUpdate(0, "soft", 0.1, 0.9, 90, 0, 10, 400, 1e6, 1e4),
+        MaskUpdate(1, "soft", 0.3, 0.8, 70, 6, 26, 400, 1e6, 1e4),  # 6 of 10
+        MaskUpdate(2, "soft", 0.5, 0.7, 50, 9, 29, 400, 1e6, 1e4),  # 9 of 30
     ]
     (diagnosis,) = diagnose(updates, [], PAPER)
     assert str(diagnosis) == (
-        "masks flap: at 2 of the last 2 rankings more than 20% of the pruned channels came back (up to 60%): raise "
+        "masks flap: at 2 of the last 2 rankings more than 20% of the pruned units came back (up to 60%): raise "
         "--calibration_batches, --score_decay (now 0) or --revival_margin (now 0)"
     )
 
@@ -131,7 +131,7 @@ def test_what_the_last_ranking_led_to_is_seen():
 
 def test_the_first_ranking_counts():
     """Its jump is relative to the last loss before it."""
-    updates = [MaskUpdate(10, "soft", 0.3, 0.5, 60, 0, 40, 1e6, 1e4)]
+    updates = [MaskUpdate(10, "soft", 0.3, 0.5, 60, 0, 40, 400, 1e6, 1e4)]
     assert kinds(updates, [(0, 2.0), (5, 1.0), (10, 1.3)], DEFAULT) == ["masks-fall-too-fast"]
     assert kinds(updates, [(10, 1.3)], DEFAULT) == []
 
@@ -210,7 +210,7 @@ def test_every_message_is_one_line():
 def pruner() -> GradientFlowPruner:
     """In the middle of the soft phase, with masks between 0 and 1."""
     torch.manual_seed(0)
-    found = GradientFlowPruner(build(), config(criterion="gradient-flow", ratio=0.5), SCHEDULER)
+    found = GradientFlowPruner(build("fine-units"), config(criterion="gradient-flow", ratio=0.5), SCHEDULER)
     for step in range(5):
         found.step(step, batches())
     return found
@@ -228,7 +228,7 @@ def test_right_products_agree(pruner: GradientFlowPruner, options: dict):
     """Exact and by differences, whichever the run uses."""
     found = check(pruner, **options)
     assert found["rank_correlation"] > 0.99 and 0 < found["relative_error"] < 0.02
-    assert found["group"] in {group.name for group in pruner.groups if group.num_channels >= 8}
+    assert found["group"] in {group.name for group in pruner.groups if group.num_units >= 16}
 
 
 def test_wrong_products_are_found(pruner: GradientFlowPruner, monkeypatch: pytest.MonkeyPatch):
@@ -240,16 +240,16 @@ def test_wrong_products_are_found(pruner: GradientFlowPruner, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
-def test_few_channels_are_ranked_together(scale: float):
-    """Groups of fewer than 8 say little one by one; a model without gradients has no ranks, and they agree."""
-    unet = build()
+def test_few_units_are_ranked_together(scale: float):
+    """Groups of fewer than 16 say little one by one; a model without gradients has no ranks, and they agree."""
+    unet = build("fine-units")
     with torch.no_grad():
         unet.conv_out.weight.mul_(scale)
         unet.conv_out.bias.mul_(scale)
     slices = (GroupSlice("conv_in", "weight", 0, tuple(range(6)), "output"),)
     clean, noise, timesteps = batches()[0]
     batch = (clean, noise * scale, timesteps)
-    group = ChannelGroup("conv_in", 6, slices)
+    group = ChannelGroup("conv_in", 6, slices, tuple((channel,) for channel in range(6)))
     found = check_hessian_gradient_product(unet, [group], [batch], SCHEDULER, config(criterion="gradient-flow"))
     assert found["group"] is None
     assert found["rank_correlation"] > 0.9
@@ -266,18 +266,18 @@ def losses_with(pruner: GradientFlowPruner, kept: dict[str, Tensor]) -> float:
 
 
 def test_comparison_with_magnitude(pruner: GradientFlowPruner):
-    """Each loss is that of the model with the channels that scores choose at the full budget; nothing is left behind."""
-    before = {name: mask.clone() for name, mask in pruner.masks.items()}
+    """Each loss is that of the model with the units that scores choose at the full budget; nothing is left behind."""
+    before = pruner.unit_masks
     assert len(torch.cat(list(before.values())).unique()) > 2
     pruner.unet.train()
     found = compare_with_magnitude(pruner, batches())
     assert pruner.unet.training
-    assert all(torch.equal(mask, before[name]) for name, mask in pruner.masks.items())
+    assert all(torch.equal(mask, before[name]) for name, mask in pruner.unit_masks.items())
 
-    by_magnitude = GradientFlowPruner(build(), config(ratio=0.5, soft_fraction=0.0), SCHEDULER)  # the same weights
+    by_magnitude = GradientFlowPruner(build("fine-units"), config(ratio=0.5, soft_fraction=0.0), SCHEDULER)  # the same weights
     by_magnitude.step(0, [])
     everything = {name: torch.ones_like(mask) for name, mask in before.items()}
-    chosen = pruner.choose_channels(pruner.scores)
+    chosen = pruner.choose_units(pruner.scores)
     assert found["loss_dense"] == pytest.approx(losses_with(pruner, everything), rel=1e-5)
     assert found["loss_criterion"] == pytest.approx(losses_with(pruner, chosen), rel=1e-5)
     assert found["loss_magnitude"] == pytest.approx(losses_with(pruner, by_magnitude.kept), rel=1e-5)
@@ -297,7 +297,7 @@ def test_comparisons_that_cannot_be_made(pruner: GradientFlowPruner):
     """In words."""
     with pytest.raises(ValueError, match="batches is empty"):
         compare_with_magnitude(pruner, [])
-    unranked = GradientFlowPruner(build(), config(), SCHEDULER)
+    unranked = GradientFlowPruner(build("fine-units"), config(), SCHEDULER)
     with pytest.raises(ValueError, match="not ranked yet"):
         compare_with_magnitude(unranked, batches())
     unranked.step(0, batches())

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
@@ -153,7 +153,7 @@ def test_scoring_holds_what_the_plan_says(name, size, hvp, teacher) -> None:
     pruner = GradientFlowPruner(unet, config)
     batches = [batch_for(unet, size), batch_for(unet, size)]
     with LiveBytes() as live:
-        score_channels(unet, pruner.groups, batches, pruner.noise_scheduler, config)
+        score_units(unet, pruner.groups, batches, pruner.noise_scheduler, config)
     held = 3 * estimate.weight_bytes  # weights, and the moments of a run under way
     assert 1 / BOUND < memory_plan(estimate, 0, hvp=hvp).scoring / (held + live.peak) < BOUND
 

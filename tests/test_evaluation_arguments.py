@@ -21,7 +21,7 @@ def test_defaults() -> None:
     settings = args.samples.settings()
     assert (settings.num_images, settings.num_inference_steps, settings.timestep_spacing) == (50_000, 100, "leading")
     assert args.samples.features == ["auto"] and args.output_dir == "runs/b-evaluation"
-    assert [(s.batch_size, s.dtype, s.mode) for s in args.cost.settings()] == [
+    assert [(s.batch_size, s.dtype, s.mode) for s in args.cost.speed_settings()] == [
         (1, "float32", "eager"),
         (16, "float32", "eager"),
     ]
@@ -41,8 +41,8 @@ def test_lists() -> None:
     args = parse_evaluate_arguments(
         [*MODEL, "--features", "inception", "dinov2", "--speed_batch_sizes", "1", "8", "--speed_modes", "eager", "compiled"]
     )
-    assert args.samples.features == ["inception", "dinov2"] and len(args.cost.settings()) == 4
-    assert parse_evaluate_arguments([*MODEL, "--speed_batch_sizes", "0"]).cost.settings() == []
+    assert args.samples.features == ["inception", "dinov2"] and len(args.cost.speed_settings()) == 4
+    assert parse_evaluate_arguments([*MODEL, "--speed_batch_sizes", "0"]).cost.speed_settings() == []
 
 
 @pytest.mark.parametrize(

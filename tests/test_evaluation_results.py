@@ -111,7 +111,7 @@ def test_only_what_figures_depend_on_must_be_the_same() -> None:
 
 
 def test_table() -> None:
-    """Numbers as they are read in papers; a dash where there is none."""
+    """Numbers as they are read in papers; a dash where there is none; no speed-up that does not say how sure it is."""
     lines = comparison_table([results("a"), results("b", None)]).splitlines()
     quality = "| step loss | FID | KID | PSNR to dense (dB) | SSIM to dense | latency (ms), batch 1 |"
     head = f"| model | parameters | MACs | file {quality}"
@@ -143,6 +143,20 @@ def test_latency_is_shown_where_all_were_timed_alike() -> None:
     titles = ("batch 1 eager", "batch 16 eager", "batch 16 compiled")
     assert lines[0].endswith("".join(f" latency (ms), {title} |" for title in titles))
     assert lines[2].endswith("| 1 | 2 | 3 |") and lines[3].endswith("| 2 | 4 | 6 |")
+
+
+def test_speedups_are_those_over_the_common_reference() -> None:
+    """Each model's own, from the rounds in which it was timed beside the reference."""
+    found = [results("a"), results("b")]
+    for one, speedup in zip(found, (2.0, 1.01)):
+        one.model.speed = [speed(7.5, speedup=speedup, speedup_interval=[speedup - 0.05, speedup + 0.05])]
+    lines = comparison_table(found).splitlines()
+    assert lines[0].endswith("| latency (ms), batch 1 | speed, batch 1 |")
+    assert lines[2].endswith("| 15 | 1 |")
+    assert lines[3].endswith("| 7.5 | 2.00 times as fast (1.95 to 2.05) |")
+    assert lines[4].endswith("| 7.5 | no difference (0.96 to 1.06) |")
+    found[1].reference_model.weights = "01010101"
+    assert "times as fast" not in comparison_table(found)
 
 
 def test_folder_of_images_has_a_table() -> None:

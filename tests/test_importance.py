@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from diffusers_gfprune import importance, masking
 from diffusers_gfprune.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
 from diffusers_gfprune.configuration import GFPruneConfig
-from diffusers_gfprune.importance import criteria, register_criterion, score_channels
+from diffusers_gfprune.importance import criteria, register_criterion, score_units
 
 Batches = list[tuple[Tensor, ...]]
 
@@ -63,14 +63,14 @@ class Setting:
 
     def scores(self, **options) -> dict[str, Tensor]:
         """Scores with some options changed."""
-        return score_channels(self.unet, self.groups, self.batches, self.scheduler, GFPruneConfig(**options))
+        return score_units(self.unet, self.groups, self.batches, self.scheduler, GFPruneConfig(**options))
 
 
 @pytest.fixture(scope="module")
 def trained() -> Setting:
     """A small model after some optimizer steps, and two batches of calibration images."""
     generator = torch.Generator().manual_seed(3)
-    scheduler, unet = DDPMScheduler(), build("base")
+    scheduler, unet = DDPMScheduler(), build("fine-units")
     images = smooth_images(32, generator)
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
     for _ in range(30):
@@ -85,7 +85,7 @@ def trained() -> Setting:
 
 
 def masked(setting: Setting, soft: bool = False) -> Setting:
-    """A copy of the setting with masks on: a random half of the channels or so at 0, or at 0.4."""
+    """A copy of the setting with masks on: a random half of the units or so at 0, or at 0.4."""
     unet = copy.deepcopy(setting.unet)
     masking.attach(unet, setting.groups)
     masks = random_masks(setting.groups, seed=2)
@@ -111,11 +111,12 @@ def squared_gradient_norm(setting: Setting) -> float:
     return sum(gradient.square().sum().item() for gradient in gradients)
 
 
-def scale_channel(unet: nn.Module, group: ChannelGroup, channel: int, factor: float) -> None:
-    """Scale every slice of one channel, those that produce it and those that read it."""
+def scale_unit(unet: nn.Module, group: ChannelGroup, unit: Sequence[int], factor: float) -> None:
+    """Scale every slice of the channels of one unit, those that produce them and those that read them."""
     with torch.no_grad():
         for piece in group.slices:
-            unet.get_parameter(piece.name).select(piece.dim, piece.positions[channel]).mul_(factor)
+            for channel in unit:
+                unet.get_parameter(piece.name).select(piece.dim, piece.positions[channel]).mul_(factor)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def scale_channel(unet: nn.Module, group: ChannelGroup, channel: int, factor: fl
     ],
 )
 def test_gradient_flow_predicts_the_change_of_the_gradient_norm(trained: Setting, name: str) -> None:
-    """The paper's first check: scaling channel c by 1 - eps changes ||g||^2 by -2 eps I_c.
+    """The paper's first check: scaling unit c by 1 - eps changes ||g||^2 by -2 eps I_c.
 
     Double precision, because the change is a small difference of large numbers.
     """
@@ -140,10 +141,10 @@ def test_gradient_flow_predicts_the_change_of_the_gradient_norm(trained: Setting
     group = next(group for group in trained.groups if group.name == name)
     saved = copy.deepcopy(unet.state_dict())
     before, epsilon, measured = squared_gradient_norm(setting), 1e-4, []
-    for channel in range(group.num_channels):
-        scale_channel(unet, group, channel, 1 - epsilon)
+    for unit in group.units:
+        scale_unit(setting.unet, group, unit, 1 - epsilon)
         measured.append((squared_gradient_norm(setting) - before) / (-2 * epsilon))
-        unet.load_state_dict(saved)
+        setting.unet.load_state_dict(saved)
     measured = torch.tensor(measured)
     assert spearmanr(measured, score).statistic >= 0.95
     assert (measured - score).abs().max() <= 0.05 * score.abs().max()
@@ -164,10 +165,10 @@ def test_exact_and_finite_difference_scores_agree(trained: Setting, score_at: st
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_scores_have_one_finite_value_per_channel(trained: Setting, criterion: str) -> None:
+def test_scores_have_one_finite_value_per_unit(trained: Setting, criterion: str) -> None:
     """Budgets and masks rely on names, shapes and dtype."""
     scores = trained.scores(**CRITERIA[criterion])
-    assert {name: values.shape for name, values in scores.items()} == {g.name: (g.num_channels,) for g in trained.groups}
+    assert {name: values.shape for name, values in scores.items()} == {g.name: (g.num_units,) for g in trained.groups}
     for values in scores.values():
         assert values.dtype == torch.float32
         assert torch.isfinite(values).all()
@@ -272,7 +273,7 @@ def test_score_at_matters_only_where_masks_are_not_ones(trained: Setting, criter
     assert all(torch.equal(dense[name], unmasked[name]) for name in dense)
     assert differ(dense, sparse)
 
-    pruned.unet.channel_masks.set({group.name: torch.ones(group.num_channels) for group in trained.groups})
+    pruned.unet.channel_masks.set({group.name: torch.ones(group.num_units) for group in trained.groups})
     for score_at in ("dense", "masked"):
         ones = pruned.scores(**{**options, "score_at": score_at})
         assert all(torch.equal(ones[name], unmasked[name]) for name in ones)
@@ -300,19 +301,20 @@ class TwoChannels(nn.Module):
 
 
 def two_channel_scores(
-    model: TwoChannels, images: Sequence[float] = (1.0,), timesteps: Sequence[int] = (0,), **options
+    model: TwoChannels, images: Sequence[float] = (1.0,), timesteps: Sequence[int] = (0,), units=((0,), (1,)), **options
 ) -> list[float]:
-    """Scores of the two channels for images of one pixel, no noise (so that the target is 0), all in one batch."""
+    """Scores of the two channels, or of the units that they make up, for images of one pixel, no noise (so that the target is
+    0), all in one batch."""
     slices = [GroupSlice("first", "weight", 0, (0, 1), "output"), GroupSlice("second", "weight", 1, (0, 1), "input")]
     if model.first.bias is not None:
         slices.append(GroupSlice("first", "bias", 0, (0, 1), "output"))
-    group = ChannelGroup("first", 2, tuple(slices))
+    group = ChannelGroup("first", 2, tuple(slices), units)
     scheduler = SimpleNamespace(
         config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda clean, noise, timesteps: clean
     )
     clean = torch.tensor(images).view(-1, 1, 1, 1)
     batch = (clean, torch.zeros_like(clean), torch.tensor(timesteps))
-    return score_channels(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
+    return score_units(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
 
 
 def hand_model() -> TwoChannels:
@@ -330,6 +332,15 @@ def hand_model() -> TwoChannels:
 def test_taylor_by_hand(score_slices: str, expected: list[float]) -> None:
     """|sum_c theta g|."""
     assert two_channel_scores(hand_model(), criterion="taylor", score_slices=score_slices) == pytest.approx(expected)
+
+
+def test_channels_of_one_unit_by_hand() -> None:
+    """A norm group that holds both channels makes them one unit: terms are summed before absolute values are taken."""
+    both = {"units": ((0, 1),)}
+    assert two_channel_scores(hand_model(), criterion="taylor", score_slices="output", **both) == pytest.approx([6 - 4])
+    assert two_channel_scores(hand_model(), criterion="magnitude", **both) == pytest.approx([1 + 9 + 4 + 1])
+    options = {"flow_metric": "weights", "aggregation": "signed", "score_slices": "output"}
+    assert two_channel_scores(hand_model(), **options, **both) == pytest.approx([184 - 104], rel=0.02)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
@@ -397,11 +408,11 @@ def test_diff_pruning_with_threshold_zero_is_the_plain_sum(trained: Setting) -> 
     parameters = dict(trained.unet.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
     for group in trained.groups:
-        expected = torch.zeros(group.num_channels)
+        expected = torch.zeros(group.num_units)
         for piece in group.slices:
             product = (parameters[piece.name].detach() * gradients[piece.name]).abs()
             for channel, position in enumerate(piece.positions):
-                expected[channel] += product.select(piece.dim, position).sum()
+                expected[group.unit_of[channel]] += product.select(piece.dim, position).sum()
         torch.testing.assert_close(scores[group.name], expected, rtol=1e-4, atol=1e-6)
     assert differ(scores, one.scores(criterion="diff-pruning", diff_pruning_threshold=0.95))
 
@@ -438,7 +449,8 @@ def test_registered_function_is_used(trained: Setting, monkeypatch: pytest.Monke
     scores = trained.scores(criterion="fourth-power", score_slices="weight")
     resnet = trained.unet.mid_block.resnets[0]  # the time embedding is added to the channels that conv1 produces
     expected = (resnet.conv1.weight**4).sum(dim=(1, 2, 3)) + (resnet.time_emb_proj.weight**4).sum(dim=1)
-    torch.testing.assert_close(scores["mid_block.resnets.0.conv1"], expected.detach())
+    expected = expected.detach().view(-1, 2).sum(dim=1)  # units are the norm groups of norm2, of two channels each
+    torch.testing.assert_close(scores["mid_block.resnets.0.conv1"], expected)
 
 
 @pytest.mark.parametrize("name", ["gradient-flow", "random"])

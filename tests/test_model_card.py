@@ -29,10 +29,26 @@ def content(run: Path) -> tuple[dict, dict]:
     return tuple(json.loads((run / name).read_text()) for name in ("results.json", "pruning_report.json"))
 
 
+def speed_rows() -> list[dict]:
+    """Made-up rows of `measure_speed`: eager at two batch sizes, and no compiler."""
+    machine = {"dtype": "float32", "memory_format": "contiguous", "device": "cpu", "hardware": "abacus", "threads": 2}
+    rows = []
+    for batch_size, speedup, low, high in ((1, 1.01, 0.97, 1.04), (16, 1.32, 1.28, 1.35)):
+        for model, times in (("dense", 1.0), ("pruned", speedup)):
+            interval = None if model == "dense" else [low, high]
+            figures = {"latency_ms": 10 * batch_size / times, "speedup": times, "speedup_interval": interval}
+            rows.append({"model": model, "batch_size": batch_size, "mode": "eager", **figures, **machine})
+    failed = {"batch_size": 16, "mode": "compiled", "error": "InvalidCxxCompiler: none of a|b works", **machine}
+    return [*rows, {"model": "dense", **failed}, {"model": "pruned", **failed}]
+
+
 @pytest.fixture
 def files() -> tuple[dict, dict]:
-    """Results and report of the default run on the digits."""
-    return content(CARDS / "digits-gfpruned")
+    """Results and report of the default run on the digits, with other figures of speed."""
+    results, report = content(CARDS / "digits-gfpruned")
+    for name in ("dense", "pruned"):
+        results[name].pop("latency", None)
+    return {**results, "speed": speed_rows()}, report
 
 
 def header(card: str) -> dict:
@@ -178,8 +194,33 @@ def test_run_without_samples(files):
     assert "SSIM" not in card and "FD-pixels" not in card and "model-index" not in header(card)
 
 
-def test_run_without_latency(files):
+def test_speed_is_a_ratio_with_its_interval(files):
+    card = render_card(*files, "me/model")
+    prose = " ".join(card.split())
+    gains = "no difference (0.97 to 1.04) at batch 1, eager; 1.32 times as fast (1.28 to 1.35) at batch 16, eager. "
+    assert f"Speed of a forward against the dense model's, on abacus (2 threads): {gains}" in prose
+    assert "| latency, batch 1, eager | 10.00 ms | 9.90 ms | no difference (0.97 to 1.04) |\n" in card
+    assert "| latency, batch 16, eager | 160.00 ms | 121.21 ms | 1.32 times as fast (1.28 to 1.35) |\n" in card
+    failed = "dense not measured: InvalidCxxCompiler: none of a/b works"
+    assert f"| latency, batch 16, compiled | - | - | {failed} |\n| step loss" in card
+    assert "float32, on abacus (2 threads)." in prose and "its 95% confidence interval" in prose
+
+
+def test_run_without_speed(files):
     results, report = files
+    card = render_card({**results, "speed": []}, report, "me/model")
+    assert "atency" not in card and "Speed of" not in card and "| step loss (held out) | 0.07" in card
+
+
+def test_results_of_an_earlier_version_have_one_latency(files):
+    results, report = files
+    del results["speed"]
+    setting = {"batch_size": 16, "dtype": "float32", "device": "cpu", "hardware": "abacus", "threads": 2}
+    for name, latency in (("dense", 16.0), ("pruned", 12.0)):
+        results[name]["latency"] = {"latency_ms": latency, **setting}
+    card = render_card(results, report, "me/model")
+    assert "| latency of a forward | 16.00 ms | 12.00 ms | -25.0% |\n| step loss" in card
+    assert "- Latency: median, batch 16, float32, on\n  abacus (2 threads).\n- Step loss" in card
     for name in ("dense", "pruned"):
         results[name]["latency"] = None
     card = render_card(results, report, "me/model")
@@ -204,7 +245,10 @@ def test_no_teacher_is_named_where_there_was_none(files, change):
 PATHS = [
     ("results", "dense", "macs"),
     ("results", "pruned", "step_loss"),
-    ("results", "pruned", "latency", "hardware"),
+    ("results", "speed"),
+    ("results", "speed", 1, "latency_ms"),
+    ("results", "speed", 3, "speedup_interval"),
+    ("results", "speed", 5, "hardware"),
     ("results", "pruned", "weight_file_bytes"),
     ("results", "evaluation", "seed"),
     ("results", "evaluation", "distances"),
@@ -223,7 +267,7 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=".".join)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
 def test_missing_field_is_an_error_that_names_it(files, path):
     holder = dict(zip(("results", "report"), copy.deepcopy(files)))
     at = holder

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusers_gfprune import masking, natural_flow
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.configuration import GFPruneConfig
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULER = DDPMScheduler()
@@ -32,7 +32,7 @@ def batch_of(unet: UNet2DModel, size: int, seed: int = 0) -> tuple[Tensor, ...]:
 
 
 def scores(unet: UNet2DModel, batches: list, config: GFPruneConfig = CONFIG) -> dict[str, Tensor]:
-    return score_channels(unet, trace_channel_groups(unet), batches, SCHEDULER, config)
+    return score_units(unet, trace_channel_groups(unet), batches, SCHEDULER, config)
 
 
 def predict(unet: UNet2DModel, batch: tuple[Tensor, ...]) -> Tensor:
@@ -45,21 +45,22 @@ def predict(unet: UNet2DModel, batch: tuple[Tensor, ...]) -> Tensor:
     "name", ["conv_in", "down_blocks.1.attentions.0.to_q", "up_blocks.1.resnets.0.conv2", "time_embedding.linear_1"]
 )
 def test_score_is_the_squared_derivative_of_predictions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By moving the weights that produce a channel a little, in double precision; 8 x 100 probes leave a few percent."""
+    """By moving the weights that produce a unit a little, in double precision; 8 x 100 probes leave a few percent."""
     monkeypatch.setattr(natural_flow, "PROBES", 100)
-    unet = build("base").double().eval()
+    unet = build("fine-units").double().eval()
     (group,) = (group for group in trace_channel_groups(unet) if group.name == name)
     batch = tuple(c.double() if c.is_floating_point() else c for c in batch_of(unet, 8))
     found = scores(unet, [batch])[name]
     expected = []
-    for channel in range(group.num_channels):
+    for unit in group.units:
         moved = []
         for factor in (1.001, 0.999):
             pieces = [(unet.get_parameter(p.name), p) for p in group.slices if p.role != "input"]
             saved = [parameter.detach().clone() for parameter, _ in pieces]
             with torch.no_grad():
                 for parameter, piece in pieces:
-                    parameter.select(piece.dim, piece.positions[channel]).mul_(factor)
+                    for channel in unit:
+                        parameter.select(piece.dim, piece.positions[channel]).mul_(factor)
             moved.append(predict(unet, batch))
             for (parameter, _), value in zip(pieces, saved):
                 parameter.data.copy_(value)
@@ -70,7 +71,7 @@ def test_score_is_the_squared_derivative_of_predictions(name: str, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_scores_tell_the_damage_of_single_channels() -> None:
+def test_scores_tell_the_damage_of_single_units() -> None:
     """On the trained digits model, where products with the Hessian tell little of it; group by group."""
     unet = UNet2DModel.from_pretrained(ROOT / "training/digits/teacher/unet", use_safetensors=True).eval()
     groups = [g for g in trace_channel_groups(unet) if g.name in ("up_blocks.1.resnets.1.conv1", "mid_block.resnets.0.conv1")]
@@ -81,26 +82,27 @@ def test_scores_tell_the_damage_of_single_channels() -> None:
     before = predict(unet, batches[0])
     for group in groups:
         damage = []
-        for channel in range(group.num_channels):
-            mask = torch.ones(group.num_channels)
-            mask[channel] = 0
+        for unit in range(group.num_units):
+            mask = torch.ones(group.num_units)
+            mask[unit] = 0
             masks.set({group.name: mask})
             damage.append((predict(unet, batches[0]) - before).square().mean())
-        masks.set({group.name: torch.ones(group.num_channels)})
+        masks.set({group.name: torch.ones(group.num_units)})
         ours, theirs = (spearmanr(scores[group.name], torch.stack(damage)).statistic for scores in (found, product))
         assert ours > 0.7 and ours > theirs + 0.1
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_channel_of_every_architecture_has_a_score(name: str) -> None:
+def test_every_unit_of_every_architecture_has_a_score(name: str) -> None:
     unet = build(name)
-    for group, values in scores(unet, [batch_of(unet, 2)]).items():
+    found = scores(unet, [batch_of(unet, 2)])
+    for group, values in ((group, values) for group, values in found.items() if len(values)):  # some are fixed as a whole
         assert torch.isfinite(values).all() and (values >= 0).all() and values.max() > 0, group
 
 
 def test_scores_belong_to_images_not_to_batches() -> None:
     """In whatever order and however cut."""
-    unet = build("base")
+    unet = build("fine-units")
     batch = batch_of(unet, 8)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     whole = scores(unet, [batch])
@@ -114,7 +116,7 @@ def test_scores_belong_to_images_not_to_batches() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_batches_in_half_precision_are_scored_in_full(dtype: torch.dtype) -> None:
     """Images and noise of a run in half precision, for a model in float32."""
-    unet = build("base")
+    unet = build("fine-units")
     halved = tuple(c.to(dtype) if c.is_floating_point() else c for c in batch_of(unet, 4))
     for values in scores(unet, [halved]).values():
         assert values.dtype == torch.float32 and torch.isfinite(values).all() and values.max() > 0
@@ -129,7 +131,7 @@ def test_a_prediction_of_another_shape_is_refused() -> None:
 
 def test_more_probes_bring_scores_closer_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise of probes is what two sets of them differ by, on the same images at other noise."""
-    unet = build("base")
+    unet = build("fine-units")
     agreement = {}
     for probes in (1, 16):
         monkeypatch.setattr(natural_flow, "PROBES", probes)
@@ -143,10 +145,10 @@ def test_more_probes_bring_scores_closer_together(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_left_behind() -> None:
-    unet = build("base").train()
+    unet = build("fine-units").train()
     unet.enable_gradient_checkpointing()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    plain = scores(build("base"), [batch_of(unet, 4)])
+    plain = scores(build("fine-units"), [batch_of(unet, 4)])
     found = scores(unet, [batch_of(unet, 4)])
     assert all(torch.allclose(found[name], plain[name], rtol=1e-4) for name in plain)
     assert not any(module._forward_hooks for module in unet.modules())

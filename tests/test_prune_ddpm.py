@@ -31,7 +31,7 @@ import prune_ddpm  # noqa: E402
 
 TEACHER = ROOT / "training/digits/teacher"
 # Nothing is sampled or timed at the end of a run
-UNMEASURED = ("--eval_images", 0, "--latency_batch_size", 0)
+UNMEASURED = ("--eval_images", 0, "--speed_batch_sizes", 0)
 
 
 # With --quiet, as the README says; Accelerate adds a traceback of its own to errors otherwise
@@ -85,7 +85,8 @@ def test_run_leaves_exactly_these_files(finished_run: tuple[Path, str]) -> None:
 
 def test_run_says_its_plan_and_its_results(finished_run: tuple[Path, str]) -> None:
     _, printed = finished_run
-    for text in ("plan: remove 50.0% of macs", "soft 2, hard 2, fine-tuning 16", "FD-pixels", "SSIM to dense"):
+    plan = ("plan: remove 50.0% of macs", "soft 2, hard 2, fine-tuning 16")
+    for text in (*plan, "FD-pixels", "SSIM to dense", "ms, batch 1, eager"):
         assert text in printed
 
 

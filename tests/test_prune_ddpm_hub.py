@@ -19,7 +19,7 @@ DIGITS = ("--pretrained_model_name_or_path", "training/digits/teacher", "--datas
 
 
 # Two samples, and no figures that take time
-UNMEASURED = ("--latency_batch_size", 0, "--eval_images", 2, "--eval_features", "none", "--ddim_num_inference_steps", 1)
+UNMEASURED = ("--speed_batch_sizes", 0, "--eval_images", 2, "--eval_features", "none", "--ddim_num_inference_steps", 1)
 ONE_STEP = ("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 1, "--validation_images", 4, *UNMEASURED)
 
 

@@ -52,7 +52,7 @@ def step(pruner: GradientFlowPruner, number: int) -> tuple:
 @pytest.fixture(scope="module")
 def twins() -> tuple[GradientFlowPruner, GradientFlowPruner]:
     """Two pruners of equal models; tests copy the state of the first, or load over that of the second."""
-    return tuple(GradientFlowPruner(build(), config(), SCHEDULER) for _ in range(2))
+    return tuple(GradientFlowPruner(build("fine-units"), config(), SCHEDULER) for _ in range(2))
 
 
 def fresh(pruner: GradientFlowPruner, **options) -> GradientFlowPruner:
@@ -123,11 +123,11 @@ def test_loaded_tensors_are_copies(twins: tuple):
 
 
 def test_masks_set_by_hand_go_on(twins: tuple, tmp_path: Path):
-    """They may leave other channels than the last ranking did, or none at exactly 1."""
+    """They may leave other units than the last ranking did, or none at exactly 1."""
     whole, resumed = fresh(twins[0]), fresh(twins[1])
     for number in range(12):
         step(whole, number)
-    whole.set_masks({"conv_in": torch.full((16,), 0.3), TO_Q: torch.ones(32)})
+    whole.set_masks({"conv_in": torch.full((32,), 0.3), TO_Q: torch.ones(32)})
     resumed.load_state_dict(written(whole.state_dict(), tmp_path))
     assert everything(resumed) == everything(whole)
     assert [step(resumed, number) for number in range(12, 21)] == [step(whole, number) for number in range(12, 21)]
@@ -140,7 +140,7 @@ def test_names_are_as_documented(twins: tuple):
     first = pruner.state_dict()
     assert set(first["tensors"]) == {f"{family}/{name}" for family in ("masks", "kept") for name in names}
     assert first["values"] == {
-        "groups": {group.name: group.num_channels for group in pruner.groups},
+        "groups": {group.name: group.num_units for group in pruner.groups},
         "path": None,
         "history": [],
         "finished": False,
@@ -181,7 +181,7 @@ def test_resuming_after_compaction(twins: tuple, finished: GradientFlowPruner, t
 
 def test_state_without_a_masked_model(finished: GradientFlowPruner, tmp_path: Path):
     """After detach, masks are known still: from a checkpoint, for reports, and for another one; the model stays dense."""
-    pruner = GradientFlowPruner(build(), config(), SCHEDULER)
+    pruner = GradientFlowPruner(build("fine-units"), config(), SCHEDULER)
     masks, dense = pruner.masks, pruner.detach()
     assert {name: mask.tolist() for name, mask in pruner.masks.items()} == {n: m.tolist() for n, m in masks.items()}
     before = run(dense)
@@ -225,15 +225,15 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "a path is missing": (tensor("path_goal/conv_in", lambda t: None), "has no path_goal/conv_in"),
     "one too many": (lambda s: s["tensors"].update(other=torch.ones(1)), "1 tensors too many, such as other"),
     "path is not expected": (value(lambda v: v.update(path=None)), "tensors too many"),
-    "shape": (tensor("masks/conv_in", lambda t: t[:-1]), r"masks/conv_in .* shape \(15,\), not .*\(16,\)"),
+    "shape": (tensor("masks/conv_in", lambda t: t[:-1]), r"masks/conv_in .* shape \(7,\), not .*\(8,\)"),
     "dtype": (tensor("kept/conv_in", lambda t: t.float()), "kept/conv_in .* is torch.float32.* not torch.bool"),
     "NaN": (tensor("masks/conv_in", lambda t: t * float("nan")), "masks/conv_in .* NaN or infinity"),
     "NaN in scores": (tensor("scores/conv_in", lambda t: t / 0), "scores/conv_in .* NaN or infinity"),
     "above one": (tensor("masks/conv_in", lambda t: t * 2), r"masks/conv_in .* outside \[0, 1\]"),
     "below zero": (tensor("path_start/conv_in", lambda t: t - 1.5), r"path_start/conv_in .* outside \[0, 1\]"),
-    "no channel left": (tensor("path_goal/conv_in", lambda t: t * 0), "leaves none of its 16 channels"),
+    "no channel left": (tensor("path_goal/conv_in", lambda t: t * 0), "leaves none of its 32 channels"),
     "kept without a mask": (tensor("kept/conv_in", lambda t: ~t), "kept/conv_in .* does not fit its masks"),
-    "count": (value(lambda v: v["history"][-1].update(kept_channels=3)), "keeps .* channels, its history says 3"),
+    "count": (value(lambda v: v["history"][-1].update(kept_units=3)), "keeps .* units, its history says 3"),
     "no values": (lambda s: s.pop("values"), "incomplete or of another form: KeyError"),
     "no history": (value(lambda v: v.pop("history")), "incomplete or of another form: KeyError"),
     "history of another version": (value(lambda v: v["history"][-1].update(flops=1)), "incomplete or of another form"),
@@ -244,7 +244,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "path of words": (value(lambda v: v.update(path="there")), "path=there"),
     "another group": (value(lambda v: v["groups"].update(other=3)), "only the state has channel group other"),
     "one group less": (value(lambda v: v["groups"].pop("conv_in")), "only the model has channel group conv_in"),
-    "another width": (value(lambda v: v["groups"].update(conv_in=8)), "conv_in has 8 channels there, 16 here"),
+    "another width": (value(lambda v: v["groups"].update(conv_in=4)), "conv_in has 4 units there, 8 here"),
 }
 
 
@@ -264,9 +264,9 @@ def test_damaged_state_is_refused(twins: tuple, damage: str):
 
 
 def test_state_of_another_architecture_is_refused(twins: tuple):
-    """By the name of a group."""
+    """By the first group that differs."""
     other = GradientFlowPruner(build("two-layers"), config(), SCHEDULER)
-    with pytest.raises(ValueError, match="of another model: only the state has channel group"):
+    with pytest.raises(ValueError, match="of another model: conv_in has 0 units there, 8 here"):
         twins[0].load_state_dict(other.state_dict())
 
 

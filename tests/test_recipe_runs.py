@@ -37,7 +37,7 @@ LARGE = {
 SMALL = [
     *("--max_train_steps", "3", "--soft_fraction", "0.34", "--hard_fraction", "0.67", "--train_batch_size", "1"),
     *("--calibration_batches", "1", "--calibration_batch_size", "1", "--validation_images", "1", "--eval_images", "0"),
-    *("--latency_batch_size", "0", "--dataloader_num_workers", "0", "--mixed_precision", "no"),
+    *("--speed_batch_sizes", "0", "--dataloader_num_workers", "0", "--mixed_precision", "no"),
 ]
 CLASSES = {  # names of the labels in the real data sets
     "uoft-cs/cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),

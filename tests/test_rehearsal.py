@@ -15,6 +15,7 @@ from torch import nn
 
 import diffusers_gfprune.evaluation.features as features
 from diffusers_gfprune.evaluation.quality import SamplingSettings
+from diffusers_gfprune.evaluation.speed import parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
@@ -27,7 +28,8 @@ from run_folder import RunFolder  # noqa: E402
 
 SIX_STEPS = [
     *("--dataset_name", str(ROOT / "training/digits"), "--max_train_steps", "6", "--train_batch_size", "8"),
-    *("--calibration_batches", "1", "--validation_images", "8", "--validation_steps", "3", "--latency_batch_size", "1"),
+    *("--calibration_batches", "1", "--validation_images", "8", "--validation_steps", "3"),
+    *("--speed_batch_sizes", "1", "--speed_modes", "eager"),
 ]
 
 
@@ -108,13 +110,32 @@ def test_features_are_tried(tmp_path: Path, no_training: None, monkeypatch: pyte
         run(tmp_path, write(tmp_path / "model", DDPMScheduler()), "--eval_images", 100, "--ddim_num_inference_steps", 2)
 
 
-def test_the_latency_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args, **options):
         raise ValueError("no clock")
 
-    monkeypatch.setattr(rehearsal, "measure_latency", fails)
-    with pytest.raises(ValueError, match="no clock"):
+    monkeypatch.setattr(rehearsal, "measure_speed", fails)
+    with pytest.raises(ValueError, match="speed cannot be measured, --speed_batch_sizes 0 leaves it out: no clock"):
         run(tmp_path, write(tmp_path / "model", DDPMScheduler()), "--eval_images", 0)
+
+
+def test_what_cannot_be_compiled_is_said_and_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a row at the end that says why, without the folders of this machine."""
+
+    def fails(function):
+        raise RuntimeError("no compiler in /opt/secret/bin/g++\nand more")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    settings = parse_settings([1, 16], ["float32", "bfloat16"], ["eager", "compiled"])
+    rows, tried = rehearsal.rehearse_speed(build("base"), settings)
+    assert [(row["dtype"], row["mode"], "error" in row) for row in rows] == [
+        ("float32", "eager", False),
+        ("bfloat16", "eager", False),
+    ]
+    failed = "a compiled function (fails and will not be measured: RuntimeError: no compiler in g++)"
+    assert tried == ["a timed forward", "a timed forward", failed]
+    planned = "batch 1, 16; float32, bfloat16; eager, compiled; contiguous (8 compilations, of half a minute or more each)"
+    assert rehearsal.describe_speed(settings) == f"speed      of both models at the end: {planned}"
 
 
 def test_the_card_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_a_write_that_would_fail_at_the_end_fails_before_training(tmp_path: Path
     arguments = [
         *("--pretrained_model_name_or_path", TEACHER, "--dataset_name", "training/digits", "--output_dir", tmp_path / "run"),
         *("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 1, "--eval_images", 0),
-        *("--validation_images", 8, "--calibration_batches", 1, "--train_batch_size", 8, "--latency_batch_size", 0),
+        *("--validation_images", 8, "--calibration_batches", 1, "--train_batch_size", 8, "--speed_batch_sizes", 0),
     ]
     with files_limited_to(100_000):
         run = run_script("training/prune_ddpm.py", *arguments)

@@ -16,11 +16,11 @@ from torch import Tensor
 from diffusers_gfprune import scoring_mode as module
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.configuration import GFPruneConfig
-from diffusers_gfprune.importance import score_channels
+from diffusers_gfprune.importance import score_units
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.scoring_mode import ieee_float32, scoring_mode
 
-GROUPS = trace_channel_groups(build())
+GROUPS = trace_channel_groups(build("fine-units"))
 SCHEDULER = DDPMScheduler()
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 FORMS = {
@@ -33,7 +33,7 @@ FORMS = {
 def scores(unet: UNet2DModel, images: Tensor = IMAGES, **options) -> dict[str, Tensor]:
     """Scores on one batch."""
     batches = calibration_batches(images, SCHEDULER)
-    return score_channels(unet, GROUPS, batches, SCHEDULER, GFPruneConfig(**options))
+    return score_units(unet, GROUPS, batches, SCHEDULER, GFPruneConfig(**options))
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
@@ -109,7 +109,7 @@ def test_no_tf32_inside_with_the_flags_of_older_torch(training_precision: None, 
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast_does_not_reach_scores(form: str):
     """Neither a surrounding one, nor the one that Accelerate puts around the forward of the model itself."""
-    unet = build()
+    unet = build("fine-units")
     expected = scores(unet, **FORMS[form])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)
@@ -124,7 +124,7 @@ def test_autocast_does_not_reach_scores(form: str):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_scored_in_full_precision(form: str, dtype: torch.dtype):
     """The scores are those of the rounded weights, to float32 rounding; the model is left in half precision."""
-    unet = build().to(dtype)
+    unet = build("fine-units").to(dtype)
     weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
     expected = scores(copy.deepcopy(unet).float(), **FORMS[form])
     assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)
@@ -138,7 +138,7 @@ def test_half_precision_weights_are_scored_in_full_precision(form: str, dtype: t
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_checkpointing_changes_no_score(form: str):
     """A model that is short of memory is ranked as any other."""
-    unet = build()
+    unet = build("fine-units")
     expected = scores(unet, **FORMS[form])
     unet.enable_gradient_checkpointing()
     assert_close(scores(unet, **FORMS[form]), expected)
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_changes_no_score(form: str):
 @pytest.mark.parametrize(("differentiate", "checkpointed"), [(1, True), (2, False)])
 def test_checkpointing_is_off_only_where_it_would_save_nothing(differentiate: int, checkpointed: bool):
     """A graph to be differentiated twice keeps all activations; first derivatives still go without them."""
-    unet = build()
+    unet = build("fine-units")
     unet.enable_gradient_checkpointing()
     with pytest.raises(KeyError, match="on purpose"), scoring_mode(unet, [], differentiate=differentiate):
         assert unet.is_gradient_checkpointing == checkpointed
@@ -160,7 +160,7 @@ def test_checkpointing_is_off_only_where_it_would_save_nothing(differentiate: in
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_format_changes_no_score(form: str):
     """Channels-last weights and images; weights stay so."""
-    unet = build()
+    unet = build("fine-units")
     expected = scores(unet, **FORMS[form])
     unet.to(memory_format=torch.channels_last)
     images = IMAGES.contiguous(memory_format=torch.channels_last)
@@ -171,7 +171,7 @@ def test_memory_format_changes_no_score(form: str):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_compiled_model_is_scored_eagerly(form: str):
     """Compiled graphs have no second derivative."""
-    unet = build()
+    unet = build("fine-units")
     expected = scores(unet, **FORMS[form])
     unet.mid_block.compile(backend="aot_eager")
     sample, steps = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)

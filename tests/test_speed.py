@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from diffusers_gfprune.evaluation import speed
 from diffusers_gfprune.evaluation.speed import SpeedSetting, measure_speed, parse_settings
+from diffusers_gfprune.evaluation.speedup import compare_speeds, describe_speedup, median_interval
 
 EAGER = SpeedSetting(2, "float32")
-FIGURES = {"latency_ms", "samples_per_second", "speedup", "peak_memory_bytes"}
+FIGURES = {"latency_ms", "samples_per_second", "speedup", "speedup_interval", "peak_memory_bytes"}
 LOG: list[str] = []
 
 
@@ -147,12 +148,60 @@ def test_memory_is_counted_alike_whatever_else_is_held(monkeypatch: pytest.Monke
 
 
 def test_speedup_is_the_median_of_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds of 1, 2, 9 s against 1, 4, 3 s: ratios 1, 1/2, 3. The ratio of the medians would be 2/3."""
-    times = iter([1.0, 1.0, 2.0, 4.0, 9.0, 3.0])
+    """Rounds of 1, 2, 9 s against 1, 4, 3 s: ratios 1, 1/2, 3. The ratio of the medians would be 2/3. Twice as many rounds as
+    these have an interval, and the first model has none: it is compared with nothing."""
+    times = iter([1.0, 1.0, 2.0, 4.0, 9.0, 3.0] * 3)
     monkeypatch.setattr(speed, "seconds_of", lambda action, device: next(times))
     first, second = measure_speed({"a": Tiny(), "b": Tiny()}, [SpeedSetting(4, "float32")], repeats=3)
     assert (first["latency_ms"], first["samples_per_second"], first["speedup"]) == (2000, 2, 1)
     assert (second["latency_ms"], second["samples_per_second"], second["speedup"]) == (3000, pytest.approx(4 / 3), 1)
+    assert first["speedup_interval"] is second["speedup_interval"] is None
+    first, second = measure_speed({"a": Tiny(), "b": Tiny()}, [SpeedSetting(4, "float32")], repeats=6)
+    assert first["speedup_interval"] is None and second["speedup_interval"] == (0.5, 3)
+
+
+def test_the_interval_of_a_median_by_hand() -> None:
+    """Of n rounds, in any order; 2 P(B < k) is 2/64 for n = 6, k = 1, and 2 (1 + 10) / 1024 for n = 10, k = 2."""
+    assert median_interval(range(5)) is None
+    assert median_interval([5, 3, 1, 4, 2, 0]) == (0, 5)
+    assert median_interval(range(10)) == (1, 8)
+    assert median_interval(range(20)) == (5, 14)  # 1 - 2 (1 + 20 + 190 + 1140 + 4845 + 15504) / 2^20 = 0.9586
+    assert median_interval(range(10), confidence=0.75) == (2, 7)
+    with pytest.raises(ValueError, match="confidence=1 must be between 0 and 1"):
+        median_interval(range(10), confidence=1)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "interval", "words"),
+    [
+        (1.3249, (1.28, 1.35), "1.32 times as fast (1.28 to 1.35)"),
+        (0.91, (0.88, 0.94), "0.91 times as fast (0.88 to 0.94)"),
+        (1.01, (0.97, 1.04), "no difference (0.97 to 1.04)"),
+        (1.02, (1.004, 1.04), "no difference (1.00 to 1.04)"),  # as it is printed
+        (1.3, None, "1.30 times as fast (too few rounds to say how surely)"),
+    ],
+)
+def test_a_speedup_in_words(speedup: float, interval: tuple | None, words: str) -> None:
+    assert describe_speedup(speedup, interval) == words
+
+
+def test_speeds_side_by_side() -> None:
+    """A line a setting, with what could not be measured in its place; a dtype where there are several."""
+    setting = {"batch_size": 16, "mode": "compiled", "memory_format": "contiguous"}
+    rows = [
+        {"model": "dense", **setting, "dtype": "float32", "latency_ms": 4.0, "speedup": 1.0, "speedup_interval": None},
+        {"model": "pruned", **setting, "dtype": "float32", "latency_ms": 2.0, "speedup": 2.0, "speedup_interval": [1.9, 2.1]},
+        {"model": "dense", **setting, "dtype": "bfloat16", "error": "no compiler"},
+        {"model": "pruned", **setting, "dtype": "bfloat16", "latency_ms": 1.0, "speedup": None, "speedup_interval": None},
+    ]
+    found = [tuple(line.values()) for line in compare_speeds(rows)]
+    assert found == [
+        ("batch 16, compiled, float32", 4.0, 2.0, "2.00 times as fast (1.90 to 2.10)"),
+        ("batch 16, compiled, bfloat16", None, 1.0, "dense not measured: no compiler"),
+    ]
+    assert compare_speeds(rows[:2])[0]["title"] == "batch 16, compiled"
+    with pytest.raises(ValueError):
+        compare_speeds(rows[:3])
 
 
 def test_rounds_are_interleaved() -> None:

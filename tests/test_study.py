@@ -34,7 +34,7 @@ def results_of(name: str, seed: int, ssim: float, macs: int = 50) -> dict:
     pruned = {"macs": macs * 1_000_000, "step_loss": 0.07, "fd_pixels": 0.04, "ssim_to_dense": ssim, "psnr_to_dense": 20.0}
     dense = {"macs": 100_000_000, "step_loss": 0.06, "fd_pixels": 0.03}
     distances = {"fd_pixels": {"title": "FD-pixels", "features": "raw pixels", "reference_images": 10}}
-    ranking = {"step": 0, "revived_channels": 1, "newly_pruned_channels": 4}
+    ranking = {"step": 0, "revived_units": 1, "newly_pruned_units": 4}
     phases = {"soft_end_step": 50, "hard_end_step": 60, "total_steps": 100}
     return {
         **{"setting": name, "dataset": "digits", "seed": seed, "dense": dense, "pruned": pruned, "steps": 100},
@@ -195,7 +195,7 @@ def test_a_teacher_that_is_not_there_is_one_line(
         (study_time, ["--repeats", "0"], "repeats=0 must be at least 1"),
         (study_time, ["--results", "nowhere"], "results=nowhere holds no results: run benchmarks/study.py first"),
         (sensitivity, ["--dataset", "digits", "--halves", "0"], "halves=0 must be at least 1"),
-        (sensitivity, ["--dataset", "digits", "--channels", "1"], "channels=1 must be at least 2"),
+        (sensitivity, ["--dataset", "digits", "--units", "1"], "units=1 must be at least 4"),
     ],
 )
 def test_bad_arguments_are_refused(
@@ -213,7 +213,7 @@ def test_bad_arguments_are_refused(
     ("script", "words", "message"),
     [
         ("study_time.py", ["--repeats", "0"], "repeats=0 must be at least 1"),
-        ("sensitivity.py", ["--dataset", "digits", "--channels", "1"], "channels=1 must be at least 2"),
+        ("sensitivity.py", ["--dataset", "digits", "--units", "1"], "units=1 must be at least 4"),
         ("study_run.py", ["--teacher_cache", "x", "training/train_ddpm.py"], "argument script: invalid"),
     ],
 )
@@ -280,7 +280,7 @@ def test_the_approximation_holds_for_small_changes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(approximation, "REMOVED", approximation.REMOVED[:1])  # shares that are removed together
     output = tmp_path / "approximation.json"
     approximation.main(
-        ["--channels", "3", "--batches", "1", "--output", str(output), "--picture", str(tmp_path / "approximation.png")]
+        ["--units", "3", "--batches", "1", "--output", str(output), "--picture", str(tmp_path / "approximation.png")]
     )
     for found in json.loads(output.read_text())["models"].values():
         assert found["single"]["by_share"]["0.001"]["pearson"] > 0.99
@@ -290,7 +290,7 @@ def test_the_approximation_holds_for_small_changes(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_gradient_flow_tells_how_much_a_group_matters(tmp_path: Path) -> None:
     """What `--ranking sensitivity` rests on: on the digits teacher, over decades; magnitude would be no guide."""
-    words = ["--halves", "1", "--channels", "4", "--results", str(tmp_path), "--picture", str(tmp_path / "sensitivity.png")]
+    words = ["--halves", "1", "--units", "4", "--results", str(tmp_path), "--picture", str(tmp_path / "sensitivity.png")]
     sensitivity.main(["--dataset", "digits", *words, "--calibration_batches", "1"])
     found = json.loads((tmp_path / "digits.json").read_text())
     assert found["groups"] == len(found["damage"]) == 22 and found["damage_decades"] > 2

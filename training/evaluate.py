@@ -202,10 +202,10 @@ def measure(
         for measured, source in zip(figures, samples.sources):
             measured.quality |= quality.distances(samples.features(source))
         figures[0].quality |= samples.similarities()
-    if inputs.models and args.cost.settings():
+    if inputs.models and args.cost.speed_settings():
         # Speed-ups are over the dense model, which therefore comes first
         unets = {name: unet for name, (unet, _) in reversed(inputs.models.items())}
-        for entry in measure_speed(unets, args.cost.settings(), progress="speed"):
+        for entry in measure_speed(unets, args.cost.speed_settings(), progress="speed"):
             figures[list(inputs.models).index(entry.pop("model"))].speed.append(entry)
     return EvaluationResults(
         model=figures[0],

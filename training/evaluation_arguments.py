@@ -11,12 +11,12 @@ from transformers import HfArgumentParser
 
 from diffusers_gfprune.evaluation.quality import SamplingSettings
 from diffusers_gfprune.evaluation.sampling import TIMESTEP_SPACINGS
-from diffusers_gfprune.evaluation.speed import SpeedSetting, parse_settings
+from diffusers_gfprune.evaluation.speed import DTYPES
 from image_data import DataArguments
+from speed_arguments import SpeedArguments
 
 __all__ = ["EvaluateArguments", "parse_evaluate_arguments"]
 
-DTYPES = ("float32", "bfloat16", "float16")
 FEATURES = ("auto", "none", "inception", "efflite0", "dinov2", "pixels")
 DINOV2 = "facebook/dinov2-large"
 # Samples of a model where no number is given: what published figures take
@@ -154,42 +154,17 @@ class SampleArguments:
 
 
 @dataclass
-class CostArguments:
+class CostArguments(SpeedArguments):
     """Step loss and speed."""
 
     _argument_group_name = "cost"
 
     step_loss_timesteps: int = field(default=16, metadata={"help": "Timesteps of the grid of the step loss (>= 1)."})
-    speed_batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 16], metadata={"help": "Batch sizes that speed is measured at (0: it is not measured)."}
-    )
-    speed_dtypes: list[str] = field(
-        default_factory=lambda: ["float32"], metadata={"help": f"Number types of it: {', '.join(DTYPES)}."}
-    )
-    speed_modes: list[str] = field(
-        default_factory=lambda: ["eager"], metadata={"help": "Modes of it: eager, compiled, several if you like."}
-    )
-    speed_memory_formats: list[str] = field(
-        default_factory=lambda: ["contiguous"],
-        metadata={"help": "Memory formats of it: contiguous, channels_last, several if you like."},
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.step_loss_timesteps < 1:
             raise ValueError(f"step_loss_timesteps={self.step_loss_timesteps} must be at least 1")
-        for size in self.speed_batch_sizes:
-            if size < 1 and self.speed_batch_sizes != [0]:
-                raise ValueError(f"speed_batch_sizes={size} must be at least 1, or 0 alone")
-        self.settings()
-
-    def settings(self) -> list[SpeedSetting]:
-        """What speed is measured with."""
-        if self.speed_batch_sizes == [0]:
-            return []
-        try:
-            return parse_settings(self.speed_batch_sizes, self.speed_dtypes, self.speed_modes, self.speed_memory_formats)
-        except ValueError as error:
-            raise ValueError(f"speed_{error}") from error
 
 
 @dataclass
@@ -215,7 +190,7 @@ class EvaluateArguments:
                 raise ValueError(f"images_dir={m.images_dir} needs images and --features to measure anything")
         if s.num_images == 0:
             self._refuse("num_images 0", [s], ("num_images", *(["features"] if s.features == ["none"] else [])))
-        if not self.cost.settings():
+        if not self.cost.speed_settings():
             self._refuse("speed_batch_sizes 0", [self.cost], ("speed_batch_sizes", "step_loss_timesteps"))
         self._refuse_training()
         if s.num_images != 0 and s.features == ["none"] and m.reference_model is None:

@@ -149,7 +149,7 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     if args.model.images_dir is not None:
         folder_images = FolderImages(args.model.images_dir, s.num_images, args.data.resolution)
     config = folder_images.config if folder_images is not None else models["model"][0].config
-    if models and args.cost.settings() and device.type not in ("cpu", "cuda"):
+    if models and args.cost.speed_settings() and device.type not in ("cpu", "cuda"):
         sizes = " ".join(map(str, args.cost.speed_batch_sizes))
         raise ValueError(f"speed_batch_sizes={sizes} must be 0 on {device.type}: speed is measured on a CPU or a CUDA device")
     images, held_out = load_images(_with_null_label(args, config), config)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from diffusers_gfprune.evaluation.speedup import describe_speedup
+
 __all__ = [
     "EvaluationResults",
     "ModelFigures",
@@ -212,7 +214,8 @@ def reference_title(reference: ModelFigures) -> str:
 def comparison_table(results: Sequence[EvaluationResults]) -> str:
     """A Markdown table, a row a model, the common reference model first; `-` where something was not measured.
 
-    Latency is there where all models were timed alike on the same machine.
+    Latency is there where all models were timed alike on the same machine, and how many times as fast as the reference model
+    they are where they were timed beside it.
     """
     rows = [(result.model.name, result.model) for result in results]
     reference = common_reference(results)
@@ -224,7 +227,7 @@ def comparison_table(results: Sequence[EvaluationResults]) -> str:
     distances = results[0].evaluation.get("distances")
     for name, entry in distances.items() if isinstance(distances, dict) else ():
         titles[name] = str(entry.get("title", name)) if isinstance(entry, dict) else name
-    timed = _timed_alike(figures)
+    timed = _timed_alike(figures, speedups=reference is not None)
     unlabelled = ["step loss (null label)"] if any(row.step_loss_null_label is not None for row in figures) else []
     header = [
         "model",
@@ -241,26 +244,33 @@ def comparison_table(results: Sequence[EvaluationResults]) -> str:
         cells = [name, _big(row.parameters), _big(row.macs), _bytes(row.weight_file_bytes)]
         cells += [_figure(row.step_loss), *(_figure(row.step_loss_null_label) for _ in unlabelled)]
         cells += [_figure(row.quality.get(metric)) for metric in metrics]
-        lines.append("| " + " | ".join([*cells, *(_figure(latencies[number]) for latencies in timed.values())]) + " |")
+        lines.append("| " + " | ".join([*cells, *(column[number] for column in timed.values())]) + " |")
     return "\n".join(lines)
 
 
-def _timed_alike(figures: Sequence[ModelFigures]) -> dict[str, list[float]]:
-    """Latencies in ms of all models, by setting; a column's name says no more of a setting than distinguishes it."""
-    found: dict[tuple, list[float]] = {}
+def _timed_alike(figures: Sequence[ModelFigures], speedups: bool) -> dict[str, list[str]]:
+    """Columns of all models' latencies and, if the first is what they were timed beside, speed-ups.
+
+    A column's name says no more of a setting than distinguishes it.
+    """
+    found: dict[tuple, list[dict]] = {}
     for first in figures[0].speed:
         alike = [
             [entry for entry in row.speed if all(entry.get(k) == first.get(k) for k in (*SETTING, *MACHINE))]
             for row in figures
         ]
-        latencies = [entries[0].get("latency_ms") if entries else None for entries in alike]
-        if all(isinstance(latency, NUMBER) for latency in latencies):
-            found[tuple(str(first.get(name)) for name in SETTING)] = latencies
+        timed = [entries[0] if entries else {} for entries in alike]
+        if all(isinstance(entry.get("latency_ms"), NUMBER) for entry in timed):
+            found[tuple(str(first.get(name)) for name in SETTING)] = timed
     varying = [index for index in range(1, len(SETTING)) if len({setting[index] for setting in found}) > 1]
-    return {
-        " ".join([f"latency (ms), batch {setting[0]}", *(setting[index] for index in varying)]): latencies
-        for setting, latencies in found.items()
-    }
+    columns = {}
+    for setting, entries in found.items():
+        title = " ".join([f"batch {setting[0]}", *(setting[index] for index in varying)])
+        columns[f"latency (ms), {title}"] = [_figure(entry["latency_ms"]) for entry in entries]
+        others = [(entry.get("speedup"), entry.get("speedup_interval")) for entry in entries[1:]]
+        if speedups and others and all(None not in other for other in others):
+            columns[f"speed, {title}"] = ["1", *(describe_speedup(*other) for other in others)]
+    return columns
 
 
 def _big(value: int | None) -> str:

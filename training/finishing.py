@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from diffusers_gfprune.evaluation.speedup import compare_speeds
 from diffusers_gfprune.hub import HUB_ERRORS, PushError, prepare_repo, push_checkpoint, reason, update_card
 from plots import plot_pruning, plot_widths, save_sample_grid
 from prune_arguments import Arguments
@@ -78,11 +79,17 @@ def print_results(measured: dict, folder: RunFolder) -> None:
         ("step loss, null label", "step_loss_null_label", "{:.4f}"),
         *((described["title"], name, "{:.3f}") for name, described in measured["evaluation"]["distances"].items()),
         ("SSIM to dense", "ssim_to_dense", "{:.3f}"),
-        ("latency in ms", "latency_ms", "{:.2f}"),
     ]
-    print(f"\n{'':22}{'dense':>14}{'pruned':>14}")
+    print(f"\n{'':24}{'dense':>14}{'pruned':>14}")
+
+    def print_row(title: str, values: list, form: str, words: str = "") -> None:
+        cells = "".join(f"{form.format(value) if value is not None else '-':>14}" for value in values)
+        print(f"{title:24}{cells}  {words}".rstrip())
+
     for title, key, form in rows:
-        values = [{**measured[which], **(measured[which]["latency"] or {})}.get(key) for which in ("dense", "pruned")]
+        values = [measured[which].get(key) for which in ("dense", "pruned")]
         if any(value is not None for value in values):
-            print(f"{title:22}" + "".join(f"{form.format(value) if value is not None else '-':>14}" for value in values))
+            print_row(title, values, form)
+    for line in compare_speeds(measured["speed"]):
+        print_row(f"ms, {line['title']}", [line["first_ms"], line["other_ms"]], "{:.2f}", line["words"])
     print(f"\nsaved: {folder.path}  (DiffusionPipeline.from_pretrained after `import diffusers_gfprune`)")

@@ -89,7 +89,7 @@ def plot_step_loss(path: Path, losses: Mapping[str, Mapping[str, float]]) -> Non
 
 
 def plot_pruning(path: Path, report: dict) -> None:
-    """Schedules, kept and revived channels, and losses over steps, with the phases marked.
+    """Schedules, kept and revived units, and losses over steps, with the phases marked.
 
     Args:
         path: PNG file.
@@ -106,12 +106,12 @@ def plot_pruning(path: Path, report: dict) -> None:
     axes[0, 0].set_title("schedules")
     axes[0, 0].legend()
     update_steps = [update["step"] for update in updates]
-    axes[0, 1].plot(update_steps, [update["kept_channels"] for update in updates], marker=".")
-    axes[0, 1].set_title("kept channels")
-    axes[1, 0].bar(update_steps, [update["revived_channels"] for update in updates], width=max(1, end / 40))
-    axes[1, 0].set_title("channels that came back at a ranking")
+    axes[0, 1].plot(update_steps, [update["kept_units"] for update in updates], marker=".")
+    axes[0, 1].set_title("kept units")
+    axes[1, 0].bar(update_steps, [update["revived_units"] for update in updates], width=max(1, end / 40))
+    axes[1, 0].set_title("units that came back at a ranking")
     axes[1, 1].plot(update_steps, [update["macs"] / 1e6 for update in updates], marker=".")
-    axes[1, 1].set_title("MACs of the kept channels (millions)")
+    axes[1, 1].set_title("MACs of the kept units (millions)")
     axes[2, 0].plot(curves["train_steps"], curves["train_loss"], linewidth=0.8)
     axes[2, 0].set_title("training loss (mean of neighbouring steps)")
     axes[2, 1].plot(curves["validation_steps"], curves["validation_loss"], marker=".")

@@ -21,6 +21,7 @@ from image_data import DataArguments
 from objective import ObjectiveArguments
 from optimization_arguments import CheckpointArguments, PrecisionArguments, TrackingArguments, TrainingArguments
 from recipes import expand_recipe
+from speed_arguments import SpeedArguments
 
 __all__ = ["Arguments", "parse_arguments"]
 
@@ -108,7 +109,7 @@ class PruningArguments(GFPruneConfig):
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(SpeedArguments):
     """What is measured, during the run and at its end."""
 
     _argument_group_name = "evaluation"
@@ -148,11 +149,13 @@ class EvaluationArguments:
         default="leading", metadata={"help": "How DDIM spaces its timesteps.", "choices": list(TIMESTEP_SPACINGS)}
     )
     eval_seed: int = field(default=1234, metadata={"help": "Seed of the samples' noise (>= 0)."})
-    latency_batch_size: int = field(
-        default=16, metadata={"help": "Images in the forwards that latency is measured on (0: not measured)."}
+    speed_modes: list[str] = field(
+        default_factory=lambda: ["eager", "compiled"],
+        metadata={"help": "Modes of it: eager, compiled (half a minute or more for either model and each batch size)."},
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("validation_steps", "eval_batch_size", "ddim_num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -162,7 +165,7 @@ class EvaluationArguments:
             raise ValueError(f"inception_weights={self.inception_weights} needs eval_features=inception")
         if self.eval_steps and not self.eval_images:
             raise ValueError(f"eval_steps={self.eval_steps} needs eval_images, which is 0")
-        for name in ("eval_steps", "eval_images", "eval_seed", "latency_batch_size"):
+        for name in ("eval_steps", "eval_images", "eval_seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 

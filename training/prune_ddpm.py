@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
         for change in sample_quality.changes:
             warn(accelerator, f"warning: {change}")
-        print(f"  {rehearse_run(args, pruner, sample_quality, len(held_out_images), origin, folder)}")
+        for line in rehearse_run(args, pruner, sample_quality, len(held_out_images), origin, folder):
+            print(f"  {line}")
     if args.run.dry_run:
         return
     repo_id = prepared_repository(args) if args.hub.push_to_hub and main_process else None

@@ -1,8 +1,8 @@
 """The end of a run, tried at its start: what would fail after the last step fails before the first, in seconds.
 
 Sampling, features, timing, the card and the files of a run are all needed only at its end. Here each is made once, as small as
-it can be: one step of the sampler from pure noise, features of two images, one timed forward, a card from made-up figures, and
-a file of the size of the weights, which is deleted. `--dry_run` does the same.
+it can be: one step of the sampler from pure noise, features of two images, one timed forward, a compiled function, a card from
+made-up figures, and a file of the size of the weights, which is deleted. `--dry_run` does the same.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from diffusers_gfprune import GradientFlowPruner
-from diffusers_gfprune.evaluation.cost import example_inputs, measure_latency, spatial_size
+from diffusers_gfprune.evaluation.cost import example_inputs, spatial_size
 from diffusers_gfprune.evaluation.eval_mode import evaluating
 from diffusers_gfprune.evaluation.features import FeatureNetwork
 from diffusers_gfprune.evaluation.quality import SamplingSettings, extract_features
 from diffusers_gfprune.evaluation.sampling import make_sampler
+from diffusers_gfprune.evaluation.speed import SpeedSetting, measure_speed, one_line
 from diffusers_gfprune.hub import check_nothing_private
 from diffusers_gfprune.model_card import render_card
 from measuring import SampleQuality
@@ -102,6 +103,59 @@ def rehearse_features(networks: Sequence[FeatureNetwork], shape: tuple[int, int,
             raise ValueError(f"features={network.name} of images of shape {shape} fail: {reason}") from error
 
 
+def rehearse_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[dict], list[str]]:
+    """Time a forward in every number type and memory format, and compile a function if models are to be compiled.
+
+    What fails is no reason not to start: at the end, too, it is a row that says why.
+
+    Args:
+        unet: The dense model, where it is.
+        settings: In which speed is to be measured at the end.
+
+    Returns:
+        Rows as `measure_speed` has them, and what was tried, in words.
+
+    Raises:
+        ValueError: Nothing can be timed on the model's device.
+    """
+    batch_size = _trial_batch(unet, max(setting.batch_size for setting in settings))
+    kinds = dict.fromkeys((setting.dtype, setting.channels_last) for setting in settings)
+    trials = [SpeedSetting(batch_size, dtype, channels_last=channels_last) for dtype, channels_last in kinds]
+    try:
+        rows = measure_speed({"dense": unet}, trials, repeats=1, warmup=1)
+    except ValueError as error:
+        raise ValueError(f"speed cannot be measured, --speed_batch_sizes 0 leaves it out: {error}") from error
+    tried = [f"a timed forward{_failure(row.get('error'))}" for row in rows]
+    if any(setting.compiled for setting in settings):
+        tried.append(f"a compiled function{_failure(_compilation_error(next(unet.parameters()).device))}")
+    return rows, tried
+
+
+def _failure(error: str | None) -> str:
+    return "" if error is None else f" (fails and will not be measured: {error})"
+
+
+def _compilation_error(device: torch.device) -> str | None:
+    """Why nothing can be compiled here, in one line. A whole model would take half a minute."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except (RuntimeError, ImportError) as error:
+        return one_line(error)
+    return None
+
+
+def describe_speed(settings: Sequence[SpeedSetting]) -> str:
+    """What will be timed at the end, in one line of the plan."""
+    lists = [
+        ("batch", dict.fromkeys(str(setting.batch_size) for setting in settings)),
+        *(("", dict.fromkeys(getattr(s, name) for s in settings)) for name in ("dtype", "mode", "memory_format")),
+    ]
+    words = "; ".join(f"{title} {', '.join(values)}".strip() for title, values in lists)
+    compilations = 2 * sum(setting.compiled for setting in settings)
+    pause = f" ({compilations} compilations, of half a minute or more each)" if compilations else ""
+    return f"{'speed':10} of both models at the end: {words}{pause}"
+
+
 def rehearse_run(
     args: Arguments,
     pruner: GradientFlowPruner,
@@ -109,7 +163,7 @@ def rehearse_run(
     num_held_out: int,
     origin: dict,
     folder: RunFolder,
-) -> str:
+) -> list[str]:
     """Try all that a pruning run does at its end.
 
     Args:
@@ -121,7 +175,7 @@ def rehearse_run(
         folder: Of the run.
 
     Returns:
-        What was tried, in one line.
+        What speed will be measured in, if it is, and what was tried, a line each.
 
     Raises:
         ValueError: Something would fail.
@@ -137,16 +191,17 @@ def rehearse_run(
     if sample_quality.network is not None:
         rehearse_features([sample_quality.network], (dense.config.in_channels, *spatial_size(dense)))
         tried.append("features")
-    latency = None
-    if e.latency_batch_size:
-        latency = measure_latency(dense, _trial_batch(dense, e.latency_batch_size), repeats=1, warmup=0)
-        tried.append("a timed forward")
-    rehearse_card(args, pruner, sample_quality, num_held_out, origin, latency)
+    speed, lines, settings = [], [], e.speed_settings()
+    if settings:
+        speed, words = rehearse_speed(dense, settings)
+        tried += words
+        lines.append(describe_speed(settings))
+    rehearse_card(args, pruner, sample_quality, num_held_out, origin, speed)
     dense.to(home)
     size = sum(parameter.numel() * parameter.element_size() for parameter in dense.parameters())
     folder.try_writing(size)
     tried.append(f"a card and a file of {format_size(size)}")
-    return f"{'tried':10} {', '.join(tried)}, in {time.perf_counter() - start:.1f} s"
+    return [*lines, f"{'tried':10} {', '.join(tried)}, in {time.perf_counter() - start:.1f} s"]
 
 
 def rehearse_card(
@@ -155,9 +210,11 @@ def rehearse_card(
     sample_quality: SampleQuality,
     num_held_out: int,
     origin: dict,
-    latency: dict | None,
+    speed: Sequence[dict],
 ) -> None:
     """Render the card of a run from figures that are made up, and look at it as a push would.
+
+    `speed` has rows of the dense model, which stand for the pruned one, too.
 
     Raises:
         ValueError: The card would not be valid, or a push would refuse it.
@@ -166,7 +223,7 @@ def rehearse_card(
     losses = {"step_loss": 1.0}
     if sample_quality.settings.null_label is not None:
         losses["step_loss_null_label"] = 1.0
-    figures = model_figures(dense, losses, latency)
+    figures = model_figures(dense, losses)
     evaluation = describe_evaluation(args, dense, sample_quality.settings, num_held_out)
     if args.evaluation.eval_images:
         figures |= {"ssim_to_dense": 1.0, "psnr_to_dense": 1.0}
@@ -174,7 +231,8 @@ def rehearse_card(
         figures[network.metric] = 1.0
         description = {"title": network.title, "features": network.description, "reference_images": 2}
         evaluation["distances"] = {network.metric: description}
-    results = {"format_version": 0, "dense": figures, "pruned": figures, "evaluation": evaluation}
+    rows = [{**row, "model": name} for row in speed for name in ("dense", "pruned")]
+    results = {"format_version": 0, "dense": figures, "pruned": figures, "speed": rows, "evaluation": evaluation}
     report = pruning_report(args, pruner, Curves(), 1.0, origin)
     card = render_card(results, report, args.hub.hub_model_id or Path(args.run.output_dir).name)
     if args.hub.push_to_hub:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
-from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, measure_latency, spatial_size
+from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, spatial_size
 from diffusers_gfprune.evaluation.quality import SamplingSettings
+from diffusers_gfprune.evaluation.speed import measure_speed
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from estimate import StepEstimate, machine_memory, memory_plan
 from image_splits import DataSummary
@@ -34,7 +35,7 @@ __all__ = [
     "weight_file_bytes",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CURVE_POINTS = 500
 
 
@@ -60,12 +61,15 @@ def describe_plan(
     total = config.total_steps
     lines = [
         f"plan: remove {config.ratio:.1%} of {config.target} by {config.criterion} "
-        f"({len(pruner.groups)} channel groups, ranking: {config.ranking})",
+        f"({len(pruner.groups)} channel groups of {sum(group.num_units for group in pruner.groups)} units, "
+        f"ranking: {config.ranking})",
+        f"  widths in multiples of {pruner.channel_multiple}, where whole units allow",
         "",
-        f"  {'channel group':44}{'dense':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
+        f"  {'channel group':44}{'dense':>7}{'units':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
     ]
     lines += [
-        f"  {group.name:44}{group.num_channels:>7}{int(width):>9}" + (f"   ({group.heads} heads)" if group.heads > 1 else "")
+        f"  {group.name:44}{group.num_channels:>7}{group.num_units:>7}{int(width):>9}"
+        + (f"   ({group.heads} heads)" if group.heads > 1 else "")
         for group, width in zip(pruner.groups, pruner.planned_widths)
     ]
     if not pruner.widths_are_planned:
@@ -141,20 +145,18 @@ def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | 
     return losses
 
 
-def model_figures(unet: nn.Module, step_losses: Mapping[str, float], latency: dict | None) -> dict:
+def model_figures(unet: nn.Module, step_losses: Mapping[str, float]) -> dict:
     """What `results.json` says of a model without samples.
 
     Args:
         unet: The model.
         step_losses: Of `measure_step_losses`.
-        latency: Of `measure_latency`, if it was measured.
     """
     return {
         "parameters": count_parameters(unet),
         "macs": count_macs(unet),
         "weight_file_bytes": weight_file_bytes(unet),
         **step_losses,
-        "latency": latency,
     }
 
 
@@ -195,10 +197,11 @@ def results(
     Returns:
         The content of `results.json`, and the samples of either model in [0, 1], if any were asked for.
     """
-    batch_size = args.evaluation.latency_batch_size
     measured: dict = {"format_version": FORMAT_VERSION}
     for name, unet, losses in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
-        measured[name] = model_figures(unet, losses, measure_latency(unet, batch_size) if batch_size else None)
+        measured[name] = model_figures(unet, losses)
+    settings, models = args.evaluation.speed_settings(), {"dense": dense, "pruned": pruned}
+    measured["speed"] = measure_speed(models, settings, progress="speed") if settings else []
     measured["evaluation"] = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
     if args.evaluation.eval_images == 0:
         return measured, None, None
@@ -256,10 +259,12 @@ def pruning_report(
             {
                 "name": group.name,
                 "dense_channels": group.num_channels,
-                "kept_channels": int(pruner.kept[group.name].sum()),
+                "kept_channels": int(width),
+                "dense_units": group.num_units,
+                "kept_units": int(pruner.kept[group.name].sum()),
                 "heads": group.heads,
             }
-            for group in pruner.groups
+            for group, width in zip(pruner.groups, pruner.kept_channels())
         ],
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,

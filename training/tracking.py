@@ -108,12 +108,15 @@ class Tracking:
 
     def log_ranking(self, state: TrainingState, update: MaskUpdate) -> None:
         """What a ranking did, group by group."""
-        pruned = {name: 1 - kept.float().mean().item() for name, kept in state.pruner.kept.items()}
-        values = {f"pruning/sparsity/{name}": share for name, share in pruned.items()}
+        kept = state.pruner.kept_channels()
+        values = {
+            f"pruning/sparsity/{group.name}": 1 - width / group.num_channels for group, width in zip(state.pruner.groups, kept)
+        }
         values |= {
             "pruning/sparsity": update.sparsity,
+            "pruning/kept_units": update.kept_units,
+            "pruning/revived_units": update.revived_units,
             "pruning/kept_channels": update.kept_channels,
-            "pruning/revived_channels": update.revived_channels,
             "pruning/macs": update.macs,
             "pruning/params": update.params,
         }

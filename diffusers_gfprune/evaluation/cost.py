@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates (MACs), latency.
+"""What a model costs: parameters, multiply-accumulates (MACs); what it takes is in `speed`.
 
 MACs are those of one forward at batch 1: convolutions (output positions x kernel area x input x output channels), linear
 layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels). Norms,
@@ -7,10 +7,7 @@ activations and additions are not counted, as is usual in this field.
 
 from __future__ import annotations
 
-import copy
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -23,7 +20,6 @@ __all__ = [
     "example_inputs",
     "hardware_name",
     "layer_positions",
-    "measure_latency",
     "spatial_size",
     "uses_tf32",
 ]
@@ -145,48 +141,3 @@ def uses_tf32(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
-
-
-@torch.no_grad()
-def measure_latency(
-    unet: nn.Module,
-    batch_size: int = 1,
-    sample_size: int | tuple[int, int] | None = None,
-    repeats: int = 20,
-    warmup: int = 3,
-) -> dict[str, float | int | str]:
-    """Median time of one forward after warm-up.
-
-    Args:
-        unet: The model, where it is and in its dtype; a copy is put into evaluation mode.
-        batch_size: Samples in one forward.
-        sample_size: Height and width in pixels (default: the model's).
-        repeats: Measured forwards (>= 1).
-        warmup: Forwards before that.
-
-    Returns:
-        Milliseconds per forward and samples per second, with the batch size, dtype, device, hardware and number of threads.
-    """
-    height, width = spatial_size(unet, sample_size)
-    parameter = next(unet.parameters())
-    model = copy.deepcopy(unet).eval()
-    inputs = example_inputs(model, height, width, batch_size, parameter.device, parameter.dtype)
-    inputs["sample"].normal_()
-    times = []
-    for index in range(warmup + repeats):
-        start = time.perf_counter()
-        model(**inputs)
-        if parameter.device.type == "cuda":
-            torch.cuda.synchronize()
-        if index >= warmup:
-            times.append(time.perf_counter() - start)
-    median = statistics.median(times)
-    return {
-        "latency_ms": 1000 * median,
-        "samples_per_second": batch_size / median,
-        "batch_size": batch_size,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
-        "hardware": hardware_name(parameter.device),
-        "threads": torch.get_num_threads(),
-    }

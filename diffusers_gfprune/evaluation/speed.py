@@ -5,7 +5,8 @@ t_m(r) the seconds of model m in round r, and n the batch size,
 
     latency = median_r t_m(r)        throughput = n / latency        speed-up = median_r t_first(r) / t_m(r)
 
-The speed-up is a median of ratios, not a ratio of medians: both times of a ratio were taken a moment apart.
+The speed-up is a median of ratios, not a ratio of medians: both times of a ratio were taken a moment apart. How sure it is,
+and what may be said of it, is in `speedup`.
 
 Peak memory is counted, not sampled, and has the same definition everywhere: the bytes of the weights and of the arguments,
 plus the most that one forward, after the warm-up, has allocated at a time on top of what was held when it started. On CUDA
@@ -21,6 +22,7 @@ import contextlib
 import copy
 import itertools
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,8 +33,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cost import example_inputs, hardware_name, spatial_size
+from .speedup import median_interval
 
-__all__ = ["DTYPES", "MEMORY_FORMATS", "MODES", "SpeedSetting", "measure_speed", "parse_settings", "seconds_of"]
+__all__ = ["DTYPES", "MEMORY_FORMATS", "MODES", "SpeedSetting", "measure_speed", "one_line", "parse_settings", "seconds_of"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eager", "compiled")
@@ -115,7 +118,7 @@ def measure_speed(
     settings: Sequence[SpeedSetting],
     *,
     sample_size: int | tuple[int, int] | None = None,
-    repeats: int = 10,
+    repeats: int = 20,
     warmup: int = 3,
     progress: str | None = None,
 ) -> list[dict]:
@@ -139,13 +142,14 @@ def measure_speed(
         - `model`, its name; `batch_size`, `dtype`, `mode` and `memory_format`, the setting; `sample_size`, `[height, width]`;
         - `latency_ms`, the median of one forward; `samples_per_second` at that latency;
         - `speedup`, how many times as fast as the first model (see the module docstring): 1.0 for that one itself, `None` if
-          it failed;
+          it failed; `speedup_interval`, `[low, high]`, the confidence interval of it (see `speedup.median_interval`): `None`
+          for the first model, and where there are too few rounds;
         - `peak_memory_bytes`, weights, buffers, arguments, and the most that one forward allocates (see the module docstring);
           not what the model made in its first forward and cached outside of its buffers;
         - `device`, `"cpu"` or `"cuda"`; `hardware`, the name of it; `threads` of PyTorch on the CPU.
 
         Where the machine cannot do it (no compiler, an operation that lacks the dtype, too little memory), `error` is there
-        instead of the figures: one line that says why.
+        instead of the figures: one line that says why, without folders of this machine.
 
     Raises:
         ValueError: There is no model, no setting, no round or no warm-up; the models' devices differ or are of another kind;
@@ -211,8 +215,7 @@ class _Runner:
         try:
             action()
         except (RuntimeError, ImportError) as error:  # of the device, its allocator, Dynamo, Inductor
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self.error = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+            self.error = one_line(error)
             self.forward = None
 
 
@@ -248,11 +251,13 @@ def _measure_setting(
             row["error"] = runner.error
         else:
             median = statistics.median(runner.seconds)
-            pairs = zip(first.seconds, runner.seconds)
+            # The first model may have failed in a later round
+            ratios = [] if first.error is not None else [a / b for a, b in zip(first.seconds, runner.seconds)]
             row |= {
                 "latency_ms": 1000 * median,
                 "samples_per_second": setting.batch_size / median,
-                "speedup": None if first.error is not None else statistics.median(a / b for a, b in pairs),
+                "speedup": statistics.median(ratios) if ratios else None,
+                "speedup_interval": None if runner is first else median_interval(ratios),
                 "peak_memory_bytes": runner.peak_memory,
             }
         rows.append({**row, "device": device.type, "hardware": hardware_name(device), "threads": torch.get_num_threads()})
@@ -278,6 +283,13 @@ def _prepare(
         runner.forward()
     held = _bytes([*twin.parameters(), *twin.buffers(), *inputs.values()])
     runner.peak_memory = held + _allocated_at_most(runner.forward, device)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says first, of at most 300 characters. Files keep their names and lose their folders: results travel."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", lines[0] if lines else "no message")
+    return f"{type(error).__name__}: {reason}"[:300]
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
