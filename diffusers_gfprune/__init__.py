@@ -6,6 +6,7 @@ the classes here, and runs no code from them.
 
 from .configuration import GFPruneConfig
 from .importance import register_criterion
+from .loading_checks import PackageChecks
 from .pruner import GradientFlowPruner
 from .registration import register
 from .remote.pipeline_prune_ddpm import PruneDDPMPipeline
@@ -21,5 +22,5 @@ __all__ = [
     "register_criterion",
 ]
 
-
+GFPrunedUNet2DModel.checks = PackageChecks()  # before anything is loaded
 register(GFPrunedUNet2DModel, PruneDDPMPipeline)

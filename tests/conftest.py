@@ -14,8 +14,6 @@ from filelock import FileLock  # noqa: E402
 from script_helpers import forget_accelerator  # noqa: E402
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():  # Triton kernels are interpreted; it has to know before it is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

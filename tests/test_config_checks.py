@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import diffusers_gfprune.remote.unet_2d_gfpruned as shipped
-from diffusers_gfprune import GFPrunedUNet2DModel
+from diffusers_gfprune import GFPrunedUNet2DModel, config_checks
+from diffusers_gfprune.weight_checks import check_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = {**BASE, **ARCHITECTURES["one-level"]}
@@ -65,14 +65,14 @@ def test_values_that_depend_on_others() -> None:
 
 def test_every_field_has_a_check() -> None:
     """One that a later Diffusers adds must be plain JSON until somebody decides."""
-    known = {"sample_size", *shipped._INTEGERS, *shipped._NUMBERS, *shipped._CHOICES}
+    known = {"sample_size", *config_checks._INTEGERS, *config_checks._NUMBERS, *config_checks._CHOICES}
     assert sorted(known) == sorted(FIELDS)
     defaults = {name: inspect.signature(UNet2DModel.__init__).parameters[name].default for name in FIELDS}
     for value in (1, 0.5, "word", None, True, [1, "word"]):
-        shipped._check_dense_config({**defaults, "later": value})
+        config_checks.check_arguments({**defaults, "later": value})
     for value in (NAN, [INF], {}, [[1]], [0] * 65):
         with pytest.raises(ValueError, match=r"^later=.* must be a finite number"):
-            shipped._check_dense_config({**defaults, "later": value})
+            config_checks.check_arguments({**defaults, "later": value})
 
 
 JSON = st.recursive(
@@ -80,7 +80,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-WORDS = st.sampled_from([word for choices in shipped._CHOICES.values() for word in choices])
+WORDS = st.sampled_from([word for choices in config_checks._CHOICES.values() for word in choices])
 NEAR = st.integers(-1, 40) | st.floats(-2, 2) | st.floats(1e-12, 1e-3) | WORDS
 VALUES = NEAR | st.lists(st.integers(1, 32) | WORDS, max_size=3) | JSON
 
@@ -171,17 +171,33 @@ def test_weights_that_are_not_finite_in_the_dtype_asked_for_are_refused(tmp_path
 @pytest.mark.parametrize(
     ("dtype", "value"), [(torch.float32, 3e38), (torch.float16, 6e4), (torch.bfloat16, 3e38), (torch.float64, 1e308)]
 )
-def test_large_weights_are_finite_though_their_sum_is_not(dtype: torch.dtype, value: float) -> None:
-    shipped._check_tensors({"x": torch.full((40,), -value, dtype=dtype)}, dtype)
+def test_large_weights_are_finite_though_their_sum_is_not(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+    check({"x": torch.full((40,), -value, dtype=dtype)}, dtype, tmp_path)
     for wrong in (INF, -INF, NAN):
         with pytest.raises(ValueError, match="the weight x holds values that are not finite"):
-            shipped._check_tensors({"x": torch.tensor([value, wrong, value], dtype=dtype)}, dtype)
+            check({"x": torch.tensor([value, wrong, value], dtype=dtype)}, dtype, tmp_path)
 
 
-def test_weights_of_eight_bits_are_read() -> None:
-    shipped._check_tensors({"x": torch.ones(3).to(torch.float8_e4m3fn), "y": torch.zeros(0)}, torch.float32)
+def check(tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
+    save_file(tensors, folder / WEIGHTS)
+    check_weights([folder / WEIGHTS], dtype)
+
+
+@pytest.mark.parametrize("at", [0, 2**15 - 1, 2**18 - 1, 2**18, 300_000 - 1])
+def test_every_value_is_looked_at(at: int, tmp_path: Path) -> None:
+    """Files are read in buffers of 2^18 values, and those in pieces of 2^15 - 1, across the borders of tensors."""
+    values = torch.zeros(300_000)
+    values[at] = NAN
+    with pytest.raises(ValueError, match=f"the weight {'y' if at >= 260_000 else 'x'} holds values that are not finite"):
+        check(
+            {"a": torch.zeros(3, dtype=torch.float64), "x": values[:260_000], "y": values[260_000:]}, torch.float32, tmp_path
+        )
+
+
+def test_weights_of_eight_bits_are_read(tmp_path: Path) -> None:
+    check({"x": torch.ones(3).to(torch.float8_e4m3fn), "y": torch.zeros(0)}, torch.float32, tmp_path)
     with pytest.raises(ValueError, match="the weight x holds"):
-        shipped._check_tensors({"x": torch.tensor([1, NAN]).to(torch.float8_e5m2)}, torch.float32)
+        check({"x": torch.tensor([1, NAN]).to(torch.float8_e5m2)}, torch.float32, tmp_path)
 
 
 @pytest.mark.parametrize(("trained", "message"), [(False, None), (True, r"to_qkv.weight is not that of to_q, to_k and to_v")])

@@ -38,15 +38,8 @@ from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
 
 FEATURES: dict[str, Callable[[nn.Module, Path], object]] = {}
 
-RAGGED = "norms with groups of unequal size are an autograd function of their own; the next issue removes them"
 # Features that work on stock models only, and why. An entry goes when its difference goes.
 ONLY_STOCK = {
-    "compiled with dynamic shapes": RAGGED,
-    "torch.func.grad": RAGGED,
-    "torch.func.vmap": RAGGED,
-    "torch.func.jvp": RAGGED,
-    "forward-mode AD": RAGGED,
-    "torch.jit.trace in training": RAGGED,
     "pickled weights": "pruned models are saved and loaded as safetensors only",
 }
 # Features that work on pruned models only
@@ -56,7 +49,8 @@ ONLY_PRUNED = {
 }
 # Features that take long: tried on one level, by `make test-slow`
 SLOW = (
-    *("compiled", "compiled with dynamic shapes", "torch.export"),
+    *("compiled", "compiled with dynamic shapes", "torch.export", "torch.export with a dynamic batch"),
+    *("torch.onnx.export", "OpenVINO, exported", "OpenVINO, traced"),
     *("offload to disk", "torch.jit.trace", "torch.jit.trace in training"),
 )
 
@@ -359,25 +353,78 @@ def _(model: nn.Module, folder: Path) -> None:
     _compiled(model, 2, 3, dynamic=True)
 
 
+class Plain(nn.Module):
+    """The model as a function of tensors that returns a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.model(sample, timestep, return_dict=False)[0]
+
+
+def exported(model: nn.Module, **options) -> torch.export.ExportedProgram:
+    return torch.export.export(Plain(model), tuple(inputs(model).values()), **options)
+
+
+def dynamic(model: nn.Module) -> torch.export.ExportedProgram:
+    """With a batch of any size."""
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return exported(model, dynamic_shapes={"sample": {0: batch}, "timestep": {0: batch}})
+
+
+def agrees(function: Callable[[Tensor, Tensor], object], model: nn.Module, *batch_sizes: int) -> None:
+    """With the model, on batches of such sizes."""
+    for batch_size in batch_sizes:
+        arguments = inputs(model, batch_size)
+        found = torch.as_tensor(function(*arguments.values()))
+        with torch.no_grad():
+            torch.testing.assert_close(found, forward(model, **arguments), rtol=1e-4, atol=1e-4)
+
+
 @feature("torch.export")
 def _(model: nn.Module, folder: Path) -> None:
-    arguments = inputs(model)
-    program = torch.export.export(model, (arguments["sample"], arguments["timestep"]))
-    found = program.module()(arguments["sample"], arguments["timestep"]).sample
-    torch.testing.assert_close(found, run(model), rtol=1e-4, atol=1e-4)
+    agrees(exported(model).module(), model, 2)
+
+
+@feature("torch.export with a dynamic batch")
+def _(model: nn.Module, folder: Path) -> None:
+    agrees(dynamic(model).module(), model, 1, 2, 5)
+
+
+@feature("torch.onnx.export")
+def _(model: nn.Module, folder: Path) -> None:
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    batch, path = torch.export.Dim("batch", min=1, max=64), folder / "model.onnx"
+    shapes = {"sample": {0: batch}, "timestep": {0: batch}}
+    torch.onnx.export(Plain(model), tuple(inputs(model).values()), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = reference.ReferenceEvaluator(str(path))
+    names = session.input_names
+    agrees(lambda *tensors: session.run(None, dict(zip(names, (x.numpy() for x in tensors))))[0], model, 1, 3)
+
+
+def _openvino(model: nn.Module, source: object, **options) -> None:
+    openvino = pytest.importorskip("openvino")
+    converted = openvino.convert_model(source, **options)
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    agrees(lambda *tensors: compiled([x.numpy() for x in tensors])[0], model, 1, 2, 3)
+
+
+@feature("OpenVINO, exported")
+def _(model: nn.Module, folder: Path) -> None:
+    _openvino(model, dynamic(model))
+
+
+@feature("OpenVINO, traced")
+def _(model: nn.Module, folder: Path) -> None:
+    _openvino(model, Plain(model), example_input=tuple(inputs(model).values()))
 
 
 def _traced(model: nn.Module) -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-            return self.model(sample, timestep, return_dict=False)[0]
-
     arguments = inputs(model)
-    traced = torch.jit.trace(Plain(), (arguments["sample"], arguments["timestep"]))
+    traced = torch.jit.trace(Plain(model), (arguments["sample"], arguments["timestep"]))
     torch.testing.assert_close(traced(arguments["sample"], arguments["timestep"]), forward(model, **arguments))
 
 
@@ -421,7 +468,6 @@ def test_pruned_models_do_what_stock_models_do(name: str, tmp_path: Path, monkey
     architecture = "one-level" if name in SLOW else "base"
     stock, small = build(architecture), copy.deepcopy(pruned(architecture))
     assert type(stock) is UNet2DModel and type(small) is GFPrunedUNet2DModel
-    shipped._norm_tables.cache_clear()  # as in a fresh process
     if name in ONLY_PRUNED:
         with pytest.raises((RuntimeError, ValueError)):
             outcome(name, stock, tmp_path / "stock")
@@ -433,6 +479,13 @@ def test_pruned_models_do_what_stock_models_do(name: str, tmp_path: Path, monkey
             outcome(name, small, tmp_path / "pruned")
     else:
         assert outcome(name, small, tmp_path / "pruned") == wanted
+
+
+@pytest.mark.slow
+def test_a_pruned_program_has_no_more_operations_than_the_dense_one() -> None:
+    """Whatever reads an exported program, runtimes and compilers, has no more to do on the pruned one."""
+    dense, small = ([node.op for node in exported(unet).graph.nodes].count("call_function") for unet in (build(), pruned()))
+    assert 100 < small <= dense
 
 
 def test_what_is_written_about_loading_does_not_warn(tmp_path: Path) -> None:

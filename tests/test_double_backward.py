@@ -8,26 +8,11 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_gfprune.double_backward import LeanDoubleBackward, weighted_group_norm
-from diffusers_gfprune.remote.unet_2d_gfpruned import norm_tables
-from diffusers_gfprune.remote.unet_2d_gfpruned import weighted_group_norm as plain_group_norm
-
-MASKS = {
-    "all ones": [1, 1, 1, 1, 1, 1],
-    "between": [1, 0.5, 0.2, 1, 0.7, 0.3],
-    "some zeros": [1, 0, 0.2, 1, 0, 0],
-    "a group masked whole": [0, 0, 1, 1, 0, 1],
-}
+from diffusers_gfprune.double_backward import LeanDoubleBackward
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def norm_weights(mask: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    membership, _ = norm_tables((2, 1, 3), torch.device("cpu"))
-    weights = membership * torch.tensor(mask)[:, None]
-    return weights / weights.sum(0).clamp_min(1e-30), (2, 1, 3)
 
 
 def lean(function):
@@ -36,27 +21,6 @@ def lean(function):
             return function(*inputs)
 
     return run
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_weighted_group_norm_twice(mask):
-    torch.manual_seed(0)
-    weights, sizes = norm_weights(mask)
-
-    def norm(x, gamma, beta):
-        return weighted_group_norm(x, weights, sizes, gamma, beta, 1e-5)
-
-    inputs = random(2, 6, 3, 2), random(6), random(6)
-    assert gradcheck(norm, inputs)
-    assert gradgradcheck(norm, inputs)
-
-
-def test_weighted_group_norm_is_the_shipped_one():
-    torch.manual_seed(0)
-    weights, sizes = norm_weights(MASKS["between"])
-    x, gamma, beta = random(2, 6, 3, 2), random(6), random(6)
-    ours, theirs = (f(x, weights, sizes, gamma, beta, 1e-5) for f in (weighted_group_norm, plain_group_norm))
-    assert torch.equal(ours, theirs)
 
 
 FUNCTIONS = {
@@ -112,4 +76,4 @@ def test_hessian_vector_product_of_a_unet(architecture):
     with LeanDoubleBackward():
         ours = product()
     for got, wanted in zip(ours, product()):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)  # tables of norms are float32
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)

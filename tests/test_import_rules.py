@@ -19,15 +19,15 @@ OURS = "diffusers_gfprune"
 REMOTE = sorted((PACKAGE / "remote").glob("*.py"))
 # Modules that know nothing else of ours, as the remote files but for one lazy import.
 LEAVES = [
-    *(PACKAGE / f"{name}.py" for name in ("class_labels", "diffusion_process", "distributed", "model_card")),
-    *(PACKAGE / f"{name}.py" for name in ("optimizer_state", "pixel_values", "registration", "schedules")),
+    *(PACKAGE / f"{name}.py" for name in ("class_labels", "config_checks", "diffusion_process", "distributed", "model_card")),
+    *(PACKAGE / f"{name}.py" for name in ("optimizer_state", "pixel_values", "registration", "schedules", "weight_checks")),
     *sorted((PACKAGE / "evaluation").glob("*.py")),
 ]
 # All others, from the bottom to the top: each may import leaves, remote files and those before it.
 LAYERS = [
     *("channel_groups", "cost_model", "budget", "configuration", "double_backward", "masking"),
     *("scoring_mode", "scoring_context", "hessian_product", "natural_flow", "importance"),
-    *("compaction", "pruner_state", "pruner", "diagnostics", "one_shot", "version", "hub", "__init__"),
+    *("compaction", "pruner_state", "pruner", "diagnostics", "one_shot", "version", "hub", "loading_checks", "__init__"),
 ]
 ALL = sorted(PACKAGE.rglob("*.py"))
 
