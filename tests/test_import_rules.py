@@ -25,7 +25,7 @@ LEAVES = [
 ]
 # All others, from the bottom to the top: each may import leaves, remote files and those before it.
 LAYERS = [
-    *("channel_groups", "cost_model", "budget", "configuration", "double_backward", "masking"),
+    *("dependencies", "channel_groups", "cost_model", "budget", "configuration", "double_backward", "masking"),
     *("scoring_mode", "scoring_context", "hessian_product", "natural_flow", "importance"),
     *("compaction", "pruner_state", "pruner", "diagnostics", "one_shot", "version", "hub", "loading_checks", "__init__"),
 ]

@@ -87,7 +87,7 @@ def test_rankings_that_compare_groups(scripted: list[Script]):
         kept[ranking] = {name: int(mask.sum()) for name, mask in pruner.masks.items()}
     assert kept["global"][worthless] in (8, 9)  # the last step of the search may give one channel back
     assert kept["global"][precious] in (31, 32)
-    assert abs(kept["group"][worthless] - kept["group"][precious]) <= 1
+    assert abs(kept["group"][worthless] - kept["group"][precious]) <= 2  # of units of 2 channels
     lost = {name: 32 - kept["sensitivity"][name] for name in (worthless, precious)}
     assert lost[worthless] / lost[precious] == pytest.approx(1e6**0.1, rel=0.25)  # of whole channels
 
