@@ -28,8 +28,9 @@ from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.configuration import GFPruneConfig
 from diffusers_gfprune.cost_model import CostModel
 from diffusers_gfprune.evaluation.layer_times import machine_description
+from diffusers_gfprune.evaluation.speed import SpeedSetting
 from diffusers_gfprune.importance import normalize_scores, score_units
-from diffusers_gfprune.latency_budget import latency_setting, measured_latency_model, model_of_widths
+from diffusers_gfprune.latency_budget import measured_latency_model, model_of_widths
 from diffusers_gfprune.latency_calibration import LATENCY_TOLERANCE, LatencyCheck, LatencyMeter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def measure_case(name: str, batch_size: int, by_magnitude: bool, backend: str, s
     """Ask for a share of the time, then for the same share of the MACs, and measure both."""
     unet = model_named(name)
     groups = trace_channel_groups(unet)
-    setting = latency_setting(batch_size, "float32", backend)
+    setting = SpeedSetting(batch_size, "float32", compiled=backend == "compile")
     multiple = HARDWARE_MULTIPLES[next(unet.parameters()).device.type]
     ladders = [aligned_ladder(group, multiple, MIN_KEEP_RATIO, "head_dim") for group in groups]
     start = time.perf_counter()

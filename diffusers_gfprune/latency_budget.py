@@ -27,25 +27,7 @@ from .latency_calibration import LatencyMeter, TimePair, calibrate
 from .latency_model import LatencyModel
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
-__all__ = ["LATENCY_BACKENDS", "latency_setting", "measured_latency_model", "model_of_widths"]
-
-LATENCY_BACKENDS = ("eager", "compile")
-
-
-def latency_setting(batch_size: int, dtype: str, backend: str) -> SpeedSetting:
-    """How forwards are run, from the options of a budget in time.
-
-    Args:
-        batch_size: Samples in a forward (>= 1).
-        dtype: Of weights and samples, one of `DTYPES` of `evaluation.speed`.
-        backend: One of `LATENCY_BACKENDS`.
-
-    Raises:
-        ValueError: One of them is none of these.
-    """
-    if backend not in LATENCY_BACKENDS:
-        raise ValueError(f"latency_backend={backend} must be one of {', '.join(LATENCY_BACKENDS)}")
-    return SpeedSetting(batch_size, dtype, compiled=backend == "compile")
+__all__ = ["measured_latency_model", "model_of_widths"]
 
 
 def model_of_widths(

@@ -206,10 +206,9 @@ class LatencyCheck:
         return abs(self.pair.share - self.asked) > LATENCY_TOLERANCE
 
     def __str__(self) -> str:
-        how = f"batch {self.setting.batch_size}, {self.setting.dtype}, {self.setting.mode}"
         times = f"{1000 * self.pair.dense_seconds:.3g} -> {1000 * self.pair.seconds:.3g} ms"
         return (
-            f"time of a forward ({how}): asked for {self.asked:.1%} less, predicted {self.predicted:.1%}, "
+            f"time of a forward ({self.setting.describe()}): asked for {self.asked:.1%} less, predicted {self.predicted:.1%}, "
             f"measured {self.pair.share:.1%} +- {self.pair.spread:.1%} ({times})"
         )
 
@@ -219,5 +218,5 @@ class LatencyCheck:
             logger.warning("%s: more than %.0f %% of the dense time off", self, 100 * LATENCY_TOLERANCE)
 
     def to_dict(self) -> dict:
-        """JSON values."""
-        return dataclasses.asdict(self)
+        """JSON values: the attributes, and `words`, the check in one line."""
+        return {**dataclasses.asdict(self), "words": str(self)}

@@ -77,6 +77,13 @@ def describe_plan(
     for name in ("macs", "params", "channels"):
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
+    if pruner.latency is not None:
+        setting, before, after = config.latency_setting(), *(cost.seconds(n) for n in (cost.dense, pruner.planned_widths))
+        models = len(pruner.latency["calibration"])
+        lines.append(
+            f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}) of a forward, "
+            f"{setting.describe()}; {models} models of other widths were measured"
+        )
     lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
@@ -266,6 +273,7 @@ def pruning_report(
             }
             for group, width in zip(pruner.groups, pruner.kept_channels())
         ],
+        "latency_calibration": None if pruner.latency is None else pruner.latency["calibration"],
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,
         "curves": {**_schedule_curves(pruner), **dataclasses.asdict(curves)},

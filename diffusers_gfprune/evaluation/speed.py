@@ -87,6 +87,10 @@ class SpeedSetting:
         """One of `MODES`."""
         return MODES[self.compiled]
 
+    def describe(self) -> str:
+        """Batch size, dtype and mode in words: `batch 16, float32, eager`."""
+        return f"batch {self.batch_size}, {self.dtype}, {self.mode}"
+
     @property
     def memory_format(self) -> str:
         """One of `MEMORY_FORMATS`."""
