@@ -3,34 +3,29 @@
     python benchmarks/latency_budget.py           everything, into benchmarks/results/latency_budget.json (about half an hour)
     python benchmarks/latency_budget.py --table   Markdown of what is there
 
-Every case is a model and a batch size. Widths are planned as a run does with ranking by group: the same share of every group,
-as far as ladders go; in the case `digits-magnitude`, scores choose them. The measured share is a median over interleaved rounds
-of the dense and the pruned model, with its standard error. Where 40 % cannot be removed, because even the narrowest model takes
-longer, the case asks for two thirds of what can, and says so.
+Every case is a model and a batch size. The pruner plans the same share of every group, as far as ladders go (ranking by
+group); in the case `digits-magnitude-16`, magnitudes choose the widths (global ranking). The measured share is a median over
+interleaved rounds of the dense and the pruned model, with its standard error. Where 40 % cannot be removed, because even the
+narrowest model takes longer, the case asks for two thirds of what can, and says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
+import re
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from cost import build
 from diffusers import UNet2DModel
 
-from diffusers_gfprune.budget import allocate_global, allocate_per_group, aligned_ladder, HARDWARE_MULTIPLES
-from diffusers_gfprune.channel_groups import trace_channel_groups
-from diffusers_gfprune.configuration import GFPruneConfig
-from diffusers_gfprune.cost_model import CostModel
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.evaluation.layer_times import machine_description
-from diffusers_gfprune.evaluation.speed import SpeedSetting
-from diffusers_gfprune.importance import normalize_scores, score_units
-from diffusers_gfprune.latency_budget import measured_latency_model, model_of_widths
 from diffusers_gfprune.latency_calibration import LATENCY_TOLERANCE, LatencyCheck, LatencyMeter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +39,6 @@ DEEP = {
     "norm_num_groups": 8,
 }
 RATIO = 0.4
-MIN_KEEP_RATIO = 0.1
 # model, batch size, whether magnitudes choose widths
 CASES = {
     "digits-1": ("digits", 1, False),
@@ -63,60 +57,62 @@ def model_named(name: str) -> UNet2DModel:
     return (UNet2DModel(**DEEP) if name == "deep" else build(name)).eval()
 
 
-def measure_case(name: str, batch_size: int, by_magnitude: bool, backend: str, seconds: float) -> dict:
+def make_pruner(unet: UNet2DModel, case: tuple[str, int, bool], backend: str, target: str, ratio: float, cache_dir: Path):
+    """A pruner that has pruned a copy of the model, in one shot."""
+    _, batch_size, by_magnitude = case
+    config = GFPruneConfig.from_preset(
+        "one-shot",
+        total_steps=1,
+        criterion="magnitude",
+        ranking="global" if by_magnitude else "group",
+        target=target,
+        ratio=ratio,
+        latency_batch_size=batch_size,
+        latency_backend=backend,
+    )
+    pruner = GradientFlowPruner(copy.deepcopy(unet), config, latency_cache_dir=cache_dir)
+    pruner.step(0, [])
+    return pruner
+
+
+def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
     """Ask for a share of the time, then for the same share of the MACs, and measure both."""
-    unet = model_named(name)
-    groups = trace_channel_groups(unet)
-    setting = SpeedSetting(batch_size, "float32", compiled=backend == "compile")
-    multiple = HARDWARE_MULTIPLES[next(unet.parameters()).device.type]
-    ladders = [aligned_ladder(group, multiple, MIN_KEEP_RATIO, "head_dim") for group in groups]
-    start = time.perf_counter()
+    unet, ratio, most = model_named(case[0]), RATIO, None
     with tempfile.TemporaryDirectory() as folder:
-        model, found = measured_latency_model(
-            unet, groups, RATIO, setting, lambda cost: ladders, cache_dir=Path(folder), seconds=seconds, progress=name
-        )
-    planning_seconds = time.perf_counter() - start
-    cost = CostModel(unet, groups, seconds=model.seconds)
-    most = found["calibration"][0]["measured"]
-    ratio = RATIO if most > RATIO else round(most * 2 / 3, 2)
-    rows = {}
-    with LatencyMeter(unet, setting, seconds=2 * seconds) as meter:
-        for target in ("latency", "macs"):
-            kept = widths(unet, groups, cost, target, ratio, ladders, by_magnitude)
-            pair = meter.measure(model_of_widths(unet, groups, kept))
-            check = LatencyCheck(setting, ratio, model.removed(kept), pair)
-            print(f"{name}, {target}: {check}; {cost.removed('macs', kept):.1%} fewer MACs")
-            rows[target] = {**check.to_dict(), "macs_removed": cost.removed("macs", kept)}
-    return {
-        "most": most,
-        "planning_seconds": planning_seconds,
-        "calibration": found["calibration"],
-        "shares": model.shares_by_kind,
-        **rows,
-    }
-
-
-def widths(unet: UNet2DModel, groups, cost: CostModel, target: str, ratio: float, ladders, by_magnitude: bool) -> np.ndarray:
-    """The widths of a budget, by planned shares or by magnitude."""
-    if not by_magnitude:
-        return allocate_per_group(cost, target, ratio, ladders)
-    config = GFPruneConfig.from_preset("one-shot", total_steps=1, criterion="magnitude", ranking="global")
-    scores = normalize_scores(score_units(unet, groups, [], None, config), config.normalization)
-    return allocate_global(cost, target, ratio, ladders, [scores[group.name] for group in groups])
+        start = time.perf_counter()
+        try:
+            timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
+        except ValueError as error:
+            most = float(re.search(r"at most ([\d.]+) can", str(error))[1])
+            ratio = round(most * 2 / 3, 2)
+            timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
+        planning_seconds = time.perf_counter() - start
+    counted = make_pruner(unet, case, backend, "macs", ratio, None)
+    found = {"most": most, "planning_seconds": planning_seconds, "calibration": timed.latency["calibration"]}
+    for target, pruner in (("latency", timed), ("macs", counted)):
+        with LatencyMeter(unet, timed.config.latency_setting()) as meter:
+            pair = meter.measure(pruner.compact())
+        kept = pruner.kept_channels()
+        check = LatencyCheck(timed.config.latency_setting(), ratio, timed.cost.removed("latency", kept), pair)
+        print(f"{case[0]}, target={target}: {check}; {timed.cost.removed('macs', kept):.1%} of the MACs", flush=True)
+        found[target] = {**check.to_dict(), "macs_removed": timed.cost.removed("macs", kept)}
+    return found
 
 
 def table(found: dict) -> str:
     """Markdown: a line for each case."""
     lines = [
-        "| case | asked | measured | with as many MACs fewer instead | most that can be removed | table and calibration |",
+        "| model and batch | asked | measured | MACs then | `--target macs` at the same ratio | table and calibration |",
         "|---|---|---|---|---|---|",
     ]
     for name, case in found["cases"].items():
-        cells = [f"{100 * case[target]['pair']['share']:.1f} ± {100 * case[target]['pair']['spread']:.1f} %" for target in ("latency", "macs")]
-        off = abs(case["latency"]["pair"]["share"] - case["latency"]["asked"])
-        cells[0] += "" if off <= LATENCY_TOLERANCE else " (missed)"
-        asked, most = f"{100 * case['latency']['asked']:.0f} %", f"{100 * case['most']:.0f} %"
-        lines.append(f"| {name} | {asked} | {cells[0]} | {cells[1]} | {most} | {case['planning_seconds']:.0f} s |")
+        shares = {target: case[target]["pair"] for target in ("latency", "macs")}
+        cells = {target: f"{pair['share']:.1%} ± {pair['spread']:.1%}" for target, pair in shares.items()}
+        if abs(shares["latency"]["share"] - case["latency"]["asked"]) > LATENCY_TOLERANCE:
+            cells["latency"] += " (missed)"
+        asked = f"{case['latency']['asked']:.0%}" + (f" (of {case['most']:.0%} at most)" if case["most"] else "")
+        macs, seconds = f"-{case['latency']['macs_removed']:.0%}", f"{case['planning_seconds']:.0f} s"
+        lines.append(f"| {name} | {asked} | {cells['latency']} | {macs} | {cells['macs']} | {seconds} |")
     return "\n".join(lines)
 
 
@@ -125,7 +121,6 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--backend", choices=["eager", "compile"], default="eager")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="that a pair of models is timed for, about")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/latency_budget.json")
     parser.add_argument("--table", action="store_true", help="print the table of an existing file and stop")
     args = parser.parse_args()
@@ -140,7 +135,7 @@ def main() -> None:
     found = found if found.get("machine") == machine else {"machine": machine, "cases": {}}
     for name in args.cases:
         suffix = "" if args.backend == "eager" else f"-{args.backend}"
-        found["cases"][name + suffix] = measure_case(*CASES[name], args.backend, args.seconds)
+        found["cases"][name + suffix] = measure_case(CASES[name], args.backend)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(found, indent=2) + "\n")
     print(table(found))

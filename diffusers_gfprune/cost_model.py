@@ -20,9 +20,10 @@ from torch import nn
 from .channel_groups import ChannelGroup
 from .evaluation.cost import layer_positions
 
-__all__ = ["TARGETS", "CostModel", "group_shares"]
+__all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "group_shares"]
 
-TARGETS = ("macs", "params", "channels", "latency")
+COUNTED_TARGETS = ("macs", "params", "channels")  # the others are measured
+TARGETS = (*COUNTED_TARGETS, "latency")
 LATENCY_STEP = 32  # channels
 
 

@@ -1,4 +1,4 @@
-"""A budget in time that holds: predictions are corrected by measured models, and the result is measured against what was asked.
+"""A budget in time that holds: measured models correct the predictions, and the result is measured, too.
 
 A table of layer times predicts which widths save time; what a whole model loses is up to a few percent more or less, and up to
 much more where a compiler joins layers. So models of planned widths are built and timed in turn with the dense one:
@@ -11,8 +11,8 @@ The measured share of a pair of models is a median over rounds, in each of which
 
     share = median_r (1 - t_small(r) / t_dense(r))        spread = 1.25 sigma / sqrt(rounds)
 
-with sigma from the quartiles of the rounds, which a few rounds of other load on the machine do not move. Rounds go on until the
-spread is small enough, or the time is up.
+with sigma from the quartiles of the rounds, which a few rounds of other load on the machine do not move. Rounds go on until
+the spread is small enough, or the time is up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np

@@ -29,7 +29,10 @@ from .evaluation.layer_workloads import AttentionProducts, Convolution, LayerCal
 
 __all__ = ["Correction", "LatencyModel", "plan_grids"]
 
-BLOCKS = {"cpu": 16, "cuda": 8}  # channels that a convolution computes together; a row of 33 takes as long as one of 48 on a CPU
+BLOCKS = {
+    "cpu": 16,
+    "cuda": 8,
+}  # channels that a convolution computes together; a row of 33 takes as long as one of 48 on a CPU
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the largest width, where a layer is timed
 SAME = 0.02  # predictions that are this close are of one model, as far as a correction is concerned
 
@@ -159,7 +162,9 @@ class LatencyModel:
         for call, grid in zip(calls, grid_of):
             row_in = shares.get((call.module, 1), nothing) if call.workload.two_sided else nothing
             row_out = shares.get((call.module, 0), nothing)
-            row = rows.setdefault((grid, call.wide_in, call.wide_out, row_in.tobytes(), row_out.tobytes()), [row_in, row_out, 0])
+            row = rows.setdefault(
+                (grid, call.wide_in, call.wide_out, row_in.tobytes(), row_out.tobytes()), [row_in, row_out, 0]
+            )
             row[2] += 1
             if isinstance(call.workload, Convolution):
                 self._volume += call.positions * row_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ INPUTS = Inputs(1, torch.device("cpu"), torch.float32)
 class Machine:
     """A clock that calls move on, by their seconds times the load of the moment."""
 
-    def __init__(self, load=itertools.repeat(1.0)) -> None:
-        self.now, self.load = 0.0, iter(load)
+    def __init__(self, load: Iterator[float]) -> None:
+        self.now, self.load = 0.0, load
 
     def call(self, seconds: float):
         def run() -> None:

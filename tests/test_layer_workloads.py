@@ -32,7 +32,9 @@ def macs(call: LayerCall) -> int:
     return 2 * work.tokens**2 * call.wide_out if isinstance(work, AttentionProducts) else 0
 
 
-@pytest.mark.parametrize("name", ["base", "scale-shift", "non-square", "class-embedding", "three-levels", "asymmetric-padding"])
+@pytest.mark.parametrize(
+    "name", ["base", "scale-shift", "non-square", "class-embedding", "three-levels", "asymmetric-padding"]
+)
 def test_no_layer_is_missing(name: str) -> None:
     """The calls have all MACs of the model, all of its norms, and a SiLU behind every norm outside of attention."""
     unet = build(name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune.cost_model import COUNTED_TARGETS
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, spatial_size
 from diffusers_gfprune.evaluation.quality import SamplingSettings
 from diffusers_gfprune.evaluation.speed import measure_speed
@@ -74,15 +75,15 @@ def describe_plan(
     ]
     if not pruner.widths_are_planned:
         lines.append(f"  (ranking={config.ranking} will choose other widths, by scores, at the same {config.target})")
-    for name in ("macs", "params", "channels"):
+    for name in COUNTED_TARGETS:
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
     if pruner.latency is not None:
         setting, before, after = config.latency_setting(), *(cost.seconds(n) for n in (cost.dense, pruner.planned_widths))
         models = len(pruner.latency["calibration"])
         lines.append(
-            f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}) of a forward, "
-            f"{setting.describe()}; {models} models of other widths were measured"
+            f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}; a forward, "
+            f"{setting.describe()}, by the times of its layers and of {models} models of other widths)"
         )
     lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)

@@ -7,9 +7,9 @@ points is timed once; with t_w(i, o; r) the time from i to o channels and (I, O)
     share_w(i, o)  =  t_w(i, o) / sum_l t_w(l)(in_l, out_l)  x  median_s L(s) / T(s)
 
 where l are the layer calls of the dense forward, T(s) is the time of that forward in round s, and L(s) of all its layers, one
-after another. Ratios of times taken a moment apart meet the same load of the machine on both sides; but a short call that
-nothing interrupts must not be set against a long one, which something always does, so that L and T set the scale. One call at a
-time also finds weights where a forward finds them, outside of the cache if the model is large.
+after another. Ratios of times taken a moment apart meet the same load of the machine on both sides; but a short call, which
+nothing interrupts, must not be set against a long one, which something always does, so that L and T set the scale. One call at
+a time also finds weights where a forward finds them, outside of the cache if the model is large.
 """
 
 from __future__ import annotations

@@ -190,7 +190,9 @@ def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0] if inputs else None
             if isinstance(module, nn.Conv2d):
-                work = Convolution(tuple(x.shape[2:]), module.kernel_size, module.stride, module.padding, module.bias is not None)
+                work = Convolution(
+                    tuple(x.shape[2:]), module.kernel_size, module.stride, module.padding, module.bias is not None
+                )
                 calls.append(LayerCall(name, work, module.in_channels, module.out_channels, output[0, 0].numel()))
             elif isinstance(module, nn.Linear):
                 tokens = x.shape[1] if x.ndim == 3 else 0
