@@ -94,7 +94,7 @@ def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
             pair = meter.measure(pruner.compact())
         kept = pruner.kept_channels()
         check = LatencyCheck(timed.config.latency_setting(), ratio, timed.cost.removed("latency", kept), pair)
-        print(f"{case[0]}, target={target}: {check}; {timed.cost.removed('macs', kept):.1%} of the MACs", flush=True)
+        print(f"{case[0]}, target={target}: {check}; {timed.cost.removed('macs', kept):.1%} fewer MACs", flush=True)
         found[target] = {**check.to_dict(), "macs_removed": timed.cost.removed("macs", kept)}
     return found
 

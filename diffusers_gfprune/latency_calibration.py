@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 LATENCY_TOLERANCE = 0.05  # share of the dense time that a pruned model may be off, before the user is warned
 CLOSE_ENOUGH = 0.01  # the same, before widths are planned anew
-MODELS = 3  # of planned widths that are measured at most
+MODELS = 4  # of planned widths that are measured at most
 ROUNDS = (5, 3000)  # at least, at most
 SPREAD = 0.004  # of a measured share, at which no more rounds are needed
 
@@ -166,21 +166,27 @@ def calibrate(
     """
     found = []
 
-    def learn(kept: np.ndarray, explain: bool) -> TimePair:
-        before, pair = model.removed(kept), measure(kept)
-        if explain:
-            model.correction = replace(model.correction, constant=model.explain(kept, pair.share))
-        pairs = (*model.correction.pairs, (model.predicted(kept), pair.share))
-        model.correction = replace(model.correction, pairs=pairs, dense_seconds=pair.dense_seconds)
-        found.append({"predicted": before, "measured": pair.share, "spread": pair.spread, "rounds": pair.rounds})
+    def measured(kept: np.ndarray) -> TimePair:
+        pair = measure(kept)
+        found.append({"predicted": model.removed(kept), "measured": pair.share, "spread": pair.spread, "rounds": pair.rounds})
+        model.correction = replace(model.correction, dense_seconds=pair.dense_seconds)
         return pair
 
-    if learn(narrowest, True).share <= ratio:
+    def learn(kept: np.ndarray, pair: TimePair) -> None:
+        pairs = (*model.correction.pairs, (model.predicted(kept), pair.share))
+        model.correction = replace(model.correction, pairs=pairs)
+
+    pair = measured(narrowest)
+    model.correction = replace(model.correction, constant=model.explain(narrowest, pair.share))
+    learn(narrowest, pair)
+    if pair.share <= ratio:
         return found  # out of reach: the budget says so
     for _ in range(MODELS):
-        pair = learn(plan(), False)
+        kept = plan()
+        pair = measured(kept)
         if abs(pair.share - ratio) <= max(CLOSE_ENOUGH, 2 * pair.spread):
-            break
+            break  # and nothing is learnt, so that these widths stay the ones that are planned
+        learn(kept, pair)
     return found
 
 

@@ -54,7 +54,7 @@ def test_what_is_asked_for_is_measured_in_the_end(truth) -> None:
     """Whatever the shape of the error, if less time comes of less width."""
     model, found = run(truth, 0.4)
     assert truth(1 - model.plan(0.4)[0] / 100) == pytest.approx(0.4, abs=0.015)
-    assert len(found) <= 4
+    assert len(found) <= 5
     assert model.correction.dense_seconds == 2.0 and model.correction.constant == 0.5
     assert found[0]["measured"] == truth(0.9)
 
