@@ -83,7 +83,10 @@ def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
         try:
             timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
         except ValueError as error:
-            most = float(re.search(r"at most ([\d.]+) can", str(error))[1])
+            said = re.search(r"at most ([\d.]+) can", str(error))
+            if said is None:
+                raise
+            most = float(said[1])
             ratio = round(most * 2 / 3, 2)
             timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
         planning_seconds = time.perf_counter() - start
