@@ -39,6 +39,7 @@ DEEP = {
     "norm_num_groups": 8,
 }
 RATIO = 0.4
+CHECK_SECONDS = 60.0  # that a result is measured for, beyond a few rounds, if other load on the machine makes it spread
 # model, batch size, whether magnitudes choose widths
 CASES = {
     "digits-1": ("digits", 1, False),
@@ -93,7 +94,7 @@ def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
     counted = make_pruner(unet, case, backend, "macs", ratio, None)
     found = {"most": most, "planning_seconds": planning_seconds, "calibration": timed.latency["calibration"]}
     for target, pruner in (("latency", timed), ("macs", counted)):
-        with LatencyMeter(unet, timed.config.latency_setting()) as meter:
+        with LatencyMeter(unet, timed.config.latency_setting(), seconds=CHECK_SECONDS) as meter:
             pair = meter.measure(pruner.compact())
         kept = pruner.kept_channels()
         check = LatencyCheck(timed.config.latency_setting(), ratio, timed.cost.removed("latency", kept), pair)

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 LATENCY_TOLERANCE = 0.05  # share of the dense time that a pruned model may be off, before the user is warned
 CLOSE_ENOUGH = 0.01  # the same, before widths are planned anew
 MODELS = 4  # of planned widths that are measured at most
-ROUNDS = (5, 3000)  # at least, at most
+ROUNDS = (7, 3000)  # at least, at most
 SPREAD = 0.004  # of a measured share, at which no more rounds are needed
 
 
