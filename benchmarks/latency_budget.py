@@ -6,7 +6,7 @@
 Every case is a model and a batch size. The pruner plans the same share of every group, as far as ladders go (ranking by
 group); in the case `digits-magnitude-16`, magnitudes choose the widths (global ranking). The measured share is a median over
 interleaved rounds of the dense and the pruned model, with its standard error. Where 40 % cannot be removed, because even the
-narrowest model takes longer, the case asks for two thirds of what can, and says so.
+narrowest model takes longer, the case asks for half of what can, and says so.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
             if said is None:
                 raise
             most = float(said[1])
-            ratio = round(most * 2 / 3, 2)
+            ratio = round(most / 2, 2)
             timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
         planning_seconds = time.perf_counter() - start
     counted = make_pruner(unet, case, backend, "macs", ratio, None)
