@@ -112,6 +112,7 @@ def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequenc
         raise ValueError(
             f"ratio={ratio:g} of {target} cannot be removed: at most {most:.3f} can, with the floor and channel multiple "
             f"asked for (min_keep_ratio, channel_multiple), and norm groups that go as a whole"
+            + ("; a larger latency_batch_size has less time that no width changes" if target == "latency" else "")
         )
 
 

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 
 from .budget import ATTENTION_UNITS
 from .cost_model import TARGETS
+from .evaluation.speed import DTYPES, SpeedSetting
 from .schedules import SCHEDULES, PruningSchedule
 
 __all__ = ["PRESETS", "GFPruneConfig"]
 
 DEVICES = ("auto", "cpu", "cuda")
+LATENCY_BACKENDS = ("eager", "compile")
 HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("dense", "masked")
 SCORE_SLICES = ("all", "output", "weight")
@@ -73,6 +75,15 @@ class GFPruneConfig:
     )
     min_keep_ratio: float = field(default=0.1, metadata={"help": "Share of each group that is always kept, in [0, 1)."})
     attention_unit: str = _choice("head_dim", ATTENTION_UNITS, "Shrink all heads alike, or remove whole heads.")
+    latency_batch_size: int = field(
+        default=1,
+        metadata={
+            "help": "target=latency: samples in the forward whose time is reduced (>= 1). A large batch gains more from few "
+            "channels than a single sample, whose time is partly that of launching operations."
+        },
+    )
+    latency_dtype: str = _choice("float32", DTYPES, "target=latency: dtype of its weights and samples.")
+    latency_backend: str = _choice("eager", LATENCY_BACKENDS, "target=latency: as it is, or compiled by torch.compile.")
 
     # criterion
     criterion: str = field(
@@ -159,6 +170,8 @@ class GFPruneConfig:
             ("target", TARGETS),
             ("target_device", DEVICES),
             ("attention_unit", ATTENTION_UNITS),
+            ("latency_dtype", DTYPES),
+            ("latency_backend", LATENCY_BACKENDS),
             ("flow_metric", FLOW_METRICS),
             ("hvp", HVP_METHODS),
             ("hessian_batches", HESSIAN_BATCHES),
@@ -178,6 +191,8 @@ class GFPruneConfig:
             if not str(self.channel_multiple).isdecimal() or int(self.channel_multiple) < 1:
                 raise ValueError(f"channel_multiple={self.channel_multiple} must be auto or a number, at least 1")
             self.channel_multiple = int(self.channel_multiple)
+        if self.latency_batch_size < 1:
+            raise ValueError(f"latency_batch_size={self.latency_batch_size} must be at least 1")
         for name in ("min_keep_ratio", "score_decay", "diff_pruning_threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -205,6 +220,10 @@ class GFPruneConfig:
     def takes_hessian(self) -> bool:
         """Whether scores take products with the Hessian."""
         return self.criterion == "gradient-flow" and self.flow_metric == "weights"
+
+    def latency_setting(self) -> SpeedSetting:
+        """How the forward is run whose time `target="latency"` reduces."""
+        return SpeedSetting(self.latency_batch_size, self.latency_dtype, compiled=self.latency_backend == "compile")
 
     def schedule(self) -> PruningSchedule:
         """The schedule in steps."""

@@ -6,12 +6,12 @@ With n the vector of kept channels, every width is linear in n, and every cost a
     MACs(n)  = sum_l positions_l area_l in_l out_l  +  sum_attentions 2 tokens^2 inner(n)
     params(n) = sum_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms channels(n)
 
-so that a candidate costs microseconds, and budgets can be searched.
+so that a candidate costs microseconds, and budgets can be searched. Seconds are no such sum: they come from a `LatencyModel`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from diffusers.models.attention_processor import Attention
@@ -20,9 +20,29 @@ from torch import nn
 from .channel_groups import ChannelGroup
 from .evaluation.cost import layer_positions
 
-__all__ = ["TARGETS", "CostModel"]
+__all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "group_shares"]
 
-TARGETS = ("macs", "params", "channels")
+COUNTED_TARGETS = ("macs", "params", "channels")  # the others are measured
+TARGETS = (*COUNTED_TARGETS, "latency")
+LATENCY_STEP = 32  # channels
+
+
+def group_shares(groups: Sequence[ChannelGroup]) -> dict[tuple[str, int], np.ndarray]:
+    """How often the channels of each group lie along a dimension of a weight: rows of A and B of the module docstring.
+
+    Args:
+        groups: The channel groups of a model.
+
+    Returns:
+        By module name and dimension of its weight (0 or 1), an array of shape `(groups,)`; dimensions that no group has part
+        in have none.
+    """
+    shares: dict[tuple[str, int], np.ndarray] = {}
+    for index, group in enumerate(groups):
+        for piece in group.slices:
+            if piece.parameter == "weight":
+                shares.setdefault((piece.module, piece.dim), np.zeros(len(groups)))[index] += 1
+    return shares
 
 
 class CostModel:
@@ -32,25 +52,27 @@ class CostModel:
         unet: The dense (or masked) model; only shapes are read.
         groups: Its channel groups.
         sample_size: Height and width that MACs are counted for (default: the model's).
+        seconds: Time of a forward as a function of kept channels, an array of shape `(groups,)`, such as
+            `LatencyModel.seconds`: what the target `"latency"` is.
     """
 
     def __init__(
-        self, unet: nn.Module, groups: Sequence[ChannelGroup], sample_size: int | tuple[int, int] | None = None
+        self,
+        unet: nn.Module,
+        groups: Sequence[ChannelGroup],
+        sample_size: int | tuple[int, int] | None = None,
+        seconds: Callable[[np.ndarray], float] | None = None,
     ) -> None:
         self.groups = list(groups)
+        self.seconds = seconds
         self.dense = np.array([group.num_channels for group in groups], dtype=np.int64)
         positions = layer_positions(unet, sample_size)
         modules = dict(unet.named_modules())
 
-        # How many positions of each parameter dimension belong to each group.
-        share: dict[tuple[str, str, int], np.ndarray] = {}
-        for index, group in enumerate(self.groups):
-            for piece in group.slices:
-                row = share.setdefault((piece.module, piece.parameter, piece.dim), np.zeros(len(self.groups)))
-                row[index] += 1
+        shares = group_shares(groups)
 
         def width(name: str, dim: int, size: int) -> tuple[float, np.ndarray]:
-            row = share.get((name, "weight", dim), np.zeros(len(self.groups)))
+            row = shares.get((name, dim), np.zeros(len(self.groups)))
             return size - float(row @ self.dense), row
 
         rows: list[tuple] = []  # in and out widths, MACs per product, parameters per product and per output channel
@@ -100,17 +122,29 @@ class CostModel:
         return float(np.sum(kept))
 
     def cost(self, target: str, kept: np.ndarray) -> float:
-        """The cost that `target` (one of `TARGETS`) names."""
+        """The cost that `target` (one of `TARGETS`) names.
+
+        Raises:
+            ValueError: There is no such target, or the model does not know times.
+        """
         if target not in TARGETS:
             raise ValueError(f"target={target} must be one of {', '.join(TARGETS)}")
-        return {"macs": self.macs, "params": self.params, "channels": self.channels}[target](kept)
+        if target == "latency" and self.seconds is None:
+            raise ValueError("target=latency must have measured times: pass seconds, such as those of a LatencyModel")
+        costs = {"macs": self.macs, "params": self.params, "channels": self.channels, "latency": self.seconds}
+        return costs[target](kept)
 
     def removed(self, target: str, kept: np.ndarray) -> float:
         """Share of the dense cost that is removed, in [0, 1]."""
         return 1.0 - self.cost(target, kept) / self.cost(target, self.dense)
 
     def marginal(self, target: str, kept: np.ndarray) -> np.ndarray:
-        """Cost of the last channel of each group, an array of shape `(groups,)`."""
+        """Cost of the last channel of each group, an array of shape `(groups,)`.
+
+        Kernels compute in blocks, so that a single channel less takes all of a block's time or none of it off: for
+        `"latency"`, the cost is the mean over as many channels as a block or two have.
+        """
         base = self.cost(target, kept)
-        steps = np.eye(len(self.groups), dtype=np.int64)
-        return np.array([base - self.cost(target, kept - step) for step in steps])
+        lengths = np.minimum(LATENCY_STEP, np.maximum(kept - 1, 1)) if target == "latency" else np.ones_like(kept)
+        steps = np.diag(lengths)
+        return np.array([base - self.cost(target, kept - step) for step in steps]) / lengths

@@ -14,13 +14,14 @@ All ranks must call these functions in the same order. They send numbers only, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["check_identical", "gather_rows", "mean_over_ranks", "world_size"]
+__all__ = ["check_identical", "gather_rows", "made_by_first_rank", "mean_over_ranks", "world_size"]
 
 BUCKET_ELEMENTS = 2**24  # of one collective: few enough calls, and a copy of 64 MiB at most beside the tensors
 
@@ -86,6 +87,37 @@ def gather_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(data) for _ in range(ranks)]
     dist.all_gather(parts, data)
     return torch.cat(parts).to(tensor.device).view(tensor.dtype).view(-1, *tensor.shape[1:])
+
+
+def made_by_first_rank(make: Callable[[], dict]) -> dict:
+    """JSON values that rank 0 makes and every rank gets: what is measured is not the same twice.
+
+    Args:
+        make: Makes them; it is called on rank 0 alone.
+
+    Returns:
+        The values; floats keep every bit.
+
+    Raises:
+        ValueError: Rank 0 could not make them. There, its own error is raised.
+    """
+    if world_size() == 1:
+        return make()
+    text, error = b"", None
+    if dist.get_rank() == 0:
+        try:
+            text = json.dumps(make()).encode()
+        except Exception as caught:  # of any type: the other ranks wait, and have to be told
+            error = caught
+    size = _sendable(torch.tensor([-1 if error is not None else len(text)]))
+    dist.broadcast(size, 0)
+    if error is not None:
+        raise error
+    if int(size) < 0:
+        raise ValueError("rank 0 has failed, with the error that it says: there is nothing to go on with")
+    data = _sendable(torch.tensor(list(text) if text else [0] * int(size), dtype=torch.uint8))
+    dist.broadcast(data, 0)
+    return json.loads(bytes(data.tolist()))
 
 
 def _digest(data: bytes) -> int:

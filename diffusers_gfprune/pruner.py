@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ from .cost_model import CostModel
 from .diffusion_process import check_timesteps, training_process
 from .distributed import check_identical
 from .importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_units
+from .latency_budget import measured_latency_model
+from .latency_calibration import LatencyCheck, LatencyMeter
 from .pruner_state import MaskPath, MaskUpdate, PrunerState
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .scoring_context import check_batch
@@ -67,11 +70,17 @@ class GradientFlowPruner:
         small = pruner.compact(optimizer=optimizer, ema=ema)
         ```
 
+    Attributes:
+        latency: With `target="latency"`, the measured times that widths are planned with, JSON values; else None.
+
     Args:
         unet: A dense `UNet2DModel`.
         config: Every option.
         noise_scheduler: Of the model; calibration images are noised in its process (default: `DDPMScheduler()`).
-        sample_size: Height and width that MACs are counted for (default: the model's).
+        sample_size: Height and width that costs are counted and measured for (default: the model's).
+        latency: With `target="latency"`, what the `latency` of an earlier pruner was: nothing is measured then. Else, layers
+            and models of planned widths are timed now, on the device where the model is, which takes minutes.
+        latency_cache_dir: Where times of layers are kept from run to run (default: nowhere).
 
     Raises:
         ValueError: The model or its scheduler is of a kind that cannot be pruned, or the budget cannot be met. The model is
@@ -84,6 +93,8 @@ class GradientFlowPruner:
         config: GFPruneConfig,
         noise_scheduler=None,
         sample_size: int | tuple[int, int] | None = None,
+        latency: Mapping | None = None,
+        latency_cache_dir: Path | None = None,
     ) -> None:
         if config.criterion not in criteria():
             raise ValueError(f"criterion={config.criterion} must be one of {', '.join(criteria())}")
@@ -91,13 +102,26 @@ class GradientFlowPruner:
         self.config = config
         self.noise_scheduler = DDPMScheduler() if noise_scheduler is None else training_process(noise_scheduler)
         check_timesteps(unet, self.noise_scheduler)
+        self._sample_size = sample_size
         self.schedule = config.schedule()
         self.history: list[MaskUpdate] = []
         self.groups = trace_channel_groups(unet)
-        self.cost = CostModel(unet, self.groups, sample_size)
-        self.channel_multiple, self.ladders = self._choose_ladders()
-        check_reachable(self.cost, config.target, config.ratio, self.ladders)
-        self.planned_widths = self._allocate(config.ratio)
+        self.cost, self.latency = CostModel(unet, self.groups, sample_size), None
+        if config.target == "latency":
+            self._latency_model, self.latency = measured_latency_model(
+                unet,
+                self.groups,
+                config.ratio,
+                config.latency_setting(),
+                lambda cost: self._choose_ladders(cost)[1],
+                sample_size=sample_size,
+                attention_unit=config.attention_unit,
+                found=latency,
+                cache_dir=latency_cache_dir,
+                progress="timing layers",
+            )
+            self.cost.seconds = self._latency_model.seconds
+        self._plan_widths()
         if self.widths_are_planned:
             self._warn_if_missed()
         masking.attach(unet, self.groups)
@@ -182,7 +206,14 @@ class GradientFlowPruner:
 
     # --- the budget ---
 
-    def _choose_ladders(self) -> tuple[int, list[list[int]]]:
+    def _plan_widths(self) -> None:
+        """Ladders, and the widths that need no scores; whatever has been measured is known."""
+        config = self.config
+        self.channel_multiple, self.ladders = self._choose_ladders(self.cost)
+        check_reachable(self.cost, config.target, config.ratio, self.ladders)
+        self.planned_widths = self._allocate(config.ratio)
+
+    def _choose_ladders(self, cost: CostModel) -> tuple[int, list[list[int]]]:
         """The channel multiple and the widths that each group may have.
 
         With `channel_multiple="auto"`, the largest multiple that suits the target device and lets the budget be met.
@@ -195,8 +226,8 @@ class GradientFlowPruner:
         multiple = HARDWARE_MULTIPLES.get(device, 1)
         while True:
             ladders = [aligned_ladder(group, multiple, config.min_keep_ratio, config.attention_unit) for group in self.groups]
-            widths = allocate_per_group(self.cost, config.target, config.ratio, ladders)
-            if multiple == 1 or abs(self.cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
+            widths = allocate_per_group(cost, config.target, config.ratio, ladders)
+            if multiple == 1 or abs(cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
                 return multiple, ladders
             multiple //= 2
 
@@ -353,7 +384,9 @@ class GradientFlowPruner:
             same weights and calibration batches.
         """
         masks = {name: mask.float() for name, mask in self.unit_masks.items()}
-        state = PrunerState(masks, self.kept, self.scores, self._path, self.history, self.finished, self._by_hand)
+        state = PrunerState(
+            masks, self.kept, self.scores, self._path, self.history, self.finished, self._by_hand, self.latency
+        )
         return state.to_dict()
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -371,6 +404,12 @@ class GradientFlowPruner:
             ValueError: It is of other groups, incomplete, or damaged. Nothing is changed then.
         """
         found = PrunerState.from_dict(state, self.groups)
+        if (found.latency is None) != (self.latency is None):
+            raise ValueError(f"the pruner's state must be one of target={self.config.target}, which this pruner has")
+        if found.latency is not None:
+            self._latency_model.load_dict(found.latency["model"])
+            self.latency = found.latency
+            self._plan_widths()
         if self._is_masked():
             self.unet.channel_masks.set(found.masks, check=False)  # heads may differ on the way
         else:
@@ -407,6 +446,25 @@ class GradientFlowPruner:
         if ema is not None:
             carry_ema(ema, self.unet, small, plan)
         return small
+
+    def check_latency(self, dense: UNet2DModel, small: UNet2DModel) -> LatencyCheck:
+        """Measure whether a budget in time was met, and warn if it was not. With several processes, for one of them.
+
+        Args:
+            dense: The dense model, on the device that is meant.
+            small: What `compact` gave, on the same device.
+
+        Raises:
+            ValueError: The target is another one.
+        """
+        if self.latency is None:
+            raise ValueError(f"target={self.config.target} must be latency to have a budget in time")
+        setting = self.config.latency_setting()
+        with LatencyMeter(dense, setting, self._sample_size) as meter:
+            pair = meter.measure(small)
+        check = LatencyCheck(setting, self.config.ratio, self._latency_model.removed(self.kept_channels()), pair)
+        check.warn()
+        return check
 
     def detach(self) -> UNet2DModel:
         """Take the masks off: the dense model back, bit for bit, with the weights as trained since."""

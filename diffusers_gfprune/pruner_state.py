@@ -9,6 +9,7 @@
               path                 {"start_step", "goal_step"}, or null
               history              list of `MaskUpdate.to_dict()`
               finished, by_hand    bool
+              latency              measured times that a budget in time was planned with (`latency_budget`), or null
 
 where all tensors have the shape `(num_units,)`. Group names hold dots, never a slash. Tensors are for safetensors and
 values for JSON, both of which give back every number bit for bit. Schedule and options are not in it: they follow from the
@@ -98,6 +99,7 @@ class PrunerState:
         history: One entry for each ranking.
         finished: Whether masks are frozen.
         by_hand: Whether masks were set by hand since the last ranking.
+        latency: `GradientFlowPruner.latency`.
     """
 
     masks: dict[str, Tensor]
@@ -107,6 +109,7 @@ class PrunerState:
     history: list[MaskUpdate] = field(default_factory=list)
     finished: bool = False
     by_hand: bool = False
+    latency: dict | None = None
 
     def to_dict(self) -> dict:
         """`{"tensors": {flat name: tensor on the CPU}, "values": what JSON takes}`."""
@@ -125,6 +128,7 @@ class PrunerState:
                 "history": [update.to_dict() for update in self.history],
                 "finished": self.finished,
                 "by_hand": self.by_hand,
+                "latency": self.latency,
             },
         }
 
@@ -167,7 +171,8 @@ class PrunerState:
         expected = history[-1].kept_units if history else sum(group.num_units for group in sizes.values())
         if count != expected and not flags["by_hand"]:
             raise ValueError(f"the pruner's state keeps {count} units, its history says {expected}")
-        return cls(masks, kept, found.get("scores"), moving, history, **flags)
+        # Checkpoints of earlier versions knew no times
+        return cls(masks, kept, found.get("scores"), moving, history, **flags, latency=values.get("latency"))
 
 
 def _check_groups(theirs: Mapping[str, int], groups: Mapping[str, ChannelGroup]) -> None:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, register_criterion
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.diagnostics import compare_with_magnitude
-from diffusers_gfprune.distributed import check_identical, gather_rows, mean_over_ranks, world_size
+from diffusers_gfprune.distributed import check_identical, gather_rows, made_by_first_rank, mean_over_ranks, world_size
 from diffusers_gfprune.importance import score_units
 from diffusers_gfprune.masking import dense_parameters
 from diffusers_gfprune.one_shot import calibration_batches
@@ -145,6 +145,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         store = f"file://{folder / 'store'}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     tensors, values = {}, {"world_size": world_size()}
+    values["made by first rank"] = made_by_first_rank(lambda: {"rank": rank, "third": 1 / 3, "text": "3 µs"})
+    values["failed on first rank"] = message(lambda: made_by_first_rank(lambda: {"never": int("none of it")}))
 
     unet, groups, batches = build().double(), trace_channel_groups(build()), rows(global_batches(), rank, ranks)
     for name, options in CRITERIA.items():

@@ -13,6 +13,9 @@ from diffusers_gfprune.schedules import PruningSchedule
 INVALID = [
     ("target", "flops"),
     ("attention_unit", "head"),
+    ("latency_batch_size", 0),
+    ("latency_dtype", "int8"),
+    ("latency_backend", "onnxruntime"),
     ("target_device", "tpu"),
     ("flow_metric", "activations"),
     ("hvp", "approximate"),

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers_gfprune import masking
 from diffusers_gfprune.channel_groups import trace_channel_groups
 from diffusers_gfprune.compaction import compact, plan_compaction
-from diffusers_gfprune.cost_model import TARGETS, CostModel
+from diffusers_gfprune.cost_model import COUNTED_TARGETS, CostModel
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, layer_positions
 
 # One of each thing that costs: attention layouts, samplers, embeddings, skips between unequal widths, odd image sizes.
@@ -73,7 +73,7 @@ def test_costs_of_a_masked_model_are_those_of_the_dense_one() -> None:
     unet.channel_masks.set(random_masks(groups, seed=0))
     masked = CostModel(unet, groups)
     half = dense.dense // 2
-    for target in TARGETS:
+    for target in COUNTED_TARGETS:
         assert masked.cost(target, half) == dense.cost(target, half)
 
 
@@ -114,7 +114,7 @@ def test_macs_agree_with_torch_pruning_without_attention() -> None:
     assert count_parameters(unet) == params
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", COUNTED_TARGETS)
 def test_removed_is_a_share_of_the_dense_cost(target: str) -> None:
     """0 for the dense model; more for every channel that goes."""
     unet = build("base")

@@ -124,6 +124,15 @@ def test_ranks_that_differ_are_refused_on_both(runs: tuple[Result, Result, Resul
     assert second[case] == first[case]
 
 
+def test_what_the_first_rank_measures_is_everybodys(runs: tuple[Result, Result, Result]) -> None:
+    """Bit for bit; where it fails, the others do not wait for ever."""
+    made = {"rank": 0, "third": 1 / 3, "text": "3 µs"}
+    assert all(result.values["made by first rank"] == made for result in runs)
+    single, first, second = (result.values["failed on first rank"] for result in runs)
+    assert single == first and "none of it" in first
+    assert "rank 0 has failed" in second
+
+
 def test_the_group_that_differs_is_named(runs: tuple[Result, Result, Result]) -> None:
     """A weight into the stream of the middle block belongs to the groups of its two ends."""
     said = runs[1].values["refusals"]["weights, magnitude"]

@@ -26,8 +26,10 @@ LEAVES = [
 # All others, from the bottom to the top: each may import leaves, remote files and those before it.
 LAYERS = [
     *("dependencies", "channel_groups", "cost_model", "budget", "configuration", "double_backward", "masking"),
+    *("latency_model", "latency_calibration"),
     *("scoring_mode", "scoring_context", "hessian_product", "natural_flow", "importance"),
-    *("compaction", "pruner_state", "pruner", "diagnostics", "one_shot", "version", "hub", "loading_checks", "__init__"),
+    *("compaction", "latency_budget", "pruner_state", "pruner", "diagnostics", "one_shot", "version", "hub"),
+    *("loading_checks", "__init__"),
 ]
 ALL = sorted(PACKAGE.rglob("*.py"))
 

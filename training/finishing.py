@@ -56,6 +56,8 @@ def finish(run: Run, state: TrainingState) -> None:
     losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.decoder.null_label))
     folder.save(partial(run.pipeline.save, unet))
     measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, run.num_held_out, losses)
+    if state.pruner.latency is not None:
+        measured["latency_budget"] = state.pruner.check_latency(dense, unet).to_dict()
     write_json(folder.staging / "results.json", measured)
     report = pruning_report(
         args, state.pruner, state.curves, run.dense_step_losses["step_loss"], run.origin, state.diagnostics, state.broken
@@ -92,4 +94,6 @@ def print_results(measured: dict, folder: RunFolder) -> None:
             print_row(title, values, form)
     for line in compare_speeds(measured["speed"]):
         print_row(f"ms, {line['title']}", [line["first_ms"], line["other_ms"]], "{:.2f}", line["words"])
+    if "latency_budget" in measured:
+        print(f"\n{measured['latency_budget']['words']}")
     print(f"\nsaved: {folder.path}  (DiffusionPipeline.from_pretrained after `import diffusers_gfprune`)")

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from batches import BrokenImages
 from checkpointing import Checkpoints
-from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from diffusers_gfprune.hub import push_folder
 from finishing import finish, prepared_repository, save_model
@@ -36,7 +35,7 @@ from prune_arguments import parse_arguments
 from rehearsal import rehearse_run
 from reporting import describe_plan, measure_step_losses
 from run_folder import RunFolder
-from run_setup import Run, estimate_run, make_accelerator, make_batches, make_calibration, run_identity
+from run_setup import Run, estimate_run, make_accelerator, make_batches, make_calibration, make_pruner, run_identity
 from safeguards import (
     check_divergence,
     explained_worker_death,
@@ -72,11 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     # With the null label and the share that were found, for checkpoints and the report
     args = dataclasses.replace(args, data=args.data.with_labels(images.decoder.label_dropout))
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
-    pruner = GradientFlowPruner(unet, args.pruning.config(args.training.max_train_steps), noise_scheduler)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
     identity = run_identity(args, dense)
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
+    pruner = make_pruner(args, accelerator, unet, noise_scheduler, checkpoint)
     if main_process and checkpoint is None and not args.run.dry_run:
         folder.check()
     sample_quality = SampleQuality(args.evaluation, dense, pipeline.scheduler, images, accelerator.device)

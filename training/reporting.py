@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune.cost_model import COUNTED_TARGETS
 from diffusers_gfprune.evaluation.cost import count_macs, count_parameters, spatial_size
 from diffusers_gfprune.evaluation.quality import SamplingSettings
 from diffusers_gfprune.evaluation.speed import measure_speed
@@ -74,9 +75,16 @@ def describe_plan(
     ]
     if not pruner.widths_are_planned:
         lines.append(f"  (ranking={config.ranking} will choose other widths, by scores, at the same {config.target})")
-    for name in ("macs", "params", "channels"):
+    for name in COUNTED_TARGETS:
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
+    if pruner.latency is not None:
+        setting, before, after = config.latency_setting(), *(cost.seconds(n) for n in (cost.dense, pruner.planned_widths))
+        models = len(pruner.latency["calibration"])
+        lines.append(
+            f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}; a forward, "
+            f"{setting.describe()}, by the times of its layers and of {models} models of other widths)"
+        )
     lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
@@ -266,6 +274,7 @@ def pruning_report(
             }
             for group, width in zip(pruner.groups, pruner.kept_channels())
         ],
+        "latency_calibration": None if pruner.latency is None else pruner.latency["calibration"],
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,
         "curves": {**_schedule_curves(pruner), **dataclasses.asdict(curves)},

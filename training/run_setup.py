@@ -6,14 +6,17 @@ import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from batches import BrokenImages, calibration_batches, train_dataloader
-from checkpointing import Checkpoints
+from checkpointing import Checkpoint, Checkpoints
+from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.evaluation.cache import tensors_fingerprint
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from estimate import StepEstimate, estimate_step
@@ -24,7 +27,16 @@ from run_folder import RunFolder
 from tracking import project_configuration
 from trained_pipelines import TrainedPipeline
 
-__all__ = ["Run", "estimate_run", "make_accelerator", "make_batches", "make_calibration", "run_identity", "run_settings"]
+__all__ = [
+    "Run",
+    "estimate_run",
+    "make_accelerator",
+    "make_batches",
+    "make_calibration",
+    "make_pruner",
+    "run_identity",
+    "run_settings",
+]
 
 # Every process holds whole weights in these.
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
@@ -115,15 +127,35 @@ def make_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
     return accelerator
 
 
+def make_pruner(
+    args: Arguments, accelerator: Accelerator, unet: UNet2DModel, noise_scheduler, checkpoint: Checkpoint | None
+) -> GradientFlowPruner:
+    """The pruner of a run, with masks attached.
+
+    For a budget in time, models are measured on the device that the run trains on, unless a checkpoint knows their times.
+
+    Raises:
+        ValueError: The model cannot be pruned, or the budget cannot be met.
+    """
+    config = args.pruning.config(args.training.max_train_steps)
+    if config.target == "latency":
+        unet.to(accelerator.device)
+    known = None if checkpoint is None else checkpoint.values["pruner"].get("latency")
+    folder = args.evaluation.evaluation_cache_dir
+    cache_dir = None if folder is None else Path(folder)
+    return GradientFlowPruner(unet, config, noise_scheduler, latency=known, latency_cache_dir=cache_dir)
+
+
 def run_identity(args: Arguments, dense: nn.Module) -> dict:
     """What two runs must share for one to go on from a checkpoint of the other, by name."""
     architecture = {f"unet.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
     options = ("target", "ratio", "channel_multiple", "min_keep_ratio", "attention_unit", "soft_fraction", "hard_fraction")
+    times = ("latency_batch_size", "latency_dtype", "latency_backend")
     schedule = ("update_interval", "sparsity_schedule", "mask_schedule", "interpolate_masks")
     return {
         **architecture,
         "weights of the dense model": tensors_fingerprint(dict(dense.named_parameters())),
-        **{name: getattr(args.pruning, name) for name in (*options, *schedule)},
+        **{name: getattr(args.pruning, name) for name in (*options, *times, *schedule)},
         "max_train_steps": args.training.max_train_steps,
         "use_ema": args.training.use_ema,
         "use_8bit_adam": args.training.use_8bit_adam,

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["TensorCache", "default_cache_dir", "tensors_fingerprint"]
+__all__ = ["JsonCache", "TensorCache", "default_cache_dir", "tensors_fingerprint"]
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -50,8 +50,7 @@ class TensorCache:
 
     def path(self, kind: str, key: Mapping) -> Path | None:
         """The file of an entry, whether it is there or not."""
-        digest = hashlib.sha256(_canonical(key).encode()).hexdigest()[:20]
-        return None if self.folder is None else self.folder / f"{kind}-{digest}.safetensors"
+        return None if self.folder is None else self.folder / f"{kind}-{_digest(key)}.safetensors"
 
     def get(self, kind: str, key: Mapping, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of an entry, made if they are not there.
@@ -80,20 +79,70 @@ class TensorCache:
 
     @staticmethod
     def _write(path: Path, tensors: Mapping[str, Tensor], key: Mapping) -> None:
-        """Keep an entry, if there is room; without it, work goes on all the same."""
+        _keep(path, lambda fresh: save_file(dict(tensors), fresh, metadata={"key": _canonical(key)}))
+
+
+class JsonCache:
+    """JSON values by description.
+
+    Args:
+        folder: Where entries lie; None: nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def path(self, kind: str, key: Mapping) -> Path | None:
+        """The file of an entry, whether it is there or not."""
+        return None if self.folder is None else self.folder / f"{kind}-{_digest(key)}.json"
+
+    def get(self, kind: str, key: Mapping, make: Callable[[], dict], fits: Callable[[dict], bool]) -> dict:
+        """The values of an entry, made if they are not there.
+
+        Args:
+            kind: First word of the file's name.
+            key: All that the values depend on, JSON values.
+            make: Computes them.
+            fits: Whether values that were read are as `make` would make them; a KeyError or so is a no.
+
+        Returns:
+            What `make` returned, now or earlier.
+        """
+        path = self.path(kind, key)
+        if path is not None and path.exists():
+            try:
+                entry = json.loads(path.read_text())
+                if _canonical(entry["key"]) == _canonical(key) and fits(entry["value"]):
+                    return entry["value"]
+                print(f"warning: {path} describes something else and is made again", file=sys.stderr)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                print(f"warning: {path} cannot be read ({error}) and is made again", file=sys.stderr)
+        made = make()
+        if path is not None:
+            text = json.dumps({"key": dict(key), "value": made}, allow_nan=False)
+            _keep(path, lambda fresh: Path(fresh).write_text(text))
+        return made
+
+
+def _keep(path: Path, write: Callable[[str], object]) -> None:
+    """Write a file whole, if there is room; without it, work goes on all the same."""
+    fresh = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        write(fresh)
+        os.replace(fresh, path)
         fresh = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            os.close(handle)
-            save_file(dict(tensors), fresh, metadata={"key": _canonical(key)})
-            os.replace(fresh, path)
-            fresh = None
-        except (OSError, SafetensorError) as error:
-            print(f"warning: {path} cannot be kept: {error}", file=sys.stderr)
-        finally:
-            if fresh is not None:
-                Path(fresh).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        print(f"warning: {path} cannot be kept: {error}", file=sys.stderr)
+    finally:
+        if fresh is not None:
+            Path(fresh).unlink(missing_ok=True)
+
+
+def _digest(key: Mapping) -> str:
+    return hashlib.sha256(_canonical(key).encode()).hexdigest()[:20]
 
 
 def _canonical(key: Mapping) -> str:

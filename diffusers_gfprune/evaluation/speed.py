@@ -35,7 +35,18 @@ from tqdm.auto import tqdm
 from .cost import example_inputs, hardware_name, spatial_size
 from .speedup import median_interval
 
-__all__ = ["DTYPES", "MEMORY_FORMATS", "MODES", "SpeedSetting", "measure_speed", "one_line", "parse_settings", "seconds_of"]
+__all__ = [
+    "DTYPES",
+    "MEMORY_FORMATS",
+    "MODES",
+    "SpeedSetting",
+    "compilation",
+    "measure_speed",
+    "one_line",
+    "parse_settings",
+    "prepare_forward",
+    "seconds_of",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eager", "compiled")
@@ -75,6 +86,10 @@ class SpeedSetting:
     def mode(self) -> str:
         """One of `MODES`."""
         return MODES[self.compiled]
+
+    def describe(self) -> str:
+        """Batch size, dtype and mode in words: `batch 16, float32, eager`."""
+        return f"batch {self.batch_size}, {self.dtype}, {self.mode}"
 
     @property
     def memory_format(self) -> str:
@@ -160,7 +175,7 @@ def measure_speed(
     found = []
     with tqdm(total=len(settings) * (len(models) + repeats), desc=progress, disable=progress is None) as bar, torch.no_grad():
         for setting in settings:
-            with _compiler(setting, len(models)):
+            with compilation(setting, len(models)):
                 found += _measure_setting(models, setting, sizes, repeats, warmup, bar.update)
     return found
 
@@ -183,8 +198,10 @@ def _validate(models: Mapping[str, nn.Module], settings: Sequence[SpeedSetting],
 
 
 @contextlib.contextmanager
-def _compiler(setting: SpeedSetting, models: int) -> Iterator[None]:
-    """Compiled code of earlier settings would count as recompilations of this one, and keep their models alive."""
+def compilation(setting: SpeedSetting, models: int) -> Iterator[None]:
+    """A clean compiler for several models in one setting.
+
+    Compiled code of earlier settings would count as recompilations of this one, and keep their models alive."""
     if not setting.compiled:
         yield
         return
@@ -268,6 +285,27 @@ def _prepare(
     runner: _Runner, model: nn.Module, setting: SpeedSetting, size: tuple[int, int], warmup: int, device: torch.device
 ) -> None:
     """Copy the model, warm the copy up, and count its memory."""
+    twin, inputs, runner.forward = prepare_forward(model, setting, size, device)
+    for _ in range(warmup):
+        runner.forward()
+    held = _bytes([*twin.parameters(), *twin.buffers(), *inputs.values()])
+    runner.peak_memory = held + _allocated_at_most(runner.forward, device)
+
+
+def prepare_forward(
+    model: nn.Module, setting: SpeedSetting, size: tuple[int, int], device: torch.device
+) -> tuple[nn.Module, dict[str, Tensor], Callable[[], object]]:
+    """A forward that is ready to be timed, without gradients around it.
+
+    Args:
+        model: On `device`; it stays as it is.
+        setting: How the forward is run.
+        size: Height and width in pixels.
+        device: Where it runs.
+
+    Returns:
+        A copy of the model in evaluation mode, its arguments, and a function that calls the one with the other.
+    """
     dtype = getattr(torch, setting.dtype)
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
     # Any later setting starts from the given model, not from a copy that was rounded for an earlier one.
@@ -278,11 +316,7 @@ def _prepare(
     inputs["sample"] = noise.to(device=device, dtype=dtype).contiguous(memory_format=memory_format)
     # The whole model or nothing: where Dynamo gives up on a part, that part would run eagerly under the name of compiled.
     function = torch.compile(twin, fullgraph=True, dynamic=False) if setting.compiled else twin
-    runner.forward = lambda: function(**inputs)
-    for _ in range(warmup):
-        runner.forward()
-    held = _bytes([*twin.parameters(), *twin.buffers(), *inputs.values()])
-    runner.peak_memory = held + _allocated_at_most(runner.forward, device)
+    return twin, inputs, lambda: function(**inputs)
 
 
 def one_line(error: Exception) -> str:

@@ -1,0 +1,149 @@
+"""Asks for 40 % less time of a forward, and measures what comes out; and what a budget of 40 % of the MACs would have given.
+
+    python benchmarks/latency_budget.py           everything, into benchmarks/results/latency_budget.json (about half an hour)
+    python benchmarks/latency_budget.py --table   Markdown of what is there
+
+Every case is a model and a batch size. The pruner plans the same share of every group, as far as ladders go (ranking by
+group); in the case `digits-magnitude-16`, magnitudes choose the widths (global ranking). The measured share is a median over
+interleaved rounds of the dense and the pruned model, with its standard error. Where 40 % cannot be removed, because even the
+narrowest model takes longer, the case asks for half of what can, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from cost import build
+from diffusers import UNet2DModel
+
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.evaluation.layer_times import machine_description
+from diffusers_gfprune.latency_calibration import LATENCY_TOLERANCE, LatencyCheck, LatencyMeter
+
+ROOT = Path(__file__).resolve().parent.parent
+DEEP = {
+    "sample_size": 128,
+    "layers_per_block": 4,
+    "block_out_channels": (32, 64, 96, 128, 128),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    "resnet_time_scale_shift": "scale_shift",
+    "norm_num_groups": 8,
+}
+RATIO = 0.4
+CHECK_SECONDS = 60.0  # that a result is measured for, beyond a few rounds, if other load on the machine makes it spread
+# model, batch size, whether magnitudes choose widths
+CASES = {
+    "digits-1": ("digits", 1, False),
+    "digits-16": ("digits", 16, False),
+    "digits-magnitude-16": ("digits", 16, True),
+    "cifar10-1": ("cifar10", 1, False),
+    "cifar10-16": ("cifar10", 16, False),
+    "deep-1": ("deep", 1, False),
+    "deep-4": ("deep", 4, False),
+}
+
+
+def model_named(name: str) -> UNet2DModel:
+    """The digits teacher, the configuration of google/ddpm-cifar10-32, or a deep model of many small layers."""
+    torch.manual_seed(0)
+    return (UNet2DModel(**DEEP) if name == "deep" else build(name)).eval()
+
+
+def make_pruner(unet: UNet2DModel, case: tuple[str, int, bool], backend: str, target: str, ratio: float, cache_dir: Path):
+    """A pruner that has pruned a copy of the model, in one shot."""
+    _, batch_size, by_magnitude = case
+    config = GFPruneConfig.from_preset(
+        "one-shot",
+        total_steps=1,
+        criterion="magnitude",
+        ranking="global" if by_magnitude else "group",
+        target=target,
+        ratio=ratio,
+        latency_batch_size=batch_size,
+        latency_backend=backend,
+    )
+    pruner = GradientFlowPruner(copy.deepcopy(unet), config, latency_cache_dir=cache_dir)
+    pruner.step(0, [])
+    return pruner
+
+
+def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
+    """Ask for a share of the time, then for the same share of the MACs, and measure both."""
+    unet, ratio, most = model_named(case[0]), RATIO, None
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        try:
+            timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
+        except ValueError as error:
+            said = re.search(r"at most ([\d.]+) can", str(error))
+            if said is None:
+                raise
+            most = float(said[1])
+            ratio = round(most / 2, 2)
+            timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
+        planning_seconds = time.perf_counter() - start
+    counted = make_pruner(unet, case, backend, "macs", ratio, None)
+    found = {"most": most, "planning_seconds": planning_seconds, "calibration": timed.latency["calibration"]}
+    for target, pruner in (("latency", timed), ("macs", counted)):
+        with LatencyMeter(unet, timed.config.latency_setting(), seconds=CHECK_SECONDS) as meter:
+            pair = meter.measure(pruner.compact())
+        kept = pruner.kept_channels()
+        check = LatencyCheck(timed.config.latency_setting(), ratio, timed.cost.removed("latency", kept), pair)
+        print(f"{case[0]}, target={target}: {check}; {timed.cost.removed('macs', kept):.1%} fewer MACs", flush=True)
+        found[target] = {**check.to_dict(), "macs_removed": timed.cost.removed("macs", kept)}
+    return found
+
+
+def table(found: dict) -> str:
+    """Markdown: a line for each case."""
+    lines = [
+        "| model and batch | asked | measured | MACs then | `--target macs` at the same ratio | table and calibration |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in found["cases"].items():
+        shares = {target: case[target]["pair"] for target in ("latency", "macs")}
+        cells = {target: f"{pair['share']:.1%} ± {pair['spread']:.1%}" for target, pair in shares.items()}
+        if abs(shares["latency"]["share"] - case["latency"]["asked"]) > LATENCY_TOLERANCE:
+            cells["latency"] += " (missed)"
+        asked = f"{case['latency']['asked']:.0%}" + (f" (of {case['most']:.0%} at most)" if case["most"] else "")
+        macs, seconds = f"-{case['latency']['macs_removed']:.0%}", f"{case['planning_seconds']:.0f} s"
+        lines.append(f"| {name} | {asked} | {cells['latency']} | {macs} | {cells['macs']} | {seconds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--backend", choices=["eager", "compile"], default="eager")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/latency_budget.json")
+    parser.add_argument("--table", action="store_true", help="print the table of an existing file and stop")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.output.read_text())))
+        return
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    machine = {**machine_description(torch.device("cpu")), "python": platform.python_version()}
+    # Cases that are not measured now keep what was measured on the same machine
+    found = json.loads(args.output.read_text()) if args.output.exists() else {}
+    found = found if found.get("machine") == machine else {"machine": machine, "cases": {}}
+    for name in args.cases:
+        suffix = "" if args.backend == "eager" else f"-{args.backend}"
+        found["cases"][name + suffix] = measure_case(CASES[name], args.backend)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
