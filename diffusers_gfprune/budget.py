@@ -37,20 +37,21 @@ from .cost_model import CostModel
 
 __all__ = [
     "BUDGET_TOLERANCE",
-    "HARDWARE_MULTIPLES",
     "aligned_ladder",
     "allocate_by_sensitivity",
     "allocate_global",
     "allocate_per_group",
     "check_reachable",
+    "hardware_multiple",
     "select_units",
     "width_ladder",
 ]
 
 BUDGET_TOLERANCE = 0.01  # share of the dense cost
 ATTENTION_UNITS = ("head_dim", "heads")
-# Channels that kernels take at a time: CPUs with AVX-512, tensor cores in float32 (TF32)
-HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8}
+# Channels that kernels take at a time: CPUs with AVX-512; tensor cores in float32 (TF32), and in half precision, whose tiles
+# of 64 channels an H100 gains by (benchmarks/README.md)
+HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8, "cuda, half precision": 64}
 ALIGNED_WIDTHS = 6  # that a group must have, beside its dense one, for a multiple to be worth it
 _SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
 
@@ -86,6 +87,17 @@ def width_ladder(
         widths = list(range(step, group.num_channels + 1, step))
     below = [width for width in widths if floor <= width < group.num_channels and width % channel_multiple == 0]
     return [group.num_channels, *reversed(below)]
+
+
+def hardware_multiple(device: str, dtype: str = "float32") -> int:
+    """Channels that a device's kernels take at a time; 1 where that is not known.
+
+    Args:
+        device: A type of device, as PyTorch names it.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+    """
+    half = device == "cuda" and dtype != "float32"
+    return HARDWARE_MULTIPLES.get("cuda, half precision" if half else device, 1)
 
 
 def aligned_ladder(group: ChannelGroup, multiple: int, min_keep_ratio: float, attention_unit: str) -> list[int]:

@@ -82,7 +82,9 @@ class GFPruneConfig:
             "channels than a single sample, whose time is partly that of launching operations."
         },
     )
-    latency_dtype: str = _choice("float32", DTYPES, "target=latency: dtype of its weights and samples.")
+    latency_dtype: str = _choice(
+        "float32", DTYPES, "Dtype that the pruned model is to run in, for target=latency and channel_multiple=auto."
+    )
     latency_backend: str = _choice("eager", LATENCY_BACKENDS, "target=latency: as it is, or compiled by torch.compile.")
 
     # criterion

@@ -26,12 +26,12 @@ from torch import Tensor
 from . import masking
 from .budget import (
     BUDGET_TOLERANCE,
-    HARDWARE_MULTIPLES,
     aligned_ladder,
     allocate_by_sensitivity,
     allocate_global,
     allocate_per_group,
     check_reachable,
+    hardware_multiple,
     select_units,
     width_ladder,
 )
@@ -223,7 +223,7 @@ class GradientFlowPruner:
         if multiple != "auto":
             return multiple, [self._ladder(group, multiple) for group in self.groups]
         device = next(self.unet.parameters()).device.type if config.target_device == "auto" else config.target_device
-        multiple = HARDWARE_MULTIPLES.get(device, 1)
+        multiple = hardware_multiple(device, config.latency_dtype)
         while True:
             ladders = [aligned_ladder(group, multiple, config.min_keep_ratio, config.attention_unit) for group in self.groups]
             widths = allocate_per_group(cost, config.target, config.ratio, ladders)
