@@ -156,15 +156,6 @@ def test_aligned_ladder_leaves_a_choice(group: ChannelGroup, multiple: int, expe
     assert aligned_ladder(group, multiple, 0.0, "head_dim") == expected
 
 
-def test_hardware_multiples_are_powers_of_two() -> None:
-    """They are halved until a group has a choice."""
-
-
-def test_attention_floor_counts_channels() -> None:
-    """A floor of 30 % of 32 channels is 10 channels, hence 3 of each of the 4 heads."""
-    assert width_ladder(attention_group(32, 4), 1, 0.3)[-1] == 12
-
-
 @pytest.mark.parametrize(
     ("device", "dtype", "expected"),
     [("cpu", "float32", 16), ("cpu", "bfloat16", 16), ("cuda", "float32", 8), ("cuda", "bfloat16", 64), ("mps", "float32", 1)],
