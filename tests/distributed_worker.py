@@ -71,7 +71,7 @@ def rows(batches: list[tuple[Tensor, ...]], rank: int, ranks: int) -> list[tuple
 def train(rank: int, ranks: int) -> tuple[GradientFlowPruner, nn.Module]:
     """Prune while training, as DDP does it."""
     torch.manual_seed(0)
-    unet = build().train()
+    unet = build("fine-units").train()
     options = {"total_steps": 10, "soft_fraction": 0.4, "hard_fraction": 0.7, "update_interval": 2}
     pruner = GradientFlowPruner(unet, GFPruneConfig(**options), SCHEDULER)
     engine = DistributedDataParallel(unet) if ranks > 1 else unet
@@ -102,7 +102,7 @@ def refusals(rank: int) -> dict[str, str]:
     """Messages where rank 1 is not like rank 0."""
     other, found = float(rank == 1), {}
     batches = rows(global_batches(), rank, 2)
-    first = GradientFlowPruner(build().double(), GFPruneConfig.from_preset("one-shot", total_steps=1), SCHEDULER)
+    first = GradientFlowPruner(build("fine-units").double(), GFPruneConfig.from_preset("one-shot", total_steps=1), SCHEDULER)
 
     def pruner(weights: float = 0.0, **options) -> GradientFlowPruner:
         found = copy.deepcopy(first, {id(group): group for group in first.groups})  # tracing again would take its time
@@ -118,10 +118,10 @@ def refusals(rank: int) -> dict[str, str]:
     found["weights"] = message(lambda: pruner(1e-3 * other).step(0, batches))
     found["weights, magnitude"] = message(lambda: pruner(1e-3 * other, criterion="magnitude").step(0, []))
     averaged = pruner(criterion="random")
-    averaged.scores = {group.name: torch.full((group.num_channels,), 1.0 + other) for group in first.groups}
+    averaged.scores = {group.name: torch.full((group.num_units,), 1.0 + other) for group in first.groups}
     found["averaged scores"] = message(lambda: averaged.step(0, []))
     by_hand = pruner(criterion="random")
-    by_hand.set_masks({"conv_in": torch.ones(16) - other * (torch.arange(16) == 2)})
+    by_hand.set_masks({"conv_in": torch.ones(32) - other * (torch.arange(32) < 4)})
     found["masks"] = message(lambda: by_hand.step(0, []))
     seeds = pruner(criterion="random", pruning_seed=rank)
     found["seeds"] = message(lambda: seeds.step(0, []))
@@ -148,7 +148,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     values["made by first rank"] = made_by_first_rank(lambda: {"rank": rank, "third": 1 / 3, "text": "3 µs"})
     values["failed on first rank"] = message(lambda: made_by_first_rank(lambda: {"never": int("none of it")}))
 
-    unet, groups, batches = build().double(), trace_channel_groups(build()), rows(global_batches(), rank, ranks)
+    unet, batches = build("fine-units").double(), rows(global_batches(), rank, ranks)
+    groups = trace_channel_groups(unet)
     for name, options in CRITERIA.items():
         scores = score_units(unet, groups, batches, SCHEDULER, GFPruneConfig(**options))
         tensors |= {f"scores/{name}/{group}": value for group, value in scores.items()}
