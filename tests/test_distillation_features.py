@@ -34,7 +34,7 @@ def block_masks(unet: nn.Module, name: str) -> dict[str, Tensor]:
     found = {}
     for block, (group, positions) in feature_channels(build(name), traced(name)).items():
         found[block] = torch.full((len(positions),), -1.0)
-        found[block][list(positions)] = unet.channel_masks[group]
+        found[block][list(positions)] = unet.channel_masks.groups[group].per_channel(unet.channel_masks[group])
     return found
 
 
@@ -78,7 +78,7 @@ class Hand:
         unet.down_blocks, unet.mid_block, unet.up_blocks = nn.ModuleList(), nn.Module(), nn.ModuleList()
         resnet.conv2, unet.mid_block.resnets = nn.Conv2d(1, 4, 1), nn.ModuleList([resnet])
         piece = GroupSlice("mid_block.resnets.0.conv2", "weight", 0, self.positions, "output")
-        self.masks = ChannelMasks([ChannelGroup("group", 4, (piece,))])
+        self.masks = ChannelMasks([ChannelGroup("group", 4, (piece,), tuple((channel,) for channel in range(4)))])
         self.distance = BlockOutputDistance(unet, self.masks)
         self.set(mask)
 

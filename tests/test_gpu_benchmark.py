@@ -12,8 +12,8 @@ from script_helpers import ROOT, assert_one_error, run_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import cost  # noqa: E402
 import gpu  # noqa: E402
+import models as bench_models  # noqa: E402
 
 NARROW = {
     **{"sample_size": 16, "block_out_channels": (32, 32), "layers_per_block": 1},
@@ -22,7 +22,7 @@ NARROW = {
 
 
 def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
+    monkeypatch.setattr(bench_models, "CIFAR10", {**bench_models.CIFAR10, **NARROW})
     output = tmp_path / "gpu.json"
     sizes = ("--train_batch_size", "2", "--batch_sizes", "3", "--repeats", "2", "--modes", "eager", "--channel_multiple", "4")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, "--output", str(output)])
@@ -46,7 +46,7 @@ def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_parts_and_widths_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
+    monkeypatch.setattr(bench_models, "CIFAR10", {**bench_models.CIFAR10, **NARROW})
     models, _ = gpu.three_models(torch.device("cpu"), 16)
     widths = {module.out_channels for module in models["compacted"].modules() if isinstance(module, torch.nn.Conv2d)}
     assert 16 in widths and all(width % 16 == 0 for width in widths - {3})
@@ -61,7 +61,7 @@ def test_parts_and_widths_are_those_asked_for(tmp_path: Path, monkeypatch: pytes
 
 def test_compiled_steps_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is to be compiled in one piece: what Dynamo leaves out would run eagerly under the name of compiled."""
-    monkeypatch.setattr(cost, "CIFAR10", {**cost.CIFAR10, **NARROW})
+    monkeypatch.setattr(bench_models, "CIFAR10", {**bench_models.CIFAR10, **NARROW})
     asked = []
     monkeypatch.setattr(torch, "compile", lambda unet, **options: asked.append(options) or unet)
     models, removed = gpu.three_models(torch.device("cpu"))

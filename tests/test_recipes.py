@@ -223,7 +223,7 @@ def test_recipes_of_real_models(name: str) -> None:
         "max_train_steps": 100_000 if name == "cifar10" else 500_000,
     }
     needed = {
-        **{"channel_multiple": 8, "use_ema": True, "ema_max_decay": 0.9999, "mixed_precision": "bf16"},
+        **{"channel_multiple": "auto", "use_ema": True, "ema_max_decay": 0.9999, "mixed_precision": "bf16"},
         **{"report_to": "tensorboard", "checkpointing_steps": 1000, "resolution": 32 if name == "cifar10" else 256},
     }
     wanted = {**stated, **needed}

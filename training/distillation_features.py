@@ -100,7 +100,8 @@ class BlockOutputDistance:
             self.sources = {block: source.to(device) for block, source in self.sources.items()}
         if name not in self._masks:
             group, _ = self.channels[name]
-            self._masks[name] = self.channel_masks[group].to(device)[self.sources[name]]
+            by_channel = self.channel_masks.groups[group].per_channel(self.channel_masks[group])
+            self._masks[name] = by_channel.to(device)[self.sources[name]]
         return self._masks[name]
 
     def target(self, name: str, output: Tensor, channels: int) -> Tensor:

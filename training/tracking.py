@@ -55,7 +55,9 @@ class Tracking:
         self.clock, self.clock_step = time.perf_counter(), 0
         if args.tracking.report_to != "none":
             # One run of the script is one run of the tracker; a resumed one adds to the same folder.
-            config = {name: portable(value) for name, value in args.to_dict().items() if value is not None}
+            given = {name: portable(value) for name, value in args.to_dict().items() if value is not None}
+            # TensorBoard takes no lists
+            config = {name: " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for name, v in given.items()}
             # Weights & Biases would write into the working directory
             logs = folder.training / "logs"
             if args.tracking.report_to == "wandb" and accelerator.is_main_process:
