@@ -52,7 +52,7 @@ ATTENTION_UNITS = ("head_dim", "heads")
 # Channels that kernels take at a time: CPUs with AVX-512; tensor cores in float32 (TF32), and in half precision, whose tiles
 # of 64 channels an H100 gains by (benchmarks/README.md)
 HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8, "cuda, half precision": 64}
-ALIGNED_WIDTHS = 6  # that a group must have, beside its dense one, for a multiple to be worth it
+ALIGNED_WIDTHS = 4  # that a group must have, beside its dense one, for blocks to be worth it
 _SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
 
 
@@ -100,17 +100,27 @@ def hardware_multiple(device: str, dtype: str = "float32") -> int:
     return HARDWARE_MULTIPLES.get("cuda, half precision" if half else device, 1)
 
 
-def aligned_ladder(group: ChannelGroup, multiple: int, min_keep_ratio: float, attention_unit: str) -> list[int]:
-    """`width_ladder` with the largest power-of-two part of a channel multiple that leaves a group a choice.
+def aligned_ladder(group: ChannelGroup, block: int, min_keep_ratio: float, attention_unit: str) -> list[int]:
+    """`width_ladder` without the widths that take as long as a larger one.
 
-    Units of 12 channels are multiples of 16 only four at a time; a group of ten such units has too few of these widths to
-    lose what its scores say, and takes those that are multiples of 8, or of 4.
+    Kernels compute channels in blocks: 50 channels take as long as 60 where a block has 16, so that of units of ten nobody
+    should keep five. Of the widths with the same number of blocks, the largest stays. A group that has too few of these to
+    lose what its scores say gets blocks of half the size, or of a quarter, ...
+
+    Args:
+        group: The channel group.
+        block: Channels of a block (`hardware_multiple`), a power of two.
+        min_keep_ratio: As in `width_ladder`.
+        attention_unit: As in `width_ladder`.
     """
+    reachable = width_ladder(group, 1, min_keep_ratio, attention_unit)
     while True:
-        ladder = width_ladder(group, multiple, min_keep_ratio, attention_unit)
-        if len(ladder) > ALIGNED_WIDTHS or multiple == 1:
-            return ladder
-        multiple //= 2
+        largest: dict[int, int] = {}
+        for width in reachable:  # in descending order
+            largest.setdefault(math.ceil(width / block), width)
+        if len(largest) > ALIGNED_WIDTHS or block == 1:
+            return list(largest.values())
+        block //= 2
 
 
 def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:

@@ -66,8 +66,8 @@ class GFPruneConfig:
     channel_multiple: str = field(
         default="auto",
         metadata={
-            "help": "Kept channels of a group are a multiple of this (a number >= 1); auto: of what suits target_device, as "
-            "far as norm groups allow and the budget is still met."
+            "help": "Kept channels of a group are a multiple of this (a number >= 1); auto: they fill the blocks in which "
+            "target_device computes channels, as far as norm groups allow and the budget is still met."
         },
     )
     target_device: str = _choice(

@@ -216,7 +216,7 @@ class GradientFlowPruner:
     def _choose_ladders(self, cost: CostModel) -> tuple[int, list[list[int]]]:
         """The channel multiple and the widths that each group may have.
 
-        With `channel_multiple="auto"`, the largest multiple that suits the target device and lets the budget be met.
+        With `channel_multiple="auto"`, the largest blocks, up to those of the target device, that let the budget be met.
         """
         config = self.config
         multiple = config.channel_multiple

@@ -141,19 +141,20 @@ def test_ladder_of_units(channels: int, sizes: list[int], multiple: int, floor: 
 
 
 @pytest.mark.parametrize(
-    ("group", "multiple", "expected"),
+    ("group", "block", "expected"),
     [
         (plain_group(128, [8] * 16), 16, [128, 112, 96, 80, 64, 48, 32, 16]),
-        (plain_group(240, [12] * 20), 16, [240, 216, 192, 168, 144, 120, 96, 72, 48, 24]),  # of 16 there are four: those of 8
+        (plain_group(80, [10] * 8), 16, [80, 60, 40, 30, 10]),  # 70, 50 and 20 need as many blocks as others do
+        (plain_group(84, [12] * 7), 16, [84, 72, 60, 48, 24, 12]),  # 36 as many as 48; 84 is dense
         (plain_group(16, [4] * 4), 16, [16, 12, 8, 4]),  # all there are
         (plain_group(16, [16]), 16, [16]),
         (attention_group(64, 1), 16, [64, 56, 48, 40, 32, 24, 16, 8]),
         (attention_group(24, 4), 8, [24, 20, 16, 12, 8, 4]),
     ],
 )
-def test_aligned_ladder_leaves_a_choice(group: ChannelGroup, multiple: int, expected: list[int]) -> None:
-    """The largest of the multiple, its half, its quarter, ... with six widths below the dense one."""
-    assert aligned_ladder(group, multiple, 0.0, "head_dim") == expected
+def test_aligned_ladder_leaves_a_choice(group: ChannelGroup, block: int, expected: list[int]) -> None:
+    """The largest width of each number of blocks; of blocks of half the size, ... where four are not left below the dense."""
+    assert aligned_ladder(group, block, 0.0, "head_dim") == expected
 
 
 @pytest.mark.parametrize(

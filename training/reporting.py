@@ -64,7 +64,9 @@ def describe_plan(
         f"plan: remove {config.ratio:.1%} of {config.target} by {config.criterion} "
         f"({len(pruner.groups)} channel groups of {sum(group.num_units for group in pruner.groups)} units, "
         f"ranking: {config.ranking})",
-        f"  widths in multiples of {pruner.channel_multiple}, where whole units allow",
+        "  widths "
+        + ("that fill blocks" if config.channel_multiple == "auto" else "in multiples")
+        + f" of {pruner.channel_multiple} channels, as far as whole units allow",
         "",
         f"  {'channel group':44}{'dense':>7}{'units':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
     ]
