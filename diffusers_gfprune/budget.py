@@ -101,11 +101,12 @@ def hardware_multiple(device: str, dtype: str = "float32") -> int:
 
 
 def aligned_ladder(group: ChannelGroup, block: int, min_keep_ratio: float, attention_unit: str) -> list[int]:
-    """`width_ladder` without the widths that take as long as a larger one.
+    """`width_ladder` for kernels that compute channels in blocks.
 
-    Kernels compute channels in blocks: 50 channels take as long as 60 where a block has 16, so that of units of ten nobody
-    should keep five. Of the widths with the same number of blocks, the largest stays. A group that has too few of these to
-    lose what its scores say gets blocks of half the size, or of a quarter, ...
+    Full blocks are best, both for the layers that write the channels and for those that read them beside others. Where units
+    hit too few of such widths for a group to lose what its scores say, it gets the largest width of each number of blocks: of
+    units of ten nobody should keep five, since 50 channels take as long as 60 where a block has 16. Where these are too few,
+    too, blocks of half the size are tried, of a quarter, ...
 
     Args:
         group: The channel group.
@@ -114,13 +115,16 @@ def aligned_ladder(group: ChannelGroup, block: int, min_keep_ratio: float, atten
         attention_unit: As in `width_ladder`.
     """
     reachable = width_ladder(group, 1, min_keep_ratio, attention_unit)
-    while True:
+    while block > 1:
+        full = [width for width in reachable if width % block == 0 or width == group.num_channels]
         largest: dict[int, int] = {}
         for width in reachable:  # in descending order
             largest.setdefault(math.ceil(width / block), width)
-        if len(largest) > ALIGNED_WIDTHS or block == 1:
-            return list(largest.values())
+        for ladder in (full, list(largest.values())):
+            if len(ladder) > ALIGNED_WIDTHS:
+                return ladder
         block //= 2
+    return reachable
 
 
 def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:
