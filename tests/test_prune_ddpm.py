@@ -150,6 +150,19 @@ def test_masks_that_freeze_at_the_last_step(tmp_path: Path) -> None:
     assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.slow
+def test_a_budget_in_time(tmp_path: Path) -> None:
+    """From the table of layer times to the card; what is measured at the end is not asserted, the machine may be busy."""
+    run = tmp_path / "run"
+    words = ("--target", "latency", "--ratio", 0.1, "--latency_batch_size", 16, "--evaluation_cache_dir", tmp_path / "cache")
+    run_here(*digits(run, *words))
+    results, report = (json.loads((run / name).read_text()) for name in ("results.json", "pruning_report.json"))
+    assert results["latency_budget"]["asked"] == 0.1
+    assert results["latency_budget"]["words"] in (run / "README.md").read_text()
+    assert report["latency_calibration"] and results["pruned"]["macs"] < results["dense"]["macs"]
+    assert list((tmp_path / "cache").rglob("*.json"))  # times of layers, for the next run
+
+
 def image_folder(path: Path, size: tuple[int, int] = (8, 8), mode: str = "L", count: int = 40) -> Path:
     path.mkdir(parents=True)
     generator = np.random.default_rng(0)

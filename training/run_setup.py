@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
 from diffusers import UNet2DModel
+from huggingface_hub import cached_assets_path
 from torch import Tensor, nn
 
 from batches import BrokenImages, calibration_batches, train_dataloader
@@ -133,6 +134,7 @@ def make_pruner(
     """The pruner of a run, with masks attached.
 
     For a budget in time, models are measured on the device that the run trains on, unless a checkpoint knows their times.
+    Times of layers are kept with what the Hub's libraries keep, or in `evaluation_cache_dir`.
 
     Raises:
         ValueError: The model cannot be pruned, or the budget cannot be met.
@@ -142,7 +144,7 @@ def make_pruner(
         unet.to(accelerator.device)
     known = None if checkpoint is None else checkpoint.values["pruner"].get("latency")
     folder = args.evaluation.evaluation_cache_dir
-    cache_dir = None if folder is None else Path(folder)
+    cache_dir = cached_assets_path("diffusers-gfprune", "latency") if folder is None else Path(folder)
     return GradientFlowPruner(unet, config, noise_scheduler, latency=known, latency_cache_dir=cache_dir)
 
 
