@@ -230,6 +230,26 @@ def memory_in_process(model: str, what: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def measure_steps_and_forwards(model: str) -> dict[str, object]:
+    """All that takes training steps or forwards."""
+    rows: dict[str, object] = {
+        "masked_step": {batch: measure_masked_step(model, batch) for batch in STEP_BATCH_SIZES[model]},
+        "compacted_forward": [
+            measure_compacted_forward(model, batch, compiled)
+            for batch in FORWARD_BATCH_SIZES[model]
+            for compiled in (False, True)
+        ],
+        "compacted_step": measure_compacted_step(model, STEP_BATCH_SIZES[model][-1]),
+        "rival_forward": measure_rival_forward(model, 16),
+        "scoring_none": measure_scoring(model, "none"),
+    }
+    for hvp in ("exact", "finite-difference"):
+        for batches in ("mean", "each"):
+            rows[f"scoring_{hvp}_{batches}"] = measure_scoring(model, hvp, batches)
+    memory = {what: memory_in_process(model, what) for what in ("plain", "none", "exact", "finite-difference")}
+    return {**rows, "peak_memory_mib": memory, "peak_memory_ratio": {what: memory[what] / memory["plain"] for what in memory}}
+
+
 def table(found: dict) -> str:
     """Markdown: what was asked for, and what was measured."""
     lines = ["| | wanted (digits / CIFAR-10) | digits teacher | CIFAR-10 configuration |", "|---|---|---|---|"]
@@ -322,23 +342,8 @@ def main() -> None:
     for model in args.models:
         rows = found[model] = {"batch_size": BATCH_SIZES.get(model), "scoring_batches": SCORING_BATCHES.get(model)}
         rows["setup"] = measure_setup(model)
-        if model == "deep":  # of this one only how long it takes to find its units
-            continue
-        rows["masked_step"] = {batch: measure_masked_step(model, batch) for batch in STEP_BATCH_SIZES[model]}
-        rows["compacted_forward"] = [
-            measure_compacted_forward(model, batch, compiled)
-            for batch in FORWARD_BATCH_SIZES[model]
-            for compiled in (False, True)
-        ]
-        rows["compacted_step"] = measure_compacted_step(model, STEP_BATCH_SIZES[model][-1])
-        rows["rival_forward"] = measure_rival_forward(model, 16)
-        rows["scoring_none"] = measure_scoring(model, "none")
-        for hvp in ("exact", "finite-difference"):
-            for batches in ("mean", "each"):
-                rows[f"scoring_{hvp}_{batches}"] = measure_scoring(model, hvp, batches)
-        memory = {what: memory_in_process(model, what) for what in ("plain", "none", "exact", "finite-difference")}
-        rows["peak_memory_mib"] = memory
-        rows["peak_memory_ratio"] = {what: memory[what] / memory["plain"] for what in memory}
+        if model != "deep":  # of this one only how long it takes to find its units, and to load it
+            rows |= measure_steps_and_forwards(model)
         print(model, json.dumps(rows, indent=2))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(found, indent=2) + "\n")
