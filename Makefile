@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
 
-prune: install ## prune the digits DDPM that ships with the repository (about five minutes on two cores)
+prune: install ## prune the digits DDPM that ships with the repository (about seven minutes on two cores)
 	$(LAUNCH) training/prune_ddpm.py --recipe digits $(ARGS)
 
 test: install ## run the tests

@@ -52,7 +52,8 @@ ATTENTION_UNITS = ("head_dim", "heads")
 # Channels that kernels take at a time: CPUs with AVX-512; tensor cores in float32 (TF32), and in half precision, whose tiles
 # of 64 channels an H100 gains by (benchmarks/README.md)
 HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8, "cuda, half precision": 64}
-ALIGNED_WIDTHS = 4  # that a group must have, beside its dense one, for blocks to be worth it
+# Widths that a group must have, beside its dense one, for blocks to be worth it: with four, the digits model loses too much
+ALIGNED_WIDTHS = 5
 _SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
 
 

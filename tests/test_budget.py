@@ -144,9 +144,9 @@ def test_ladder_of_units(channels: int, sizes: list[int], multiple: int, floor: 
     ("group", "block", "expected"),
     [
         (plain_group(128, [8] * 16), 16, [128, 112, 96, 80, 64, 48, 32, 16]),
-        (plain_group(80, [10] * 8), 16, [80, 60, 40, 30, 10]),  # 70, 50 and 20 need as many blocks as others do
+        (plain_group(100, [10] * 10), 16, [100, 90, 80, 60, 40, 30, 10]),  # 70, 50 and 20 need as many blocks as others do
         (plain_group(84, [12] * 7), 16, [84, 72, 60, 48, 24, 12]),  # 48 alone is full; 36 needs as many blocks
-        (plain_group(240, [12] * 20), 16, [240, 192, 144, 96, 48]),  # all full
+        (plain_group(288, [12] * 24), 16, [288, 240, 192, 144, 96, 48]),  # all full
         (plain_group(16, [4] * 4), 16, [16, 12, 8, 4]),  # all there are
         (plain_group(16, [16]), 16, [16]),
         (attention_group(64, 1), 16, [64, 56, 48, 40, 32, 24, 16, 8]),
@@ -154,7 +154,7 @@ def test_ladder_of_units(channels: int, sizes: list[int], multiple: int, floor: 
     ],
 )
 def test_aligned_ladder_leaves_a_choice(group: ChannelGroup, block: int, expected: list[int]) -> None:
-    """Full blocks; the largest width of each number of blocks; blocks of half the size, ...: whatever leaves four widths."""
+    """Full blocks; the largest width of each number of blocks; blocks of half the size, ...: whatever leaves five widths."""
     assert aligned_ladder(group, block, 0.0, "head_dim") == expected
 
 
