@@ -118,7 +118,7 @@ def measure_state(model: str, words: list[str]) -> dict[str, float]:
         )
         size = sum(path.stat().st_size for path in checkpoints.paths()[0].iterdir())
         tracking = Tracking(args, accelerator, run_folder, dense, None)
-        update = MaskUpdate(0, "soft", 0.5, 0.0, 1, 0, 0, 1.0, 1.0)
+        update = MaskUpdate(0, "soft", 0.5, 0.0, 1, 0, 0, 1, 1.0, 1.0)
         log_seconds = median_seconds(lambda index: tracking.log_training(state, 0.1, {"noise": 0.1}, 1.0), 200)
         ranking_seconds = median_seconds(lambda index: tracking.log_ranking(state, update), 20)
         accelerator.end_training()
