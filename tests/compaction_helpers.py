@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable
 
 import torch
-from architectures import build, inputs, random_masks
+from architectures import CIFAR10, build, inputs, random_masks
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -23,6 +23,19 @@ TO_Q = "down_blocks.1.attentions.0.to_q"
 def traced(name: str = "base") -> tuple[ChannelGroup, ...]:
     """The groups of one of the ARCHITECTURES, traced once for all tests."""
     return tuple(trace_channel_groups(build(name)))
+
+
+@functools.lru_cache
+def cifar10() -> tuple[UNet2DModel, dict[str, ChannelGroup]]:
+    """google/ddpm-cifar10-32, for which nothing is allocated, and its groups by name."""
+    with torch.device("meta"):
+        unet = UNet2DModel(**CIFAR10)
+    return unet, {group.name: group for group in trace_channel_groups(unet)}
+
+
+def groups_by_name(name: str = "base") -> dict[str, ChannelGroup]:
+    """The same by group name."""
+    return {group.name: group for group in traced(name)}
 
 
 def masked(masks: dict[str, Tensor] | int, name: str = "base") -> UNet2DModel:

@@ -12,13 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
 from diffusers import UNet2DModel
-from huggingface_hub import cached_assets_path
 from torch import Tensor, nn
 
 from batches import BrokenImages, calibration_batches, train_dataloader
 from checkpointing import Checkpoint, Checkpoints
 from diffusers_gfprune import GradientFlowPruner
-from diffusers_gfprune.evaluation.cache import tensors_fingerprint
+from diffusers_gfprune.evaluation.cache import default_cache_dir, tensors_fingerprint
 from diffusers_gfprune.evaluation.step_loss import StepLoss
 from estimate import StepEstimate, estimate_step
 from measuring import SampleQuality
@@ -144,7 +143,7 @@ def make_pruner(
         unet.to(accelerator.device)
     known = None if checkpoint is None else checkpoint.values["pruner"].get("latency")
     folder = args.evaluation.evaluation_cache_dir
-    cache_dir = cached_assets_path("diffusers-gfprune", "latency") if folder is None else Path(folder)
+    cache_dir = default_cache_dir() if folder is None else Path(folder)
     return GradientFlowPruner(unet, config, noise_scheduler, latency=known, latency_cache_dir=cache_dir)
 
 
