@@ -240,3 +240,14 @@ def test_what_is_ours_and_what_is_the_papers_is_told_apart(name: str) -> None:
     for key in ("train_batch_size", "learning_rate", "use_ema", "calibration_batches", "target", "channel_multiple"):
         assert re.search(rf"^{key}:.*# ours", text, flags=re.MULTILINE), key
     assert re.search("^# Written for (one process|four processes)", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [("auto", "cuda", "cuda"), ("auto", "cpu", "cpu"), ("cpu", "cuda", "cpu"), ("auto", "mps", "auto")],
+)
+def test_widths_suit_the_device_that_the_run_trains_on(given: str, device: str, expected: str) -> None:
+    """Models are loaded on the CPU: its blocks would be taken for those of the GPU."""
+    pruning = parse_arguments(["--recipe", "digits", "--target_device", given]).pruning
+    assert pruning.on_device(device).target_device == expected
+    assert pruning.target_device == given

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from diffusers_gfprune.configuration import PRESETS, GFPruneConfig
+from diffusers_gfprune.configuration import DEVICES, PRESETS, GFPruneConfig
 from diffusers_gfprune.evaluation.sampling import TIMESTEP_SPACINGS
 from diffusers_gfprune.hub import check_repo_id
 from diffusers_gfprune.importance import criteria
@@ -101,6 +101,11 @@ class PruningArguments(GFPruneConfig):
             raise ValueError(
                 f"check_scores=True needs flow_metric=weights, not {self.flow_metric}: the other takes no Hessian"
             )
+
+    def on_device(self, device: str) -> PruningArguments:
+        """The same with `target_device=auto` resolved: models are loaded on the CPU, and move to where they train later."""
+        known = self.target_device == "auto" and device in DEVICES
+        return dataclasses.replace(self, target_device=device) if known else self
 
     def config(self, total_steps: int) -> GFPruneConfig:
         """The library's configuration for a run of `total_steps`."""

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir, inputs)
     resuming = args.checkpoints.resume_from_checkpoint is not None
     accelerator = make_accelerator(args, folder)
+    args = dataclasses.replace(args, pruning=args.pruning.on_device(accelerator.device.type))
     main_process = accelerator.is_main_process
     if main_process and not args.run.dry_run:
         folder.check(resuming)

@@ -150,7 +150,16 @@ def make_pruner(
 def run_identity(args: Arguments, dense: nn.Module) -> dict:
     """What two runs must share for one to go on from a checkpoint of the other, by name."""
     architecture = {f"unet.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
-    options = ("target", "ratio", "channel_multiple", "min_keep_ratio", "attention_unit", "soft_fraction", "hard_fraction")
+    options = (
+        "target",
+        "ratio",
+        "channel_multiple",
+        "target_device",
+        "min_keep_ratio",
+        "attention_unit",
+        "soft_fraction",
+        "hard_fraction",
+    )
     times = ("latency_batch_size", "latency_dtype", "latency_backend")
     schedule = ("update_interval", "sparsity_schedule", "mask_schedule", "interpolate_masks")
     return {
