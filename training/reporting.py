@@ -82,10 +82,10 @@ def describe_plan(
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
     if pruner.latency is not None:
         setting, before, after = config.latency_setting(), *(cost.seconds(n) for n in (cost.dense, pruner.planned_widths))
-        models = len(pruner.latency["calibration"])
+        models, last = len(pruner.latency["calibration"]), pruner.latency["calibration"][-1]["measured"]
         lines.append(
             f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}; a forward, "
-            f"{setting.describe()}, by the times of its layers and of {models} models of other widths)"
+            f"{setting.describe()}, by the times of its layers and of {models} models, the last of which lost {last:.1%})"
         )
     lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
