@@ -6,7 +6,7 @@
 Every case is a model and a batch size. The pruner plans the same share of every group, as far as ladders go (ranking by
 group); in the case `digits-magnitude-16`, magnitudes choose the widths (global ranking). The measured share is a median over
 interleaved rounds of the dense and the pruned model, with its standard error. Where 40 % cannot be removed, because even the
-narrowest model takes longer, the case asks for half of what can, and says so.
+narrowest model takes longer, the case asks for half of what can, and says so. `models.py` has the models.
 """
 
 from __future__ import annotations
@@ -21,23 +21,14 @@ import time
 from pathlib import Path
 
 import torch
-from cost import build
 from diffusers import UNet2DModel
+from models import build
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.evaluation.layer_times import machine_description
 from diffusers_gfprune.latency_calibration import LATENCY_TOLERANCE, LatencyCheck, LatencyMeter
 
 ROOT = Path(__file__).resolve().parent.parent
-DEEP = {
-    "sample_size": 128,
-    "layers_per_block": 4,
-    "block_out_channels": (32, 64, 96, 128, 128),
-    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    "resnet_time_scale_shift": "scale_shift",
-    "norm_num_groups": 8,
-}
 RATIO = 0.4
 CHECK_SECONDS = 60.0  # that a result is measured for, beyond a few rounds, if other load on the machine makes it spread
 # model, batch size, whether magnitudes choose widths
@@ -50,12 +41,6 @@ CASES = {
     "deep-1": ("deep", 1, False),
     "deep-4": ("deep", 4, False),
 }
-
-
-def model_named(name: str) -> UNet2DModel:
-    """The digits teacher, the configuration of google/ddpm-cifar10-32, or a deep model of many small layers."""
-    torch.manual_seed(0)
-    return (UNet2DModel(**DEEP) if name == "deep" else build(name)).eval()
 
 
 def make_pruner(unet: UNet2DModel, case: tuple[str, int, bool], backend: str, target: str, ratio: float, cache_dir: Path):
@@ -78,7 +63,7 @@ def make_pruner(unet: UNet2DModel, case: tuple[str, int, bool], backend: str, ta
 
 def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
     """Ask for a share of the time, then for the same share of the MACs, and measure both."""
-    unet, ratio, most = model_named(case[0]), RATIO, None
+    unet, ratio, most = build(case[0]).eval(), RATIO, None
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         try:
