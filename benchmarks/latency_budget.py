@@ -1,6 +1,6 @@
 """Asks for 40 % less time of a forward, and measures what comes out; and what a budget of 40 % of the MACs would have given.
 
-    python benchmarks/latency_budget.py           everything, into benchmarks/results/latency_budget.json (about half an hour)
+    python benchmarks/latency_budget.py           everything, into benchmarks/results/latency_budget.json (about ten minutes)
     python benchmarks/latency_budget.py --table   Markdown of what is there
 
 Every case is a model and a batch size. The pruner plans the same share of every group, as far as ladders go (ranking by
