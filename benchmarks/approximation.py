@@ -18,30 +18,29 @@ import copy
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_gfprune import GFPruneConfig
+from diffusers_gfprune.data.batches import BrokenImages, calibration_batches
+from diffusers_gfprune.data.images import DataArguments, load_images
+from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
+from diffusers_gfprune.scoring.context import ScoringContext
+from diffusers_gfprune.scoring.hessian_product import HESSIAN_PRODUCTS
+from diffusers_gfprune.scoring.mode import scoring_mode
+
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
 
-from batches import BrokenImages, calibration_batches  # noqa: E402
-from diffusers_gfprune import GFPruneConfig  # noqa: E402
-from diffusers_gfprune.channel_groups import ChannelGroup, trace_channel_groups  # noqa: E402
-from diffusers_gfprune.hessian_product import HESSIAN_PRODUCTS  # noqa: E402
-from diffusers_gfprune.scoring_context import ScoringContext  # noqa: E402
-from diffusers_gfprune.scoring_mode import scoring_mode  # noqa: E402
-from image_data import DataArguments, load_images  # noqa: E402
 
 SHARES = (0.001, 0.01, 0.1, 0.5, 1.0)
 REMOVED = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)

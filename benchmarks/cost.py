@@ -28,10 +28,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from models import batches_for, build, dense_config, torch_pruning_model
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.channel_groups import trace_channel_groups
-from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
-from diffusers_gfprune.importance import score_units
-from diffusers_gfprune.masking import attach, detach
+from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
+from diffusers_gfprune.pruning.masking import attach, detach
+from diffusers_gfprune.scoring.importance import score_units
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = {"digits": 64, "cifar10": 8}

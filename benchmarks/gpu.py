@@ -33,8 +33,8 @@ from cost import half_masked
 from models import batches_for, build
 from torch import nn
 
-from diffusers_gfprune.evaluation.cost import hardware_name
-from diffusers_gfprune.evaluation.speed import seconds_of
+from diffusers_gfprune.metrics.cost import hardware_name
+from diffusers_gfprune.metrics.speed import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "benchmarks/results/gpu.json"

@@ -21,10 +21,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from diffusers_gfprune.run_folder import write_json
 
-from run_folder import write_json  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 RESULTS = ROOT / "benchmarks/results/label_dropout.json"
 README, MARK, END = ROOT / "benchmarks/README.md", "<!-- label dropout -->\n", "<!-- end -->"

@@ -25,8 +25,8 @@ from diffusers import UNet2DModel
 from models import build
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.evaluation.layer_times import machine_description
-from diffusers_gfprune.latency_calibration import LATENCY_TOLERANCE, LatencyCheck, LatencyMeter
+from diffusers_gfprune.latency.calibration import LATENCY_TOLERANCE, LatencyCheck, LatencyMeter
+from diffusers_gfprune.latency.layer_times import machine_description
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIO = 0.4

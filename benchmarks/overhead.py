@@ -20,29 +20,27 @@ import copy
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cost import Trainer, half_masked, paired, scorer
 from diffusers import UNet2DModel
+from models import batches_for, build
+
+from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune.pruner import MaskUpdate
+from diffusers_gfprune.run_folder import RunFolder
+from diffusers_gfprune.training.arguments import parse_arguments
+from diffusers_gfprune.training.checkpointing import Checkpoints
+from diffusers_gfprune.training.run import make_accelerator, run_identity, run_settings
+from diffusers_gfprune.training.state import TrainingState
+from diffusers_gfprune.training.tracking import Tracking
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
 
-from cost import Trainer, half_masked, paired, scorer  # noqa: E402
-from models import batches_for, build  # noqa: E402
-
-from checkpointing import Checkpoints  # noqa: E402
-from diffusers_gfprune import GradientFlowPruner  # noqa: E402
-from diffusers_gfprune.pruner import MaskUpdate  # noqa: E402
-from prune_arguments import parse_arguments  # noqa: E402
-from run_folder import RunFolder  # noqa: E402
-from run_setup import make_accelerator, run_identity, run_settings  # noqa: E402
-from tracking import Tracking  # noqa: E402
-from training_state import TrainingState  # noqa: E402
 
 BATCH_SIZES, REPEATS, SCORING_BATCHES = (
     {"digits": 64, "cifar10": 16},

@@ -26,27 +26,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import NullFormatter
 from scipy.stats import pearsonr, spearmanr
 from study_settings import BASE, DATASETS, SCORES
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.data.batches import calibration_batches
+from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.pruning.budget import select_units, width_ladder
+from diffusers_gfprune.run_folder import write_json
+from diffusers_gfprune.scoring.importance import score_units
+from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from diffusers_gfprune.training.arguments import parse_arguments
+
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import NullFormatter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
 
-from batches import calibration_batches  # noqa: E402
-from diffusers_gfprune import GFPruneConfig, GradientFlowPruner  # noqa: E402
-from diffusers_gfprune.budget import select_units, width_ladder  # noqa: E402
-from diffusers_gfprune.importance import score_units  # noqa: E402
-from image_data import load_images  # noqa: E402
-from prune_arguments import parse_arguments  # noqa: E402
-from run_folder import write_json  # noqa: E402
-from trained_pipelines import load_dense_pipeline  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/sensitivity"
 PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"

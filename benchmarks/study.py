@@ -25,10 +25,10 @@ from pathlib import Path
 
 from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, TEACHERS, Setting
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from diffusers_gfprune.training.arguments import parse_arguments
 
-from prune_arguments import parse_arguments  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 RESULTS = ROOT / "benchmarks/results/study"
 RUNS = ROOT / "runs/study"

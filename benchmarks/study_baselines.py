@@ -31,23 +31,23 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from diffusers_gfprune import GFPruneConfig, GFPrunedUNet2DModel, GradientFlowPruner
+from diffusers_gfprune.data.batches import train_dataloader
+from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.evaluation.sample_quality import SampleQuality
+from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
+from diffusers_gfprune.objectives.objective import NoisePrediction, Objective
+from diffusers_gfprune.pruning.budget import select_units, width_ladder
+from diffusers_gfprune.reports.provenance import command_line
+from diffusers_gfprune.run_folder import write_json
+from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from diffusers_gfprune.training.arguments import Arguments, parse_arguments
+from diffusers_gfprune.training.reporting import measure_step_losses, results
+from diffusers_gfprune.training.state import seed_everything
 
-from batches import train_dataloader  # noqa: E402
-from diffusers_gfprune import GFPruneConfig, GFPrunedUNet2DModel, GradientFlowPruner  # noqa: E402
-from diffusers_gfprune.budget import select_units, width_ladder  # noqa: E402
-from diffusers_gfprune.evaluation.cost import count_macs, count_parameters  # noqa: E402
-from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target  # noqa: E402
-from image_data import load_images  # noqa: E402
-from measuring import SampleQuality  # noqa: E402
-from objective import NoisePrediction, Objective  # noqa: E402
-from provenance import command_line  # noqa: E402
-from prune_arguments import Arguments, parse_arguments  # noqa: E402
-from reporting import measure_step_losses, results  # noqa: E402
-from run_folder import write_json  # noqa: E402
-from trained_pipelines import load_dense_pipeline  # noqa: E402
-from training_state import seed_everything  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 LOSS_THRESHOLD = 0.05  # Diff-Pruning's
 

@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
+from study_settings import DATASETS, SCORES, SETTINGS
+from study_time import OUTPUT as TIMES
+from study_time import seconds
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from study_settings import DATASETS, SCORES, SETTINGS  # noqa: E402
-from study_time import OUTPUT as TIMES  # noqa: E402
-from study_time import seconds  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "training"), str(ROOT / "benchmarks")]
+from diffusers_gfprune.metrics.cache import TensorCache, tensors_fingerprint
+from diffusers_gfprune.objectives import objective
 
-import objective  # noqa: E402
-from diffusers_gfprune.evaluation.cache import TensorCache, tensors_fingerprint  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 __all__ = ["RememberedTeacher", "remember_teachers"]
 

@@ -33,8 +33,8 @@ from study_baselines import with_widths
 from study_settings import DATASETS, SETTINGS, TEACHERS
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.importance import score_units
-from prune_arguments import parse_arguments
+from diffusers_gfprune.scoring.importance import score_units
+from diffusers_gfprune.training.arguments import parse_arguments
 
 OUTPUT = ROOT / "benchmarks/results/study_time.json"
 # Settings whose quality is drawn over time

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 
-from .budget import ATTENTION_UNITS
-from .cost_model import TARGETS
-from .evaluation.speed import DTYPES, SpeedSetting
-from .schedules import SCHEDULES, PruningSchedule
+from .metrics.speed import DTYPES, SpeedSetting
+from .pruning.budget import ATTENTION_UNITS
+from .pruning.cost_model import TARGETS
+from .pruning.schedules import SCHEDULES, PruningSchedule
 
 __all__ = ["PRESETS", "GFPruneConfig"]
 

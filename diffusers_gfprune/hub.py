@@ -13,7 +13,6 @@ import argparse
 import fnmatch
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,28 +20,23 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .model_card import check_card, is_as_rendered, render_card, render_eval_results
+from .hub_errors import HUB_ERRORS, TOKEN, reason
 from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, MODEL, WEIGHTS, rename_in_card
+from .reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
 
 __all__ = [
     "FILES",
-    "HUB_ERRORS",
     "PushError",
     "check_repo_id",
     "files_to_push",
     "prepare_repo",
     "push_checkpoint",
     "push_folder",
-    "reason",
     "update_card",
 ]
 
@@ -56,9 +50,6 @@ NEEDED = (
     "pruning_report.json",
     "results.json",
 )
-TOKEN = re.compile(r"\b(hf_|hf_oauth_|api_org_)[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
-# What the client raises: connection errors are no OSError, and failed uploads of large files come as a RuntimeError.
-HUB_ERRORS = (OSError, HTTPError, RuntimeError)
 
 
 class PushError(OSError):
@@ -173,29 +164,6 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
     complete = readme.with_name(".README.md.incomplete")
     complete.write_text(card, "utf-8")
     os.replace(complete, readme)
-
-
-def reason(error: Exception) -> str:
-    """What went wrong between here and the Hub (one of `HUB_ERRORS`), for whoever has to put it right."""
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS):
-        error = error.__cause__
-    if isinstance(error, LocalTokenNotFoundError):
-        return "there is no access token: log in with `hf auth login`, or pass one"
-    if isinstance(error, RevisionNotFoundError):
-        return "the repository has no such branch"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    known = {
-        401: "the access token is missing, wrong or expired: log in with `hf auth login`, or pass one",
-        403: "the access token may not write there",
-        404: "there is no such repository, or the access token may not see it",
-        507: "the server has no room left",
-    }
-    if status in known:
-        return known[status]
-    if status is not None and status >= 500:
-        return f"the server answered {status}"
-    said = TOKEN.sub("***", " ".join(str(error).split())) or type(error).__name__
-    return said if status is not None else f"the connection failed: {said}"
 
 
 def _failed(

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .class_labels import LabelDropout, check_labels, make_label_dropout
 from .configuration import GFPruneConfig
-from .evaluation.cost import spatial_size
-from .pixel_values import image_values, unused_range
+from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
+from .diffusion.pixel_values import image_values, unused_range
+from .metrics.cost import spatial_size
 from .pruner import GradientFlowPruner
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 

@@ -23,8 +23,13 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from . import masking
-from .budget import (
+from .configuration import GFPruneConfig
+from .diffusion.process import check_timesteps, training_process
+from .distributed import check_identical
+from .latency.budget import measured_latency_model
+from .latency.calibration import LatencyCheck, LatencyMeter
+from .pruning import masking
+from .pruning.budget import (
     BUDGET_TOLERANCE,
     aligned_ladder,
     allocate_by_sensitivity,
@@ -35,18 +40,13 @@ from .budget import (
     select_units,
     width_ladder,
 )
-from .channel_groups import ChannelGroup, trace_channel_groups
-from .compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
-from .configuration import GFPruneConfig
-from .cost_model import CostModel
-from .diffusion_process import check_timesteps, training_process
-from .distributed import check_identical
-from .importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_units
-from .latency_budget import measured_latency_model
-from .latency_calibration import LatencyCheck, LatencyMeter
-from .pruner_state import MaskPath, MaskUpdate, PrunerState
+from .pruning.channel_groups import ChannelGroup, trace_channel_groups
+from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
+from .pruning.cost_model import CostModel
+from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
-from .scoring_context import check_batch
+from .scoring.context import check_batch
+from .scoring.importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_units
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
 

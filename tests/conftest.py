@@ -8,10 +8,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from filelock import FileLock  # noqa: E402
-from script_helpers import forget_accelerator  # noqa: E402
+import pytest
+import torch
+from filelock import FileLock
+
+from helpers.scripts import forget_accelerator
 
 torch.set_num_threads(1)
 
@@ -32,7 +33,7 @@ def no_accelerator_left():
 @pytest.fixture
 def scripted():
     """The script of the criterion "scripted", empty before and after."""
-    from pruner_helpers import script
+    from helpers.pruners import script
 
     script.clear()
     yield script
@@ -45,7 +46,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     The first of pytest's processes that asks for it makes it; others wait.
     """
-    from resume_helpers import uninterrupted
+    from helpers.resume import uninterrupted
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -60,7 +61,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory):
     """A dense and a pruned model, and greyscale images, for evaluations."""
-    from evaluate_helpers import make_world
+    from helpers.evaluations import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
 
@@ -68,8 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling fails the test."""
-    from evaluate_helpers import fail_to_sample
-
-    from diffusers_gfprune.evaluation.quality import SamplingSettings
+    from diffusers_gfprune.metrics.quality import SamplingSettings
+    from helpers.evaluations import fail_to_sample
 
     monkeypatch.setattr(SamplingSettings, "sample", fail_to_sample)

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from diffusers_gfprune.configuration import PRESETS, GFPruneConfig
-from diffusers_gfprune.schedules import PruningSchedule
+from diffusers_gfprune.pruning.schedules import PruningSchedule
 
 INVALID = [
     ("target", "flops"),

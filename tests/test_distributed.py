@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import CRITERIA, main, message
 from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusers_gfprune import distributed
 from diffusers_gfprune.distributed import check_identical, gather_rows, mean_over_ranks, world_size
+from helpers.distributed_worker import CRITERIA, main, message
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 

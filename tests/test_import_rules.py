@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,24 +14,20 @@ import pytest
 import diffusers_gfprune
 
 PACKAGE = Path(diffusers_gfprune.__file__).parent
-TRAINING = PACKAGE.parent / "training"
 OURS = "diffusers_gfprune"
 
-REMOTE = sorted((PACKAGE / "remote").glob("*.py"))
-# Modules that know nothing else of ours, as the remote files but for one lazy import.
-LEAVES = [
-    *(PACKAGE / f"{name}.py" for name in ("class_labels", "config_checks", "diffusion_process", "distributed", "model_card")),
-    *(PACKAGE / f"{name}.py" for name in ("optimizer_state", "pixel_values", "registration", "schedules", "weight_checks")),
-    *sorted((PACKAGE / "evaluation").glob("*.py")),
-]
-# All others, from the bottom to the top: each may import leaves, remote files and those before it.
+# From the bottom to the top: packages, and modules beside them. Each may import those before it; inside a
+# package there are at most `MOST_LEVELS` levels. `tests/` and `benchmarks/` may import everything.
 LAYERS = [
-    *("dependencies", "channel_groups", "cost_model", "budget", "configuration", "double_backward", "masking"),
-    *("latency_model", "latency_calibration"),
-    *("scoring_mode", "scoring_context", "hessian_product", "natural_flow", "importance"),
-    *("compaction", "latency_budget", "pruner_state", "pruner", "diagnostics", "one_shot", "version", "hub"),
-    *("loading_checks", "__init__"),
+    *("version", "remote", "interruption", "distributed", "run_folder", "hub_errors", "diffusion", "metrics"),
+    *("loading", "pruning", "latency", "configuration", "scoring", "pruner", "one_shot", "reports", "hub", "__init__"),
+    *("trained_pipelines", "data", "evaluation", "objectives", "training"),
 ]
+# What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too
+HEAVY = ("data", "evaluation", "objectives", "training", "scripts")
+# Levels of imports inside one package
+MOST_LEVELS = 5
+REMOTE = sorted((PACKAGE / "remote").glob("*.py"))
 ALL = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -69,8 +66,7 @@ def is_ours(module: str) -> bool:
 def test_files_are_found() -> None:
     """Rules about no files would always hold."""
     assert {"unet_2d_gfpruned.py", "pipeline_prune_ddpm.py"} <= {path.name for path in REMOTE}
-    assert {"schedules.py", "cost.py", "fidelity.py", "step_loss.py"} <= {path.name for path in LEAVES}
-    assert len(ALL) > 15
+    assert len(ALL) > 80
 
 
 def test_imports_are_seen_wherever_they_hide() -> None:
@@ -95,31 +91,75 @@ def test_remote_files_import_only_what_every_diffusers_user_has(path: Path) -> N
     assert not [module for module in imported_modules(ast.walk(tree)) if module.startswith(".")]
 
 
-@pytest.mark.parametrize("path", LEAVES, ids=relative_name)
-def test_leaves_import_nothing_of_ours(path: Path) -> None:
-    """Schedules and evaluation can be read, tested and reused alone; lazy imports would hide a dependency.
+def parts(path: Path) -> tuple[str, ...]:
+    """Names of a module's packages and of itself, inside this package."""
+    return path.relative_to(PACKAGE).with_suffix("").parts
 
-    Files of `evaluation` may use each other, and know schedulers and class labels; cards word a speed-up as all others do.
-    """
-    found = [module for module in imported_modules(ast.walk(ast.parse(path.read_text()))) if is_ours(module)]
-    beside = {f".{sibling.stem}" for sibling in path.parent.glob("*.py")} | {"..class_labels", "..diffusion_process"}
-    allowed = {"evaluation": beside, PACKAGE.name: {".evaluation.speedup"} if path.stem == "model_card" else set()}
-    assert set(found) <= allowed.get(path.parent.name, set())
+
+def our_imports(path: Path) -> set[tuple[str, ...]]:
+    """Modules of this package that a module imports anywhere, lazily, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = parts(path)[: -node.level]
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            names = [(*module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == OURS:
+            module = tuple(node.module.split(".")[1:])
+            names = [(*module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")[1:]) for alias in node.names if alias.name.partition(".")[0] == OURS]
+        else:
+            continue
+        for name in names:
+            # A name is a module, or something in one, or something that the package exports
+            known = next((name[:n] for n in (len(name), len(name) - 1) if n and is_module(name[:n])), ("__init__",))
+            found.add(known)
+    return found
+
+
+def is_module(name: tuple[str, ...]) -> bool:
+    """Whether there is such a module or package."""
+    path = PACKAGE.joinpath(*name)
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def test_every_module_has_its_layer() -> None:
     """A new module belongs somewhere."""
-    named = [PACKAGE / f"{name}.py" for name in LAYERS]
-    assert sorted([*named, *LEAVES, *REMOTE]) == ALL
+    assert {parts(path)[0] for path in ALL} == set(LAYERS)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers_import_downwards(name: str) -> None:
-    """What scores knows nothing of what prunes, and so on; lazy imports would be a way around."""
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-    found = {module.lstrip(".") for module in imported_modules(ast.walk(tree)) if is_ours(module)}
-    below = {*LAYERS[: LAYERS.index(name)], *(path.stem for path in LEAVES if path.parent == PACKAGE)}
-    assert {module for module in found if not module.startswith(("evaluation.", "remote."))} <= below
+@pytest.mark.parametrize("path", ALL, ids=relative_name)
+def test_imports_go_downwards(path: Path) -> None:
+    """What scores knows nothing of what trains, and so on; lazy imports would be a way around."""
+    layer = parts(path)[0]
+    allowed = {*LAYERS[: LAYERS.index(layer)], *({layer} if len(parts(path)) > 1 else ())}
+    if layer == "remote":  # see test_only_prune_reaches_into_the_package_from_a_remote_file
+        allowed.add("one_shot")
+    assert {module[0] for module in our_imports(path)} <= allowed
+
+
+@pytest.mark.parametrize("package", sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()))
+def test_packages_are_shallow(package: str) -> None:
+    """Whoever reads a module has few others of its package to know."""
+    imports = {parts(path): our_imports(path) for path in (PACKAGE / package).rglob("*.py")}
+
+    def level(module: tuple[str, ...]) -> int:
+        return 1 + max(
+            (level(below) for below in imports.get(module, ()) if below[0] == package and below != module), default=0
+        )
+
+    assert max(map(level, imports)) <= MOST_LEVELS, max(imports, key=level)
+
+
+def test_import_is_light() -> None:
+    """Whoever loads a pruned pipeline needs neither data sets nor training."""
+    code = (
+        f"import sys, {OURS}; print(*(name for name in sys.modules if name.startswith('{OURS}.')), 'datasets' in sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded[-1] == "False"
+    assert not [name for name in loaded if name.split(".")[1:2] and name.split(".")[1] in HEAVY]
 
 
 def test_optional_packages_are_imported_when_used() -> None:
@@ -133,14 +173,6 @@ def test_only_prune_reaches_into_the_package_from_a_remote_file() -> None:
     """One lazy import makes one-call pruning possible where the package is installed; a second would need a reason."""
     lazy = [module for path in REMOTE for module in imported_modules(ast.walk(ast.parse(path.read_text()))) if is_ours(module)]
     assert lazy == ["diffusers_gfprune.one_shot"]
-
-
-@pytest.mark.parametrize("path", ALL, ids=relative_name)
-def test_library_does_not_import_training(path: Path) -> None:
-    """Scripts know the library; the installed library has no scripts beside it."""
-    scripts = {"training", *(script.stem for script in TRAINING.glob("*.py"))}
-    for module in imported_modules(ast.walk(ast.parse(path.read_text()))):
-        assert module.lstrip(".").partition(".")[0] not in scripts, module
 
 
 def test_import_registers_the_package_with_diffusers() -> None:

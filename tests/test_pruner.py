@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from architectures import build
 from diffusers.training_utils import EMAModel
-from pruner_helpers import SCHEDULER, Script, batches, config, falling, images, mask_values, one_shot, rising, run, train_step
 from torch import Tensor
 
 from diffusers_gfprune import GFPrunedUNet2DModel, GradientFlowPruner
-from diffusers_gfprune.cost_model import CostModel
-from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
-from diffusers_gfprune.evaluation.step_loss import StepLoss
-from diffusers_gfprune.masking import dense_parameters
+from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.step_loss import StepLoss
+from diffusers_gfprune.pruning.cost_model import CostModel
+from diffusers_gfprune.pruning.masking import dense_parameters
+from helpers.architectures import build
+from helpers.pruners import SCHEDULER, Script, batches, config, falling, images, mask_values, one_shot, rising, run, train_step
 
 # --- the whole life ----------------------------------------------------------------------------------------------------
 

@@ -6,15 +6,15 @@ import logging
 
 import pytest
 import torch
-from architectures import build
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from pruner_helpers import Script, batches, config, mask_values, one_shot, rising, run, train_step
 from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
-from diffusers_gfprune.evaluation.cost import count_macs, count_parameters
-from diffusers_gfprune.masking import dense_parameters
+from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.pruning.masking import dense_parameters
+from helpers.architectures import build
+from helpers.pruners import Script, batches, config, mask_values, one_shot, rising, run, train_step
 
 # --- invariant 3: budgets are met --------------------------------------------------------------------------------------
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from script_helpers import ROOT, assert_one_error, files_limited_to, run_script
 from torch import nn
 
-TEACHER = ROOT / "training/digits/teacher"
-sys.path.insert(0, str(ROOT / "training"))
+from diffusers_gfprune.run_folder import RunFolder, write_json
+from helpers.scripts import ROOT, assert_one_error, files_limited_to, run_script
 
-from run_folder import RunFolder, write_json  # noqa: E402
+TEACHER = ROOT / "training/digits/teacher"
 
 
 def test_publish_moves_everything_at_once(tmp_path: Path) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from architectures import build, pruned
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -24,15 +22,14 @@ from diffusers import (
     PNDMScheduler,
     VQModel,
 )
-from hub_server import WRITE, HubServer
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
+from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from helpers.architectures import build, pruned
+from helpers.hub_server import WRITE, HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "training/digits/teacher"
-sys.path.insert(0, str(ROOT / "training"))
-
-from trained_pipelines import load_dense_pipeline  # noqa: E402
 
 
 @pytest.mark.parametrize(

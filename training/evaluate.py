@@ -23,15 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_gfprune.evaluation.cache import TensorCache, default_cache_dir
-from diffusers_gfprune.evaluation.quality import Quality
-from diffusers_gfprune.evaluation.speed import measure_speed
-from evaluation_arguments import EvaluateArguments, parse_evaluate_arguments
-from evaluation_card import RunUpdate, check_run
-from evaluation_figures import describe_evaluation, describe_model, describe_plan, warn_of_few
-from evaluation_inputs import Inputs, load_inputs
-from evaluation_processes import ERRORS, main_first, make_accelerator, one_line, together
-from evaluation_results import (
+from diffusers_gfprune.evaluation.arguments import EvaluateArguments, parse_evaluate_arguments
+from diffusers_gfprune.evaluation.card import RunUpdate, check_run
+from diffusers_gfprune.evaluation.figures import describe_evaluation, describe_model, describe_plan, warn_of_few
+from diffusers_gfprune.evaluation.inputs import Inputs, load_inputs
+from diffusers_gfprune.evaluation.processes import ERRORS, main_first, make_accelerator, one_line, together
+from diffusers_gfprune.evaluation.results import (
     EvaluationResults,
     ModelFigures,
     common_reference,
@@ -41,12 +38,15 @@ from evaluation_results import (
     read_results,
     reference_title,
 )
-from evaluation_samples import Samples, folder_source, model_source, shards
-from measuring import RealFeatures
-from plots import plot_step_loss, save_sample_grid, save_sample_rows
-from provenance import command_line, portable
-from rehearsal import rehearse_features
-from run_folder import RunFolder, write_json
+from diffusers_gfprune.evaluation.sample_quality import RealFeatures
+from diffusers_gfprune.evaluation.samples import Samples, folder_source, model_source, shards
+from diffusers_gfprune.evaluation.trials import try_features
+from diffusers_gfprune.metrics.cache import TensorCache, default_cache_dir
+from diffusers_gfprune.metrics.quality import Quality
+from diffusers_gfprune.metrics.speed import measure_speed
+from diffusers_gfprune.reports.plots import plot_step_loss, save_sample_grid, save_sample_rows
+from diffusers_gfprune.reports.provenance import command_line, portable
+from diffusers_gfprune.run_folder import RunFolder, write_json
 
 SAMPLES_FILE = "samples.safetensors"
 # All that an evaluation or a comparison leaves in its folder
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_plan(args, inputs, samples, real, share[1]), flush=True)
             for change in inputs.changes:
                 print(f"warning: {change}", file=sys.stderr)
-            rehearse_features(inputs.networks, inputs.images.decoder.shape)
+            try_features(inputs.networks, inputs.images.decoder.shape)
             warn_of_few(inputs, real)
     if args.output.dry_run:
         accelerator.end_training()

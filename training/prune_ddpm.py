@@ -21,22 +21,31 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from batches import BrokenImages
-from checkpointing import Checkpoints
-from diffusers_gfprune.evaluation.step_loss import StepLoss
+from diffusers_gfprune.data.batches import BrokenImages
+from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.hub import push_folder
-from finishing import finish, prepared_repository, save_model
-from image_data import load_images
-from interruption import Interruption
-from measuring import SampleQuality
-from objective import Objective
-from provenance import command_line, describe_base_model, describe_dataset
-from prune_arguments import parse_arguments
-from rehearsal import rehearse_run
-from reporting import describe_plan, measure_step_losses
-from run_folder import RunFolder
-from run_setup import Run, estimate_run, make_accelerator, make_batches, make_calibration, make_pruner, run_identity
-from safeguards import (
+from diffusers_gfprune.interruption import Interruption
+from diffusers_gfprune.metrics.step_loss import StepLoss
+from diffusers_gfprune.objectives.objective import Objective
+from diffusers_gfprune.reports.provenance import command_line, describe_base_model, describe_dataset
+from diffusers_gfprune.run_folder import RunFolder
+from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from diffusers_gfprune.training.arguments import parse_arguments
+from diffusers_gfprune.training.checkpointing import Checkpoints
+from diffusers_gfprune.training.finishing import finish, prepared_repository, save_model
+from diffusers_gfprune.training.rehearsal import rehearse_run
+from diffusers_gfprune.training.reporting import describe_plan, measure_step_losses
+from diffusers_gfprune.training.run import (
+    Run,
+    estimate_run,
+    make_accelerator,
+    make_batches,
+    make_calibration,
+    make_pruner,
+    run_identity,
+)
+from diffusers_gfprune.training.safeguards import (
     check_divergence,
     explained_worker_death,
     find_checkpoint,
@@ -47,9 +56,8 @@ from safeguards import (
     stop_if_asked,
     warn,
 )
-from tracking import Tracking
-from trained_pipelines import load_dense_pipeline
-from training_state import TrainingState, seed_everything
+from diffusers_gfprune.training.state import TrainingState, seed_everything
+from diffusers_gfprune.training.tracking import Tracking
 
 
 def main(argv: list[str] | None = None) -> None:

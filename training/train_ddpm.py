@@ -30,18 +30,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from batches import BrokenImages, train_dataloader
-from checkpointing import Checkpoint, Checkpoints
-from diffusers_gfprune.diffusion_process import training_process
-from diffusers_gfprune.evaluation.quality import SamplingSettings
-from diffusers_gfprune.evaluation.step_loss import StepLoss, noise_target
-from image_data import DataArguments, load_images
-from interruption import Interruption, StoppedBySignal, asked_to_stop
-from named_state import check_tensors, load_optimizer_state, optimizer_tensors
-from plots import save_sample_rows
-from rehearsal import trial
-from run_folder import RunFolder
-from training_state import seed_everything
+from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
+from diffusers_gfprune.data.images import DataArguments, load_images
+from diffusers_gfprune.diffusion.process import training_process
+from diffusers_gfprune.evaluation.trials import try_sampling
+from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
+from diffusers_gfprune.metrics.quality import SamplingSettings
+from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
+from diffusers_gfprune.reports.plots import save_sample_rows
+from diffusers_gfprune.run_folder import RunFolder
+from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
+from diffusers_gfprune.training.named_state import check_tensors, load_optimizer_state, optimizer_tensors
+from diffusers_gfprune.training.state import seed_everything
 
 # The newest one, and the one before should that be damaged
 CHECKPOINTS_KEPT = 2
@@ -213,7 +213,7 @@ def main() -> None:
     if main_process:
         for change in changes:
             print(f"warning: {change}", file=sys.stderr)
-        trial(f"model_config={args.model_config}", unet, noise_scheduler, shown)
+        try_sampling(f"model_config={args.model_config}", unet, noise_scheduler, shown)
         folder.try_writing(sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()))
 
     with folder if main_process else contextlib.nullcontext():

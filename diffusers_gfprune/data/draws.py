@@ -1,0 +1,79 @@
+"""One image of a batch with all that is random about it: crop, flip, noise and time.
+
+They are a function of the seed and of a few numbers (say, the number of the draw in the run), so that nothing random has a
+state. Generators are NumPy's, seeded through `SeedSequence`, which makes unrelated streams of neighbouring numbers. A CPU
+generator of PyTorch takes only 32 bits of its seed: among some 65,000 draws the first two would be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decoding import BrokenImage, EncodedImage
+from .sources import ImageRows, ImageStream
+
+__all__ = ["Example", "random_generator", "read_example", "stack_examples"]
+
+# What a generator is for
+ORDER, DRAW, REPLACEMENT, CALIBRATION, CALIBRATION_LABELS = range(5)
+MAX_REPLACEMENTS = 10
+
+
+def random_generator(seed: int, *key: int) -> np.random.Generator:
+    """A random generator that is a function of a seed and any number of non-negative integers, all bits of them."""
+    words = [word for number in key for word in (number & 0xFFFFFFFF, number >> 32)]  # as many for any number
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=words))
+
+
+@dataclass
+class Example:
+    """An image with all that is random about it; `time` is uniform in [0, 1)."""
+
+    pixel_values: Tensor
+    class_label: int | None
+    noise: Tensor
+    time: float
+    broken: list[str]
+
+
+def read_example(
+    images: ImageRows | ImageStream, image: EncodedImage, seed: int, *key: int, drop: float | None = None
+) -> Example:
+    """Decode an image, or another one in its place, with the random numbers of (seed, key).
+
+    The last of these, or `drop` in its place, decides whether the label is dropped, if labels are.
+    """
+    generator = random_generator(seed, *key)
+    *uniforms, time = generator.random(4)
+    noise = torch.from_numpy(generator.standard_normal(images.decoder.shape, dtype=np.float32))
+    drop = generator.random() if drop is None else drop
+    broken: list[str] = []
+    for replacement in range(MAX_REPLACEMENTS + 1):
+        try:
+            return Example(images.decoder(image, uniforms), images.decoder.dropped(image.label, drop), noise, time, broken)
+        except BrokenImage as error:
+            broken.append(image.name)
+            reason = error
+            image = images.spare(random_generator(seed, REPLACEMENT, *key, replacement))
+    raise ValueError(f"{len(broken)} images in a row cannot be read or do not fit the model, the last one: {reason}")
+
+
+def stack_examples(
+    examples: Sequence[Example], times: Iterable[float], num_train_timesteps: int
+) -> dict[str, Tensor | list[str]]:
+    """A batch, with timesteps at `times`, which are shares of `num_train_timesteps`."""
+    timesteps = [min(int(time * num_train_timesteps), num_train_timesteps - 1) for time in times]
+    batch = {
+        "pixel_values": torch.stack([example.pixel_values for example in examples]),
+        "noise": torch.stack([example.noise for example in examples]),
+        "timesteps": torch.tensor(timesteps),
+        "broken": list(dict.fromkeys(name for example in examples for name in example.broken)),
+    }
+    if examples[0].class_label is not None:
+        batch["class_labels"] = torch.tensor([example.class_label for example in examples])
+    return batch

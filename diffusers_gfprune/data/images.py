@@ -1,0 +1,384 @@
+"""Images for training: which ones, and whether they fit the model.
+
+Both scripts load their images here, so that a pruned model sees what its dense parent saw: anything that
+`datasets.load_dataset` takes, from the disk or as a stream. The channels come from the model (1: greyscale, 3: RGB), the
+resolution from its `sample_size`. Local folders are read in `image_folders`, splits are chosen by `image_splits`; decoding is
+in `image_decoding`, order and batches in `batches`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import torch
+from torch import Tensor
+
+from ..diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
+from .decoding import (
+    NETWORK_ERRORS,
+    BrokenImage,
+    BrokenImages,
+    EncodedImage,
+    ImageDecoder,
+    adapt_decoder,
+    sample_size,
+)
+from .folders import load_folder
+from .sources import ImageRows, ImageStream
+from .splits import DataSummary, held_out_candidates, train_split
+
+__all__ = ["DataArguments", "load_images"]
+
+logger = logging.getLogger(__name__)
+
+# What `datasets` raises
+LOAD_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException),
+    *NETWORK_ERRORS,
+)
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images: a data set id on the Hub, or a local folder, which `load_dataset` reads (parquet) or "
+            "`save_to_disk` wrote."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Images: a local folder of image files. All but hidden ones are used, whatever they are called; only "
+            "sub-folders train/ with validation/ or test/ are splits."
+        },
+    )
+    train_split_name: str | None = field(
+        default=None, metadata={"help": "Split of the data set to train on (default: train, else the first one)."}
+    )
+    validation_split_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to hold out images of (default: validation or test, if it has the labels that the model needs, "
+            "else the training split, which then gives some of its images)."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the images as a stream, for a data set that does not fit on the disk."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={"help": "With --streaming: images, not decoded, that each loading process holds to draw from (>= 1)."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column that holds the images (default: the first column of type Image)."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of class labels, for conditional models (default: the first ClassLabel)."}
+    )
+    null_label: int | None = field(
+        default=None,
+        metadata={
+            "help": "Label that stands for no label, for classifier-free guidance (default: the last one, if the model knows "
+            "one label more than the data set has classes)."
+        },
+    )
+    label_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the labels that the null label replaces in training and scoring, in [0, 1) (default: 0.1 where "
+            "there is a null label)."
+        },
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Checked against the model's sample_size, in pixels: images are scaled to that."}
+    )
+    center_crop: bool = field(
+        default=False, metadata={"help": "Crop non-square images at the centre instead of at random places."}
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Flip half of the images left to right."})
+    validation_images: int = field(
+        default=256,
+        metadata={"help": "Held-out images for the step loss (>= 1), of the validation split (see --validation_split_name)."},
+    )
+    max_broken_images: int = field(
+        default=100,
+        metadata={
+            "help": "Images that cannot be read or do not fit the model (in colour for a greyscale model; smaller, unless the "
+            "whole set is: then it is enlarged) are replaced by others and counted; more than this are an error (0: the "
+            "first one is)."
+        },
+    )
+    dataloader_num_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Processes that load images, for each training process (0: load in that). With --streaming they share "
+            "out its shards, and another number gives other batches."
+        },
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded data sets are kept."})
+
+    def __post_init__(self) -> None:
+        for name in ("shuffle_buffer_size", "validation_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_broken_images", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.label_dropout is not None and not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout={self.label_dropout} must be in [0, 1)")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} must be at least 1 pixel")
+
+    def with_labels(self, label_dropout: LabelDropout | None) -> DataArguments:
+        """The arguments with the null label and the share of dropped labels that `load_images` found."""
+        if label_dropout is None:
+            return self
+        return replace(self, null_label=label_dropout.null_label, label_dropout=label_dropout.probability)
+
+
+def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStream, tuple[Tensor, Tensor | None]]:
+    """Training and held-out images for a model.
+
+    Args:
+        args: Where the images are and how they are cropped.
+        unet_config: Configuration of the model: size, channels (1: greyscale, 3: RGB), and whether it is class conditional.
+
+    Returns:
+        The training images, with a `summary` for the plan, and the held-out ones (centre crop, no flip) in memory: pixel
+        values, float32 with shape `(n, channels, height, width)` in [-1, 1], and class labels, int64 with shape `(n,)`, or
+        None. Held-out images are the first ones of the validation or test split, or of the one that is asked for. Without
+        these they are taken from the training images, which are then without them: at random from a data set on the disk, the
+        first ones of a stream. A split without the labels that the model needs, as the test splits of many data sets, is
+        passed over with a warning.
+
+        If a set is smaller than the model's images it is enlarged, with a warning; `adapt_decoder` has the rule.
+
+    Raises:
+        ValueError: No such data, split or column, images that do not fit the model, too few of them, too many broken ones.
+    """
+    _check_model(args, unet_config)
+    _check_source(args)
+    source = f"dataset_name={args.dataset_name}" if args.dataset_name else f"train_data_dir={args.train_data_dir}"
+    with _one_line(source):
+        splits = _load_splits(args)
+    train_name = train_split(splits, args.train_split_name, source)
+    candidates = held_out_candidates(splits, args.validation_split_name, train_name, source)
+    train_rows = splits[train_name]
+    if train_rows.features is None:
+        raise ValueError(f"{source} does not tell its columns before it is read: load it without streaming")
+    if not args.streaming and len(train_rows) == 0:
+        raise ValueError(f"{source} has no training images")
+    image_column = _column(train_rows, args.image_column, datasets.Image, "image_column")
+    if image_column is None:
+        raise ValueError(f"{source} has no column of type Image, only {train_rows.column_names}: cast it with `datasets`")
+    label_column = None
+    if unet_config.num_class_embeds is not None:
+        label_column = _column(train_rows, args.label_column, datasets.ClassLabel, "label_column")
+        if label_column is None:
+            raise ValueError(f"the model is class conditional, but {train_rows.column_names} holds no class labels")
+
+    feature = train_rows.features[image_column]
+    classes = train_rows.features[label_column] if label_column else None
+    decoder = ImageDecoder(
+        image_column,
+        feature,
+        unet_config,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        label_dropout=make_label_dropout(
+            unet_config.num_class_embeds,
+            args.null_label,
+            args.label_dropout,
+            classes.num_classes if isinstance(classes, datasets.ClassLabel) else None,
+        ),
+    )
+    columns = [image_column, label_column] if label_column else [image_column]
+    held_out_name = _labelled_split(args, source, splits, candidates, train_name, label_column)
+    with _one_line(source):
+        rows = _not_decoded(train_rows, columns, feature)
+        held_out_rows = None if held_out_name == train_name else _not_decoded(splits[held_out_name], columns, feature)
+    make_sources = _stream_sources if args.streaming else _row_sources
+    train, held_out, first = make_sources(args, source, rows, held_out_rows, decoder, label_column)
+    if decoder.null_label is not None and isinstance(train, ImageRows):  # labels of a stream are looked at as they come
+        with _in_split(train_name):
+            check_labels(train.rows.unique(label_column), decoder.null_label, f"column {label_column}")
+    with _in_split(train_name):
+        adapt_decoder(decoder, first, args.max_broken_images)
+    with _in_split(held_out_name):
+        pixels, labels = _decode_all(held_out, decoder, args.max_broken_images)
+    train.summary = DataSummary(
+        source=source + (" (a stream)" if args.streaming else ""),
+        splits={name: None if args.streaming else len(split) for name, split in splits.items()},
+        train=train_name,
+        held_out=held_out_name,
+        num_train=train.num_images,
+        num_held_out=len(pixels),
+        enlarged=decoder.enlarge,
+        label_dropout=decoder.label_dropout,
+    )
+    return train, (pixels, labels)
+
+
+def _labelled_split(
+    args: DataArguments, source: str, splits, candidates: Sequence[str], train_name: str, label_column: str | None
+) -> str:
+    """The first candidate for held-out images whose images have labels, if the model needs these."""
+    for name in candidates:
+        if name == train_name or label_column is None:
+            return name
+        with _one_line(source):
+            labelled = _has_labels(splits[name], label_column, args.validation_images)
+        if labelled:
+            return name
+        lacking = f"split {name} has no class labels in column {label_column}"
+        if args.validation_split_name is not None:
+            raise ValueError(f"validation_split_name={name}: {lacking} of {source}, and the model needs them")
+        logger.warning("%s of %s, and the model needs them: other images are held out", lacking, source)
+    return train_name
+
+
+def _has_labels(rows, column: str, count: int) -> bool:
+    """Whether any of the first images has a label; test splits of many data sets have -1 instead."""
+    if column not in (rows.column_names or [column]):
+        return False
+    rows = rows.select_columns([column])
+    labels = rows[:count][column] if isinstance(rows, datasets.Dataset) else [row[column] for row in islice(rows, count)]
+    return not labels or any(label is not None and label != -1 for label in labels)
+
+
+@contextmanager
+def _in_split(name: str) -> Iterator[None]:
+    """Errors name the split in which they are found."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"split {name}: {error}") from error
+
+
+def _row_sources(
+    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
+) -> tuple[ImageRows, Iterable[EncodedImage], Iterable[EncodedImage]]:
+    """Training images, held-out ones, and a few of all images of the training split to look at."""
+    count = args.validation_images
+    spread = np.linspace(0, len(rows) - 1, min(len(rows), ImageStream.num_spares)).astype(int)
+    first = ImageRows(rows, decoder, label_column, spread).in_order()
+    if held_out_rows is not None:
+        held_out = np.arange(min(count, len(held_out_rows)))
+        train = ImageRows(rows, decoder, label_column, np.arange(len(rows)))
+        return train, ImageRows(held_out_rows, decoder, label_column, held_out).in_order(), first
+    if len(rows) < 2 * count:
+        raise ValueError(f"{source} has {len(rows)} images, too few to hold out validation_images={count}")
+    order = np.random.default_rng(0).permutation(len(rows))
+    held_out = ImageRows(rows, decoder, label_column, order[:count])
+    return ImageRows(rows, decoder, label_column, order[count:]), held_out.in_order(), first
+
+
+def _stream_sources(
+    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
+) -> tuple[ImageStream, Iterable[EncodedImage], Iterable[EncodedImage]]:
+    """As `_row_sources`; the images to look at are the first ones."""
+    count, common = args.validation_images, (decoder, label_column, args.shuffle_buffer_size)
+    with _one_line(source):
+        train = ImageStream(rows, *common, num_held_out=0 if held_out_rows is not None else count)
+        other = train if held_out_rows is None else ImageStream(held_out_rows, *common, num_held_out=count)
+    if not train.spares:
+        if not train.held_out:
+            raise ValueError(f"{source} has no training images")
+        raise ValueError(f"{source} has {len(train.held_out)} images, too few to hold out validation_images={count}")
+    first = [*train.held_out, *train.spares][: ImageStream.num_spares]
+    held_out, other.held_out = other.held_out, []  # loading processes need no copy
+    return train, held_out, first
+
+
+def _decode_all(images: Iterable[EncodedImage], decoder: ImageDecoder, max_broken_images: int) -> tuple[Tensor, Tensor | None]:
+    """Pixel values and class labels of all images that fit the model."""
+    pixels, labels, broken, reason = [], [], BrokenImages(max_broken_images), None
+    for image in images:
+        try:
+            pixels.append(decoder(image))
+            labels.append(image.label)
+        except BrokenImage as error:
+            broken.add([image.name])
+            reason = error
+    if not pixels:
+        found = f"none of {len(broken)} fits the model, the last one: {reason}" if broken else "there are none"
+        raise ValueError(f"there are no held-out images: {found}")
+    if broken:
+        logger.warning("%d held-out images are left out, the last one: %s", len(broken), reason)
+    return torch.stack(pixels), None if labels[0] is None else torch.tensor(labels)
+
+
+def _check_model(args: DataArguments, unet_config) -> None:
+    size, channels = sample_size(unet_config), unet_config.in_channels
+    if args.resolution is not None and size != (args.resolution, args.resolution):
+        raise ValueError(f"resolution={args.resolution} but the model was built for sample_size={size[0]}x{size[1]}")
+    if channels not in (1, 3):
+        raise ValueError(f"in_channels={channels} of the model: images have 1 (greyscale) or 3 (RGB) channels")
+    if unet_config.class_embed_type is not None:
+        raise ValueError(f"class_embed_type={unet_config.class_embed_type}: this script knows class labels only")
+
+
+def _check_source(args: DataArguments) -> None:
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        raise ValueError(
+            f"give the images either as dataset_name or as train_data_dir, not both or none "
+            f"(dataset_name={args.dataset_name}, train_data_dir={args.train_data_dir})"
+        )
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"train_data_dir={args.train_data_dir} is not a folder")
+    name = args.dataset_name
+    if name is not None and (Path(name).is_file() or (name.startswith((".", "/")) and not Path(name).is_dir())):
+        raise ValueError(f"dataset_name={name} is not a folder")
+
+
+def _load_splits(args: DataArguments) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
+    folder, options = args.train_data_dir or args.dataset_name, {"cache_dir": args.cache_dir, "streaming": args.streaming}
+    if Path(folder).is_dir():
+        return load_folder(folder, args.dataset_config_name, images_only=args.train_data_dir is not None, **options)
+    return datasets.load_dataset(folder, args.dataset_config_name, **options)
+
+
+def _not_decoded(rows, columns: list[str], feature: datasets.Image):
+    """Some columns of a split, the first of which are images that stay as they are."""
+    if isinstance(rows, datasets.IterableDataset):  # which may have been set up to decode in threads
+        return rows.decode(False).select_columns(columns)
+    return rows.select_columns(columns).cast_column(columns[0], datasets.Image(mode=feature.mode, decode=False))
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Whatever `datasets` raises, as one line."""
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        chain = [error] if error.__cause__ is None else [error, error.__cause__]  # which often says more
+        reasons = [(str(each).splitlines() or [type(each).__name__])[0] for each in chain]
+        raise ValueError(f"{source} cannot be loaded: {': '.join(dict.fromkeys(reasons))}") from error
+
+
+def _column(rows, wanted: str | None, kind: type, argument: str) -> str | None:
+    if wanted is not None:
+        if wanted not in rows.column_names:
+            raise ValueError(f"{argument}={wanted} is not a column of the data set, which has {rows.column_names}")
+        if kind is datasets.Image and not isinstance(rows.features[wanted], datasets.Image):
+            raise ValueError(f"{argument}={wanted} holds no images")
+        return wanted
+    found = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    if len(found) > 1:
+        logger.warning("%s=%s is taken of the columns %s: name another one if it is not right", argument, found[0], found)
+    return found[0] if found else None

@@ -1,0 +1,170 @@
+"""Where training images come from: rows of a data set on the disk, or a stream.
+
+Both give `EncodedImage`s and leave it to `batches` which ones are wanted. What they share:
+
+- `num_images`: how many there are, None for a stream;
+- `in_order()`: all images, from the first on;
+- `spare(generator)`: a random image, to stand in for a broken one;
+- `head(count)`: the first images as a tensor;
+- `decoder`: the `ImageDecoder` that makes tensors of them;
+- `summary`: where they come from and how many there are, for the plan (set by `load_images`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decoding import BrokenImage, EncodedImage, ImageDecoder
+from .splits import DataSummary
+
+__all__ = ["ImageRows", "ImageStream"]
+
+
+class ImageRows:
+    """Images of a data set on the disk, of which any can be had at once.
+
+    Args:
+        rows: The data set, with its images not decoded.
+        decoder: Decodes them.
+        label_column: Column of class labels, None if the model is not class conditional.
+        order: Which rows count, and in which order, with shape `(num_images,)`.
+    """
+
+    summary: DataSummary | None = None
+
+    def __init__(self, rows: datasets.Dataset, decoder: ImageDecoder, label_column: str | None, order: np.ndarray) -> None:
+        self.rows, self.decoder, self.label_column, self.order = rows, decoder, label_column, order
+
+    @property
+    def num_images(self) -> int:
+        """How many there are."""
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> EncodedImage:
+        row = int(self.order[index])
+        values = self.rows[row]
+        label = values[self.label_column] if self.label_column else None
+        return EncodedImage(values[self.decoder.column], label, (row,))
+
+    def in_order(self) -> Iterator[EncodedImage]:
+        """All images, from the first on."""
+        return (self[index] for index in range(self.num_images))
+
+    def spare(self, generator: np.random.Generator) -> EncodedImage:
+        """A random image, to stand in for a broken one."""
+        return self[int(generator.integers(self.num_images))]
+
+    def head(self, count: int) -> Tensor:
+        """The first `count` images that can be read (fewer if there are fewer), cropped at the centre, never flipped.
+
+        Returns:
+            float32 with shape `(count, channels, height, width)` in [-1, 1].
+        """
+        return _head(self.in_order(), self.decoder, count)
+
+
+class ImageStream:
+    """Images of a data set that is read as it is needed, shard by shard.
+
+    The library is asked for whole shards in their own order only: its shuffling differs between its versions, and a resumed
+    run must meet the same images. Order of shards and shuffle buffer are made here.
+
+    Args:
+        rows: The data set, with its images not decoded.
+        decoder: Decodes them.
+        label_column: Column of class labels, None if the model is not class conditional.
+        shuffle_buffer_size: Images among which the next one is drawn.
+        num_held_out: So many of the first images are in `held_out` and nowhere else.
+    """
+
+    summary: DataSummary | None = None
+    num_images = None  # not known before the end
+    num_spares = 32
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        decoder: ImageDecoder,
+        label_column: str | None,
+        shuffle_buffer_size: int,
+        num_held_out: int = 0,
+    ) -> None:
+        self.rows, self.decoder, self.label_column = rows, decoder, label_column
+        self.shuffle_buffer_size = shuffle_buffer_size
+        self.start = (0, 0)  # shard and row of the first image
+        first = list(islice(self.in_order(), num_held_out + self.num_spares))
+        self.held_out, self.spares = first[:num_held_out], first[num_held_out:]
+        if self.spares:
+            self.start = self.spares[0].position
+
+    @property
+    def num_shards(self) -> int:
+        """Shards with training images."""
+        return self.rows.num_shards - self.start[0]
+
+    @property
+    def are_paths(self) -> bool:
+        """Whether rows are only paths of image files, so that passing over one costs nothing."""
+        return all(image.is_path for image in self.spares)
+
+    def in_order(self) -> Iterator[EncodedImage]:
+        """All images, from the first on."""
+        return self._read(range(self.start[0], self.rows.num_shards))
+
+    def shuffled(self, generator: np.random.Generator, group: int = 0, num_groups: int = 1) -> Iterator[EncodedImage]:
+        """One pass: the shards of a group in random order, their images through the shuffle buffer.
+
+        Args:
+            generator: Decides the order, alone.
+            group: Which shards: every `num_groups`-th from this one on.
+            num_groups: How many groups there are, at most `num_shards`.
+        """
+        shards = np.arange(self.start[0], self.rows.num_shards)[group::num_groups]
+        buffer: list[EncodedImage] = []
+        for image in self._read(generator.permutation(shards).tolist()):
+            if len(buffer) < self.shuffle_buffer_size:
+                buffer.append(image)
+                continue
+            chosen = int(generator.integers(len(buffer)))
+            image, buffer[chosen] = buffer[chosen], image
+            yield image
+        yield from (buffer[chosen] for chosen in generator.permutation(len(buffer)))
+
+    def spare(self, generator: np.random.Generator) -> EncodedImage:
+        """A random one of the first images, to stand in for a broken one."""
+        return self.spares[int(generator.integers(len(self.spares)))]
+
+    def head(self, count: int) -> Tensor:
+        """As `ImageRows.head`."""
+        return _head(self.in_order(), self.decoder, count)
+
+    def _read(self, shards: Iterable[int]) -> Iterator[EncodedImage]:
+        return chain.from_iterable(map(self._read_shard, shards))
+
+    def _read_shard(self, shard: int) -> Iterator[EncodedImage]:
+        # Plain iteration would share out even a single shard among the workers of a DataLoader; `iter` does not.
+        row = 0
+        for columns in self.rows.shard(self.rows.num_shards, shard).iter(batch_size=64):
+            images = columns[self.decoder.column]
+            labels = columns[self.label_column] if self.label_column else [None] * len(images)
+            for image, label in zip(images, labels):
+                if (shard, row) >= self.start:
+                    yield EncodedImage(image, label, (shard, row))
+                row += 1
+
+
+def _head(images: Iterable[EncodedImage], decoder: ImageDecoder, count: int) -> Tensor:
+    pixels: list[Tensor] = []
+    for image in images if count > 0 else ():
+        with contextlib.suppress(BrokenImage):
+            pixels.append(decoder(image))
+        if len(pixels) == count:
+            break
+    return torch.stack(pixels) if pixels else torch.empty(0, *decoder.shape)

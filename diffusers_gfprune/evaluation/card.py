@@ -1,0 +1,177 @@
+"""The figures of an evaluation in the results and on the card of the pruning run that made the model.
+
+The run's `results.json` stays what `diffusers_gfprune.model_card` reads: cost and speed are those that the run measured,
+figures of samples and the step loss become those of the evaluation, with all that they depend on. Everything is made beside
+the run and then moved into it, so that a failure leaves the run as it was; the evaluation's own folder appears after that, so
+that after a kill the same command does what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..hub import PICTURES, update_card
+from ..metrics.cost import count_macs, count_parameters
+from ..remote.pipeline_prune_ddpm import EVAL_RESULTS
+from ..reports.model_card import is_as_rendered, render_card
+from ..run_folder import write_json
+from .inputs import Inputs
+from .results import EvaluationResults
+
+__all__ = ["RunUpdate", "check_run", "merged_run_results"]
+
+# Metrics that an evaluation replaces
+SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
+NULL_LABEL_LOSS = "step_loss_null_label"
+# In this order: the card tells of the others
+REPLACED = (PICTURES["samples"], "results.json", EVAL_RESULTS, "README.md")
+
+
+def is_frechet(metric: str) -> bool:
+    """Whether a metric is a Fréchet distance, which is what a card shows of distances."""
+    return metric == "fid" or metric.startswith("fd_")
+
+
+def check_run(run: Path, inputs: Inputs) -> None:
+    """Find out before long work whether figures of these models can go into a run.
+
+    Raises:
+        ValueError: The run cannot be read or written, has no card to be made, or is one of other models.
+    """
+    measured, report = _read(run, "results.json"), _read(run, "pruning_report.json")
+    render_card(measured, report, run.resolve().name)
+    for name, argument in (("pruned", "model"), ("dense", "reference_model")):
+        unet = inputs.models[argument][0]
+        _check_same(measured, name, argument, count_parameters(unet), count_macs(unet))
+    if not os.access(run, os.W_OK):
+        raise ValueError(f"update_model_card=True: {run} cannot be written")
+
+
+def _read(run: Path, name: str) -> dict:
+    try:
+        content = json.loads((run / name).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"update_model_card=True: {run / name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"update_model_card=True: {run / name} holds no JSON object")
+    return content
+
+
+def _check_same(measured: Mapping, name: str, argument: str, parameters: int | None, macs: int | None) -> None:
+    known = measured[name]["parameters"], measured[name]["macs"]
+    if known != (parameters, macs):
+        counts = " and ".join(f"{number:,}" for number in known)
+        raise ValueError(
+            f"{argument} has {parameters:,} parameters and {macs:,} MACs, but the {name} model of the run has {counts}"
+        )
+
+
+def merged_run_results(measured: Mapping, results: EvaluationResults) -> dict:
+    """Results of a pruning run with its step loss and figures of samples replaced by those of an evaluation.
+
+    Args:
+        measured: Content of the run's `results.json`.
+        results: Of the pruned model, with the dense model as reference.
+
+    Raises:
+        ValueError: There is no reference model, or the models are not those of the run.
+    """
+    if results.reference_model is None:
+        raise ValueError("results of an evaluation without reference_model do not go into a run's results")
+    merged = {name: dict(values) if isinstance(values, Mapping) else values for name, values in measured.items()}
+    for name, argument in (("pruned", "model"), ("dense", "reference_model")):
+        figures = getattr(results, argument)
+        _check_same(measured, name, argument, figures.parameters, figures.macs)
+        replaced = ("kid", *SIMILARITIES, NULL_LABEL_LOSS)
+        earlier = {k for k in merged[name] if is_frechet(k) or k in replaced or k.startswith("kd_")}
+        kept = {key: value for key, value in merged[name].items() if key not in earlier}
+        told = {key: value for key, value in figures.quality.items() if is_frechet(key) or key in SIMILARITIES}
+        merged[name] = {**kept, "step_loss": figures.step_loss, **told}
+        if figures.step_loss_null_label is not None:
+            merged[name][NULL_LABEL_LOSS] = figures.step_loss_null_label
+    e = results.evaluation
+    merged["evaluation"].pop("null_label", None)  # known to the run, or only now
+    merged["evaluation"] |= {name: e[name] for name in ("null_label",) if name in e}
+    drawn = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed")
+    merged["evaluation"] |= {
+        name: e[name] for name in (*drawn, "step_loss_images", "sample_size", "device", "dtype", "versions")
+    }
+    merged["evaluation"] |= {
+        "distances": {name: described for name, described in e["distances"].items() if is_frechet(name)},
+        "command": results.command,
+    }
+    return merged
+
+
+def card_repository(run: Path) -> str:
+    """The repository that a run's card names in its examples, or the name of the run."""
+    readme = run / "README.md"
+    text = readme.read_text("utf-8") if readme.is_file() else ""
+    found = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', text)
+    return found[1] if found else run.resolve().name
+
+
+class RunUpdate:
+    """New results, samples and card of a run, made in a hidden folder in it, for `apply` to move to their places.
+
+    Args:
+        run: The run's folder.
+        results: Of the evaluation.
+        picture: Samples of the dense model above those of the pruned one.
+
+    Raises:
+        ValueError: The card cannot be made; the run is as it was.
+    """
+
+    def __init__(self, run: Path, results: EvaluationResults, picture: Path) -> None:
+        self.run, self.fresh = run, run / ".evaluation.incomplete"
+        self._replaced: list[str] = []
+        shutil.rmtree(self.fresh, ignore_errors=True)
+        try:
+            self.fresh.mkdir()
+            write_json(self.fresh / "results.json", merged_run_results(_read(run, "results.json"), results))
+            for name in ("pruning_report.json", "README.md", *PICTURES.values()):
+                if (run / name).is_file():
+                    shutil.copyfile(run / name, self.fresh / name)
+            shutil.copyfile(picture, self.fresh / PICTURES["samples"])
+            if (run / "README.md").is_file() and not is_as_rendered((run / "README.md").read_text("utf-8")):
+                print(f"warning: {run / 'README.md'} was edited by hand and keeps its text and figures", file=sys.stderr)
+            update_card(self.fresh, card_repository(run))
+        except BaseException:
+            self.discard()
+            raise
+
+    def apply(self) -> None:
+        """Replace the run's files, each whole."""
+        earlier = self.fresh / "earlier"
+        earlier.mkdir()
+        for name in REPLACED:
+            if (self.run / name).is_file():
+                (earlier / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(self.run / name, earlier / name)
+        for name in REPLACED:
+            self._replaced.append(name)
+            if (self.fresh / name).is_file():
+                (self.run / name).parent.mkdir(exist_ok=True)
+                os.replace(self.fresh / name, self.run / name)
+            else:  # nothing of an evaluation goes to the Hub's collection
+                (self.run / name).unlink(missing_ok=True)
+
+    def undo(self) -> None:
+        """Bring back what `apply` replaced, and remove what was made."""
+        for name in self._replaced:
+            if (self.fresh / "earlier" / name).is_file():
+                os.replace(self.fresh / "earlier" / name, self.run / name)
+            else:
+                (self.run / name).unlink(missing_ok=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what was made."""
+        shutil.rmtree(self.fresh, ignore_errors=True)

@@ -1,0 +1,161 @@
+"""What an evaluation says: its plan, figures of a model that take no samples, and all that figures depend on."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+
+from ..metrics.cache import tensors_fingerprint
+from ..metrics.cost import (
+    count_macs,
+    count_parameters,
+    hardware_name,
+    spatial_size,
+    uses_tf32,
+    weight_file_bytes,
+)
+from ..metrics.quality import Quality
+from ..metrics.step_loss import StepLoss
+from ..reports.provenance import describe_base_model, describe_dataset, package_versions, portable
+from .arguments import EvaluateArguments
+from .inputs import Inputs, recorded_settings
+from .results import ModelFigures
+from .sample_quality import RealFeatures, versions
+from .samples import Samples
+from .trials import try_sampling
+
+__all__ = ["describe_evaluation", "describe_model", "describe_plan", "warn_of_few"]
+
+# What figures depend on besides the packages of a run
+PACKAGES = ("clean-fid", "numpy", "pillow", "scikit-image", "scipy", "torchvision", "transformers")
+SIMILARITIES = {
+    "ssim_to_dense": "scikit-image, uniform window of 7x7 pixels, mean over images",
+    "psnr_to_dense": "of the mean squared error over all images",
+}
+
+
+def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, real: RealFeatures, processes: int) -> str:
+    """What the evaluation will do, and how long sampling may take.
+
+    Raises:
+        ValueError: A model does not run.
+    """
+    settings, lines, count, seconds = inputs.settings, ["plan:"], inputs.num_images, 0.0
+    missing = samples.unsampled() if inputs.models else []
+    for index, (argument, (unet, scheduler)) in enumerate(inputs.models.items()):
+        name = getattr(args.model, argument)
+        cost = f"{count_parameters(unet):,} parameters, {count_macs(unet):,} MACs"
+        lines.append(f"  {argument:16} {name}: {cost}")
+        per_image = try_sampling(f"{argument}={name}", unet, scheduler, settings)
+        if count:
+            seconds += per_image * settings.num_inference_steps * missing[index]
+    if inputs.folder_images is not None:
+        size = "x".join(map(str, inputs.folder_images.size))
+        lines.append(f"  {'images':16} {count:,} of {args.model.images_dir}, {size} pixels")
+    elif not count:
+        lines.append(f"  {'samples':16} none")
+    else:
+        drawn = (
+            f"{settings.num_inference_steps} steps ({settings.timestep_spacing}), eta {settings.eta:g}, seed {settings.seed}"
+        )
+        lines.append(f"  {'samples':16} {count:,} of each model: DDIM, {drawn}")
+        left = f"{sum(missing):,} of {count * len(inputs.models):,} are to be made"
+        shared = f" by {processes} processes" if processes > 1 else ""
+        lines.append(f"  {'':16} {left}{shared}, in about {_duration(seconds / processes)}")
+    lines += [f"  {title:16} {line}" for title, line in zip(("data", ""), inputs.images.summary.lines())]
+    if inputs.networks:
+        titles = ", ".join(network.title for network in inputs.networks)
+        lines.append(f"  {'distances':16} {titles}, to {real.count:,} real images")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def warn_of_few(inputs: Inputs, real: RealFeatures) -> None:
+    """A covariance takes more images than it has dimensions."""
+    fewest = min(inputs.num_images, real.count)
+    for network in inputs.networks:
+        if network.dimensions is not None and fewest <= network.dimensions:
+            print(
+                f"warning: {fewest:,} images are few for {network.title} on {network.dimensions:,} features: it will be far "
+                f"above what more would give, so compare it with nothing but the same number of images",
+                file=sys.stderr,
+            )
+
+
+def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> ModelFigures:
+    """What can be said about a model without samples.
+
+    Raises:
+        ValueError: Its loss is not finite.
+    """
+    unet, scheduler = inputs.models[argument]
+    name = getattr(args.model, argument)
+    revision = args.model.revision if argument == "model" else args.model.reference_revision
+    images, labels = inputs.held_out
+    null_label = inputs.settings.null_label
+    step_loss = StepLoss(images, scheduler, labels, grid=args.cost.step_loss_timesteps)
+    losses = step_loss.by_timestep(unet)
+    met = [int((step_loss.timesteps == timestep).sum()) for timestep in losses]
+    mean = math.fsum(loss * count for loss, count in zip(losses.values(), met)) / sum(met)
+    if not math.isfinite(mean):
+        raise ValueError(f"{argument}={name}: its step loss in {args.model.dtype} is {mean}, not a finite number")
+    return ModelFigures(
+        name=str(portable(name)),
+        revision=describe_base_model(name, revision)["revision"],
+        weights=tensors_fingerprint(unet.state_dict()),
+        ema=ema if isinstance(ema := recorded_settings(name, revision).get("ema"), bool) else None,
+        parameters=count_parameters(unet),
+        macs=count_macs(unet),
+        weight_file_bytes=weight_file_bytes(unet),
+        scheduler={key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")},
+        step_loss=mean,
+        step_loss_null_label=None if null_label is None else step_loss.with_label(null_label)(unet),
+        step_loss_by_timestep={str(timestep): loss for timestep, loss in losses.items()},
+    )
+
+
+def _finite(value: object) -> object:
+    """A value of a configuration as JSON has it: DPM-Solver's `lambda_min_clipped` is minus infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_evaluation(
+    args: EvaluateArguments, inputs: Inputs, real: RealFeatures, quality: Quality, accelerator: Accelerator
+) -> dict:
+    """Everything that figures depend on, once they are there."""
+    images, labels = inputs.held_out
+    held_out = {"images": images} if labels is None else {"images": images, "labels": labels}
+    fingerprint = tensors_fingerprint(held_out) if inputs.models else None
+    drawn = {"sampler": "images of a folder"} if args.model.images_dir else quality.settings.identity()
+    return {
+        **drawn,
+        "num_images": inputs.num_images,
+        "sample_size": list(spatial_size(SimpleNamespace(config=inputs.config))),
+        "channels": inputs.config.in_channels,
+        "classes": inputs.config.num_class_embeds,  # sampled in turn, but for null_label
+        "dtype": args.model.dtype,
+        "dataset": {
+            **describe_dataset(args.data.dataset_name, args.data.train_data_dir),
+            "config_name": args.data.dataset_config_name,
+            "fingerprint": real.fingerprint,
+        },
+        "distances": quality.describe(),
+        "step_loss_images": len(inputs.held_out[0]) if inputs.models else 0,
+        "step_loss_timesteps": args.cost.step_loss_timesteps if inputs.models else 0,
+        "step_loss_fingerprint": fingerprint,
+        "similarities": SIMILARITIES if len(inputs.models) == 2 and inputs.num_images else {},
+        "tf32": uses_tf32(accelerator.device),
+        "device": accelerator.device.type,
+        "hardware": hardware_name(accelerator.device),
+        "threads": torch.get_num_threads(),
+        "num_processes": accelerator.num_processes,
+        "versions": {**package_versions(), **versions(*PACKAGES)},
+    }

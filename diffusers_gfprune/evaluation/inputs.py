@@ -1,0 +1,239 @@
+"""What an evaluation reads: models, data, feature networks, a folder of images. Everything that can be wrong is found here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.folders import visible_files
+from ..data.images import DataArguments, load_images
+from ..data.sources import ImageRows, ImageStream
+from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
+from ..hub_errors import HUB_ERRORS
+from ..metrics.cost import spatial_size
+from ..metrics.features import FeatureNetwork, feature_network
+from ..metrics.quality import SamplingSettings
+from ..metrics.sampling import to_uint8
+from ..trained_pipelines import load_pipeline
+from .arguments import EvaluateArguments
+
+__all__ = ["FolderImages", "Inputs", "load_inputs", "recorded_settings"]
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+class FolderImages:
+    """Generated images that lie in a folder and the folders in it, but for hidden ones, in the order of their paths.
+
+    The first one decides between greyscale and colour; modes are those of `diffusers_gfprune.pixel_values`.
+
+    Args:
+        folder: The folder.
+        wanted: So many of the first images (None: all).
+        resolution: Their height and width in pixels, to be checked.
+
+    Raises:
+        ValueError: There are too few of them, they differ in size, or one cannot be read.
+    """
+
+    def __init__(self, folder: str, wanted: int | None = None, resolution: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.paths = [path for path in visible_files(self.folder) if path.suffix.lower() in SUFFIXES][:wanted]
+        if len(self.paths) < (wanted or 2):
+            raise ValueError(f"images_dir={folder} holds {len(self.paths)} images, too few: {wanted or 2} are needed")
+        self._digests: dict[range, str] = {}
+        first = self._open(self.paths[0])
+        self.channels, self.size = 1 if is_greyscale(first) else 3, (first.height, first.width)
+        if resolution is not None and self.size != (resolution, resolution):
+            raise ValueError(
+                f"resolution={resolution} but images of images_dir={folder} have {first.height}x{first.width} pixels"
+            )
+        for path in self.paths:  # headers only, unless it takes the pixels to know whether an image fits
+            image = self._open(path)
+            if (image.height, image.width) != self.size:
+                found = f"{path.name} has {image.height}x{image.width} pixels"
+                raise ValueError(f"images_dir={folder}: {found}, others have {first.height}x{first.width}")
+            if needs_pixels(image, self.channels):
+                self._pixels(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """Stands for the configuration of a model that makes such images."""
+        return SimpleNamespace(in_channels=self.channels, sample_size=self.size, num_class_embeds=None, class_embed_type=None)
+
+    def read(self, span: range) -> Tensor:
+        """Images by number: uint8 with shape `(n, channels, height, width)`."""
+        return torch.stack([self._pixels(self.paths[number]) for number in span])
+
+    def digest(self, span: range) -> str:
+        """Hash of what the files of images hold."""
+        if span in self._digests:
+            return self._digests[span]
+        digest = hashlib.sha256()
+        for number in span:
+            content = self.paths[number].read_bytes()
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return self._digests.setdefault(span, digest.hexdigest())
+
+    def _open(self, path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                return image
+        except Exception as error:  # broken files make Pillow raise anything
+            raise self._broken(path, error) from error
+
+    def _pixels(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:
+            raise self._broken(path, error) from error
+        try:
+            picture = with_channels(image, self.channels)
+        except ValueError as error:
+            raise ValueError(f"images_dir={self.folder}: {path.name}: {error}") from error
+        return to_uint8(pixel_values(picture, self.channels) / 2 + 0.5)
+
+    def _broken(self, path: Path, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return ValueError(f"images_dir={self.folder}: {path.name} cannot be read: {reason}")
+
+
+@dataclass
+class Inputs:
+    """What an evaluation reads.
+
+    Attributes:
+        models: UNet and scheduler of `model` and, if there is one, `reference_model`; empty for a folder of images.
+        folder_images: The images of a folder, where these are evaluated.
+        config: Configuration of the model, or what stands for it.
+        images: Real images.
+        held_out: Images in [-1, 1] for the step loss, and their labels, if any.
+        networks: Feature networks of the distances.
+        num_images: Samples of each model, or images of the folder.
+        settings: How models are sampled, as their timesteps allow.
+        changes: What is not as the command line says, a line each.
+    """
+
+    models: dict[str, tuple[nn.Module, object]]
+    folder_images: FolderImages | None
+    config: object
+    images: ImageRows | ImageStream
+    held_out: tuple[Tensor, Tensor | None]
+    networks: list[FeatureNetwork]
+    num_images: int
+    settings: SamplingSettings
+    changes: tuple[str, ...] = ()
+
+
+def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
+    """Read everything.
+
+    Raises:
+        ValueError: Something is missing, damaged, or does not go with the rest.
+    """
+    s, models, folder_images = args.samples, _load_models(args, device), None
+    if args.model.images_dir is not None:
+        folder_images = FolderImages(args.model.images_dir, s.num_images, args.data.resolution)
+    config = folder_images.config if folder_images is not None else models["model"][0].config
+    if models and args.cost.speed_settings() and device.type not in ("cpu", "cuda"):
+        sizes = " ".join(map(str, args.cost.speed_batch_sizes))
+        raise ValueError(f"speed_batch_sizes={sizes} must be 0 on {device.type}: speed is measured on a CPU or a CUDA device")
+    images, held_out = load_images(_with_null_label(args, config), config)
+    if None not in (s.num_reference_images, images.num_images) and s.num_reference_images > images.num_images:
+        raise ValueError(
+            f"num_reference_images={s.num_reference_images} must be at most the {images.num_images} training images"
+        )
+    if folder_images is not None:
+        count = len(folder_images)
+    else:
+        count = 0 if s.num_images == 0 else s.settings().num_images
+    available = [number for number in (s.num_reference_images, images.num_images) if number is not None]
+    networks = _load_networks(args, device, config, [count, *available]) if count else []
+    settings, changes = replace(s.settings(), null_label=images.decoder.null_label), ()
+    if models:
+        settings, changes = settings.fitted(models["model"][1])  # models that are compared have the same timesteps
+    return Inputs(models, folder_images, config, images, held_out, networks, count, settings, changes if count else ())
+
+
+def recorded_settings(name: str, revision: str | None = None) -> dict:
+    """What the results of the run that made a model say of their settings; empty where there are none.
+
+    Args:
+        name: Of the model: a Hub id or a local folder.
+        revision: Branch, tag or commit on the Hub.
+    """
+    with suppress(ValueError, LookupError, TypeError, *HUB_ERRORS):
+        path = Path(name) / "results.json"
+        if not Path(name).is_dir():
+            path = Path(hf_hub_download(name, "results.json", revision=revision))
+        settings = json.loads(path.read_text())["evaluation"]
+        return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def _with_null_label(args: EvaluateArguments, config) -> DataArguments:
+    """The data's arguments, with the null label that the run of the model has recorded, if none is given."""
+    m = args.model
+    if m.model is None or config.num_class_embeds is None or args.data.null_label is not None:
+        return args.data
+    recorded = recorded_settings(m.model, m.revision).get("null_label")
+    return replace(args.data, null_label=recorded) if isinstance(recorded, int) else args.data
+
+
+def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tuple[nn.Module, object]]:
+    m = args.model
+    names = {"model": (m.model, m.revision), "reference_model": (m.reference_model, m.reference_revision)}
+    found = {}
+    for argument, (name, revision) in names.items():
+        if name is None:
+            continue
+        unet, scheduler, *_ = load_pipeline(name, revision, argument)
+        steps = scheduler.config.num_train_timesteps
+        if args.cost.step_loss_timesteps > steps:
+            raise ValueError(
+                f"step_loss_timesteps={args.cost.step_loss_timesteps} must be at most the {steps} timesteps that "
+                f"{argument}={name} was trained with"
+            )
+        unet.requires_grad_(False).eval().to(device)
+        if m.dtype != "float32":
+            unet.to(getattr(torch, m.dtype))
+        found[argument] = unet, scheduler
+    if len(found) == 2:
+        makes = [_makes(unet, scheduler) for unet, scheduler in found.values()]
+        if makes[0] != makes[1]:
+            raise ValueError(f"reference_model={m.reference_model} makes {makes[1]}, the model {makes[0]}")
+    return found
+
+
+def _makes(unet: nn.Module, scheduler) -> str:
+    height, width = spatial_size(unet)
+    kind = f"{height}x{width} images of {unet.config.in_channels} channels"
+    classes = "" if unet.config.num_class_embeds is None else f", {unet.config.num_class_embeds} classes"
+    return f"{kind}{classes} in {scheduler.config.num_train_timesteps} timesteps"
+
+
+def _load_networks(args: EvaluateArguments, device: torch.device, config, counts: Sequence[int]) -> list[FeatureNetwork]:
+    """Feature networks; `counts` are the numbers of images that they will see."""
+    s = args.samples
+    if s.features == ["none"]:
+        return []
+    height, width = spatial_size(SimpleNamespace(config=config))
+    values = config.in_channels * height * width
+    if "pixels" in s.features and min(counts) <= values:
+        raise ValueError(f"features=pixels needs more than {values} images, generated and real, not {min(counts)}")
+    options = {"inception_weights": s.inception_weights, "dinov2_model": s.dinov2_model, "device": device}
+    return [feature_network(name, **options) for name in s.features]

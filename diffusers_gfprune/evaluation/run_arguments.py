@@ -1,0 +1,110 @@
+"""Arguments of what a run measures: quality along the way and at its end, and settings of speed, which evaluations share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..metrics.sampling import TIMESTEP_SPACINGS
+from ..metrics.speed import DTYPES, SpeedSetting, parse_settings
+
+__all__ = ["EvaluationArguments", "SpeedArguments"]
+
+
+@dataclass
+class SpeedArguments:
+    """What speed is measured with: every combination of these lists."""
+
+    speed_batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 16], metadata={"help": "Batch sizes that speed is measured at (0: it is not measured)."}
+    )
+    speed_dtypes: list[str] = field(
+        default_factory=lambda: ["float32"], metadata={"help": f"Number types of it: {', '.join(DTYPES)}."}
+    )
+    speed_modes: list[str] = field(
+        default_factory=lambda: ["eager"], metadata={"help": "Modes of it: eager, compiled, several if you like."}
+    )
+    speed_memory_formats: list[str] = field(
+        default_factory=lambda: ["contiguous"],
+        metadata={"help": "Memory formats of it: contiguous, channels_last, several if you like."},
+    )
+
+    def __post_init__(self) -> None:
+        for size in self.speed_batch_sizes:
+            if size < 1 and self.speed_batch_sizes != [0]:
+                raise ValueError(f"speed_batch_sizes={size} must be at least 1, or 0 alone")
+        self.speed_settings()
+
+    def speed_settings(self) -> list[SpeedSetting]:
+        """What speed is measured with, nothing if it is not measured.
+
+        Raises:
+            ValueError: A word is none of those that there are, or a list is empty.
+        """
+        if self.speed_batch_sizes == [0]:
+            return []
+        try:
+            return parse_settings(self.speed_batch_sizes, self.speed_dtypes, self.speed_modes, self.speed_memory_formats)
+        except ValueError as error:
+            raise ValueError(f"speed_{error}") from error
+
+
+@dataclass
+class EvaluationArguments(SpeedArguments):
+    """What is measured, during the run and at its end."""
+
+    _argument_group_name = "evaluation"
+
+    validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images (>= 1)."})
+    eval_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between two measurements of samples (Fréchet distance, SSIM), with averaged weights if there are "
+            "any (0: at the end only)."
+        },
+    )
+    eval_images: int = field(
+        default=1000, metadata={"help": "Samples of either model for the Fréchet distance and SSIM (0: no sampling)."}
+    )
+    eval_features: str = field(
+        default="auto",
+        metadata={
+            "help": "Features of the Fréchet distance: raw pixels, EfficientNet-Lite0, Inception (FID) or DINOv2; auto: "
+            "pixels for images of up to 1,024 values, else none. A FID for a paper takes evaluate.py and many images.",
+            "choices": ["auto", "none", "pixels", "efflite0", "inception", "dinov2"],
+        },
+    )
+    eval_reference_images: int = field(
+        default=10_000, metadata={"help": "Training images that samples are compared with, at most (>= 2)."}
+    )
+    inception_weights: str | None = field(
+        default=None, metadata={"help": "Inception's TorchScript file, for eval_features=inception (default: downloaded)."}
+    )
+    evaluation_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps samples of the dense model and features of real images for later runs."},
+    )
+    eval_batch_size: int = field(default=128, metadata={"help": "Samples in one forward (>= 1)."})
+    ddim_num_inference_steps: int = field(default=100, metadata={"help": "DDIM steps of these samples (>= 1)."})
+    timestep_spacing: str = field(
+        default="leading", metadata={"help": "How DDIM spaces its timesteps.", "choices": list(TIMESTEP_SPACINGS)}
+    )
+    eval_seed: int = field(default=1234, metadata={"help": "Seed of the samples' noise (>= 0)."})
+    speed_modes: list[str] = field(
+        default_factory=lambda: ["eager", "compiled"],
+        metadata={"help": "Modes of it: eager, compiled (half a minute or more for either model and each batch size)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("validation_steps", "eval_batch_size", "ddim_num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_reference_images < 2:
+            raise ValueError(f"eval_reference_images={self.eval_reference_images} must be at least 2")
+        if self.inception_weights is not None and self.eval_features != "inception":
+            raise ValueError(f"inception_weights={self.inception_weights} needs eval_features=inception")
+        if self.eval_steps and not self.eval_images:
+            raise ValueError(f"eval_steps={self.eval_steps} needs eval_images, which is 0")
+        for name in ("eval_steps", "eval_images", "eval_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")

@@ -1,0 +1,244 @@
+"""Samples, features and similarities in shards: each is made once, by one process, and kept, so that nothing is lost.
+
+A shard is a span of image numbers. What it holds is a function of the model, the sampler's settings, and these numbers (see
+`diffusers_gfprune.evaluation.sampling`), whatever process makes it; asking for more images later adds shards to those there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..metrics.cache import TensorCache
+from ..metrics.fidelity import ssim_to_reference
+from ..metrics.quality import SSIM_WINDOW, SamplingSettings, extract_features
+from ..metrics.sampling import to_uint8
+from .inputs import FolderImages
+from .sample_quality import feature_identity, model_identity, shard_size
+
+__all__ = ["ImageSource", "Samples", "folder_source", "model_source", "shards"]
+
+# Samples that are kept for pictures, also of later comparisons
+SHOWN = 64
+Advance = Callable[[int], object]
+
+
+def shards(num_images: int, shape: Sequence[int]) -> list[range]:
+    """Spans of image numbers that make up so many images of a shape `(channels, height, width)`."""
+    size = shard_size(shape)
+    return [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
+
+
+def _nothing(count: int) -> None:
+    pass
+
+
+class ImageSource:
+    """Images by number, and their features.
+
+    Args:
+        name: Key of its images in files.
+        describe: What the images of a span depend on, JSON values.
+        make: Images of a span, uint8 with shape `(n, channels, height, width)`; tells its second argument of every batch.
+        cache: Keeps images and features.
+        keep: Whether images are kept, not only features.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        describe: Callable[[range], dict],
+        make: Callable[[range, Advance], Tensor],
+        cache: TensorCache,
+        keep: bool = True,
+    ) -> None:
+        self.name, self.describe, self.make, self.cache, self.keep = name, describe, make, cache, keep
+        self._last: tuple[range, Tensor] | None = None  # several features of a shard are taken in a row
+
+    def images(self, shard: range, advance: Advance = _nothing) -> Tensor:
+        """Images of a shard: uint8."""
+        if self._last is None or self._last[0] != shard:
+            if self.keep:
+                made = self.cache.get("samples", self.describe(shard), lambda: {"images": self.make(shard, advance)})["images"]
+            else:
+                made = self.make(shard, advance)
+            self._last = shard, made
+        return self._last[1]
+
+    def features(self, network, shard: range, advance: Advance = _nothing) -> Tensor:
+        """Features of a shard's images by a network, float32 with shape `(n, d)`."""
+
+        def make() -> dict[str, Tensor]:
+            return {"features": extract_features(network, self.images(shard, advance), advance=advance)}
+
+        return self.cache.get("features", self._features_key(network, shard), make)["features"]
+
+    def shown(self, shard: range) -> Tensor:
+        """The first images of a shard, for pictures: uint8."""
+        key = {**self.describe(shard), "shown": SHOWN}
+        return self.cache.get("shown", key, lambda: {"images": self.images(shard)[:SHOWN].clone()})["images"]
+
+    def _features_key(self, network, shard: range) -> dict:
+        return {**self.describe(shard), "network": feature_identity(network)}
+
+    def has_images(self, shard: range) -> bool:
+        """Whether the images of a shard need not be made."""
+        return not self.keep or _there(self.cache, "samples", self.describe(shard))
+
+    def has_features(self, network, shard: range) -> bool:
+        """Whether features of a shard are there already."""
+        return _there(self.cache, "features", self._features_key(network, shard))
+
+    def forget_images(self, spans: Sequence[range]) -> None:
+        """Remove kept images, which may take gigabytes, once all that is wanted of them is known."""
+        for shard in spans:
+            path = self.cache.path("samples", self.describe(shard))
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+
+def _there(cache: TensorCache, kind: str, key: dict) -> bool:
+    path = cache.path(kind, key)
+    return path is not None and path.exists()
+
+
+def model_source(name: str, unet: nn.Module, scheduler, settings: SamplingSettings, cache: TensorCache) -> ImageSource:
+    """Samples of a model."""
+    drawn = {key: value for key, value in settings.identity().items() if key != "num_images"}
+    identity = {**model_identity(unet, scheduler), **drawn}
+
+    def make(shard: range, advance: Advance) -> Tensor:
+        images = []
+        for start in range(shard.start, shard.stop, settings.batch_size):
+            count = min(settings.batch_size, shard.stop - start)
+            images.append(to_uint8(settings.sample(unet, scheduler, first=start, count=count)))
+            advance(count)
+        return torch.cat(images)
+
+    return ImageSource(name, lambda shard: {**identity, "first": shard.start, "count": len(shard)}, make, cache)
+
+
+def folder_source(name: str, images: FolderImages, cache: TensorCache) -> ImageSource:
+    """Images that are there already."""
+    return ImageSource(
+        name,
+        lambda shard: {"files": images.digest(shard), "count": len(shard)},
+        lambda shard, advance: images.read(shard),
+        cache,
+        keep=False,
+    )
+
+
+class Samples:
+    """All samples of an evaluation: of one source, or of a model and of the reference model that it is compared with.
+
+    Args:
+        sources: One or two.
+        networks: Feature networks.
+        spans: The shards.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], networks: Sequence, spans: Sequence[range]) -> None:
+        self.sources, self.networks, self.spans = list(sources), list(networks), list(spans)
+        # Where nothing can be kept, nothing is made twice all the same
+        self._made: dict[tuple, Tensor] = {}
+        self._paired: dict[range, dict[str, Tensor]] = {}
+        self._shown: dict[str, Tensor] = {}
+
+    def make(self, process: int = 0, processes: int = 1, advance: Advance = _nothing) -> None:
+        """Make one process's share, every `processes`-th shard, of all that is wanted.
+
+        Args:
+            process: Which one this is.
+            processes: How many there are.
+            advance: Told of every batch how many images were sampled, or had features taken.
+        """
+        for shard in self.spans[process::processes]:
+            for source in self.sources:
+                for network in self.networks:
+                    self._made[source.name, network.name, shard] = source.features(network, shard, advance)
+            self._paired[shard] = self._pair(shard, advance)
+            if shard == self.spans[0]:
+                self._shown = {source.name: source.shown(shard) for source in self.sources}
+
+    def unsampled(self, process: int = 0, processes: int = 1) -> list[int]:
+        """How many images of each source are still to be sampled in a process's share."""
+        found = [0] * len(self.sources)
+        for shard in self.spans[process::processes]:
+            paired = len(self.sources) < 2 or _there(self.sources[0].cache, "similarities", self._pair_key(shard))
+            for index, source in enumerate(self.sources):
+                done = paired and all(source.has_features(network, shard) for network in self.networks)
+                found[index] += 0 if done or source.has_images(shard) else len(shard)
+        return found
+
+    def work(self, process: int = 0, processes: int = 1) -> int:
+        """What `make` will tell `advance` in all."""
+        lacking = [
+            len(shard)
+            for shard in self.spans[process::processes]
+            for source in self.sources
+            for network in self.networks
+            if not source.has_features(network, shard)
+        ]
+        return sum(self.unsampled(process, processes)) + sum(lacking)
+
+    def features(self, source: ImageSource) -> dict[str, Tensor]:
+        """Features of all samples of a source by name of the network, float32 with shape `(n, d)`."""
+
+        def of(network, shard: range) -> Tensor:
+            made = self._made.get((source.name, network.name, shard))
+            return source.features(network, shard) if made is None else made
+
+        return {network.name: torch.cat([of(network, shard) for shard in self.spans]) for network in self.networks}
+
+    def similarities(self) -> dict[str, float | None]:
+        """Mean SSIM of all pairs, and PSNR of the mean squared error in dB (None where there is no difference at all).
+
+        Returns:
+            `psnr_to_dense` and, unless images are too small for it, `ssim_to_dense`; empty where there is no reference model.
+        """
+        if len(self.sources) < 2 or not self.spans:
+            return {}
+        parts = [self._paired[shard] if shard in self._paired else self._pair(shard) for shard in self.spans]
+        error = torch.cat([part["squared_error"] for part in parts]).mean().item()
+        found: dict[str, float | None] = {"psnr_to_dense": None if error == 0 else float(-10 * np.log10(error))}
+        if "ssim" in parts[0]:
+            found["ssim_to_dense"] = torch.cat([part["ssim"] for part in parts]).mean().item()
+        return found
+
+    def shown(self) -> dict[str, Tensor]:
+        """The first images of each source, for pictures: uint8 by name of the source; empty where there are no samples."""
+        if self.spans and not self._shown:
+            self._shown = {source.name: source.shown(self.spans[0]) for source in self.sources}
+        return self._shown
+
+    def _pair_key(self, shard: range) -> dict:
+        return {"source": self.sources[0].describe(shard), "reference": self.sources[1].describe(shard)}
+
+    def _pair(self, shard: range, advance: Advance = _nothing) -> dict[str, Tensor]:
+        """SSIM and squared error of each pair of a shard, float64 with shape `(n,)`; no SSIM where images are too small."""
+        if len(self.sources) < 2:
+            return {}
+
+        def make() -> dict[str, Tensor]:
+            mine, other = (source.images(shard, advance).float() / 255 for source in self.sources)
+            found = {"squared_error": ((mine.double() - other.double()) ** 2).flatten(1).mean(dim=1)}
+            if min(mine.shape[-2:]) >= SSIM_WINDOW:
+                pairs = [ssim_to_reference(mine[[i]], other[[i]]) for i in range(len(mine))]
+                found["ssim"] = torch.tensor(pairs, dtype=torch.float64)
+            return found
+
+        return self.sources[0].cache.get("similarities", self._pair_key(shard), make)
+
+    def forget_images(self) -> None:
+        """Remove the model's images; those of a reference model serve the next evaluation.
+
+        A model that is evaluated alone may be the reference model of the next one.
+        """
+        if len(self.sources) == 2 and self.spans:
+            key = self._pair_key(self.spans[0])
+            if key["source"] != key["reference"]:
+                self.sources[0].forget_images(self.spans)

@@ -1,0 +1,141 @@
+"""Trials of what an evaluation does: one step of sampling, features of two images, one timed forward, a compiled function."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..metrics.cost import example_inputs, spatial_size
+from ..metrics.eval_mode import evaluating
+from ..metrics.features import FeatureNetwork
+from ..metrics.quality import SamplingSettings, extract_features
+from ..metrics.sampling import make_sampler
+from ..metrics.speed import SpeedSetting, measure_speed, one_line
+
+__all__ = ["describe_speed", "try_features", "try_sampling", "try_speed"]
+
+# Values of the images in a trial on a CPU, where more of them only take longer
+TRIAL_VALUES = 2**14
+
+
+def _trial_batch(unet: nn.Module, batch_size: int) -> int:
+    """Images of a trial: as many as are wanted on a GPU, whose memory may not do."""
+    if next(unet.parameters()).device.type != "cpu":
+        return batch_size
+    values = unet.config.in_channels * math.prod(spatial_size(unet))
+    return min(batch_size, max(1, TRIAL_VALUES // values))
+
+
+@torch.no_grad()
+def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSettings) -> float:
+    """Take the first step of sampling, and time its forward.
+
+    Args:
+        argument: What the model was given as, for messages.
+        unet: The model, where it is and in its dtype.
+        scheduler: Of the model.
+        settings: How it is to be sampled.
+
+    Returns:
+        Seconds that a forward takes for each image.
+
+    Raises:
+        ValueError: The sampler cannot be made; or the forward fails, say because the memory or the number type does not do; or
+            the model, or the sampler's step, gives values that are not finite.
+    """
+    parameter = next(unet.parameters())
+    sampler = make_sampler(scheduler, settings.num_inference_steps, settings.timestep_spacing)
+    batch_size = _trial_batch(unet, min(settings.batch_size, settings.num_images))
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    inputs = example_inputs(unet, *spatial_size(unet), batch_size, parameter.device, parameter.dtype)
+    noise = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+    timestep = sampler.timesteps[0]
+    inputs |= {"sample": noise.to(parameter.dtype), "timestep": timestep.to(parameter.device)}
+    try:
+        with evaluating(unet):
+            for _ in range(2):  # the first one warms up
+                start = time.perf_counter()
+                prediction = unet(**inputs).sample.float()
+                finite = bool(prediction.isfinite().all())
+                seconds = time.perf_counter() - start
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = f"of {batch_size} images in {dtype} on {parameter.device.type}"
+        raise ValueError(f"{argument}: a forward {where} fails: {reason}") from error
+    if not finite:
+        raise ValueError(f"{argument} predicts values that are not finite in {dtype}")
+    if not sampler.step(prediction, timestep, noise).prev_sample.isfinite().all():
+        raise ValueError(f"{argument}: a DDIM step from timestep {int(timestep)} gives values that are not finite")
+    return seconds / batch_size
+
+
+def try_features(networks: Sequence[FeatureNetwork], shape: tuple[int, int, int]) -> None:
+    """Take features of two images of a shape `(channels, height, width)` by every network.
+
+    Raises:
+        ValueError: A network fails.
+    """
+    images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for network in networks:
+        try:
+            extract_features(network, images)
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"features={network.name} of images of shape {shape} fail: {reason}") from error
+
+
+def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[dict], list[str]]:
+    """Time a forward in every number type and memory format, and compile a function if models are to be compiled.
+
+    What fails is no reason not to start: at the end, too, it is a row that says why.
+
+    Args:
+        unet: The dense model, where it is.
+        settings: In which speed is to be measured at the end.
+
+    Returns:
+        Rows as `measure_speed` has them, and what was tried, in words.
+
+    Raises:
+        ValueError: Nothing can be timed on the model's device.
+    """
+    batch_size = _trial_batch(unet, max(setting.batch_size for setting in settings))
+    kinds = dict.fromkeys((setting.dtype, setting.channels_last) for setting in settings)
+    trials = [SpeedSetting(batch_size, dtype, channels_last=channels_last) for dtype, channels_last in kinds]
+    try:
+        rows = measure_speed({"dense": unet}, trials, repeats=1, warmup=1)
+    except ValueError as error:
+        raise ValueError(f"speed cannot be measured, --speed_batch_sizes 0 leaves it out: {error}") from error
+    tried = [f"a timed forward{_failure(row.get('error'))}" for row in rows]
+    if any(setting.compiled for setting in settings):
+        tried.append(f"a compiled function{_failure(_compilation_error(next(unet.parameters()).device))}")
+    return rows, tried
+
+
+def _failure(error: str | None) -> str:
+    return "" if error is None else f" (fails and will not be measured: {error})"
+
+
+def _compilation_error(device: torch.device) -> str | None:
+    """Why nothing can be compiled here, in one line. A whole model would take half a minute."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except (RuntimeError, ImportError) as error:
+        return one_line(error)
+    return None
+
+
+def describe_speed(settings: Sequence[SpeedSetting]) -> str:
+    """What will be timed at the end, in one line of the plan."""
+    lists = [
+        ("batch", dict.fromkeys(str(setting.batch_size) for setting in settings)),
+        *(("", dict.fromkeys(getattr(s, name) for s in settings)) for name in ("dtype", "mode", "memory_format")),
+    ]
+    words = "; ".join(f"{title} {', '.join(values)}".strip() for title, values in lists)
+    compilations = 2 * sum(setting.compiled for setting in settings)
+    pause = f" ({compilations} compilations, of half a minute or more each)" if compilations else ""
+    return f"{'speed':10} of both models at the end: {words}{pause}"

@@ -1,0 +1,110 @@
+"""Everything that a budget in time takes before the first step: table, planned models, and one result on every rank.
+
+    table of layer times  ->  ladders of widths  ->  models of planned widths, built and timed  ->  corrected model of time
+
+Rank 0 measures, the others wait and get what it found as JSON, bit for bit. A run that goes on from a checkpoint is given what
+was found then, and measures nothing: another measurement would be other widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+
+from ..distributed import made_by_first_rank
+from ..metrics.cache import JsonCache
+from ..metrics.speed import SpeedSetting
+from ..pruning.budget import allocate_per_group, select_units
+from ..pruning.channel_groups import ChannelGroup
+from ..pruning.compaction import compact, plan_compaction
+from ..pruning.cost_model import CostModel
+from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+from .calibration import LatencyMeter, TimePair, calibrate
+from .layer_times import layer_shares
+from .model import LatencyModel
+
+__all__ = ["measured_latency_model", "model_of_widths"]
+
+
+def model_of_widths(
+    unet: UNet2DModel, groups: Sequence[ChannelGroup], kept: np.ndarray, attention_unit: str = "head_dim"
+) -> GFPrunedUNet2DModel:
+    """A compacted model that keeps the first units of each group: as fast as any of its widths, and of no other use.
+
+    Args:
+        unet: The dense model; it stays as it is.
+        groups: Its channel groups.
+        kept: Channels that each group keeps, widths of its ladder, with shape `(groups,)`.
+        attention_unit: As in `width_ladder`.
+    """
+    masks = {
+        group.name: select_units(group, torch.zeros(group.num_units), int(width), attention_unit).float()
+        for group, width in zip(groups, kept)
+    }
+    return compact(unet, plan_compaction(unet, groups, masks))
+
+
+def measured_latency_model(
+    unet: UNet2DModel,
+    groups: Sequence[ChannelGroup],
+    ratio: float,
+    setting: SpeedSetting,
+    ladders_for: Callable[[CostModel], Sequence[Sequence[int]]],
+    *,
+    sample_size: int | tuple[int, int] | None = None,
+    attention_unit: str = "head_dim",
+    found: Mapping | None = None,
+    cache_dir: Path | None = None,
+    seconds: float = 20.0,
+    progress: str | None = None,
+) -> tuple[LatencyModel, dict]:
+    """The model of time that a budget is planned with.
+
+    Args:
+        unet: The dense model, without masks, on the device that is meant; it stays as it is.
+        groups: Its channel groups.
+        ratio: Share of the dense time that is to be removed, in (0, 1).
+        setting: How forwards are run.
+        ladders_for: The widths that each group may have, which may depend on what they cost.
+        sample_size: Height and width in pixels (default: the model's).
+        attention_unit: As in `width_ladder`.
+        found: What an earlier call returned as second value: nothing is measured then.
+        cache_dir: Where tables of layer times are kept (default: nowhere).
+        seconds: That a pair of models is timed for at most, beyond a few rounds (> 0).
+        progress: Text of a progress bar for the table, if any.
+
+    Returns:
+        The model of time, and JSON values from which it is made again: `model`, and `calibration`, the measured models.
+
+    Raises:
+        ValueError: `found` is of another model; or rank 0 could not measure, on every rank.
+    """
+    model = LatencyModel(unet, groups, sample_size)
+    cost = CostModel(unet, groups, sample_size, model.seconds)
+
+    def measure() -> dict:
+        model.set_shares(
+            layer_shares(unet, model.grids, model.calls, setting, sample_size, JsonCache(cache_dir), progress=progress)
+        )
+        ladders = ladders_for(cost)
+        narrowest = np.array([ladder[-1] for ladder in ladders])
+        with LatencyMeter(unet, setting, sample_size, seconds) as meter:
+
+            def measured(kept: np.ndarray) -> TimePair:
+                return meter.measure(model_of_widths(unet, groups, kept, attention_unit))
+
+            def planned() -> np.ndarray:
+                return allocate_per_group(cost, "latency", ratio, ladders)
+
+            calibration = calibrate(model, ratio, narrowest, planned, measured)
+        return {"model": model.to_dict(), "calibration": calibration}
+
+    found = made_by_first_rank(measure) if found is None else dict(found)
+    if "model" not in found:
+        raise ValueError("the measured times must have an entry model: they are damaged")
+    model.load_dict(found["model"])
+    return model, found

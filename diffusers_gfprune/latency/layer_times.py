@@ -1,0 +1,179 @@
+"""Times of layers over their widths, as shares of the time of the dense forward.
+
+The idea of a table is HALP's (Shen et al., 2021, https://arxiv.org/abs/2110.10811). In round r of a workload w, each of its
+points is timed once; with t_w(i, o; r) the time from i to o channels and (I, O) the widest point,
+
+    t_w(i, o)      =  median_r t_w(i, o; r) / t_w(I, O; r)  x  median_r t_w(I, O; r)
+    share_w(i, o)  =  t_w(i, o) / sum_l t_w(l)(in_l, out_l)  x  median_s L(s) / T(s)
+
+where l are the layer calls of the dense forward, T(s) is the time of that forward in round s, and L(s) of all its layers, one
+after another. Ratios of times taken a moment apart meet the same load of the machine on both sides; but a short call, which
+nothing interrupts, must not be set against a long one, which something always does, so that L and T set the scale. One call at
+a time also finds weights where a forward finds them, outside of the cache if the model is large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..metrics.cache import JsonCache
+from ..metrics.cost import hardware_name, spatial_size, uses_tf32
+from ..metrics.speed import SpeedSetting, prepare_forward, seconds_of
+from .layer_workloads import Forward, Inputs, Workload
+
+__all__ = ["Grid", "layer_shares", "machine_description", "measure_shares"]
+
+Timer = Callable[[Forward, torch.device], float]
+Point = tuple[int, int, int]  # index of a grid, input and output channels
+
+FORMAT = 1  # of what is cached; another one is measured again
+ROUNDS = (5, 25)  # at least, at most
+SECONDS = 2.0  # that the rounds of a workload may take beyond the least number of them
+DENSE_SECONDS = 15.0  # the same for the rounds with the dense forward
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a workload is timed.
+
+    Attributes:
+        workload: What is timed.
+        wide_in: Input channels in ascending order; `(0,)` if the workload is not two-sided.
+        wide_out: Output channels in ascending order.
+    """
+
+    workload: Workload
+    wide_in: tuple[int, ...]
+    wide_out: tuple[int, ...]
+
+    def describe(self) -> dict:
+        """JSON values that tell grids apart."""
+        work = {"kind": type(self.workload).__name__, **dataclasses.asdict(self.workload)}
+        return {"workload": work, "wide_in": self.wide_in, "wide_out": self.wide_out}
+
+
+def machine_description(device: torch.device) -> dict:
+    """What times depend on beside the model and its inputs, JSON values."""
+    return {
+        "device": device.type,
+        "hardware": hardware_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "tf32": uses_tf32(device),
+    }
+
+
+def layer_shares(
+    unet: nn.Module,
+    grids: Sequence[Grid],
+    calls: Sequence[Point],
+    setting: SpeedSetting,
+    sample_size: int | tuple[int, int] | None = None,
+    cache: JsonCache | None = None,
+    progress: str | None = None,
+) -> list[np.ndarray]:
+    """The table of the module docstring, measured unless it is in the cache.
+
+    Args:
+        unet: The dense model, without masks, on the device that is meant.
+        grids: What to measure.
+        calls: The layers of one dense forward.
+        setting: Batch size and dtype. Layers are timed by themselves, and so always eagerly.
+        sample_size: Height and width in pixels (default: the model's).
+        cache: Where tables are kept (default: nowhere).
+        progress: Text of a progress bar, if any.
+
+    Returns:
+        For each grid, shares of the dense time with shape `(len(wide_in), len(wide_out))`.
+    """
+    device = next(unet.parameters()).device
+    size = spatial_size(unet, sample_size)
+    key = {
+        "format": FORMAT,
+        **machine_description(device),
+        "batch_size": setting.batch_size,
+        "dtype": setting.dtype,
+        "sample_size": size,
+        # Of what the forward has beside the layers; private entries say where it was loaded from
+        "config": {name: value for name, value in unet.config.items() if not name.startswith("_")},
+        "grids": [grid.describe() for grid in grids],
+        "calls": [list(point) for point in calls],
+    }
+
+    def measure() -> dict:
+        eager = dataclasses.replace(setting, compiled=False)
+        inputs = Inputs(setting.batch_size, device, getattr(torch, setting.dtype))
+        with torch.no_grad():
+            _, _, forward = prepare_forward(unet, eager, size, device)
+            return {"shares": [shares.tolist() for shares in measure_shares(forward, grids, calls, inputs, progress=progress)]}
+
+    def fits(entry: dict) -> bool:
+        found = [np.shape(shares) for shares in entry["shares"]]
+        return found == [(len(grid.wide_in), len(grid.wide_out)) for grid in grids]
+
+    found = (cache or JsonCache(None)).get("layer-times", key, measure, fits)
+    return [np.array(shares, dtype=float) for shares in found["shares"]]
+
+
+def measure_shares(
+    dense: Forward,
+    grids: Sequence[Grid],
+    calls: Sequence[Point],
+    inputs: Inputs,
+    timer: Timer = seconds_of,
+    progress: str | None = None,
+) -> list[np.ndarray]:
+    """Measure the table of the module docstring.
+
+    Args:
+        dense: A forward of the dense model.
+        grids: What to measure.
+        calls: The layers of that forward, each a point of its grid.
+        inputs: Makes the layers' inputs.
+        timer: Seconds of a call on a device.
+        progress: Text of a progress bar, if any.
+
+    Returns:
+        For each grid, shares of the dense time with shape `(len(wide_in), len(wide_out))`.
+    """
+    device = inputs.options["device"]
+    seconds = []
+    with tqdm(total=len(grids) + 1, desc=progress, disable=progress is None) as bar:
+        for grid in grids:
+            points = [
+                grid.workload.forward(wide_in, wide_out, inputs) for wide_in in grid.wide_in for wide_out in grid.wide_out
+            ]
+            times = np.array(_rounds(points, device, timer, SECONDS))  # (rounds, points)
+            medians = np.median(times / times[:, -1:], axis=0) * np.median(times[:, -1])
+            seconds.append(medians.reshape(len(grid.wide_in), len(grid.wide_out)))
+            bar.update()
+        layers = [grids[index].workload.forward(wide_in, wide_out, inputs) for index, wide_in, wide_out in calls]
+        rounds = _rounds([dense, lambda: [layer() for layer in layers][-1]], device, timer, DENSE_SECONDS)
+        bar.update()
+    explained = statistics.median(together / whole for whole, together in rounds)
+    summed = sum(
+        seconds[index][grids[index].wide_in.index(wide_in), grids[index].wide_out.index(wide_out)]
+        for index, wide_in, wide_out in calls
+    )
+    return [table * (explained / summed) for table in seconds]
+
+
+def _rounds(calls: Sequence[Forward], device: torch.device, timer: Timer, seconds: float) -> list[list[float]]:
+    """Times of calls in rounds: as many rounds as fit into some seconds, within the limits for their number."""
+    for call in calls:  # warm-up: kernels are chosen, memory is allocated
+        timer(call, device)
+    rounds: list[list[float]] = []
+    least, most = ROUNDS
+    spent = 0.0
+    while len(rounds) < least or (len(rounds) < most and spent < seconds):
+        rounds.append([timer(call, device) for call in calls])
+        spent += sum(rounds[-1])
+    return rounds

@@ -1,0 +1,222 @@
+"""What a forward consists of: the calls of its layers, each with the workload that it is at any width.
+
+A workload is a layer without its widths: a 3x3 convolution over 16x16 positions, a linear layer over 256 tokens. Layers of one
+workload take the same time at the same widths, so that one surface t(in, out) of measured times serves all of them. There are
+four kinds. A norm counts with the SiLU behind it, and attention's linear layers by themselves: what is left of attention are
+its two products, softmax between them. Additions, concatenations and the time embedding's activations are no workloads.
+
+The calls are recorded in one forward on the meta device, on a copy without memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ..metrics.cost import example_inputs, spatial_size
+
+__all__ = ["AttentionProducts", "Convolution", "Inputs", "LayerCall", "LinearLayer", "Norm", "Workload", "trace_layer_calls"]
+
+Forward = Callable[[], object]
+
+
+class Inputs:
+    """Random inputs of layers, all in one piece of memory, since thousands of layers are timed one after another.
+
+    Args:
+        batch: Samples (>= 1).
+        device: Where the layers run.
+        dtype: Of inputs and weights.
+    """
+
+    def __init__(self, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.batch = batch
+        self.options = {"device": device, "dtype": dtype}
+        self._memory = torch.empty(0, **self.options)
+
+    def values(self, *shape: int) -> Tensor:
+        """Normal random values with shape `(batch, *shape)`, which no two callers may change."""
+        count = self.batch * math.prod(shape)
+        if count > len(self._memory):
+            self._memory = torch.randn(count, **self.options)
+        return self._memory[:count].view(self.batch, *shape)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A `nn.Conv2d` that is not grouped.
+
+    Attributes:
+        side: Height and width of its input in pixels.
+        kernel: Height and width of the kernel.
+        stride: Vertically and horizontally.
+        padding: Vertically and horizontally.
+        bias: Whether it has one.
+    """
+
+    side: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    bias: bool
+
+    two_sided = True
+
+    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
+        """A forward with random weights, from `wide_in` to `wide_out` channels."""
+        layer = nn.Conv2d(wide_in, wide_out, self.kernel, self.stride, self.padding, bias=self.bias, **inputs.options)
+        x = inputs.values(wide_in, *self.side)
+        return lambda: layer(x)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A `nn.Linear`.
+
+    Attributes:
+        tokens: Rows of its input for each sample; 0 where the input has shape `(batch, features)`.
+        transposed: Whether its input lies in memory with the features before the tokens, which takes a copy more.
+        bias: Whether it has one.
+    """
+
+    tokens: int
+    transposed: bool
+    bias: bool
+
+    two_sided = True
+
+    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
+        """A forward with random weights, from `wide_in` to `wide_out` features."""
+        layer = nn.Linear(wide_in, wide_out, bias=self.bias, **inputs.options)
+        if self.transposed:
+            x = inputs.values(wide_in, self.tokens).transpose(1, 2)
+        else:
+            x = inputs.values(self.tokens, wide_in) if self.tokens else inputs.values(wide_in)
+        return lambda: layer(x)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A `nn.GroupNorm`, whose groups keep their size when channels go.
+
+    Attributes:
+        shape: Of what it normalizes, without batch and channels: `(height, width)`, or `(tokens,)`.
+        group_size: Channels in a group.
+        silu: Whether a SiLU comes behind it.
+    """
+
+    shape: tuple[int, ...]
+    group_size: int
+    silu: bool
+
+    two_sided = False
+
+    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
+        """A forward over the multiple of the group's size that is nearest to `wide_out` channels; `wide_in` is not used."""
+        groups = max(1, round(wide_out / self.group_size))
+        layer = nn.GroupNorm(groups, groups * self.group_size, **inputs.options)
+        x = inputs.values(groups * self.group_size, *self.shape)
+        activation = nn.SiLU()
+        return (lambda: activation(layer(x))) if self.silu else (lambda: layer(x))
+
+
+@dataclass(frozen=True)
+class AttentionProducts:
+    """softmax(q k^T / sqrt(d)) v between the linear layers of an attention.
+
+    Attributes:
+        tokens: Of each sample.
+        heads: That all channels together are divided into; narrower ones have narrower heads.
+    """
+
+    tokens: int
+    heads: int
+
+    two_sided = False
+
+    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
+        """A forward with `wide_out` channels in all heads together, at least one in each; `wide_in` is not used."""
+        x = inputs.values(self.tokens, self.heads, max(1, round(wide_out / self.heads))).transpose(1, 2)
+
+        def run() -> Tensor:
+            products = nn.functional.scaled_dot_product_attention(x, x, x)
+            return products.transpose(1, 2).reshape(inputs.batch, self.tokens, -1)
+
+        return run
+
+
+Workload = Convolution | LinearLayer | Norm | AttentionProducts
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer in a forward.
+
+    Attributes:
+        module: Name of the module whose weight has the widths: input channels along dimension 1 if the workload is
+            two-sided, output channels along dimension 0. For the products of an attention, that is its `to_q`.
+        workload: What is computed.
+        wide_in: Input channels in the dense model; 0 if the workload is not two-sided.
+        wide_out: Output channels in the dense model.
+        positions: Output pixels or tokens of a sample.
+    """
+
+    module: str
+    workload: Workload
+    wide_in: int
+    wide_out: int
+    positions: int
+
+
+def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> list[LayerCall]:
+    """The layer calls of one forward, in order.
+
+    Args:
+        unet: A `UNet2DModel` or subclass; only its configuration is read.
+        sample_size: Height and width in pixels (default: the model's).
+    """
+    height, width = spatial_size(unet, sample_size)
+    with torch.device("meta"):
+        twin = type(unet).from_config(unet.config).eval()
+    calls: list[LayerCall] = []
+    last_norm: dict = {"shape": None}
+
+    def record(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0] if inputs else None
+            if isinstance(module, nn.Conv2d):
+                work = Convolution(
+                    tuple(x.shape[2:]), module.kernel_size, module.stride, module.padding, module.bias is not None
+                )
+                calls.append(LayerCall(name, work, module.in_channels, module.out_channels, output[0, 0].numel()))
+            elif isinstance(module, nn.Linear):
+                tokens = x.shape[1] if x.ndim == 3 else 0
+                work = LinearLayer(tokens, not x.is_contiguous(), module.bias is not None)
+                calls.append(LayerCall(name, work, module.in_features, module.out_features, max(tokens, 1)))
+            elif isinstance(module, nn.GroupNorm):
+                work = Norm(tuple(x.shape[2:]), module.num_channels // module.num_groups, silu=False)
+                calls.append(LayerCall(name, work, 0, module.num_channels, x[0, 0].numel()))
+                last_norm.update(shape=x.shape, index=len(calls) - 1)
+            elif isinstance(module, nn.SiLU) and x.shape == last_norm["shape"]:
+                # Scale and shift by the time embedding may come in between
+                norm = calls[last_norm["index"]]
+                work = Norm(norm.workload.shape, norm.workload.group_size, silu=True)
+                calls[last_norm["index"]] = LayerCall(norm.module, work, 0, norm.wide_out, norm.positions)
+                last_norm["shape"] = None
+            elif isinstance(module, Attention):
+                work = AttentionProducts(tokens := x.shape[2] * x.shape[3], module.heads)
+                calls.append(LayerCall(f"{name}.to_q", work, 0, module.to_q.out_features, tokens))
+
+        return hook
+
+    for name, module in twin.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, Attention)):
+            module.register_forward_hook(record(name))
+    with torch.no_grad():
+        twin(**example_inputs(twin, height, width, device="meta"))
+    return calls

@@ -1,0 +1,297 @@
+"""The time of a forward as a function of how many channels each group keeps, from a table of measured layer times.
+
+With n the vector of kept channels, w(l) the workload of layer call l, and shares of the dense time from `layer_times`,
+
+    layers(n) = sum_l share_w(l)(in_l(n), out_l(n))
+    r(n)      = layers(n) + rest (c + (1 - c) volume(n))          rest = 1 - layers(dense)
+    removed(n) = f(1 - r(n))
+
+The rest is what the table does not know: additions, concatenations, the interpreter. A share c of it is constant, the other
+goes with the activations that convolutions write. f is a monotone correction by measured models (`latency_calibration`).
+
+Between the points of a table, shares are interpolated linearly along both widths. Convolutions compute channels in blocks of a
+vector register or a tile, and take as long for 33 channels as for 48 where a block has 16: their widths are rounded up first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from ..pruning.channel_groups import ChannelGroup
+from ..pruning.cost_model import group_shares
+from .layer_times import Grid
+from .layer_workloads import AttentionProducts, Convolution, LayerCall, LinearLayer, Norm, trace_layer_calls
+
+__all__ = ["Correction", "LatencyModel", "plan_grids"]
+
+BLOCKS = {
+    "cpu": 16,
+    "cuda": 8,
+}  # channels that a convolution computes together; a row of 33 takes as long as one of 48 on a CPU
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the largest width, where a layer is timed
+SAME = 0.02  # predictions that are this close are of one model, as far as a correction is concerned
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What measured models say about predictions.
+
+    Attributes:
+        constant: c of the module docstring, in [0, 1].
+        pairs: Predicted (1 - r) and measured shares of the dense time that models have lost.
+        dense_seconds: Measured time of the dense forward.
+    """
+
+    constant: float = 1.0
+    pairs: tuple[tuple[float, float], ...] = ()
+    dense_seconds: float = 1.0
+
+    def __call__(self, predicted: float) -> float:
+        """f: piecewise linear and monotone through (0, 0) and the pairs, in proportion beyond the last.
+
+        Pairs with nearly the same prediction count as one, their mean; and so do neighbours that are not in order.
+
+        Args:
+            predicted: Share of the dense time that is removed, without correction.
+
+        Returns:
+            The share that a measurement would find, in [0, 1].
+        """
+        x, y = self._knots
+        if predicted > x[-1]:
+            return min(predicted * y[-1] / x[-1] if x[-1] > 0 else predicted, 1.0)
+        return float(np.interp(predicted, x, y))
+
+    @property
+    def _knots(self) -> tuple[list[float], list[float]]:
+        # Blocks of pairs: sum of measurements, and predictions. Pool adjacent violators (isotonic regression).
+        blocks: list[tuple[float, list[float]]] = []
+        for predicted, measured in sorted(pair for pair in self.pairs if pair[0] > SAME):
+            blocks.append((max(measured, 0.0), [predicted]))
+            while len(blocks) > 1 and (
+                blocks[-1][1][0] - blocks[-2][1][-1] < SAME
+                or blocks[-1][0] / len(blocks[-1][1]) < blocks[-2][0] / len(blocks[-2][1])
+            ):
+                total, predictions = blocks.pop()
+                blocks[-1] = (blocks[-1][0] + total, blocks[-1][1] + predictions)
+        x = [0.0, *(sum(predictions) / len(predictions) for _, predictions in blocks)]
+        return x, [0.0, *(total / len(predictions) for total, predictions in blocks)]
+
+
+def plan_grids(calls: Sequence[LayerCall], groups: Sequence[ChannelGroup], device_type: str) -> tuple[list[Grid], list[int]]:
+    """Where the layers of a model are timed, so that every width they may get lies between two points.
+
+    Args:
+        calls: Of the dense model.
+        groups: Its channel groups.
+        device_type: `"cpu"` or `"cuda"`.
+
+    Returns:
+        The grids, and for each call the index of its own.
+    """
+    shares = group_shares(groups)
+    widths: dict[tuple, tuple[set[int], set[int]]] = {}
+    keys = []
+    for call in calls:
+        # A width that never changes is a table of its own: three channels of an image are no point between others
+        fixed_in = call.wide_in if (call.module, 1) not in shares or not call.workload.two_sided else None
+        fixed_out = call.wide_out if (call.module, 0) not in shares else None
+        keys.append((call.workload, fixed_in, fixed_out))
+        wide_in, wide_out = widths.setdefault(keys[-1], (set(), set()))
+        wide_in.add(call.wide_in)
+        wide_out.add(call.wide_out)
+    grids = []
+    for (workload, fixed_in, fixed_out), (wide_in, wide_out) in widths.items():
+        step = {Norm: "group_size", AttentionProducts: "heads"}.get(type(workload))
+        step = BLOCKS[device_type] if step is None else getattr(workload, step)
+        axes = (_axis(wide, step, fixed is not None) for wide, fixed in ((wide_in, fixed_in), (wide_out, fixed_out)))
+        grids.append(Grid(workload, *axes))
+    order = {key: index for index, key in enumerate(widths)}
+    return grids, [order[key] for key in keys]
+
+
+def _axis(widths: set[int], step: int, fixed: bool) -> tuple[int, ...]:
+    """Widths to be timed: those of dense layers, and multiples of a step below them."""
+    largest = max(widths)
+    if fixed:
+        return (largest,)
+    if largest <= len(FRACTIONS) * step:
+        points = set(range(step, largest, step))
+    else:
+        points = {step * max(1, math.ceil(fraction * largest / step)) for fraction in FRACTIONS}
+    return tuple(sorted({point for point in points if point <= largest} | widths))
+
+
+class LatencyModel:
+    """Times of every pruned version of a model.
+
+    Args:
+        unet: The dense model; only its configuration and device are read.
+        groups: Its channel groups.
+        sample_size: Height and width of the forward in pixels (default: the model's).
+
+    Attributes:
+        grids: What `layer_shares` is to measure.
+        calls: The layers of one dense forward among them.
+        correction: By measured models.
+    """
+
+    def __init__(
+        self, unet: nn.Module, groups: Sequence[ChannelGroup], sample_size: int | tuple[int, int] | None = None
+    ) -> None:
+        calls = trace_layer_calls(unet, sample_size)
+        device_type = next(unet.parameters()).device.type
+        block = BLOCKS.get(device_type)
+        if block is None:
+            raise ValueError(f"device={device_type} must be one of {', '.join(BLOCKS)} to prune for latency")
+        self.dense = np.array([group.num_channels for group in groups], dtype=np.int64)
+        self.grids, grid_of = plan_grids(calls, groups, device_type)
+        self.calls = [(grid, call.wide_in, call.wide_out) for call, grid in zip(calls, grid_of)]
+        self.correction = Correction()
+        self._tables: list[np.ndarray] = []
+
+        # Calls of one table with the same widths are one row that counts several times
+        shares, nothing = group_shares(groups), np.zeros(len(self.dense))
+        rows: dict[tuple, list] = {}
+        self._volume0, self._volume = 0.0, np.zeros(len(self.dense))
+        for call, grid in zip(calls, grid_of):
+            row_in = shares.get((call.module, 1), nothing) if call.workload.two_sided else nothing
+            row_out = shares.get((call.module, 0), nothing)
+            row = rows.setdefault(
+                (grid, call.wide_in, call.wide_out, row_in.tobytes(), row_out.tobytes()), [row_in, row_out, 0]
+            )
+            row[2] += 1
+            if isinstance(call.workload, Convolution):
+                self._volume += call.positions * row_out
+                self._volume0 += call.positions * (call.wide_out - float(row_out @ self.dense))
+        self._rows = np.stack([row[side] for side in (0, 1) for row in rows.values()])  # (2 rows, groups)
+        dense_widths = np.array([key[side] for side in (1, 2) for key in rows])
+        self._fixed = np.rint(dense_widths - self._rows @ self.dense).astype(np.int64)
+        self._rows = self._rows.astype(np.int64)
+        self._grid_of_row = [key[0] for key in rows]
+        self._count = np.array([row[2] for row in rows.values()], dtype=float)
+
+        # For every width that a layer may have, the point of its table below it, and how far it is to the next
+        places, starts, size = [], {}, 0
+        for index, grid in enumerate(self.grids):
+            for side, axis in enumerate((grid.wide_in, grid.wide_out)):
+                place = _places(axis, block if isinstance(grid.workload, (Convolution, LinearLayer)) else 1)
+                starts[index, side] = size
+                places.append(place)
+                size += len(place)
+        place = np.concatenate(places)
+        self._start = np.array([starts[key[0], side] for side in (0, 1) for key in rows])
+        self._index = place.astype(np.int64)
+        self._weight = place - self._index
+        shapes = [(len(grid.wide_in) + 1, len(grid.wide_out) + 1) for grid in self.grids]  # with an edge, see set_shares
+        offsets = np.cumsum([0, *(math.prod(shape) for shape in shapes)])
+        self._offset = np.array([offsets[key[0]] for key in rows])
+        self._stride = np.array([shapes[key[0]][1] for key in rows])
+
+    def set_shares(self, tables: Sequence[np.ndarray]) -> None:
+        """Take measured times over.
+
+        Args:
+            tables: What `layer_shares` gave for `grids`.
+
+        Raises:
+            ValueError: They are of other grids.
+        """
+        shapes = [(len(grid.wide_in), len(grid.wide_out)) for grid in self.grids]
+        if [np.shape(table) for table in tables] != shapes:
+            raise ValueError("the table of layer times must be of this model's grids: measure it again")
+        self._tables = [np.asarray(table, dtype=float) for table in tables]
+        # The last point along each axis is there twice, so that each has a next one
+        self._flat = np.concatenate([np.pad(table, (0, 1), mode="edge").ravel() for table in self._tables])
+        self._scale, self._rest = 1.0, 0.0
+        layers = self._layers(self.dense)
+        # Layers that take longer by themselves than in the forward, where inputs lie in the cache
+        self._scale, self._rest = 1 / max(layers, 1.0), max(1 - layers, 0.0)
+
+    def _layers(self, kept: np.ndarray) -> float:
+        """layers(n) of the module docstring."""
+        return float(self._row_shares(kept).sum())
+
+    def _row_shares(self, kept: np.ndarray) -> np.ndarray:
+        wide = self._fixed + self._rows @ kept
+        place = self._start + wide
+        index, weight = self._index[place], self._weight[place]
+        half = len(self._count)
+        corner = self._offset + index[:half] * self._stride + index[half:]
+        flat, stride, along_in, along_out = self._flat, self._stride, weight[:half], weight[half:]
+        near = flat[corner] * (1 - along_out) + flat[corner + 1] * along_out
+        far = flat[corner + stride] * (1 - along_out) + flat[corner + stride + 1] * along_out
+        return self._scale * self._count * (near * (1 - along_in) + far * along_in)
+
+    def _relative_volume(self, kept: np.ndarray) -> float:
+        return (self._volume0 + float(self._volume @ kept)) / (self._volume0 + float(self._volume @ self.dense))
+
+    def predicted(self, kept: np.ndarray) -> float:
+        """1 - r(n): share of the dense time that is removed, without correction, in [0, 1] up to noise of the table."""
+        kept = np.asarray(kept, dtype=np.int64)
+        constant = self.correction.constant
+        return 1 - self._layers(kept) - self._rest * (constant + (1 - constant) * self._relative_volume(kept))
+
+    def removed(self, kept: np.ndarray) -> float:
+        """Share of the dense time that a measurement would find removed, in [0, 1].
+
+        Args:
+            kept: Channels that each group keeps, integers with shape `(groups,)`.
+        """
+        return self.correction(self.predicted(kept))
+
+    def seconds(self, kept: np.ndarray) -> float:
+        """Time of a forward with `kept` channels in each group, in seconds, for a `CostModel`."""
+        return self.correction.dense_seconds * (1 - self.removed(kept))
+
+    def explain(self, kept: np.ndarray, measured: float) -> float:
+        """The constant c with which the prediction for `kept` is a measured share, or the nearest in [0, 1] to it."""
+        volume = self._relative_volume(np.asarray(kept, dtype=np.int64))
+        room = self._rest * (1 - volume)
+        left = 1 - measured - self._layers(np.asarray(kept, dtype=np.int64)) - self._rest * volume
+        return min(max(left / room, 0.0), 1.0) if room > 0 else 1.0
+
+    @property
+    def shares_by_kind(self) -> dict[str, float]:
+        """Shares of the dense time that kinds of layers have, and `rest`; they sum to 1."""
+        found: dict[str, float] = {}
+        for share, grid in zip(self._row_shares(self.dense), self._grid_of_row):
+            kind = type(self.grids[grid].workload).__name__
+            found[kind] = found.get(kind, 0.0) + float(share)
+        return {**found, "rest": self._rest}
+
+    def to_dict(self) -> dict:
+        """Table and correction as JSON values, for checkpoints: floats keep every bit."""
+        correction = {**self.correction.__dict__, "pairs": [list(pair) for pair in self.correction.pairs]}
+        return {"shares": [table.tolist() for table in self._tables], "correction": correction}
+
+    def load_dict(self, values: Mapping) -> None:
+        """Take over what `to_dict` gave for the same model.
+
+        Raises:
+            ValueError: The table is damaged or of another model.
+        """
+        try:
+            tables = [np.array(table, dtype=float) for table in values["shares"]]
+            correction = Correction(**values["correction"])
+            correction = replace(correction, pairs=tuple((float(p), float(m)) for p, m in correction.pairs))
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"the table of layer times is damaged: {error}") from None
+        self.set_shares(tables)
+        self.correction = correction
+
+
+def _places(axis: tuple[int, ...], block: int) -> np.ndarray:
+    """Where widths 0, 1, ..., axis[-1] lie among the points of an axis, as indices with fractions."""
+    if len(axis) == 1:
+        return np.zeros(axis[0] + 1)
+    widths = np.arange(axis[-1] + 1)
+    points = np.array(axis)
+    next_point = points[np.searchsorted(points, widths)]
+    widths = np.minimum(next_point, -(-widths // block) * block)
+    return np.interp(widths, points, np.arange(len(points), dtype=float))

@@ -1,0 +1,151 @@
+"""What a model costs: parameters, multiply-accumulates (MACs); what it takes is in `speed`.
+
+MACs are those of one forward at batch 1: convolutions (output positions x kernel area x input x output channels), linear
+layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels). Norms,
+activations and additions are not counted, as is usual in this field.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+__all__ = [
+    "count_macs",
+    "count_parameters",
+    "example_inputs",
+    "hardware_name",
+    "layer_positions",
+    "spatial_size",
+    "uses_tf32",
+    "weight_file_bytes",
+]
+
+
+def spatial_size(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width that a model works on.
+
+    Args:
+        unet: A `UNet2DModel` or subclass.
+        sample_size: Overrides the model's own `sample_size`.
+
+    Raises:
+        ValueError: Neither is given.
+    """
+    size = sample_size if sample_size is not None else unet.config.sample_size
+    if size is None:
+        raise ValueError("the model's config has sample_size=None: pass sample_size to say what size to count for")
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trained values. Masked parameters count whole, until the model is compacted."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def example_inputs(
+    unet: nn.Module,
+    height: int,
+    width: int,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """Arguments of a forward, for tracing, counting and timing: zeros, with labels where the model wants them.
+
+    Args:
+        unet: A `UNet2DModel` or subclass.
+        height: Of the sample in pixels.
+        width: Of the sample in pixels.
+        batch_size: Samples.
+        device: Where the arguments lie.
+        dtype: Of the sample.
+    """
+    inputs = {
+        "sample": torch.zeros(batch_size, unet.config.in_channels, height, width, device=device, dtype=dtype),
+        "timestep": torch.zeros(batch_size, device=device, dtype=torch.long),
+    }
+    if unet.config.class_embed_type == "identity":
+        features = unet.time_embedding.linear_2.out_features
+        inputs["class_labels"] = torch.zeros(batch_size, features, device=device, dtype=dtype)
+    elif unet.class_embedding is not None:
+        inputs["class_labels"] = torch.zeros(batch_size, device=device, dtype=torch.long)
+    return inputs
+
+
+def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
+    """Output positions of every convolution and linear layer, and tokens of every attention, in one forward at batch 1.
+
+    The forward runs on the meta device, on a copy without memory, so that it costs milliseconds at any size.
+    """
+    height, width = spatial_size(unet, sample_size)
+    with torch.device("meta"):
+        twin = type(unet).from_config(unet.config).eval()
+    positions: dict[str, int] = {}
+
+    def record(name: str):
+        def hook(module, inputs, output):
+            if isinstance(module, nn.Conv2d):
+                positions[name] = output.shape[2] * output.shape[3]
+            elif isinstance(module, nn.Linear):
+                positions[name] = output.numel() // output.shape[-1]
+            else:  # attention, over an input of shape (1, channels, height, width)
+                positions[name] = inputs[0].shape[2] * inputs[0].shape[3]
+
+        return hook
+
+    for name, module in twin.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, Attention)):
+            module.register_forward_hook(record(name))
+    with torch.no_grad():
+        twin(**example_inputs(twin, height, width, device="meta"))
+    return positions
+
+
+def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> int:
+    """MACs of one forward at batch 1 (see the module docstring).
+
+    Args:
+        unet: A `UNet2DModel` or `GFPrunedUNet2DModel`.
+        sample_size: Height and width in pixels (default: the model's).
+
+    Returns:
+        Multiply-accumulates.
+    """
+    total = 0
+    modules = dict(unet.named_modules())
+    for name, positions in layer_positions(unet, sample_size).items():
+        module = modules[name]
+        if isinstance(module, Attention):
+            total += 2 * positions * positions * module.to_q.out_features
+        else:
+            total += positions * module.weight.numel()
+    return total
+
+
+def hardware_name(device: torch.device) -> str:
+    """What computes: the name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Whether float32 products or convolutions may be made in TensorFloat-32, as PyTorch does with convolutions by default."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
+
+
+def weight_file_bytes(unet: nn.Module) -> int:
+    """Bytes of the weights as a safetensors file."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in unet.state_dict().items()}
+    return len(safetensors.torch.save(tensors, metadata={"format": "pt"}))

@@ -1,0 +1,200 @@
+"""How good the samples of a model are: distances to real images, similarity to the dense model's, always measured alike.
+
+`Quality` holds what stays the same from one measurement to the next (settings of the sampler, features of the real images,
+samples of the dense model), so that curves over training, results of a run and later evaluations are one measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.class_labels import real_labels
+from .cost import spatial_size
+from .fidelity import frechet_distance, frechet_distance_pixels, kernel_distance, psnr_to_reference, ssim_to_reference
+from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
+
+__all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
+
+SSIM_WINDOW = 7
+PIXELS = "pixels"
+# Of every kernel distance: the mean over subsets of up to so many vectors, drawn from this seed
+KERNEL = {"num_subsets": 100, "subset_size": 1000, "seed": 0}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How samples are drawn.
+
+    Attributes:
+        num_images: Samples (>= 1).
+        num_inference_steps: DDIM steps (>= 1).
+        timestep_spacing: One of `TIMESTEP_SPACINGS`.
+        eta: Share of DDPM's noise in each step, in [0, 1]; 0 is deterministic.
+        seed: Of the noise (>= 0).
+        batch_size: Images in one forward (>= 1); no sample depends on it.
+        null_label: Label of a conditional model that is no class: nothing is sampled with it.
+    """
+
+    num_images: int = 1000
+    num_inference_steps: int = 100
+    timestep_spacing: str = "leading"
+    eta: float = 0.0
+    seed: int = 1234
+    batch_size: int = 128
+    null_label: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.timestep_spacing not in TIMESTEP_SPACINGS:
+            raise ValueError(f"timestep_spacing={self.timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must be in [0, 1]")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+
+    def identity(self) -> dict:
+        """What samples depend on, as JSON values that go into result files."""
+        values = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        if self.null_label is None:
+            del values["null_label"]
+        return {"sampler": "DDIM", **values}
+
+    def fitted(self, scheduler) -> tuple[SamplingSettings, tuple[str, ...]]:
+        """Settings that a model can be sampled with, and what had to be changed for it, a line each (see `fit_spacing`)."""
+        spacing = fit_spacing(scheduler, self.num_inference_steps, self.timestep_spacing)
+        fitted = replace(self, num_inference_steps=spacing.num_inference_steps, timestep_spacing=spacing.timestep_spacing)
+        return fitted, spacing.changes
+
+    def sample(
+        self, unet: nn.Module, scheduler, first: int = 0, count: int | None = None, progress: str | None = None
+    ) -> Tensor:
+        """Samples number `first` to `first + count - 1` of a model (default: all of them), with its classes in turn.
+
+        Returns:
+            Images in [0, 1], float32 with shape `(count, channels, height, width)`.
+        """
+        count = self.num_images - first if count is None else count
+        return sample_images(
+            unet,
+            scheduler,
+            count,
+            spatial_size(unet),
+            self.num_inference_steps,
+            self.seed,
+            self.batch_size,
+            real_labels(unet.config.num_class_embeds, range(first, first + count), self.null_label),
+            progress,
+            timestep_spacing=self.timestep_spacing,
+            eta=self.eta,
+            first=first,
+        )
+
+
+def kernel_metric(metric: str) -> str:
+    """Name of the kernel distance on the features of a Fréchet distance: `kid` for `fid`, `kd_x` for `fd_x`."""
+    return "kid" if metric == "fid" else metric.replace("fd_", "kd_", 1)
+
+
+def extract_features(network, images: Tensor, batch_size: int = 128, advance: Callable[[int], object] | None = None) -> Tensor:
+    """Features of images, by batches.
+
+    Args:
+        network: One of `features`.
+        images: With shape `(n, channels, height, width)`, n >= 1: uint8, or float in [0, 1], which is rounded to 8 bits.
+        batch_size: Images that go through it at once.
+        advance: Told of each batch how many images it has had.
+
+    Returns:
+        float32 on the CPU, with shape `(n, d)`.
+    """
+    features = []
+    for batch in images.split(batch_size):
+        features.append(network(batch if batch.dtype == torch.uint8 else to_uint8(batch)))
+        if advance is not None:
+            advance(len(batch))
+    return torch.cat(features)
+
+
+class Quality:
+    """Measures samples.
+
+    Args:
+        settings: How samples are drawn; nothing is sampled here.
+        networks: Feature networks of the distances.
+        reference: Features of real images, by name of the network, each with shape `(m, d)`.
+        dense_samples: Samples of the dense model in [0, 1], of the same numbers; None: no similarity is measured.
+        kernel: Whether kernel distances are measured, too.
+    """
+
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        networks: Sequence = (),
+        reference: Mapping[str, Tensor] | None = None,
+        dense_samples: Tensor | None = None,
+        kernel: bool = False,
+    ) -> None:
+        self.settings, self.networks, self.reference = settings, tuple(networks), dict(reference or {})
+        self.dense_samples, self.kernel = dense_samples, kernel
+
+    def distances(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Distances of features of samples to those of the real images.
+
+        Args:
+            features: By name of the network, each with shape `(n, d)`.
+
+        Returns:
+            By metric.
+        """
+        found = {}
+        for network in self.networks:
+            mine, real = features[network.name], self.reference[network.name]
+            distance = frechet_distance_pixels if network.name == PIXELS else frechet_distance
+            found[network.metric] = distance(mine, real)
+            if self.kernel:
+                found[kernel_metric(network.metric)] = kernel_distance(mine, real, **KERNEL)
+        return found
+
+    def similarities(self, samples: Tensor) -> dict[str, float | None]:
+        """SSIM and PSNR to the dense model's samples.
+
+        Returns:
+            `ssim_to_dense` (not for images smaller than its window of 7 pixels) and `psnr_to_dense` in dB, None where there is
+            no difference at all. Empty without samples of the dense model.
+        """
+        if self.dense_samples is None:
+            return {}
+        dense = self.dense_samples[: len(samples)]
+        psnr = psnr_to_reference(samples, dense)
+        found = {"psnr_to_dense": None if psnr == float("inf") else psnr}
+        if min(samples.shape[-2:]) >= SSIM_WINDOW:
+            found["ssim_to_dense"] = ssim_to_reference(samples, dense)
+        return found
+
+    def measure(self, samples: Tensor) -> dict[str, float | None]:
+        """All that can be said about samples in [0, 1], by metric."""
+        return {**self._distances_of(samples), **self.similarities(samples)}
+
+    def measure_dense(self) -> dict[str, float]:
+        """Distances of the dense model's own samples, by metric."""
+        return self._distances_of(self.dense_samples)
+
+    def _distances_of(self, samples: Tensor) -> dict[str, float]:
+        return self.distances({network.name: extract_features(network, samples) for network in self.networks})
+
+    def describe(self) -> dict[str, dict]:
+        """For result files: title, features and number of real images of every distance, by metric; subsets of kernel ones."""
+        found = {}
+        for network in self.networks:
+            depends = {"features": network.description, "reference_images": len(self.reference[network.name])}
+            found[network.metric] = {"title": network.title, **depends}
+            if self.kernel:
+                title = "KID" if network.metric == "fid" else network.title.replace("FD-", "KD-", 1)
+                found[kernel_metric(network.metric)] = {"title": title, **depends, **KERNEL}
+        return found

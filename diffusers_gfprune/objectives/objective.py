@@ -1,0 +1,307 @@
+"""What the pruned model is trained on: noise, and what the dense model (the teacher) makes of the same noisy images.
+
+    L = (1 - w) |e - target|^2 + w |e - E|^2 + w_f D_f + w_g D_g + w_s D_s
+
+e is the student's prediction, E the teacher's, w `distillation_weight`; squares are means over images, channels and pixels.
+The teacher's prediction is the mean that noise is drawn around: a target of the same kind with less variance.
+
+- D_f, `feature_distillation_weight`: relative distance of block outputs, see `distillation_features.py`.
+- D_g, `geometric_matching_weight`, and D_s, `sensitivity_matching_weight`: distance between the responses to a small change of
+  the noisy input, see `jacobian_matching.py`.
+
+Each is a mean over images, so that a batch may be split over processes, and 0 for a student that is the teacher.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, mse_loss
+
+from ..metrics.step_loss import noise_target
+from ..pruning.masking import ChannelMasks
+from .distillation_features import BlockOutputDistance, named_blocks
+from .jacobian_matching import default_step, matching_terms, with_steps
+
+__all__ = ["ExtraForwards", "NoisePrediction", "Objective", "ObjectiveArguments", "extra_forwards"]
+
+
+@dataclass
+class ObjectiveArguments:
+    """What the loss is made of."""
+
+    _argument_group_name = "objective"
+
+    distillation_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight w of the dense model's noise prediction as the target, in [0, 1]; the noise has 1 - w."},
+    )
+    feature_distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the relative distance to the dense model's block outputs (>= 0)."}
+    )
+    geometric_matching_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of first-order matching, |Jv - J_T v|^2 along random changes of the input (>= 0)."},
+    )
+    sensitivity_matching_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of second-order matching, (|Jv|^2 - |J_T v|^2)^2 (>= 0; IGSM, on 32x32 RGB images: 0.05 with "
+            "distillation_weight 0.5)."
+        },
+    )
+    jacobian_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "Finite-difference step of both matching terms, in standard deviations of the noise (> 0; default: 0.01 "
+            "in fp32, 0.1 in fp16, 0.3 in bf16)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1]")
+        for name in ("feature_distillation_weight", "geometric_matching_weight", "sensitivity_matching_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative, and finite")
+        if self.jacobian_step is not None:
+            if not 0 < self.jacobian_step < math.inf:
+                raise ValueError(f"jacobian_step={self.jacobian_step} must be greater than 0, and finite")
+            if not self.needs_directions:
+                raise ValueError(
+                    f"jacobian_step={self.jacobian_step} needs geometric_matching_weight or sensitivity_matching_weight"
+                )
+
+    @property
+    def needs_directions(self) -> bool:
+        """Whether batches need `directions`."""
+        return self.geometric_matching_weight > 0 or self.sensitivity_matching_weight > 0
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether block outputs are compared."""
+        return self.feature_distillation_weight > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the dense model runs in every step."""
+        return self.distillation_weight > 0 or self.needs_features or self.needs_directions
+
+
+class ExtraForwards(NamedTuple):
+    """What an objective adds to one training step on the same batch.
+
+    Attributes:
+        teacher: Forwards of the dense model, without a backward.
+        student: Forwards of the student, each with its backward.
+    """
+
+    teacher: float
+    student: float
+
+    def dense_forwards(self, student_cost: float = 1.0) -> float:
+        """All of it in forwards of the dense model, a backward counted as two forwards.
+
+        Args:
+            student_cost: A forward of the student, in forwards of the dense model.
+        """
+        return self.teacher + 3 * self.student * student_cost
+
+
+def extra_forwards(arguments: ObjectiveArguments) -> ExtraForwards:
+    """What the objective costs beyond a plain training step, for the estimate of a run's time."""
+    points = 2 if arguments.needs_directions else 1
+    return ExtraForwards(teacher=float(points * arguments.needs_teacher), student=float(points - 1))
+
+
+class _Wanted:
+    """What the hooks of a `NoisePrediction` are to do in the forward that runs."""
+
+    def __init__(self) -> None:
+        self.features = False
+        self.outputs: dict[str, Tensor] = {}
+        # Images in a batch whose halves share their dropout. It stays after the forward: with gradient checkpointing, layers
+        # run again in the backward.
+        self.paired = 0
+
+
+def _keep_output(wanted: _Wanted, name: str, module: nn.Module, args: tuple, output) -> None:
+    if wanted.features:
+        wanted.outputs[name] = output[0] if isinstance(output, tuple) else output  # down blocks return their skips as well
+
+
+def _drop_alike(wanted: _Wanted, module: nn.Dropout, args: tuple, output: Tensor) -> Tensor | None:
+    if not module.training or len(args[0]) != wanted.paired:
+        return None
+    halves = args[0].chunk(2)
+    kept = dropout(torch.ones_like(halves[0]), module.p)
+    return torch.cat([half * kept for half in halves])
+
+
+class NoisePrediction(nn.Module):
+    """A UNet whose forward returns the prediction as a plain tensor, and block outputs if wanted.
+
+    It is what Accelerate wraps, casts and compiles for training; the UNet inside stays as it is, for scoring, averaging and
+    saving. Everything that a loss needs comes out of one forward, as distributed wrappers require.
+
+    Its blocks and dropouts get a hook each where one may be needed, which does nothing in any other forward. Hooks are there
+    from the start because a compiler does not look for new ones.
+
+    Args:
+        unet: A `UNet2DModel`, dense, masked or compacted.
+        features: Whether block outputs can be asked for.
+    """
+
+    def __init__(self, unet: nn.Module, features: bool = False) -> None:
+        super().__init__()
+        self.unet, self.has_features, self.wanted = unet, features, _Wanted()
+        for name, block in named_blocks(unet) if features else ():
+            block.register_forward_hook(functools.partial(_keep_output, self.wanted, name))
+        for module in unet.modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                module.register_forward_hook(functools.partial(_drop_alike, self.wanted))
+
+    def forward(
+        self,
+        noisy_images: Tensor,
+        timesteps: Tensor,
+        class_labels: Tensor | None = None,
+        return_features: bool = False,
+        pairs: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Predict.
+
+        Args:
+            noisy_images: Shape `(batch, channels, height, width)`.
+            timesteps: Integers with shape `(batch,)`.
+            class_labels: Shape `(batch,)`, for conditional models.
+            return_features: Whether to return block outputs as well.
+            pairs: Whether the two halves of the batch are to be compared image by image: dropout takes the same values from
+                both then.
+
+        Returns:
+            The prediction, of the shape of `noisy_images`; with `return_features` also the output of each block by name, with
+            shape `(batch, channels of the block, ...)`.
+
+        Raises:
+            ValueError: Block outputs are wanted of a wrapper that was made without `features`.
+        """
+        if return_features and not self.has_features:
+            raise ValueError("return_features=True needs NoisePrediction(unet, features=True)")
+        wanted = self.wanted
+        wanted.features, wanted.paired = return_features, len(noisy_images) if pairs else 0
+        try:
+            prediction = self.unet(noisy_images, timesteps, class_labels=class_labels).sample
+            return (prediction, dict(wanted.outputs)) if return_features else prediction
+        finally:
+            wanted.features, wanted.outputs = False, {}
+
+
+class Objective:
+    """The training loss of a batch.
+
+    Args:
+        arguments: Weights of the terms.
+        noise_scheduler: A Diffusers scheduler with `add_noise`.
+        teacher: The dense model, on the device that batches come on. It is put into evaluation mode and gets no gradients.
+        channel_masks: The student's masks, for block outputs: the `channel_masks` of the masked model, also after compaction.
+
+    Raises:
+        ValueError: A term needs what is not given.
+    """
+
+    def __init__(
+        self,
+        arguments: ObjectiveArguments,
+        noise_scheduler,
+        teacher: nn.Module | None = None,
+        channel_masks: ChannelMasks | None = None,
+    ) -> None:
+        self.arguments, self.noise_scheduler = arguments, noise_scheduler
+        self.weights = {
+            "noise": 1 - arguments.distillation_weight,
+            "distillation": arguments.distillation_weight,
+            "features": arguments.feature_distillation_weight,
+            "geometric": arguments.geometric_matching_weight,
+            "sensitivity": arguments.sensitivity_matching_weight,
+        }
+        self.teacher, self.block_output_distance = None, None
+        if not arguments.needs_teacher:
+            return
+        if teacher is None:
+            raise ValueError("teacher=None: distillation needs the dense model")
+        if arguments.needs_features:
+            if channel_masks is None:
+                raise ValueError("channel_masks=None: feature_distillation_weight needs the masks of the student")
+            self.block_output_distance = BlockOutputDistance(teacher, channel_masks)
+        self.teacher = NoisePrediction(teacher.eval().requires_grad_(False), features=arguments.needs_features).eval()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the dense model runs in every step; if not, it may stay on another device."""
+        return self.arguments.needs_teacher
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the student has to be a `NoisePrediction` with `features=True`."""
+        return self.arguments.needs_features
+
+    @property
+    def needs_directions(self) -> bool:
+        """Whether batches need `directions`."""
+        return self.arguments.needs_directions
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, under the caller's autocast.
+
+        Args:
+            model: The student, a `NoisePrediction` or a wrapper of one.
+            batch: `pixel_values` in [-1, 1] and `noise`, both with shape `(batch, channels, height, width)`, `timesteps` with
+                shape `(batch,)`, `class_labels` with shape `(batch,)` for conditional models, and, where matching is on,
+                `directions`: Gaussian noise like `noise`, independent of it.
+
+        Returns:
+            The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`; `distillation` whenever
+            the teacher runs; `features` where it has a weight; `geometric` and `sensitivity` where one of them has. Nothing is
+            synchronized with the device.
+
+        Raises:
+            ValueError: `directions` are needed and not there.
+        """
+        images, noise, timesteps = batch["pixel_values"], batch["noise"], batch["timesteps"]
+        labels, size = batch.get("class_labels"), len(images)
+        if self.needs_directions:
+            step = self.arguments.jacobian_step or default_step(images.device)
+            noisy_images, step_lengths = with_steps(self.noise_scheduler, batch, step)
+            labels = None if labels is None else torch.cat([labels, labels])
+            inputs = (noisy_images, torch.cat([timesteps, timesteps]), labels)
+        else:
+            inputs = (self.noise_scheduler.add_noise(images, noise, timesteps), timesteps, labels)
+
+        prediction, features = self._predict(model, inputs)
+        target = noise_target(self.noise_scheduler, images, noise, timesteps).float()
+        terms = {"noise": mse_loss(prediction[:size], target)}
+        if self.needs_teacher:
+            with torch.no_grad():
+                teacher_prediction, teacher_features = self._predict(self.teacher, inputs)
+            terms["distillation"] = mse_loss(prediction[:size], teacher_prediction[:size])
+        if self.needs_features:
+            own, theirs = ({name: f[:size] for name, f in found.items()} for found in (features, teacher_features))
+            terms["features"] = self.block_output_distance(own, theirs)
+        if self.needs_directions:
+            terms.update(matching_terms(prediction, teacher_prediction, step_lengths))
+        # A term without a weight stays out of the graph: its backward would cost, and 0 x inf would not be 0.
+        loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0)
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _predict(self, model: nn.Module, inputs: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        """Prediction in float32, and block outputs where they are compared."""
+        prediction = model(*inputs, return_features=self.needs_features, pairs=self.needs_directions)
+        if not self.needs_features:
+            return prediction.float(), {}
+        return prediction[0].float(), prediction[1]

@@ -1,0 +1,225 @@
+"""Compaction: a masked UNet becomes a `GFPrunedUNet2DModel` of the size that its binary masks leave.
+
+Every parameter is indexed along the dimensions that run over channels. Norms lose whole groups and compute the others as
+before (`channel_groups`): they have fewer groups of the same size, which `norm_group_sizes` lists. One thing more is needed
+for the same outputs. In attention, with `d` channels in a head of which `d'` are kept, scaled dot-product attention would
+divide by sqrt(d') where the dense model divides by sqrt(d), so sqrt(d'/d) is folded into `to_q`:
+
+    q k^T / sqrt(d) = (sqrt(d'/d) q) k^T / sqrt(d')
+
+A `CompactionPlan` holds the indices and factors by parameter name, and carries optimizer state (`optimizer_state`) and
+averaged weights across.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+from .channel_groups import ChannelGroup
+from .masking import MASKS_MODULE, check_mask, dense_name, dense_parameters
+from .optimizer_state import kept_state
+
+__all__ = ["CompactionPlan", "carry_ema", "carry_optimizer", "check_ema", "compact", "plan_compaction"]
+
+
+@dataclass
+class CompactionPlan:
+    """What is kept of every parameter.
+
+    Attributes:
+        kept: For a parameter name and dimension, the kept indices, int64; all are kept where there is no entry.
+        factors: Factor that a parameter is multiplied by (1 where there is no entry).
+        layer_channels: Table of the small model's configuration.
+        norm_group_sizes: Table of the small model's configuration.
+        attention_heads: Table of the small model's configuration.
+    """
+
+    kept: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+    layer_channels: dict[str, list[int]] = field(default_factory=dict)
+    norm_group_sizes: dict[str, list[int]] = field(default_factory=dict)
+    attention_heads: dict[str, int] = field(default_factory=dict)
+
+    def take(self, name: str, tensor: Tensor, power: int = 1) -> Tensor:
+        """The kept part of `tensor`, which belongs to parameter `name` and has its dense shape.
+
+        Args:
+            name: Name of the parameter in the dense model.
+            tensor: The parameter, or something of its shape that goes with it.
+            power: How the tensor scales with the parameter: 1 for weights, -1 for gradients, ...
+
+        Returns:
+            A new, contiguous tensor.
+        """
+        for dim in range(min(2, tensor.ndim)):
+            index = self.kept.get((name, dim))
+            if index is not None:
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+        return (tensor * self.factors.get(name, 1.0) ** power).contiguous() if name in self.factors else tensor.clone()
+
+
+def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapping[str, Tensor]) -> CompactionPlan:
+    """Work out what binary masks keep.
+
+    Args:
+        unet: The dense or masked model.
+        groups: Its channel groups.
+        masks: A mask for each group, values 0 or 1, with shape `(num_units,)`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: A mask is not binary, or leaves what no smaller model could have (see `check_mask`).
+    """
+    plan = CompactionPlan()
+    modules = dict(unet.named_modules())
+    alive: dict[tuple[str, str, int], Tensor] = {}
+    for group in groups:
+        mask = masks[group.name].detach().cpu()
+        check_mask(group, mask)
+        if not ((mask == 0) | (mask == 1)).all():
+            between = mask[(mask != 0) & (mask != 1)][0]
+            raise ValueError(f"mask of {group.name} has the value {between:g}: only binary masks can be compacted")
+        kept = group.per_channel(mask).bool()
+        for piece in group.slices:
+            key = (piece.module, piece.parameter, piece.dim)
+            if key not in alive:
+                parameter = getattr(modules[piece.module], piece.parameter)
+                alive[key] = torch.ones(parameter.shape[piece.dim], dtype=torch.bool)
+            alive[key][list(piece.positions)] = kept
+        if group.attention is not None:
+            now = modules[group.attention].heads
+            if now != group.heads:
+                raise ValueError(f"{group.attention}.heads={now} must be {group.heads}, as when its channels were traced")
+            per_head = mask.view(group.heads, -1).sum(dim=1)  # (heads,)
+            heads, kept_dim = int((per_head > 0).sum()), int(per_head.max())
+            head_dim = group.num_channels // group.heads
+            if heads < group.heads:
+                plan.attention_heads[group.attention] = heads
+            if kept_dim < head_dim:
+                for name in ("weight", "bias"):
+                    plan.factors[f"{group.attention}.to_q.{name}"] = math.sqrt(kept_dim / head_dim)
+
+    for (module, parameter, dim), flags in alive.items():
+        if not flags.all():
+            plan.kept[f"{module}.{parameter}", dim] = flags.nonzero().squeeze(1)
+    for name, module in modules.items():
+        if isinstance(module, nn.GroupNorm):
+            flags = alive.get((name, "weight", 0))
+            if flags is not None and not flags.all():
+                sizes = flags.view(module.num_groups, -1).sum(dim=1)
+                plan.norm_group_sizes[name] = sizes[sizes > 0].tolist()
+        elif isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
+            out_dim, in_dim = (1, 0) if isinstance(module, nn.Embedding) else (0, 1)
+            shape = list(module.weight.shape[:2])
+            for dim in (0, 1):
+                if (f"{name}.weight", dim) in plan.kept:
+                    shape[dim] = len(plan.kept[f"{name}.weight", dim])
+            if shape != list(module.weight.shape[:2]):
+                plan.layer_channels[name] = [shape[in_dim], shape[out_dim]]
+    return plan
+
+
+def compact(unet: nn.Module, plan: CompactionPlan) -> GFPrunedUNet2DModel:
+    """Build the small model. The masked model is left as it is.
+
+    Args:
+        unet: The masked model.
+        plan: Of `plan_compaction` for it.
+
+    Returns:
+        A model with the device, dtypes, mode and gradient checkpointing of the masked one, and the same outputs.
+    """
+    tables = {
+        "layer_channels": plan.layer_channels,
+        "norm_group_sizes": plan.norm_group_sizes,
+        "attention_heads": plan.attention_heads,
+    }
+    with torch.device("meta"):
+        small = GFPrunedUNet2DModel.from_config({**unet.config, **tables})
+    weights = {name: plan.take(name, p.detach()) for name, p in dense_parameters(unet).items()}
+    buffers = {n: b for n, b in unet.state_dict().items() if dense_name(n) not in weights and not n.startswith(MASKS_MODULE)}
+    small.load_state_dict({**weights, **buffers}, assign=True)
+    for name, parameter in dense_parameters(unet).items():
+        small.get_parameter(name).requires_grad_(parameter.requires_grad)
+    if unet.is_gradient_checkpointing:
+        small.enable_gradient_checkpointing()
+    return small.train(unet.training)
+
+
+def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> None:
+    """Make an optimizer of the masked model go on with the small one, state and all, in place.
+
+    Args:
+        optimizer: Adam, AdamW, SGD, bitsandbytes' 8-bit Adam or AdamW (see `optimizer_state`).
+        unet: The masked model, whose parameters the optimizer holds.
+        small: The compacted model.
+        plan: The plan it was compacted by.
+
+    Raises:
+        ValueError: The optimizer holds other parameters, or state that is not known to carry over.
+    """
+    names = {parameter: name for name, parameter in dense_parameters(unet).items()}
+    state, param_groups = {}, []
+    for param_group in optimizer.param_groups:
+        moved = []
+        for old in param_group["params"]:
+            if old not in names:
+                raise ValueError(f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not the model's")
+            name = names[old]
+            new = small.get_parameter(name)
+            moved.append(new)
+            kept = kept_state(optimizer, old, functools.partial(plan.take, name))
+            if kept:
+                state[new] = kept
+        param_groups.append(moved)
+    # Only now is something changed, so that an error above leaves the optimizer whole.
+    for param_group, moved in zip(optimizer.param_groups, param_groups):
+        param_group["params"] = moved
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def check_ema(ema, unet: nn.Module) -> None:
+    """Refuse an `EMAModel` of another model, whose tensors its own methods would match by position, and broadcast.
+
+    Raises:
+        ValueError: It has another number of parameters than the model, or one has another shape.
+    """
+    parameters = dense_parameters(unet)
+    if len(ema.shadow_params) != len(parameters):
+        raise ValueError(f"ema has {len(ema.shadow_params)} parameters, the model {len(parameters)}")
+    for (name, parameter), shadow in zip(parameters.items(), ema.shadow_params):
+        if shadow.shape != parameter.shape:
+            shapes = f"shape {tuple(shadow.shape)} in ema, and {tuple(parameter.shape)} in the model"
+            raise ValueError(f"{name} has {shapes}: ema must be an average of this model's parameters, in their order")
+
+
+def carry_ema(ema, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> None:
+    """Make a Diffusers `EMAModel` of the masked model average the small one, in place.
+
+    `EMAModel` knows parameters by position only; here they are matched by name.
+
+    Args:
+        ema: The average, whose `shadow_params` are in the order of `unet.parameters()`.
+        unet: The masked model.
+        small: The compacted model.
+        plan: The plan it was compacted by.
+
+    Raises:
+        ValueError: The average is of another model.
+    """
+    check_ema(ema, unet)
+    names = list(dense_parameters(unet))
+    averaged = {name: plan.take(name, shadow) for name, shadow in zip(names, ema.shadow_params)}
+    ema.shadow_params = [averaged[name] for name, _ in small.named_parameters()]
+    if ema.model_cls is not None:  # what its save_pretrained builds
+        ema.model_cls, ema.model_config = type(small), small.config

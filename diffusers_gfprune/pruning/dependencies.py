@@ -1,0 +1,218 @@
+"""Which channels of a UNet depend on each other, as Torch-Pruning traces them.
+
+A channel of a module is an *element* (module, side, index), with side `"out"` for what a module produces and `"in"` for what
+it reads. Two elements depend on each other if one cannot be removed without the other. `trace_components` gives the classes
+of this relation: each class is one channel of the network, with all of its places.
+
+Torch-Pruning's DepGraph (Fang et al., CVPR 2023, https://arxiv.org/abs/2301.12900) traces the relation; this module is the
+only one that knows it. The trace runs on a twin without memory (the meta device), so that it costs a fraction of a second for
+a model of any size, and leaves the model alone, whatever its device, dtype or hooks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+
+from ..metrics.cost import example_inputs
+
+__all__ = ["Components", "join", "meta_twin", "trace_components"]
+
+SUPPORTED_BLOCKS = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "mid_block_type": ("UNetMidBlock2D", None),
+}
+
+
+# --- a twin without memory ---------------------------------------------------------------------------------------------
+
+
+def _check_supported(config) -> None:
+    for argument, supported in SUPPORTED_BLOCKS.items():
+        value = config[argument]
+        for block in value if isinstance(value, (list, tuple)) else [value]:
+            if (block[7:] if str(block).startswith("UNetRes") else block) not in supported:
+                names = ", ".join(str(name) for name in supported)
+                raise ValueError(f"{argument}={block} cannot be pruned; supported: {names}")
+    if config["resnet_time_scale_shift"] not in ("default", "scale_shift"):
+        raise ValueError(
+            f"resnet_time_scale_shift={config['resnet_time_scale_shift']} cannot be pruned; supported: default, scale_shift"
+        )
+
+
+def _settings(module: nn.Module | None) -> dict[str, object]:
+    """What a module computes with beside its parameters: its kind, heads, groups, eps, strides, ..."""
+    states = ("training", "gradient_checkpointing")
+    public = {} if module is None else {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in states}
+    plain = {key: value for key, value in public.items() if isinstance(value, (bool, int, float, str, tuple))}
+    return {"__class__": type(module).__name__, **plain}
+
+
+def _check_settings(name: str, found: dict, wanted: dict) -> None:
+    """Refuse a module that computes otherwise than its configuration says, by which the pruned model is built."""
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise ValueError(f"the model does not match its config: {name}.{key}={found.get(key)!r} should be {value!r}")
+
+
+def meta_twin(unet: UNet2DModel) -> UNet2DModel:
+    """A model of the same configuration on the meta device.
+
+    Raises:
+        ValueError: The model is no plain `UNet2DModel`, has a block that cannot be pruned, or is not what its configuration
+            says.
+    """
+    if type(unet).__name__ == "GFPrunedUNet2DModel":
+        raise ValueError(
+            "the model is pruned already (GFPrunedUNet2DModel): prune the dense model to the smaller budget instead"
+        )
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(f"a UNet2DModel can be pruned, not a {type(unet).__name__}")
+    _check_supported(unet.config)
+    with torch.device("meta"):
+        twin = UNet2DModel.from_config(unet.config)
+    theirs = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    for name, parameter in twin.named_parameters():
+        if theirs.pop(name, None) != tuple(parameter.shape):
+            raise ValueError(f"the model does not match its config: {name} should have shape {tuple(parameter.shape)}")
+    if theirs:
+        raise ValueError(f"the model does not match its config: it has an additional parameter {next(iter(theirs))}")
+    modules = dict(unet.named_modules())
+    for name, module in twin.named_modules():
+        if name and not isinstance(module, nn.Dropout):  # settings of the model itself are its config
+            _check_settings(name, _settings(modules.get(name)), _settings(module))
+        if isinstance(module, Attention) and module.heads < 1:
+            raise ValueError(
+                f"attention_head_dim={unet.config.attention_head_dim} leaves {name} ({module.query_dim} channels) no head"
+            )
+    return twin
+
+
+# --- the trace ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Components:
+    """Channels of a network, each with all of its places.
+
+    Attributes:
+        places: Module and side of every kind of place, in the order of the model's modules.
+        offsets: First element of each place; element `offsets[p] + i` is channel `i` at place `p`.
+        labels: Channel of the network that each element is, int64 with shape `(elements,)`; -1 for none.
+    """
+
+    places: list[tuple[str, str]]
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def at(self, place: tuple[str, str]) -> np.ndarray:
+        """Labels of the channels at one place, in order, with shape `(channels,)`."""
+        index = self.places.index(place)
+        return self.labels[self.offsets[index] : self.offsets[index + 1]]
+
+    def split(self) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        """For each channel of the network: its label, its places, and the channel's index at each of them.
+
+        Places are in the order of `places`, then of the index: a channel may be at a place more than once.
+        """
+        known = np.flatnonzero(self.labels >= 0)
+        order = known[np.argsort(self.labels[known], kind="stable")]
+        place_of = np.repeat(np.arange(len(self.places)), np.diff(self.offsets))[order]
+        index_of = order - self.offsets[place_of]
+        starts = np.flatnonzero(np.diff(self.labels[order], prepend=-1))
+        ends = [*starts[1:], len(order)]
+        return [
+            (int(self.labels[order[start]]), tuple(place_of[start:end].tolist()), tuple(index_of[start:end].tolist()))
+            for start, end in zip(starts, ends)
+        ]
+
+
+def join(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
+    """Connected components of a graph with nodes `0 ... count - 1` and an edge from `first[i]` to `second[i]`.
+
+    Returns:
+        The component of each node, with shape `(count,)`.
+    """
+    edges = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(count, count))
+    return connected_components(edges, directed=False)[1].astype(np.int64)
+
+
+def _width(module: nn.Module, side: str) -> int:
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels if side == "out" else module.in_channels
+    return module.out_features if side == "out" else module.in_features
+
+
+def trace_components(twin: UNet2DModel) -> Components:
+    """The channels of a network.
+
+    Args:
+        twin: A dense model on the meta device (`meta_twin`).
+
+    Raises:
+        ValueError: A module is of a kind that cannot be pruned.
+    """
+    import torch_pruning as tp
+    from torch_pruning.dependency import index_mapping
+
+    side = 2 ** len(twin.config.block_out_channels)
+    names = {module: name for name, module in twin.named_modules()}
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = tp.DependencyGraph().build_dependency(
+            twin.eval(),
+            example_inputs(twin, side, side, device="meta"),
+            output_transform=lambda output: output.sample,
+            ignored_params=[p for p in twin.parameters() if not p.requires_grad],
+            verbose=False,
+        )
+    order = {name: index for index, name in enumerate(names.values())}
+    pairs: list[tuple[str, tuple[str, str], list[int], list[int]]] = []  # root module, target place, roots, indices
+    seen: dict[str, set[int]] = {}
+    # Torch-Pruning works out the offsets of concatenations and splits before every group, since pruning a group changes them.
+    # Nothing is pruned here: once is enough, and takes most of the time.
+    index_mapping.update_index_mapping(graph)
+    with mock.patch.object(index_mapping, "update_index_mapping"):
+        for module in graph.module2node:
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                continue
+            width = _width(module, "out")
+            if len(seen.get(names[module], ())) == width:  # a group holds all of its coupled modules: nothing new here
+                continue
+            pruner = graph.get_pruner_of_module(module)
+            for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width))):
+                target = item.dep.target.module
+                if target not in names:  # an operation without parameters
+                    continue
+                if not isinstance(target, (nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm)):
+                    raise ValueError(f"{names[target]} is a {type(target).__name__}, which cannot be pruned")
+                kind = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+                if kind == "out" and item.idxs == item.root_idxs:
+                    seen.setdefault(names[target], set()).update(item.idxs)
+                pairs.append((names[module], (names[target], kind), item.root_idxs, item.idxs))
+
+    modules = {name: module for module, name in names.items()}
+    found = {(root, "out") for root, *_ in pairs} | {place for _, place, *_ in pairs}
+    places = sorted(found, key=lambda place: (order[place[0]], place[1]))
+    offsets = np.cumsum([0, *(_width(modules[name], kind) for name, kind in places)])
+    start = dict(zip(places, offsets))
+    first = np.concatenate([start[root, "out"] + np.asarray(roots) for root, _, roots, _ in pairs])
+    second = np.concatenate([start[place] + np.asarray(indices) for _, place, _, indices in pairs])
+    labels = join(first, second, int(offsets[-1]))
+    untouched = np.ones(int(offsets[-1]), dtype=bool)
+    untouched[first] = untouched[second] = False
+    return Components(places, offsets, np.where(untouched, -1, labels))

@@ -1,0 +1,324 @@
+"""Model cards: `results.json` and `pruning_report.json` in, a README for the Hub out.
+
+Every figure on the card is read from these two files; the template (`model_cards/template.md.jinja`) has none of its own, and
+a field that it asks for and the files lack is an error. `check_card` looks at what the Hub's own client does not: licence ids,
+tags, task, figures that are not finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+
+import jinja2
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    parse_eval_result_entries,
+)
+
+from ..metrics.speedup import CONFIDENCE, compare_speeds
+
+__all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
+
+METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
+GRADIENT_FLOW = "gradient-flow"
+PACKAGE, DISTRIBUTION = "diffusers_gfprune", "diffusers-gfprune"
+PIPELINE_TAG = "unconditional-image-generation"
+TAGS = ["diffusers", "ddpm", "pruning", "model-compression", "diffusers-gfprune"]
+NOT_FID = "Not FID: compare it with nothing else."
+CITATIONS = """\
+@article{wan2025pruning,
+  title   = {Pruning for Sparse Diffusion Models based on Gradient Flow},
+  author  = {Wan, Ben and Zheng, Tianyi and Chen, Zhaoyu and Wang, Yuxiao and Wang, Jia},
+  journal = {arXiv preprint arXiv:2501.09464},
+  year    = {2025}
+}
+@inproceedings{ho2020denoising,
+  title     = {Denoising Diffusion Probabilistic Models},
+  author    = {Ho, Jonathan and Jain, Ajay and Abbeel, Pieter},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2020}
+}"""
+
+# https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+    lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+    """.split()
+)
+
+
+def _revived(update: Mapping) -> int:
+    """Units that came back at a ranking; reports of before units counted channels."""
+    return update["revived_channels"] if "revived_channels" in update else update["revived_units"]
+
+
+def _share_removed(dense: float, pruned: float) -> float:
+    return 1 - pruned / dense
+
+
+def _link(entry: Mapping, kind: str) -> str:
+    """A source as Markdown: a link where it is on the Hub."""
+    if entry["hub_id"] is None:
+        return f"`{entry['name']}`"
+    return f"[{entry['hub_id']}](https://huggingface.co/{kind}{entry['hub_id']})"
+
+
+def _distances(results: Mapping) -> list[dict]:
+    """Distances to real images that were measured, with their features."""
+    return [
+        {
+            "id": name.replace("_", "-"),
+            "title": described["title"],
+            "dense": results["dense"][name],
+            "pruned": results["pruned"][name],
+            "features": described["features"],
+            "reference_images": described["reference_images"],
+            "warning": "" if name in ("fid", "kid") else NOT_FID,
+        }
+        for name, described in results["evaluation"]["distances"].items()
+    ]
+
+
+def _similarities(results: Mapping) -> list[dict]:
+    if not results["evaluation"]["num_images"]:
+        return []
+    titles = {"ssim_to_dense": ("ssim", "SSIM to the dense samples"), "psnr_to_dense": ("psnr", "PSNR to the dense samples")}
+    return [
+        {"id": name, "title": title, "pruned": results["pruned"][key]}
+        for key, (name, title) in titles.items()
+        if results["pruned"].get(key) is not None  # small images have no SSIM, equal ones no PSNR
+    ]
+
+
+def _metadata(results: Mapping, report: Mapping, model_name: str) -> ModelCardData:
+    base, dataset = report["base_model"], report["dataset"]
+    metrics = [*_distances(results), *_similarities(results)]
+    found = [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=dataset["hub_id"] or "other",
+            dataset_name=dataset["name"],
+            metric_type=metric["id"],
+            metric_name=metric["title"],
+            metric_value=metric["pruned"],
+        )
+        for metric in metrics
+    ]
+    options = {}
+    # Its own place on the Hub, or what a model from elsewhere was made of
+    if (base_model := base["hub_id"] or base.get("derived_from")) is not None:
+        options = {"base_model": base_model, "base_model_relation": "finetune"}
+    if dataset["hub_id"] is not None:
+        options["datasets"] = [dataset["hub_id"]]
+    if found:
+        options.update(model_name=model_name, eval_results=found, metrics=sorted({metric["id"] for metric in metrics}))
+    license = base["license"] or "unknown"
+    tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"] == GRADIENT_FLOW else list(TAGS)
+    return ModelCardData(license=license, library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=tags, **options)
+
+
+FILTERS = {
+    "thousands": lambda value: f"{value:,}",
+    "percent": lambda value: f"{value:.1%}",
+    "change": lambda value: f"{-value:+.1%}",
+    "mebibytes": lambda value: f"{value / 2**20:.2f} MiB",
+    "milliseconds": lambda value: "-" if value is None else f"{value:.2f} ms",
+    "share": lambda value: f"{value:.0%}",
+    "figure": lambda value: f"{value:.4g}",
+}
+
+
+def _strict(form: Callable[[object], str]) -> Callable[[object], str]:
+    """A filter that says which field is missing, where formatting would only say that something is."""
+
+    def checked(value: object) -> str:
+        str(value)  # raises where it is undefined
+        return form(value)
+
+    return checked
+
+
+def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mapping[str, str] | None = None) -> str:
+    """The card of a run.
+
+    Args:
+        results: Content of `results.json`.
+        report: Content of `pruning_report.json`.
+        repo_id: Where the model will be, for the loading examples.
+        pictures: Files beside the card, by what they show: `"samples"`, `"widths"`, `"pruning"`.
+
+    Returns:
+        Markdown with a YAML header.
+
+    Raises:
+        ValueError: A field is missing, or what came out is no valid card.
+    """
+    shown = {"samples": None, "widths": None, "pruning": None, **(pictures or {})}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters.update({name: _strict(form) for name, form in FILTERS.items()})
+    model_name = repo_id.split("/")[-1]
+    try:
+        dense, pruned, criterion = results["dense"], results["pruned"], report["config"]["criterion"]
+        removed = {key: _share_removed(dense[key], pruned[key]) for key in ("parameters", "macs", "weight_file_bytes")}
+        if dense.get("latency") and pruned.get("latency"):  # of an earlier version: one setting, and no ratio
+            removed["latency"] = _share_removed(dense["latency"]["latency_ms"], pruned["latency"]["latency_ms"])
+        speeds = [] if "latency" in dense else compare_speeds(results["speed"])
+        template = environment.from_string(files(f"{PACKAGE}.model_cards").joinpath("template.md.jinja").read_text("utf-8"))
+        text = template.render(
+            results=results,
+            report=report,
+            repo_id=repo_id,
+            model_name=model_name,
+            pictures=shown,
+            removed=removed,
+            method=METHOD if criterion == GRADIENT_FLOW else f"structured pruning (criterion `{criterion}`)",
+            package=PACKAGE,
+            distribution=DISTRIBUTION,
+            base_link=_link(report["base_model"], ""),
+            dataset_link=_link(report["dataset"], "datasets/"),
+            distances=_distances(results),
+            similarities=_similarities(results),
+            speeds=speeds,
+            gains=[speed for speed in speeds if None not in (speed["first_ms"], speed["other_ms"])],
+            confidence=CONFIDENCE,
+            revived=sum(_revived(update) for update in report["mask_updates"]),
+            license_known=report["base_model"]["license"] not in (None, "unknown"),
+            citations=CITATIONS,
+        )
+        metadata = _metadata(results, report, model_name).to_yaml()
+    except jinja2.UndefinedError as error:
+        raise ValueError(f"results.json or pruning_report.json lacks a field of the model card: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"results.json or pruning_report.json lacks the field {error} of the model card") from error
+    except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"results.json or pruning_report.json has a malformed field: {error}") from error
+    card = f"---\n{metadata}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
+    check_card(card)
+    return f"{card}\n{_seal(card)}\n"
+
+
+def render_eval_results(results: Mapping, report: Mapping) -> str | None:
+    """The results as the Hub collects them for data sets, `.eval_results/*.yaml`.
+
+    Distances to the images of a data set on the Hub, with the metric (`fid`, `fd-efflite0`) as the task. The Hub shows such a
+    result beside others where the data set is registered as a benchmark that has this task. Similarity to the dense model is
+    no result on a data set, and stays on the card.
+
+    Args:
+        results: Content of `results.json`.
+        report: Content of `pruning_report.json`.
+
+    Returns:
+        YAML, or None where there is nothing to say.
+
+    Raises:
+        ValueError: A field is missing, or a figure is not finite.
+    """
+    entries = []
+    try:
+        dataset, drawn = report["dataset"]["hub_id"], results["evaluation"]
+        for metric in _distances(results) if dataset is not None else []:
+            samples = f"{drawn['num_images']} samples ({drawn['sampler']}, {drawn['num_inference_steps']} steps)"
+            notes = f"{metric['title']}, {samples}, {metric['reference_images']} images. {metric['warning']}".strip()
+            entries.append(EvalResultEntry(dataset, task_id=metric["id"], value=metric["pruned"], notes=notes))
+    except KeyError as error:
+        raise ValueError(f"results.json or pruning_report.json lacks the field {error} of the evaluation results") from error
+    if not entries:
+        return None
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    check_eval_results(text)
+    return text
+
+
+def check_eval_results(text: str) -> None:
+    """Refuse results that the Hub would not read.
+
+    Args:
+        text: Content of a file in `.eval_results`.
+
+    Raises:
+        ValueError: It is no YAML list of results, names no data set, or has a value that is no finite number.
+    """
+    try:
+        entries = parse_eval_result_entries(yaml.safe_load(text))
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the evaluation results cannot be read: {' '.join(repr(error).split())}") from error
+    for entry in entries:
+        if not isinstance(entry.dataset_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.dataset_id):
+            raise ValueError(f"dataset={entry.dataset_id!r} of the evaluation results is no Hub id")
+        number = isinstance(entry.value, (int, float)) and not isinstance(entry.value, bool)
+        if not number or not math.isfinite(entry.value):
+            raise ValueError(f"value={entry.value!r} of {entry.task_id} in the evaluation results is no finite number")
+
+
+def _seal(card: str) -> str:
+    """A comment by which an edited card is told from one as it was rendered."""
+    return f"<!-- rendered by diffusers-gfprune, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
+
+
+def is_as_rendered(card: str) -> bool:
+    """Whether nobody has edited a card since `render_card` made it."""
+    body, newline, seal = card.removesuffix("\n").rpartition("\n")
+    return bool(newline) and seal == _seal(body)
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, Mapping):
+        return [number for item in value.values() for number in _numbers(item)]
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, float) else []
+
+
+def check_card(card: str) -> None:
+    """Refuse a card that the Hub would show wrongly, or not at all.
+
+    Args:
+        card: Markdown with a YAML header.
+
+    Raises:
+        ValueError: The header does not parse, or has an unknown licence, task or library, malformed tags, a base model or data
+            set that is no Hub id, figures that are not finite, or a `model-index` that says nothing.
+    """
+    try:
+        parsed = ModelCard(card, ignore_metadata_errors=False)
+    except Exception as error:  # the client raises what its YAML parser raises
+        raise ValueError(f"the card's metadata cannot be read: {' '.join(str(error).split())}") from error
+    header = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    data = yaml.safe_load(header[1]) if header else None  # as written: the client turns what it does not expect into lists
+    if not isinstance(data, dict):
+        raise ValueError("the card has no metadata")
+    if not isinstance(data.get("license"), str) or data["license"] not in LICENSES:
+        raise ValueError(f"license={data.get('license')!r} of the card is none that the Hub knows")
+    for name, wanted in (("library_name", "diffusers"), ("pipeline_tag", PIPELINE_TAG)):
+        if data.get(name) != wanted:
+            raise ValueError(f"{name}={data.get(name)!r} of the card must be {wanted!r}")
+    tags = data.get("tags")
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
+        raise ValueError(f"tags={tags!r} of the card must be words")
+    ids = [data.get(name) or [] for name in ("base_model", "datasets")]  # one id, or several
+    for hub_id in [hub_id for found in ids for hub_id in (found if isinstance(found, list) else [found])]:
+        if not isinstance(hub_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
+            raise ValueError(f"{hub_id!r} in the card's metadata is no Hub id")
+    if not all(math.isfinite(number) for number in _numbers(data)):
+        raise ValueError("the card's metadata holds a figure that is not finite")
+    if "model-index" in data and not parsed.data.eval_results:
+        raise ValueError("the card's model-index holds no result")
+    if re.search(r"(?<![\w-])(nan|inf)(?![\w-])", parsed.text):
+        raise ValueError("the card shows a figure that is not finite")

@@ -1,0 +1,127 @@
+"""Where a run came from, in words that travel: base model, data set and command, without paths of this machine or tokens."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
+
+from ..hub_errors import HUB_ERRORS
+from .model_card import LICENSES
+
+__all__ = ["command_line", "describe_base_model", "describe_dataset", "portable", "package_versions"]
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A folder of the Hub's cache
+SNAPSHOT = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
+SECRETS = ("--hub-token",)
+
+
+def portable(value: object) -> object:
+    """A path of this machine as its last part; everything else, relative paths downwards included, as it is."""
+    if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts):
+        return Path(value).name
+    return value
+
+
+def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") -> str:
+    """The command of a run, one argument a line, ready for a shell."""
+    parts: list[str] = []
+    skip = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if skip or name.replace("_", "-") in SECRETS:  # either spelling is an argument
+            skip = not skip and not equals
+            continue
+        word = f"{name}={portable(value)}" if equals and name.startswith("--") else str(portable(word))
+        if word.startswith("--") or not parts:
+            parts.append(shlex.quote(word))
+        else:
+            parts[-1] += " " + shlex.quote(word)
+    return " \\\n    ".join([f"accelerate launch {script}", *parts])
+
+
+def _known_license(license: object) -> str | None:
+    """A licence as the Hub spells it; None for what it does not know."""
+    return license.lower() if isinstance(license, str) and license.lower() in LICENSES else None
+
+
+def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[str, str | None]:
+    """Name, Hub id, commit and licence of the dense model, as far as they can be known. Call it once the model is loaded.
+
+    Args:
+        name_or_path: A Hub id or a local folder.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        `name`, and `hub_id`, `revision` and `license`, which are None where they are unknown. A folder that is not on the Hub
+        has `derived_from`, too, where it says for certain which models there it was made of.
+    """
+    found = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
+    if os.path.isdir(name_or_path):
+        found["revision"] = None  # a folder has none
+        readme, data = Path(name_or_path) / "README.md", {}
+        if readme.is_file():
+            data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+            found["license"] = _known_license(data.get("license"))
+        cached = SNAPSHOT.search(os.path.realpath(name_or_path))
+        if cached is not None:
+            hub_id = f"{cached[1]}/{cached[2]}"
+            return {**found, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}
+        origins = _origins(Path(name_or_path), data.get("base_model"))
+        return {**found, "derived_from": origins} if origins else found
+    found["hub_id"] = name_or_path
+    # Files that were loaded lie in a folder named by their commit, while a branch may have moved on since.
+    cached = try_to_load_from_cache(name_or_path, "model_index.json", revision=revision)
+    if isinstance(cached, str):
+        found["revision"] = Path(cached).parent.name
+    try:
+        info = HfApi().model_info(name_or_path, revision=found["revision"])
+    except HUB_ERRORS:  # offline, with the model in the cache
+        return found
+    found["revision"] = info.sha
+    found["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
+    return found
+
+
+def _origins(folder: Path, base_model: object) -> list[str]:
+    """Models on the Hub that a saved pipeline comes from: those on its card, or the one whose files it was loaded from.
+
+    Diffusers writes where a model was loaded from; a path in the Hub's cache is certain, a bare name might be a folder.
+    """
+    named = base_model if isinstance(base_model, list) else [base_model]
+    named = [name for name in named if isinstance(name, str) and HUB_ID.fullmatch(name)]
+    for name in ("unet/config.json", "model_index.json"):
+        if named:
+            break
+        try:
+            origin = json.loads((folder / name).read_text("utf-8")).get("_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if not isinstance(origin, str):
+            continue
+        if (cached := SNAPSHOT.search(origin)) is not None:
+            named = [f"{cached[1]}/{cached[2]}"]
+        elif HUB_ID.fullmatch(origin) and isinstance(try_to_load_from_cache(origin, "model_index.json"), str):
+            named = [origin]  # it was loaded from the Hub on this machine
+    return named
+
+
+def describe_dataset(dataset_name: str | None, train_data_dir: str | None) -> dict[str, str | None]:
+    """Name and, where it is there, Hub id of the images."""
+    if dataset_name is not None and not os.path.exists(dataset_name) and HUB_ID.fullmatch(dataset_name):
+        return {"name": dataset_name, "hub_id": dataset_name}
+    return {"name": str(portable(dataset_name or train_data_dir)), "hub_id": None}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of what decides a result."""
+    names = ("diffusers-gfprune", "torch", "diffusers", "accelerate", "datasets", "huggingface_hub", "torch-pruning")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,207 @@
+"""ScoringContext: what a criterion sees, and the tools it is written with.
+
+Losses and gradients belong to *global* batches. Where several processes score together, `batches` are this rank's rows of
+them (the same number on every rank), and what sums gradients (`gradients`, `mean_gradient`, `summed_gradients`) returns means
+over ranks. A criterion made of these needs to know nothing of processes; one that takes losses itself sees this rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration import GFPruneConfig
+from ..distributed import mean_over_ranks, world_size
+from ..metrics.step_loss import noise_target
+from ..pruning.channel_groups import ChannelGroup
+from ..pruning.masking import dense_parameters
+
+__all__ = ["CalibrationBatch", "Scores", "ScoringContext", "check_batch"]
+
+CalibrationBatch = Sequence[Tensor]
+Scores = dict[str, Tensor]
+
+
+def check_batch(unet: nn.Module, noise_scheduler, batch: CalibrationBatch) -> None:
+    """Refuse a calibration batch that is not one of this model.
+
+    Args:
+        unet: The model.
+        noise_scheduler: The process that it was trained in.
+        batch: `(clean_images, noise, timesteps[, class_labels])`.
+
+    Raises:
+        ValueError: A tensor has another shape, dtype or range than the model takes, or labels are missing, or are too many.
+    """
+    if not 3 <= len(batch) <= 4:
+        raise ValueError(f"a calibration batch is (clean_images, noise, timesteps[, class_labels]), not {len(batch)} tensors")
+    clean, noise, timesteps, *labels = batch
+    if clean.ndim != 4 or clean.shape[1] != unet.config.in_channels:
+        found = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
+        raise ValueError(f"clean images have {found}, the model takes in_channels={unet.config.in_channels}")
+    if len(clean) == 0:
+        raise ValueError(f"clean images have shape {tuple(clean.shape)}: a calibration batch needs at least one image")
+    if noise.shape != clean.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, clean images have {tuple(clean.shape)}")
+    _check_integers("timesteps", timesteps, len(clean), noise_scheduler.config.num_train_timesteps)
+    _check_labels(unet, labels[0] if labels else None, len(clean))
+
+
+def _check_integers(name: str, values: Tensor, size: int, count: int, argument: str = "") -> None:
+    """Integers from 0 to `count - 1` with shape `(size,)`."""
+    wanted = f"{argument}they must be integers from 0 to {count - 1}"
+    if values.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} have dtype {values.dtype}; {wanted}")
+    if values.shape != (size,):
+        raise ValueError(f"{name} have shape {tuple(values.shape)}, not {(size,)}; {wanted}")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} are from {low} to {high}; {wanted}")
+
+
+def _check_labels(unet: nn.Module, labels: Tensor | None, size: int) -> None:
+    config = unet.config
+    if unet.class_embedding is None:
+        if labels is not None:
+            raise ValueError("the model is unconditional, the batch has class_labels: leave them out")
+        return
+    if labels is None:
+        raise ValueError("the batch has no class_labels, which the model takes")
+    if config.class_embed_type == "identity":
+        shape = (size, unet.time_embedding.linear_2.out_features)
+        if not labels.is_floating_point() or labels.shape != shape:
+            raise ValueError(
+                f"class_labels have shape {tuple(labels.shape)}, {labels.dtype}; with class_embed_type=identity they must be "
+                f"embeddings, floating point with shape {shape}"
+            )
+    elif config.class_embed_type == "timestep":
+        if labels.shape != (size,):
+            raise ValueError(f"class_labels have shape {tuple(labels.shape)}, not {(size,)}, with class_embed_type=timestep")
+    else:
+        count = config.num_class_embeds
+        _check_integers("class_labels", labels, size, count, f"the model has num_class_embeds={count}, so that ")
+
+
+@dataclass
+class ScoringContext:
+    """What a criterion sees.
+
+    Attributes:
+        unet: The model, in evaluation mode, with float32 weights.
+        groups: Its channel groups.
+        batches: Calibration batches `(clean_images, noise, timesteps[, class_labels])`: images in [-1, 1] and Gaussian
+            noise with shape `(batch, channels, height, width)`, int64 timesteps and labels with shape `(batch,)`; of several
+            processes, each has its rows of every batch.
+        noise_scheduler: The Diffusers scheduler that adds the noise.
+        config: All options.
+        parameters: Every parameter with a slice in a group, by dense name.
+    """
+
+    unet: nn.Module
+    groups: Sequence[ChannelGroup]
+    batches: Sequence[CalibrationBatch]
+    noise_scheduler: object
+    config: GFPruneConfig
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = {piece.name for group in self.groups for piece in group.slices}
+        self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in wanted}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.parameters.values())).device
+
+    def loss(self, batch: CalibrationBatch, sample_weights: Tensor | None = None) -> Tensor:
+        """Noise-prediction loss of a batch, a scalar: the mean of errors times `sample_weights (batch,)`, on this rank."""
+        errors = self.sample_losses(batch)
+        return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
+
+    def predictions(self, batch: CalibrationBatch) -> Tensor:
+        """What the model predicts of a batch's noisy images, float32, of their shape.
+
+        Raises:
+            ValueError: It predicts something of another shape.
+        """
+        clean, noise, timesteps, *labels = (tensor.to(self.device) for tensor in batch)
+        noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
+        labels = labels[0] if labels else None
+        found = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
+        if found.shape != clean.shape:
+            raise ValueError(f"the model predicts shape {tuple(found.shape)}, its target has {tuple(clean.shape)}")
+        return found
+
+    def sample_losses(self, batch: CalibrationBatch) -> Tensor:
+        """Mean squared error of each sample, with shape `(batch,)`."""
+        prediction = self.predictions(batch)
+        clean, noise, timesteps = (tensor.to(self.device) for tensor in batch[:3])
+        target = noise_target(self.noise_scheduler, clean, noise, timesteps)
+        return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
+
+    def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
+        """Gradient of a scalar by parameter name: the mean over ranks, or with `create_graph` this rank's alone."""
+        found = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=create_graph)
+        if not create_graph and world_size() > 1:
+            found = [gradient.clone() for gradient in found]  # autograd's own may be a view, or somebody else's, too
+            mean_over_ranks(found)
+        return dict(zip(self.parameters, found))
+
+    def summed_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Gradient of a sum of scalars by parameter name, added up in place as they come, then the mean over ranks.
+
+        Autograd adds into `.grad`, so that no second set of gradients is ever held; a user's own `.grad` is put back.
+        """
+        parameters = list(self.parameters.values())
+        held = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            for loss in losses:
+                torch.autograd.backward(loss, inputs=parameters)
+            found = {
+                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                for name, parameter in self.parameters.items()
+            }
+        finally:
+            for parameter, gradient in zip(parameters, held):
+                parameter.grad = gradient
+        mean_over_ranks(found.values())
+        return found
+
+    def mean_gradient(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+        """Gradient of the mean loss over batches, on all ranks."""
+        return self.summed_gradients(self.loss(batch) / len(batches) for batch in batches)
+
+    def reduce(self, contributions: Mapping[str, Tensor], aggregation: str) -> Scores:
+        """Sum per-weight contributions over the slices of each unit.
+
+        Args:
+            contributions: A tensor of its parameter's shape for each name in `parameters`.
+            aggregation: `"signed"` (sum), `"abs"` (absolute value of the sum) or `"sum_abs"` (sum of absolute values).
+
+        Returns:
+            Scores by group name, float32 with shape `(num_units,)`.
+        """
+        along: dict[tuple[str, int], Tensor] = {}
+        scores = {}
+        for group in self.groups:
+            total = None
+            for piece in group.slices:
+                if self.config.score_slices != "all" and piece.role == "input":
+                    continue
+                if self.config.score_slices == "weight" and (piece.role, piece.parameter) != ("output", "weight"):
+                    continue
+                key = (piece.name, piece.dim)
+                if key not in along:
+                    values = contributions[piece.name].float()
+                    values = values.abs() if aggregation == "sum_abs" else values
+                    along[key] = values.transpose(0, piece.dim).flatten(1).sum(1) if values.ndim > 1 else values
+                part = along[key][list(piece.positions)]
+                total = part.clone() if total is None else total.add_(part)
+            total = group.unit_sums(total)
+            scores[group.name] = total.abs() if aggregation == "abs" else total
+        return scores

@@ -1,0 +1,140 @@
+"""The state a model is scored in, whatever it is trained in: float32 without TF32 or autocast, evaluation mode, eager.
+
+Scores are small differences of large sums, and rankings of neighbours hang on their last digits. So training may run in
+bfloat16, compiled and checkpointed; scoring does not. All is put back afterwards, after errors too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..metrics.eval_mode import evaluating
+from ..pruning.masking import MASKS_MODULE
+from .double_backward import LeanDoubleBackward
+
+__all__ = ["ieee_float32", "scoring_mode"]
+
+
+def _older_flags() -> tuple[str, bool] | None:
+    """Flags that torch has for it since long; None where it refuses to read them, as it does after newer ones were set."""
+    try:
+        torch.backends.cuda.matmul.allow_tf32  # noqa: B018
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _set_older_flags(matmul: str, convolution: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are newer ones
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Inside, products of float32 matrices and convolutions are computed in float32, not in TF32 or bfloat16."""
+    backends = torch.backends
+    owners = ()
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
+        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before, older = [owner.fp32_precision for owner in owners], _older_flags()
+    try:
+        if older is not None:  # both kinds, since torch raises where they contradict each other
+            _set_older_flags("highest", False)
+        for owner in owners:
+            owner.fp32_precision = "ieee"
+        yield
+    finally:
+        if older is not None:
+            _set_older_flags(*older)
+        for owner, precision in zip(owners, before):
+            owner.fp32_precision = precision
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs the forward it had before Accelerate wrapped it in autocast."""
+    wrapped = vars(model).get("forward")
+    original = vars(model).get("_original_forward")
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Inside, activations are kept, not computed again.
+
+    A graph that is differentiated twice holds them anyway: the nodes of the first backward keep what was computed again. And
+    that is computed without `LeanDoubleBackward`, to other intermediate results than before, which torch refuses.
+    """
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, frozen parameters have gradients, too."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def scoring_mode(
+    unet: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    dense: bool = False,
+    differentiate: int = 2,
+    keep_activations: bool = False,
+) -> Iterator[None]:
+    """Run the model in evaluation mode and full precision.
+
+    Args:
+        unet: The dense or masked model, not wrapped by an engine.
+        parameters: Those that get gradients, frozen or not.
+        dense: Whether masks count as ones.
+        differentiate: How often losses are differentiated inside: 0, 1 or 2. What is differentiated twice goes without fused
+            attention and gradient checkpointing.
+        keep_activations: Whether to go without gradient checkpointing in any case.
+    """
+    masks = getattr(unet, MASKS_MODULE, None)
+    twice = differentiate > 1
+    with (
+        evaluating(unet),
+        _own_forward(unet),
+        _trainable(parameters),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(differentiate > 0),
+        torch.autocast(next(unet.parameters()).device.type, enabled=False),
+        ieee_float32(),
+        torch.compiler.set_stance("force_eager"),  # compiled graphs cannot be differentiated twice
+        masks.suspended() if masks is not None and dense else nullcontext(),
+        _without_checkpointing(unet) if twice or keep_activations else nullcontext(),
+        sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(),
+        LeanDoubleBackward() if twice else nullcontext(),
+    ):
+        yield

@@ -1,0 +1,204 @@
+"""Trained pipelines: loaded whole or refused by name, and saved as what they were.
+
+What can be pruned is decided from what a pipeline is: the class and the components that `model_index.json` names, the class of
+its scheduler (`diffusion_process`), and weights that fit its config. Nothing else is loaded, no code of the repository is run,
+and no pickle is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+
+from . import GFPrunedUNet2DModel, PruneDDPMPipeline
+from .diffusion.process import check_scheduler_class, check_timesteps, training_process
+from .hub_errors import HUB_ERRORS
+from .remote.pipeline_prune_ddpm import check_pipeline_index
+
+__all__ = ["TrainedPipeline", "load_dense_pipeline", "load_pipeline"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "diffusion_pytorch_model"
+# What loading a repository that is not what it says may raise
+_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(SafetensorError, HfHubHTTPError, HFValidationError),
+)
+
+
+class TrainedPipeline(NamedTuple):
+    """A UNet with what it was trained and saved with.
+
+    Attributes:
+        unet: On the CPU, in float32.
+        scheduler: As it was saved: of that class, with that configuration.
+        process: Adds the noise of its training.
+        kind: Class of the pipeline.
+    """
+
+    unet: UNet2DModel
+    scheduler: object
+    process: DDPMScheduler
+    kind: type[DiffusionPipeline]
+
+    def save(self, unet: GFPrunedUNet2DModel, folder: str | os.PathLike) -> None:
+        """Save the pipeline with another UNet in its place.
+
+        Args:
+            unet: The pruned model.
+            folder: Where to.
+        """
+        # Saved as a plain DDPMPipeline, with the file of a class that can prune on
+        kind = PruneDDPMPipeline if self.kind is DDPMPipeline else self.kind
+        kind(unet=unet, scheduler=self.scheduler).save_pretrained(folder)
+
+
+def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> TrainedPipeline:
+    """Load a trained DDPM that is to be pruned.
+
+    Args:
+        name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories, at the root.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: There is no such pipeline, it is not one that can be pruned, or its weights are missing, damaged, of
+            another shape, or a pickle.
+    """
+    return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", (UNet2DModel,))
+
+
+def load_pipeline(
+    name_or_path: str,
+    revision: str | None,
+    argument: str,
+    classes: Sequence[type[UNet2DModel]] = (UNet2DModel, GFPrunedUNet2DModel),
+) -> TrainedPipeline:
+    """Load a DDPM, dense or pruned.
+
+    Args:
+        name_or_path: A Hub id or a local folder.
+        revision: Branch, tag or commit on the Hub.
+        argument: What to call it in errors.
+        classes: What the UNet may be.
+
+    Raises:
+        ValueError: As `load_dense_pipeline`.
+    """
+    argument = f"{argument}={name_or_path}"
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).is_dir():
+        raise ValueError(f"{argument} is not a folder")
+    if revision is not None and Path(name_or_path).is_dir():
+        raise ValueError(f"{argument} is a folder, and has no revision={revision}: revisions are of the Hub")
+    with _one_line(argument):
+        folder = Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path, revision)
+        if not (folder / "model_index.json").is_file():
+            raise ValueError("it has no model_index.json: a UNet alone does not tell the process that it was trained in")
+        index = json.loads((folder / "model_index.json").read_text())
+        kind = getattr(diffusers, check_pipeline_index(index).replace("PruneDDPM", "DDPM"))
+        scheduler = _load_scheduler(folder, index)
+        process = training_process(scheduler)
+        unet, info = _load_unet(folder, index, classes)
+        check_timesteps(unet, process)
+    # Diffusers leaves weights that a file lacks random, with a warning only.
+    wrong = sorted(str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[what])
+    if wrong:
+        raise ValueError(f"{argument}: {len(wrong)} weights do not fit its config, first {wrong[0]}")
+    for name, parameter in unet.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{argument}: the weight {name} holds values that are not finite (NaN or infinity)")
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"{argument} has in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}: models that "
+            f"also predict the variance cannot be pruned"
+        )
+    if unet.config.sample_size is None:
+        raise ValueError(f"{argument} has sample_size=None in its config: set it to the size the model was trained at")
+    return TrainedPipeline(unet, scheduler, process, kind)
+
+
+@contextlib.contextmanager
+def _one_line(argument: str) -> Iterator[None]:
+    """Whatever loading raises, as one line that names the argument."""
+    try:
+        yield
+    except _ERRORS as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"{argument} cannot be loaded: {lines[0] if lines else type(error).__name__}") from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The files of a repository that a pipeline is loaded from."""
+    options = {"revision": revision, "use_safetensors": True}
+    try:
+        return Path(DDPMPipeline.download(name, **options))
+    except OSError:  # Diffusers looks for default weights, or for those of a variant that is named
+        with contextlib.suppress(*HUB_ERRORS):
+            files = [Path(file).name for file in HfApi().list_repo_files(name, revision=revision)]
+            if (variant := _variant_to_load(map(_variant, files))) is not None:
+                return Path(DDPMPipeline.download(name, variant=variant, **options))
+        raise
+
+
+def _component(folder: Path, name: str) -> Path:
+    """Where a component lies: old repositories have no subfolders."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _variant(file: str) -> str | None:
+    """Which variant a file of weights belongs to: `""` is the default one, None says that it is none in safetensors."""
+    found = re.fullmatch(
+        rf"{WEIGHTS}(?:\.(?P<plain>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(?P<sharded>[\w-]+))?\.json)?", file
+    )
+    return None if found is None else found["plain"] or found["sharded"] or ""
+
+
+def _variant_to_load(variants: Iterable[str | None]) -> str | None:
+    """The only variant that there are weights of; None where there are default ones, or none at all.
+
+    Raises:
+        ValueError: There are several.
+    """
+    found = sorted({variant for variant in variants if variant is not None})
+    if "" not in found and len(found) > 1:
+        raise ValueError(
+            f"its unet has weights of the variants {', '.join(found)} and no default ones: keep those of one variant"
+        )
+    return found[0] if found and "" not in found else None
+
+
+def _load_scheduler(folder: Path, index: dict):
+    component = index["scheduler"][1]
+    check_scheduler_class(component)
+    config = DDPMScheduler.load_config(_component(folder, "scheduler"))
+    check_scheduler_class(config.get("_class_name", component))  # whose configuration it is; Diffusers does not look
+    return getattr(diffusers, component).from_pretrained(_component(folder, "scheduler"))
+
+
+def _load_unet(folder: Path, index: dict, classes: Sequence[type[UNet2DModel]]) -> tuple[UNet2DModel, dict]:
+    known, component = {kind.__name__: kind for kind in classes}, index["unet"][1]
+    if component not in known:
+        raise ValueError(f"its unet is a {component}, not a {' or '.join(known)}")
+    folder = _component(folder, "unet")
+    files = [path.name for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
+    if all(_variant(file) is None for file in files):
+        raise ValueError(f"its unet has {', '.join(files) or 'no weights'}: only safetensors are loaded, pickles never are")
+    variant = _variant_to_load(map(_variant, files))
+    if variant is not None:
+        logger.warning("the unet has weights of the variant %s only: these are used, in float32", variant)
+    unet, info = known[component].from_pretrained(folder, use_safetensors=True, output_loading_info=True, variant=variant)
+    return unet.float(), info

@@ -1,0 +1,201 @@
+"""Command line of `prune_ddpm.py`: dataclasses whose fields become arguments, grouped by phase.
+
+The pruning group is `GFPruneConfig` itself, so that the library and the script cannot drift apart. `--preset` changes
+defaults; what is given by name still wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from ..configuration import DEVICES, PRESETS, GFPruneConfig
+from ..data.images import DataArguments
+from ..evaluation.run_arguments import EvaluationArguments
+from ..hub import check_repo_id
+from ..objectives.objective import ObjectiveArguments
+from ..scoring.importance import criteria
+from .optimization_arguments import CheckpointArguments, PrecisionArguments, TrackingArguments, TrainingArguments
+from .recipes import expand_recipe
+
+__all__ = ["Arguments", "parse_arguments"]
+
+# The method as published has no teacher; with one, the samples of pruned models come out nearer to the dense model's (README).
+SCRIPT_PRESETS = {**PRESETS, "paper": {**PRESETS["paper"], "distillation_weight": 0.0}}
+
+
+@dataclass
+class ModelArguments:
+    """The dense model."""
+
+    _argument_group_name = "model"
+
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": "Trained DDPM: a Diffusers pipeline with a UNet2DModel, as a Hub id or a local folder."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
+
+
+@dataclass
+class OutputArguments:
+    """The run."""
+
+    _argument_group_name = "run"
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "YAML file with arguments, or the name of one in training/recipes; what is given by name wins."},
+    )
+    output_dir: str = field(default="runs/ddpm-gfpruned", metadata={"help": "Folder for the pruned pipeline."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir if it exists."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
+    preset: str = field(
+        default="default",
+        metadata={
+            "help": "Defaults of the pruning arguments: the best measured here, those of the paper, or one-shot pruning "
+            "followed by fine-tuning.",
+            "choices": list(SCRIPT_PRESETS),
+        },
+    )
+    save_model_steps: int = field(
+        default=0,
+        metadata={"help": "Steps of fine-tuning between two saves of the pipeline as it is (0: only at the end)."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of batches, noise, timesteps and calibration images."})
+
+    def __post_init__(self) -> None:
+        if self.save_model_steps < 0:
+            raise ValueError(f"save_model_steps={self.save_model_steps} must not be negative")
+
+
+@dataclass
+class PruningArguments(GFPruneConfig):
+    """How channels are chosen and when."""
+
+    total_steps: int = field(default=1, init=False)  # max_train_steps on the command line
+    calibration_batches: int = field(default=8, metadata={"help": "Batches that scores are taken on at each ranking (>= 1)."})
+    calibration_batch_size: int | None = field(
+        default=None, metadata={"help": "Images in a calibration batch, per process (>= 1; default: train_batch_size)."}
+    )
+
+    check_scores: bool = field(
+        default=False,
+        metadata={"help": "Compare the Hessian-gradient product with finite differences at the first ranking."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("calibration_batches", "calibration_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.criterion not in criteria():
+            raise ValueError(f"criterion={self.criterion} must be one of {', '.join(criteria())}")
+        if self.check_scores and self.criterion != "gradient-flow":
+            raise ValueError(f"check_scores=True needs criterion=gradient-flow, not {self.criterion}")
+        if self.check_scores and self.flow_metric != "weights":
+            raise ValueError(
+                f"check_scores=True needs flow_metric=weights, not {self.flow_metric}: the other takes no Hessian"
+            )
+
+    def on_device(self, device: str) -> PruningArguments:
+        """The same with `target_device=auto` resolved: models are loaded on the CPU, and move to where they train later."""
+        known = self.target_device == "auto" and device in DEVICES
+        return dataclasses.replace(self, target_device=device) if known else self
+
+    def config(self, total_steps: int) -> GFPruneConfig:
+        """The library's configuration for a run of `total_steps`."""
+        names = [f.name for f in dataclasses.fields(GFPruneConfig) if f.name != "total_steps"]
+        return GFPruneConfig(total_steps=total_steps, **{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class HubArguments:
+    """Sharing the result."""
+
+    _argument_group_name = "hub"
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the pruned pipeline and its card to the Hub."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository, as namespace/name or name (default: the name of output_dir)."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Access token (default: that of `hf auth login`, or HF_TOKEN)."}
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When to push: at the end, or after every saved model as well.",
+            "choices": ["end", "every_save"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.hub_token = self.hub_token.strip() if self.hub_token else None
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
+        given = [name for name in ("hub_model_id", "hub_private_repo") if getattr(self, name)]
+        if given and not self.push_to_hub:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])} needs --push_to_hub")
+
+
+@dataclass
+class Arguments:
+    """All arguments, by group."""
+
+    model: ModelArguments
+    run: OutputArguments
+    data: DataArguments
+    pruning: PruningArguments
+    training: TrainingArguments
+    objective: ObjectiveArguments
+    precision: PrecisionArguments
+    checkpoints: CheckpointArguments
+    tracking: TrackingArguments
+    evaluation: EvaluationArguments
+    hub: HubArguments
+    words: list[str]  # of the command line
+
+    def __post_init__(self) -> None:
+        if self.hub.hub_strategy == "every_save" and not (self.hub.push_to_hub and self.run.save_model_steps):
+            raise ValueError("hub_strategy=every_save needs --push_to_hub and --save_model_steps")
+        if self.training.use_8bit_adam and self.precision.channels_last:
+            raise ValueError("use_8bit_adam=True does not go with channels_last=True: its moments follow the order of memory")
+
+    def to_dict(self) -> dict:
+        """Every value by argument name, for the report; no access token."""
+        groups = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "words"]
+        values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+        del values["hub_token"]
+        return values
+
+
+GROUPS = (
+    *(ModelArguments, OutputArguments, DataArguments, PruningArguments, TrainingArguments, ObjectiveArguments),
+    *(PrecisionArguments, CheckpointArguments, TrackingArguments, EvaluationArguments, HubArguments),
+)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Read the command line, and the recipe that it names.
+
+    Raises:
+        ValueError: A value is out of its range, or the recipe cannot be read.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = HfArgumentParser(
+        GROUPS,
+        description="Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    known = {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
+    expanded = expand_recipe(words, known, SCRIPT_PRESETS)
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--preset", choices=list(SCRIPT_PRESETS), default="default")
+    parser.set_defaults(**SCRIPT_PRESETS[first_look.parse_known_args(expanded)[0].preset])
+    return Arguments(*parser.parse_args_into_dataclasses(expanded), words)

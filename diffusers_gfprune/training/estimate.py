@@ -1,0 +1,350 @@
+"""What a run will take on this machine: seconds for a step, and bytes while training and while scoring, found in seconds.
+
+With W bytes of weights and A(b) bytes of activations, which the forward of b images keeps for the backward, a step peaks at
+
+    weights W + moments 2W (a quarter of that with 8 bits) + W + A(b)
+
+The third term is that of the gradients, which grow while activations are freed, or, as long as masks are on, that of the
+masked weights. Ranking channels by H g takes a multiple of such a peak in full precision. The multiples, and what convolution
+workspaces and the allocator add, are those measured for `benchmarks/README.md`. The average of the weights and the teacher
+come on top.
+
+A(b) is counted on fake tensors, which have shapes but no memory and no values: distinct storages that autograd saves, without
+those of parameters. It costs neither the time nor the memory of a forward, at any batch size. Time cannot be had this way: it
+is measured on few images, and extrapolated.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..metrics.cost import example_inputs, spatial_size
+from ..metrics.step_loss import noise_target
+
+__all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "machine_memory", "memory_plan"]
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Resident size / counted bytes of a step on the CIFAR-10 model (1,028 of 926 MiB).
+WORKSPACE = 1.1
+# Peak of a scoring pass by gradient flow / peak of a step on as many images, by `hvp`; None: no product with the Hessian.
+SCORING = {"exact": 2.4, "finite-difference": 1.2, None: 1.7}
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """What one step costs.
+
+    Attributes:
+        batch_size: Images in the step.
+        seconds: Forward and backward.
+        timed_batch_size: Images that were timed, of which the rest is extrapolated.
+        weight_bytes: Size of all parameters.
+        activation_bytes: What the forward keeps for the backward, in the precision of training.
+        scoring_batch_size: Images of a calibration batch.
+        scoring_activation_bytes: What a forward of these keeps, in full precision.
+    """
+
+    batch_size: int
+    seconds: float
+    timed_batch_size: int
+    weight_bytes: int
+    activation_bytes: int
+    scoring_batch_size: int
+    scoring_activation_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run holds, in bytes, and the words for it.
+
+    Attributes:
+        weights: Parameters.
+        gradients: Gradients, or masked weights.
+        optimizer: Moments of AdamW.
+        average: Averaged weights.
+        teacher: The dense model.
+        training: All of it at the peak of a step.
+        scoring: All of it at the peak of a ranking.
+        free: What there is.
+        lines: What to print: one line, and advice in a second if it does not fit.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    teacher: int
+    training: int
+    scoring: int
+    free: int
+    lines: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough."""
+        return max(self.training, self.scoring) <= self.free
+
+
+def _autocast(device: torch.device, mixed_precision: str) -> AbstractContextManager:
+    dtype = AUTOCAST.get(mixed_precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _weight_bytes(unet: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
+
+
+def count_activations(
+    unet: nn.Module,
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    mixed_precision: str = "no",
+    gradient_checkpointing: bool = False,
+) -> int:
+    """Bytes that a forward in training mode keeps for the backward, without running it.
+
+    Args:
+        unet: A `UNet2DModel` or subclass; only its configuration is used.
+        batch_size: Images (>= 1).
+        device: What the forward would run on; kernels and autocast rules differ.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`. Weights that autocast converts are counted.
+        gradient_checkpointing: Whether blocks keep their inputs only.
+    """
+    device = torch.device(device)
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)  # the tensor is kept, so that no address is used twice
+        return tensor
+
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device(device):
+        twin = type(unet).from_config(unet.config).train()
+        if gradient_checkpointing:
+            twin.enable_gradient_checkpointing()
+        inputs = example_inputs(twin, *spatial_size(twin), batch_size, device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
+            with _autocast(device, mixed_precision):
+                prediction = twin(**inputs).sample
+            loss = torch.nn.functional.mse_loss(prediction.float(), torch.zeros_like(inputs["sample"]))
+        for parameter in twin.parameters():
+            saved.pop(parameter.untyped_storage()._cdata, None)
+        del loss
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _time(step: Callable[[int], float], batch_size: int, fits: Callable[[int], bool], time_limit: float) -> tuple[float, int]:
+    """Seconds for `batch_size` images, from as many as can be timed within `time_limit` seconds, and how many these were.
+
+    The number is doubled as long as the next run is expected to end in time. The last is repeated if there is time left, since
+    the first run of a shape pays for what is set up once.
+    """
+    size = 1
+    spent = seconds = step(size)
+    while size < batch_size:
+        following = min(2 * size, batch_size)
+        if spent + seconds * following / size > time_limit or not fits(following):
+            break
+        size = following
+        seconds = step(size)
+        spent += seconds
+    for _ in range(2):
+        if spent + seconds > time_limit:
+            break
+        again = step(size)
+        spent += again
+        seconds = min(seconds, again)
+    return seconds * batch_size / size, size
+
+
+def _forward_backward(
+    unet: nn.Module, noise_scheduler, batch_size: int, *, device: torch.device, mixed_precision: str, peaks: dict[int, int]
+) -> float:
+    """Seconds of a forward and backward; on CUDA, `peaks[batch_size]` becomes the most bytes that it made."""
+    cuda = device.type == "cuda"
+    unet.zero_grad()
+    inputs = example_inputs(unet, *spatial_size(unet), batch_size, device, next(unet.parameters()).dtype)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(inputs["sample"].shape, generator=generator).to(device) for _ in range(2))
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    noisy = noise_scheduler.add_noise(clean, noise, inputs["timestep"]).to(inputs["sample"].dtype)
+    with _autocast(device, mixed_precision):
+        prediction = unet(**{**inputs, "sample": noisy}).sample
+    target = noise_target(noise_scheduler, clean, noise, inputs["timestep"])
+    torch.nn.functional.mse_loss(prediction.float(), target.float()).backward()
+    if cuda:
+        torch.cuda.synchronize(device)
+        peaks[batch_size] = torch.cuda.max_memory_allocated(device) - held
+    return time.perf_counter() - start
+
+
+def estimate_step(
+    unet: nn.Module,
+    noise_scheduler,
+    batch_size: int,
+    *,
+    device: torch.device | str,
+    mixed_precision: str = "no",
+    gradient_checkpointing: bool = False,
+    scoring_batch_size: int | None = None,
+    time_limit: float = 5.0,
+) -> StepEstimate:
+    """Estimate a training step, on a copy: the model, its gradients and mode, and global random states stay as they are.
+
+    Args:
+        unet: The dense model, on any device.
+        noise_scheduler: The Diffusers scheduler that adds the noise.
+        batch_size: Images in the step (>= 1).
+        device: Where training would run.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
+        gradient_checkpointing: Whether activations are computed again in the backward.
+        scoring_batch_size: Images of a calibration batch (default: `batch_size`).
+        time_limit: Seconds that timing may take, if a single image does not take longer.
+
+    Raises:
+        ValueError: Not even one image fits into the device's memory.
+    """
+    device = torch.device(device)
+    scoring_batch_size = scoring_batch_size or batch_size
+    activations = count_activations(
+        unet,
+        batch_size,
+        device=device,
+        mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    scoring_activations = count_activations(unet, scoring_batch_size, device=device)
+    cuda = device.type == "cuda"
+
+    def fits(size: int) -> bool:
+        return activations * size / batch_size < machine_memory(device) / 2
+
+    peaks: dict[int, int] = {}
+    with torch.random.fork_rng(devices=[device] if cuda else []), torch.inference_mode(False), torch.enable_grad():
+        twin = copy.deepcopy(unet).to(device).train().requires_grad_(True)
+        if gradient_checkpointing:
+            twin.enable_gradient_checkpointing()
+        step = partial(_forward_backward, twin, noise_scheduler, device=device, mixed_precision=mixed_precision, peaks=peaks)
+        try:
+            seconds, timed = _time(step, batch_size, fits, time_limit)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"device={device} has too little memory for a step on a single image") from error
+        finally:
+            del twin, step
+            if cuda:
+                torch.cuda.empty_cache()  # else it would count as taken
+    weights = _weight_bytes(unet)
+    # Kernels may keep more than what is saved, which can be seen on CUDA only.
+    excess = max(1.0, (peaks.get(timed, 0) - weights) / (activations * timed / batch_size))
+    return StepEstimate(
+        batch_size,
+        seconds,
+        timed,
+        weights,
+        int(activations * excess),
+        scoring_batch_size,
+        int(scoring_activations * excess),
+    )
+
+
+def machine_memory(device: torch.device | str) -> int:
+    """Bytes that are free: on a GPU, of its memory; else what the operating system can give without swapping."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def memory_plan(
+    estimate: StepEstimate,
+    free_bytes: int,
+    *,
+    criterion: str = "gradient-flow",
+    hvp: str | None = "exact",
+    use_8bit_adam: bool = False,
+    use_ema: bool = False,
+    teacher: bool = False,
+    gradient_checkpointing: bool = False,
+    gradient_accumulation_steps: int = 1,
+    device: torch.device | str = "cpu",
+) -> MemoryPlan:
+    """Add up what a run needs at its two peaks, and say so.
+
+    Args:
+        estimate: Of a step.
+        free_bytes: What the run may use on the device: what is free, and what it holds there already.
+        criterion: How channels are scored: by second derivatives, first ones, or none.
+        hvp: How H g is computed; None: scores take none.
+        use_8bit_adam: Whether moments have 8 bits.
+        use_ema: Whether weights are averaged.
+        teacher: Whether the dense model lies on the device, too.
+        gradient_checkpointing: Whether it is on, so that it is no advice.
+        gradient_accumulation_steps: As it is, for the advice.
+        device: Where that is.
+    """
+    hvp = hvp if criterion == "gradient-flow" else None
+    weights = estimate.weight_bytes
+    optimizer = weights // 2 if use_8bit_adam else 2 * weights
+    average, dense = weights * use_ema, weights * teacher
+    states = weights + weights + optimizer
+    per_image = estimate.activation_bytes / estimate.batch_size
+    per_scored_image = estimate.scoring_activation_bytes / estimate.scoring_batch_size
+    beside = average + dense
+
+    def training(images: int) -> int:
+        return int(WORKSPACE * (states + images * per_image)) + beside
+
+    def scoring(images: int, hvp: str | None = hvp) -> int:
+        if criterion in ("magnitude", "random"):
+            return int(WORKSPACE * states) + beside
+        factor = SCORING[hvp] if criterion == "gradient-flow" else 1.0
+        return int(factor * WORKSPACE * (states + images * per_scored_image)) + beside
+
+    trained, scored = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
+    method = f"criterion={criterion}" if hvp is None else f"hvp={hvp}"
+    place = "this machine" if torch.device(device).type == "cpu" else "this GPU"
+    lines = [
+        f"memory     about {_size(scored)} while scoring ({method}), {_size(trained)} while training; "
+        f"{place} has {_size(free_bytes)} free"
+    ]
+    advice = []
+    if trained > free_bytes:
+        fitting = [n for n in range(1, estimate.batch_size) if estimate.batch_size % n == 0 and training(n) <= free_bytes]
+        if fitting:
+            times = estimate.batch_size // fitting[-1] * gradient_accumulation_steps
+            advice.append(f"train_batch_size={fitting[-1]} with gradient_accumulation_steps={times}")
+        if not gradient_checkpointing:
+            advice.append("gradient_checkpointing")
+        if not fitting and not use_8bit_adam:
+            advice.append("use_8bit_adam")
+    if scored > free_bytes:
+        lightest = hvp
+        if hvp == "exact":
+            lightest = "finite-difference"
+            advice.append(f"hvp={lightest} ({_size(scoring(estimate.scoring_batch_size, lightest))})")
+        fitting = [n for n in range(1, estimate.scoring_batch_size + 1) if scoring(n, lightest) <= free_bytes]
+        if fitting and fitting[-1] < estimate.scoring_batch_size:
+            advice.append(f"calibration_batch_size={fitting[-1]}")
+    if advice:
+        lines.append(f"{'':11}too little; what would help: {', '.join(advice)}")
+    elif max(trained, scored) > free_bytes:
+        lines.append(f"{'':11}too little, even for single images: it needs a larger device")
+    return MemoryPlan(weights, weights, optimizer, average, dense, trained, scored, free_bytes, tuple(lines))

@@ -1,0 +1,100 @@
+"""The end of a run: measure, save, show, and share."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ..hub import PushError, prepare_repo, push_checkpoint, update_card
+from ..hub_errors import HUB_ERRORS, reason
+from ..metrics.speedup import compare_speeds
+from ..reports.plots import plot_pruning, plot_widths, save_sample_grid
+from ..run_folder import RunFolder, write_json
+from .arguments import Arguments
+from .reporting import measure_step_losses, pruning_report, results
+from .run import Run
+from .state import TrainingState
+
+__all__ = ["finish", "prepared_repository", "save_model"]
+
+
+def prepared_repository(args: Arguments) -> str:
+    """The repository to push to, found to be there and writable before any long work.
+
+    Raises:
+        ValueError: It is not.
+    """
+    name = args.hub.hub_model_id or Path(args.run.output_dir).name
+    try:
+        return prepare_repo(name, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
+    except HUB_ERRORS as error:
+        raise ValueError(f"push_to_hub to {name} cannot work: {reason(error)}") from error
+
+
+def save_model(run: Run, state: TrainingState) -> None:
+    """Save the pipeline as it is, and push it if that is wanted; a push that fails is no reason to stop."""
+    args = run.args
+    with state.averaged() as unet:
+        run.folder.save(partial(run.pipeline.save, unet))
+    if run.repo_id is not None and args.hub.hub_strategy == "every_save":
+        message = f"Step {state.step} of {args.training.max_train_steps}"
+        try:
+            push_checkpoint(run.folder.staging, run.repo_id, token=args.hub.hub_token, commit_message=message)
+        except (PushError, ValueError) as error:
+            tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
+
+
+def finish(run: Run, state: TrainingState) -> None:
+    """Write pipeline, results, report, card and pictures, and make the run folder appear."""
+    args, folder = run.args, run.folder
+    if state.ema is not None:
+        state.ema.copy_to(state.unet.parameters())
+    unet = state.unet.requires_grad_(False).eval()
+    dense = run.dense.to(run.accelerator.device)
+    losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.decoder.null_label))
+    folder.save(partial(run.pipeline.save, unet))
+    measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, run.num_held_out, losses)
+    if state.pruner.latency is not None:
+        measured["latency_budget"] = state.pruner.check_latency(dense, unet).to_dict()
+    write_json(folder.staging / "results.json", measured)
+    report = pruning_report(
+        args, state.pruner, state.curves, run.dense_step_losses["step_loss"], run.origin, state.diagnostics, state.broken
+    )
+    write_json(folder.staging / "pruning_report.json", report)
+    plot_pruning(folder.staging / "pruning.png", report)
+    plot_widths(folder.staging / "widths.png", report)
+    if samples is not None:
+        save_sample_grid(folder.staging / "samples.png", dense_samples, samples)
+    update_card(folder.staging, run.repo_id or args.hub.hub_model_id or folder.path.name)
+    folder.publish()
+    print_results(measured, folder)
+
+
+def print_results(measured: dict, folder: RunFolder) -> None:
+    """The figures that matter, dense beside pruned."""
+    rows = [
+        ("parameters", "parameters", "{:,}"),
+        ("MACs", "macs", "{:,}"),
+        ("step loss (held out)", "step_loss", "{:.4f}"),
+        ("step loss, null label", "step_loss_null_label", "{:.4f}"),
+        *((described["title"], name, "{:.3f}") for name, described in measured["evaluation"]["distances"].items()),
+        ("SSIM to dense", "ssim_to_dense", "{:.3f}"),
+    ]
+    print(f"\n{'':24}{'dense':>14}{'pruned':>14}")
+
+    def print_row(title: str, values: list, form: str, words: str = "") -> None:
+        cells = "".join(f"{form.format(value) if value is not None else '-':>14}" for value in values)
+        print(f"{title:24}{cells}  {words}".rstrip())
+
+    for title, key, form in rows:
+        values = [measured[which].get(key) for which in ("dense", "pruned")]
+        if any(value is not None for value in values):
+            print_row(title, values, form)
+    for line in compare_speeds(measured["speed"]):
+        print_row(f"ms, {line['title']}", [line["first_ms"], line["other_ms"]], "{:.2f}", line["words"])
+    if "latency_budget" in measured:
+        print(f"\n{measured['latency_budget']['words']}")
+    print(f"\nsaved: {folder.path}  (DiffusionPipeline.from_pretrained after `import diffusers_gfprune`)")

@@ -1,0 +1,113 @@
+"""The end of a run, tried at its start: what would fail after the last step fails before the first, in seconds.
+
+Sampling, features, timing, the card and the files of a run are all needed only at its end. Here each is made once, as small as
+it can be: one step of the sampler from pure noise, features of two images, one timed forward, a compiled function, a card from
+made-up figures, and a file of the size of the weights, which is deleted. `--dry_run` does the same.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import GradientFlowPruner
+from ..evaluation.sample_quality import SampleQuality
+from ..evaluation.trials import describe_speed, try_features, try_sampling, try_speed
+from ..hub import check_nothing_private
+from ..metrics.cost import spatial_size
+from ..reports.model_card import render_card
+from ..run_folder import RunFolder, format_size, write_json
+from .arguments import Arguments
+from .reporting import describe_evaluation, model_figures, pruning_report
+from .state import Curves
+
+__all__ = ["rehearse_run"]
+
+
+def rehearse_run(
+    args: Arguments,
+    pruner: GradientFlowPruner,
+    sample_quality: SampleQuality,
+    num_held_out: int,
+    origin: dict,
+    folder: RunFolder,
+) -> list[str]:
+    """Try all that a pruning run does at its end.
+
+    Args:
+        args: The command line.
+        pruner: Made, but not stepped yet.
+        sample_quality: With the dense model.
+        num_held_out: Held-out images.
+        origin: `base_model`, `dataset` and `command` (see `provenance`).
+        folder: Of the run.
+
+    Returns:
+        What speed will be measured in, if it is, and what was tried, a line each.
+
+    Raises:
+        ValueError: Something would fail.
+    """
+    start, tried = time.perf_counter(), []
+    dense, e = sample_quality.dense, args.evaluation
+    home = next(dense.parameters()).device
+    dense.to(sample_quality.device)
+    if e.eval_images or args.tracking.sample_steps:
+        argument = f"pretrained_model_name_or_path={args.model.pretrained_model_name_or_path}"
+        try_sampling(argument, dense, sample_quality.scheduler, sample_quality.settings)
+        tried.append("a sampling step")
+    if sample_quality.network is not None:
+        try_features([sample_quality.network], (dense.config.in_channels, *spatial_size(dense)))
+        tried.append("features")
+    speed, lines, settings = [], [], e.speed_settings()
+    if settings:
+        speed, words = try_speed(dense, settings)
+        tried += words
+        lines.append(describe_speed(settings))
+    rehearse_card(args, pruner, sample_quality, num_held_out, origin, speed)
+    dense.to(home)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in dense.parameters())
+    folder.try_writing(size)
+    tried.append(f"a card and a file of {format_size(size)}")
+    return [*lines, f"{'tried':10} {', '.join(tried)}, in {time.perf_counter() - start:.1f} s"]
+
+
+def rehearse_card(
+    args: Arguments,
+    pruner: GradientFlowPruner,
+    sample_quality: SampleQuality,
+    num_held_out: int,
+    origin: dict,
+    speed: Sequence[dict],
+) -> None:
+    """Render the card of a run from figures that are made up, and look at it as a push would.
+
+    `speed` has rows of the dense model, which stand for the pruned one, too.
+
+    Raises:
+        ValueError: The card would not be valid, or a push would refuse it.
+    """
+    dense, network = sample_quality.dense, sample_quality.network
+    losses = {"step_loss": 1.0}
+    if sample_quality.settings.null_label is not None:
+        losses["step_loss_null_label"] = 1.0
+    figures = model_figures(dense, losses)
+    evaluation = describe_evaluation(args, dense, sample_quality.settings, num_held_out)
+    if args.evaluation.eval_images:
+        figures |= {"ssim_to_dense": 1.0, "psnr_to_dense": 1.0}
+    if network is not None:
+        figures[network.metric] = 1.0
+        description = {"title": network.title, "features": network.description, "reference_images": 2}
+        evaluation["distances"] = {network.metric: description}
+    rows = [{**row, "model": name} for row in speed for name in ("dense", "pruned")]
+    results = {"format_version": 0, "dense": figures, "pruned": figures, "speed": rows, "evaluation": evaluation}
+    report = pruning_report(args, pruner, Curves(), 1.0, origin)
+    card = render_card(results, report, args.hub.hub_model_id or Path(args.run.output_dir).name)
+    if args.hub.push_to_hub:
+        with tempfile.TemporaryDirectory() as place:
+            Path(place, "README.md").write_text(card, "utf-8")
+            for name, content in (("results.json", results), ("pruning_report.json", report)):
+                write_json(Path(place, name), content)
+            check_nothing_private(place, ["README.md", "results.json", "pruning_report.json"], args.hub.hub_token)

@@ -1,0 +1,269 @@
+"""What a run says: the plan before it, `results.json` and `pruning_report.json` after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import GradientFlowPruner
+from ..data.splits import DataSummary
+from ..evaluation.sample_quality import SampleQuality
+from ..metrics.cost import count_macs, count_parameters, spatial_size, weight_file_bytes
+from ..metrics.quality import SamplingSettings
+from ..metrics.speed import measure_speed
+from ..metrics.step_loss import StepLoss
+from ..objectives.objective import extra_forwards
+from ..pruning.cost_model import COUNTED_TARGETS
+from ..reports.provenance import package_versions, portable
+from .arguments import Arguments
+from .estimate import StepEstimate, machine_memory, memory_plan
+from .state import Curves
+
+__all__ = [
+    "describe_evaluation",
+    "describe_plan",
+    "measure_step_losses",
+    "model_figures",
+    "pruning_report",
+    "results",
+]
+
+FORMAT_VERSION = 3
+CURVE_POINTS = 500
+
+
+def describe_plan(
+    pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, device: torch.device, data: DataSummary
+) -> str:
+    """What a run will do: widths, costs, data, steps, time, memory.
+
+    Args:
+        pruner: Made, but not stepped yet.
+        args: The command line.
+        estimate: Of a dense training step.
+        device: Where the run will train.
+        data: Of the training images.
+    """
+    cost, schedule, config = pruner.cost, pruner.schedule, pruner.config
+    total = config.total_steps
+    lines = [
+        f"plan: remove {config.ratio:.1%} of {config.target} by {config.criterion} "
+        f"({len(pruner.groups)} channel groups of {sum(group.num_units for group in pruner.groups)} units, "
+        f"ranking: {config.ranking})",
+        "  widths "
+        + ("that fill blocks" if config.channel_multiple == "auto" else "in multiples")
+        + f" of {pruner.channel_multiple} channels, as far as whole units allow",
+        "",
+        f"  {'channel group':44}{'dense':>7}{'units':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
+    ]
+    lines += [
+        f"  {group.name:44}{group.num_channels:>7}{group.num_units:>7}{int(width):>9}"
+        + (f"   ({group.heads} heads)" if group.heads > 1 else "")
+        for group, width in zip(pruner.groups, pruner.planned_widths)
+    ]
+    if not pruner.widths_are_planned:
+        lines.append(f"  (ranking={config.ranking} will choose other widths, by scores, at the same {config.target})")
+    for name in COUNTED_TARGETS:
+        before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
+        lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
+    if pruner.latency is not None:
+        setting, before, after = config.latency_setting(), *(cost.seconds(n) for n in (cost.dense, pruner.planned_widths))
+        models, last = len(pruner.latency["calibration"]), pruner.latency["calibration"][-1]["measured"]
+        lines.append(
+            f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}; a forward, "
+            f"{setting.describe()}, by the times of its layers and of {models} models, the last of which lost {last:.1%})"
+        )
+    lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
+    soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
+    updates = [step for step in schedule.update_steps() if step <= total]
+    timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
+    lines += [
+        f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
+        f"{args.pruning.calibration_batches} calibration batches",
+        f"  time       about {_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
+        f"({estimate.seconds:.3f} s for a dense forward and backward of {estimate.batch_size} images{timed})",
+    ]
+    memory = memory_plan(
+        estimate,
+        machine_memory(device),
+        criterion=config.criterion,
+        hvp=config.hvp if config.takes_hessian else None,
+        use_8bit_adam=args.training.use_8bit_adam,
+        use_ema=args.training.use_ema,
+        teacher=args.objective.needs_teacher,
+        gradient_checkpointing=args.precision.gradient_checkpointing,
+        gradient_accumulation_steps=args.training.gradient_accumulation_steps,
+        device=device,
+    )
+    return "\n".join([*lines, *(f"  {line}" for line in memory.lines)])
+
+
+def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, end: int, rankings: int) -> float:
+    """Time of a run without its evaluation, from that of a dense step.
+
+    As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, a scoring pass over
+    a batch two steps, or three with the Hessian, and a compacted step what its MACs say.
+    """
+    config, t = pruner.config, args.training
+    step = estimate.seconds * t.gradient_accumulation_steps
+    left = 1 - pruner.cost.removed("macs", pruner.planned_widths)
+    per_batch = {"gradient-flow": 2.0, "magnitude": 0.0, "random": 0.0}.get(config.criterion, 1.0) + config.takes_hessian
+    images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or t.train_batch_size)
+    scoring = per_batch * estimate.seconds * rankings * images / t.train_batch_size
+    extra = extra_forwards(args.objective)  # a dense forward is a third of a dense step
+    masked = 1.1 * step + extra.dense_forwards() * step / 3
+    small = left * step + extra.dense_forwards(left) * step / 3
+    return masked * end + scoring + small * (config.total_steps - end)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | None) -> dict[str, float]:
+    """Step losses of a model, as `results.json` names them.
+
+    Args:
+        step_loss: On held-out images, with their labels.
+        unet: The model.
+        null_label: Of the model, if it has one.
+    """
+    losses = {"step_loss": step_loss(unet)}
+    if null_label is not None:
+        losses["step_loss_null_label"] = step_loss.with_label(null_label)(unet)
+    return losses
+
+
+def model_figures(unet: nn.Module, step_losses: Mapping[str, float]) -> dict:
+    """What `results.json` says of a model without samples.
+
+    Args:
+        unet: The model.
+        step_losses: Of `measure_step_losses`.
+    """
+    return {
+        "parameters": count_parameters(unet),
+        "macs": count_macs(unet),
+        "weight_file_bytes": weight_file_bytes(unet),
+        **step_losses,
+    }
+
+
+def describe_evaluation(args: Arguments, unet: nn.Module, settings: SamplingSettings, num_held_out: int) -> dict:
+    """What the figures in `results.json` depend on."""
+    parameter = next(unet.parameters())
+    return {
+        **settings.identity(),
+        "num_images": args.evaluation.eval_images,
+        "ema": args.training.use_ema,
+        "step_loss_images": num_held_out,
+        "sample_size": list(spatial_size(unet)),
+        "device": parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "distances": {},
+        "versions": package_versions(),
+    }
+
+
+def results(
+    args: Arguments,
+    dense: nn.Module,
+    pruned: nn.Module,
+    sample_quality: SampleQuality,
+    num_held_out: int,
+    step_losses: tuple[Mapping[str, float], Mapping[str, float]],
+) -> tuple[dict, Tensor | None, Tensor | None]:
+    """Measure the dense and the pruned model side by side.
+
+    Args:
+        args: The command line.
+        dense: The dense model.
+        pruned: The pruned one.
+        sample_quality: Measures samples.
+        num_held_out: Images of the step losses.
+        step_losses: Of `measure_step_losses`, of either model.
+
+    Returns:
+        The content of `results.json`, and the samples of either model in [0, 1], if any were asked for.
+    """
+    measured: dict = {"format_version": FORMAT_VERSION}
+    for name, unet, losses in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
+        measured[name] = model_figures(unet, losses)
+    settings, models = args.evaluation.speed_settings(), {"dense": dense, "pruned": pruned}
+    measured["speed"] = measure_speed(models, settings, progress="speed") if settings else []
+    measured["evaluation"] = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
+    if args.evaluation.eval_images == 0:
+        return measured, None, None
+    quality = sample_quality.quality
+    samples = sample_quality.sample(pruned, progress="sampling (pruned)")
+    measured["dense"] |= quality.measure_dense()
+    measured["pruned"] |= quality.measure(samples)
+    measured["evaluation"]["distances"] = quality.describe()
+    return measured, quality.dense_samples, samples
+
+
+def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:
+    """s_t (as a share of the dense cost) and p_t over the steps of pruning, thinned out where there are very many."""
+    schedule = pruner.schedule
+    steps = list(range(0, schedule.end_steps, max(1, schedule.end_steps // CURVE_POINTS)))
+    return {
+        "schedule_steps": steps,
+        "sparsity": [schedule.sparsity(step) * pruner.config.ratio for step in steps],
+        "mask_value": [schedule.mask_value(step) for step in steps],
+    }
+
+
+def pruning_report(
+    args: Arguments,
+    pruner: GradientFlowPruner,
+    curves: Curves,
+    dense_step_loss: float,
+    origin: dict,
+    diagnostics: dict | None = None,
+    broken: Sequence[str] = (),
+) -> dict:
+    """The content of `pruning_report.json`: what was removed, when, and how training went.
+
+    Args:
+        args: The command line.
+        pruner: After the last step.
+        curves: Recorded along the run.
+        dense_step_loss: Of the base model.
+        origin: `base_model`, `dataset` and `command` (see `provenance`).
+        diagnostics: What was found about known failures of the method.
+        broken: Images that could not be read.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        **origin,
+        "config": pruner.config.to_dict(),
+        "arguments": {name: portable(value) for name, value in args.to_dict().items()},
+        "phases": {
+            "soft_end_step": pruner.schedule.soft_steps,
+            "hard_end_step": pruner.schedule.end_steps,
+            "total_steps": pruner.config.total_steps,
+            "update_interval": pruner.schedule.update_interval,
+        },
+        "channel_groups": [
+            {
+                "name": group.name,
+                "dense_channels": group.num_channels,
+                "kept_channels": int(width),
+                "dense_units": group.num_units,
+                "kept_units": int(pruner.kept[group.name].sum()),
+                "heads": group.heads,
+            }
+            for group, width in zip(pruner.groups, pruner.kept_channels())
+        ],
+        "latency_calibration": None if pruner.latency is None else pruner.latency["calibration"],
+        "mask_updates": [update.to_dict() for update in pruner.history],
+        "dense_step_loss": dense_step_loss,
+        "curves": {**_schedule_curves(pruner), **dataclasses.asdict(curves)},
+        "diagnostics": diagnostics or {},
+        "unreadable_images": [portable(name) for name in broken],
+        "versions": package_versions(),
+    }

@@ -1,0 +1,224 @@
+"""A run before it starts: Accelerate, what stays the same while it trains, and what a checkpoint must share with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from .. import GradientFlowPruner
+from ..data.batches import BrokenImages, calibration_batches, train_dataloader
+from ..evaluation.sample_quality import SampleQuality
+from ..metrics.cache import default_cache_dir, tensors_fingerprint
+from ..metrics.step_loss import StepLoss
+from ..objectives.objective import Objective
+from ..run_folder import RunFolder
+from ..trained_pipelines import TrainedPipeline
+from .arguments import Arguments
+from .checkpointing import Checkpoint, Checkpoints
+from .estimate import StepEstimate, estimate_step
+
+__all__ = [
+    "Run",
+    "estimate_run",
+    "make_accelerator",
+    "make_batches",
+    "make_calibration",
+    "make_pruner",
+    "run_identity",
+    "run_settings",
+]
+
+# Every process holds whole weights in these.
+REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
+
+
+@dataclass
+class Run:
+    """What stays the same while a run trains.
+
+    Attributes:
+        args: The command line.
+        accelerator: Of this process.
+        folder: Files of the run.
+        checkpoints: In the folder.
+        identity: What a checkpoint must share to be gone on from.
+        pipeline: Where the run starts from; its UNet is the one that is pruned.
+        dense: The dense model, frozen.
+        images: Training images.
+        num_held_out: Held-out images.
+        step_loss: Loss on these.
+        dense_step_losses: Of the dense model (see `measure_step_losses`); empty on other processes than the main one.
+        sample_quality: Measures samples.
+        objective: Training loss.
+        origin: Base model, data set and command, for the report.
+        repo_id: Repository to push to, if any.
+    """
+
+    args: Arguments
+    accelerator: Accelerator
+    folder: RunFolder
+    checkpoints: Checkpoints
+    identity: dict
+    pipeline: TrainedPipeline
+    dense: nn.Module
+    images: object
+    num_held_out: int
+    step_loss: StepLoss
+    dense_step_losses: dict[str, float]
+    sample_quality: SampleQuality
+    objective: Objective
+    origin: dict
+    repo_id: str | None
+
+
+def check_distributed_type(distributed_type: DistributedType) -> None:
+    """Refuse sharded training.
+
+    Raises:
+        ValueError: Processes share out single weights, which masks and compaction need whole.
+    """
+    if distributed_type.name not in REPLICATED:
+        raise ValueError(
+            f"distributed_type={distributed_type.value} is not supported: double backward, masks and compaction need whole "
+            f"weights on every process, where a DDPM fits easily; use data parallelism (accelerate launch --multi_gpu)"
+        )
+
+
+def make_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
+    """Accelerate, set up for this run.
+
+    Raises:
+        ValueError: The launcher asks for sharded training.
+    """
+    if args.precision.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        # Accelerate would take several processes without a GPU for as many runs of their own.
+        cpu=processes > 1 and not torch.accelerator.is_available(),
+        gradient_accumulation_steps=args.training.gradient_accumulation_steps,
+        mixed_precision=args.precision.mixed_precision,
+        log_with=None if args.tracking.report_to == "none" else args.tracking.report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder.training), logging_dir=str(folder.training / "logs")),
+        dynamo_plugin=TorchDynamoPlugin(
+            backend="no" if args.precision.torch_compile == "no" else "inductor",
+            mode=None if args.precision.torch_compile == "no" else args.precision.torch_compile,
+            dynamic=False,  # all batches of a run have one size
+        ),
+        # Other ranks wait while one measures or samples.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+    )
+    check_distributed_type(accelerator.distributed_type)
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError("mixed_precision=fp16 needs a GPU, whose losses can be scaled to its range: use bf16 on this machine")
+    if accelerator.num_processes != processes:
+        raise ValueError(f"WORLD_SIZE={processes} processes were launched, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def make_pruner(
+    args: Arguments, accelerator: Accelerator, unet: UNet2DModel, noise_scheduler, checkpoint: Checkpoint | None
+) -> GradientFlowPruner:
+    """The pruner of a run, with masks attached.
+
+    For a budget in time, models are measured on the device that the run trains on, unless a checkpoint knows their times.
+    Times of layers are kept with what the Hub's libraries keep, or in `evaluation_cache_dir`.
+
+    Raises:
+        ValueError: The model cannot be pruned, or the budget cannot be met.
+    """
+    config = args.pruning.config(args.training.max_train_steps)
+    if config.target == "latency":
+        unet.to(accelerator.device)
+    known = None if checkpoint is None else checkpoint.values["pruner"].get("latency")
+    folder = args.evaluation.evaluation_cache_dir
+    cache_dir = default_cache_dir() if folder is None else Path(folder)
+    return GradientFlowPruner(unet, config, noise_scheduler, latency=known, latency_cache_dir=cache_dir)
+
+
+def run_identity(args: Arguments, dense: nn.Module) -> dict:
+    """What two runs must share for one to go on from a checkpoint of the other, by name."""
+    architecture = {f"unet.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
+    options = (
+        "target",
+        "ratio",
+        "channel_multiple",
+        "target_device",
+        "min_keep_ratio",
+        "attention_unit",
+        "soft_fraction",
+        "hard_fraction",
+    )
+    times = ("latency_batch_size", "latency_dtype", "latency_backend")
+    schedule = ("update_interval", "sparsity_schedule", "mask_schedule", "interpolate_masks")
+    return {
+        **architecture,
+        "weights of the dense model": tensors_fingerprint(dict(dense.named_parameters())),
+        **{name: getattr(args.pruning, name) for name in (*options, *times, *schedule)},
+        "max_train_steps": args.training.max_train_steps,
+        "use_ema": args.training.use_ema,
+        "use_8bit_adam": args.training.use_8bit_adam,
+        "seed": args.run.seed,
+    }
+
+
+def run_settings(args: Arguments, accelerator: Accelerator) -> dict:
+    """What may change when a run goes on, and is then said aloud: all that bears on the result and is not its identity."""
+    groups = (args.data, args.pruning, args.training, args.objective, args.precision)
+    settings = {name: value for group in groups for name, value in vars(group).items()}
+    settings["mixed_precision"] = accelerator.mixed_precision
+    settings["num_processes"] = accelerator.num_processes
+    return json.loads(json.dumps(settings))  # as a checkpoint gives it back
+
+
+def make_batches(args: Arguments, accelerator: Accelerator, images, noise_scheduler, first_batch: int):
+    """Training batches of this process, endless."""
+    return train_dataloader(
+        images,
+        args.training.train_batch_size,
+        seed=args.run.seed,
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        first_batch=first_batch,
+        num_workers=args.data.dataloader_num_workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+
+def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[tuple[Tensor, ...]]:
+    """This process's rows of the calibration batches for a ranking at `step`."""
+    args, accelerator = run.args, run.accelerator
+    return calibration_batches(
+        run.images,
+        args.pruning.calibration_batches,
+        args.pruning.calibration_batch_size or args.training.train_batch_size,
+        num_train_timesteps=run.pipeline.process.config.num_train_timesteps,
+        seed=args.run.seed,
+        step=step,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        broken=broken,
+    )
+
+
+def estimate_run(args: Arguments, accelerator: Accelerator, dense: nn.Module, noise_scheduler) -> StepEstimate:
+    """Time and memory of a dense step of this run."""
+    return estimate_step(
+        dense,
+        noise_scheduler,
+        args.training.train_batch_size,
+        device=accelerator.device,
+        mixed_precision=accelerator.mixed_precision,
+        gradient_checkpointing=args.precision.gradient_checkpointing,
+        scoring_batch_size=args.pruning.calibration_batch_size,
+    )

@@ -1,0 +1,212 @@
+"""What keeps a run from being lost: losses that are watched, checkpoints that are saved, signals that are obeyed in time."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.batches import BrokenImages
+from ..interruption import Interruption, StoppedBySignal, asked_to_stop
+from .arguments import Arguments
+from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
+from .diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
+from .run import Run, run_settings
+from .state import TrainingState
+from .tracking import PHASE_NAMES, Tracking
+
+__all__ = [
+    "check_divergence",
+    "explained_worker_death",
+    "find_checkpoint",
+    "look_for_failures",
+    "mean_recent_loss",
+    "report_broken_images",
+    "save_checkpoint",
+    "stop_if_asked",
+    "warn",
+]
+
+# A prediction of zero has this mean squared error, since its target has variance 1: a model that does worse for so many steps
+# on end has come apart.
+TRIVIAL_LOSS, DIVERGED_STEPS = 1.0, 100
+
+
+def warn(accelerator: Accelerator, text: str) -> None:
+    """A line on standard error, above any progress bar, once for all processes."""
+    if accelerator.is_main_process:
+        tqdm.write(text, file=sys.stderr)
+
+
+def find_checkpoint(
+    args: Arguments, accelerator: Accelerator, checkpoints: Checkpoints, identity: Mapping
+) -> Checkpoint | None:
+    """The checkpoint that the command line asks for, if there is one; says what has changed since.
+
+    Raises:
+        ValueError: It is damaged or of another run, or processes see different ones.
+    """
+    checkpoint = checkpoints.find(args.checkpoints.resume_from_checkpoint, warn=lambda text: warn(accelerator, text))
+    step = -1 if checkpoint is None else checkpoint.step
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"resume_from_checkpoint={args.checkpoints.resume_from_checkpoint}: processes found checkpoints of steps {steps} "
+            f"(-1: none); {checkpoints.folder} must be on a file system that all of them share"
+        )
+    if checkpoint is None:
+        accelerator.print(f"no checkpoint in {checkpoints.folder}: starting from the beginning")
+        return None
+    checkpoints.check_identity(checkpoint, identity)
+    for line in changed_settings(checkpoint.settings, run_settings(args, accelerator)):
+        warn(accelerator, f"warning: going on with another setting: {line}")
+    return checkpoint
+
+
+def mean_recent_loss(run: Run, state: TrainingState) -> float:
+    """Mean of the losses since the last point of the curve, over all processes, which `state.recent` then holds one by one.
+
+    Raises:
+        ValueError: One of them is not finite.
+    """
+    device = run.accelerator.device
+    losses = torch.stack([torch.as_tensor(loss, device=device, dtype=torch.float32) for loss in state.recent])
+    losses = run.accelerator.reduce(losses, reduction="mean")
+    state.recent = losses.tolist()  # from here on the same on every process, as a checkpoint gives them back
+    finite = torch.isfinite(losses)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        args, step = run.args, state.step - len(losses) + first
+        phase = PHASE_NAMES[state.pruner.schedule.phase(step)]
+        raise ValueError(
+            f"the loss is {losses[first].item()} at step {step} ({phase}): lower "
+            f"learning_rate={args.training.learning_rate:g}, or look for broken weights in "
+            f"{args.model.pretrained_model_name_or_path}{last_checkpoint(run, step)}"
+        )
+    return losses.mean().item()
+
+
+def check_divergence(run: Run, state: TrainingState) -> None:
+    """Stop a run whose loss has stayed over that of a prediction of zero.
+
+    Raises:
+        ValueError: It has.
+    """
+    start = state.step - DIVERGED_STEPS
+    points = [(s, loss) for s, loss in zip(state.curves.train_steps, state.curves.train_loss) if s > start]
+    if start >= 0 and all(loss > TRIVIAL_LOSS for _, loss in points):
+        raise ValueError(
+            f"the training loss was over {TRIVIAL_LOSS:g}, which is what predicting nothing gets, from step {start} to step "
+            f"{state.step}: lower learning_rate={run.args.training.learning_rate:g}{last_checkpoint(run, start)}"
+        )
+
+
+def last_checkpoint(run: Run, step: int) -> str:
+    """Words about the newest checkpoint from before a step, whose own holds the weights that went wrong in it."""
+    good = [path for path in run.checkpoints.paths() if int(path.name.partition("-")[2]) < step]
+    return f"; the last good checkpoint is {good[0]} (--resume_from_checkpoint {good[0].name})" if good else ""
+
+
+def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence[Tensor]]) -> None:
+    """After a ranking: measure what can be measured only once, at the first, and say what has gone wrong since the last.
+
+    Args:
+        run: The run.
+        state: Right after a ranking.
+        batches: Calibration batches of that ranking.
+    """
+    pruner, found = state.pruner, state.diagnostics
+    if len(pruner.history) == 1 and pruner.config.criterion not in ("magnitude", "random"):
+        found["comparison"] = compare_with_magnitude(pruner, batches)
+        if run.args.pruning.check_scores:
+            arguments = (state.unet, pruner.groups, batches, pruner.noise_scheduler, pruner.config)
+            found["hessian_check"] = check_hessian_gradient_product(*arguments)
+            agreement = found["hessian_check"]["rank_correlation"]
+            run.accelerator.print(
+                f"Hessian-gradient products: rank correlation with finite differences {agreement:.4f} or more"
+            )
+    validation = zip(state.curves.validation_steps, state.curves.validation_loss)
+    known = {warning["kind"] for warning in found["warnings"]}
+    for diagnosis in diagnose(pruner.history, validation, pruner.config, found["comparison"], found["hessian_check"]):
+        if diagnosis.kind not in known:
+            found["warnings"].append({"step": state.step, **diagnosis.to_dict()})
+            warn(run.accelerator, f"warning: {diagnosis}")
+
+
+@contextmanager
+def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
+    """Turn the error that the next batch raises once a loading process has died into one line.
+
+    Raises:
+        ValueError: A loading process was killed, say for its memory.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        said, where = " ".join(str(error).split()), last_checkpoint(run, state.step + 1)
+        raise ValueError(f"loading images failed, a loading process died: {said}{where}") from error
+
+
+def save_checkpoint(run: Run, state: TrainingState) -> bool:
+    """Save everything. What cannot be saved is no reason to stop; what is broken is, and is not saved.
+
+    Returns:
+        Whether a checkpoint of this step is there, as far as this process knows: the main one writes it.
+
+    Raises:
+        ValueError: A loss or a weight is not finite.
+    """
+    if state.recent:
+        mean_recent_loss(run, state)
+    if not run.accelerator.is_main_process or state.saved_step == state.step:
+        return True
+    if not all(torch.isfinite(parameter).all() for parameter in state.unet.parameters()):
+        raise ValueError(
+            f"weights are not finite after step {state.step}: lower learning_rate={run.args.training.learning_rate:g}"
+            f"{last_checkpoint(run, state.step)}"
+        )
+    settings = run_settings(run.args, run.accelerator)
+    try:
+        run.checkpoints.save(state.step, run.identity, settings, state.tensors(), state.values())
+    except CheckpointError as error:
+        warn(run.accelerator, f"warning: {error}; training goes on{last_checkpoint(run, state.step)}")
+        return False
+    state.saved_step = state.step
+    return True
+
+
+def stop_if_asked(run: Run, state: TrainingState, interruption: Interruption, tracking: Tracking) -> None:
+    """Save and leave, if any process was sent SIGTERM or SIGINT.
+
+    Raises:
+        StoppedBySignal: One was.
+    """
+    accelerator = run.accelerator
+    asked = asked_to_stop(accelerator, interruption)
+    if asked is None:
+        return
+    tracking.close()
+    saved = save_checkpoint(run, state)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    done = "saved" if saved else "which could not be saved"
+    warn(
+        accelerator,
+        f"stopped by {signal.Signals(asked).name} after step {state.step}, {done}; --resume_from_checkpoint latest",
+    )
+    raise StoppedBySignal(asked)
+
+
+def report_broken_images(run: Run, broken: BrokenImages) -> None:
+    """Say how many images could not be read."""
+    found = broken.to_list()
+    if found:
+        warn(run.accelerator, f"warning: {len(found)} images could not be read and were left out, first {found[0]}")

@@ -1,0 +1,269 @@
+"""What changes while a run trains: model, optimizer, average, masks, position, curves. Compacted, saved and restored whole.
+
+Everything random in a run is a function of seed, step and rank (see `batches` and `seed_everything`), so the step itself
+stands for the state of every generator on every rank, and for the position in the data. Tensors are saved under the names
+that parameters have in the dense model, never by position: masking and compaction change order and sizes, but no names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from .. import GFPrunedUNet2DModel, GradientFlowPruner
+from ..objectives.objective import NoisePrediction
+from ..pruning.masking import MASKS_MODULE, dense_name, dense_parameters
+from .arguments import Arguments
+from .checkpointing import Checkpoint
+from .named_state import check_tensors, load_optimizer_state, optimizer_numbers, optimizer_tensors
+
+__all__ = ["Curves", "TrainingState", "seed_everything"]
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Seed all generators of this process for a step: what dropout draws does not depend on where the run was resumed."""
+    set_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+@dataclass
+class Curves:
+    """What is recorded along the run."""
+
+    train_steps: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    quality_steps: list[int] = field(default_factory=list)
+    quality_seconds: list[float] = field(default_factory=list)  # of training and scoring until then, evaluation left out
+    quality: dict[str, list[float | None]] = field(default_factory=dict)
+    compaction: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("soft", "hard", "finetune", "scoring"), 0.0))
+
+
+def _make_optimizer(args: Arguments, unet: nn.Module) -> torch.optim.Optimizer:
+    t = args.training
+    kind = torch.optim.AdamW
+    if t.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as kind
+    return kind(
+        unet.parameters(),
+        lr=t.learning_rate,
+        betas=(t.adam_beta1, t.adam_beta2),
+        weight_decay=t.adam_weight_decay,
+        eps=t.adam_epsilon,
+    )
+
+
+def _buffers(unet: nn.Module) -> dict[str, Tensor]:
+    """Saved buffers by dense name, masks left out."""
+    parameters = dense_parameters(unet)
+    named = {dense_name(name): value for name, value in unet.state_dict().items() if not name.startswith(MASKS_MODULE)}
+    return {name: value for name, value in named.items() if name not in parameters}
+
+
+class TrainingState:
+    """A run between two steps.
+
+    Args:
+        args: The command line.
+        accelerator: Wraps model and optimizer.
+        unet: The masked model, which the pruner holds.
+        pruner: With masks attached.
+        checkpoint: Where to go on from, if not from the start.
+
+    Attributes:
+        step: Training steps done.
+        saved_step: Step of the last checkpoint.
+        unet: The model itself, masked and then compacted: what is scored, measured, averaged and saved.
+        model: The same wrapped for training (autocast, several processes, compilation).
+        optimizer: As Accelerate wraps it.
+        lr_scheduler: Of the optimizer.
+        ema: The averaged weights, if asked for.
+        pruner: Masks and their history.
+        curves: What was recorded.
+        diagnostics: What was found about known failures of the method: `comparison`, `hessian_check`, `warnings`.
+        recent: Losses since the last point of the loss curve.
+        broken: Identifiers of images that could not be read.
+    """
+
+    def __init__(
+        self,
+        args: Arguments,
+        accelerator: Accelerator,
+        unet: nn.Module,
+        pruner: GradientFlowPruner,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.args, self.accelerator, self.pruner = args, accelerator, pruner
+        self.step = 0
+        self.saved_step: int | None = None
+        self.curves = Curves()
+        self.diagnostics: dict = {"comparison": None, "hessian_check": None, "warnings": []}
+        self.recent: list[Tensor | float] = []
+        self.broken: list[str] = []
+        if checkpoint is not None:
+            pruner.load_state_dict({"tensors": checkpoint.tensors["pruner"], "values": checkpoint.values["pruner"]})
+            if checkpoint.values["compacted_config"] is not None:
+                unet = GFPrunedUNet2DModel.from_config(checkpoint.values["compacted_config"])
+        self._adopt(unet)
+        t = args.training
+        base = _make_optimizer(args, unet)
+        self.lr_scheduler = get_scheduler(
+            t.lr_scheduler, base, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
+        )
+        self.ema = None
+        if t.use_ema:
+            self.ema = EMAModel(unet.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75)
+            self.ema.to(accelerator.device)
+        if checkpoint is not None:
+            try:
+                self._restore(checkpoint, base)
+            except (KeyError, TypeError, RuntimeError) as error:  # whole, but not made by a run like this
+                raise ValueError(f"{checkpoint.path} does not fit this run: {error!r}") from error
+        self._wrap(base)
+
+    @property
+    def compacted(self) -> bool:
+        """Whether the model has its final size."""
+        return isinstance(self.unet, GFPrunedUNet2DModel)
+
+    @property
+    def phase(self) -> str:
+        """`"soft"`, `"hard"` or `"finetune"`: what the next step belongs to."""
+        return "finetune" if self.pruner.finished else self.pruner.schedule.phase(self.step)
+
+    def _adopt(self, unet: nn.Module) -> None:
+        """Make `unet` the model: on the device, in the memory format asked for, training."""
+        self.unet = unet.to(self.accelerator.device).train().requires_grad_(True)
+        if self.args.training.dropout is not None:
+            for module in self.unet.modules():
+                if isinstance(module, ResnetBlock2D):
+                    module.dropout.p = self.args.training.dropout
+        if self.args.precision.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if self.args.precision.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def _wrap(self, base: torch.optim.Optimizer) -> None:
+        """Let Accelerate wrap model and optimizer.
+
+        The UNet itself is not handed over: `prepare` replaces the forward of what it is given by one under autocast, for
+        scores and measurements too.
+        """
+        self.accelerator.free_memory()  # forgets the wrappers from before compaction
+        features = self.args.objective.needs_features
+        self.model = self.accelerator.prepare_model(NoisePrediction(self.unet, features=features))
+        # Placing the state again would move AdamW's step counters to the GPU, where reading them waits for it.
+        self.optimizer = self.accelerator.prepare_optimizer(base, device_placement=False)
+
+    def compact(self) -> None:
+        """Go on with the small model: optimizer state and average by name, wrappers anew."""
+        small = self.pruner.compact(optimizer=self.optimizer.optimizer, ema=self.ema)
+        self.pruner.unet.to("cpu")  # nothing asks for its weights any more; its masks stay of use
+        self.pruner.unet.channel_masks.to(self.accelerator.device)
+        self._adopt(small)
+        self._lay_out(self.optimizer.optimizer)
+        self._wrap(self.optimizer.optimizer)
+
+    def _lay_out(self, base: torch.optim.Optimizer) -> None:
+        """Give optimizer state and average the device and memory format of their parameters.
+
+        Kernels walk memory in its order, and the last bit of a sum may depend on it: a resumed run must not differ there.
+        """
+
+        def like(parameter: Tensor, value: Tensor) -> Tensor:
+            return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+        for parameter, state in base.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim > 0:
+                    fits = value.shape == parameter.shape
+                    state[key] = like(parameter, value) if fits else value.to(parameter.device)
+        if self.ema is not None:
+            shadows = zip(self.unet.parameters(), self.ema.shadow_params)
+            self.ema.shadow_params = [like(parameter, shadow) for parameter, shadow in shadows]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Inside, the model has the averaged weights, if there is an average."""
+        if self.ema is None:
+            yield self.unet
+            return
+        self.ema.store(self.unet.parameters())
+        self.ema.copy_to(self.unet.parameters())
+        try:
+            yield self.unet
+        finally:
+            self.ema.restore(self.unet.parameters())
+
+    # --- saved and restored ---
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of a checkpoint, by part and name."""
+        parameters = dense_parameters(self.unet)
+        parts = {
+            "model": {**parameters, **_buffers(self.unet)},
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, parameters),
+            "pruner": self.pruner.state_dict()["tensors"],
+        }
+        if self.ema is not None:
+            parts["ema"] = dict(zip(parameters, self.ema.shadow_params))
+        return parts
+
+    def values(self) -> dict:
+        """The rest of a checkpoint, JSON."""
+        scaler = self.accelerator.scaler
+        return {
+            "compacted_config": self._configuration() if self.compacted else None,
+            "optimizer": optimizer_numbers(self.optimizer.optimizer, dense_parameters(self.unet)),
+            "lr_scheduler_steps": self.lr_scheduler.last_epoch,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "ema_steps": None if self.ema is None else self.ema.optimization_step,
+            "pruner": self.pruner.state_dict()["values"],
+            "curves": asdict(self.curves),
+            "diagnostics": self.diagnostics,
+            "recent": [float(loss) for loss in self.recent],
+            "broken": list(self.broken),
+        }
+
+    def _configuration(self) -> dict:
+        """What builds the compacted model again."""
+        return {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
+
+    def _restore(self, checkpoint: Checkpoint, base: torch.optim.Optimizer) -> None:
+        """Take over what a checkpoint holds. Values are copied into tensors that the run made itself, aligned as it likes.
+
+        Raises:
+            ValueError: It holds other weights, or lacks something.
+        """
+        values, tensors = checkpoint.values, checkpoint.tensors
+        targets = {**dense_parameters(self.unet), **_buffers(self.unet)}
+        check_tensors(checkpoint.path, "weights", tensors["model"], targets)
+        parameters = dense_parameters(self.unet)
+        if self.ema is not None:
+            check_tensors(checkpoint.path, "averaged weights", tensors["ema"], parameters)
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(tensors["model"][name])
+        load_optimizer_state(base, parameters, tensors["optimizer"], values["optimizer"])
+        self.lr_scheduler.last_epoch = values["lr_scheduler_steps"] - 1
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.optimization_step = values["ema_steps"]
+            self.ema.shadow_params = [tensors["ema"][name] for name in parameters]
+        if self.accelerator.scaler is not None and values["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+        self.curves, self.diagnostics = Curves(**values["curves"]), values["diagnostics"]
+        self.recent, self.broken = list(values["recent"]), list(values["broken"])
+        self.step = self.saved_step = checkpoint.step
+        self._lay_out(base)

@@ -1,0 +1,66 @@
+"""What tests of the training images share: numbered images, which can be told apart after decoding, in files of all kinds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_gfprune.data.images import DataArguments, load_images
+
+
+def unet_config(size: int = 8, channels: int = 1, classes: int | None = None) -> SimpleNamespace:
+    """What the images need to know of a model."""
+    return SimpleNamespace(sample_size=size, in_channels=channels, class_embed_type=None, num_class_embeds=classes)
+
+
+def encode(pixels: np.ndarray | Image.Image, form: str = "png") -> bytes:
+    """An image file."""
+    buffer = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def numbered(number: int) -> bytes:
+    """A greyscale image of 8x8 pixels, all of which are `number`, as a file."""
+    return encode(np.full((8, 8), number, dtype=np.uint8))
+
+
+def numbers_of(pixel_values: torch.Tensor) -> list[int]:
+    """Numbers of a batch of numbered images."""
+    return ((pixel_values[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def write_parquet(folder: Path, shards: Sequence[Sequence[bytes | None]], split: str = "train", classes: int = 4) -> Path:
+    """A data set of parquet files, with labels that count up to `classes` again and again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=classes))
+    for shard, images in enumerate(shards):
+        columns = {
+            "image": [None if image is None else {"bytes": image, "path": None} for image in images],
+            "label": [number % classes for number in range(len(images))],
+        }
+        path = folder / f"{split}-{shard:05d}-of-{len(shards):05d}.parquet"
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    return folder
+
+
+def write_folder(folder: Path, images: Sequence[bytes]) -> Path:
+    """A folder of image files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        (folder / f"{number:03d}.png").write_bytes(image)
+    return folder
+
+
+def load(folder: Path, config: SimpleNamespace | None = None, **arguments):
+    """`load_images`, of parquet files or image files."""
+    files = "train_data_dir" if any(path.suffix == ".png" for path in folder.rglob("*")) else "dataset_name"
+    arguments = {"validation_images": 2, "cache_dir": str(folder.parent / "cache"), files: str(folder), **arguments}
+    return load_images(DataArguments(**arguments), config or unet_config())

@@ -1,0 +1,123 @@
+"""Budgets in time from end to end, with times that are made up: the pruner measures, plans, and goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.latency import budget as latency_budget
+from diffusers_gfprune.latency.budget import measured_latency_model
+from diffusers_gfprune.latency.calibration import TimePair
+from diffusers_gfprune.latency.layer_workloads import Convolution, LinearLayer
+from diffusers_gfprune.metrics.cost import count_macs
+from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
+from helpers.architectures import build
+
+CONFIG = GFPruneConfig.from_preset(
+    "one-shot", target="latency", ratio=0.4, total_steps=1, criterion="magnitude", channel_multiple=1
+)
+
+
+class Machine:
+    """On which the share c of a model's time is constant, the other goes with its MACs, and models save less than they should.
+
+    Args:
+        unet: The dense model.
+        constant: Share of the dense time that no width changes.
+    """
+
+    def __init__(self, unet, constant: float = 0.2) -> None:
+        self.macs, self.constant, self.measured = count_macs(unet), constant, 0
+
+    def share(self, small) -> float:
+        """Share of the dense time that a model saves."""
+        return ((1 - self.constant) * (1 - count_macs(small) / self.macs)) ** 1.2
+
+    def measure(self, meter, small) -> TimePair:
+        """In place of `LatencyMeter.measure`."""
+        self.measured += 1
+        return TimePair(self.share(small), 0.001, 0.02, 0.02 * (1 - self.share(small)), 9)
+
+    def layer_shares(self, unet, grids, calls, setting, *arguments, **options) -> list[np.ndarray]:
+        """In place of that: layers take 1 - `constant`, in proportion to their MACs."""
+
+        def area(workload) -> float:
+            if isinstance(workload, Convolution):
+                return math.prod(workload.side) * math.prod(workload.kernel) / math.prod(workload.stride)
+            return max(workload.tokens, 1) if isinstance(workload, LinearLayer) else 0.0
+
+        tables = [area(grid.workload) * np.outer(grid.wide_in, grid.wide_out) for grid in grids]
+        summed = sum(
+            tables[index][grids[index].wide_in.index(wide_in), grids[index].wide_out.index(wide_out)]
+            for index, wide_in, wide_out in calls
+        )
+        return [(1 - self.constant) / summed * table for table in tables]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine(build("three-levels"))
+    monkeypatch.setattr(latency_budget, "layer_shares", machine.layer_shares)
+    monkeypatch.setattr(latency_budget.LatencyMeter, "measure", lambda meter, small: machine.measure(meter, small))
+    return machine
+
+
+def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
+    """Though layers by themselves say something else; and the check says so in a line."""
+    dense = build("three-levels")
+    pruner = GradientFlowPruner(copy.deepcopy(dense), CONFIG)
+    assert 2 <= machine.measured <= 5
+    pruner.step(0, [])
+    small = pruner.compact()
+    assert machine.share(small) == pytest.approx(0.4, abs=0.03)
+    check = pruner.check_latency(dense, small)
+    assert check.pair.share == machine.share(small) and not check.missed
+    assert "asked for 40.0% less, predicted 40" in str(check)
+    assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_run_that_goes_on_measures_nothing_and_plans_the_same(machine: Machine) -> None:
+    """Times are never measured the same twice: the checkpoint's are taken over, before widths or masks are."""
+    unet = build("three-levels")
+    first = GradientFlowPruner(copy.deepcopy(unet), CONFIG)
+    first.step(0, [])
+    state = first.state_dict()
+    state["values"] = json.loads(json.dumps(state["values"]))
+    before = machine.measured
+    again = GradientFlowPruner(copy.deepcopy(unet), CONFIG, latency=state["values"]["latency"])
+    assert machine.measured == before
+    assert (again.planned_widths == first.planned_widths).all()
+    machine.constant = 0.4  # another day
+    other = GradientFlowPruner(copy.deepcopy(unet), CONFIG)
+    assert (other.planned_widths != first.planned_widths).any()
+    other.load_state_dict(state)
+    assert (other.planned_widths == first.planned_widths).all()
+    assert other.latency == first.latency == again.latency
+    by_macs = GradientFlowPruner(copy.deepcopy(unet), GFPruneConfig(criterion="magnitude"))
+    with pytest.raises(ValueError, match="must be one of target=macs"):
+        by_macs.load_state_dict(state)
+    with pytest.raises(ValueError, match="target=macs must be latency"):
+        by_macs.check_latency(unet, unet)
+
+
+def test_time_that_no_width_changes_is_an_error_before_any_training(machine: Machine) -> None:
+    """The narrowest model is measured, and what it saves is the most that can be asked for; the model is left alone."""
+    machine.constant = 0.7
+    unet = build("three-levels")
+    with pytest.raises(ValueError, match=r"ratio=0.4 of latency .*at most 0\.2\d+ can.*larger latency_batch_size"):
+        GradientFlowPruner(unet, CONFIG)
+    assert machine.measured == 1
+    assert not hasattr(unet, "channel_masks")
+
+
+def test_times_without_a_model_are_refused(machine: Machine) -> None:
+    """A checkpoint whose values were written over."""
+    unet = build("three-levels")
+    groups = trace_channel_groups(unet)
+    with pytest.raises(ValueError, match="must have an entry model"):
+        measured_latency_model(unet, groups, 0.4, CONFIG.latency_setting(), lambda cost: [], found={"calibration": []})

@@ -1,0 +1,85 @@
+"""evaluation/layer_times.py: tables from known times, and the cache of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_gfprune.latency import layer_times
+from diffusers_gfprune.latency.layer_times import Grid, layer_shares, measure_shares
+from diffusers_gfprune.latency.layer_workloads import Inputs, Norm
+from diffusers_gfprune.metrics.cache import JsonCache
+from diffusers_gfprune.metrics.speed import SpeedSetting
+from helpers.architectures import build
+
+INPUTS = Inputs(1, torch.device("cpu"), torch.float32)
+
+
+class Machine:
+    """A clock that calls move on, by their seconds times the load of the moment."""
+
+    def __init__(self, load: Iterator[float]) -> None:
+        self.now, self.load = 0.0, load
+
+    def call(self, seconds: float):
+        def run() -> None:
+            self.now += seconds
+
+        return run
+
+    def timer(self, call, device: torch.device) -> float:
+        before = self.now
+        call()
+        return (self.now - before) * next(self.load)
+
+
+class Product:
+    """A workload that takes `unit` seconds for each pair of channels."""
+
+    def __init__(self, machine: Machine, unit: float) -> None:
+        self.machine, self.unit = machine, unit
+
+    def forward(self, wide_in: int, wide_out: int, inputs: Inputs):
+        return self.machine.call(self.unit * wide_in * wide_out)
+
+
+@pytest.mark.parametrize("load", [itertools.repeat(1.0), itertools.cycle([1.0] * 11 + [3.0])])
+def test_shares_are_those_of_the_dense_forward(load) -> None:
+    """Two layers take 0.4 s of a forward of 1 s, one of them three times as long as the other; load comes and goes."""
+    machine = Machine(load)
+    grids = [Grid(Product(machine, 0.001), (5, 10), (5, 10)), Grid(Product(machine, 0.003), (10,), (5, 10))]
+    calls = [(0, 10, 10), (1, 10, 10)]
+    first, second = measure_shares(machine.call(1.0), grids, calls, INPUTS, machine.timer)
+    assert first == pytest.approx(np.array([[0.025, 0.05], [0.05, 0.1]]))
+    assert second == pytest.approx(np.array([[0.15, 0.3]]))
+
+
+def test_tables_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Again for another batch size, or where the file is damaged or has another shape."""
+    measured = []
+
+    def fake(dense, grids, calls, inputs, progress) -> list[np.ndarray]:
+        measured.append(inputs.batch)
+        return [np.array([[0.1, 0.3]])]
+
+    monkeypatch.setattr(layer_times, "measure_shares", fake)
+    unet, grids, calls = build("one-level"), [Grid(Norm((8, 8), 4, silu=True), (0,), (8, 16))], [(0, 0, 16)]
+
+    def get(batch_size: int = 1) -> None:
+        setting = SpeedSetting(batch_size, "float32")
+        (shares,) = layer_shares(unet, grids, calls, setting, cache=JsonCache(tmp_path))
+        assert shares.tolist() == [[0.1, 0.3]]
+
+    get(), get(), get(2)
+    assert measured == [1, 2]
+    for path in tmp_path.iterdir():
+        path.write_text(path.read_text().replace("[[[0.1, 0.3]]]", "[[[0.1]]]"))
+    get()
+    assert measured == [1, 2, 1] and "is made again" in capsys.readouterr().err
+    get()
+    assert measured == [1, 2, 1]

@@ -1,0 +1,109 @@
+"""evaluation/cache.py: made once, made again when it must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_gfprune.metrics.cache import JsonCache, TensorCache, tensors_fingerprint
+
+KEY = {"model": "a", "images": 3}
+
+
+class Counting:
+    """Makes a tensor, and counts how often."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return {"x": torch.arange(6.0).view(2, 3).T}
+
+
+def test_an_entry_is_made_once(tmp_path: Path) -> None:
+    make, cache = Counting(), TensorCache(tmp_path / "new")
+    for _ in range(2):
+        assert torch.equal(cache.get("features", KEY, make)["x"], torch.arange(6.0).view(2, 3).T)
+    assert make.calls == 1
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [cache.path("features", KEY).name]
+
+
+def test_another_description_is_another_entry(tmp_path: Path) -> None:
+    make, cache = Counting(), TensorCache(tmp_path)
+    cache.get("features", KEY, make)
+    cache.get("features", {**KEY, "images": 4}, make)
+    cache.get("samples", KEY, make)
+    assert make.calls == 3
+    cache.get("features", dict(reversed(KEY.items())), make)  # the order of names does not matter
+    assert make.calls == 3
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    make = Counting()
+    for _ in range(2):
+        TensorCache(None).get("features", KEY, make)
+    assert make.calls == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors at all", None])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: bytes | None, capsys: pytest.CaptureFixture) -> None:
+    make, cache = Counting(), TensorCache(tmp_path)
+    cache.get("features", KEY, make)
+    path = cache.path("features", KEY)
+    path.write_bytes(path.read_bytes()[:-4] if damage is None else damage)
+    assert torch.equal(cache.get("features", KEY, make)["x"], make()["x"])
+    assert "is made again" in capsys.readouterr().err
+    before = make.calls
+    cache.get("features", KEY, make)
+    assert make.calls == before
+
+
+def test_an_entry_under_the_wrong_name_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make, cache = Counting(), TensorCache(tmp_path)
+    cache.get("features", KEY, make)
+    other = {**KEY, "images": 4}
+    cache.path("features", KEY).rename(cache.path("features", other))
+    cache.get("features", other, make)
+    assert make.calls == 2
+    assert "describes something else" in capsys.readouterr().err
+
+
+def test_no_room_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    make = Counting()
+    assert "x" in TensorCache(tmp_path / "file" / "cache").get("features", KEY, make)
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    weights = {"conv.weight": torch.arange(6.0).view(2, 3), "conv.bias": torch.tensor([1.0, -2.0])}
+    other = {**weights, "conv.bias": weights["conv.bias"].flip(0)}
+    renamed = {"conv.weight": weights["conv.weight"], "bias": weights["conv.bias"]}
+    assert tensors_fingerprint(weights) == tensors_fingerprint(dict(reversed(weights.items())))
+    assert len({tensors_fingerprint(weights), tensors_fingerprint(other), tensors_fingerprint(renamed)}) == 3
+
+
+@pytest.mark.parametrize(
+    "damage", [None, "", "[1, 2]", '{"key": {"model": "b"}, "value": {"x": 1}}', '{"key": 1, "value": 2}']
+)
+def test_values_are_made_once_and_again_where_they_are_damaged(tmp_path: Path, damage: str | None) -> None:
+    """An entry fits or it does not; what was made is what is read."""
+    cache, made = JsonCache(tmp_path), []
+
+    def make() -> dict:
+        made.append(1 / 3)
+        return {"x": made[-1]}
+
+    def get() -> dict:
+        return cache.get("times", KEY, make, lambda value: value["x"] < 1)
+
+    assert get() == get() == {"x": 1 / 3} and len(made) == 1
+    (path,) = tmp_path.iterdir()
+    if damage is not None:
+        path.write_text(damage)
+        assert get() == get() == {"x": 1 / 3} and len(made) == 2
+    JsonCache(None).get("times", KEY, make, lambda value: True)
+    assert [entry.name for entry in tmp_path.iterdir()] == [cache.path("times", KEY).name]

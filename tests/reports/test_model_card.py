@@ -1,0 +1,360 @@
+"""Cards are rendered from results and report alone, and are what the Hub takes."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from diffusers_gfprune.reports.model_card import (
+    CITATIONS,
+    LICENSES,
+    check_card,
+    check_eval_results,
+    is_as_rendered,
+    render_card,
+    render_eval_results,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+CARDS = ROOT / "model_cards"
+RUNS = sorted(path.parent for path in CARDS.glob("*/results.json"))
+PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
+
+
+def content(run: Path) -> tuple[dict, dict]:
+    return tuple(json.loads((run / name).read_text()) for name in ("results.json", "pruning_report.json"))
+
+
+def speed_rows() -> list[dict]:
+    """Made-up rows of `measure_speed`: eager at two batch sizes, and no compiler."""
+    machine = {"dtype": "float32", "memory_format": "contiguous", "device": "cpu", "hardware": "abacus", "threads": 2}
+    rows = []
+    for batch_size, speedup, low, high in ((1, 1.01, 0.97, 1.04), (16, 1.32, 1.28, 1.35)):
+        for model, times in (("dense", 1.0), ("pruned", speedup)):
+            interval = None if model == "dense" else [low, high]
+            figures = {"latency_ms": 10 * batch_size / times, "speedup": times, "speedup_interval": interval}
+            rows.append({"model": model, "batch_size": batch_size, "mode": "eager", **figures, **machine})
+    failed = {"batch_size": 16, "mode": "compiled", "error": "InvalidCxxCompiler: none of a|b works", **machine}
+    return [*rows, {"model": "dense", **failed}, {"model": "pruned", **failed}]
+
+
+@pytest.fixture
+def files() -> tuple[dict, dict]:
+    """Results and report of the default run on the digits, with other figures of speed."""
+    results, report = content(CARDS / "digits-gfpruned")
+    for name in ("dense", "pruned"):
+        results[name].pop("latency", None)
+    return {**results, "speed": speed_rows()}, report
+
+
+def header(card: str) -> dict:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_the_default_run_has_a_card():
+    assert CARDS / "digits-gfpruned" in RUNS
+    _, report = content(CARDS / "digits-gfpruned")
+    # The last of the arguments in `make prune`
+    assert report["phases"]["total_steps"] == 1500 and report["arguments"]["output_dir"] == "runs/digits-gfpruned"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_committed_card_is_what_its_files_render_to(run):
+    card = (run / "README.md").read_text()
+    assert card == render_card(*content(run), run.name, PICTURES)
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", card):
+        assert (run / picture).is_file()
+
+
+def test_template_has_no_number_of_its_own():
+    template = (CARDS / "template.md.jinja").read_text()
+    assert re.findall(r"(?<![A-Za-z_])\d", template) == []
+
+
+def test_figures_on_the_card_are_those_of_the_files(files):
+    results, report = files
+    results["pruned"]["parameters"], results["dense"]["parameters"] = 123_456, 1_234_560
+    results["pruned"]["ssim_to_dense"] = 0.8765
+    results["pruned"]["fd_pixels"] = 0.4321
+    results["evaluation"]["seed"] = 97531
+    card = render_card(results, report, "me/model")
+    assert "| parameters | 1,234,560 | 123,456 | -90.0% |" in card
+    assert "| SSIM to the dense samples | | 0.8765 | |" in card
+    assert "seed 97531" in " ".join(card.split())
+    assert {"type": "fd-pixels", "value": 0.4321, "name": "FD-pixels"} in header(card)["model-index"][0]["results"][0][
+        "metrics"
+    ]
+    assert "FID" in card and "fid" not in header(card)["metrics"]  # what was not measured is not claimed
+
+
+def test_both_ways_to_load_name_the_repository(files):
+    card = render_card(*files, "me/model")
+    assert 'from_pretrained("me/model", trust_remote_code=True)' in card
+    assert 'from_pretrained("me/model")\n' in card
+    assert "# model\n" in card
+
+
+def test_metadata(files):
+    results, report = files
+    report["base_model"] = {"name": "org/dense", "hub_id": "org/dense", "revision": "abc", "license": "mit"}
+    report["dataset"] = {"name": "org/images", "hub_id": "org/images"}
+    data = header(render_card(results, report, "me/model"))
+    assert data["base_model"] == "org/dense" and data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["org/images"] and data["license"] == "mit"
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "unconditional-image-generation"
+    found = ModelCard(render_card(results, report, "me/model")).data.eval_results
+    assert {result.metric_type for result in found} == {"fd-pixels", "ssim", "psnr"}
+    assert {result.dataset_name for result in found} == {"org/images"}
+
+
+def test_models_that_a_local_one_was_made_of_are_its_base_models(files):
+    results, report = files
+    report["base_model"]["derived_from"] = ["org/a", "org/b"]
+    card = render_card(results, report, "me/model")
+    assert header(card)["base_model"] == ["org/a", "org/b"]
+    assert "huggingface.co/org/" not in card.split("---")[2]  # what was pruned is the local one
+
+
+def test_evaluation_results_are_what_the_client_reads(files):
+    results, report = files
+    assert render_eval_results(results, report) is None  # the data set is not on the Hub
+    report["dataset"] = {"name": "org/images", "hub_id": "org/images"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(render_eval_results(results, report)))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/images", "fd-pixels", results["pruned"]["fd_pixels"])
+    wanted = "FD-pixels, 1000 samples (DDIM, 50 steps), 1500 images. Not FID: compare it with nothing else."
+    assert entry.notes == wanted
+    results["evaluation"]["distances"] = {}
+    assert render_eval_results(results, report) is None
+    del results["evaluation"]["distances"]
+    with pytest.raises(ValueError, match="lacks the field 'distances'"):
+        render_eval_results(results, report)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- dataset: {id: org/x, task_id: fid}\n  value: .nan\n", "value=nan of fid .* is no finite number"),
+        ("- dataset: {id: org/x, task_id: fid}\n  value: high\n", "value='high' of fid"),
+        ("- dataset: {id: 'no id', task_id: fid}\n  value: 1\n", "dataset='no id' of the evaluation results is no Hub id"),
+        ("- dataset: {id: org/x}\n  value: 1\n", "cannot be read: KeyError.'task_id'."),
+        ("- 3\n", "cannot be read"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_evaluation_results_that_the_hub_would_not_read(text, message):
+    with pytest.raises(ValueError, match=message):
+        check_eval_results(text)
+
+
+def test_local_sources_are_no_hub_ids(files):
+    data = header(render_card(*files, "me/model"))
+    assert "base_model" not in data and "datasets" not in data
+
+
+@pytest.mark.parametrize("license", [None, "unknown"])
+def test_unknown_licence_is_a_warning(files, license):
+    results, report = files
+    report["base_model"]["license"] = license
+    card = render_card(results, report, "me/model")
+    assert "**The licence of the base model is not recorded.**" in card
+    assert header(card)["license"] == "unknown"
+
+
+def test_known_licence_is_inherited(files):
+    results, report = files
+    report["base_model"]["license"] = "cc-by-nc-4.0"
+    card = render_card(results, report, "me/model")
+    assert "`cc-by-nc-4.0`, inherited" in card and "not recorded.**" not in card
+
+
+def test_other_criteria_are_not_called_gradient_flow(files):
+    results, report = files
+    report["config"]["criterion"] = "magnitude"
+    card = render_card(results, report, "me/model")
+    assert "structured pruning (criterion `magnitude`)" in card
+    assert "gradient-flow pruning](" not in card and "gradient-flow" not in header(card)["tags"]
+
+
+def test_sampler_with_noise_says_so(files):
+    results, report = files
+    assert ", eta" not in render_card(results, report, "small")
+    results["evaluation"]["eta"] = 0.5
+    assert "(leading spacing, eta 0.5), seed" in render_card(results, report, "small")
+
+
+def test_run_without_samples(files):
+    results, report = files
+    results["evaluation"]["num_images"] = 0
+    results["evaluation"]["distances"] = {}
+    card = render_card(results, report, "me/model")
+    assert "SSIM" not in card and "FD-pixels" not in card and "model-index" not in header(card)
+
+
+def test_speed_is_a_ratio_with_its_interval(files):
+    card = render_card(*files, "me/model")
+    prose = " ".join(card.split())
+    gains = "no difference (0.97 to 1.04) at batch 1, eager; 1.32 times as fast (1.28 to 1.35) at batch 16, eager. "
+    assert f"Speed of a forward against the dense model's, on abacus (2 threads): {gains}" in prose
+    assert "| latency, batch 1, eager | 10.00 ms | 9.90 ms | no difference (0.97 to 1.04) |\n" in card
+    assert "| latency, batch 16, eager | 160.00 ms | 121.21 ms | 1.32 times as fast (1.28 to 1.35) |\n" in card
+    failed = "dense not measured: InvalidCxxCompiler: none of a/b works"
+    assert f"| latency, batch 16, compiled | - | - | {failed} |\n| step loss" in card
+    assert "float32, on abacus (2 threads)." in prose and "its 95% confidence interval" in prose
+
+
+def test_run_without_speed(files):
+    results, report = files
+    card = render_card({**results, "speed": []}, report, "me/model")
+    assert "atency" not in card and "Speed of" not in card and "| step loss (held out) | 0.07" in card
+
+
+def test_results_of_an_earlier_version_have_one_latency(files):
+    results, report = files
+    del results["speed"]
+    setting = {"batch_size": 16, "dtype": "float32", "device": "cpu", "hardware": "abacus", "threads": 2}
+    for name, latency in (("dense", 16.0), ("pruned", 12.0)):
+        results[name]["latency"] = {"latency_ms": latency, **setting}
+    card = render_card(results, report, "me/model")
+    assert "| latency of a forward | 16.00 ms | 12.00 ms | -25.0% |\n| step loss" in card
+    assert "- Latency: median, batch 16, float32, on\n  abacus (2 threads).\n- Step loss" in card
+    for name in ("dense", "pruned"):
+        results[name]["latency"] = None
+    card = render_card(results, report, "me/model")
+    assert "atency" not in card and "| step loss (held out) | 0.07" in card
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_teacher_is_named(files, weight):
+    results, report = files
+    report["arguments"]["distillation_weight"] = weight
+    assert f"dense model's noise prediction, with weight {weight}" in render_card(results, report, "me/model")
+
+
+@pytest.mark.parametrize("change", [{"distillation_weight": 0.0}, {}], ids=["none", "an earlier version"])
+def test_no_teacher_is_named_where_there_was_none(files, change):
+    results, report = files
+    del report["arguments"]["distillation_weight"]
+    report["arguments"].update(change)
+    assert "noise prediction, with weight" not in render_card(results, report, "me/model")
+
+
+PATHS = [
+    ("results", "dense", "macs"),
+    ("results", "pruned", "step_loss"),
+    ("results", "speed"),
+    ("results", "speed", 1, "latency_ms"),
+    ("results", "speed", 3, "speedup_interval"),
+    ("results", "speed", 5, "hardware"),
+    ("results", "pruned", "weight_file_bytes"),
+    ("results", "evaluation", "seed"),
+    ("results", "evaluation", "distances"),
+    ("results", "evaluation", "distances", "fd_pixels", "reference_images"),
+    ("results", "pruned", "fd_pixels"),
+    ("report", "base_model"),
+    ("report", "base_model", "license"),
+    ("report", "base_model", "revision"),
+    ("report", "dataset"),
+    ("report", "command"),
+    ("report", "config", "ratio"),
+    ("report", "phases", "soft_end_step"),
+    ("report", "mask_updates"),
+    ("report", "arguments", "seed"),
+    ("report", "versions"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: ".".join(map(str, path)))
+def test_missing_field_is_an_error_that_names_it(files, path):
+    holder = dict(zip(("results", "report"), copy.deepcopy(files)))
+    at = holder
+    for key in path[:-1]:
+        at = at[key]
+    del at[path[-1]]
+    with pytest.raises(ValueError, match=path[-1]):
+        render_card(holder["results"], holder["report"], "me/model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("path", [("pruned", "step_loss"), ("pruned", "ssim_to_dense")], ids=".".join)
+def test_figures_that_are_not_finite_are_refused(files, path, value):
+    results, report = files
+    results[path[0]][path[1]] = value
+    with pytest.raises(ValueError, match="finite"):
+        render_card(results, report, "me/model")
+
+
+HEADER = {
+    "license": "mit",
+    "library_name": "diffusers",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["diffusers"],
+}
+
+
+def card_with(**changes: object) -> str:
+    data = {key: value for key, value in {**HEADER, **changes}.items() if value is not None}
+    return f"---\n{yaml.safe_dump(data)}---\n\n# A model\n"
+
+
+def test_a_plain_card_passes():
+    check_card(card_with())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"license": "Apache 2"}, "license='Apache 2'"),
+        ({"license": None}, "license=None"),
+        ({"pipeline_tag": "image-making"}, "pipeline_tag='image-making'"),
+        ({"library_name": "torch"}, "library_name='torch'"),
+        ({"tags": ["two words"]}, "tags"),
+        ({"tags": "diffusers"}, "tags"),
+        ({"base_model": "/home/me/model"}, "'/home/me/model'"),
+        ({"datasets": ["a/b/c"]}, "'a/b/c'"),
+        ({"datasets": "a/b/c"}, "'a/b/c'"),
+        ({"license": ["mit"]}, "license=['mit']"),
+        ({"model-index": [{"name": "x", "results": []}]}, "model-index"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_cards_that_the_hub_would_show_wrongly(changes, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        check_card(card_with(**changes))
+
+
+@pytest.mark.parametrize("card", ["# no metadata\n", "---\nlicense: [mit\n---\n# broken\n"], ids=["none", "broken"])
+def test_cards_without_readable_metadata(card):
+    with pytest.raises(ValueError, match="metadata"):
+        check_card(card)
+
+
+@pytest.mark.parametrize("changes", [{"base_model": ["org/a", "org/b"]}, {"datasets": []}, {"datasets": "org/x"}], ids=str)
+def test_metadata_that_people_write(changes):
+    check_card(card_with(**changes))
+
+
+MALFORMED = [("report", "config", []), ("results", "dense", {"macs": None}), ("report", "mask_updates", 3)]
+
+
+@pytest.mark.parametrize(("which", "key", "value"), MALFORMED, ids=lambda value: str(value))
+def test_malformed_field_is_an_error(files, which, key, value):
+    holder = dict(zip(("results", "report"), files))
+    holder[which][key] = {**holder[which][key], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match="malformed"):
+        render_card(holder["results"], holder["report"], "me/model")
+
+
+def test_edited_cards_are_told_from_rendered_ones(files):
+    card = render_card(*files, "me/model")
+    assert is_as_rendered(card)
+    assert not is_as_rendered(card.replace("# model", "# My model")) and not is_as_rendered(card + "More.\n")
+    assert not is_as_rendered("") and not is_as_rendered("# a card\n")
+
+
+def test_licences_and_citations():
+    assert {"apache-2.0", "mit", "cc-by-4.0", "openrail", "unknown", "other"} <= LICENSES
+    assert "2501.09464" in CITATIONS and "Denoising Diffusion Probabilistic Models" in CITATIONS

@@ -1,0 +1,500 @@
+"""Importance: gradient-flow scores predict what they claim to, the others have known answers, and scoring leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from diffusers_gfprune.configuration import GFPruneConfig
+from diffusers_gfprune.pruning import masking
+from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
+from diffusers_gfprune.scoring import importance
+from diffusers_gfprune.scoring.importance import criteria, register_criterion, score_units
+from helpers.architectures import build, random_masks
+
+Batches = list[tuple[Tensor, ...]]
+
+# Every criterion, with both metrics and both ways to multiply by the Hessian.
+CRITERIA = {
+    "predictions": {"criterion": "gradient-flow", "flow_metric": "predictions"},
+    "exact": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "exact"},
+    "finite-difference": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "finite-difference"},
+    "taylor": {"criterion": "taylor"},
+    "diff-pruning": {"criterion": "diff-pruning"},
+    "magnitude": {"criterion": "magnitude"},
+    "random": {"criterion": "random"},
+}
+# Gradient flow as the paper states it, at dense weights.
+PAPER = {
+    **{"flow_metric": "weights", "aggregation": "signed", "hessian_batches": "mean"},
+    **{"score_slices": "all", "score_at": "dense"},
+}
+
+
+def smooth_images(count: int, generator: torch.Generator) -> Tensor:
+    """Images in [-1, 1] that a small model learns fast, with shape `(count, 1, 8, 8)`."""
+    return interpolate(torch.rand(count, 1, 2, 2, generator=generator) * 2 - 1, size=8, mode="bilinear")
+
+
+def draw_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch `(clean_images, noise, timesteps)`."""
+    noise = torch.randn(images.shape, generator=generator)
+    return images, noise, torch.randint(0, 1000, (len(images),), generator=generator)
+
+
+@dataclass(repr=False)
+class Setting:
+    """A model and what is needed to score it."""
+
+    unet: UNet2DModel
+    groups: list[ChannelGroup]
+    batches: Batches
+    scheduler: DDPMScheduler
+
+    def scores(self, **options) -> dict[str, Tensor]:
+        """Scores with some options changed."""
+        return score_units(self.unet, self.groups, self.batches, self.scheduler, GFPruneConfig(**options))
+
+
+@pytest.fixture(scope="module")
+def trained() -> Setting:
+    """A small model after some optimizer steps, and two batches of calibration images."""
+    generator = torch.Generator().manual_seed(3)
+    scheduler, unet = DDPMScheduler(), build("fine-units")
+    images = smooth_images(32, generator)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
+    for _ in range(30):
+        clean, noise, timesteps = draw_batch(images, generator)
+        loss = ((unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample - noise) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    batches = [draw_batch(images[start : start + 4], generator) for start in (0, 4)]
+    return Setting(unet, trace_channel_groups(unet), batches, scheduler)
+
+
+def masked(setting: Setting, soft: bool = False) -> Setting:
+    """A copy of the setting with masks on: a random half of the units or so at 0, or at 0.4."""
+    unet = copy.deepcopy(setting.unet)
+    masking.attach(unet, setting.groups)
+    masks = random_masks(setting.groups, seed=2)
+    unet.channel_masks.set({name: mask.clamp_min(0.4) if soft else mask for name, mask in masks.items()})
+    return Setting(unet, setting.groups, setting.batches, setting.scheduler)
+
+
+def differ(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of scores differ by more than rounding."""
+    return any(not torch.allclose(first[name], second[name], rtol=1e-3) for name in first)
+
+
+# --- gradient flow -----------------------------------------------------------------------------------------------------
+
+
+def squared_gradient_norm(setting: Setting) -> float:
+    """||dL/dtheta||^2 of the mean loss over the batches, over all parameters, in the dtype of the model."""
+    losses = []
+    for clean, noise, timesteps in setting.batches:
+        noisy = setting.scheduler.add_noise(clean, noise, timesteps)
+        losses.append(((setting.unet(noisy, timesteps).sample - noise) ** 2).mean())
+    gradients = torch.autograd.grad(sum(losses) / len(losses), list(setting.unet.parameters()))
+    return sum(gradient.square().sum().item() for gradient in gradients)
+
+
+def scale_unit(unet: nn.Module, group: ChannelGroup, unit: Sequence[int], factor: float) -> None:
+    """Scale every slice of the channels of one unit, those that produce them and those that read them."""
+    with torch.no_grad():
+        for piece in group.slices:
+            for channel in unit:
+                unet.get_parameter(piece.name).select(piece.dim, piece.positions[channel]).mul_(factor)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv_in",  # a residual stream that crosses skips, norms and attentions
+        "down_blocks.0.resnets.0.conv1",
+        "down_blocks.1.attentions.0.to_q",
+        "up_blocks.1.resnets.0.conv2",
+        "mid_block.resnets.0.conv1",
+    ],
+)
+def test_gradient_flow_predicts_the_change_of_the_gradient_norm(trained: Setting, name: str) -> None:
+    """The paper's first check: scaling unit c by 1 - eps changes ||g||^2 by -2 eps I_c.
+
+    Double precision, because the change is a small difference of large numbers.
+    """
+    unet = copy.deepcopy(trained.unet).double()
+    batches = [(clean.double(), noise.double(), timesteps) for clean, noise, timesteps in trained.batches]
+    setting = Setting(unet, trained.groups, batches, trained.scheduler)
+    score = setting.scores(hvp="exact", **PAPER)[name]
+    group = next(group for group in trained.groups if group.name == name)
+    saved = copy.deepcopy(unet.state_dict())
+    before, epsilon, measured = squared_gradient_norm(setting), 1e-4, []
+    for unit in group.units:
+        scale_unit(setting.unet, group, unit, 1 - epsilon)
+        measured.append((squared_gradient_norm(setting) - before) / (-2 * epsilon))
+        setting.unet.load_state_dict(saved)
+    measured = torch.tensor(measured)
+    assert spearmanr(measured, score).statistic >= 0.95
+    assert (measured - score).abs().max() <= 0.05 * score.abs().max()
+    # both signs occur, or the sign convention would not be tested
+    assert score.min() < 0 < score.max()
+
+
+@pytest.mark.parametrize("score_at", ["dense", "masked"])
+@pytest.mark.parametrize("hessian_batches", ["mean", "each"])
+def test_exact_and_finite_difference_scores_agree(trained: Setting, score_at: str, hessian_batches: str) -> None:
+    """The first-order way stands in for the exact one where double backward is impossible."""
+    setting = masked(trained) if score_at == "masked" else trained
+    options = {**PAPER, "score_at": score_at, "hessian_batches": hessian_batches}
+    exact = setting.scores(hvp="exact", **options)
+    difference = setting.scores(hvp="finite-difference", **options)
+    correlation = {name: torch.corrcoef(torch.stack([exact[name], difference[name]]))[0, 1].item() for name in exact}
+    assert min(correlation.values()) >= 0.99, correlation
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scores_have_one_finite_value_per_unit(trained: Setting, criterion: str) -> None:
+    """Budgets and masks rely on names, shapes and dtype."""
+    scores = trained.scores(**CRITERIA[criterion])
+    assert {name: values.shape for name, values in scores.items()} == {g.name: (g.num_units,) for g in trained.groups}
+    for values in scores.values():
+        assert values.dtype == torch.float32
+        assert torch.isfinite(values).all()
+        assert values.unique().numel() > 1
+        assert not values.requires_grad
+
+
+@pytest.mark.parametrize("score_at", ["dense", "masked"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scoring_leaves_no_trace(trained: Setting, criterion: str, score_at: str) -> None:
+    """Ranking happens in the middle of training: nothing of the model may be touched, not by one bit."""
+    setting = masked(trained, soft=True)
+    unet = setting.unet.train()
+    for parameter in unet.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    weights = {name: value.clone() for name, value in unet.state_dict().items()}
+    gradients = {name: (parameter.grad, parameter.grad.clone()) for name, parameter in unet.named_parameters()}
+    masks = unet.channel_masks.as_dict()
+
+    setting.scores(score_at=score_at, **CRITERIA[criterion])
+
+    assert all(torch.equal(value, weights[name]) for name, value in unet.state_dict().items())
+    for name, parameter in unet.named_parameters():
+        held, before = gradients[name]
+        assert parameter.grad is held and torch.equal(held, before), name
+    assert all(torch.equal(mask, masks[name]) for name, mask in unet.channel_masks.as_dict().items())
+    assert not unet.channel_masks.all_ones
+    assert all(module.training for module in unet.modules())
+
+
+def test_mode_is_restored_after_an_error(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever catches the error goes on training with masks on."""
+    monkeypatch.setattr(importance, "_CRITERIA", dict(importance._CRITERIA))
+
+    @register_criterion("failing")
+    def failing(context):
+        assert not context.unet.training and context.unet.channel_masks.all_ones
+        raise KeyError("on purpose")
+
+    setting = masked(trained)
+    setting.unet.train()
+    with pytest.raises(KeyError, match="on purpose"):
+        setting.scores(criterion="failing", score_at="dense")
+    assert setting.unet.training
+    assert not setting.unet.channel_masks.all_ones
+
+
+# --- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("aggregation", ("signed", "abs", "sum_abs")),
+        ("score_slices", ("all", "output", "weight")),
+        ("hessian_batches", ("mean", "each")),
+    ],
+)
+def test_every_variant_scores_differently(trained: Setting, option: str, values: tuple[str, ...]) -> None:
+    """An option that changes nothing is not connected."""
+    scores = {value: trained.scores(**{**PAPER, option: value}) for value in values}
+    assert all(torch.isfinite(values).all() for found in scores.values() for values in found.values())
+    for first, second in combinations(values, 2):
+        assert differ(scores[first], scores[second]), (first, second)
+
+
+def test_absolute_value_of_the_sum_is_that_of_the_signed_score(trained: Setting) -> None:
+    """Signed <= abs <= sum_abs, as their definitions say."""
+    signed, absolute, sums = (
+        trained.scores(**{**PAPER, "aggregation": aggregation}) for aggregation in ("signed", "abs", "sum_abs")
+    )
+    for name in signed:
+        torch.testing.assert_close(absolute[name], signed[name].abs())
+        assert (sums[name] >= absolute[name]).all()
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
+def test_hessian_batches_do_not_matter_for_one_batch(trained: Setting, hvp: str) -> None:
+    """The mean over one batch is that batch."""
+    one = Setting(trained.unet, trained.groups, trained.batches[:1], trained.scheduler)
+    mean, each = (one.scores(hvp=hvp, **{**PAPER, "hessian_batches": value}) for value in ("mean", "each"))
+    assert all(torch.equal(mean[name], each[name]) for name in mean)
+
+
+def test_mean_over_batches_is_that_of_one_large_batch(trained: Setting) -> None:
+    """g and H of the mean loss do not depend on how equal batches are cut."""
+    whole = tuple(torch.cat(column) for column in zip(*trained.batches))
+    large = Setting(trained.unet, trained.groups, [whole], trained.scheduler)
+    for criterion in ("exact", "taylor"):
+        split, together = (setting.scores(**{**PAPER, **CRITERIA[criterion]}) for setting in (trained, large))
+        for name in split:
+            torch.testing.assert_close(split[name], together[name], rtol=1e-3, atol=1e-3 * together[name].abs().max().item())
+
+
+@pytest.mark.parametrize("criterion", ["exact", "taylor"])
+def test_score_at_matters_only_where_masks_are_not_ones(trained: Setting, criterion: str) -> None:
+    """With masks on, dense scores are those of the model without masks, masked scores are not."""
+    options = {**PAPER, **CRITERIA[criterion]}
+    unmasked = trained.scores(**options)
+    pruned = masked(trained)
+    dense, sparse = (pruned.scores(**{**options, "score_at": score_at}) for score_at in ("dense", "masked"))
+    assert all(torch.equal(dense[name], unmasked[name]) for name in dense)
+    assert differ(dense, sparse)
+
+    pruned.unet.channel_masks.set({group.name: torch.ones(group.num_units) for group in trained.groups})
+    for score_at in ("dense", "masked"):
+        ones = pruned.scores(**{**options, "score_at": score_at})
+        assert all(torch.equal(ones[name], unmasked[name]) for name in ones)
+
+
+# --- known answers -----------------------------------------------------------------------------------------------------
+
+
+class TwoChannels(nn.Module):
+    """x -> sum_c b_c (a_c x + d_c), with two channels in between: small enough to do by hand."""
+
+    def __init__(self, a: tuple[float, float], b: tuple[float, float], d: tuple[float, float] | None = None) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 2, 1, bias=d is not None)
+        self.second = nn.Conv2d(2, 1, 1, bias=False)
+        self.dtype = torch.float32
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor(a).view(2, 1, 1, 1))
+            self.second.weight.copy_(torch.tensor(b).view(1, 2, 1, 1))
+            if d is not None:
+                self.first.bias.copy_(torch.tensor(d))
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
+        return UNet2DOutput(sample=self.second(self.first(sample)))
+
+
+def two_channel_scores(
+    model: TwoChannels, images: Sequence[float] = (1.0,), timesteps: Sequence[int] = (0,), units=((0,), (1,)), **options
+) -> list[float]:
+    """Scores of the two channels, or of the units that they make up, for images of one pixel, no noise (so that the target is
+    0), all in one batch."""
+    slices = [GroupSlice("first", "weight", 0, (0, 1), "output"), GroupSlice("second", "weight", 1, (0, 1), "input")]
+    if model.first.bias is not None:
+        slices.append(GroupSlice("first", "bias", 0, (0, 1), "output"))
+    group = ChannelGroup("first", 2, tuple(slices), units)
+    scheduler = SimpleNamespace(
+        config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda clean, noise, timesteps: clean
+    )
+    clean = torch.tensor(images).view(-1, 1, 1, 1)
+    batch = (clean, torch.zeros_like(clean), torch.tensor(timesteps))
+    return score_units(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
+
+
+def hand_model() -> TwoChannels:
+    """With x = 1: s = a.b = 1 and L = s^2 = 1, hence dL/da = 2 s b = (6, -2) and dL/db = 2 s a = (2, 4)."""
+    return TwoChannels(a=(1.0, 2.0), b=(3.0, -1.0))
+
+
+@pytest.mark.parametrize(
+    ("score_slices", "expected"),
+    [
+        ("all", [1 * 6 + 3 * 2, abs(2 * -2 + -1 * 4)]),  # theta g over a and b
+        ("output", [1 * 6, abs(2 * -2)]),  # over a alone
+    ],
+)
+def test_taylor_by_hand(score_slices: str, expected: list[float]) -> None:
+    """|sum_c theta g|."""
+    assert two_channel_scores(hand_model(), criterion="taylor", score_slices=score_slices) == pytest.approx(expected)
+
+
+def test_channels_of_one_unit_by_hand() -> None:
+    """A norm group that holds both channels makes them one unit: terms are summed before absolute values are taken."""
+    both = {"units": ((0, 1),)}
+    assert two_channel_scores(hand_model(), criterion="taylor", score_slices="output", **both) == pytest.approx([6 - 4])
+    assert two_channel_scores(hand_model(), criterion="magnitude", **both) == pytest.approx([1 + 9 + 4 + 1])
+    options = {"flow_metric": "weights", "aggregation": "signed", "score_slices": "output"}
+    assert two_channel_scores(hand_model(), **options, **both) == pytest.approx([184 - 104], rel=0.02)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # ||g||^2 = 4 s^2 Q with Q = |a|^2 + |b|^2 = 15, and H g = grad ||g||^2 / 2 = 4 s Q (b, a) + 4 s^2 (a, b):
+        # (H g)_a = (184, -52), (H g)_b = (72, 116)
+        ({"aggregation": "signed"}, [1 * 184 + 3 * 72, 2 * -52 + -1 * 116]),
+        ({"aggregation": "abs"}, [400, 220]),
+        ({"aggregation": "sum_abs"}, [400, 220]),
+        ({"aggregation": "signed", "score_slices": "output"}, [184, -104]),
+    ],
+)
+def test_gradient_flow_by_hand(hvp: str, options: dict, expected: list[float]) -> None:
+    """sum_c theta (H g); the loss is a polynomial of degree 4, so that differences are nearly exact too."""
+    assert two_channel_scores(hand_model(), flow_metric="weights", hvp=hvp, **options) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("score_slices", "expected"),
+    [
+        ("all", [1 + 9 + 0.25, 4 + 1 + 0]),  # both weights and the bias
+        ("output", [1 + 0.25, 4]),  # the weight and the bias that produce the channel
+        ("weight", [1, 4]),
+    ],
+)
+def test_magnitude_by_hand(score_slices: str, expected: list[float]) -> None:
+    """sum_c theta^2, over each choice of slices."""
+    model = TwoChannels(a=(1.0, 2.0), b=(3.0, -1.0), d=(0.5, 0.0))
+    assert two_channel_scores(model, criterion="magnitude", score_slices=score_slices) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "share"),
+    [
+        (0.0, (1 + 0.01) / 2),  # both samples count
+        (0.05, 1 / 2),  # the loss at timestep 500 is 1 % of the largest: left out
+        (0.005, (1 + 0.01) / 2),
+    ],
+)
+def test_diff_pruning_leaves_out_timesteps_under_the_threshold(threshold: float, share: float) -> None:
+    """Two samples with losses 1 and 0.01: sum_c |theta g| is (12, 8) times the mean over those that count."""
+    scores = two_channel_scores(
+        hand_model(), [1.0, 0.1], [10, 500], criterion="diff-pruning", diff_pruning_threshold=threshold
+    )
+    assert scores == pytest.approx([12 * share, 8 * share])
+
+
+def test_diff_pruning_orders_timesteps_and_keeps_the_largest_so_far() -> None:
+    """Timesteps count from 0 up to the first whose loss falls under the threshold, in whatever order the batch has them."""
+    images, timesteps = [1.0, 0.1, 0.1, 1.0], [800, 600, 100, 200]  # 600 falls under 5 % of the largest, 100 does not
+    scores = two_channel_scores(hand_model(), images, timesteps, criterion="diff-pruning", diff_pruning_threshold=0.05)
+    share = (0.01 + 1.0) / 4
+    assert scores == pytest.approx([12 * share, 8 * share])
+
+
+def test_diff_pruning_with_threshold_zero_is_the_plain_sum(trained: Setting) -> None:
+    """Without a threshold every timestep counts: sum_c |theta g| with g of the mean loss, up to the number of batches."""
+    one = Setting(trained.unet, trained.groups, trained.batches[:1], trained.scheduler)
+    scores = one.scores(criterion="diff-pruning", diff_pruning_threshold=0.0)
+    clean, noise, timesteps = trained.batches[0]
+    noisy = trained.scheduler.add_noise(clean, noise, timesteps)
+    loss = ((trained.unet(noisy, timesteps).sample - noise) ** 2).mean()
+    parameters = dict(trained.unet.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
+    for group in trained.groups:
+        expected = torch.zeros(group.num_units)
+        for piece in group.slices:
+            product = (parameters[piece.name].detach() * gradients[piece.name]).abs()
+            for channel, position in enumerate(piece.positions):
+                expected[group.unit_of[channel]] += product.select(piece.dim, position).sum()
+        torch.testing.assert_close(scores[group.name], expected, rtol=1e-4, atol=1e-6)
+    assert differ(scores, one.scores(criterion="diff-pruning", diff_pruning_threshold=0.95))
+
+
+def test_random_scores_come_from_the_seed_alone(trained: Setting) -> None:
+    """The baseline must be repeatable, whatever the state of the global generator."""
+    first = trained.scores(criterion="random", pruning_seed=4)
+    torch.rand(100)
+    again, other = trained.scores(criterion="random", pruning_seed=4), trained.scores(criterion="random", pruning_seed=5)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in first)
+    assert all(values.min() >= 0 and values.max() < 1 for values in first.values())
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_criteria_without_gradients_need_no_batches(trained: Setting, criterion: str) -> None:
+    """Pruning by weights alone works without images."""
+    bare = Setting(trained.unet, trained.groups, [], trained.scheduler)
+    assert not differ(bare.scores(criterion=criterion), trained.scores(criterion=criterion))
+
+
+# --- registry and refusals ---------------------------------------------------------------------------------------------
+
+
+def test_registered_function_is_used(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example in the module docstring: your own function of the weights."""
+    monkeypatch.setattr(importance, "_CRITERIA", dict(importance._CRITERIA))
+
+    @register_criterion("fourth-power")
+    def fourth_power(context):
+        return context.reduce({name: p.detach() ** 4 for name, p in context.parameters.items()}, "sum_abs")
+
+    assert "fourth-power" in criteria()
+    scores = trained.scores(criterion="fourth-power", score_slices="weight")
+    resnet = trained.unet.mid_block.resnets[0]  # the time embedding is added to the channels that conv1 produces
+    expected = (resnet.conv1.weight**4).sum(dim=(1, 2, 3)) + (resnet.time_emb_proj.weight**4).sum(dim=1)
+    expected = expected.detach().view(-1, 2).sum(dim=1)  # units are the norm groups of norm2, of two channels each
+    torch.testing.assert_close(scores["mid_block.resnets.0.conv1"], expected)
+
+
+@pytest.mark.parametrize("name", ["gradient-flow", "random"])
+def test_name_of_a_criterion_is_not_taken_twice(name: str) -> None:
+    """A second function of one name would silently change results."""
+    before = criteria()
+    with pytest.raises(ValueError, match=f"criterion {name} is registered already"):
+        register_criterion(name)(lambda context: {})
+    assert criteria() == before
+
+
+def test_builtin_criteria() -> None:
+    """Those that the help text of `criterion` names."""
+    assert criteria()[:5] == ("gradient-flow", "taylor", "diff-pruning", "magnitude", "random")
+
+
+def test_unknown_criterion_is_refused(trained: Setting) -> None:
+    """The message lists what there is."""
+    with pytest.raises(ValueError, match="criterion=hessian must be one of .*gradient-flow"):
+        trained.scores(criterion="hessian")
+
+
+@pytest.mark.parametrize("criterion", ["exact", "finite-difference", "taylor", "diff-pruning"])
+def test_no_batches_are_refused(trained: Setting, criterion: str) -> None:
+    """Criteria that need gradients need images."""
+    bare = Setting(trained.unet, trained.groups, [], trained.scheduler)
+    with pytest.raises(ValueError, match="needs calibration batches, got none"):
+        bare.scores(**CRITERIA[criterion])
+
+
+@pytest.mark.parametrize("criterion", ["exact", "finite-difference", "taylor", "diff-pruning", "magnitude"])
+def test_scores_of_nan_weights_are_refused(trained: Setting, criterion: str) -> None:
+    """A diverged model would be pruned at random without a word."""
+    broken = Setting(copy.deepcopy(trained.unet), trained.groups, trained.batches, trained.scheduler)
+    with torch.no_grad():
+        broken.unet.mid_block.resnets[0].conv1.weight[3, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        broken.scores(**CRITERIA[criterion])
+
+
+def test_nan_images_are_refused(trained: Setting) -> None:
+    """The same, with the fault in the calibration images."""
+    clean, noise, timesteps = trained.batches[0]
+    broken = Setting(trained.unet, trained.groups, [(clean * float("nan"), noise, timesteps)], trained.scheduler)
+    with pytest.raises(ValueError, match="calibration images hold NaN"):
+        broken.scores()

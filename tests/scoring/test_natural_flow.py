@@ -1,0 +1,157 @@
+"""Gradient norms in the metric of predictions: what they are, what they tell, and what they do not depend on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from diffusers_gfprune.configuration import GFPruneConfig
+from diffusers_gfprune.pruning import masking
+from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
+from diffusers_gfprune.scoring import natural_flow
+from diffusers_gfprune.scoring.importance import score_units
+from helpers.architectures import ARCHITECTURES, BASE, build, inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEDULER = DDPMScheduler()
+CONFIG = GFPruneConfig(flow_metric="predictions")
+
+
+def batch_of(unet: UNet2DModel, size: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random images, noise and timesteps, and class labels where the model wants them."""
+    generator = torch.Generator().manual_seed(seed)
+    example = inputs(unet, batch_size=size)
+    shape = example["sample"].shape
+    clean, noise = torch.rand(shape, generator=generator) * 2 - 1, torch.randn(shape, generator=generator)
+    labels = () if example.get("class_labels") is None else (example["class_labels"],)
+    return (clean, noise, torch.randint(0, 1000, (size,), generator=generator), *labels)
+
+
+def scores(unet: UNet2DModel, batches: list, config: GFPruneConfig = CONFIG) -> dict[str, Tensor]:
+    return score_units(unet, trace_channel_groups(unet), batches, SCHEDULER, config)
+
+
+def predict(unet: UNet2DModel, batch: tuple[Tensor, ...]) -> Tensor:
+    clean, noise, timesteps = batch[:3]
+    with torch.no_grad():
+        return unet(SCHEDULER.add_noise(clean, noise, timesteps), timesteps).sample
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_in", "down_blocks.1.attentions.0.to_q", "up_blocks.1.resnets.0.conv2", "time_embedding.linear_1"]
+)
+def test_score_is_the_squared_derivative_of_predictions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed over the channels of a unit: by moving the weights that produce a channel a little, in double precision; 8 x 100
+    probes leave a few percent."""
+    monkeypatch.setattr(natural_flow, "PROBES", 100)
+    unet = build("fine-units").double().eval()
+    (group,) = (group for group in trace_channel_groups(unet) if group.name == name)
+    batch = tuple(c.double() if c.is_floating_point() else c for c in batch_of(unet, 8))
+    found = scores(unet, [batch])[name]
+    expected = torch.zeros(group.num_channels)
+    for channel in range(group.num_channels):
+        moved = []
+        for factor in (1.001, 0.999):
+            pieces = [(unet.get_parameter(p.name), p) for p in group.slices if p.role != "input"]
+            saved = [parameter.detach().clone() for parameter, _ in pieces]
+            with torch.no_grad():
+                for parameter, piece in pieces:
+                    parameter.select(piece.dim, piece.positions[channel]).mul_(factor)
+            moved.append(predict(unet, batch))
+            for (parameter, _), value in zip(pieces, saved):
+                parameter.data.copy_(value)
+        expected[channel] = ((moved[0] - moved[1]) / 0.002).square().mean()
+    ratio = found / group.unit_sums(expected)
+    assert ratio.mean().item() == pytest.approx(1, abs=0.05)
+    assert 0.5 < ratio.min() and ratio.max() < 1.5 and ratio.std() < 0.2
+
+
+@pytest.mark.slow
+def test_scores_tell_the_damage_of_single_units() -> None:
+    """On the trained digits model, where products with the Hessian tell little of it; group by group."""
+    unet = UNet2DModel.from_pretrained(ROOT / "training/digits/teacher/unet", use_safetensors=True).eval()
+    groups = [g for g in trace_channel_groups(unet) if g.name in ("up_blocks.1.resnets.1.conv1", "mid_block.resnets.0.conv1")]
+    assert len(groups) == 2
+    batches = [batch_of(unet, 32, seed) for seed in range(3)]
+    found, product = (scores(unet, batches, config) for config in (CONFIG, GFPruneConfig(flow_metric="weights")))
+    masks = masking.attach(unet, trace_channel_groups(unet))
+    before = predict(unet, batches[0])
+    for group in groups:
+        damage = []
+        for unit in range(group.num_units):
+            mask = torch.ones(group.num_units)
+            mask[unit] = 0
+            masks.set({group.name: mask})
+            damage.append((predict(unet, batches[0]) - before).square().mean())
+        masks.set({group.name: torch.ones(group.num_units)})
+        ours, theirs = (spearmanr(scores[group.name], torch.stack(damage)).statistic for scores in (found, product))
+        assert ours > 0.7 and ours > theirs + 0.1
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_unit_of_every_architecture_has_a_score(name: str) -> None:
+    unet = build(name)
+    found = scores(unet, [batch_of(unet, 2)])
+    for group, values in ((group, values) for group, values in found.items() if len(values)):  # some are fixed as a whole
+        assert torch.isfinite(values).all() and (values >= 0).all() and values.max() > 0, group
+
+
+def test_scores_belong_to_images_not_to_batches() -> None:
+    """In whatever order and however cut."""
+    unet = build("fine-units")
+    batch = batch_of(unet, 8)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    whole = scores(unet, [batch])
+    for other in ([tuple(c[order] for c in batch)], [tuple(c[:4] for c in batch), tuple(c[4:] for c in batch)]):
+        for name, values in scores(unet, other).items():
+            torch.testing.assert_close(values, whole[name], rtol=1e-3, atol=1e-6 * whole[name].max().item())
+    elsewhere = scores(unet, [batch_of(unet, 8, seed=1)])
+    assert not torch.allclose(elsewhere["conv_in"], whole["conv_in"], rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batches_in_half_precision_are_scored_in_full(dtype: torch.dtype) -> None:
+    """Images and noise of a run in half precision, for a model in float32."""
+    unet = build("fine-units")
+    halved = tuple(c.to(dtype) if c.is_floating_point() else c for c in batch_of(unet, 4))
+    for values in scores(unet, [halved]).values():
+        assert values.dtype == torch.float32 and torch.isfinite(values).all() and values.max() > 0
+
+
+def test_a_prediction_of_another_shape_is_refused() -> None:
+    """As of models that predict a variance, too."""
+    unet = UNet2DModel(**{**BASE, "out_channels": 2})
+    with pytest.raises(ValueError, match=r"predicts shape \(4, 2, 8, 8\), its target has \(4, 1, 8, 8\)"):
+        scores(unet, [batch_of(unet, 4)])
+
+
+def test_more_probes_bring_scores_closer_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of probes is what two sets of them differ by, on the same images at other noise."""
+    unet = build("fine-units")
+    agreement = {}
+    for probes in (1, 16):
+        monkeypatch.setattr(natural_flow, "PROBES", probes)
+        first = scores(unet, [batch_of(unet, 8)])
+        monkeypatch.setattr(natural_flow, "_probe", lambda batch, number, p=natural_flow._probe: p(batch, number + 100))
+        second = scores(unet, [batch_of(unet, 8)])
+        monkeypatch.undo()
+        together = (torch.cat([s[name] / s[name].mean() for name in s]) for s in (first, second))
+        agreement[probes] = torch.corrcoef(torch.stack(list(together)))[0, 1]
+    assert agreement[16] > max(0.9, agreement[1])
+
+
+def test_nothing_is_left_behind() -> None:
+    unet = build("fine-units").train()
+    unet.enable_gradient_checkpointing()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    plain = scores(build("fine-units"), [batch_of(unet, 4)])
+    found = scores(unet, [batch_of(unet, 4)])
+    assert all(torch.allclose(found[name], plain[name], rtol=1e-4) for name in plain)
+    assert not any(module._forward_hooks for module in unet.modules())
+    assert unet.training and all(p.grad is None and p.requires_grad for p in unet.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())

@@ -1,0 +1,79 @@
+"""training/tracking.py: what a run sends to tensorboard, and the grids of samples that it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from helpers.resume import STEPS, run_here
+
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("tracked") / "run"
+    samples = ("--sample_steps", 6, "--num_samples", 4, "--ddim_num_inference_steps", 2)
+    run_here(run, "--report_to", "tensorboard", "--distillation_weight", 0.5, *samples)
+    return run
+
+
+@pytest.fixture(scope="module")
+def events(tracked: Path):
+    found = event_accumulator.EventAccumulator(str(tracked / "logs/diffusers-gfprune"))
+    found.Reload()
+    return found
+
+
+def test_logs_and_samples_move_into_the_finished_run(tracked: Path) -> None:
+    assert not tracked.with_name("run.training").exists()
+    assert {path.name for path in (tracked / "samples").iterdir()} == {"step-6.png", "step-12.png"}
+    with Image.open(tracked / "samples/step-12.png") as grid:
+        assert grid.size == (4 * 50 + 2, 2 * 50 + 2)  # four columns, dense above pruned, each enlarged to 48 pixels
+
+
+def test_curves_have_their_points(events) -> None:
+    for name in ("train/loss", "train/noise", "train/distillation", "train/gradient_norm", "speed/eta_seconds"):
+        assert [event.step for event in events.Scalars(name)] == [4, 8, 12, 16], name
+    assert [event.step for event in events.Scalars("pruning/p_t")] == [4, 8]
+    for speed, left in zip(events.Scalars("speed/images_per_second"), events.Scalars("speed/eta_seconds"), strict=True):
+        assert left.value * speed.value / 8 == pytest.approx(STEPS - speed.step, rel=1e-4)  # batches of 8 images are left
+    steps = [event.step for event in events.Scalars("validation/step_loss")]
+    assert steps[0] == 0 and steps[-1] == STEPS
+
+
+def test_rankings_are_logged_group_by_group(events, tracked: Path) -> None:
+    shares = [name for name in events.Tags()["scalars"] if name.startswith("pruning/sparsity/")]
+    assert len(shares) == 22 and "pruning/sparsity/conv_in" in shares
+    assert [event.step for event in events.Scalars("pruning/macs")] == [0, 2, 6]
+    assert events.Scalars("pruning/sparsity")[-1].value == pytest.approx(0.5, abs=0.01)
+    kept = {group["name"]: group for group in json.loads((tracked / "pruning_report.json").read_text())["channel_groups"]}
+    for name in shares:
+        group = kept[name.removeprefix("pruning/sparsity/")]
+        removed = 1 - group["kept_channels"] / group["dense_channels"]
+        assert events.Scalars(name)[-1].value == pytest.approx(removed, abs=1e-6), name
+
+
+def test_samples_are_logged_beside_the_dense_models(events) -> None:
+    assert [event.step for event in events.Images("samples")] == [6, 12]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_get_curves_and_samples(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    pytest.importorskip(tracker)
+    monkeypatch.chdir(tmp_path)  # nothing is to be written here
+    samples = ("--sample_steps", 3, "--num_samples", 4, "--ddim_num_inference_steps", 2)
+    run_here(tmp_path / "runs/run", "--report_to", tracker, "--max_train_steps", 6, "--logging_steps", 3, *samples)
+    if tracker == "wandb":
+        logs = tmp_path / "runs/run/logs/wandb"
+        assert len(list(logs.glob("offline-run-*/run-*.wandb"))) == 1
+        assert len(list(logs.glob("offline-run-*/files/media/images/samples_3_*.png"))) == 8  # four of each model
+        assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    else:
+        assert {path.parent.name for path in (tmp_path / "trackio").rglob("*.png")} == {"3", "6"}
+        assert {path.name for path in tmp_path.iterdir()} == {"runs", "trackio"}
