@@ -14,7 +14,8 @@ comes later wins:
 
 There is one preset: that of the command line in place of the recipe's, if both name one. Values reach the parser as they are
 written: `2e-4`, which YAML 1.1 takes for text, is a number there, and `no`, which YAML takes for a truth value, is the name of
-a precision. Paths are relative to the working directory, as on the command line.
+a precision. Paths are relative to the working directory, as on the command line; one that starts with `{recipe_dir}` is relative
+to the folder of the recipe, wherever the package is installed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.resources
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +32,7 @@ import yaml
 __all__ = ["expand_recipe", "read_recipe", "shipped_recipes"]
 
 FOLDER = Path(str(importlib.resources.files("diffusers_gfprune.scripts"))) / "recipes"
+RECIPE_DIR = "{recipe_dir}"
 NULL = "tag:yaml.org,2002:null"
 # A file that is shared is no place for a token, and a recipe names no other recipe.
 REFUSED = {
@@ -64,6 +67,14 @@ def _compose(name: str, path: Path) -> yaml.Node | None:
         raise ValueError(f"recipe={name} is not YAML: {problem}{where}") from error
 
 
+def _with_folder(value: str, folder: Path) -> str:
+    """A value, with `{recipe_dir}` as a path: inside the working directory a relative one, as a user would write it."""
+    if not value.startswith(RECIPE_DIR):
+        return value
+    path = os.path.normpath(f"{folder.resolve()}/{value.removeprefix(RECIPE_DIR)}")
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
 def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
     """Read and check a recipe.
 
@@ -77,7 +88,8 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
     Raises:
         ValueError: There is no such file, or it is not a flat YAML mapping of distinct known arguments that are no secret.
     """
-    document = _compose(name, _find(name))
+    path = _find(name)
+    document = _compose(name, path)
     if not isinstance(document, yaml.MappingNode):
         raise ValueError(f"recipe={name} must be a mapping of arguments to values")
     values: dict[str, str | None] = {}
@@ -96,7 +108,7 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
             raise ValueError(f"{where}: {argument} is given twice")
         if not isinstance(value, yaml.ScalarNode):
             raise ValueError(f"{where}: {argument} must be a single value, not a {value.id}")
-        values[argument] = None if value.tag == NULL else value.value
+        values[argument] = None if value.tag == NULL else _with_folder(value.value, path.parent)
     return {argument: value for argument, value in values.items() if value is not None}
 
 
