@@ -1,4 +1,4 @@
-"""training/trained_pipelines.py: pipelines load in every layout, or are refused by name; what was loaded is what is saved."""
+"""diffusers_gfprune/trained_pipelines.py: pipelines load in every layout, or are refused by name; what was loaded is what is saved."""
 
 from __future__ import annotations
 

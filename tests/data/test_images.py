@@ -1,4 +1,4 @@
-"""training/image_data.py, image_sources.py and image_decoding.py: any image becomes the right tensor, or counts as broken."""
+"""diffusers_gfprune/data/images.py, image_sources.py and image_decoding.py: any image becomes the right tensor, or counts as broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training/jacobian_matching.py: responses to a small step, against exact products."""
+"""diffusers_gfprune/objectives/jacobian_matching.py: responses to a small step, against exact products."""
 
 from __future__ import annotations
 
