@@ -1,4 +1,4 @@
-"""diffusers_gfprune/interruption.py: the first signal is noted, the second is not waited for."""
+"""interruption.py: the first signal is noted, the second is not waited for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers_gfprune/run_folder.py: runs appear whole or not at all."""
+"""run_folder.py: runs appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers_gfprune/trained_pipelines.py: pipelines load in every layout, or are refused by name; what was loaded is what is saved."""
+"""trained_pipelines.py: pipelines load in every layout, or are refused by name; what was loaded is what is saved."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@
 e is the student's prediction, E the teacher's, w `distillation_weight`; squares are means over images, channels and pixels.
 The teacher's prediction is the mean that noise is drawn around: a target of the same kind with less variance.
 
-- D_f, `feature_distillation_weight`: relative distance of block outputs, see `diffusers_gfprune/objectives/distillation_features.py`.
+- D_f, `feature_distillation_weight`: relative distance of block outputs, see `distillation_features.py`.
 - D_g, `geometric_matching_weight`, and D_s, `sensitivity_matching_weight`: distance between the responses to a small change of
-  the noisy input, see `diffusers_gfprune/objectives/jacobian_matching.py`.
+  the noisy input, see `jacobian_matching.py`.
 
 Each is a mean over images, so that a batch may be split over processes, and 0 for a student that is the teacher.
 """

@@ -14,8 +14,8 @@ comes later wins:
 
 There is one preset: that of the command line in place of the recipe's, if both name one. Values reach the parser as they are
 written: `2e-4`, which YAML 1.1 takes for text, is a number there, and `no`, which YAML takes for a truth value, is the name of
-a precision. Paths are relative to the working directory, as on the command line; one that starts with `{recipe_dir}` is relative
-to the folder of the recipe, wherever the package is installed.
+a precision. Paths are relative to the working directory, as on the command line; one that starts with `{recipe_dir}` is
+relative to the folder of the recipe, wherever the package is installed.
 """
 
 from __future__ import annotations

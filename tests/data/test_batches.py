@@ -1,4 +1,4 @@
-"""diffusers_gfprune/data/batches.py: batches are a function of their number, whoever loads them and wherever a run resumes."""
+"""data/batches.py: batches are a function of their number, whoever loads them and wherever a run resumes."""
 
 from __future__ import annotations
 

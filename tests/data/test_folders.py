@@ -1,4 +1,4 @@
-"""diffusers_gfprune/data/folders.py: all images of a folder are read, under any name, and splits are never guessed."""
+"""data/folders.py: all images of a folder are read, under any name, and splits are never guessed."""
 
 from __future__ import annotations
 

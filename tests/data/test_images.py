@@ -1,4 +1,4 @@
-"""diffusers_gfprune/data/images.py, image_sources.py and image_decoding.py: any image becomes the right tensor, or counts as broken."""
+"""data/images.py, sources.py and decoding.py: any image becomes the right tensor, or counts as broken."""
 
 from __future__ import annotations
 

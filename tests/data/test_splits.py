@@ -1,4 +1,4 @@
-"""diffusers_gfprune/data/splits.py and what image_data.py makes of it: which split trains, which one is held out, and who says so."""
+"""data/splits.py and what images.py makes of it: which split trains, which one is held out, and who says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers_gfprune/objectives/distillation_features.py: which channels end a block, and the distance between block outputs."""
+"""objectives/distillation_features.py: which channels end a block, and the distance between block outputs."""
 
 from __future__ import annotations
 

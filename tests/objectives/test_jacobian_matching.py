@@ -1,4 +1,4 @@
-"""diffusers_gfprune/objectives/jacobian_matching.py: responses to a small step, against exact products."""
+"""objectives/jacobian_matching.py: responses to a small step, against exact products."""
 
 from __future__ import annotations
 

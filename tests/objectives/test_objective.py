@@ -1,4 +1,4 @@
-"""diffusers_gfprune/objectives/objective.py: the terms of the loss, what they need of models and batches, and what they cost."""
+"""objectives/objective.py: the terms of the loss, what they need of models and batches, and what they cost."""
 
 from __future__ import annotations
 

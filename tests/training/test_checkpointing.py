@@ -1,4 +1,4 @@
-"""diffusers_gfprune/training/checkpointing.py: checkpoints are whole or not there, and damage done later is seen."""
+"""training/checkpointing.py: checkpoints are whole or not there, and damage done later is seen."""
 
 from __future__ import annotations
 

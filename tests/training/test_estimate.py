@@ -1,4 +1,4 @@
-"""diffusers_gfprune/training/estimate.py: what is counted on fake tensors is what real steps and rankings hold; time is measured in time."""
+"""training/estimate.py: what is counted on fake tensors is what real steps and rankings hold; time is measured in time."""
 
 from __future__ import annotations
 

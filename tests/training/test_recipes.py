@@ -1,4 +1,4 @@
-"""diffusers_gfprune/training/recipes.py: a recipe is a command line in a file, and what is given by name wins."""
+"""training/recipes.py: a recipe is a command line in a file, and what is given by name wins."""
 
 from __future__ import annotations
 

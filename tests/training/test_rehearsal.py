@@ -1,4 +1,4 @@
-"""diffusers_gfprune/training/rehearsal.py: what would fail at the end of a run fails before its first step; what can be made to fit is."""
+"""training/rehearsal.py: what would fail at the end of a run fails before its first step; what can be made to fit is."""
 
 from __future__ import annotations
 

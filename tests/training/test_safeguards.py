@@ -1,4 +1,4 @@
-"""diffusers_gfprune/training/safeguards.py: what is not finite, has come apart, or loses its workers ends in one line with the remedy."""
+"""training/safeguards.py: what is not finite, has come apart, or loses its workers ends in one line with the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers_gfprune/training/state.py: optimizer, average and weights belong together by name, before and after compaction."""
+"""training/state.py: optimizer, average and weights belong together by name, before and after compaction."""
 
 from __future__ import annotations
 

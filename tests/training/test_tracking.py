@@ -1,4 +1,4 @@
-"""diffusers_gfprune/training/tracking.py: what a run sends to tensorboard, and the grids of samples that it leaves."""
+"""training/tracking.py: what a run sends to tensorboard, and the grids of samples that it leaves."""
 
 from __future__ import annotations
 
