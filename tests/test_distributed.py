@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 from diffusers_gfprune import distributed
 from diffusers_gfprune.distributed import check_identical, gather_rows, mean_over_ranks, world_size
 from helpers.distributed_worker import CRITERIA, main, message
+from helpers.scripts import ROOT
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = ROOT / "tests/helpers/distributed_worker.py"
 
 
 @dataclass(repr=False)

@@ -8,13 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -84,7 +81,7 @@ def test_exit_status_is_that_of_a_signal() -> None:
 
 def sleeping_child(script: str) -> subprocess.Popen:
     """A process that obeys only its parent, ready for signals."""
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT / "training", stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -92,7 +89,7 @@ def sleeping_child(script: str) -> subprocess.Popen:
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sent them here")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_loading_processes_obey_only_their_parent(number: int) -> None:
-    ready = "from interruption import obey_only_parent; obey_only_parent(); print('ready', flush=True); "
+    ready = "from diffusers_gfprune.interruption import obey_only_parent; obey_only_parent(); print('ready', flush=True); "
     process = sleeping_child(ready + "import time; time.sleep(30)")
     sender = "import os, sys; os.kill(int(sys.argv[1]), int(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", sender, str(process.pid), str(int(number))], check=True)

@@ -1,4 +1,4 @@
-"""evaluation_card.py: the figures of an evaluation in the results and on the card of a pruning run, or nothing at all."""
+"""diffusers_gfprune.evaluation.card.py: the figures of an evaluation in the results and on the card of a pruning run, or nothing at all."""
 
 from __future__ import annotations
 
@@ -100,7 +100,12 @@ def test_run_without_a_card_gets_one(arguments: list, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["diffusers_gfprune.hub.check_card", "evaluation_card.write_json", "evaluate.RunFolder.publish"]
+    "where",
+    [
+        "diffusers_gfprune.hub.check_card",
+        "diffusers_gfprune.evaluation.card.write_json",
+        "diffusers_gfprune.run_folder.RunFolder.publish",
+    ],
 )
 def test_failure_leaves_the_run_as_it_was(arguments: list, tmp_path: Path, monkeypatch, where: str) -> None:
     """Whatever goes wrong after the measurement."""
@@ -131,20 +136,20 @@ def test_a_run_is_not_left_half_changed(arguments: list, tmp_path: Path, monkeyp
                 raise OSError("no such luck")
         replace(source, target)
 
-    monkeypatch.setattr("evaluation_card.os.replace", fail)
+    monkeypatch.setattr("diffusers_gfprune.evaluation.card.os.replace", fail)
     with pytest.raises(OSError, match="no such luck"):
         run(tmp_path, *arguments)
     assert contents(tmp_path / "small") == before and not list((tmp_path / "small").glob(".*"))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("evaluation_card.os.replace", replace)
+    monkeypatch.setattr("diffusers_gfprune.evaluation.card.os.replace", replace)
     assert run(tmp_path, *arguments)["evaluation"]["seed"] == 7
 
 
 def test_killed_while_the_run_is_changed(arguments: list, tmp_path: Path, monkeypatch) -> None:
     """The same command changes what is left."""
     with monkeypatch.context() as patch:
-        patch.setattr("evaluation_card.os.replace", killed := Killed(2))
-        patch.setattr("evaluation_card.RunUpdate.undo", lambda self: None)
+        patch.setattr("diffusers_gfprune.evaluation.card.os.replace", killed := Killed(2))
+        patch.setattr("diffusers_gfprune.evaluation.card.RunUpdate.undo", lambda self: None)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *arguments)
     assert killed.left == 0 and (tmp_path / "small/.evaluation.incomplete").is_dir() and not (tmp_path / "out").exists()

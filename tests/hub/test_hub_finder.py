@@ -90,7 +90,7 @@ def finder(request, hub: tuple[HubServer, str], tmp_path_factory: pytest.TempPat
     """What the script found, online and then from the cache alone."""
     server, first = hub
     folder = tmp_path_factory.mktemp("finder")
-    names = {"WITH": request.param, "HELPERS": str(Path(__file__).parent), "FIRST": first, "TOKEN": READ}
+    names = {"WITH": request.param, "FIRST": first, "TOKEN": READ}
     head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
     environment = {**os.environ, **server.environment(folder), "OMP_NUM_THREADS": "1"}
 

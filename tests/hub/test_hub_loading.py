@@ -366,7 +366,7 @@ def stranger(world: tuple[HubServer, Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("stranger")
     files = hub_files(hub, REPO)
     hub.add_repo("alice/harm", {**files, "unet/diffusers_gfprune.py": b"raise SystemExit('harm done')"})
-    names = {"HELPERS": str(Path(__file__).parent), "REPO": REPO, "HARMFUL": "alice/harm", "OUT": str(folder / "saved")}
+    names = {"REPO": REPO, "HARMFUL": "alice/harm", "OUT": str(folder / "saved")}
     script = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + WITHOUT
     environment = {**os.environ, **hub.environment(folder / "home", WRITE), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=folder)

@@ -198,7 +198,7 @@ def test_where_nothing_can_be_kept_everything_is_made_once(world: Path, tmp_path
     def full(*arguments, **options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("diffusers_gfprune.evaluation.cache.save_file", full)
+    monkeypatch.setattr("diffusers_gfprune.metrics.cache.save_file", full)
     arguments = ("--model", world / "pruned", "--reference_model", world / "dense", "--dataset_name", world / "images")
     results = run(tmp_path, *arguments, "--num_images", COUNT)
     assert "cannot be kept" in capsys.readouterr().err
