@@ -3,13 +3,13 @@
     python benchmarks/sensitivity.py --dataset digits
     python benchmarks/sensitivity.py --dataset cifar10 --dataset_name uoft-cs/cifar10
 
-Widths by sensitivity (`--ranking sensitivity`, `diffusers_gfprune/pruning/budget.py`) take the sum S_g of absolute scores in a group
+Widths by sensitivity (`--ranking sensitivity`, `pruning/budget.py`) take the sum S_g of absolute scores in a group
 as what the group is worth. Here half of the channels of one group at a time is masked, four random halves in turn, and
 
     damage_g = mean of (eps_masked(x_t, t) - eps_dense(x_t, t))^2
 
 on images that were not scored is compared with S_g of each criterion over all groups of a trained model. Halves are random,
-not what a criterion chose. The yardstick is what gradient flow in the metric of predictions estimates (`diffusers_gfprune/scoring/natural_flow.py`), and
+not what a criterion chose. The yardstick is what gradient flow in the metric of predictions estimates (`scoring/natural_flow.py`), and
 no other criterion does: what is asked is how well each tells the damage, whatever it was made for. Which units of a group
 go is another question: single units are masked, and their damage is compared with their scores, group by group.
 

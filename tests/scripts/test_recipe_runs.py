@@ -91,7 +91,8 @@ def add_model(server: HubServer, name: str, config: dict) -> None:
 
 
 def settings(recipe: str) -> dict:
-    return yaml.safe_load((ROOT / f"training/recipes/{recipe}.yaml").read_text())
+    text = (ROOT / f"training/recipes/{recipe}.yaml").read_text()
+    return yaml.safe_load(text.replace("{recipe_dir}/../", "training/"))
 
 
 def words_of(recipe: str, folder: Path) -> list[str]:
