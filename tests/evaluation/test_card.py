@@ -148,7 +148,7 @@ def test_a_run_is_not_left_half_changed(arguments: list, tmp_path: Path, monkeyp
 def test_killed_while_the_run_is_changed(arguments: list, tmp_path: Path, monkeypatch) -> None:
     """The same command changes what is left."""
     with monkeypatch.context() as patch:
-        patch.setattr("diffusers_gfprune.evaluation.card.os.replace", killed := Killed(2))
+        patch.setattr("diffusers_gfprune.evaluation.card.os.replace", killed := Killed(2, tmp_path / "small"))
         patch.setattr("diffusers_gfprune.evaluation.card.RunUpdate.undo", lambda self: None)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *arguments)
@@ -161,15 +161,16 @@ def test_killed_while_the_run_is_changed(arguments: list, tmp_path: Path, monkey
 
 
 class Killed:
-    """`os.replace`, until the process dies."""
+    """`os.replace`, until the process dies: after so many files of a folder."""
 
-    def __init__(self, after: int) -> None:
-        self.left, self.replace = after, os.replace
+    def __init__(self, after: int, folder: Path) -> None:
+        self.left, self.folder, self.replace = after, folder, os.replace
 
     def __call__(self, source, target) -> None:
-        if self.left == 0:
-            raise KeyboardInterrupt
-        self.left -= 1
+        if Path(target).is_relative_to(self.folder):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
         self.replace(source, target)
 
 
