@@ -10,8 +10,9 @@ as what the group is worth. Here half of the channels of one group at a time is 
 
 on images that were not scored is compared with S_g of each criterion over all groups of a trained model. Halves are random,
 not what a criterion chose. The yardstick is what gradient flow in the metric of predictions estimates
-(`scoring/natural_flow.py`), and no other criterion does: what is asked is how well each tells the damage, whatever it was made for. Which units of a group
-go is another question: single units are masked, and their damage is compared with their scores, group by group.
+(`scoring/natural_flow.py`), and no other criterion does: what is asked is how well each tells the damage, whatever it was made
+for. Which units of a group go is another question: single units are masked, and their damage is compared with their scores,
+group by group.
 
 Results go to `benchmarks/results/sensitivity/<dataset>.json`, and a picture of all data sets to `benchmarks/pictures`.
 """

@@ -1,0 +1,5 @@
+"""What an evaluation is made of; `training/evaluate.py` is its script. Needs the extra `training`."""
+
+from ..extras import check_extra
+
+check_extra()

@@ -1,0 +1,1 @@
+"""Budgets in measured time: times of layers, a model of time, and its calibration."""

@@ -1,0 +1,1 @@
+"""What is measured: MACs, speed, samples, their quality and step losses."""

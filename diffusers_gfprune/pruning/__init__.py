@@ -1,0 +1,1 @@
+"""Channel groups and units, costs, budgets, schedules, masks and compaction."""

@@ -1,0 +1,1 @@
+"""What a run leaves to read: plots, provenance and the model card."""

@@ -1,0 +1,1 @@
+"""Scores of units: the criteria, and the derivatives that they take."""
