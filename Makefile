@@ -7,7 +7,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # More arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow test-faults quality style teacher cifar10-teacher benchmark study study-quick clean
+.PHONY: help install prune test test-slow test-faults quality style docs teacher cifar10-teacher benchmark study study-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,13 @@ quality: install ## check style
 style: install ## fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/.docs-installed ## build the documentation, strictly (seconds), into build/docs/
+	$(VENV)/bin/mkdocs build --strict
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
 
 teacher: install ## train the digits DDPM again (about half an hour on two cores), into runs/digits-teacher
 	$(VENV)/bin/python training/digits/make_digits.py

@@ -1,1 +1,1 @@
-"""Files that are shipped byte for byte inside saved repositories: they import the standard library, torch and Diffusers only."""
+"""Files shipped byte for byte inside saved repositories: they import the standard library, torch and Diffusers only."""
