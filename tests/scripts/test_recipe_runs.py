@@ -171,3 +171,10 @@ def test_cifar10(hub: HubServer, tmp_path: Path) -> None:
 def test_models_of_256_pixels(recipe: str, size: tuple[int, int], hub: HubServer, tmp_path: Path) -> None:
     run_from_hub(hub, recipe, LARGE, size, tmp_path, threads=os.cpu_count() or 1)
     check_run(tmp_path / "run", recipe, 113_673_219)
+
+
+def test_digits_run_as_a_module_anywhere(tmp_path: Path) -> None:
+    """As after `pip install`, without a clone: recipe, model and images come with the package."""
+    done = run_script("diffusers_gfprune.scripts.prune_ddpm", "--recipe", "digits", "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "plan: remove 50.0% of macs" in done.stdout and not list(tmp_path.iterdir())
