@@ -233,7 +233,7 @@ def main() -> None:
     phases = {"soft_end_step": 0, "hard_end_step": 0, "total_steps": total, "update_interval": 0}
     command = command_line(sys.argv[1:], "benchmarks/study_baselines.py")
     write_json(folder / "pruning_report.json", {"phases": phases, "command": command, **extra})
-    write_json(folder / "results.json", measured)
+    write_json(folder / "results.json", measured.to_dict())
 
 
 if __name__ == "__main__":

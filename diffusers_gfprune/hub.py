@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from .hub_errors import HUB_ERRORS, TOKEN, reason
 from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, MODEL, WEIGHTS, rename_in_card
 from .reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
+from .reports.results import read_results
 
 __all__ = [
     "FILES",
@@ -150,7 +151,7 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
         ValueError: A field is missing, or the card is not valid.
     """
     root = Path(folder)
-    results, report = _read_json(root / "results.json"), _read_json(root / "pruning_report.json")
+    results, report = read_results(root), _read_json(root / "pruning_report.json")
     pictures = {what: name for what, name in PICTURES.items() if (root / name).is_file()}
     card, readme = render_card(results, report, repo_id, pictures), root / "README.md"
     if readme.exists() and not is_as_rendered(readme.read_text("utf-8")):

@@ -21,9 +21,9 @@ from ..metrics.cost import (
 from ..metrics.quality import Quality
 from ..metrics.step_loss import StepLoss
 from ..reports.provenance import describe_base_model, describe_dataset, package_versions, portable
+from ..reports.results import ModelFigures
 from .arguments import EvaluateArguments
 from .inputs import Inputs, recorded_settings
-from .results import ModelFigures
 from .sample_quality import RealFeatures, versions
 from .samples import Samples
 from .trials import try_sampling

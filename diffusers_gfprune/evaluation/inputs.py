@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from ..metrics.cost import spatial_size
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.quality import SamplingSettings
 from ..metrics.sampling import to_uint8
+from ..reports.results import read_results
 from ..trained_pipelines import load_pipeline
 from .arguments import EvaluateArguments
 
@@ -176,12 +176,9 @@ def recorded_settings(name: str, revision: str | None = None) -> dict:
         name: Of the model: a Hub id or a local folder.
         revision: Branch, tag or commit on the Hub.
     """
-    with suppress(ValueError, LookupError, TypeError, *HUB_ERRORS):
-        path = Path(name) / "results.json"
-        if not Path(name).is_dir():
-            path = Path(hf_hub_download(name, "results.json", revision=revision))
-        settings = json.loads(path.read_text())["evaluation"]
-        return settings if isinstance(settings, dict) else {}
+    with suppress(ValueError, *HUB_ERRORS):
+        is_folder = Path(name).is_dir()
+        return read_results(name if is_folder else hf_hub_download(name, "results.json", revision=revision)).evaluation
     return {}
 
 

@@ -1,4 +1,4 @@
-"""evaluation_card.py: the figures of an evaluation in the results and on the card of a pruning run, or nothing at all."""
+"""diffusers_gfprune.evaluation.card.py: the figures of an evaluation in the results and on the card of a pruning run, or nothing at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusers_gfprune.hub import files_to_push, update_card
 from diffusers_gfprune.metrics.cost import count_macs, count_parameters
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.reports.model_card import is_as_rendered, render_card
+from diffusers_gfprune.reports.results import Results
 from helpers.architectures import build, pruned
 from helpers.evaluations import run, save_dense, save_pruned, write_images
 from helpers.hub import CARD, contents
@@ -60,26 +61,28 @@ def test_card_shows_the_figures_of_the_evaluation(arguments: list, tmp_path: Pat
     before = json.loads((folder / "results.json").read_text())
     found = run(tmp_path, *arguments)
     after = json.loads((folder / "results.json").read_text())
-    assert after["speed"] == before["speed"] != []
+    assert (before["format_version"], after["format_version"]) == (3, 4)
     for name, argument in (("pruned", "model"), ("dense", "reference_model")):
         for kept in ("parameters", "macs", "weight_file_bytes"):
             assert after[name][kept] == before[name][kept]
+        assert after[name]["speed"] == [{k: v for k, v in row.items() if k != "model"} for row in before["speed"][:1]]
         assert after[name]["step_loss"] == found[argument]["step_loss"] != before[name]["step_loss"]
         shown = {k: v for k, v in found[argument]["quality"].items() if k != "kd_pixels"}
-        assert {k: after[name][k] for k in shown} == shown and "kd_pixels" not in after[name]
+        assert after[name]["quality"] == shown
     e = after["evaluation"]
     assert (e["num_images"], e["num_inference_steps"], e["seed"], e["ema"]) == (70, 2, 7, True)
     assert set(e["distances"]) == {"fd_pixels"} and e["distances"]["fd_pixels"]["reference_images"] == 120
     assert e["command"] == found["command"] and set(e) == {*before["evaluation"], "command"}
     card = (folder / "README.md").read_text()
     assert is_as_rendered(card) and 'from_pretrained("alice/small")' in card
+    figures = {**after["pruned"], **after["pruned"]["quality"]}
     for name in ("fd_pixels", "ssim_to_dense", "step_loss"):
-        assert f"{after['pruned'][name]:.4g}" in card and f"{before['pruned'][name]:.4g}" not in card
+        assert f"{figures[name]:.4g}" in card and f"{before['pruned'][name]:.4g}" not in card
     assert "- Samples: 70 images, DDIM with\n  2 steps (leading spacing), seed\n  7" in card
     assert (folder / "samples.png").read_bytes() == (tmp_path / "out/samples.png").read_bytes()
     report = json.loads((folder / "pruning_report.json").read_text())
     pictures = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
-    assert card == render_card(after, report, "alice/small", pictures)
+    assert card == render_card(Results.from_dict(after), report, "alice/small", pictures)
     assert not list(folder.glob(".*")) and files_to_push(folder)
 
 
@@ -100,7 +103,12 @@ def test_run_without_a_card_gets_one(arguments: list, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["diffusers_gfprune.hub.check_card", "evaluation_card.write_json", "evaluate.RunFolder.publish"]
+    "where",
+    [
+        "diffusers_gfprune.hub.check_card",
+        "diffusers_gfprune.evaluation.card.write_json",
+        "diffusers_gfprune.scripts.evaluate.RunFolder.publish",
+    ],
 )
 def test_failure_leaves_the_run_as_it_was(arguments: list, tmp_path: Path, monkeypatch, where: str) -> None:
     """Whatever goes wrong after the measurement."""
@@ -131,20 +139,20 @@ def test_a_run_is_not_left_half_changed(arguments: list, tmp_path: Path, monkeyp
                 raise OSError("no such luck")
         replace(source, target)
 
-    monkeypatch.setattr("evaluation_card.os.replace", fail)
+    monkeypatch.setattr("diffusers_gfprune.evaluation.card.os.replace", fail)
     with pytest.raises(OSError, match="no such luck"):
         run(tmp_path, *arguments)
     assert contents(tmp_path / "small") == before and not list((tmp_path / "small").glob(".*"))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("evaluation_card.os.replace", replace)
+    monkeypatch.setattr("diffusers_gfprune.evaluation.card.os.replace", replace)
     assert run(tmp_path, *arguments)["evaluation"]["seed"] == 7
 
 
 def test_killed_while_the_run_is_changed(arguments: list, tmp_path: Path, monkeypatch) -> None:
     """The same command changes what is left."""
     with monkeypatch.context() as patch:
-        patch.setattr("evaluation_card.os.replace", killed := Killed(2))
-        patch.setattr("evaluation_card.RunUpdate.undo", lambda self: None)
+        patch.setattr("diffusers_gfprune.evaluation.card.os.replace", killed := Killed(2))
+        patch.setattr("diffusers_gfprune.evaluation.card.RunUpdate.undo", lambda self: None)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *arguments)
     assert killed.left == 0 and (tmp_path / "small/.evaluation.incomplete").is_dir() and not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_two_processes_give_the_figures_of_one(whole: dict, tmp_path: Path) -> N
 
 WORK = """
 import sys
-from evaluation_processes import main_first, make_accelerator, together
+from diffusers_gfprune.evaluation.processes import main_first, make_accelerator, together
 accelerator = make_accelerator()
 rank = accelerator.process_index
 assert accelerator.num_processes == 2

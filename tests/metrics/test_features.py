@@ -318,7 +318,7 @@ def test_identity_tells_where_features_are_made(efflite0: FeatureNetwork, monkey
     """Those of a GPU, or of products in TensorFloat-32, are others."""
     here = efflite0.identity()
     assert (here["device"], here["tf32"]) == ("cpu", False)
-    monkeypatch.setattr("diffusers_gfprune.evaluation.features.uses_tf32", lambda device: True)
+    monkeypatch.setattr("diffusers_gfprune.metrics.features.uses_tf32", lambda device: True)
     assert efflite0.identity() == {**here, "tf32": True}
 
 

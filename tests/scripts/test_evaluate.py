@@ -101,7 +101,7 @@ def test_speed_is_there_for_every_setting(evaluated: tuple[Path, dict]) -> None:
 
 def test_results_say_all_that_figures_depend_on(world: Path, evaluated: tuple[Path, dict]) -> None:
     folder, results = evaluated
-    assert (results["format_version"], results["kind"]) == (2, "evaluation")
+    assert (results["format_version"], results["kind"]) == (4, "evaluation")
     e = results["evaluation"]
     drawn = ("sampler", "num_images", "num_inference_steps", "timestep_spacing", "eta", "seed", "dtype", "device")
     assert [e[name] for name in drawn] == ["DDIM", COUNT, 3, "quadratic", 0.0, 1234, "float32", "cpu"]
@@ -198,7 +198,7 @@ def test_where_nothing_can_be_kept_everything_is_made_once(world: Path, tmp_path
     def full(*arguments, **options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("diffusers_gfprune.evaluation.cache.save_file", full)
+    monkeypatch.setattr("diffusers_gfprune.metrics.cache.save_file", full)
     arguments = ("--model", world / "pruned", "--reference_model", world / "dense", "--dataset_name", world / "images")
     results = run(tmp_path, *arguments, "--num_images", COUNT)
     assert "cannot be kept" in capsys.readouterr().err

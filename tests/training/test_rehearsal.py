@@ -11,12 +11,12 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import nn
 
+from diffusers_gfprune.evaluation import trials
 from diffusers_gfprune.metrics import features
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.speed import parse_settings
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.scripts import prune_ddpm, train_ddpm
-from diffusers_gfprune.training import rehearsal
 from helpers.architectures import build
 from helpers.scripts import plain_runs
 
@@ -69,7 +69,7 @@ def test_betas_that_ddim_does_not_make_and_spacing_that_leaves_out_the_noisy_hal
     """Samples are drawn with the model's own betas, from pure noise."""
     model = write(tmp_path / "model", DDPMScheduler(num_train_timesteps=20, beta_schedule="sigmoid"))
     results = run(tmp_path, model, "--eval_images", 2, "--ddim_num_inference_steps", 11)
-    assert results["pruned"]["ssim_to_dense"] is not None
+    assert results["pruned"]["quality"]["ssim_to_dense"] is not None
     assert json.loads((tmp_path / "run/scheduler/scheduler_config.json").read_text())["beta_schedule"] == "sigmoid"
     assert results["evaluation"]["timestep_spacing"] == "trailing"
     assert "would start at timestep 10 of 20 and leave out the noisier ones" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_timing_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.
     def fails(*args, **options):
         raise ValueError("no clock")
 
-    monkeypatch.setattr(rehearsal, "measure_speed", fails)
+    monkeypatch.setattr(trials, "measure_speed", fails)
     with pytest.raises(ValueError, match="speed cannot be measured, --speed_batch_sizes 0 leaves it out: no clock"):
         run(tmp_path, write(tmp_path / "model", DDPMScheduler()), "--eval_images", 0)
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_compiled_is_said_and_no_reason_to_stop(monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", fails)
     settings = parse_settings([1, 16], ["float32", "bfloat16"], ["eager", "compiled"])
-    rows, tried = rehearsal.rehearse_speed(build("base"), settings)
+    rows, tried = trials.try_speed(build("base"), settings)
     assert [(row["dtype"], row["mode"], "error" in row) for row in rows] == [
         ("float32", "eager", False),
         ("bfloat16", "eager", False),
@@ -132,7 +132,7 @@ def test_what_cannot_be_compiled_is_said_and_no_reason_to_stop(monkeypatch: pyte
     failed = "a compiled function (fails and will not be measured: RuntimeError: no compiler in g++)"
     assert tried == ["a timed forward", "a timed forward", failed]
     planned = "batch 1, 16; float32, bfloat16; eager, compiled; contiguous (8 compilations, of half a minute or more each)"
-    assert rehearsal.describe_speed(settings) == f"speed      of both models at the end: {planned}"
+    assert trials.describe_speed(settings) == f"speed      of both models at the end: {planned}"
 
 
 def test_the_card_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_betas_that_leave_nothing_are_not_blamed_on_the_model() -> None:
     scheduler = DDPMScheduler(num_train_timesteps=200, beta_start=0.9, beta_end=0.99, clip_sample=False)
     settings = SamplingSettings(num_images=1, num_inference_steps=2, timestep_spacing="linspace")
     with pytest.raises(ValueError, match="timestep_spacing=linspace starts at timestep 199, where beta_end=0.99 of the sched"):
-        rehearsal.trial("model=x", build("base"), scheduler, settings)
+        trials.try_sampling("model=x", build("base"), scheduler, settings)
 
 
 def test_a_step_that_is_not_finite_is_not_blamed_on_the_model() -> None:
@@ -168,7 +168,7 @@ def test_a_step_that_is_not_finite_is_not_blamed_on_the_model() -> None:
         unet.conv_out.bias.fill_(3e38)
     scheduler = DDPMScheduler(clip_sample=False)
     with pytest.raises(ValueError, match="model=x: a DDIM step from timestep 998 gives values that are not finite"):
-        rehearsal.trial("model=x", unet, scheduler, SamplingSettings(num_images=1, num_inference_steps=500))
+        trials.try_sampling("model=x", unet, scheduler, SamplingSettings(num_images=1, num_inference_steps=500))
 
 
 @pytest.mark.parametrize(
