@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from diffusers_gfprune import GFPruneConfig, GFPrunedUNet2DModel, GradientFlowPruner
 from diffusers_gfprune.data.batches import train_dataloader
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.metrics.cost import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
@@ -237,7 +238,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("study_baselines.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"study_baselines.py: error: {error}")

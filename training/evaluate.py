@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.arguments import EvaluateArguments, parse_evaluate_arguments
 from diffusers_gfprune.evaluation.card import RunUpdate, check_run
 from diffusers_gfprune.evaluation.comparisons import (
@@ -34,7 +35,7 @@ from diffusers_gfprune.evaluation.comparisons import (
 )
 from diffusers_gfprune.evaluation.figures import describe_evaluation, describe_model, describe_plan, warn_of_few
 from diffusers_gfprune.evaluation.inputs import Inputs, load_inputs
-from diffusers_gfprune.evaluation.processes import ERRORS, main_first, make_accelerator, one_line, together
+from diffusers_gfprune.evaluation.processes import ERRORS, PROGRAM, main_first, make_accelerator, together
 from diffusers_gfprune.evaluation.sample_quality import RealFeatures
 from diffusers_gfprune.evaluation.samples import Samples, folder_source, model_source, shards
 from diffusers_gfprune.evaluation.trials import try_features
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_evaluate_arguments(argv)
     cache_dir = Path(args.output.evaluation_cache_dir or default_cache_dir())
     folder = RunFolder(args.output_dir, args.output.overwrite_output_dir, args.inputs)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(mixed_precision="no")
     main_process = accelerator.is_main_process
     share = (accelerator.process_index, accelerator.num_processes)
     with together(accelerator):
@@ -300,9 +301,8 @@ def stop(number: int, frame: object) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     try:
-        main()
+        with one_line_errors(PROGRAM, ERRORS):
+            main()
     except KeyboardInterrupt:
-        print("evaluate.py: stopped; the same command goes on where it was", file=sys.stderr)
+        print(f"{PROGRAM}: stopped; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
-    except ERRORS as error:
-        sys.exit(one_line(error))

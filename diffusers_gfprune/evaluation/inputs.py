@@ -18,6 +18,7 @@ from ..data.folders import visible_files
 from ..data.images import DataArguments, load_images
 from ..data.sources import ImageRows, ImageStream
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
+from ..errors import one_line
 from ..hub_errors import HUB_ERRORS
 from ..metrics.cost import spatial_size
 from ..metrics.features import FeatureNetwork, feature_network
@@ -108,8 +109,7 @@ class FolderImages:
         return to_uint8(pixel_values(picture, self.channels) / 2 + 0.5)
 
     def _broken(self, path: Path, error: Exception) -> ValueError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return ValueError(f"images_dir={self.folder}: {path.name} cannot be read: {reason}")
+        return ValueError(f"images_dir={self.folder}: {path.name} cannot be read: {one_line(error)}")
 
 
 @dataclass
@@ -228,7 +228,7 @@ def _load_networks(args: EvaluateArguments, device: torch.device, config, counts
     s = args.samples
     if s.features == ["none"]:
         return []
-    height, width = spatial_size(SimpleNamespace(config=config))
+    height, width = spatial_size(config)
     values = config.in_channels * height * width
     if "pixels" in s.features and min(counts) <= values:
         raise ValueError(f"features=pixels needs more than {values} images, generated and real, not {min(counts)}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ from ..metrics.cost import spatial_size, uses_tf32
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.quality import Quality, SamplingSettings, extract_features
 from ..metrics.sampling import to_uint8
+from ..reports.provenance import installed_versions
 from .run_arguments import EvaluationArguments
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "model_identity",
     "sampling_settings",
     "shard_size",
-    "versions",
 ]
 
 # A covariance over pixels takes more images than pixels to be estimated, and cubic time to be taken the root of.
@@ -59,19 +58,6 @@ FEATURE_PACKAGES = (
 def shard_size(shape: Sequence[int]) -> int:
     """Images of a shape `(channels, height, width)` that are made, or read, and kept at a time."""
     return max(1, min(SHARD_IMAGES, SHARD_VALUES // math.prod(shape)))
-
-
-def versions(*packages: str) -> dict[str, str | None]:
-    """Installed versions of packages, by name; None for those that are not there."""
-    return {name: _version(name) for name in packages}
-
-
-@functools.cache  # files are read
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def sampling_settings(args: EvaluationArguments, null_label: int | None = None) -> SamplingSettings:
@@ -96,7 +82,7 @@ def model_identity(unet: nn.Module, scheduler) -> dict:
         "device": next(unet.parameters()).device.type,
         "tf32": uses_tf32(next(unet.parameters()).device),
         "dtype": str(next(unet.parameters()).dtype),
-        "versions": versions("diffusers-gfprune", "diffusers", "torch"),
+        "versions": installed_versions("diffusers-gfprune", "diffusers", "torch"),
     }
 
 
@@ -109,7 +95,7 @@ def dense_samples(cache: TensorCache, settings: SamplingSettings, unet: nn.Modul
 
 def feature_identity(network: FeatureNetwork) -> dict:
     """What features depend on besides the images, as JSON values."""
-    return {**network.identity(), "versions": versions(*FEATURE_PACKAGES)}
+    return {**network.identity(), "versions": installed_versions(*FEATURE_PACKAGES)}
 
 
 class RealFeatures:

@@ -28,6 +28,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
+from ..errors import first_line
 from .cache import default_cache_dir, tensors_fingerprint
 from .cost import uses_tf32
 
@@ -211,10 +212,6 @@ class DINOv2(ImageNetwork):
         return self.model(pixel_values=(resized / 255 - mean) / std).last_hidden_state[:, 0]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _load_inception(file: Path, origin: str) -> Inception:
     from cleanfid.inception_torchscript import InceptionV3W
 
@@ -228,7 +225,7 @@ def _load_inception(file: Path, origin: str) -> Inception:
         weights = f"{zlib.crc32(file.read_bytes()):08x}"
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
         wanted = f"a complete {INCEPTION_FILE}, in TorchScript"
-        raise ValueError(f"inception_weights={file} must be {wanted}: {_first_line(error)}") from error
+        raise ValueError(f"inception_weights={file} must be {wanted}: {first_line(error)}") from error
     return Inception(model, weights, origin)
 
 
@@ -247,7 +244,7 @@ def _download_inception(target: Path) -> Inception:
             network = _load_inception(file, "clean-fid")  # an incomplete file does not load
             os.replace(file, target)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"Inception's weights cannot be downloaded ({_first_line(error)}): {way_out}") from error
+        raise ValueError(f"Inception's weights cannot be downloaded ({first_line(error)}): {way_out}") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return network
@@ -304,7 +301,7 @@ def _dinov2(name: str) -> DINOv2:
         if info["missing_keys"]:  # Transformers makes them up, with no more than a warning
             raise ValueError(f"its file lacks weights, such as {min(info['missing_keys'])}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"dinov2_model={name} cannot be loaded as DINOv2: {_first_line(error)}") from error
+        raise ValueError(f"dinov2_model={name} cannot be loaded as DINOv2: {first_line(error)}") from error
     # Results are published, folders of this machine are not.
     return DINOv2(model, tensors_fingerprint(model.state_dict()), Path(name).name if Path(name).is_dir() else name)
 

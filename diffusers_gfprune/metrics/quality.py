@@ -14,12 +14,18 @@ from torch import Tensor, nn
 
 from ..diffusion.class_labels import real_labels
 from .cost import spatial_size
-from .fidelity import frechet_distance, frechet_distance_pixels, kernel_distance, psnr_to_reference, ssim_to_reference
+from .fidelity import (
+    SSIM_WINDOW,
+    frechet_distance,
+    frechet_distance_pixels,
+    kernel_distance,
+    psnr_to_reference,
+    ssim_to_reference,
+)
 from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
 
 __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
 
-SSIM_WINDOW = 7
 PIXELS = "pixels"
 # Of every kernel distance: the mean over subsets of up to so many vectors, drawn from this seed
 KERNEL = {"num_subsets": 100, "subset_size": 1000, "seed": 0}
@@ -171,11 +177,10 @@ class Quality:
         if self.dense_samples is None:
             return {}
         dense = self.dense_samples[: len(samples)]
-        psnr = psnr_to_reference(samples, dense)
-        found = {"psnr_to_dense": None if psnr == float("inf") else psnr}
+        similarities = {"psnr_to_dense": psnr_to_reference(samples, dense)}
         if min(samples.shape[-2:]) >= SSIM_WINDOW:
-            found["ssim_to_dense"] = ssim_to_reference(samples, dense)
-        return found
+            similarities["ssim_to_dense"] = ssim_to_reference(samples, dense)
+        return similarities
 
     def measure(self, samples: Tensor) -> dict[str, float | None]:
         """All that can be said about samples in [0, 1], by metric."""

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..errors import first_line
 from .cost import example_inputs, hardware_name, spatial_size
 from .speedup import median_interval
 
@@ -42,8 +43,8 @@ __all__ = [
     "SpeedSetting",
     "compilation",
     "measure_speed",
-    "one_line",
     "parse_settings",
+    "portable_error",
     "prepare_forward",
     "seconds_of",
 ]
@@ -232,7 +233,7 @@ class _Runner:
         try:
             action()
         except (RuntimeError, ImportError) as error:  # of the device, its allocator, Dynamo, Inductor
-            self.error = one_line(error)
+            self.error = portable_error(error)
             self.forward = None
 
 
@@ -319,10 +320,9 @@ def prepare_forward(
     return twin, inputs, lambda: function(**inputs)
 
 
-def one_line(error: Exception) -> str:
+def portable_error(error: Exception) -> str:
     """What an error says first, of at most 300 characters. Files keep their names and lose their folders: results travel."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", lines[0] if lines else "no message")
+    reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", first_line(error) if str(error).strip() else "no message")
     return f"{type(error).__name__}: {reason}"[:300]
 
 

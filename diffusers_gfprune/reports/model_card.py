@@ -25,6 +25,7 @@ from huggingface_hub import (
     parse_eval_result_entries,
 )
 
+from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
 from .results import PRUNING_RUN, ModelFigures, Results
 
@@ -316,7 +317,7 @@ def check_card(card: str) -> None:
     try:
         parsed = ModelCard(card, ignore_metadata_errors=False)
     except Exception as error:  # the client raises what its YAML parser raises
-        raise ValueError(f"the card's metadata cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the card's metadata cannot be read: {one_line(error)}") from error
     header = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     data = yaml.safe_load(header[1]) if header else None  # as written: the client turns what it does not expect into lists
     if not isinstance(data, dict):

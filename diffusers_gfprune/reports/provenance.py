@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from ..hub_errors import HUB_ERRORS
 from .model_card import LICENSES
 
-__all__ = ["command_line", "describe_base_model", "describe_dataset", "portable", "package_versions"]
+__all__ = ["command_line", "describe_base_model", "describe_dataset", "installed_versions", "package_versions", "portable"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A folder of the Hub's cache
@@ -121,7 +122,20 @@ def describe_dataset(dataset_name: str | None, train_data_dir: str | None) -> di
     return {"name": str(portable(dataset_name or train_data_dir)), "hub_id": None}
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of what decides a result."""
+def package_versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python, of what decides a result, and of more packages (see `installed_versions`)."""
     names = ("diffusers-gfprune", "torch", "diffusers", "accelerate", "datasets", "huggingface_hub", "torch-pruning")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **installed_versions(*names, *more)}
+
+
+def installed_versions(*packages: str) -> dict[str, str | None]:
+    """Installed versions of packages, by name; None for those that are not there."""
+    return {name: _version(name) for name in packages}
+
+
+@functools.cache  # files are read
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import GradientFlowPruner
 from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
+from ..formatting import format_duration
 from ..metrics.cost import count_macs, count_parameters, spatial_size, weight_file_bytes
 from ..metrics.quality import SamplingSettings
 from ..metrics.speed import measure_speed
@@ -84,7 +85,7 @@ def describe_plan(
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
         f"{args.pruning.calibration_batches} calibration batches",
-        f"  time       about {_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
+        f"  time       about {format_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
         f"({estimate.seconds:.3f} s for a dense forward and backward of {estimate.batch_size} images{timed})",
     ]
     memory = memory_plan(
@@ -118,11 +119,6 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     masked = 1.1 * step + extra.dense_forwards() * step / 3
     small = left * step + extra.dense_forwards(left) * step / 3
     return masked * end + scoring + small * (config.total_steps - end)
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | None) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.batches import BrokenImages
+from ..errors import one_line
 from ..interruption import Interruption, StoppedBySignal, asked_to_stop
 from .arguments import Arguments
 from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
@@ -151,8 +152,8 @@ def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        said, where = " ".join(str(error).split()), last_checkpoint(run, state.step + 1)
-        raise ValueError(f"loading images failed, a loading process died: {said}{where}") from error
+        where = last_checkpoint(run, state.step + 1)
+        raise ValueError(f"loading images failed, a loading process died: {one_line(error)}{where}") from error
 
 
 def save_checkpoint(run: Run, state: TrainingState) -> bool:

@@ -1,4 +1,4 @@
-"""diffusers_gfprune.evaluation.card.py: the figures of an evaluation in the results and on the card of a pruning run, or nothing at all."""
+"""evaluation/card.py: the figures of an evaluation in the results and on the card of a pruning run, or nothing at all."""
 
 from __future__ import annotations
 
