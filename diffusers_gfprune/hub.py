@@ -132,11 +132,11 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
         text = (root / name).read_text("utf-8")
         if TOKEN.search(text) or (token and token in text):
             raise ValueError(f"{root / name} holds an access token: remove it before you push")
-        found = [place for place in sorted(places) if place in text]
+        private = [place for place in sorted(places) if place in text]
         if name.endswith(".json"):
-            found += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
-        if found:
-            raise ValueError(f"{root / name} names the path {found[0]} of this machine: remove it before you push")
+            private += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
+        if private:
+            raise ValueError(f"{root / name} names the path {private[0]} of this machine: remove it before you push")
 
 
 def update_card(folder: str | os.PathLike, repo_id: str) -> None:

@@ -282,14 +282,14 @@ def sample_rows(names: Sequence[str], results: Sequence[Results]) -> list[tuple[
         if not path.is_file():
             continue
         try:
-            kept = load_file(path)
+            samples = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        if reference is not None and not rows and "reference_model" in kept:
-            rows.append((reference_title(reference), kept["reference_model"].float() / 255))
+        if reference is not None and not rows and "reference_model" in samples:
+            rows.append((reference_title(reference), samples["reference_model"].float() / 255))
         for key in ("model", "images"):
-            if key in kept:
-                rows.append((result.model.name, kept[key].float() / 255))
+            if key in samples:
+                rows.append((result.model.name, samples[key].float() / 255))
     return rows
 
 

@@ -121,8 +121,21 @@ def main(argv: list[str] | None = None) -> None:
         if not objective.needs_teacher:
             dense.to("cpu")  # until it is sampled from beside the pruned one
         run = Run(
-            *(args, accelerator, folder, checkpoints, identity, pipeline, dense, images, len(held_out_images)),
-            *(step_loss, dense_step_losses, sample_quality, objective, origin, repo_id),
+            args=args,
+            accelerator=accelerator,
+            folder=folder,
+            checkpoints=checkpoints,
+            identity=identity,
+            pipeline=pipeline,
+            dense=dense,
+            images=images,
+            num_held_out=len(held_out_images),
+            step_loss=step_loss,
+            dense_step_losses=dense_step_losses,
+            sample_quality=sample_quality,
+            objective=objective,
+            origin=origin,
+            repo_id=repo_id,
         )
         tracking = Tracking(args, accelerator, folder, sample_quality)
 

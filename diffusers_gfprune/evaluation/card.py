@@ -102,8 +102,8 @@ def card_repository(run: Path) -> str:
     """The repository that a run's card names in its examples, or the name of the run."""
     readme = run / "README.md"
     text = readme.read_text("utf-8") if readme.is_file() else ""
-    found = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', text)
-    return found[1] if found else run.resolve().name
+    named = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', text)
+    return named[1] if named else run.resolve().name
 
 
 class RunUpdate:

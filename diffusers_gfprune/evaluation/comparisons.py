@@ -21,28 +21,28 @@ MACHINE = ("device", "hardware", "threads", "sample_size")
 def differing_settings(results: Sequence[Results]) -> list[str]:
     """Settings in which evaluations differ so that their figures cannot be compared, each with all values."""
     settings = [_flat({k: v for k, v in result.evaluation.items() if k not in FREE}) for result in results]
-    found = []
+    differing = []
     for name in dict.fromkeys(name for one in settings for name in one):
         values = [one.get(name) for one in settings]
         if any(value != values[0] for value in values):
-            found.append(f"{name}: {', '.join(map(str, values))}")
-    return found
+            differing.append(f"{name}: {', '.join(map(str, values))}")
+    return differing
 
 
 def differing_machines(results: Sequence[Results]) -> dict[str, list]:
     """Versions, hardware and the like in which evaluations differ, which is no reason not to compare them, with all values."""
     settings = [_flat({k: v for k, v in result.evaluation.items() if k in FREE}) for result in results]
     names = dict.fromkeys(name for one in settings for name in one)
-    found = {name: [one.get(name) for one in settings] for name in names}
-    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+    values_by_name = {name: [one.get(name) for one in settings] for name in names}
+    return {name: values for name, values in values_by_name.items() if any(value != values[0] for value in values)}
 
 
 def _flat(values: Mapping, prefix: str = "") -> dict:
     """Nested settings under names with dots, so that only what differs need be told."""
-    found = {}
+    flat = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def common_reference(results: Sequence[Results]) -> ModelFigures | None:
@@ -100,7 +100,7 @@ def _timed_alike(figures: Sequence[ModelFigures], speedups: bool) -> dict[str, l
 
     A column's name says no more of a setting than distinguishes it.
     """
-    found: dict[tuple, list[dict]] = {}
+    timed_by_setting: dict[tuple, list[dict]] = {}
     for first in figures[0].speed:
         alike = [
             [entry for entry in row.speed if all(entry.get(k) == first.get(k) for k in (*SETTING, *MACHINE))]
@@ -108,10 +108,10 @@ def _timed_alike(figures: Sequence[ModelFigures], speedups: bool) -> dict[str, l
         ]
         timed = [entries[0] if entries else {} for entries in alike]
         if all(isinstance(entry.get("latency_ms"), NUMBER) for entry in timed):
-            found[tuple(str(first.get(name)) for name in SETTING)] = timed
-    varying = [index for index in range(1, len(SETTING)) if len({setting[index] for setting in found}) > 1]
+            timed_by_setting[tuple(str(first.get(name)) for name in SETTING)] = timed
+    varying = [index for index in range(1, len(SETTING)) if len({setting[index] for setting in timed_by_setting}) > 1]
     columns = {}
-    for setting, entries in found.items():
+    for setting, entries in timed_by_setting.items():
         title = " ".join([f"batch {setting[0]}", *(setting[index] for index in varying)])
         columns[f"latency (ms), {title}"] = [_figure(entry["latency_ms"]) for entry in entries]
         others = [(entry.get("speedup"), entry.get("speedup_interval")) for entry in entries[1:]]

@@ -62,8 +62,10 @@ class FolderImages:
         for path in self.paths:  # headers only, unless it takes the pixels to know whether an image fits
             image = self._open(path)
             if (image.height, image.width) != self.size:
-                found = f"{path.name} has {image.height}x{image.width} pixels"
-                raise ValueError(f"images_dir={folder}: {found}, others have {first.height}x{first.width}")
+                raise ValueError(
+                    f"images_dir={folder}: {path.name} has {image.height}x{image.width} pixels, others have "
+                    f"{first.height}x{first.width}"
+                )
             if needs_pixels(image, self.channels):
                 self._pixels(path)
 
@@ -194,7 +196,7 @@ def _with_null_label(args: EvaluateArguments, config) -> DataArguments:
 def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tuple[nn.Module, object]]:
     m = args.model
     names = {"model": (m.model, m.revision), "reference_model": (m.reference_model, m.reference_revision)}
-    found = {}
+    models = {}
     for argument, (name, revision) in names.items():
         if name is None:
             continue
@@ -208,12 +210,12 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tup
         unet.requires_grad_(False).eval().to(device)
         if m.dtype != "float32":
             unet.to(getattr(torch, m.dtype))
-        found[argument] = unet, scheduler
-    if len(found) == 2:
-        makes = [_makes(unet, scheduler) for unet, scheduler in found.values()]
+        models[argument] = unet, scheduler
+    if len(models) == 2:
+        makes = [_makes(unet, scheduler) for unet, scheduler in models.values()]
         if makes[0] != makes[1]:
             raise ValueError(f"reference_model={m.reference_model} makes {makes[1]}, the model {makes[0]}")
-    return found
+    return models
 
 
 def _makes(unet: nn.Module, scheduler) -> str:

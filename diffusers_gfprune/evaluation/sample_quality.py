@@ -89,8 +89,8 @@ def model_identity(unet: nn.Module, scheduler) -> dict:
 def dense_samples(cache: TensorCache, settings: SamplingSettings, unet: nn.Module, scheduler, progress: str | None) -> Tensor:
     """Samples of a model in [0, 1], from the cache if they are there."""
     key = {**model_identity(unet, scheduler), **settings.identity()}
-    kept = cache.get("samples", key, lambda: {"images": to_uint8(settings.sample(unet, scheduler, progress=progress))})
-    return kept["images"].float() / 255
+    cached = cache.get("samples", key, lambda: {"images": to_uint8(settings.sample(unet, scheduler, progress=progress))})
+    return cached["images"].float() / 255
 
 
 def feature_identity(network: FeatureNetwork) -> dict:
@@ -168,15 +168,15 @@ class RealFeatures:
         self._check_broken(shards)
         digests = "".join(shard.digest for shard in shards)
         self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16] if shards else None
-        found = {}
+        features = {}
         for network in self.networks:
             rows = [shard.features[network.name] for shard in shards if len(shard.features[network.name])]
             if sum(map(len, rows)) < 2:
                 raise ValueError(
                     f"{sum(map(len, rows))} real images that can be read are too few: a distance takes 2 at least"
                 )
-            found[network.name] = torch.cat(rows)
-        return found
+            features[network.name] = torch.cat(rows)
+        return features
 
     def _shards(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[EncodedImage]]]:
         size = shard_size(self.images.decoder.shape)
@@ -200,8 +200,8 @@ class RealFeatures:
             return {"features": extract_features(network, readable, BATCH_SIZE) if len(readable) else torch.empty(0, 0)}
 
         keys = {network: {**feature_identity(network), **key} for network in self.networks}
-        kept = {n.name: self.cache.get("features", keys[n], functools.partial(make, n))["features"] for n in self.networks}
-        return Shard(len(images), digest, kept)
+        features = {n.name: self.cache.get("features", keys[n], functools.partial(make, n))["features"] for n in self.networks}
+        return Shard(len(images), digest, features)
 
     def _check_broken(self, shards: Iterable[Shard]) -> None:
         broken = sum(shard.count - min(map(len, shard.features.values())) for shard in shards)

@@ -165,13 +165,13 @@ class Samples:
 
     def unsampled(self, process: int = 0, processes: int = 1) -> list[int]:
         """How many images of each source are still to be sampled in a process's share."""
-        found = [0] * len(self.sources)
+        missing = [0] * len(self.sources)
         for shard in self.spans[process::processes]:
             paired = len(self.sources) < 2 or _there(self.sources[0].cache, "similarities", self._pair_key(shard))
             for index, source in enumerate(self.sources):
                 done = paired and all(source.has_features(network, shard) for network in self.networks)
-                found[index] += 0 if done or source.has_images(shard) else len(shard)
-        return found
+                missing[index] += 0 if done or source.has_images(shard) else len(shard)
+        return missing
 
     def work(self, process: int = 0, processes: int = 1) -> int:
         """What `make` will tell `advance` in all."""

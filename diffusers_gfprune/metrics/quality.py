@@ -158,14 +158,14 @@ class Quality:
         Returns:
             By metric.
         """
-        found = {}
+        distances = {}
         for network in self.networks:
             mine, real = features[network.name], self.reference[network.name]
             distance = frechet_distance_pixels if network.name == PIXELS else frechet_distance
-            found[network.metric] = distance(mine, real)
+            distances[network.metric] = distance(mine, real)
             if self.kernel:
-                found[kernel_metric(network.metric)] = kernel_distance(mine, real, **KERNEL)
-        return found
+                distances[kernel_metric(network.metric)] = kernel_distance(mine, real, **KERNEL)
+        return distances
 
     def similarities(self, samples: Tensor) -> dict[str, float | None]:
         """SSIM and PSNR to the dense model's samples.
@@ -195,11 +195,11 @@ class Quality:
 
     def describe(self) -> dict[str, dict]:
         """For result files: title, features and number of real images of every distance, by metric; subsets of kernel ones."""
-        found = {}
+        described = {}
         for network in self.networks:
             depends = {"features": network.description, "reference_images": len(self.reference[network.name])}
-            found[network.metric] = {"title": network.title, **depends}
+            described[network.metric] = {"title": network.title, **depends}
             if self.kernel:
                 title = "KID" if network.metric == "fid" else network.title.replace("FD-", "KD-", 1)
-                found[kernel_metric(network.metric)] = {"title": title, **depends, **KERNEL}
-        return found
+                described[kernel_metric(network.metric)] = {"title": title, **depends, **KERNEL}
+        return described

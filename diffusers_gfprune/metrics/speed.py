@@ -173,12 +173,12 @@ def measure_speed(
     """
     _validate(models, settings, repeats, warmup)
     sizes = {name: spatial_size(model, sample_size) for name, model in models.items()}
-    found = []
+    rows = []
     with tqdm(total=len(settings) * (len(models) + repeats), desc=progress, disable=progress is None) as bar, torch.no_grad():
         for setting in settings:
             with compilation(setting, len(models)):
-                found += _measure_setting(models, setting, sizes, repeats, warmup, bar.update)
-    return found
+                rows += _measure_setting(models, setting, sizes, repeats, warmup, bar.update)
+    return rows
 
 
 def _validate(models: Mapping[str, nn.Module], settings: Sequence[SpeedSetting], repeats: int, warmup: int) -> None:

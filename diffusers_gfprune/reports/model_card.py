@@ -331,7 +331,7 @@ def check_card(card: str) -> None:
     if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
         raise ValueError(f"tags={tags!r} of the card must be words")
     ids = [data.get(name) or [] for name in ("base_model", "datasets")]  # one id, or several
-    for hub_id in [hub_id for found in ids for hub_id in (found if isinstance(found, list) else [found])]:
+    for hub_id in [hub_id for named in ids for hub_id in (named if isinstance(named, list) else [named])]:
         if not isinstance(hub_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
             raise ValueError(f"{hub_id!r} in the card's metadata is no Hub id")
     if not all(math.isfinite(number) for number in _numbers(data)):

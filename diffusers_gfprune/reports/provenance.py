@@ -65,31 +65,31 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
         `name`, and `hub_id`, `revision` and `license`, which are None where they are unknown. A folder that is not on the Hub
         has `derived_from`, too, where it says for certain which models there it was made of.
     """
-    found = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
+    source = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
     if os.path.isdir(name_or_path):
-        found["revision"] = None  # a folder has none
+        source["revision"] = None  # a folder has none
         readme, data = Path(name_or_path) / "README.md", {}
         if readme.is_file():
             data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-            found["license"] = _known_license(data.get("license"))
+            source["license"] = _known_license(data.get("license"))
         cached = SNAPSHOT.search(os.path.realpath(name_or_path))
         if cached is not None:
             hub_id = f"{cached[1]}/{cached[2]}"
-            return {**found, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}
+            return {**source, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}
         origins = _origins(Path(name_or_path), data.get("base_model"))
-        return {**found, "derived_from": origins} if origins else found
-    found["hub_id"] = name_or_path
+        return {**source, "derived_from": origins} if origins else source
+    source["hub_id"] = name_or_path
     # Files that were loaded lie in a folder named by their commit, while a branch may have moved on since.
     cached = try_to_load_from_cache(name_or_path, "model_index.json", revision=revision)
     if isinstance(cached, str):
-        found["revision"] = Path(cached).parent.name
+        source["revision"] = Path(cached).parent.name
     try:
-        info = HfApi().model_info(name_or_path, revision=found["revision"])
+        info = HfApi().model_info(name_or_path, revision=source["revision"])
     except HUB_ERRORS:  # offline, with the model in the cache
-        return found
-    found["revision"] = info.sha
-    found["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
-    return found
+        return source
+    source["revision"] = info.sha
+    source["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
+    return source
 
 
 def _origins(folder: Path, base_model: object) -> list[str]:

@@ -41,7 +41,7 @@ __all__ = [
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """What stays the same while a run trains.
 
