@@ -34,7 +34,7 @@ from models import batches_for, build
 from torch import nn
 
 from diffusers_gfprune.errors import one_line
-from diffusers_gfprune.metrics.cost import hardware_name
+from diffusers_gfprune.metrics.model_size import hardware_name
 from diffusers_gfprune.metrics.speed import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,7 +36,7 @@ from diffusers_gfprune.data.batches import train_dataloader
 from diffusers_gfprune.data.images import load_images
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective
 from diffusers_gfprune.pruning.budget import select_units, width_ladder

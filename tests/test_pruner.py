@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from diffusers_gfprune import GFPrunedUNet2DModel, GradientFlowPruner
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.pruning.cost_model import CostModel
 from diffusers_gfprune.pruning.masking import dense_parameters

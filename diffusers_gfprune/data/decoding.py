@@ -23,7 +23,7 @@ from torchvision.transforms import functional as F
 from ..diffusion.class_labels import LabelDropout
 from ..diffusion.pixel_values import is_deep, is_greyscale, pixel_values, unused_range, with_channels
 from ..errors import one_line
-from ..metrics.cost import spatial_size
+from ..metrics.model_size import spatial_size
 
 __all__ = ["BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWORK_ERRORS", "adapt_decoder"]
 

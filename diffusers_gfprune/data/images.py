@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from ..errors import first_line
-from ..metrics.cost import spatial_size
+from ..metrics.model_size import spatial_size
 from .decoding import (
     NETWORK_ERRORS,
     BrokenImage,

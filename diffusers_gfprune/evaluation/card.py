@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..hub import PICTURES, update_card
-from ..metrics.cost import count_macs, count_parameters
+from ..metrics.model_size import count_macs, count_parameters
 from ..remote.pipeline_prune_ddpm import EVAL_RESULTS
 from ..reports.model_card import is_as_rendered, render_card
 from ..reports.results import PRUNING_RUN, ModelFigures, Results, read_results

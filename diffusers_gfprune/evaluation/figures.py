@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from ..formatting import format_duration
 from ..metrics.cache import tensors_fingerprint
-from ..metrics.cost import (
+from ..metrics.model_size import (
     count_macs,
     count_parameters,
     hardware_name,

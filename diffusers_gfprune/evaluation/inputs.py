@@ -20,8 +20,8 @@ from ..data.sources import ImageRows, ImageStream
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
 from ..errors import one_line
 from ..hub_errors import HUB_ERRORS
-from ..metrics.cost import spatial_size
 from ..metrics.features import FeatureNetwork, feature_network
+from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings
 from ..metrics.sampling import to_uint8
 from ..reports.results import read_results

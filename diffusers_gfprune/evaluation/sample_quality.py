@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from ..data.decoding import BrokenImage, EncodedImage, ImageDecoder
 from ..data.sources import ImageRows, ImageStream
 from ..metrics.cache import TensorCache, tensors_fingerprint
-from ..metrics.cost import spatial_size, uses_tf32
 from ..metrics.features import FeatureNetwork, feature_network
+from ..metrics.model_size import spatial_size, uses_tf32
 from ..metrics.quality import Quality, SamplingSettings, extract_features
 from ..metrics.sampling import to_uint8
 from ..reports.provenance import installed_versions

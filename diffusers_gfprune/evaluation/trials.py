@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import first_line
-from ..metrics.cost import example_inputs, spatial_size
 from ..metrics.eval_mode import evaluating
 from ..metrics.features import FeatureNetwork
+from ..metrics.model_size import example_inputs, spatial_size
 from ..metrics.quality import SamplingSettings, extract_features
 from ..metrics.sampling import make_sampler
 from ..metrics.speed import SpeedSetting, measure_speed, portable_error, seconds_of

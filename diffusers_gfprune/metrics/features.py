@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from .cache import default_cache_dir, tensors_fingerprint
-from .cost import uses_tf32
+from .model_size import uses_tf32
 
 __all__ = ["NETWORKS", "FeatureNetwork", "feature_network", "resize_clean"]
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.class_labels import real_labels
-from .cost import spatial_size
 from .fidelity import (
     SSIM_WINDOW,
     frechet_distance,
@@ -22,6 +21,7 @@ from .fidelity import (
     psnr_to_reference,
     ssim_to_reference,
 )
+from .model_size import spatial_size
 from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
 
 __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import first_line
-from .cost import example_inputs, hardware_name, spatial_size
+from .model_size import example_inputs, hardware_name, spatial_size
 from .speedup import median_interval
 
 __all__ = [

@@ -17,7 +17,7 @@ import numpy as np
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ..metrics.cost import layer_positions
+from ..metrics.model_size import layer_positions
 from .channel_groups import ChannelGroup
 
 __all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "group_shares"]

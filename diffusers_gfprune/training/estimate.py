@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..formatting import format_size
-from ..metrics.cost import example_inputs, spatial_size
+from ..metrics.model_size import example_inputs, spatial_size
 from ..metrics.speed import seconds_of
 from ..metrics.step_loss import noise_target
 

@@ -18,7 +18,7 @@ from ..evaluation.sample_quality import SampleQuality
 from ..evaluation.trials import describe_speed, try_features, try_sampling, try_speed
 from ..formatting import format_size
 from ..hub import check_nothing_private
-from ..metrics.cost import spatial_size
+from ..metrics.model_size import spatial_size
 from ..reports.model_card import render_card
 from ..reports.results import PRUNING_RUN, Results
 from ..run_folder import RunFolder, write_json

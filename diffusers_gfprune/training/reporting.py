@@ -12,7 +12,7 @@ from .. import GradientFlowPruner
 from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
 from ..formatting import format_duration
-from ..metrics.cost import count_macs, count_parameters, spatial_size, weight_file_bytes
+from ..metrics.model_size import count_macs, count_parameters, spatial_size, weight_file_bytes
 from ..metrics.quality import SamplingSettings
 from ..metrics.speed import measure_speed
 from ..metrics.step_loss import StepLoss

@@ -19,7 +19,7 @@ from study_run import RememberedTeacher
 from study_settings import DATASETS, SETTINGS
 
 from diffusers_gfprune.metrics.cache import TensorCache
-from diffusers_gfprune.metrics.cost import count_parameters
+from diffusers_gfprune.metrics.model_size import count_parameters
 from diffusers_gfprune.reports.provenance import command_line
 from diffusers_gfprune.training.arguments import parse_arguments
 from helpers.figures import lines, saved_figures

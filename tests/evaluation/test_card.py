@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_gfprune.hub import files_to_push, update_card
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.reports.model_card import is_as_rendered, render_card
 from diffusers_gfprune.reports.results import Results

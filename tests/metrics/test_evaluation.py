@@ -10,7 +10,6 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from diffusers_gfprune.metrics.cost import count_macs, spatial_size
 from diffusers_gfprune.metrics.fidelity import (
     feature_moments,
     frechet_distance,
@@ -19,6 +18,7 @@ from diffusers_gfprune.metrics.fidelity import (
     psnr_to_reference,
     ssim_to_reference,
 )
+from diffusers_gfprune.metrics.model_size import count_macs, spatial_size
 from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
 from helpers.architectures import build
 from helpers.zero_model import Zero

@@ -9,7 +9,7 @@ import torch_pruning
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters, layer_positions
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters, layer_positions
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction

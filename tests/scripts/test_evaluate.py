@@ -11,13 +11,13 @@ from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
 from diffusers_gfprune.metrics.fidelity import (
     frechet_distance_pixels,
     kernel_distance,
     psnr_to_reference,
     ssim_to_reference,
 )
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from helpers.architectures import build, pruned

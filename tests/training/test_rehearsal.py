@@ -57,7 +57,7 @@ def test_few_timesteps_and_a_ddim_pipeline(tmp_path: Path, capsys: pytest.Captur
     assert evaluation["num_inference_steps"] == 50 and evaluation["timestep_spacing"] == "leading"
     said = capsys.readouterr()
     assert "warning: num_inference_steps=100 is more than the 50 timesteps that the model was trained with" in said.err
-    assert re.search(r"tried      a sampling step, a timed forward, a card and a file of 7\d\d\.\d KiB", said.out)
+    assert re.search(r"tried      a sampling step, a timed forward, a card and a file of \d+\.\d KiB", said.out)
     for file in ("model_index.json", "scheduler/scheduler_config.json"):
         before, after = (json.loads((tmp_path / name / file).read_text()) for name in ("model", "run"))
         assert {**after, "unet": None} == {**before, "unet": None}

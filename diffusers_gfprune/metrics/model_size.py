@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates (MACs); what it takes is in `speed`.
+"""The size of a model: parameters, multiply-accumulates (MACs), bytes of its weights; its speed is in `speed`.
 
 MACs are those of one forward at batch 1: convolutions (output positions x kernel area x input x output channels), linear
 layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels). Norms,
