@@ -28,7 +28,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from models import batches_for, build, dense_config, torch_pruning_model
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import attach, detach
 from diffusers_gfprune.scoring.importance import score_units

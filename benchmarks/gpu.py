@@ -33,7 +33,8 @@ from cost import half_masked
 from models import batches_for, build
 from torch import nn
 
-from diffusers_gfprune.metrics.cost import hardware_name
+from diffusers_gfprune.errors import one_line
+from diffusers_gfprune.metrics.model_size import hardware_name
 from diffusers_gfprune.metrics.speed import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,4 +208,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of the device or of the compiler
-        sys.exit(f"gpu.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"gpu.py: error: {one_line(error)}")

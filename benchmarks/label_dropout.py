@@ -21,6 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diffusers_gfprune.reports.results import read_results
 from diffusers_gfprune.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def prune(model: Path, folder: Path, share: float, seed: int, steps: int) -> dic
             *("prune_ddpm.py", "--pretrained_model_name_or_path", model, *DATA, *words, *short),
             *("--output_dir", run, "--overwrite_output_dir", "--resume_from_checkpoint", "latest"),
         )
-    return json.loads((run / "results.json").read_text())
+    return read_results(run).to_dict()
 
 
 def rises(results: dict) -> dict[str, float]:

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 
-from diffusers_gfprune.metrics.cost import count_macs, example_inputs, spatial_size
+from diffusers_gfprune.metrics.model_size import count_macs, example_inputs, spatial_size
 
 __all__ = ["batches_for", "build", "dense_config", "torch_pruning_model"]
 

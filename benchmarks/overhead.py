@@ -35,7 +35,7 @@ from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
-from diffusers_gfprune.training.run import make_accelerator, run_identity, run_settings
+from diffusers_gfprune.training.run import run_accelerator, run_identity, run_settings
 from diffusers_gfprune.training.state import TrainingState
 from diffusers_gfprune.training.tracking import Tracking
 
@@ -101,7 +101,7 @@ def measure_state(model: str, words: list[str]) -> dict[str, float]:
         words = [*words, "--output_dir", f"{folder}/run", "--mixed_precision", "no", "--report_to", "tensorboard"]
         args = parse_arguments(words)
         run_folder = RunFolder(args.run.output_dir, False)
-        accelerator = make_accelerator(args, run_folder)
+        accelerator = run_accelerator(args, run_folder)
         unet = build(model)
         dense = copy.deepcopy(unet)
         pruner = GradientFlowPruner(unet, args.pruning.config(args.training.max_train_steps))

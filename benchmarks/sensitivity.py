@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from tqdm.auto import tqdm
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.data.batches import calibration_batches
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.scoring.importance import score_units
@@ -191,7 +191,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("sensitivity.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"sensitivity.py: error: {error}")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, TEACHERS, Setting
 
+from diffusers_gfprune.reports.results import ModelFigures, Results, read_results
 from diffusers_gfprune.training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def result_file(dataset: str, setting: Setting, seed: int, results: Path = RESUL
     return results / dataset / f"{setting.name}-seed{seed}.json"
 
 
-def record(setting: Setting, dataset: str, seed: int, results: dict, report: dict) -> dict:
+def record(setting: Setting, dataset: str, seed: int, results: Results, report: dict) -> dict:
     """What is kept of a run: its results, curves and rankings, and how it was made."""
     curves = report.get("curves", {})
     names = ("quality_steps", "quality", "validation_steps", "validation_loss", "compaction")
@@ -68,9 +69,9 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
         "seed": seed,
         "command": report.get("command"),
         "commit": commit(),
-        "dense": results["dense"],
-        "pruned": results["pruned"],
-        "evaluation": results["evaluation"],
+        "dense": figures(results.reference_model),
+        "pruned": figures(results.model),
+        "evaluation": results.evaluation,
         "steps": report["phases"]["total_steps"],
         "phases": report["phases"],
         "curves": {name: curves[name] for name in names if name in curves},
@@ -78,6 +79,13 @@ def record(setting: Setting, dataset: str, seed: int, results: dict, report: dic
         "widths": {group["name"]: group["kept_channels"] for group in report.get("channel_groups", [])},
         **{name: report[name] for name in ("peer",) if name in report},
     }
+
+
+def figures(model: ModelFigures) -> dict:
+    """Costs, losses and metrics of a model on one level."""
+    names = ("parameters", "macs", "weight_file_bytes", "step_loss", "step_loss_null_label")
+    measured = {name: value for name in names if (value := getattr(model, name)) is not None}
+    return {**measured, **model.quality}
 
 
 def commit() -> str | None:
@@ -150,13 +158,13 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
             print(f"*** {name} failed with status {done.returncode}; see {log}", file=sys.stderr, flush=True)
             options.failed.append(name)
             return
-    results, report = (json.loads((folder / f"{what}.json").read_text()) for what in ("results", "pruning_report"))
+    results, report = read_results(folder), json.loads((folder / "pruning_report.json").read_text())
     target.parent.mkdir(parents=True, exist_ok=True)
     complete = target.with_suffix(".tmp")
     complete.write_text(json.dumps(record(setting, dataset, seed, results, report), indent=1) + "\n")
     os.replace(complete, target)
     shutil.rmtree(folder)
-    measured = {name: value for name, value in results["pruned"].items() if name.startswith(("fd_", "ssim"))}
+    measured = {name: value for name, value in results.model.quality.items() if name.startswith(("fd_", "ssim"))}
     print(f"    {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()), flush=True)
 
 

@@ -34,8 +34,9 @@ from tqdm.auto import tqdm
 from diffusers_gfprune import GFPruneConfig, GFPrunedUNet2DModel, GradientFlowPruner
 from diffusers_gfprune.data.batches import train_dataloader
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
@@ -233,11 +234,9 @@ def main() -> None:
     phases = {"soft_end_step": 0, "hard_end_step": 0, "total_steps": total, "update_interval": 0}
     command = command_line(sys.argv[1:], "benchmarks/study_baselines.py")
     write_json(folder / "pruning_report.json", {"phases": phases, "command": command, **extra})
-    write_json(folder / "results.json", measured)
+    write_json(folder / "results.json", measured.to_dict())
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("study_baselines.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"study_baselines.py: error: {error}")

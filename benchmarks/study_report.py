@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,8 @@ import matplotlib.pyplot as plt
 from study_settings import DATASETS, SCORES, SETTINGS
 from study_time import OUTPUT as TIMES
 from study_time import seconds
+
+from diffusers_gfprune.errors import one_line_errors
 
 matplotlib.use("Agg")
 
@@ -414,7 +415,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("study_report.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"study_report.py: error: {error}")

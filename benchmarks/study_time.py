@@ -21,7 +21,6 @@ import argparse
 import copy
 import json
 import platform
-import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from study_baselines import with_widths
 from study_settings import DATASETS, SETTINGS, TEACHERS
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.scoring.importance import score_units
 from diffusers_gfprune.training.arguments import parse_arguments
 
@@ -118,7 +118,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("study_time.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"study_time.py: error: {error}")

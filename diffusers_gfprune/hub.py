@@ -14,7 +14,6 @@ import fnmatch
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,9 +24,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from .errors import one_line, one_line_errors
+from .formatting import format_size
 from .hub_errors import HUB_ERRORS, TOKEN, reason
 from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, MODEL, WEIGHTS, rename_in_card
 from .reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
+from .reports.results import read_results
 
 __all__ = [
     "FILES",
@@ -87,7 +89,7 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
             with safe_open(root / name, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{root / name} is damaged: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{root / name} is damaged: {one_line(error)}") from error
     return going, [name for name in present if name not in going]
 
 
@@ -130,11 +132,11 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
         text = (root / name).read_text("utf-8")
         if TOKEN.search(text) or (token and token in text):
             raise ValueError(f"{root / name} holds an access token: remove it before you push")
-        found = [place for place in sorted(places) if place in text]
+        private = [place for place in sorted(places) if place in text]
         if name.endswith(".json"):
-            found += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
-        if found:
-            raise ValueError(f"{root / name} names the path {found[0]} of this machine: remove it before you push")
+            private += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
+        if private:
+            raise ValueError(f"{root / name} names the path {private[0]} of this machine: remove it before you push")
 
 
 def update_card(folder: str | os.PathLike, repo_id: str) -> None:
@@ -150,7 +152,7 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
         ValueError: A field is missing, or the card is not valid.
     """
     root = Path(folder)
-    results, report = _read_json(root / "results.json"), _read_json(root / "pruning_report.json")
+    results, report = read_results(root), _read_json(root / "pruning_report.json")
     pictures = {what: name for what, name in PICTURES.items() if (root / name).is_file()}
     card, readme = render_card(results, report, repo_id, pictures), root / "README.md"
     if readme.exists() and not is_as_rendered(readme.read_text("utf-8")):
@@ -183,7 +185,7 @@ def check_repo_id(repo_id: str, argument: str = "repo_id") -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{argument}={repo_id} is no repository name: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{argument}={repo_id} is no repository name: {one_line(error)}") from error
 
 
 def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
@@ -293,10 +295,6 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
         raise PushError(f"push to {repo_id} failed: {reason(error)}") from error
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m diffusers_gfprune.hub", description="Share pruned models on the Hub.")
@@ -311,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     push.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and stop")
     args = parser.parse_args(argv)
     args.token = args.token.strip() if args.token else None
-    try:
+    with one_line_errors(parser.prog):
         if args.dry_run:
             check_repo_id(args.repo_id)
             names, left = files_to_push(args.folder)
@@ -320,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"would push to {args.repo_id}{' (private)' if args.private else ''}:")
             for name in names:
                 path = Path(args.folder, name)
-                print(f"  {_size(path.stat().st_size) if path.exists() else 'new':>12}  {name}")
+                print(f"  {format_size(path.stat().st_size) if path.exists() else 'new':>12}  {name}")
             if left:
                 print(f"would leave out: {', '.join(left)}")
             return
@@ -333,8 +331,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             commit_message=args.commit_message,
         )
         print(f"pushed: {url}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

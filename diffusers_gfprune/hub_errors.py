@@ -6,6 +6,8 @@ import re
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RevisionNotFoundError
 
+from .errors import one_line
+
 __all__ = ["HUB_ERRORS", "TOKEN", "reason"]
 
 TOKEN = re.compile(r"\b(hf_|hf_oauth_|api_org_)[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
@@ -32,5 +34,5 @@ def reason(error: Exception) -> str:
         return known[status]
     if status is not None and status >= 500:
         return f"the server answered {status}"
-    said = TOKEN.sub("***", " ".join(str(error).split())) or type(error).__name__
+    said = TOKEN.sub("***", one_line(error))
     return said if status is not None else f"the connection failed: {said}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from .configuration import GFPruneConfig
 from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from .diffusion.pixel_values import image_values, unused_range
-from .metrics.cost import spatial_size
+from .metrics.model_size import spatial_size
 from .pruner import GradientFlowPruner
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 

@@ -329,7 +329,7 @@ class GradientFlowPruner:
             newly_pruned_units=sum(int((~self.kept[name] & before[name]).sum()) for name in self.kept),
             kept_channels=int(widths.sum()),
             macs=self.cost.macs(widths),
-            params=self.cost.params(widths),
+            params=self.cost.parameters(widths),
         )
         self.history.append(update)
         return update

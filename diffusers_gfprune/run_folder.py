@@ -17,12 +17,9 @@ from pathlib import Path
 
 from torch import nn
 
-__all__ = ["RunFolder", "format_size", "write_json"]
+from .formatting import format_size
 
-
-def format_size(count: float) -> str:
-    """Bytes in words: MiB, or GiB from 1 GiB on."""
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+__all__ = ["RunFolder", "write_json"]
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -121,7 +118,7 @@ class RunFolder:
         if free < needed:
             self.discard()
             raise ValueError(
-                f"output_dir={self.path} needs {needed / 2**20:.0f} MiB, but the disk has {free / 2**20:.0f} MiB free"
+                f"output_dir={self.path} needs {format_size(needed, 0)}, but the disk has {format_size(free, 0)} free"
             )
 
     def save(self, write: Callable[[Path], object]) -> None:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from . import GFPrunedUNet2DModel, PruneDDPMPipeline
 from .diffusion.process import check_scheduler_class, check_timesteps, training_process
+from .errors import first_line
 from .hub_errors import HUB_ERRORS
 from .remote.pipeline_prune_ddpm import check_pipeline_index
 
@@ -137,8 +138,7 @@ def _one_line(argument: str) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{argument} cannot be loaded: {lines[0] if lines else type(error).__name__}") from error
+        raise ValueError(f"{argument} cannot be loaded: {first_line(error)}") from error
 
 
 def _download(name: str, revision: str | None) -> Path:

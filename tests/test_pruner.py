@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from diffusers_gfprune import GFPrunedUNet2DModel, GradientFlowPruner
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.pruning.cost_model import CostModel
 from diffusers_gfprune.pruning.masking import dense_parameters
@@ -142,7 +142,7 @@ def test_history_is_what_the_masks_did(scripted: list[Script]):
         assert update.revived_units == int((kept & ~before).sum())
         assert update.newly_pruned_units == int((before & ~kept).sum())
         widths = np.array([int((mask == 1).sum()) for mask in pruner.masks.values()])
-        assert (update.macs, update.params) == (cost.macs(widths), cost.params(widths))
+        assert (update.macs, update.params) == (cost.macs(widths), cost.parameters(widths))
         assert update.sparsity == pytest.approx(1 - cost.macs(widths) / cost.macs(cost.dense))
         assert update.to_dict() == {field: getattr(update, field) for field in update.__dataclass_fields__}
         before = kept

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.pruning.masking import dense_parameters
 from helpers.architectures import build
 from helpers.pruners import Script, batches, config, mask_values, one_shot, rising, run, train_step

@@ -23,21 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.arguments import EvaluateArguments, parse_evaluate_arguments
 from diffusers_gfprune.evaluation.card import RunUpdate, check_run
-from diffusers_gfprune.evaluation.figures import describe_evaluation, describe_model, describe_plan, warn_of_few
-from diffusers_gfprune.evaluation.inputs import Inputs, load_inputs
-from diffusers_gfprune.evaluation.processes import ERRORS, main_first, make_accelerator, one_line, together
-from diffusers_gfprune.evaluation.results import (
-    EvaluationResults,
-    ModelFigures,
+from diffusers_gfprune.evaluation.comparisons import (
     common_reference,
     comparison_table,
     differing_machines,
     differing_settings,
-    read_results,
     reference_title,
 )
+from diffusers_gfprune.evaluation.figures import describe_evaluation, describe_model, describe_plan, warn_of_few
+from diffusers_gfprune.evaluation.inputs import Inputs, load_inputs
+from diffusers_gfprune.evaluation.processes import ERRORS, PROGRAM, main_first, make_accelerator, together
 from diffusers_gfprune.evaluation.sample_quality import RealFeatures
 from diffusers_gfprune.evaluation.samples import Samples, folder_source, model_source, shards
 from diffusers_gfprune.evaluation.trials import try_features
@@ -46,6 +44,7 @@ from diffusers_gfprune.metrics.quality import Quality
 from diffusers_gfprune.metrics.speed import measure_speed
 from diffusers_gfprune.reports.plots import plot_step_loss, save_sample_grid, save_sample_rows
 from diffusers_gfprune.reports.provenance import command_line, portable
+from diffusers_gfprune.reports.results import EVALUATION, ModelFigures, Results, read_results
 from diffusers_gfprune.run_folder import RunFolder, write_json
 
 SAMPLES_FILE = "samples.safetensors"
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_evaluate_arguments(argv)
     cache_dir = Path(args.output.evaluation_cache_dir or default_cache_dir())
     folder = RunFolder(args.output_dir, args.output.overwrite_output_dir, args.inputs)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(mixed_precision="no")
     main_process = accelerator.is_main_process
     share = (accelerator.process_index, accelerator.num_processes)
     with together(accelerator):
@@ -182,7 +181,7 @@ def measure(
     samples: Samples,
     real: RealFeatures,
     figures: list[ModelFigures],
-) -> EvaluationResults:
+) -> Results:
     """All results, once samples and features are there.
 
     Args:
@@ -207,7 +206,8 @@ def measure(
         unets = {name: unet for name, (unet, _) in reversed(inputs.models.items())}
         for entry in measure_speed(unets, args.cost.speed_settings(), progress="speed"):
             figures[list(inputs.models).index(entry.pop("model"))].speed.append(entry)
-    return EvaluationResults(
+    return Results(
+        EVALUATION,
         model=figures[0],
         reference_model=figures[1] if len(figures) > 1 else None,
         evaluation=describe_evaluation(args, inputs, real, quality, accelerator),
@@ -215,7 +215,7 @@ def measure(
     )
 
 
-def write_files(folder: Path, results: EvaluationResults, samples: Samples) -> str:
+def write_files(folder: Path, results: Results, samples: Samples) -> str:
     """Results, pictures and the table, which is returned, too."""
     write_json(folder / "results.json", results.to_dict())
     shown = samples.shown()
@@ -242,7 +242,7 @@ def compare(args: EvaluateArguments, folder: RunFolder) -> None:
     Raises:
         ValueError: One is missing or damaged, or they differ in what figures depend on.
     """
-    results = [read_results(name) for name in args.model.compare]
+    results = [read_evaluation(name) for name in args.model.compare]
     differing = differing_settings(results)
     if differing:
         raise ValueError(f"compare={' '.join(args.model.compare)} cannot be compared, they differ in {'; '.join(differing)}")
@@ -260,7 +260,21 @@ def compare(args: EvaluateArguments, folder: RunFolder) -> None:
     print(f"{table}\n\nsaved: {folder.path}")
 
 
-def sample_rows(names: Sequence[str], results: Sequence[EvaluationResults]) -> list[tuple[str, Tensor]]:
+def read_evaluation(name: str) -> Results:
+    """Results of a folder that `--compare` names.
+
+    Raises:
+        ValueError: There are none, they cannot be read, or a pruning run left them.
+    """
+    if not (Path(name) / "results.json").exists():
+        raise ValueError(f"compare={name} holds no results.json: run evaluate.py on the model first")
+    results = read_results(name)
+    if results.kind != EVALUATION:
+        raise ValueError(f"compare={name} holds results of a {results.kind}: run evaluate.py on the model first")
+    return results
+
+
+def sample_rows(names: Sequence[str], results: Sequence[Results]) -> list[tuple[str, Tensor]]:
     """Titles and samples in [0, 1] of the evaluations that kept some, the common reference model first."""
     rows, reference = [], common_reference(results)
     for name, result in zip(names, results):
@@ -268,14 +282,14 @@ def sample_rows(names: Sequence[str], results: Sequence[EvaluationResults]) -> l
         if not path.is_file():
             continue
         try:
-            kept = load_file(path)
+            samples = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        if reference is not None and not rows and "reference_model" in kept:
-            rows.append((reference_title(reference), kept["reference_model"].float() / 255))
+        if reference is not None and not rows and "reference_model" in samples:
+            rows.append((reference_title(reference), samples["reference_model"].float() / 255))
         for key in ("model", "images"):
-            if key in kept:
-                rows.append((result.model.name, kept[key].float() / 255))
+            if key in samples:
+                rows.append((result.model.name, samples[key].float() / 255))
     return rows
 
 
@@ -287,9 +301,8 @@ def stop(number: int, frame: object) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     try:
-        main()
+        with one_line_errors(PROGRAM, ERRORS):
+            main()
     except KeyboardInterrupt:
-        print("evaluate.py: stopped; the same command goes on where it was", file=sys.stderr)
+        print(f"{PROGRAM}: stopped; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
-    except ERRORS as error:
-        sys.exit(one_line(error))

@@ -14,15 +14,14 @@ import contextlib
 import copy
 import dataclasses
 import math
-import sys
 import time
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusers_gfprune.data.batches import BrokenImages
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.hub import push_folder
 from diffusers_gfprune.interruption import Interruption
@@ -39,10 +38,10 @@ from diffusers_gfprune.training.reporting import describe_plan, measure_step_los
 from diffusers_gfprune.training.run import (
     Run,
     estimate_run,
-    make_accelerator,
     make_batches,
     make_calibration,
     make_pruner,
+    run_accelerator,
     run_identity,
 )
 from diffusers_gfprune.training.safeguards import (
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = (args.model.pretrained_model_name_or_path, args.data.dataset_name, args.data.train_data_dir)
     folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir, inputs)
     resuming = args.checkpoints.resume_from_checkpoint is not None
-    accelerator = make_accelerator(args, folder)
+    accelerator = run_accelerator(args, folder)
     args = dataclasses.replace(args, pruning=args.pruning.on_device(accelerator.device.type))
     main_process = accelerator.is_main_process
     if main_process and not args.run.dry_run:
@@ -122,8 +121,21 @@ def main(argv: list[str] | None = None) -> None:
         if not objective.needs_teacher:
             dense.to("cpu")  # until it is sampled from beside the pruned one
         run = Run(
-            *(args, accelerator, folder, checkpoints, identity, pipeline, dense, images, len(held_out_images)),
-            *(step_loss, dense_step_losses, sample_quality, objective, origin, repo_id),
+            args=args,
+            accelerator=accelerator,
+            folder=folder,
+            checkpoints=checkpoints,
+            identity=identity,
+            pipeline=pipeline,
+            dense=dense,
+            images=images,
+            num_held_out=len(held_out_images),
+            step_loss=step_loss,
+            dense_step_losses=dense_step_losses,
+            sample_quality=sample_quality,
+            objective=objective,
+            origin=origin,
+            repo_id=repo_id,
         )
         tracking = Tracking(args, accelerator, folder, sample_quality)
 
@@ -290,7 +302,5 @@ def next_batch(batches, broken: BrokenImages, device: torch.device, channels_las
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("prune_ddpm.py"):
         main()
-    except (ValueError, OSError, SafetensorError, ImportError) as error:
-        sys.exit(f"prune_ddpm.py: error: {' '.join(str(error).split())}")

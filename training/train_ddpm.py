@@ -33,6 +33,7 @@ from transformers import HfArgumentParser
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.process import training_process
+from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.trials import try_sampling
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
 from diffusers_gfprune.metrics.quality import SamplingSettings
@@ -281,7 +282,5 @@ def save(pipeline: DDPMPipeline, folder: RunFolder, shown: SamplingSettings) -> 
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("train_ddpm.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_ddpm.py: error: {error}")

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ..errors import one_line
 from ..interruption import notice_dead_workers_at_next_batch, obey_only_parent
 from .decoding import NETWORK_ERRORS, BrokenImages, EncodedImage
 from .draws import CALIBRATION, CALIBRATION_LABELS, DRAW, ORDER, random_generator, read_example, stack_examples
@@ -50,7 +51,7 @@ class _Failure:
     @classmethod
     def of(cls, error: Exception) -> _Failure:
         """The error in one line."""
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         return cls(text if isinstance(error, ValueError) else f"images cannot be read: {text}")
 
 

@@ -22,8 +22,10 @@ from torchvision.transforms import functional as F
 
 from ..diffusion.class_labels import LabelDropout
 from ..diffusion.pixel_values import is_deep, is_greyscale, pixel_values, unused_range, with_channels
+from ..errors import one_line
+from ..metrics.model_size import spatial_size
 
-__all__ = ["BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWORK_ERRORS", "adapt_decoder", "sample_size"]
+__all__ = ["BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWORK_ERRORS", "adapt_decoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ class ImageDecoder:
     ) -> None:
         self.column = column
         self.feature, self.mode = datasets.Image(), feature.mode
-        self.size = sample_size(unet_config)
+        self.size = spatial_size(unet_config)
         self.channels, self.num_classes = unet_config.in_channels, unet_config.num_class_embeds
         self.center_crop, self.random_flip, self.label_dropout = center_crop, random_flip, label_dropout
         self.enlarge = False
@@ -167,9 +169,9 @@ class ImageDecoder:
             picture = self.feature.decode_example(image.encoded)
             return picture if self.mode is None or is_deep(picture) else picture.convert(self.mode)
         except NETWORK_ERRORS as error:
-            raise ValueError(f"{image.name} cannot be fetched: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{image.name} cannot be fetched: {one_line(error)}") from error
         except Exception as error:  # broken bytes make Pillow raise anything
-            raise self._broken(image, " ".join(str(error).split()) or type(error).__name__) from error
+            raise self._broken(image, one_line(error)) from error
 
     def is_small(self, picture: Image.Image) -> bool:
         """Whether an image would have to be enlarged for the model."""
@@ -285,12 +287,6 @@ def _misfit(decoder: ImageDecoder, image: EncodedImage, found: Image.Image | Bro
     except BrokenImage as error:
         return error
     return None
-
-
-def sample_size(unet_config) -> tuple[int, int]:
-    """Height and width, in pixels, of the images that a model makes."""
-    size = unet_config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _cover_resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

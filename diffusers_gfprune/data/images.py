@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
+from ..errors import first_line
+from ..metrics.model_size import spatial_size
 from .decoding import (
     NETWORK_ERRORS,
     BrokenImage,
@@ -29,7 +31,6 @@ from .decoding import (
     EncodedImage,
     ImageDecoder,
     adapt_decoder,
-    sample_size,
 )
 from .folders import load_folder
 from .sources import ImageRows, ImageStream
@@ -324,7 +325,7 @@ def _decode_all(images: Iterable[EncodedImage], decoder: ImageDecoder, max_broke
 
 
 def _check_model(args: DataArguments, unet_config) -> None:
-    size, channels = sample_size(unet_config), unet_config.in_channels
+    size, channels = spatial_size(unet_config), unet_config.in_channels
     if args.resolution is not None and size != (args.resolution, args.resolution):
         raise ValueError(f"resolution={args.resolution} but the model was built for sample_size={size[0]}x{size[1]}")
     if channels not in (1, 3):
@@ -367,7 +368,7 @@ def _one_line(source: str) -> Iterator[None]:
         yield
     except LOAD_ERRORS as error:
         chain = [error] if error.__cause__ is None else [error, error.__cause__]  # which often says more
-        reasons = [(str(each).splitlines() or [type(each).__name__])[0] for each in chain]
+        reasons = [first_line(each) for each in chain]
         raise ValueError(f"{source} cannot be loaded: {': '.join(dict.fromkeys(reasons))}") from error
 
 

@@ -184,8 +184,8 @@ class EvaluateArguments:
             self._refuse("compare", [m, self.output, self.data, s, self.cost], ("output_dir", "overwrite_output_dir"))
             return
         if m.images_dir is not None:
-            kept = ("num_images", "features", "inception_weights", "dinov2_model", "num_reference_images")
-            self._refuse("images_dir", [m, s, self.cost], kept)
+            allowed = ("num_images", "features", "inception_weights", "dinov2_model", "num_reference_images")
+            self._refuse("images_dir", [m, s, self.cost], allowed)
             if s.num_images == 0 or s.features == ["none"]:
                 raise ValueError(f"images_dir={m.images_dir} needs images and --features to measure anything")
         if s.num_images == 0:

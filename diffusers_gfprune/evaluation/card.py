@@ -13,22 +13,21 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..hub import PICTURES, update_card
-from ..metrics.cost import count_macs, count_parameters
+from ..metrics.model_size import count_macs, count_parameters
 from ..remote.pipeline_prune_ddpm import EVAL_RESULTS
 from ..reports.model_card import is_as_rendered, render_card
+from ..reports.results import PRUNING_RUN, ModelFigures, Results, read_results
 from ..run_folder import write_json
 from .inputs import Inputs
-from .results import EvaluationResults
 
 __all__ = ["RunUpdate", "check_run", "merged_run_results"]
 
 # Metrics that an evaluation replaces
 SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
-NULL_LABEL_LOSS = "step_loss_null_label"
 # In this order: the card tells of the others
 REPLACED = (PICTURES["samples"], "results.json", EVAL_RESULTS, "README.md")
 
@@ -44,77 +43,67 @@ def check_run(run: Path, inputs: Inputs) -> None:
     Raises:
         ValueError: The run cannot be read or written, has no card to be made, or is one of other models.
     """
-    measured, report = _read(run, "results.json"), _read(run, "pruning_report.json")
+    try:
+        measured, report = read_results(run), json.loads((run / "pruning_report.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"update_model_card=True: {run} is no pruning run whose card can be made: {error}") from error
+    if measured.kind != PRUNING_RUN:
+        raise ValueError(f"update_model_card=True: {run} holds results of an {measured.kind}, not of a {PRUNING_RUN}")
     render_card(measured, report, run.resolve().name)
-    for name, argument in (("pruned", "model"), ("dense", "reference_model")):
+    for argument in ("model", "reference_model"):
         unet = inputs.models[argument][0]
-        _check_same(measured, name, argument, count_parameters(unet), count_macs(unet))
+        _check_same(getattr(measured, argument), argument, count_parameters(unet), count_macs(unet))
     if not os.access(run, os.W_OK):
         raise ValueError(f"update_model_card=True: {run} cannot be written")
 
 
-def _read(run: Path, name: str) -> dict:
-    try:
-        content = json.loads((run / name).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"update_model_card=True: {run / name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"update_model_card=True: {run / name} holds no JSON object")
-    return content
-
-
-def _check_same(measured: Mapping, name: str, argument: str, parameters: int | None, macs: int | None) -> None:
-    known = measured[name]["parameters"], measured[name]["macs"]
-    if known != (parameters, macs):
-        counts = " and ".join(f"{number:,}" for number in known)
+def _check_same(measured: ModelFigures, argument: str, parameters: int | None, macs: int | None) -> None:
+    if (measured.parameters, measured.macs) != (parameters, macs):
         raise ValueError(
-            f"{argument} has {parameters:,} parameters and {macs:,} MACs, but the {name} model of the run has {counts}"
+            f"{argument} has {parameters:,} parameters and {macs:,} MACs, but the {measured.name} model of the run has "
+            f"{measured.parameters:,} and {measured.macs:,}"
         )
 
 
-def merged_run_results(measured: Mapping, results: EvaluationResults) -> dict:
+def merged_run_results(measured: Results, results: Results) -> Results:
     """Results of a pruning run with its step loss and figures of samples replaced by those of an evaluation.
 
     Args:
-        measured: Content of the run's `results.json`.
-        results: Of the pruned model, with the dense model as reference.
+        measured: Of the run.
+        results: Of an evaluation of the pruned model, with the dense model as reference.
 
     Raises:
         ValueError: There is no reference model, or the models are not those of the run.
     """
     if results.reference_model is None:
         raise ValueError("results of an evaluation without reference_model do not go into a run's results")
-    merged = {name: dict(values) if isinstance(values, Mapping) else values for name, values in measured.items()}
-    for name, argument in (("pruned", "model"), ("dense", "reference_model")):
-        figures = getattr(results, argument)
-        _check_same(measured, name, argument, figures.parameters, figures.macs)
-        replaced = ("kid", *SIMILARITIES, NULL_LABEL_LOSS)
-        earlier = {k for k in merged[name] if is_frechet(k) or k in replaced or k.startswith("kd_")}
-        kept = {key: value for key, value in merged[name].items() if key not in earlier}
-        told = {key: value for key, value in figures.quality.items() if is_frechet(key) or key in SIMILARITIES}
-        merged[name] = {**kept, "step_loss": figures.step_loss, **told}
-        if figures.step_loss_null_label is not None:
-            merged[name][NULL_LABEL_LOSS] = figures.step_loss_null_label
+    figures = {}
+    for argument in ("model", "reference_model"):
+        of_run, measured_now = getattr(measured, argument), getattr(results, argument)
+        _check_same(of_run, argument, measured_now.parameters, measured_now.macs)
+        figures[argument] = replace(
+            of_run,
+            step_loss=measured_now.step_loss,
+            step_loss_null_label=measured_now.step_loss_null_label,
+            quality={k: v for k, v in measured_now.quality.items() if is_frechet(k) or k in SIMILARITIES},
+        )
     e = results.evaluation
-    merged["evaluation"].pop("null_label", None)  # known to the run, or only now
-    merged["evaluation"] |= {name: e[name] for name in ("null_label",) if name in e}
-    drawn = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed")
-    merged["evaluation"] |= {
-        name: e[name] for name in (*drawn, "step_loss_images", "sample_size", "device", "dtype", "versions")
-    }
-    merged["evaluation"] |= {
-        "distances": {name: described for name, described in e["distances"].items() if is_frechet(name)},
-        "command": results.command,
-    }
-    return merged
+    names = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed", "step_loss_images")
+    depends = {name: value for name, value in measured.evaluation.items() if name != "null_label"}
+    depends |= {name: e[name] for name in (*names, "sample_size", "device", "dtype", "versions")}
+    if "null_label" in e:
+        depends["null_label"] = e["null_label"]
+    depends["distances"] = {name: described for name, described in e["distances"].items() if is_frechet(name)}
+    depends["command"] = results.command
+    return replace(measured, **figures, evaluation=depends)
 
 
 def card_repository(run: Path) -> str:
     """The repository that a run's card names in its examples, or the name of the run."""
     readme = run / "README.md"
     text = readme.read_text("utf-8") if readme.is_file() else ""
-    found = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', text)
-    return found[1] if found else run.resolve().name
+    named = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', text)
+    return named[1] if named else run.resolve().name
 
 
 class RunUpdate:
@@ -129,13 +118,13 @@ class RunUpdate:
         ValueError: The card cannot be made; the run is as it was.
     """
 
-    def __init__(self, run: Path, results: EvaluationResults, picture: Path) -> None:
+    def __init__(self, run: Path, results: Results, picture: Path) -> None:
         self.run, self.fresh = run, run / ".evaluation.incomplete"
         self._replaced: list[str] = []
         shutil.rmtree(self.fresh, ignore_errors=True)
         try:
             self.fresh.mkdir()
-            write_json(self.fresh / "results.json", merged_run_results(_read(run, "results.json"), results))
+            write_json(self.fresh / "results.json", merged_run_results(read_results(run), results).to_dict())
             for name in ("pruning_report.json", "README.md", *PICTURES.values()):
                 if (run / name).is_file():
                     shutil.copyfile(run / name, self.fresh / name)

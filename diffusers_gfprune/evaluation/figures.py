@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
 
+from ..formatting import format_duration
 from ..metrics.cache import tensors_fingerprint
-from ..metrics.cost import (
+from ..metrics.model_size import (
     count_macs,
     count_parameters,
     hardware_name,
@@ -21,10 +21,10 @@ from ..metrics.cost import (
 from ..metrics.quality import Quality
 from ..metrics.step_loss import StepLoss
 from ..reports.provenance import describe_base_model, describe_dataset, package_versions, portable
+from ..reports.results import ModelFigures
 from .arguments import EvaluateArguments
 from .inputs import Inputs, recorded_settings
-from .results import ModelFigures
-from .sample_quality import RealFeatures, versions
+from .sample_quality import RealFeatures
 from .samples import Samples
 from .trials import try_sampling
 
@@ -65,17 +65,12 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
         lines.append(f"  {'samples':16} {count:,} of each model: DDIM, {drawn}")
         left = f"{sum(missing):,} of {count * len(inputs.models):,} are to be made"
         shared = f" by {processes} processes" if processes > 1 else ""
-        lines.append(f"  {'':16} {left}{shared}, in about {_duration(seconds / processes)}")
+        lines.append(f"  {'':16} {left}{shared}, in about {format_duration(seconds / processes)}")
     lines += [f"  {title:16} {line}" for title, line in zip(("data", ""), inputs.images.summary.lines())]
     if inputs.networks:
         titles = ", ".join(network.title for network in inputs.networks)
         lines.append(f"  {'distances':16} {titles}, to {real.count:,} real images")
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def warn_of_few(inputs: Inputs, real: RealFeatures) -> None:
@@ -138,7 +133,7 @@ def describe_evaluation(
     return {
         **drawn,
         "num_images": inputs.num_images,
-        "sample_size": list(spatial_size(SimpleNamespace(config=inputs.config))),
+        "sample_size": list(spatial_size(inputs.config)),
         "channels": inputs.config.in_channels,
         "classes": inputs.config.num_class_embeds,  # sampled in turn, but for null_label
         "dtype": args.model.dtype,
@@ -157,5 +152,5 @@ def describe_evaluation(
         "hardware": hardware_name(accelerator.device),
         "threads": torch.get_num_threads(),
         "num_processes": accelerator.num_processes,
-        "versions": {**package_versions(), **versions(*PACKAGES)},
+        "versions": package_versions(*PACKAGES),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,11 +18,13 @@ from ..data.folders import visible_files
 from ..data.images import DataArguments, load_images
 from ..data.sources import ImageRows, ImageStream
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
+from ..errors import one_line
 from ..hub_errors import HUB_ERRORS
-from ..metrics.cost import spatial_size
 from ..metrics.features import FeatureNetwork, feature_network
+from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings
 from ..metrics.sampling import to_uint8
+from ..reports.results import read_results
 from ..trained_pipelines import load_pipeline
 from .arguments import EvaluateArguments
 
@@ -61,8 +62,10 @@ class FolderImages:
         for path in self.paths:  # headers only, unless it takes the pixels to know whether an image fits
             image = self._open(path)
             if (image.height, image.width) != self.size:
-                found = f"{path.name} has {image.height}x{image.width} pixels"
-                raise ValueError(f"images_dir={folder}: {found}, others have {first.height}x{first.width}")
+                raise ValueError(
+                    f"images_dir={folder}: {path.name} has {image.height}x{image.width} pixels, others have "
+                    f"{first.height}x{first.width}"
+                )
             if needs_pixels(image, self.channels):
                 self._pixels(path)
 
@@ -108,8 +111,7 @@ class FolderImages:
         return to_uint8(pixel_values(picture, self.channels) / 2 + 0.5)
 
     def _broken(self, path: Path, error: Exception) -> ValueError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return ValueError(f"images_dir={self.folder}: {path.name} cannot be read: {reason}")
+        return ValueError(f"images_dir={self.folder}: {path.name} cannot be read: {one_line(error)}")
 
 
 @dataclass
@@ -176,12 +178,9 @@ def recorded_settings(name: str, revision: str | None = None) -> dict:
         name: Of the model: a Hub id or a local folder.
         revision: Branch, tag or commit on the Hub.
     """
-    with suppress(ValueError, LookupError, TypeError, *HUB_ERRORS):
-        path = Path(name) / "results.json"
-        if not Path(name).is_dir():
-            path = Path(hf_hub_download(name, "results.json", revision=revision))
-        settings = json.loads(path.read_text())["evaluation"]
-        return settings if isinstance(settings, dict) else {}
+    with suppress(ValueError, *HUB_ERRORS):
+        is_folder = Path(name).is_dir()
+        return read_results(name if is_folder else hf_hub_download(name, "results.json", revision=revision)).evaluation
     return {}
 
 
@@ -197,7 +196,7 @@ def _with_null_label(args: EvaluateArguments, config) -> DataArguments:
 def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tuple[nn.Module, object]]:
     m = args.model
     names = {"model": (m.model, m.revision), "reference_model": (m.reference_model, m.reference_revision)}
-    found = {}
+    models = {}
     for argument, (name, revision) in names.items():
         if name is None:
             continue
@@ -211,12 +210,12 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tup
         unet.requires_grad_(False).eval().to(device)
         if m.dtype != "float32":
             unet.to(getattr(torch, m.dtype))
-        found[argument] = unet, scheduler
-    if len(found) == 2:
-        makes = [_makes(unet, scheduler) for unet, scheduler in found.values()]
+        models[argument] = unet, scheduler
+    if len(models) == 2:
+        makes = [_makes(unet, scheduler) for unet, scheduler in models.values()]
         if makes[0] != makes[1]:
             raise ValueError(f"reference_model={m.reference_model} makes {makes[1]}, the model {makes[0]}")
-    return found
+    return models
 
 
 def _makes(unet: nn.Module, scheduler) -> str:
@@ -231,7 +230,7 @@ def _load_networks(args: EvaluateArguments, device: torch.device, config, counts
     s = args.samples
     if s.features == ["none"]:
         return []
-    height, width = spatial_size(SimpleNamespace(config=config))
+    height, width = spatial_size(config)
     values = config.in_channels * height * width
     if "pixels" in s.features and min(counts) <= values:
         raise ValueError(f"features=pixels needs more than {values} images, generated and real, not {min(counts)}")

@@ -17,35 +17,36 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from safetensors import SafetensorError
 
-__all__ = ["ERRORS", "main_first", "make_accelerator", "one_line", "together"]
+from ..errors import USER_ERRORS, one_line
 
-# What is wrong with what the user gave, or with the machine: one line says it all.
-ERRORS = (ValueError, OSError, SafetensorError, ImportError, torch.OutOfMemoryError)
+__all__ = ["ERRORS", "PROGRAM", "main_first", "make_accelerator", "together"]
+
+# Errors that one line explains
+ERRORS = (*USER_ERRORS, torch.OutOfMemoryError)
+PROGRAM = "evaluate.py"
 # One process may be days slower than another; one that died is noticed by its closed connection.
 TIMEOUT = timedelta(days=14)
 
 T = TypeVar("T")
 
 
-def one_line(error: BaseException) -> str:
-    """An error as users see it."""
-    return f"evaluate.py: error: {' '.join(str(error).split()) or type(error).__name__}"
-
-
-def make_accelerator() -> Accelerator:
+def make_accelerator(timeout: timedelta = TIMEOUT, **options) -> Accelerator:
     """Accelerate, for several processes with or without a GPU.
+
+    Args:
+        timeout: How long processes wait for each other.
+        options: Further arguments of `Accelerator`.
 
     Raises:
         ValueError: It does not see the processes that were launched.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        # Accelerate would take several processes without a GPU for as many evaluations of their own.
+        # Accelerate would take several processes without a GPU for as many runs of their own.
         cpu=processes > 1 and not torch.accelerator.is_available(),
-        mixed_precision="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        **options,
     )
     if accelerator.num_processes != processes:
         raise ValueError(f"WORLD_SIZE={processes} processes were launched, but Accelerate sees {accelerator.num_processes}")
@@ -66,7 +67,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = one_line(error) if isinstance(error, ERRORS) else traceback.format_exc()
+        said = f"{PROGRAM}: error: {one_line(error)}" if isinstance(error, ERRORS) else traceback.format_exc()
     failed = accelerator.gather(torch.tensor([int(said is not None)], device=accelerator.device))
     if not failed.any():
         return

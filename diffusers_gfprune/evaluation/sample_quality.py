@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,10 +26,11 @@ from tqdm.auto import tqdm
 from ..data.decoding import BrokenImage, EncodedImage, ImageDecoder
 from ..data.sources import ImageRows, ImageStream
 from ..metrics.cache import TensorCache, tensors_fingerprint
-from ..metrics.cost import spatial_size, uses_tf32
 from ..metrics.features import FeatureNetwork, feature_network
+from ..metrics.model_size import spatial_size, uses_tf32
 from ..metrics.quality import Quality, SamplingSettings, extract_features
 from ..metrics.sampling import to_uint8
+from ..reports.provenance import installed_versions
 from .run_arguments import EvaluationArguments
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "model_identity",
     "sampling_settings",
     "shard_size",
-    "versions",
 ]
 
 # A covariance over pixels takes more images than pixels to be estimated, and cubic time to be taken the root of.
@@ -59,19 +58,6 @@ FEATURE_PACKAGES = (
 def shard_size(shape: Sequence[int]) -> int:
     """Images of a shape `(channels, height, width)` that are made, or read, and kept at a time."""
     return max(1, min(SHARD_IMAGES, SHARD_VALUES // math.prod(shape)))
-
-
-def versions(*packages: str) -> dict[str, str | None]:
-    """Installed versions of packages, by name; None for those that are not there."""
-    return {name: _version(name) for name in packages}
-
-
-@functools.cache  # files are read
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def sampling_settings(args: EvaluationArguments, null_label: int | None = None) -> SamplingSettings:
@@ -96,20 +82,20 @@ def model_identity(unet: nn.Module, scheduler) -> dict:
         "device": next(unet.parameters()).device.type,
         "tf32": uses_tf32(next(unet.parameters()).device),
         "dtype": str(next(unet.parameters()).dtype),
-        "versions": versions("diffusers-gfprune", "diffusers", "torch"),
+        "versions": installed_versions("diffusers-gfprune", "diffusers", "torch"),
     }
 
 
 def dense_samples(cache: TensorCache, settings: SamplingSettings, unet: nn.Module, scheduler, progress: str | None) -> Tensor:
     """Samples of a model in [0, 1], from the cache if they are there."""
     key = {**model_identity(unet, scheduler), **settings.identity()}
-    kept = cache.get("samples", key, lambda: {"images": to_uint8(settings.sample(unet, scheduler, progress=progress))})
-    return kept["images"].float() / 255
+    cached = cache.get("samples", key, lambda: {"images": to_uint8(settings.sample(unet, scheduler, progress=progress))})
+    return cached["images"].float() / 255
 
 
 def feature_identity(network: FeatureNetwork) -> dict:
     """What features depend on besides the images, as JSON values."""
-    return {**network.identity(), "versions": versions(*FEATURE_PACKAGES)}
+    return {**network.identity(), "versions": installed_versions(*FEATURE_PACKAGES)}
 
 
 class RealFeatures:
@@ -182,15 +168,15 @@ class RealFeatures:
         self._check_broken(shards)
         digests = "".join(shard.digest for shard in shards)
         self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16] if shards else None
-        found = {}
+        features = {}
         for network in self.networks:
             rows = [shard.features[network.name] for shard in shards if len(shard.features[network.name])]
             if sum(map(len, rows)) < 2:
                 raise ValueError(
                     f"{sum(map(len, rows))} real images that can be read are too few: a distance takes 2 at least"
                 )
-            found[network.name] = torch.cat(rows)
-        return found
+            features[network.name] = torch.cat(rows)
+        return features
 
     def _shards(self, process: int = 0, processes: int = 1) -> Iterator[tuple[int, list[EncodedImage]]]:
         size = shard_size(self.images.decoder.shape)
@@ -214,8 +200,8 @@ class RealFeatures:
             return {"features": extract_features(network, readable, BATCH_SIZE) if len(readable) else torch.empty(0, 0)}
 
         keys = {network: {**feature_identity(network), **key} for network in self.networks}
-        kept = {n.name: self.cache.get("features", keys[n], functools.partial(make, n))["features"] for n in self.networks}
-        return Shard(len(images), digest, kept)
+        features = {n.name: self.cache.get("features", keys[n], functools.partial(make, n))["features"] for n in self.networks}
+        return Shard(len(images), digest, features)
 
     def _check_broken(self, shards: Iterable[Shard]) -> None:
         broken = sum(shard.count - min(map(len, shard.features.values())) for shard in shards)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..metrics.cache import TensorCache
-from ..metrics.fidelity import ssim_to_reference
-from ..metrics.quality import SSIM_WINDOW, SamplingSettings, extract_features
+from ..metrics.fidelity import SSIM_WINDOW, psnr, ssim_of_pairs
+from ..metrics.quality import SamplingSettings, extract_features
 from ..metrics.sampling import to_uint8
 from .inputs import FolderImages
 from .sample_quality import feature_identity, model_identity, shard_size
@@ -166,13 +165,13 @@ class Samples:
 
     def unsampled(self, process: int = 0, processes: int = 1) -> list[int]:
         """How many images of each source are still to be sampled in a process's share."""
-        found = [0] * len(self.sources)
+        missing = [0] * len(self.sources)
         for shard in self.spans[process::processes]:
             paired = len(self.sources) < 2 or _there(self.sources[0].cache, "similarities", self._pair_key(shard))
             for index, source in enumerate(self.sources):
                 done = paired and all(source.has_features(network, shard) for network in self.networks)
-                found[index] += 0 if done or source.has_images(shard) else len(shard)
-        return found
+                missing[index] += 0 if done or source.has_images(shard) else len(shard)
+        return missing
 
     def work(self, process: int = 0, processes: int = 1) -> int:
         """What `make` will tell `advance` in all."""
@@ -204,10 +203,10 @@ class Samples:
             return {}
         parts = [self._paired[shard] if shard in self._paired else self._pair(shard) for shard in self.spans]
         error = torch.cat([part["squared_error"] for part in parts]).mean().item()
-        found: dict[str, float | None] = {"psnr_to_dense": None if error == 0 else float(-10 * np.log10(error))}
+        similarities = {"psnr_to_dense": psnr(error)}
         if "ssim" in parts[0]:
-            found["ssim_to_dense"] = torch.cat([part["ssim"] for part in parts]).mean().item()
-        return found
+            similarities["ssim_to_dense"] = torch.cat([part["ssim"] for part in parts]).mean().item()
+        return similarities
 
     def shown(self) -> dict[str, Tensor]:
         """The first images of each source, for pictures: uint8 by name of the source; empty where there are no samples."""
@@ -225,11 +224,10 @@ class Samples:
 
         def make() -> dict[str, Tensor]:
             mine, other = (source.images(shard, advance).float() / 255 for source in self.sources)
-            found = {"squared_error": ((mine.double() - other.double()) ** 2).flatten(1).mean(dim=1)}
+            pairs = {"squared_error": ((mine.double() - other.double()) ** 2).flatten(1).mean(dim=1)}
             if min(mine.shape[-2:]) >= SSIM_WINDOW:
-                pairs = [ssim_to_reference(mine[[i]], other[[i]]) for i in range(len(mine))]
-                found["ssim"] = torch.tensor(pairs, dtype=torch.float64)
-            return found
+                pairs["ssim"] = torch.from_numpy(ssim_of_pairs(mine, other))
+            return pairs
 
         return self.sources[0].cache.get("similarities", self._pair_key(shard), make)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ..metrics.cost import example_inputs, spatial_size
+from ..errors import first_line
 from ..metrics.eval_mode import evaluating
 from ..metrics.features import FeatureNetwork
+from ..metrics.model_size import example_inputs, spatial_size
 from ..metrics.quality import SamplingSettings, extract_features
 from ..metrics.sampling import make_sampler
-from ..metrics.speed import SpeedSetting, measure_speed, one_line
+from ..metrics.speed import SpeedSetting, measure_speed, portable_error, seconds_of
 
 __all__ = ["describe_speed", "try_features", "try_sampling", "try_speed"]
 
@@ -57,15 +57,14 @@ def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSe
     inputs |= {"sample": noise.to(parameter.dtype), "timestep": timestep.to(parameter.device)}
     try:
         with evaluating(unet):
+            predictions: list[torch.Tensor] = []
             for _ in range(2):  # the first one warms up
-                start = time.perf_counter()
-                prediction = unet(**inputs).sample.float()
-                finite = bool(prediction.isfinite().all())
-                seconds = time.perf_counter() - start
+                seconds = seconds_of(lambda: predictions.append(unet(**inputs).sample.float()), parameter.device)
+            prediction = predictions[-1]
+            finite = bool(prediction.isfinite().all())
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = f"of {batch_size} images in {dtype} on {parameter.device.type}"
-        raise ValueError(f"{argument}: a forward {where} fails: {reason}") from error
+        raise ValueError(f"{argument}: a forward {where} fails: {first_line(error)}") from error
     if not finite:
         raise ValueError(f"{argument} predicts values that are not finite in {dtype}")
     if not sampler.step(prediction, timestep, noise).prev_sample.isfinite().all():
@@ -84,8 +83,7 @@ def try_features(networks: Sequence[FeatureNetwork], shape: tuple[int, int, int]
         try:
             extract_features(network, images)
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"features={network.name} of images of shape {shape} fail: {reason}") from error
+            raise ValueError(f"features={network.name} of images of shape {shape} fail: {first_line(error)}") from error
 
 
 def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[dict], list[str]]:
@@ -125,7 +123,7 @@ def _compilation_error(device: torch.device) -> str | None:
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except (RuntimeError, ImportError) as error:
-        return one_line(error)
+        return portable_error(error)
     return None
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..metrics.cost import spatial_size
+from ..metrics.model_size import spatial_size
 from ..metrics.speed import SpeedSetting, compilation, prepare_forward, seconds_of
 from .layer_times import Timer
 from .layer_workloads import Forward

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..metrics.cache import JsonCache
-from ..metrics.cost import hardware_name, spatial_size, uses_tf32
+from ..metrics.model_size import hardware_name, spatial_size, uses_tf32
 from ..metrics.speed import SpeedSetting, prepare_forward, seconds_of
 from .layer_workloads import Forward, Inputs, Workload
 

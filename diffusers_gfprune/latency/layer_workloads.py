@@ -18,7 +18,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..metrics.cost import example_inputs, spatial_size
+from ..metrics.model_size import example_inputs, spatial_size
 
 __all__ = ["AttentionProducts", "Convolution", "Inputs", "LayerCall", "LinearLayer", "Norm", "Workload", "trace_layer_calls"]
 

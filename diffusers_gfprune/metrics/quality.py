@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.class_labels import real_labels
-from .cost import spatial_size
-from .fidelity import frechet_distance, frechet_distance_pixels, kernel_distance, psnr_to_reference, ssim_to_reference
+from .fidelity import (
+    SSIM_WINDOW,
+    frechet_distance,
+    frechet_distance_pixels,
+    kernel_distance,
+    psnr_to_reference,
+    ssim_to_reference,
+)
+from .model_size import spatial_size
 from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
 
 __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
 
-SSIM_WINDOW = 7
 PIXELS = "pixels"
 # Of every kernel distance: the mean over subsets of up to so many vectors, drawn from this seed
 KERNEL = {"num_subsets": 100, "subset_size": 1000, "seed": 0}
@@ -152,14 +158,14 @@ class Quality:
         Returns:
             By metric.
         """
-        found = {}
+        distances = {}
         for network in self.networks:
             mine, real = features[network.name], self.reference[network.name]
             distance = frechet_distance_pixels if network.name == PIXELS else frechet_distance
-            found[network.metric] = distance(mine, real)
+            distances[network.metric] = distance(mine, real)
             if self.kernel:
-                found[kernel_metric(network.metric)] = kernel_distance(mine, real, **KERNEL)
-        return found
+                distances[kernel_metric(network.metric)] = kernel_distance(mine, real, **KERNEL)
+        return distances
 
     def similarities(self, samples: Tensor) -> dict[str, float | None]:
         """SSIM and PSNR to the dense model's samples.
@@ -171,11 +177,10 @@ class Quality:
         if self.dense_samples is None:
             return {}
         dense = self.dense_samples[: len(samples)]
-        psnr = psnr_to_reference(samples, dense)
-        found = {"psnr_to_dense": None if psnr == float("inf") else psnr}
+        similarities = {"psnr_to_dense": psnr_to_reference(samples, dense)}
         if min(samples.shape[-2:]) >= SSIM_WINDOW:
-            found["ssim_to_dense"] = ssim_to_reference(samples, dense)
-        return found
+            similarities["ssim_to_dense"] = ssim_to_reference(samples, dense)
+        return similarities
 
     def measure(self, samples: Tensor) -> dict[str, float | None]:
         """All that can be said about samples in [0, 1], by metric."""
@@ -190,11 +195,11 @@ class Quality:
 
     def describe(self) -> dict[str, dict]:
         """For result files: title, features and number of real images of every distance, by metric; subsets of kernel ones."""
-        found = {}
+        described = {}
         for network in self.networks:
             depends = {"features": network.description, "reference_images": len(self.reference[network.name])}
-            found[network.metric] = {"title": network.title, **depends}
+            described[network.metric] = {"title": network.title, **depends}
             if self.kernel:
                 title = "KID" if network.metric == "fid" else network.title.replace("FD-", "KD-", 1)
-                found[kernel_metric(network.metric)] = {"title": title, **depends, **KERNEL}
-        return found
+                described[kernel_metric(network.metric)] = {"title": title, **depends, **KERNEL}
+        return described

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .cost import example_inputs, hardware_name, spatial_size
+from ..errors import first_line
+from .model_size import example_inputs, hardware_name, spatial_size
 from .speedup import median_interval
 
 __all__ = [
@@ -42,8 +43,8 @@ __all__ = [
     "SpeedSetting",
     "compilation",
     "measure_speed",
-    "one_line",
     "parse_settings",
+    "portable_error",
     "prepare_forward",
     "seconds_of",
 ]
@@ -172,12 +173,12 @@ def measure_speed(
     """
     _validate(models, settings, repeats, warmup)
     sizes = {name: spatial_size(model, sample_size) for name, model in models.items()}
-    found = []
+    rows = []
     with tqdm(total=len(settings) * (len(models) + repeats), desc=progress, disable=progress is None) as bar, torch.no_grad():
         for setting in settings:
             with compilation(setting, len(models)):
-                found += _measure_setting(models, setting, sizes, repeats, warmup, bar.update)
-    return found
+                rows += _measure_setting(models, setting, sizes, repeats, warmup, bar.update)
+    return rows
 
 
 def _validate(models: Mapping[str, nn.Module], settings: Sequence[SpeedSetting], repeats: int, warmup: int) -> None:
@@ -232,7 +233,7 @@ class _Runner:
         try:
             action()
         except (RuntimeError, ImportError) as error:  # of the device, its allocator, Dynamo, Inductor
-            self.error = one_line(error)
+            self.error = portable_error(error)
             self.forward = None
 
 
@@ -319,10 +320,9 @@ def prepare_forward(
     return twin, inputs, lambda: function(**inputs)
 
 
-def one_line(error: Exception) -> str:
+def portable_error(error: Exception) -> str:
     """What an error says first, of at most 300 characters. Files keep their names and lose their folders: results travel."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", lines[0] if lines else "no message")
+    reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", first_line(error) if str(error).strip() else "no message")
     return f"{type(error).__name__}: {reason}"[:300]
 
 

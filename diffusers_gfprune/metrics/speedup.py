@@ -65,13 +65,15 @@ def describe_speedup(speedup: float, interval: Sequence[float] | None) -> str:
     return f"{difference} ({low} to {high})"
 
 
-def compare_speeds(rows: Iterable[Mapping], first: str = "dense", other: str = "pruned") -> list[dict]:
+def compare_speeds(
+    first: Sequence[Mapping], other: Sequence[Mapping], names: tuple[str, str] = ("dense", "pruned")
+) -> list[dict]:
     """Rows of `measure_speed` as a line for each setting, to be read.
 
     Args:
-        rows: Of two models.
-        first: Name of the one that the other is compared with.
-        other: Name of that other one.
+        first: Rows of the model that the other is compared with.
+        other: Rows of that other model, in the same settings.
+        names: Of the two models.
 
     Returns:
         For each setting `title`, such as `batch 16, eager`, which has a dtype and a memory format where there are several of
@@ -82,13 +84,11 @@ def compare_speeds(rows: Iterable[Mapping], first: str = "dense", other: str = "
         KeyError: A field is missing.
         ValueError: The models were not measured in the same settings.
     """
-    rows = list(rows)
-    pairs = zip(*([row for row in rows if row["model"] == name] for name in (first, other)), strict=True)
-    varying = [name for name in ("dtype", "memory_format") if len({row[name] for row in rows}) > 1]
-    found = []
-    for one, two in pairs:
-        failed = [f"{row['model']} not measured: {row['error']}" for row in (one, two) if "error" in row]
-        found.append(
+    varying = [name for name in ("dtype", "memory_format") if len({row[name] for row in (*first, *other)}) > 1]
+    lines = []
+    for one, two in zip(first, other, strict=True):
+        failed = [f"{name} not measured: {row['error']}" for name, row in zip(names, (one, two)) if "error" in row]
+        lines.append(
             {
                 "title": ", ".join([f"batch {two['batch_size']}", two["mode"], *(two[name] for name in varying)]),
                 "first_ms": None if "error" in one else one["latency_ms"],
@@ -96,4 +96,4 @@ def compare_speeds(rows: Iterable[Mapping], first: str = "dense", other: str = "
                 "words": failed[0] if failed else describe_speedup(two["speedup"], two["speedup_interval"]),
             }
         )
-    return found
+    return lines

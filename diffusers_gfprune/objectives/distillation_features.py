@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..pruning.channel_groups import ChannelGroup
+from ..pruning.channel_groups import ChannelGroup, slices_by_dimension
 from ..pruning.masking import ChannelMasks
 
 __all__ = ["BlockOutputDistance", "feature_channels", "named_blocks"]
@@ -60,18 +60,15 @@ def feature_channels(unet: nn.Module, groups: Sequence[ChannelGroup]) -> dict[st
         ValueError: The channels of a block's output are not those of one group.
     """
     modules = dict(unet.named_modules())
-    groups_of: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for group in groups:
-        for piece in group.slices:
-            if piece.role == "output" and piece.parameter == "weight":
-                groups_of.setdefault(piece.module, []).append((group.name, piece.positions))
+    table = slices_by_dimension(groups)
     channels = {}
     for name, block in named_blocks(unet):
         producer = _last_producer(name, block)
-        width, found = modules[producer].out_channels, groups_of.get(producer, [])
-        if len(found) != 1 or sorted(found[0][1]) != list(range(width)):
-            raise ValueError(f"the {width} channels that {name} puts out are in {len(found)} channel groups, not all in one")
-        channels[name] = found[0]
+        width, parts = modules[producer].out_channels, table.get((producer, "weight", 0), [])
+        if len(parts) != 1 or sorted(parts[0][1].positions) != list(range(width)):
+            raise ValueError(f"the {width} channels that {name} puts out are in {len(parts)} channel groups, not all in one")
+        ((group, piece),) = parts
+        channels[name] = group.name, piece.positions
     return channels
 
 

@@ -26,6 +26,7 @@ of the LSUN models), and are always kept (`fixed`).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from .dependencies import Components, join, meta_twin, trace_components
 
-__all__ = ["ChannelGroup", "GroupSlice", "trace_channel_groups"]
+__all__ = ["ChannelGroup", "GroupSlice", "slices_by_dimension", "trace_channel_groups"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,17 @@ class ChannelGroup:
                     )
             raise ValueError(f"mask of {self.name} must be 1 for channels {list(self.fixed)}, which are never pruned")
         return found
+
+
+def slices_by_dimension(
+    groups: Sequence[ChannelGroup],
+) -> dict[tuple[str, str, int], list[tuple[ChannelGroup, GroupSlice]]]:
+    """Groups and their slices along each dimension of each parameter, by `(module, parameter, dim)`, in the groups' order."""
+    table: dict[tuple[str, str, int], list[tuple[ChannelGroup, GroupSlice]]] = defaultdict(list)
+    for group in groups:
+        for piece in group.slices:
+            table[piece.module, piece.parameter, piece.dim].append((group, piece))
+    return dict(table)
 
 
 def _slices(module_name: str, module: nn.Module, kind: str, positions: tuple[int, ...]) -> list[GroupSlice]:

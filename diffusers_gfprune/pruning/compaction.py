@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
-from .channel_groups import ChannelGroup
+from .channel_groups import ChannelGroup, slices_by_dimension
 from .masking import MASKS_MODULE, check_mask, dense_name, dense_parameters
 from .optimizer_state import kept_state
 
@@ -81,20 +81,14 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
     """
     plan = CompactionPlan()
     modules = dict(unet.named_modules())
-    alive: dict[tuple[str, str, int], Tensor] = {}
+    keep: dict[str, Tensor] = {}  # by group, for each channel
     for group in groups:
         mask = masks[group.name].detach().cpu()
         check_mask(group, mask)
         if not ((mask == 0) | (mask == 1)).all():
             between = mask[(mask != 0) & (mask != 1)][0]
             raise ValueError(f"mask of {group.name} has the value {between:g}: only binary masks can be compacted")
-        kept = group.per_channel(mask).bool()
-        for piece in group.slices:
-            key = (piece.module, piece.parameter, piece.dim)
-            if key not in alive:
-                parameter = getattr(modules[piece.module], piece.parameter)
-                alive[key] = torch.ones(parameter.shape[piece.dim], dtype=torch.bool)
-            alive[key][list(piece.positions)] = kept
+        keep[group.name] = group.per_channel(mask).bool()
         if group.attention is not None:
             now = modules[group.attention].heads
             if now != group.heads:
@@ -108,7 +102,12 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
                 for name in ("weight", "bias"):
                     plan.factors[f"{group.attention}.to_q.{name}"] = math.sqrt(kept_dim / head_dim)
 
-    for (module, parameter, dim), flags in alive.items():
+    alive: dict[tuple[str, str, int], Tensor] = {}
+    for (module, parameter, dim), pieces in slices_by_dimension(groups).items():
+        flags = torch.ones(getattr(modules[module], parameter).shape[dim], dtype=torch.bool)
+        for group, piece in pieces:
+            flags[list(piece.positions)] = keep[group.name]
+        alive[module, parameter, dim] = flags
         if not flags.all():
             plan.kept[f"{module}.{parameter}", dim] = flags.nonzero().squeeze(1)
     for name, module in modules.items():

@@ -4,7 +4,7 @@ With n the vector of kept channels, every width is linear in n, and every cost a
 
     in_l(n)  = a_l + A_l n          out_l(n) = b_l + B_l n
     MACs(n)  = sum_l positions_l area_l in_l out_l  +  sum_attentions 2 tokens^2 inner(n)
-    params(n) = sum_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms channels(n)
+    parameters(n) = sum_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms channels(n)
 
 so that a candidate costs microseconds, and budgets can be searched. Seconds are no such sum: they come from a `LatencyModel`.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ..metrics.cost import layer_positions
+from ..metrics.model_size import layer_positions
 from .channel_groups import ChannelGroup
 
 __all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "group_shares"]
@@ -98,7 +98,7 @@ class CostModel:
         self._attention = linear_macs
         self._norm0, self._norm = sum(n[0] for n in norms), sum((n[1] for n in norms), np.zeros(len(self.groups)))
         # Parameters outside the layers above (random Fourier features) do not change.
-        counted = self.params(self.dense)
+        counted = self.parameters(self.dense)
         self._other = sum(p.numel() for p in unet.parameters()) - counted
 
     _other = 0.0
@@ -111,7 +111,7 @@ class CostModel:
         wide_in, wide_out = self._widths(kept)
         return float(self._macs @ (wide_in * wide_out) + self._attention @ kept)
 
-    def params(self, kept: np.ndarray) -> float:
+    def parameters(self, kept: np.ndarray) -> float:
         """Parameters with `kept` channels in each group."""
         wide_in, wide_out = self._widths(kept)
         products = self._area @ (wide_in * wide_out) + self._bias @ wide_out
@@ -131,7 +131,7 @@ class CostModel:
             raise ValueError(f"target={target} must be one of {', '.join(TARGETS)}")
         if target == "latency" and self.seconds is None:
             raise ValueError("target=latency must have measured times: pass seconds, such as those of a LatencyModel")
-        costs = {"macs": self.macs, "params": self.params, "channels": self.channels, "latency": self.seconds}
+        costs = {"macs": self.macs, "params": self.parameters, "channels": self.channels, "latency": self.seconds}
         return costs[target](kept)
 
     def removed(self, target: str, kept: np.ndarray) -> float:

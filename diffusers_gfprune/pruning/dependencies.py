@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from ..metrics.cost import example_inputs
+from ..metrics.model_size import example_inputs
 
 __all__ = ["Components", "join", "meta_twin", "trace_components"]
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .channel_groups import ChannelGroup
+from .channel_groups import ChannelGroup, slices_by_dimension
 
 __all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "dense_parameters", "detach"]
 
@@ -222,17 +222,14 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
     if hasattr(unet, MASKS_MODULE):
         raise ValueError("the model has channel masks already: detach them first")
     masks = ChannelMasks(groups)
-    parts: dict[tuple[str, str, int], list[tuple[ChannelGroup, tuple[int, ...]]]] = {}
-    for group in groups:
-        for piece in group.slices:
-            if piece.role != "input":
-                parts.setdefault((piece.module, piece.parameter, piece.dim), []).append((group, piece.positions))
-
     modules = dict(unet.named_modules())
-    for (module_name, parameter_name, dim), pieces in parts.items():
+    for (module_name, parameter_name, dim), pieces in slices_by_dimension(groups).items():
+        parts = [(group, piece.positions) for group, piece in pieces if piece.role != "input"]
+        if not parts:
+            continue
         module = modules[module_name]
         parameter = getattr(module, parameter_name)
-        vector = MaskVector(masks, pieces, parameter.shape[dim])
+        vector = MaskVector(masks, parts, parameter.shape[dim])
         mask = ChannelMask(vector, dim, parameter.ndim).to(parameter.device)
         parametrize.register_parametrization(module, parameter_name, mask)
     parameter = next(unet.parameters())

@@ -8,6 +8,7 @@ tags, task, figures that are not finite.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -24,7 +25,9 @@ from huggingface_hub import (
     parse_eval_result_entries,
 )
 
+from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
+from .results import PRUNING_RUN, ModelFigures, Results
 
 __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
 
@@ -79,37 +82,37 @@ def _link(entry: Mapping, kind: str) -> str:
     return f"[{entry['hub_id']}](https://huggingface.co/{kind}{entry['hub_id']})"
 
 
-def _distances(results: Mapping) -> list[dict]:
+def _distances(results: Results) -> list[dict]:
     """Distances to real images that were measured, with their features."""
     return [
         {
             "id": name.replace("_", "-"),
             "title": described["title"],
-            "dense": results["dense"][name],
-            "pruned": results["pruned"][name],
+            "dense": results.reference_model.quality[name],
+            "pruned": results.model.quality[name],
             "features": described["features"],
             "reference_images": described["reference_images"],
             "warning": "" if name in ("fid", "kid") else NOT_FID,
         }
-        for name, described in results["evaluation"]["distances"].items()
+        for name, described in results.evaluation["distances"].items()
     ]
 
 
-def _similarities(results: Mapping) -> list[dict]:
-    if not results["evaluation"]["num_images"]:
+def _similarities(results: Results) -> list[dict]:
+    if not results.evaluation["num_images"]:
         return []
     titles = {"ssim_to_dense": ("ssim", "SSIM to the dense samples"), "psnr_to_dense": ("psnr", "PSNR to the dense samples")}
     return [
-        {"id": name, "title": title, "pruned": results["pruned"][key]}
+        {"id": name, "title": title, "pruned": results.model.quality[key]}
         for key, (name, title) in titles.items()
-        if results["pruned"].get(key) is not None  # small images have no SSIM, equal ones no PSNR
+        if results.model.quality.get(key) is not None  # small images have no SSIM, equal ones no PSNR
     ]
 
 
-def _metadata(results: Mapping, report: Mapping, model_name: str) -> ModelCardData:
+def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardData:
     base, dataset = report["base_model"], report["dataset"]
     metrics = [*_distances(results), *_similarities(results)]
-    found = [
+    eval_results = [
         EvalResult(
             task_type=PIPELINE_TAG,
             dataset_type=dataset["hub_id"] or "other",
@@ -126,8 +129,8 @@ def _metadata(results: Mapping, report: Mapping, model_name: str) -> ModelCardDa
         options = {"base_model": base_model, "base_model_relation": "finetune"}
     if dataset["hub_id"] is not None:
         options["datasets"] = [dataset["hub_id"]]
-    if found:
-        options.update(model_name=model_name, eval_results=found, metrics=sorted({metric["id"] for metric in metrics}))
+    if eval_results:
+        options.update(model_name=model_name, eval_results=eval_results, metrics=sorted({metric["id"] for metric in metrics}))
     license = base["license"] or "unknown"
     tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"] == GRADIENT_FLOW else list(TAGS)
     return ModelCardData(license=license, library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=tags, **options)
@@ -154,11 +157,18 @@ def _strict(form: Callable[[object], str]) -> Callable[[object], str]:
     return checked
 
 
-def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mapping[str, str] | None = None) -> str:
+def _speeds(dense: ModelFigures, pruned: ModelFigures) -> tuple[list[dict], float | None]:
+    """A line for each setting; results of format version 1 and 2 have one latency without a ratio, and its share removed."""
+    if pruned.speed and not {"speedup", "error"} & pruned.speed[0].keys():
+        return [], _share_removed(dense.speed[0]["latency_ms"], pruned.speed[0]["latency_ms"])
+    return compare_speeds(dense.speed, pruned.speed), None
+
+
+def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mapping[str, str] | None = None) -> str:
     """The card of a run.
 
     Args:
-        results: Content of `results.json`.
+        results: Of a pruning run.
         report: Content of `pruning_report.json`.
         repo_id: Where the model will be, for the loading examples.
         pictures: Files beside the card, by what they show: `"samples"`, `"widths"`, `"pruning"`.
@@ -169,19 +179,27 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
     Raises:
         ValueError: A field is missing, or what came out is no valid card.
     """
+    if results.kind != PRUNING_RUN:
+        raise ValueError(f"results.json has kind={results.kind}: a card takes that of a {PRUNING_RUN}")
     shown = {"samples": None, "widths": None, "pruning": None, **(pictures or {})}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters.update({name: _strict(form) for name, form in FILTERS.items()})
     model_name = repo_id.split("/")[-1]
     try:
-        dense, pruned, criterion = results["dense"], results["pruned"], report["config"]["criterion"]
-        removed = {key: _share_removed(dense[key], pruned[key]) for key in ("parameters", "macs", "weight_file_bytes")}
-        if dense.get("latency") and pruned.get("latency"):  # of an earlier version: one setting, and no ratio
-            removed["latency"] = _share_removed(dense["latency"]["latency_ms"], pruned["latency"]["latency_ms"])
-        speeds = [] if "latency" in dense else compare_speeds(results["speed"])
+        dense, pruned, criterion = results.reference_model, results.model, report["config"]["criterion"]
+        costs = ("parameters", "macs", "weight_file_bytes")
+        for figures, name in itertools.product((dense, pruned), (*costs, "step_loss")):
+            if getattr(figures, name) is None:
+                raise ValueError(f"{figures.name} has no {name}")
+        removed = {name: _share_removed(getattr(dense, name), getattr(pruned, name)) for name in costs}
+        speeds, removed_latency = _speeds(dense, pruned)
         template = environment.from_string(files(f"{PACKAGE}.model_cards").joinpath("template.md.jinja").read_text("utf-8"))
         text = template.render(
-            results=results,
+            dense=dense,
+            pruned=pruned,
+            evaluation=results.evaluation,
+            latency_budget=results.latency_budget,
+            removed_latency=removed_latency,
             report=report,
             repo_id=repo_id,
             model_name=model_name,
@@ -213,7 +231,7 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
     return f"{card}\n{_seal(card)}\n"
 
 
-def render_eval_results(results: Mapping, report: Mapping) -> str | None:
+def render_eval_results(results: Results, report: Mapping) -> str | None:
     """The results as the Hub collects them for data sets, `.eval_results/*.yaml`.
 
     Distances to the images of a data set on the Hub, with the metric (`fid`, `fd-efflite0`) as the task. The Hub shows such a
@@ -221,7 +239,7 @@ def render_eval_results(results: Mapping, report: Mapping) -> str | None:
     no result on a data set, and stays on the card.
 
     Args:
-        results: Content of `results.json`.
+        results: Of a pruning run.
         report: Content of `pruning_report.json`.
 
     Returns:
@@ -232,7 +250,7 @@ def render_eval_results(results: Mapping, report: Mapping) -> str | None:
     """
     entries = []
     try:
-        dataset, drawn = report["dataset"]["hub_id"], results["evaluation"]
+        dataset, drawn = report["dataset"]["hub_id"], results.evaluation
         for metric in _distances(results) if dataset is not None else []:
             samples = f"{drawn['num_images']} samples ({drawn['sampler']}, {drawn['num_inference_steps']} steps)"
             notes = f"{metric['title']}, {samples}, {metric['reference_images']} images. {metric['warning']}".strip()
@@ -299,7 +317,7 @@ def check_card(card: str) -> None:
     try:
         parsed = ModelCard(card, ignore_metadata_errors=False)
     except Exception as error:  # the client raises what its YAML parser raises
-        raise ValueError(f"the card's metadata cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the card's metadata cannot be read: {one_line(error)}") from error
     header = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     data = yaml.safe_load(header[1]) if header else None  # as written: the client turns what it does not expect into lists
     if not isinstance(data, dict):
@@ -313,7 +331,7 @@ def check_card(card: str) -> None:
     if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
         raise ValueError(f"tags={tags!r} of the card must be words")
     ids = [data.get(name) or [] for name in ("base_model", "datasets")]  # one id, or several
-    for hub_id in [hub_id for found in ids for hub_id in (found if isinstance(found, list) else [found])]:
+    for hub_id in [hub_id for named in ids for hub_id in (named if isinstance(named, list) else [named])]:
         if not isinstance(hub_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
             raise ValueError(f"{hub_id!r} in the card's metadata is no Hub id")
     if not all(math.isfinite(number) for number in _numbers(data)):

@@ -141,12 +141,12 @@ def plot_widths(path: Path, report: dict) -> None:
         report: Content of `pruning_report.json`.
     """
     groups = report["channel_groups"]
-    dense, kept = ([group[key] for group in groups] for key in ("dense_channels", "kept_channels"))
+    dense, pruned = ([group[key] for group in groups] for key in ("dense_channels", "kept_channels"))
     places = range(len(groups))
     figure, axis = plt.subplots(figsize=(9, 1 + 0.24 * len(groups)), constrained_layout=True)
     axis.barh(places, dense, color="0.85", label="dense")
-    axis.barh(places, kept, color="tab:blue", label="kept")
-    for place, (before, after) in enumerate(zip(dense, kept)):
+    axis.barh(places, pruned, color="tab:blue", label="kept")
+    for place, (before, after) in enumerate(zip(dense, pruned)):
         axis.text(before, place, f" {after} of {before}", va="center", fontsize=7)
     axis.set_yticks(places, [group["name"] for group in groups], fontsize=7)
     axis.invert_yaxis()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from ..hub_errors import HUB_ERRORS
 from .model_card import LICENSES
 
-__all__ = ["command_line", "describe_base_model", "describe_dataset", "portable", "package_versions"]
+__all__ = ["command_line", "describe_base_model", "describe_dataset", "installed_versions", "package_versions", "portable"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A folder of the Hub's cache
@@ -64,31 +65,31 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
         `name`, and `hub_id`, `revision` and `license`, which are None where they are unknown. A folder that is not on the Hub
         has `derived_from`, too, where it says for certain which models there it was made of.
     """
-    found = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
+    source = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
     if os.path.isdir(name_or_path):
-        found["revision"] = None  # a folder has none
+        source["revision"] = None  # a folder has none
         readme, data = Path(name_or_path) / "README.md", {}
         if readme.is_file():
             data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-            found["license"] = _known_license(data.get("license"))
+            source["license"] = _known_license(data.get("license"))
         cached = SNAPSHOT.search(os.path.realpath(name_or_path))
         if cached is not None:
             hub_id = f"{cached[1]}/{cached[2]}"
-            return {**found, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}
+            return {**source, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}
         origins = _origins(Path(name_or_path), data.get("base_model"))
-        return {**found, "derived_from": origins} if origins else found
-    found["hub_id"] = name_or_path
+        return {**source, "derived_from": origins} if origins else source
+    source["hub_id"] = name_or_path
     # Files that were loaded lie in a folder named by their commit, while a branch may have moved on since.
     cached = try_to_load_from_cache(name_or_path, "model_index.json", revision=revision)
     if isinstance(cached, str):
-        found["revision"] = Path(cached).parent.name
+        source["revision"] = Path(cached).parent.name
     try:
-        info = HfApi().model_info(name_or_path, revision=found["revision"])
+        info = HfApi().model_info(name_or_path, revision=source["revision"])
     except HUB_ERRORS:  # offline, with the model in the cache
-        return found
-    found["revision"] = info.sha
-    found["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
-    return found
+        return source
+    source["revision"] = info.sha
+    source["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
+    return source
 
 
 def _origins(folder: Path, base_model: object) -> list[str]:
@@ -121,7 +122,20 @@ def describe_dataset(dataset_name: str | None, train_data_dir: str | None) -> di
     return {"name": str(portable(dataset_name or train_data_dir)), "hub_id": None}
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of what decides a result."""
+def package_versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python, of what decides a result, and of more packages (see `installed_versions`)."""
     names = ("diffusers-gfprune", "torch", "diffusers", "accelerate", "datasets", "huggingface_hub", "torch-pruning")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **installed_versions(*names, *more)}
+
+
+def installed_versions(*packages: str) -> dict[str, str | None]:
+    """Installed versions of packages, by name; None for those that are not there."""
+    return {name: _version(name) for name in packages}
+
+
+@functools.cache  # files are read
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

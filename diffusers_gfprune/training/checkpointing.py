@@ -109,8 +109,8 @@ class Checkpoints:
         """All checkpoints, newest first, damaged ones included."""
         if not self.folder.is_dir():
             return []
-        found = {int(match[1]): path for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name))}
-        return [found[step] for step in sorted(found, reverse=True)]
+        by_step = {int(match[1]): path for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name))}
+        return [by_step[step] for step in sorted(by_step, reverse=True)]
 
     def save(
         self, step: int, identity: Mapping, settings: Mapping, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping
@@ -216,17 +216,17 @@ class Checkpoints:
         if which != "latest":
             path = self.folder / which if (self.folder / which).is_dir() else Path(which)
             if not path.is_dir():
-                known = ", ".join(found.name for found in self.paths()) or "none"
+                known = ", ".join(path.name for path in self.paths()) or "none"
                 raise CheckpointError(f"resume_from_checkpoint={which} is no checkpoint; {self.folder} holds {known}")
             return self.load(path)
-        found = self.paths()
-        for path in found:
+        paths = self.paths()
+        for path in paths:
             try:
                 return self.load(path)
             except CheckpointError as error:
                 warn(f"warning: {error}; looking for the checkpoint before it")
-        if found:
-            raise CheckpointError(f"resume_from_checkpoint=latest: all {len(found)} checkpoints in {self.folder} are damaged")
+        if paths:
+            raise CheckpointError(f"resume_from_checkpoint=latest: all {len(paths)} checkpoints in {self.folder} are damaged")
         return None
 
     @staticmethod

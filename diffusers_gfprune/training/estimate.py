@@ -17,7 +17,6 @@ is measured on few images, and extrapolated.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..metrics.cost import example_inputs, spatial_size
+from ..formatting import format_size
+from ..metrics.model_size import example_inputs, spatial_size
+from ..metrics.speed import seconds_of
 from ..metrics.step_loss import noise_target
 
 __all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "machine_memory", "memory_plan"]
@@ -176,20 +177,22 @@ def _forward_backward(
     inputs = example_inputs(unet, *spatial_size(unet), batch_size, device, next(unet.parameters()).dtype)
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(inputs["sample"].shape, generator=generator).to(device) for _ in range(2))
+
+    def step() -> None:
+        noisy = noise_scheduler.add_noise(clean, noise, inputs["timestep"]).to(inputs["sample"].dtype)
+        with _autocast(device, mixed_precision):
+            prediction = unet(**{**inputs, "sample": noisy}).sample
+        target = noise_target(noise_scheduler, clean, noise, inputs["timestep"])
+        torch.nn.functional.mse_loss(prediction.float(), target.float()).backward()
+
     if cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-    start = time.perf_counter()
-    noisy = noise_scheduler.add_noise(clean, noise, inputs["timestep"]).to(inputs["sample"].dtype)
-    with _autocast(device, mixed_precision):
-        prediction = unet(**{**inputs, "sample": noisy}).sample
-    target = noise_target(noise_scheduler, clean, noise, inputs["timestep"])
-    torch.nn.functional.mse_loss(prediction.float(), target.float()).backward()
+    seconds = seconds_of(step, device)
     if cuda:
-        torch.cuda.synchronize(device)
         peaks[batch_size] = torch.cuda.max_memory_allocated(device) - held
-    return time.perf_counter() - start
+    return seconds
 
 
 def estimate_step(
@@ -269,10 +272,6 @@ def machine_memory(device: torch.device | str) -> int:
     return psutil.virtual_memory().available
 
 
-def _size(count: float) -> str:
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
-
-
 def memory_plan(
     estimate: StepEstimate,
     free_bytes: int,
@@ -322,8 +321,8 @@ def memory_plan(
     method = f"criterion={criterion}" if hvp is None else f"hvp={hvp}"
     place = "this machine" if torch.device(device).type == "cpu" else "this GPU"
     lines = [
-        f"memory     about {_size(scored)} while scoring ({method}), {_size(trained)} while training; "
-        f"{place} has {_size(free_bytes)} free"
+        f"memory     about {format_size(scored, 0)} while scoring ({method}), {format_size(trained, 0)} while training; "
+        f"{place} has {format_size(free_bytes, 0)} free"
     ]
     advice = []
     if trained > free_bytes:
@@ -339,7 +338,7 @@ def memory_plan(
         lightest = hvp
         if hvp == "exact":
             lightest = "finite-difference"
-            advice.append(f"hvp={lightest} ({_size(scoring(estimate.scoring_batch_size, lightest))})")
+            advice.append(f"hvp={lightest} ({format_size(scoring(estimate.scoring_batch_size, lightest), 0)})")
         fitting = [n for n in range(1, estimate.scoring_batch_size + 1) if scoring(n, lightest) <= free_bytes]
         if fitting and fitting[-1] < estimate.scoring_batch_size:
             advice.append(f"calibration_batch_size={fitting[-1]}")

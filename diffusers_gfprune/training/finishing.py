@@ -12,6 +12,7 @@ from ..hub import PushError, prepare_repo, push_checkpoint, update_card
 from ..hub_errors import HUB_ERRORS, reason
 from ..metrics.speedup import compare_speeds
 from ..reports.plots import plot_pruning, plot_widths, save_sample_grid
+from ..reports.results import Results
 from ..run_folder import RunFolder, write_json
 from .arguments import Arguments
 from .reporting import measure_step_losses, pruning_report, results
@@ -58,8 +59,8 @@ def finish(run: Run, state: TrainingState) -> None:
     folder.save(partial(run.pipeline.save, unet))
     measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, run.num_held_out, losses)
     if state.pruner.latency is not None:
-        measured["latency_budget"] = state.pruner.check_latency(dense, unet).to_dict()
-    write_json(folder.staging / "results.json", measured)
+        measured.latency_budget = state.pruner.check_latency(dense, unet).to_dict()
+    write_json(folder.staging / "results.json", measured.to_dict())
     report = pruning_report(
         args, state.pruner, state.curves, run.dense_step_losses["step_loss"], run.origin, state.diagnostics, state.broken
     )
@@ -73,28 +74,26 @@ def finish(run: Run, state: TrainingState) -> None:
     print_results(measured, folder)
 
 
-def print_results(measured: dict, folder: RunFolder) -> None:
+def print_results(measured: Results, folder: RunFolder) -> None:
     """The figures that matter, dense beside pruned."""
-    rows = [
-        ("parameters", "parameters", "{:,}"),
-        ("MACs", "macs", "{:,}"),
-        ("step loss (held out)", "step_loss", "{:.4f}"),
-        ("step loss, null label", "step_loss_null_label", "{:.4f}"),
-        *((described["title"], name, "{:.3f}") for name, described in measured["evaluation"]["distances"].items()),
-        ("SSIM to dense", "ssim_to_dense", "{:.3f}"),
-    ]
+    dense, pruned = measured.reference_model, measured.model
+    costs = [("parameters", "parameters", "{:,}"), ("MACs", "macs", "{:,}"), ("step loss (held out)", "step_loss", "{:.4f}")]
+    costs.append(("step loss, null label", "step_loss_null_label", "{:.4f}"))
+    rows = [(title, [getattr(model, name) for model in (dense, pruned)], form) for title, name, form in costs]
+    metrics = [(described["title"], name) for name, described in measured.evaluation["distances"].items()]
+    for title, name in (*metrics, ("SSIM to dense", "ssim_to_dense")):
+        rows.append((title, [model.quality.get(name) for model in (dense, pruned)], "{:.3f}"))
     print(f"\n{'':24}{'dense':>14}{'pruned':>14}")
 
     def print_row(title: str, values: list, form: str, words: str = "") -> None:
         cells = "".join(f"{form.format(value) if value is not None else '-':>14}" for value in values)
         print(f"{title:24}{cells}  {words}".rstrip())
 
-    for title, key, form in rows:
-        values = [measured[which].get(key) for which in ("dense", "pruned")]
+    for title, values, form in rows:
         if any(value is not None for value in values):
             print_row(title, values, form)
-    for line in compare_speeds(measured["speed"]):
+    for line in compare_speeds(dense.speed, pruned.speed):
         print_row(f"ms, {line['title']}", [line["first_ms"], line["other_ms"]], "{:.2f}", line["words"])
-    if "latency_budget" in measured:
-        print(f"\n{measured['latency_budget']['words']}")
+    if measured.latency_budget is not None:
+        print(f"\n{measured.latency_budget['words']}")
     print(f"\nsaved: {folder.path}  (DiffusionPipeline.from_pretrained after `import diffusers_gfprune`)")

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import yaml
 
+from ..errors import first_line
+
 __all__ = ["expand_recipe", "read_recipe", "shipped_recipes"]
 
 FOLDER = Path(str(importlib.resources.files("diffusers_gfprune.scripts"))) / "recipes"
@@ -63,7 +65,7 @@ def _compose(name: str, path: Path) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ValueError(f"recipe={name} is not YAML: {problem}{where}") from error
 
 

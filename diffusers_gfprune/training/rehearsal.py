@@ -10,15 +10,18 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .. import GradientFlowPruner
 from ..evaluation.sample_quality import SampleQuality
 from ..evaluation.trials import describe_speed, try_features, try_sampling, try_speed
+from ..formatting import format_size
 from ..hub import check_nothing_private
-from ..metrics.cost import spatial_size
+from ..metrics.model_size import spatial_size
 from ..reports.model_card import render_card
-from ..run_folder import RunFolder, format_size, write_json
+from ..reports.results import PRUNING_RUN, Results
+from ..run_folder import RunFolder, write_json
 from .arguments import Arguments
 from .reporting import describe_evaluation, model_figures, pruning_report
 from .state import Curves
@@ -93,21 +96,21 @@ def rehearse_card(
     losses = {"step_loss": 1.0}
     if sample_quality.settings.null_label is not None:
         losses["step_loss_null_label"] = 1.0
-    figures = model_figures(dense, losses)
+    figures = model_figures("dense", dense, losses)
+    figures.speed = [{key: value for key, value in row.items() if key != "model"} for row in speed]
     evaluation = describe_evaluation(args, dense, sample_quality.settings, num_held_out)
     if args.evaluation.eval_images:
-        figures |= {"ssim_to_dense": 1.0, "psnr_to_dense": 1.0}
+        figures.quality |= {"ssim_to_dense": 1.0, "psnr_to_dense": 1.0}
     if network is not None:
-        figures[network.metric] = 1.0
+        figures.quality[network.metric] = 1.0
         description = {"title": network.title, "features": network.description, "reference_images": 2}
         evaluation["distances"] = {network.metric: description}
-    rows = [{**row, "model": name} for row in speed for name in ("dense", "pruned")]
-    results = {"format_version": 0, "dense": figures, "pruned": figures, "speed": rows, "evaluation": evaluation}
+    results = Results(PRUNING_RUN, replace(figures, name="pruned"), figures, evaluation)
     report = pruning_report(args, pruner, Curves(), 1.0, origin)
     card = render_card(results, report, args.hub.hub_model_id or Path(args.run.output_dir).name)
     if args.hub.push_to_hub:
         with tempfile.TemporaryDirectory() as place:
             Path(place, "README.md").write_text(card, "utf-8")
-            for name, content in (("results.json", results), ("pruning_report.json", report)):
+            for name, content in (("results.json", results.to_dict()), ("pruning_report.json", report)):
                 write_json(Path(place, name), content)
             check_nothing_private(place, ["README.md", "results.json", "pruning_report.json"], args.hub.hub_token)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from .. import GradientFlowPruner
 from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
-from ..metrics.cost import count_macs, count_parameters, spatial_size, weight_file_bytes
+from ..formatting import format_duration
+from ..metrics.model_size import count_macs, count_parameters, spatial_size, weight_file_bytes
 from ..metrics.quality import SamplingSettings
 from ..metrics.speed import measure_speed
 from ..metrics.step_loss import StepLoss
 from ..objectives.objective import extra_forwards
 from ..pruning.cost_model import COUNTED_TARGETS
 from ..reports.provenance import package_versions, portable
+from ..reports.results import PRUNING_RUN, ModelFigures, Results
 from .arguments import Arguments
 from .estimate import StepEstimate, machine_memory, memory_plan
 from .state import Curves
@@ -31,7 +33,7 @@ __all__ = [
     "results",
 ]
 
-FORMAT_VERSION = 3
+REPORT_VERSION = 3
 CURVE_POINTS = 500
 
 
@@ -83,7 +85,7 @@ def describe_plan(
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
         f"{args.pruning.calibration_batches} calibration batches",
-        f"  time       about {_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
+        f"  time       about {format_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
         f"({estimate.seconds:.3f} s for a dense forward and backward of {estimate.batch_size} images{timed})",
     ]
     memory = memory_plan(
@@ -119,11 +121,6 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     return masked * end + scoring + small * (config.total_steps - end)
 
 
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
 def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | None) -> dict[str, float]:
     """Step losses of a model, as `results.json` names them.
 
@@ -138,19 +135,21 @@ def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | 
     return losses
 
 
-def model_figures(unet: nn.Module, step_losses: Mapping[str, float]) -> dict:
+def model_figures(name: str, unet: nn.Module, step_losses: Mapping[str, float]) -> ModelFigures:
     """What `results.json` says of a model without samples.
 
     Args:
+        name: `"dense"` or `"pruned"`.
         unet: The model.
         step_losses: Of `measure_step_losses`.
     """
-    return {
-        "parameters": count_parameters(unet),
-        "macs": count_macs(unet),
-        "weight_file_bytes": weight_file_bytes(unet),
+    return ModelFigures(
+        name,
+        parameters=count_parameters(unet),
+        macs=count_macs(unet),
+        weight_file_bytes=weight_file_bytes(unet),
         **step_losses,
-    }
+    )
 
 
 def describe_evaluation(args: Arguments, unet: nn.Module, settings: SamplingSettings, num_held_out: int) -> dict:
@@ -176,7 +175,7 @@ def results(
     sample_quality: SampleQuality,
     num_held_out: int,
     step_losses: tuple[Mapping[str, float], Mapping[str, float]],
-) -> tuple[dict, Tensor | None, Tensor | None]:
+) -> tuple[Results, Tensor | None, Tensor | None]:
     """Measure the dense and the pruned model side by side.
 
     Args:
@@ -188,21 +187,21 @@ def results(
         step_losses: Of `measure_step_losses`, of either model.
 
     Returns:
-        The content of `results.json`, and the samples of either model in [0, 1], if any were asked for.
+        The results, and the samples of either model in [0, 1], if any were asked for.
     """
-    measured: dict = {"format_version": FORMAT_VERSION}
-    for name, unet, losses in (("dense", dense, step_losses[0]), ("pruned", pruned, step_losses[1])):
-        measured[name] = model_figures(unet, losses)
-    settings, models = args.evaluation.speed_settings(), {"dense": dense, "pruned": pruned}
-    measured["speed"] = measure_speed(models, settings, progress="speed") if settings else []
-    measured["evaluation"] = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
+    models, settings = {"dense": dense, "pruned": pruned}, args.evaluation.speed_settings()
+    figures = {name: model_figures(name, models[name], losses) for name, losses in zip(models, step_losses)}
+    for row in measure_speed(models, settings, progress="speed") if settings else ():
+        figures[row.pop("model")].speed.append(row)
+    evaluation = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
+    measured = Results(PRUNING_RUN, figures["pruned"], figures["dense"], evaluation)
     if args.evaluation.eval_images == 0:
         return measured, None, None
     quality = sample_quality.quality
     samples = sample_quality.sample(pruned, progress="sampling (pruned)")
-    measured["dense"] |= quality.measure_dense()
-    measured["pruned"] |= quality.measure(samples)
-    measured["evaluation"]["distances"] = quality.describe()
+    figures["dense"].quality = quality.measure_dense()
+    figures["pruned"].quality = quality.measure(samples)
+    evaluation["distances"] = quality.describe()
     return measured, quality.dense_samples, samples
 
 
@@ -238,7 +237,7 @@ def pruning_report(
         broken: Images that could not be read.
     """
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": REPORT_VERSION,
         **origin,
         "config": pruner.config.to_dict(),
         "arguments": {name: portable(value) for name, value in args.to_dict().items()},

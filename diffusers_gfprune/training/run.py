@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import DistributedType, ProjectConfiguration, TorchDynamoPlugin
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from .. import GradientFlowPruner
 from ..data.batches import BrokenImages, calibration_batches, train_dataloader
+from ..evaluation.processes import make_accelerator
 from ..evaluation.sample_quality import SampleQuality
 from ..metrics.cache import default_cache_dir, tensors_fingerprint
 from ..metrics.step_loss import StepLoss
@@ -29,10 +29,10 @@ from .estimate import StepEstimate, estimate_step
 __all__ = [
     "Run",
     "estimate_run",
-    "make_accelerator",
     "make_batches",
     "make_calibration",
     "make_pruner",
+    "run_accelerator",
     "run_identity",
     "run_settings",
 ]
@@ -41,7 +41,7 @@ __all__ = [
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """What stays the same while a run trains.
 
@@ -93,19 +93,17 @@ def check_distributed_type(distributed_type: DistributedType) -> None:
         )
 
 
-def make_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
+def run_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
     """Accelerate, set up for this run.
 
     Raises:
-        ValueError: The launcher asks for sharded training.
+        ValueError: The launcher asks for sharded training, or the number type does not suit the machine.
     """
     if args.precision.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        # Accelerate would take several processes without a GPU for as many runs of their own.
-        cpu=processes > 1 and not torch.accelerator.is_available(),
+    accelerator = make_accelerator(
+        timeout=timedelta(hours=6),  # other ranks wait while one measures or samples
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         mixed_precision=args.precision.mixed_precision,
         log_with=None if args.tracking.report_to == "none" else args.tracking.report_to,
@@ -115,14 +113,10 @@ def make_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
             mode=None if args.precision.torch_compile == "no" else args.precision.torch_compile,
             dynamic=False,  # all batches of a run have one size
         ),
-        # Other ranks wait while one measures or samples.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     check_distributed_type(accelerator.distributed_type)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError("mixed_precision=fp16 needs a GPU, whose losses can be scaled to its range: use bf16 on this machine")
-    if accelerator.num_processes != processes:
-        raise ValueError(f"WORLD_SIZE={processes} processes were launched, but Accelerate sees {accelerator.num_processes}")
     return accelerator
 
 

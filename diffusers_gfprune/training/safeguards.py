@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.batches import BrokenImages
+from ..errors import one_line
 from ..interruption import Interruption, StoppedBySignal, asked_to_stop
 from .arguments import Arguments
 from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
@@ -121,21 +122,23 @@ def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence
         state: Right after a ranking.
         batches: Calibration batches of that ranking.
     """
-    pruner, found = state.pruner, state.diagnostics
+    pruner, diagnostics = state.pruner, state.diagnostics
     if len(pruner.history) == 1 and pruner.config.criterion not in ("magnitude", "random"):
-        found["comparison"] = compare_with_magnitude(pruner, batches)
+        diagnostics["comparison"] = compare_with_magnitude(pruner, batches)
         if run.args.pruning.check_scores:
             arguments = (state.unet, pruner.groups, batches, pruner.noise_scheduler, pruner.config)
-            found["hessian_check"] = check_hessian_gradient_product(*arguments)
-            agreement = found["hessian_check"]["rank_correlation"]
+            diagnostics["hessian_check"] = check_hessian_gradient_product(*arguments)
+            agreement = diagnostics["hessian_check"]["rank_correlation"]
             run.accelerator.print(
                 f"Hessian-gradient products: rank correlation with finite differences {agreement:.4f} or more"
             )
     validation = zip(state.curves.validation_steps, state.curves.validation_loss)
-    known = {warning["kind"] for warning in found["warnings"]}
-    for diagnosis in diagnose(pruner.history, validation, pruner.config, found["comparison"], found["hessian_check"]):
+    known = {warning["kind"] for warning in diagnostics["warnings"]}
+    for diagnosis in diagnose(
+        pruner.history, validation, pruner.config, diagnostics["comparison"], diagnostics["hessian_check"]
+    ):
         if diagnosis.kind not in known:
-            found["warnings"].append({"step": state.step, **diagnosis.to_dict()})
+            diagnostics["warnings"].append({"step": state.step, **diagnosis.to_dict()})
             warn(run.accelerator, f"warning: {diagnosis}")
 
 
@@ -151,8 +154,8 @@ def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        said, where = " ".join(str(error).split()), last_checkpoint(run, state.step + 1)
-        raise ValueError(f"loading images failed, a loading process died: {said}{where}") from error
+        where = last_checkpoint(run, state.step + 1)
+        raise ValueError(f"loading images failed, a loading process died: {one_line(error)}{where}") from error
 
 
 def save_checkpoint(run: Run, state: TrainingState) -> bool:
@@ -207,6 +210,6 @@ def stop_if_asked(run: Run, state: TrainingState, interruption: Interruption, tr
 
 def report_broken_images(run: Run, broken: BrokenImages) -> None:
     """Say how many images could not be read."""
-    found = broken.to_list()
-    if found:
-        warn(run.accelerator, f"warning: {len(found)} images could not be read and were left out, first {found[0]}")
+    names = broken.to_list()
+    if names:
+        warn(run.accelerator, f"warning: {len(names)} images could not be read and were left out, first {names[0]}")

@@ -104,9 +104,10 @@ class Tracking:
 
     def log_ranking(self, state: TrainingState, update: MaskUpdate) -> None:
         """What a ranking did, group by group."""
-        kept = state.pruner.kept_channels()
+        widths = state.pruner.kept_channels()
         values = {
-            f"pruning/sparsity/{group.name}": 1 - width / group.num_channels for group, width in zip(state.pruner.groups, kept)
+            f"pruning/sparsity/{group.name}": 1 - width / group.num_channels
+            for group, width in zip(state.pruner.groups, widths)
         }
         values |= {
             "pruning/sparsity": update.sparsity,

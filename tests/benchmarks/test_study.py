@@ -19,9 +19,10 @@ from study_run import RememberedTeacher
 from study_settings import DATASETS, SETTINGS
 
 from diffusers_gfprune.metrics.cache import TensorCache
-from diffusers_gfprune.metrics.cost import count_parameters
+from diffusers_gfprune.metrics.model_size import count_parameters
 from diffusers_gfprune.reports.provenance import command_line
 from diffusers_gfprune.training.arguments import parse_arguments
+from helpers.figures import lines, saved_figures
 from helpers.scripts import ROOT, assert_one_error, run_script
 
 
@@ -116,8 +117,13 @@ def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
     assert table.splitlines()[-1] == "| digits, 8x8 | gradient flow, two phases (default) | 100 | 168 | 8 |"
     # A setting that was not timed is not drawn, and does not keep others from it
     data = {"digits": {"paper": [results_of("paper", 0, 0.8)], "two-phase": [run]}}
-    study_report.plot_curves(tmp_path / "time.png", data, study_report.CURVES, times)
-    assert (tmp_path / "time.png").stat().st_size > 10_000
+    with saved_figures() as figures:
+        study_report.plot_curves(tmp_path / "time.png", data, study_report.CURVES, times)
+    title = study_report.CURVES["two-phase"][0]
+    distance, ssim = (lines(axis) for axis in figures[0].axes)
+    seconds = [40 * 1.75 + 10 * 1.5 + 8, 168]  # at step 50 and at the end
+    assert distance == {title: (seconds, [0.02, 0.04]), "dense": ([0, 1], [0.03, 0.03])}
+    assert ssim == {title: (seconds, [0.45, 0.9])}
 
 
 def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
@@ -287,12 +293,15 @@ def test_the_approximation_holds_for_small_changes(tmp_path: Path, monkeypatch: 
 def test_gradient_flow_tells_how_much_a_group_matters(tmp_path: Path) -> None:
     """What `--ranking sensitivity` rests on: on the digits teacher, over decades; magnitude would be no guide."""
     words = ["--halves", "1", "--units", "4", "--results", str(tmp_path), "--picture", str(tmp_path / "sensitivity.png")]
-    sensitivity.main(["--dataset", "digits", *words, "--calibration_batches", "1"])
+    with saved_figures() as figures:
+        sensitivity.main(["--dataset", "digits", *words, "--calibration_batches", "1"])
     found = json.loads((tmp_path / "digits.json").read_text())
     assert found["groups"] == len(found["damage"]) == 22 and found["damage_decades"] > 2
     correlation = {name: row["log_pearson"] for name, row in found["by_criterion"].items()}
     assert correlation["gradient-flow"] > 0.8 > 0.5 > correlation["magnitude"]
     within = {name: row["within_groups"] for name, row in found["by_criterion"].items()}
     assert within["gradient-flow"] > 0.4 > within["gradient-flow-weights"] > within["random"]
-    assert (tmp_path / "sensitivity.png").stat().st_size > 10_000
+    for axis in figures[0].axes:
+        places = axis.collections[0].get_offsets()
+        assert sorted(places[:, 1].tolist()) == sorted(found["damage"].values()) and axis.get_xscale() == "log"
     assert "| digits, 8x8 | gradient flow | 0." in study_report.sensitivity_table(tmp_path)

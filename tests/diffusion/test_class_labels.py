@@ -227,7 +227,7 @@ def test_both_losses_are_reported(finished: Path) -> None:
 def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) -> None:
     """A run of an earlier version says nothing of it, and its card has to be made; losses of either are never mixed."""
     from diffusers_gfprune.evaluation.card import merged_run_results
-    from diffusers_gfprune.evaluation.results import EvaluationResults, ModelFigures
+    from diffusers_gfprune.reports.results import EVALUATION, ModelFigures, Results
 
     folder = ROOT / "model_cards/digits-gfpruned"
     measured, report = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "pruning_report"))
@@ -244,10 +244,10 @@ def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) ->
         found.step_loss_null_label = loss
     evaluation = {**measured["evaluation"], "eta": 0.0, "distances": {}}
     evaluation.pop("null_label", None)
-    results = EvaluationResults(figures["pruned"], figures["dense"], evaluation | settings, "evaluate.py")
-    merged = merged_run_results(measured, results)
-    assert [merged[name].get("step_loss_null_label") for name in ("dense", "pruned")] == [loss, loss]
-    assert merged["evaluation"].get("null_label") == settings.get("null_label")
+    results = Results(EVALUATION, figures["pruned"], figures["dense"], evaluation | settings, "evaluate.py")
+    merged = merged_run_results(Results.from_dict(measured), results)
+    assert [model.step_loss_null_label for model in (merged.reference_model, merged.model)] == [loss, loss]
+    assert merged.evaluation.get("null_label") == settings.get("null_label")
     card = render_card(merged, report, "me/model")
     assert ("| step loss, null label | 0.25 | 0.25 | |" in card) == ("Null label 10:" in card) == (loss is not None)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from diffusers_gfprune.hub import files_to_push, update_card
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.reports.model_card import is_as_rendered, render_card
+from diffusers_gfprune.reports.results import Results
 from helpers.architectures import build, pruned
 from helpers.evaluations import run, save_dense, save_pruned, write_images
 from helpers.hub import CARD, contents
@@ -60,26 +61,28 @@ def test_card_shows_the_figures_of_the_evaluation(arguments: list, tmp_path: Pat
     before = json.loads((folder / "results.json").read_text())
     found = run(tmp_path, *arguments)
     after = json.loads((folder / "results.json").read_text())
-    assert after["speed"] == before["speed"] != []
+    assert (before["format_version"], after["format_version"]) == (3, 4)
     for name, argument in (("pruned", "model"), ("dense", "reference_model")):
         for kept in ("parameters", "macs", "weight_file_bytes"):
             assert after[name][kept] == before[name][kept]
+        assert after[name]["speed"] == [{k: v for k, v in row.items() if k != "model"} for row in before["speed"][:1]]
         assert after[name]["step_loss"] == found[argument]["step_loss"] != before[name]["step_loss"]
         shown = {k: v for k, v in found[argument]["quality"].items() if k != "kd_pixels"}
-        assert {k: after[name][k] for k in shown} == shown and "kd_pixels" not in after[name]
+        assert after[name]["quality"] == shown
     e = after["evaluation"]
     assert (e["num_images"], e["num_inference_steps"], e["seed"], e["ema"]) == (70, 2, 7, True)
     assert set(e["distances"]) == {"fd_pixels"} and e["distances"]["fd_pixels"]["reference_images"] == 120
     assert e["command"] == found["command"] and set(e) == {*before["evaluation"], "command"}
     card = (folder / "README.md").read_text()
     assert is_as_rendered(card) and 'from_pretrained("alice/small")' in card
+    figures = {**after["pruned"], **after["pruned"]["quality"]}
     for name in ("fd_pixels", "ssim_to_dense", "step_loss"):
-        assert f"{after['pruned'][name]:.4g}" in card and f"{before['pruned'][name]:.4g}" not in card
+        assert f"{figures[name]:.4g}" in card and f"{before['pruned'][name]:.4g}" not in card
     assert "- Samples: 70 images, DDIM with\n  2 steps (leading spacing), seed\n  7" in card
     assert (folder / "samples.png").read_bytes() == (tmp_path / "out/samples.png").read_bytes()
     report = json.loads((folder / "pruning_report.json").read_text())
     pictures = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
-    assert card == render_card(after, report, "alice/small", pictures)
+    assert card == render_card(Results.from_dict(after), report, "alice/small", pictures)
     assert not list(folder.glob(".*")) and files_to_push(folder)
 
 

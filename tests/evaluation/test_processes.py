@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from diffusers_gfprune.evaluation.processes import main_first, one_line, together
+from diffusers_gfprune.evaluation.processes import main_first, together
 from helpers.evaluations import ROOT, run
 
 LAUNCH = (
@@ -147,8 +146,3 @@ def test_one_process_raises_what_went_wrong() -> None:
     with pytest.raises(ValueError, match="^no$"):
         main_first(Alone(), lambda: int("no") if False else (_ for _ in ()).throw(ValueError("no")))
     assert main_first(Alone(), lambda: 3) == 3
-
-
-def test_errors_are_one_line() -> None:
-    assert one_line(ValueError("two\n  lines")) == "evaluate.py: error: two lines"
-    assert one_line(torch.OutOfMemoryError()) == "evaluate.py: error: OutOfMemoryError"

@@ -14,7 +14,7 @@ from diffusers_gfprune.latency import budget as latency_budget
 from diffusers_gfprune.latency.budget import measured_latency_model
 from diffusers_gfprune.latency.calibration import TimePair
 from diffusers_gfprune.latency.layer_workloads import Convolution, LinearLayer
-from diffusers_gfprune.metrics.cost import count_macs
+from diffusers_gfprune.metrics.model_size import count_macs
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from helpers.architectures import build
 

@@ -18,7 +18,7 @@ from diffusers_gfprune.latency.layer_workloads import (
     Norm,
     trace_layer_calls,
 )
-from diffusers_gfprune.metrics.cost import count_macs
+from diffusers_gfprune.metrics.model_size import count_macs
 from helpers.architectures import build
 
 

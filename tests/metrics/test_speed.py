@@ -189,19 +189,19 @@ def test_speeds_side_by_side() -> None:
     """A line a setting, with what could not be measured in its place; a dtype where there are several."""
     setting = {"batch_size": 16, "mode": "compiled", "memory_format": "contiguous"}
     rows = [
-        {"model": "dense", **setting, "dtype": "float32", "latency_ms": 4.0, "speedup": 1.0, "speedup_interval": None},
-        {"model": "pruned", **setting, "dtype": "float32", "latency_ms": 2.0, "speedup": 2.0, "speedup_interval": [1.9, 2.1]},
-        {"model": "dense", **setting, "dtype": "bfloat16", "error": "no compiler"},
-        {"model": "pruned", **setting, "dtype": "bfloat16", "latency_ms": 1.0, "speedup": None, "speedup_interval": None},
+        {**setting, "dtype": "float32", "latency_ms": 4.0, "speedup": 1.0, "speedup_interval": None},
+        {**setting, "dtype": "float32", "latency_ms": 2.0, "speedup": 2.0, "speedup_interval": [1.9, 2.1]},
+        {**setting, "dtype": "bfloat16", "error": "no compiler"},
+        {**setting, "dtype": "bfloat16", "latency_ms": 1.0, "speedup": None, "speedup_interval": None},
     ]
-    found = [tuple(line.values()) for line in compare_speeds(rows)]
+    found = [tuple(line.values()) for line in compare_speeds(rows[::2], rows[1::2])]
     assert found == [
         ("batch 16, compiled, float32", 4.0, 2.0, "2.00 times as fast (1.90 to 2.10)"),
         ("batch 16, compiled, bfloat16", None, 1.0, "dense not measured: no compiler"),
     ]
-    assert compare_speeds(rows[:2])[0]["title"] == "batch 16, compiled"
+    assert compare_speeds(rows[:1], rows[1:2])[0]["title"] == "batch 16, compiled"
     with pytest.raises(ValueError):
-        compare_speeds(rows[:3])
+        compare_speeds(rows[:1], rows[1:3])
 
 
 def test_rounds_are_interleaved() -> None:

@@ -9,7 +9,7 @@ import torch_pruning
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters, layer_positions
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters, layer_positions
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
@@ -46,7 +46,7 @@ def test_costs_are_those_of_the_dense_and_of_the_compacted_model(name: str) -> N
     groups = trace_channel_groups(unet)
     cost = CostModel(unet, groups)
     assert cost.macs(cost.dense) == count_macs(unet)
-    assert cost.params(cost.dense) == count_parameters(unet)
+    assert cost.parameters(cost.dense) == count_parameters(unet)
     assert cost.channels(cost.dense) == sum(group.num_channels for group in groups)
 
     masking.attach(unet, groups)
@@ -54,7 +54,7 @@ def test_costs_are_those_of_the_dense_and_of_the_compacted_model(name: str) -> N
     small = compact(unet, plan_compaction(unet, groups, masks))
     kept = np.array([int(group.per_channel(masks[group.name]).sum()) for group in groups])
     assert cost.macs(kept) == count_macs(small)
-    assert cost.params(kept) == count_parameters(small)
+    assert cost.parameters(kept) == count_parameters(small)
     assert cost.channels(kept) == kept.sum() < cost.dense.sum()
     assert cost.macs(kept) < cost.macs(cost.dense)
 
@@ -83,7 +83,7 @@ def test_sample_size_overrides_that_of_the_model() -> None:
     groups = trace_channel_groups(unet)
     small, large = CostModel(unet, groups), CostModel(unet, groups, sample_size=(16, 32))
     assert large.macs(large.dense) == count_macs(unet, (16, 32)) > 6 * small.macs(small.dense)
-    assert large.params(large.dense) == small.params(small.dense)
+    assert large.parameters(large.dense) == small.parameters(small.dense)
 
 
 def test_cifar10_model_costs_what_is_published(cifar10: UNet2DModel) -> None:
@@ -92,7 +92,7 @@ def test_cifar10_model_costs_what_is_published(cifar10: UNet2DModel) -> None:
     The published count is Torch-Pruning's, which sees layers only; the two matrix products of attention come on top here.
     """
     cost = CostModel(cifar10, trace_channel_groups(cifar10))
-    assert cost.params(cost.dense) == 35_746_307
+    assert cost.parameters(cost.dense) == 35_746_307
     assert cost.macs(cost.dense) == count_macs(cifar10)
     positions = layer_positions(cifar10)
     products = sum(

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_gfprune.metrics.cost import count_macs
+from diffusers_gfprune.metrics.model_size import count_macs
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 from helpers.architectures import CIFAR10, random_masks

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 from diffusers_gfprune.pruning.cost_model import CostModel

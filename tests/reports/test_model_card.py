@@ -9,15 +9,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
+from diffusers_gfprune.reports import model_card
 from diffusers_gfprune.reports.model_card import (
     CITATIONS,
     LICENSES,
     check_card,
     check_eval_results,
     is_as_rendered,
-    render_card,
-    render_eval_results,
 )
+from diffusers_gfprune.reports.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = ROOT / "model_cards"
@@ -27,6 +27,16 @@ PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "prunin
 
 def content(run: Path) -> tuple[dict, dict]:
     return tuple(json.loads((run / name).read_text()) for name in ("results.json", "pruning_report.json"))
+
+
+def render_card(results: dict, *arguments) -> str:
+    """The card of results as their file has them."""
+    return model_card.render_card(Results.from_dict(results), *arguments)
+
+
+def render_eval_results(results: dict, report: dict) -> str | None:
+    """Evaluation results of results as their file has them."""
+    return model_card.render_eval_results(Results.from_dict(results), report)
 
 
 def speed_rows() -> list[dict]:
@@ -225,6 +235,14 @@ def test_results_of_an_earlier_version_have_one_latency(files):
         results[name]["latency"] = None
     card = render_card(results, report, "me/model")
     assert "atency" not in card and "| step loss (held out) | 0.07" in card
+
+
+def test_results_of_an_evaluation_have_no_card(files):
+    results, report = files
+    figures = {"name": "small", "quality": {}}
+    evaluation = {"format_version": 4, "kind": "evaluation", "model": figures, "evaluation": {}, "command": ""}
+    with pytest.raises(ValueError, match="results.json has kind=evaluation: a card takes that of a pruning run"):
+        render_card(evaluation, report, "me/model")
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])

@@ -51,8 +51,8 @@ def test_results_are_near_the_dense_model(default_run: Path) -> None:
     dense, pruned = results["dense"], results["pruned"]
     assert pruned["macs"] / dense["macs"] == pytest.approx(0.5, abs=0.01)
     assert pruned["step_loss"] < 1.05 * dense["step_loss"]
-    assert pruned["fd_pixels"] < 2 * dense["fd_pixels"]
-    assert pruned["ssim_to_dense"] > 0.9
+    assert pruned["quality"]["fd_pixels"] < 2 * dense["quality"]["fd_pixels"]
+    assert pruned["quality"]["ssim_to_dense"] > 0.9
 
 
 def test_the_loss_has_no_cliff(default_run: Path) -> None:

@@ -38,7 +38,8 @@ def test_quality_is_measured_along_the_way(measured: tuple[Path, Path]) -> None:
     assert 0 < curves["quality_seconds"][0] < curves["quality_seconds"][1] <= sum(curves["seconds"].values())
     results = json.loads((measured[0] / "results.json").read_text())
     assert (
-        results["pruned"]["ssim_to_dense"] > 0 and results["evaluation"]["distances"]["fd_pixels"]["reference_images"] == 1500
+        results["pruned"]["quality"]["ssim_to_dense"] > 0
+        and results["evaluation"]["distances"]["fd_pixels"]["reference_images"] == 1500
     )
 
 

@@ -11,17 +11,18 @@ from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
 from diffusers_gfprune.metrics.fidelity import (
     frechet_distance_pixels,
     kernel_distance,
     psnr_to_reference,
     ssim_to_reference,
 )
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from helpers.architectures import build, pruned
 from helpers.evaluations import COUNT, FILES, real_images, run
+from helpers.figures import cells
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_speed_is_there_for_every_setting(evaluated: tuple[Path, dict]) -> None:
 
 def test_results_say_all_that_figures_depend_on(world: Path, evaluated: tuple[Path, dict]) -> None:
     folder, results = evaluated
-    assert (results["format_version"], results["kind"]) == (2, "evaluation")
+    assert (results["format_version"], results["kind"]) == (4, "evaluation")
     e = results["evaluation"]
     drawn = ("sampler", "num_images", "num_inference_steps", "timestep_spacing", "eta", "seed", "dtype", "device")
     assert [e[name] for name in drawn] == ["DDIM", COUNT, 3, "quadratic", 0.0, 1234, "float32", "cpu"]
@@ -128,9 +129,13 @@ def test_files(evaluated: tuple[Path, dict]) -> None:
     folder, results = evaluated
     assert {path.name for path in (folder / "out").iterdir()} == FILES
     assert {path.name for path in folder.iterdir()} == {"out", "cache"}
-    for name in ("samples.png", "step_loss.png"):
-        assert min(Image.open(folder / "out" / name).size) > 50
+    with Image.open(folder / "out/step_loss.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line of either model
     kept = load_file(folder / "out/samples.safetensors")
+    drawn = cells(folder / "out/samples.png", columns=16)[..., 0]
+    for row, name in enumerate(("reference_model", "model") * 2):
+        assert (drawn[row] == kept[name][row // 2 * 16 :][:16, 0].numpy()).all()
     sampled = SamplingSettings(64, 3, "quadratic").sample(pruned("base"), DDPMScheduler(clip_sample=True))
     assert {name: (images.dtype, images.shape) for name, images in kept.items()} == dict.fromkeys(
         ("model", "reference_model"), (torch.uint8, (64, 1, 8, 8))

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_gfprune
-from diffusers_gfprune.metrics.cost import count_macs, count_parameters
+from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.one_shot import images_to_tensor
 from diffusers_gfprune.scripts import prune_ddpm

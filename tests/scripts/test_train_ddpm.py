@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMPipeline
 from sklearn.datasets import load_digits
 
-from diffusers_gfprune.metrics.cost import count_parameters
+from diffusers_gfprune.metrics.model_size import count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.one_shot import images_to_tensor
 from diffusers_gfprune.scripts import train_ddpm

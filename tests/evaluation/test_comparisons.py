@@ -1,4 +1,4 @@
-"""evaluation_results.py and comparisons: typed, refused where figures cannot be compared, and a table."""
+"""Comparisons of evaluations: refused where figures cannot be compared, and a table."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_gfprune.evaluation.results import (
-    EvaluationResults,
-    ModelFigures,
-    common_reference,
-    comparison_table,
-    differing_settings,
-    read_results,
-)
-from helpers.evaluations import run
+from diffusers_gfprune.evaluation.comparisons import common_reference, comparison_table, differing_settings
+from diffusers_gfprune.reports.results import ModelFigures, Results
+from helpers.evaluations import ROOT, run
 
 
 def speed(latency: float, batch_size: int = 1, **more: object) -> dict:
@@ -28,7 +22,7 @@ def speed(latency: float, batch_size: int = 1, **more: object) -> dict:
     return {**setting, **machine, "latency_ms": latency, **more}
 
 
-def results(name: str, fid: float | None = 4.0, reference: bool = True, **evaluation: object) -> EvaluationResults:
+def results(name: str, fid: float | None = 4.0, reference: bool = True, **evaluation: object) -> Results:
     """Made-up results."""
     quality = {"fid": fid, "kid": 0.001, "psnr_to_dense": None, "ssim_to_dense": 0.9}
     model = ModelFigures(
@@ -43,58 +37,15 @@ def results(name: str, fid: float | None = 4.0, reference: bool = True, **evalua
         "kid": {"title": "KID", "features": "Inception", "reference_images": 50_000},
     }
     depends = {"num_images": 1000, "seed": 0, "distances": distances, "versions": {"torch": "2"}, **evaluation}
-    return EvaluationResults(model, dense if reference else None, depends, "accelerate launch training/evaluate.py")
+    return Results("evaluation", model, dense if reference else None, depends, "accelerate launch training/evaluate.py")
 
 
-def write(folder: Path, found: EvaluationResults, samples: dict | None = None) -> Path:
+def write(folder: Path, found: Results, samples: dict | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found.to_dict()))
     if samples is not None:
         save_file(samples, folder / "samples.safetensors")
     return folder
-
-
-def test_results_come_back_as_they_were(tmp_path: Path) -> None:
-    for found in (results("a"), results("a", reference=False)):
-        assert read_results(write(tmp_path / "a", found)) == found
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format_version": 1}, "format_version=1 must be evaluation and 2"),
-        ({"kind": None}, "kind=None .* run evaluate.py on the model first"),
-        ({"evaluation": [1]}, "evaluation="),
-        ({"command": 3}, "command=3"),
-        ({"model": None}, "missing or malformed"),
-        ({"model": {"parameters": 3}}, "missing or malformed.*name"),
-        ({"model": {"name": "a", "surprise": 1}}, "unknown field surprise"),
-        ({"model": {"name": "a", "macs": "many"}}, "macs='many'"),
-        ({"model": {"name": "a", "parameters": True}}, "parameters=True"),
-        ({"model": {"name": "a", "ema": 1}}, "ema=1"),
-        ({"model": {"name": "a", "quality": {"fid": "low"}}}, "fid='low'"),
-        ({"model": {"name": "a", "quality": None}}, "quality=None"),
-        ({"model": {"name": "a", "speed": [3]}}, "speed=3"),
-        ({"model": {"name": "a", "step_loss_by_timestep": {"5": "x"}}}, "5='x'"),
-        ({"reference_model": "x"}, "missing or malformed"),
-    ],
-)
-def test_malformed_results_are_refused(tmp_path: Path, change: dict, message: str) -> None:
-    write(tmp_path, results("a"))
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=message) as caught:
-        read_results(tmp_path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{", "null"])
-def test_what_is_no_results_file_is_refused(tmp_path: Path, content: str) -> None:
-    with pytest.raises(ValueError, match="holds no results.json: run evaluate.py on the model first"):
-        read_results(tmp_path)
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match="results.json"):
-        read_results(tmp_path)
 
 
 def test_only_what_figures_depend_on_must_be_the_same() -> None:
@@ -158,7 +109,7 @@ def test_speedups_are_those_over_the_common_reference() -> None:
 
 def test_folder_of_images_has_a_table() -> None:
     """Without cost."""
-    found = EvaluationResults(ModelFigures("samples", quality={"fid": 5.0}), None, {"distances": {}}, "")
+    found = Results("evaluation", ModelFigures("samples", quality={"fid": 5.0}), None, {"distances": {}}, "")
     assert comparison_table([found]).splitlines()[2] == "| samples | - | - | - | - | 5 |"
 
 
@@ -213,6 +164,10 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
         compare(tmp_path, "a", "b")
     with pytest.raises(ValueError, match="nowhere holds no results.json"):
         compare(tmp_path, "a", "nowhere")
+    with pytest.raises(
+        ValueError, match="compare=.*gfpruned holds results of a pruning run: run evaluate.py on the model first"
+    ):
+        compare(ROOT / "model_cards", "digits-gfpruned", more=("--output_dir", str(tmp_path / "out")))
     (tmp_path / "a/samples.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="a/samples.safetensors cannot be read"):
         compare(tmp_path, "a")

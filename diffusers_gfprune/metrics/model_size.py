@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates (MACs); what it takes is in `speed`.
+"""The size of a model: parameters, multiply-accumulates (MACs), bytes of its weights; its speed is in `speed`.
 
 MACs are those of one forward at batch 1: convolutions (output positions x kernel area x input x output channels), linear
 layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels). Norms,
@@ -27,17 +27,17 @@ __all__ = [
 ]
 
 
-def spatial_size(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width that a model works on.
+def spatial_size(unet: object, sample_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width in pixels that a model works on.
 
     Args:
-        unet: A `UNet2DModel` or subclass.
+        unet: A `UNet2DModel` or subclass, or its configuration.
         sample_size: Overrides the model's own `sample_size`.
 
     Raises:
         ValueError: Neither is given.
     """
-    size = sample_size if sample_size is not None else unet.config.sample_size
+    size = sample_size if sample_size is not None else getattr(unet, "config", unet).sample_size
     if size is None:
         raise ValueError("the model's config has sample_size=None: pass sample_size to say what size to count for")
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

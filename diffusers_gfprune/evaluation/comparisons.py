@@ -1,0 +1,135 @@
+"""Evaluations beside each other: what they differ in, and a table of their figures.
+
+Figures may be compared only where everything that they depend on is the same: `differing_settings` says what is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..metrics.speedup import describe_speedup
+from ..reports.results import NUMBER, ModelFigures, Results
+
+__all__ = ["common_reference", "comparison_table", "differing_machines", "differing_settings", "reference_title"]
+
+# What may differ in a comparison: `differing_machines` reports it.
+FREE = ("versions", "hardware", "threads", "num_processes")
+SETTING = ("batch_size", "dtype", "mode", "memory_format")
+MACHINE = ("device", "hardware", "threads", "sample_size")
+
+
+def differing_settings(results: Sequence[Results]) -> list[str]:
+    """Settings in which evaluations differ so that their figures cannot be compared, each with all values."""
+    settings = [_flat({k: v for k, v in result.evaluation.items() if k not in FREE}) for result in results]
+    differing = []
+    for name in dict.fromkeys(name for one in settings for name in one):
+        values = [one.get(name) for one in settings]
+        if any(value != values[0] for value in values):
+            differing.append(f"{name}: {', '.join(map(str, values))}")
+    return differing
+
+
+def differing_machines(results: Sequence[Results]) -> dict[str, list]:
+    """Versions, hardware and the like in which evaluations differ, which is no reason not to compare them, with all values."""
+    settings = [_flat({k: v for k, v in result.evaluation.items() if k in FREE}) for result in results]
+    names = dict.fromkeys(name for one in settings for name in one)
+    values_by_name = {name: [one.get(name) for one in settings] for name in names}
+    return {name: values for name, values in values_by_name.items() if any(value != values[0] for value in values)}
+
+
+def _flat(values: Mapping, prefix: str = "") -> dict:
+    """Nested settings under names with dots, so that only what differs need be told."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def common_reference(results: Sequence[Results]) -> ModelFigures | None:
+    """The reference model, where all evaluations have the same one."""
+    references = [result.reference_model for result in results]
+    if any(reference is None for reference in references):
+        return None
+    return references[0] if len({(r.name, r.weights) for r in references}) == 1 else None
+
+
+def reference_title(reference: ModelFigures) -> str:
+    """What the reference model is called beside the others, one of which may have its name."""
+    return f"{reference.name} (reference)"
+
+
+def comparison_table(results: Sequence[Results]) -> str:
+    """A Markdown table, a row a model, the common reference model first; `-` where something was not measured.
+
+    Latency is there where all models were timed alike on the same machine, and how many times as fast as the reference model
+    they are where they were timed beside it.
+    """
+    rows = [(result.model.name, result.model) for result in results]
+    reference = common_reference(results)
+    if reference is not None:
+        rows.insert(0, (reference_title(reference), reference))
+    figures = [row for _, row in rows]
+    metrics = list(dict.fromkeys(name for row in figures for name in row.quality))
+    titles = {"ssim_to_dense": "SSIM to dense", "psnr_to_dense": "PSNR to dense (dB)"}
+    distances = results[0].evaluation.get("distances")
+    for name, entry in distances.items() if isinstance(distances, dict) else ():
+        titles[name] = str(entry.get("title", name)) if isinstance(entry, dict) else name
+    timed = _timed_alike(figures, speedups=reference is not None)
+    unlabelled = ["step loss (null label)"] if any(row.step_loss_null_label is not None for row in figures) else []
+    header = [
+        "model",
+        "parameters",
+        "MACs",
+        "file",
+        "step loss",
+        *unlabelled,
+        *(titles.get(name, name) for name in metrics),
+        *timed,
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for number, (name, row) in enumerate(rows):
+        cells = [name, _big(row.parameters), _big(row.macs), _bytes(row.weight_file_bytes)]
+        cells += [_figure(row.step_loss), *(_figure(row.step_loss_null_label) for _ in unlabelled)]
+        cells += [_figure(row.quality.get(metric)) for metric in metrics]
+        lines.append("| " + " | ".join([*cells, *(column[number] for column in timed.values())]) + " |")
+    return "\n".join(lines)
+
+
+def _timed_alike(figures: Sequence[ModelFigures], speedups: bool) -> dict[str, list[str]]:
+    """Columns of all models' latencies and, if the first is what they were timed beside, speed-ups.
+
+    A column's name says no more of a setting than distinguishes it.
+    """
+    timed_by_setting: dict[tuple, list[dict]] = {}
+    for first in figures[0].speed:
+        alike = [
+            [entry for entry in row.speed if all(entry.get(k) == first.get(k) for k in (*SETTING, *MACHINE))]
+            for row in figures
+        ]
+        timed = [entries[0] if entries else {} for entries in alike]
+        if all(isinstance(entry.get("latency_ms"), NUMBER) for entry in timed):
+            timed_by_setting[tuple(str(first.get(name)) for name in SETTING)] = timed
+    varying = [index for index in range(1, len(SETTING)) if len({setting[index] for setting in timed_by_setting}) > 1]
+    columns = {}
+    for setting, entries in timed_by_setting.items():
+        title = " ".join([f"batch {setting[0]}", *(setting[index] for index in varying)])
+        columns[f"latency (ms), {title}"] = [_figure(entry["latency_ms"]) for entry in entries]
+        others = [(entry.get("speedup"), entry.get("speedup_interval")) for entry in entries[1:]]
+        if speedups and others and all(None not in other for other in others):
+            columns[f"speed, {title}"] = ["1", *(describe_speedup(*other) for other in others)]
+    return columns
+
+
+def _big(value: int | None) -> str:
+    if value is None:
+        return "-"
+    unit, name = (1e9, "G") if value >= 1e9 else (1e6, "M")
+    return f"{value / unit:.2f}{name}"
+
+
+def _bytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.3g} MB"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

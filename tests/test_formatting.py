@@ -1,0 +1,29 @@
+"""formatting.py: durations and sizes change their unit where the next one is easier to read."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffusers_gfprune.formatting import format_duration, format_size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7170, "120 min"), (7200, "2.0 h"), (1e6, "277.8 h")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert format_duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "decimals", "words"),
+    [
+        (0, 1, "0.0 KiB"),
+        (1536, 1, "1.5 KiB"),
+        (2**20, 1, "1.0 MiB"),
+        (2**20, 0, "1 MiB"),
+        (1000 * 2**20, 1, "1,000.0 MiB"),
+        (2**30, 0, "1.0 GiB"),
+    ],
+)
+def test_sizes(count: int, decimals: int, words: str) -> None:
+    assert format_size(count, decimals) == words
