@@ -3,15 +3,16 @@
     python benchmarks/sensitivity.py --dataset digits
     python benchmarks/sensitivity.py --dataset cifar10 --dataset_name uoft-cs/cifar10
 
-Widths by sensitivity (`--ranking sensitivity`, `diffusers_gfprune/pruning/budget.py`) take the sum S_g of absolute scores in a group
-as what the group is worth. Here half of the channels of one group at a time is masked, four random halves in turn, and
+Widths by sensitivity (`--ranking sensitivity`, `diffusers_gfprune/pruning/budget.py`) take the sum S_g of absolute scores in a
+group as what the group is worth. Here half of the channels of one group at a time is masked, four random halves in turn, and
 
     damage_g = mean of (eps_masked(x_t, t) - eps_dense(x_t, t))^2
 
 on images that were not scored is compared with S_g of each criterion over all groups of a trained model. Halves are random,
-not what a criterion chose. The yardstick is what gradient flow in the metric of predictions estimates (`diffusers_gfprune/scoring/natural_flow.py`), and
-no other criterion does: what is asked is how well each tells the damage, whatever it was made for. Which units of a group
-go is another question: single units are masked, and their damage is compared with their scores, group by group.
+not what a criterion chose. The yardstick is what gradient flow in the metric of predictions estimates
+(`diffusers_gfprune/scoring/natural_flow.py`), and no other criterion does: what is asked is how well each tells the damage,
+whatever it was made for. Which units of a group go is another question: single units are masked, and their damage is compared
+with their scores, group by group.
 
 Results go to `benchmarks/results/sensitivity/<dataset>.json`, and a picture of all data sets to `benchmarks/pictures`.
 """
@@ -119,8 +120,8 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = U
     damage = damages(pruner, unseen, halves)
     of_units = unit_damages(pruner, unseen, units)
     sums, rows = {}, {}
-    for criterion, (_, options) in SCORES.items():
-        scores = score_units(unet, pruner.groups, batches, scheduler, GFPruneConfig(**options))
+    for criterion in SCORES:
+        scores = score_units(unet, pruner.groups, batches, scheduler, GFPruneConfig(criterion=criterion))
         sums[criterion] = {name: values.abs().sum().item() for name, values in scores.items()}
         pairs = [(sums[criterion][name], damage[name]) for name in damage]
         logs = [[math.log10(value) for value in column] for column in zip(*pairs)]
@@ -158,7 +159,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
             axis.set_yscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
             correlation = results["by_criterion"][criterion]["log_pearson"]
-            axis.set_title(f"{dataset}\n{SCORES[criterion][0]}: {correlation:.2f}", fontsize=8)
+            axis.set_title(f"{dataset}\n{SCORES[criterion]}: {correlation:.2f}", fontsize=8)
             axis.set_xlabel("summed scores of a group", fontsize=8)
             axis.tick_params(labelsize=7)
         row[0].set_ylabel("damage without half of it", fontsize=8)

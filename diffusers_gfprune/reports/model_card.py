@@ -24,6 +24,7 @@ from huggingface_hub import (
     parse_eval_result_entries,
 )
 
+from ..configuration import criterion_of
 from ..metrics.speedup import CONFIDENCE, compare_speeds
 
 __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
@@ -129,7 +130,7 @@ def _metadata(results: Mapping, report: Mapping, model_name: str) -> ModelCardDa
     if found:
         options.update(model_name=model_name, eval_results=found, metrics=sorted({metric["id"] for metric in metrics}))
     license = base["license"] or "unknown"
-    tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"] == GRADIENT_FLOW else list(TAGS)
+    tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"].startswith(GRADIENT_FLOW) else list(TAGS)
     return ModelCardData(license=license, library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=tags, **options)
 
 
@@ -174,7 +175,7 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
     environment.filters.update({name: _strict(form) for name, form in FILTERS.items()})
     model_name = repo_id.split("/")[-1]
     try:
-        dense, pruned, criterion = results["dense"], results["pruned"], report["config"]["criterion"]
+        dense, pruned, criterion = results["dense"], results["pruned"], criterion_of(report["config"])
         removed = {key: _share_removed(dense[key], pruned[key]) for key in ("parameters", "macs", "weight_file_bytes")}
         if dense.get("latency") and pruned.get("latency"):  # of an earlier version: one setting, and no ratio
             removed["latency"] = _share_removed(dense["latency"]["latency_ms"], pruned["latency"]["latency_ms"])
@@ -187,7 +188,8 @@ def render_card(results: Mapping, report: Mapping, repo_id: str, pictures: Mappi
             model_name=model_name,
             pictures=shown,
             removed=removed,
-            method=METHOD if criterion == GRADIENT_FLOW else f"structured pruning (criterion `{criterion}`)",
+            criterion=criterion,
+            method=METHOD if criterion.startswith(GRADIENT_FLOW) else f"structured pruning (criterion `{criterion}`)",
             package=PACKAGE,
             distribution=DISTRIBUTION,
             base_link=_link(report["base_model"], ""),

@@ -18,7 +18,6 @@ from ..data.images import DataArguments
 from ..evaluation.run_arguments import EvaluationArguments
 from ..hub import check_repo_id
 from ..objectives.objective import ObjectiveArguments
-from ..scoring.importance import criteria
 from .optimization_arguments import CheckpointArguments, PrecisionArguments, TrackingArguments, TrainingArguments
 from .recipes import expand_recipe
 
@@ -92,13 +91,9 @@ class PruningArguments(GFPruneConfig):
         for name in ("calibration_batches", "calibration_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.criterion not in criteria():
-            raise ValueError(f"criterion={self.criterion} must be one of {', '.join(criteria())}")
-        if self.check_scores and self.criterion != "gradient-flow":
-            raise ValueError(f"check_scores=True needs criterion=gradient-flow, not {self.criterion}")
-        if self.check_scores and self.flow_metric != "weights":
+        if self.check_scores and not self.takes_hessian:
             raise ValueError(
-                f"check_scores=True needs flow_metric=weights, not {self.flow_metric}: the other takes no Hessian"
+                f"check_scores=True needs criterion=gradient-flow-weights, not {self.criterion}, which takes no Hessian"
             )
 
     def on_device(self, device: str) -> PruningArguments:

@@ -244,6 +244,15 @@ def test_results_are_those_of_their_settings(dataset: str) -> None:
             assert study.made_by(run["command"], words), (run["setting"], run["seed"])
 
 
+def test_old_arguments_are_understood() -> None:
+    """What was an option of gradient flow is a criterion now."""
+    words = ["--recipe", "digits", "--flow_metric", "weights", "--ranking", "group"]
+    assert study.words_of_today(words) == ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
+    today = ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
+    assert study.made_by(command_line(words), today)
+    assert not study.made_by(command_line(["--recipe", "digits", "--flow_metric", "predictions", "--ranking", "group"]), today)
+
+
 @pytest.mark.slow
 def test_the_whole_machinery_works(tmp_path: Path) -> None:
     """As `make study-quick`, with its figures thrown away."""

@@ -16,20 +16,21 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from diffusers_gfprune import criteria as registry
 from diffusers_gfprune.configuration import GFPruneConfig
+from diffusers_gfprune.criteria import criteria, find_criterion, register_criterion
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
-from diffusers_gfprune.scoring import importance
-from diffusers_gfprune.scoring.importance import criteria, register_criterion, score_units
+from diffusers_gfprune.scoring.importance import score_units
 from helpers.architectures import build, random_masks
 
 Batches = list[tuple[Tensor, ...]]
 
-# Every criterion, with both metrics and both ways to multiply by the Hessian.
+# Every criterion, with both ways to multiply by the Hessian.
 CRITERIA = {
-    "predictions": {"criterion": "gradient-flow", "flow_metric": "predictions"},
-    "exact": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "exact"},
-    "finite-difference": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "finite-difference"},
+    "predictions": {"criterion": "gradient-flow"},
+    "exact": {"criterion": "gradient-flow-weights", "hvp": "exact"},
+    "finite-difference": {"criterion": "gradient-flow-weights", "hvp": "finite-difference"},
     "taylor": {"criterion": "taylor"},
     "diff-pruning": {"criterion": "diff-pruning"},
     "magnitude": {"criterion": "magnitude"},
@@ -37,7 +38,7 @@ CRITERIA = {
 }
 # Gradient flow as the paper states it, at dense weights.
 PAPER = {
-    **{"flow_metric": "weights", "aggregation": "signed", "hessian_batches": "mean"},
+    **{"criterion": "gradient-flow-weights", "aggregation": "signed", "hessian_batches": "mean"},
     **{"score_slices": "all", "score_at": "dense"},
 }
 
@@ -202,7 +203,7 @@ def test_scoring_leaves_no_trace(trained: Setting, criterion: str, score_at: str
 
 def test_mode_is_restored_after_an_error(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever catches the error goes on training with masks on."""
-    monkeypatch.setattr(importance, "_CRITERIA", dict(importance._CRITERIA))
+    monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
 
     @register_criterion("failing")
     def failing(context):
@@ -340,7 +341,7 @@ def test_channels_of_one_unit_by_hand() -> None:
     both = {"units": ((0, 1),)}
     assert two_channel_scores(hand_model(), criterion="taylor", score_slices="output", **both) == pytest.approx([6 - 4])
     assert two_channel_scores(hand_model(), criterion="magnitude", **both) == pytest.approx([1 + 9 + 4 + 1])
-    options = {"flow_metric": "weights", "aggregation": "signed", "score_slices": "output"}
+    options = {"criterion": "gradient-flow-weights", "aggregation": "signed", "score_slices": "output"}
     assert two_channel_scores(hand_model(), **options, **both) == pytest.approx([184 - 104], rel=0.02)
 
 
@@ -358,7 +359,9 @@ def test_channels_of_one_unit_by_hand() -> None:
 )
 def test_gradient_flow_by_hand(hvp: str, options: dict, expected: list[float]) -> None:
     """sum_c theta (H g); the loss is a polynomial of degree 4, so that differences are nearly exact too."""
-    assert two_channel_scores(hand_model(), flow_metric="weights", hvp=hvp, **options) == pytest.approx(expected, rel=0.02)
+    assert two_channel_scores(hand_model(), criterion="gradient-flow-weights", hvp=hvp, **options) == pytest.approx(
+        expected, rel=0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -440,7 +443,7 @@ def test_criteria_without_gradients_need_no_batches(trained: Setting, criterion:
 
 def test_registered_function_is_used(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example in the module docstring: your own function of the weights."""
-    monkeypatch.setattr(importance, "_CRITERIA", dict(importance._CRITERIA))
+    monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
 
     @register_criterion("fourth-power")
     def fourth_power(context):
@@ -465,7 +468,33 @@ def test_name_of_a_criterion_is_not_taken_twice(name: str) -> None:
 
 def test_builtin_criteria() -> None:
     """Those that the help text of `criterion` names."""
-    assert criteria()[:5] == ("gradient-flow", "taylor", "diff-pruning", "magnitude", "random")
+    names = ("gradient-flow", "gradient-flow-weights", "taylor", "diff-pruning", "magnitude", "random")
+    assert criteria()[:6] == names
+    text = GFPruneConfig.__dataclass_fields__["criterion"].metadata["help"]
+    assert all(name in text for name in names)
+
+
+def test_records_of_builtin_criteria() -> None:
+    """What takes no derivative needs no images and costs nothing; one takes the Hessian."""
+    records = [find_criterion(name) for name in criteria()[:6]]
+    assert [record.derivatives for record in records] == [1, 2, 1, 1, 0, 0]
+    for record in records:
+        assert record.needs_batches == (record.derivatives > 0) == (record.passes > 0)
+        assert GFPruneConfig(criterion=record.name).takes_hessian == (record.name == "gradient-flow-weights")
+
+
+@pytest.mark.parametrize(
+    ("properties", "message"),
+    [
+        ({"derivatives": 3}, "derivatives=3 must be one of 0, 1, 2"),
+        ({"ranking": "layer"}, "ranking=layer must be one of group, sensitivity, global"),
+    ],
+)
+def test_records_out_of_range_are_refused(properties: dict, message: str) -> None:
+    before = criteria()
+    with pytest.raises(ValueError, match=message):
+        register_criterion("wrong", **properties)(lambda context: {})
+    assert criteria() == before
 
 
 def test_unknown_criterion_is_refused(trained: Setting) -> None:
