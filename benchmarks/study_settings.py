@@ -136,7 +136,6 @@ def _widths() -> list[Setting]:
         rows.append((f"sensitivity-{criterion}", title, chosen))
     rows += [
         ("ranking-global", "gradient flow, two phases, global ranking", ("--ranking", "global")),
-        ("ranking-global-cost", "gradient flow, two phases, global ranking per MAC", ("--ranking", "global", "--cost_aware")),
     ]
     return [Setting(name, title, "widths", arguments) for name, title, arguments in rows]
 
@@ -211,7 +210,6 @@ def _scores() -> list[Setting]:
         ("scores-signed", "in weights: signed sums", (*WEIGHTS, "--aggregation", "signed")),
         ("scores-abs", "in weights: absolute value of sums", (*WEIGHTS, "--aggregation", "abs")),
         ("scores-mean-loss", "in weights: g and H of the mean loss", (*WEIGHTS, "--hessian_batches", "mean")),
-        ("scores-output", "in weights: over the slices that produce a channel", (*WEIGHTS, "--score_slices", "output")),
         ("finite-difference", "in weights: Hg by finite differences", (*WEIGHTS, "--hvp", "finite-difference")),
         ("scores-masked", "in predictions: at the masked weights", ("--score_at", "masked")),
         ("batches-1", "in predictions: 1 calibration batch in place of 2", ("--calibration_batches", "1")),

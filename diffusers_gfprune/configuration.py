@@ -18,10 +18,11 @@ DEVICES = ("auto", "cpu", "cuda")
 LATENCY_BACKENDS = ("eager", "compile")
 HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("dense", "masked")
-SCORE_SLICES = ("all", "output", "weight")
 AGGREGATIONS = ("signed", "abs", "sum_abs")
 HESSIAN_BATCHES = ("mean", "each")
-NORMALIZATIONS = ("none", "mean", "max", "l2", "standard")
+
+# Options of earlier versions, with the one value that is left
+REMOVED = {"score_slices": "all", "normalization": "mean", "cost_aware": False}
 
 # Gradient flow as arXiv 2501.09464 states it; the defaults below are what benchmarks/README.md led to.
 PRESETS: dict[str, dict] = {
@@ -30,7 +31,6 @@ PRESETS: dict[str, dict] = {
         "criterion": "gradient-flow-weights",
         "aggregation": "signed",
         "hessian_batches": "mean",
-        "score_slices": "all",
         "score_at": "masked",
         "score_decay": 0.0,
         "ranking": "group",
@@ -53,7 +53,7 @@ def criterion_of(config: Mapping) -> str:
     Args:
         config: Of `GFPruneConfig.to_dict`, of this version or an earlier one.
     """
-    metric = config.get("flow_metric", "predictions")
+    metric = config.get("flow_metric", "weights" if "score_slices" in config else "predictions")
     by_weights = config["criterion"] == "gradient-flow" and metric == "weights"
     return "gradient-flow-weights" if by_weights else config["criterion"]
 
@@ -119,14 +119,7 @@ class GFPruneConfig:
     aggregation: str = _choice(
         "sum_abs", AGGREGATIONS, "gradient-flow-weights: how theta * H g is summed over a unit, sum, |sum| or sum of |.|."
     )
-    score_slices: str = _choice(
-        "all",
-        SCORE_SLICES,
-        "What a unit's score is summed over: every slice, those that produce it, their weights. With gradient-flow, always "
-        "those that produce it.",
-    )
     score_at: str = _choice("dense", SCORE_AT, "Score with every mask at 1, or at the masked weights.")
-    normalization: str = _choice("mean", NORMALIZATIONS, "What makes scores of groups comparable in a global ranking.")
     ranking: str | None = field(
         default=None,
         metadata={
@@ -144,7 +137,6 @@ class GFPruneConfig:
             "is the same share for all. Default: 0.5 for gradient-flow-weights, 0.3 for other criteria."
         },
     )
-    cost_aware: bool = field(default=False, metadata={"help": "Global ranking: divide scores by the cost saved."})
     score_decay: float = field(
         default=0.9, metadata={"help": "Weight of earlier scores at each update, in [0, 1); 0 forgets them."}
     )
@@ -187,9 +179,7 @@ class GFPruneConfig:
             ("hvp", HVP_METHODS),
             ("hessian_batches", HESSIAN_BATCHES),
             ("aggregation", AGGREGATIONS),
-            ("score_slices", SCORE_SLICES),
             ("score_at", SCORE_AT),
-            ("normalization", NORMALIZATIONS),
             ("ranking", RANKINGS),
             ("sparsity_schedule", SCHEDULES),
             ("mask_schedule", SCHEDULES),
@@ -252,7 +242,10 @@ class GFPruneConfig:
         """From what `to_dict` returned, in this version or an earlier one.
 
         Raises:
-            ValueError: A value is out of its range.
+            ValueError: A value is out of its range, or an option that is gone has another value than the one that is left.
         """
-        kept = {name: value for name, value in values.items() if name != "flow_metric"}
+        for name, left in REMOVED.items():
+            if values.get(name, left) != left:
+                raise ValueError(f"{name}={values[name]} of an earlier version must be {left}, the one value that is left")
+        kept = {name: value for name, value in values.items() if name not in ("flow_metric", *REMOVED)}
         return cls(**{**kept, "criterion": criterion_of(values)})

@@ -245,9 +245,8 @@ class GradientFlowPruner:
             ordered = [scores[group.name] for group in self.groups]
             exponent = self.config.sensitivity_exponent
             return allocate_by_sensitivity(self.cost, target, ratio, self.ladders, ordered, exponent)
-        comparable = normalize_scores(scores, self.config.normalization)
-        ordered = [comparable[group.name] for group in self.groups]
-        return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
+        comparable = normalize_scores(scores)
+        return allocate_global(self.cost, target, ratio, self.ladders, [comparable[group.name] for group in self.groups])
 
     def _rank(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
         """Scores that units are ranked by: averaged over rankings, with a head start for kept ones."""

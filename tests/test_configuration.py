@@ -22,9 +22,7 @@ INVALID = [
     ("hvp", "approximate"),
     ("hessian_batches", "sum"),
     ("aggregation", "mean"),
-    ("score_slices", "input"),
     ("score_at", "sparse"),
-    ("normalization", "softmax"),
     ("ranking", "layer"),
     ("sparsity_schedule", "quadratic"),
     ("mask_schedule", "step"),
@@ -127,7 +125,7 @@ def test_paper_preset_is_the_method_of_the_paper() -> None:
     """arXiv 2501.09464: signed sums of theta (H g) on masked weights, linear schedules, N = 10 % and M = 20 %."""
     config = GFPruneConfig.from_preset("paper")
     assert (config.criterion, config.aggregation, config.hessian_batches) == ("gradient-flow-weights", "signed", "mean")
-    assert (config.score_at, config.score_slices, config.score_decay) == ("masked", "all", 0.0)
+    assert (config.score_at, config.score_decay) == ("masked", 0.0)
     assert (config.sparsity_schedule, config.mask_schedule) == ("linear", "linear")
     assert (config.interpolate_masks, config.revival_margin) == (False, 0.0)
     schedule = config.schedule()
@@ -204,10 +202,17 @@ def test_to_dict_goes_through_json_and_back() -> None:
     [
         ({"criterion": "gradient-flow", "flow_metric": "weights"}, "gradient-flow-weights"),
         ({"criterion": "gradient-flow", "flow_metric": "predictions"}, "gradient-flow"),
-        ({"criterion": "taylor", "flow_metric": "weights"}, "taylor"),
+        ({"criterion": "gradient-flow", "score_slices": "all"}, "gradient-flow-weights"),
+        ({"criterion": "taylor", "flow_metric": "weights", "normalization": "mean", "cost_aware": False}, "taylor"),
     ],
 )
 def test_configurations_of_earlier_versions_are_read(saved: dict, criterion: str) -> None:
     """Reports keep them. The metric of gradient flow was an option."""
     config = GFPruneConfig.from_dict({**saved, "ratio": 0.3, "sensitivity_exponent": 0.3})
     assert config == GFPruneConfig(criterion=criterion, ratio=0.3, sensitivity_exponent=0.3)
+
+
+def test_options_that_are_gone_are_not_forgotten() -> None:
+    """Nothing that was chosen otherwise is read as if it were the same."""
+    with pytest.raises(ValueError, match="score_slices=output of an earlier version must be all"):
+        GFPruneConfig.from_dict({"criterion": "taylor", "score_slices": "output"})

@@ -111,28 +111,17 @@ def score_units(
     return scores
 
 
-def normalize_scores(scores: Scores, method: str) -> Scores:
-    """Make scores of different groups comparable.
+def normalize_scores(scores: Scores) -> Scores:
+    """Make scores of different groups comparable: those of a group are divided by their mean absolute value.
 
     Args:
         scores: By group name.
-        method: `"none"`, or divide a group's scores by their mean absolute value (`"mean"`), largest absolute value
-            (`"max"`) or L2 norm (`"l2"`), or shift and scale them to mean 0 and standard deviation 1 (`"standard"`).
 
     Returns:
         New scores; a group of zeros stays as it is.
     """
     tiny = torch.finfo(torch.float32).tiny
-    forms = {
-        "none": lambda s: s,
-        "mean": lambda s: s / s.abs().mean().clamp_min(tiny),
-        "max": lambda s: s / s.abs().max().clamp_min(tiny),
-        "l2": lambda s: s / s.norm().clamp_min(tiny),
-        "standard": lambda s: (s - s.mean()) / s.std(correction=0).clamp_min(tiny),
-    }
-    if method not in forms:
-        raise ValueError(f"normalization={method} must be one of {', '.join(forms)}")
-    return {name: forms[method](values) for name, values in scores.items()}
+    return {name: values / values.abs().mean().clamp_min(tiny) for name, values in scores.items()}
 
 
 # --- criteria ----------------------------------------------------------------------------------------------------------

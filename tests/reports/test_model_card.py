@@ -187,6 +187,7 @@ def test_other_criteria_are_not_called_gradient_flow(files):
         # of earlier versions
         ({"criterion": "gradient-flow", "flow_metric": "predictions", "score_slices": "all"}, "metric of predictions"),
         ({"criterion": "gradient-flow", "flow_metric": "weights", "score_slices": "all"}, "aggregation `sum_abs`"),
+        ({"criterion": "gradient-flow", "score_slices": "all"}, "aggregation `sum_abs`"),
     ],
 )
 def test_the_metric_of_gradient_flow_is_said(files, config: dict, words: str):

@@ -39,7 +39,7 @@ CRITERIA = {
 # Gradient flow as the paper states it, at dense weights.
 PAPER = {
     **{"criterion": "gradient-flow-weights", "aggregation": "signed", "hessian_batches": "mean"},
-    **{"score_slices": "all", "score_at": "dense"},
+    "score_at": "dense",
 }
 
 
@@ -225,7 +225,6 @@ def test_mode_is_restored_after_an_error(trained: Setting, monkeypatch: pytest.M
     ("option", "values"),
     [
         ("aggregation", ("signed", "abs", "sum_abs")),
-        ("score_slices", ("all", "output", "weight")),
         ("hessian_batches", ("mean", "each")),
     ],
 )
@@ -324,25 +323,19 @@ def hand_model() -> TwoChannels:
     return TwoChannels(a=(1.0, 2.0), b=(3.0, -1.0))
 
 
-@pytest.mark.parametrize(
-    ("score_slices", "expected"),
-    [
-        ("all", [1 * 6 + 3 * 2, abs(2 * -2 + -1 * 4)]),  # theta g over a and b
-        ("output", [1 * 6, abs(2 * -2)]),  # over a alone
-    ],
-)
-def test_taylor_by_hand(score_slices: str, expected: list[float]) -> None:
-    """|sum_c theta g|."""
-    assert two_channel_scores(hand_model(), criterion="taylor", score_slices=score_slices) == pytest.approx(expected)
+def test_taylor_by_hand() -> None:
+    """|sum_c theta g| over a and b."""
+    expected = [1 * 6 + 3 * 2, abs(2 * -2 + -1 * 4)]
+    assert two_channel_scores(hand_model(), criterion="taylor") == pytest.approx(expected)
 
 
 def test_channels_of_one_unit_by_hand() -> None:
     """A norm group that holds both channels makes them one unit: terms are summed before absolute values are taken."""
     both = {"units": ((0, 1),)}
-    assert two_channel_scores(hand_model(), criterion="taylor", score_slices="output", **both) == pytest.approx([6 - 4])
+    assert two_channel_scores(hand_model(), criterion="taylor", **both) == pytest.approx([12 - 8])
     assert two_channel_scores(hand_model(), criterion="magnitude", **both) == pytest.approx([1 + 9 + 4 + 1])
-    options = {"criterion": "gradient-flow-weights", "aggregation": "signed", "score_slices": "output"}
-    assert two_channel_scores(hand_model(), **options, **both) == pytest.approx([184 - 104], rel=0.02)
+    options = {"criterion": "gradient-flow-weights", "aggregation": "signed"}
+    assert two_channel_scores(hand_model(), **options, **both) == pytest.approx([400 - 220], rel=0.02)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
@@ -354,28 +347,18 @@ def test_channels_of_one_unit_by_hand() -> None:
         ({"aggregation": "signed"}, [1 * 184 + 3 * 72, 2 * -52 + -1 * 116]),
         ({"aggregation": "abs"}, [400, 220]),
         ({"aggregation": "sum_abs"}, [400, 220]),
-        ({"aggregation": "signed", "score_slices": "output"}, [184, -104]),
     ],
 )
 def test_gradient_flow_by_hand(hvp: str, options: dict, expected: list[float]) -> None:
     """sum_c theta (H g); the loss is a polynomial of degree 4, so that differences are nearly exact too."""
-    assert two_channel_scores(hand_model(), criterion="gradient-flow-weights", hvp=hvp, **options) == pytest.approx(
-        expected, rel=0.02
-    )
+    found = two_channel_scores(hand_model(), criterion="gradient-flow-weights", hvp=hvp, **options)
+    assert found == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("score_slices", "expected"),
-    [
-        ("all", [1 + 9 + 0.25, 4 + 1 + 0]),  # both weights and the bias
-        ("output", [1 + 0.25, 4]),  # the weight and the bias that produce the channel
-        ("weight", [1, 4]),
-    ],
-)
-def test_magnitude_by_hand(score_slices: str, expected: list[float]) -> None:
-    """sum_c theta^2, over each choice of slices."""
+def test_magnitude_by_hand() -> None:
+    """sum_c theta^2, over both weights and the bias."""
     model = TwoChannels(a=(1.0, 2.0), b=(3.0, -1.0), d=(0.5, 0.0))
-    assert two_channel_scores(model, criterion="magnitude", score_slices=score_slices) == pytest.approx(expected)
+    assert two_channel_scores(model, criterion="magnitude") == pytest.approx([1 + 9 + 0.25, 4 + 1 + 0])
 
 
 @pytest.mark.parametrize(
@@ -450,10 +433,13 @@ def test_registered_function_is_used(trained: Setting, monkeypatch: pytest.Monke
         return context.reduce({name: p.detach() ** 4 for name, p in context.parameters.items()}, "sum_abs")
 
     assert "fourth-power" in criteria()
-    scores = trained.scores(criterion="fourth-power", score_slices="weight")
+    scores = trained.scores(criterion="fourth-power")
     resnet = trained.unet.mid_block.resnets[0]  # the time embedding is added to the channels that conv1 produces
-    expected = (resnet.conv1.weight**4).sum(dim=(1, 2, 3)) + (resnet.time_emb_proj.weight**4).sum(dim=1)
-    expected = expected.detach().view(-1, 2).sum(dim=1)  # units are the norm groups of norm2, of two channels each
+    produced = [resnet.conv1.weight.flatten(1), resnet.time_emb_proj.weight, resnet.conv1.bias[:, None]]
+    produced += [resnet.time_emb_proj.bias[:, None], resnet.norm2.weight[:, None], resnet.norm2.bias[:, None]]
+    read = resnet.conv2.weight.transpose(0, 1).flatten(1)
+    expected = sum((values.detach() ** 4).sum(dim=1) for values in (*produced, read))
+    expected = expected.view(-1, 2).sum(dim=1)  # units are the norm groups of norm2, of two channels each
     torch.testing.assert_close(scores["mid_block.resnets.0.conv1"], expected)
 
 
