@@ -103,9 +103,8 @@ class GFPruneConfig:
     criterion: str = field(
         default="gradient-flow",
         metadata={
-            "help": "Importance: gradient-flow (the gradient norm that a removal causes, in the metric of predictions), "
-            "gradient-flow-weights (in that of weights, theta * H g, as published), taylor, diff-pruning, magnitude or random "
-            "(in Python, also one you register)."
+            "help": "Importance: gradient-flow (in the metric of predictions), gradient-flow-weights (theta * H g, as "
+            "published), taylor, diff-pruning, magnitude or random (in Python, also one you register)."
         },
     )
     hvp: str = _choice(
@@ -123,9 +122,9 @@ class GFPruneConfig:
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "Rank units within each group and take the same share of all groups (group), or more of those that "
-            "cost much and score low (sensitivity); or rank all units together (global). Default: sensitivity for "
-            "gradient flow, whose sums tell how much a group matters, group for other criteria. "
+            "help": "What groups lose: the same share (group), more where they cost much and score low (sensitivity), or "
+            "the lowest-scored units of all (global). Default: sensitivity for gradient flow, whose sums tell how much a "
+            "group matters, group for other criteria. "
             f"Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },

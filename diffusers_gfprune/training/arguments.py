@@ -18,6 +18,7 @@ from ..data.images import DataArguments
 from ..evaluation.run_arguments import EvaluationArguments
 from ..hub import check_repo_id
 from ..objectives.objective import ObjectiveArguments
+from .essential_help import add_help_all
 from .optimization_arguments import CheckpointArguments, PrecisionArguments, TrackingArguments, TrainingArguments
 from .recipes import expand_recipe
 
@@ -184,10 +185,11 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(
         GROUPS,
+        usage="%(prog)s --pretrained_model_name_or_path MODEL (--dataset_name NAME | --train_data_dir FOLDER) [arguments]",
         description="Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    add_help_all(parser, words)
     known = {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
     expanded = expand_recipe(words, known, SCRIPT_PRESETS)
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
