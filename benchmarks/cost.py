@@ -97,7 +97,7 @@ def measure_masked_step(model: str, batch: int) -> dict[str, float]:
 
 def scorer(unet: UNet2DModel, batches, hvp: str = "none", hessian_batches: str = "each") -> Callable[[], object]:
     """Scores by gradient flow: in the metric of predictions, which takes no Hessian, or in that of weights."""
-    options = {} if hvp == "none" else {"flow_metric": "weights", "hvp": hvp, "hessian_batches": hessian_batches}
+    options = {} if hvp == "none" else {"criterion": "gradient-flow-weights", "hvp": hvp, "hessian_batches": hessian_batches}
     config = GFPruneConfig(**options)
     pruner = GradientFlowPruner(unet, config)
     return lambda: score_units(unet, pruner.groups, batches, pruner.noise_scheduler, config)

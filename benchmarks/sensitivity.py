@@ -120,8 +120,8 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = U
     damage = damages(pruner, unseen, halves)
     of_units = unit_damages(pruner, unseen, units)
     sums, rows = {}, {}
-    for criterion, (_, options) in SCORES.items():
-        scores = score_units(unet, pruner.groups, batches, scheduler, GFPruneConfig(**options))
+    for criterion in SCORES:
+        scores = score_units(unet, pruner.groups, batches, scheduler, GFPruneConfig(criterion=criterion))
         sums[criterion] = {name: values.abs().sum().item() for name, values in scores.items()}
         pairs = [(sums[criterion][name], damage[name]) for name in damage]
         logs = [[math.log10(value) for value in column] for column in zip(*pairs)]
@@ -159,7 +159,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
             axis.set_yscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
             correlation = results["by_criterion"][criterion]["log_pearson"]
-            axis.set_title(f"{dataset}\n{SCORES[criterion][0]}: {correlation:.2f}", fontsize=8)
+            axis.set_title(f"{dataset}\n{SCORES[criterion]}: {correlation:.2f}", fontsize=8)
             axis.set_xlabel("summed scores of a group", fontsize=8)
             axis.tick_params(labelsize=7)
         row[0].set_ylabel("damage without half of it", fontsize=8)

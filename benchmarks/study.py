@@ -50,6 +50,8 @@ MACHINE = (
     "--latency_batch_size",  # of runs that were made when this was the argument
     *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps"),
 )
+# What was `--flow_metric`, of one criterion, is two criteria
+FLOW_METRICS = {"predictions": "gradient-flow", "weights": "gradient-flow-weights"}
 
 
 def result_file(dataset: str, setting: Setting, seed: int, results: Path = RESULTS) -> Path:
@@ -103,10 +105,19 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
     return [*BASE[dataset], *setting.arguments, *setting.own.get(dataset, ()), *curves, *seeds, *extra]
 
 
+def words_of_today(words: list[str]) -> list[str]:
+    """Arguments of a run that was made earlier, under the names that they have now."""
+    found = list(words)
+    if "--flow_metric" in found:
+        index = found.index("--flow_metric")
+        found[index : index + 2] = "--criterion", FLOW_METRICS[found[index + 1]]
+    return found
+
+
 def made_by(command: str, words: list[str]) -> bool:
     """Whether a run's command line, as its report keeps it, says the same as these arguments, but for those of `MACHINE`."""
     given = shlex.split(command.replace("\\\n", " "))[3:]  # accelerate launch SCRIPT
-    return _meaning(given) == _meaning(words)
+    return _meaning(words_of_today(given)) == _meaning(words)
 
 
 def _meaning(words: list[str]) -> dict:

@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -171,12 +172,11 @@ def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.
     return with_widths(unet, json.loads(path.read_text())["widths"], args.run.seed), {}
 
 
-def fine_tune(args: Arguments, student: nn.Module, dense: nn.Module, noise_scheduler, images) -> nn.Module:
+def fine_tune(args: Arguments, student: nn.Module, objective: Objective, noise_scheduler, images) -> nn.Module:
     """Train as `prune_ddpm.py` does after compaction, for all steps of the run; the averaged weights come back."""
     t = args.training
     student.train().requires_grad_(True)
     model = NoisePrediction(student)
-    objective = Objective(args.objective, noise_scheduler, teacher=dense)
     optimizer = torch.optim.AdamW(
         student.parameters(),
         lr=t.learning_rate,
@@ -207,11 +207,13 @@ def fine_tune(args: Arguments, student: nn.Module, dense: nn.Module, noise_sched
     return student.eval().requires_grad_(False)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module | None] | None = None) -> None:
+    """Make a baseline; arguments as those of `prune_ddpm.main`."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--baseline", choices=("scratch", "torch-pruning"), required=True)
     parser.add_argument("--results", type=Path, required=True, help="Folder of the study's results.")
-    options, words = parser.parse_known_args()
+    options, words = parser.parse_known_args(argv)
     args = parse_arguments(words)
     accelerator = Accelerator(cpu=True)
     pipeline = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
@@ -225,14 +227,17 @@ def main() -> None:
     else:
         student, extra = torch_pruning(args, unet, noise_scheduler, images, step_loss)
     print(f"{options.baseline}: {count_parameters(student):,} parameters, {count_macs(student):,} MACs", flush=True)
-    student = fine_tune(args, student, dense, noise_scheduler, images)
+    objective = Objective(args.objective, noise_scheduler, teacher=dense)
+    if teacher is not None:
+        objective.teacher = teacher(objective)
+    student = fine_tune(args, student, objective, noise_scheduler, images)
     losses = [measure_step_losses(step_loss, unet, images.decoder.null_label) for unet in (dense, student)]
     measured, _, _ = results(args, dense, student, quality, len(held_out), losses)
     folder = Path(args.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     total = args.training.max_train_steps
     phases = {"soft_end_step": 0, "hard_end_step": 0, "total_steps": total, "update_interval": 0}
-    command = command_line(sys.argv[1:], "benchmarks/study_baselines.py")
+    command = command_line(argv, "benchmarks/study_baselines.py")
     write_json(folder / "pruning_report.json", {"phases": phases, "command": command, **extra})
     write_json(folder / "results.json", measured.to_dict())
 

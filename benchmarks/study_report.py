@@ -144,7 +144,7 @@ def sensitivity_table(folder: Path) -> str:
             for criterion, row in found["by_criterion"].items():
                 cells = f"{row['log_pearson']:.2f} | {row['spearman']:.2f} | {row['decades']:.1f}"
                 cells += f" of {found['damage_decades']:.1f} | {row['within_groups']:.2f}"
-                lines.append(f"| {TITLES[dataset]} | {SCORES[criterion][0]} | {cells} |")
+                lines.append(f"| {TITLES[dataset]} | {SCORES[criterion]} | {cells} |")
     return "\n".join(lines)
 
 

@@ -12,22 +12,24 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import runpy
+import importlib
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusers_gfprune.metrics.cache import TensorCache, tensors_fingerprint
-from diffusers_gfprune.objectives import objective
+from diffusers_gfprune.objectives.objective import Objective
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["RememberedTeacher", "remembered"]
 
-
-__all__ = ["RememberedTeacher", "remember_teachers"]
-
-SCRIPTS = ("training/prune_ddpm.py", "benchmarks/study_baselines.py")
+# Modules that have a `main`, by the path of the script
+SCRIPTS = {
+    "training/prune_ddpm.py": "diffusers_gfprune.scripts.prune_ddpm",
+    "benchmarks/study_baselines.py": "study_baselines",
+}
 
 
 class RememberedTeacher(nn.Module):
@@ -58,30 +60,28 @@ class RememberedTeacher(nn.Module):
         return self.cache.get("teacher", key, lambda: {"prediction": answer()})["prediction"]
 
 
-def remember_teachers(folder: Path) -> None:
-    """Have every `Objective` that compares predictions alone, on the CPU, keep those of its teacher in a folder."""
-    plain = objective.Objective.__init__
-
-    @functools.wraps(plain)
-    def remembering(self, *args, **kwargs) -> None:
-        plain(self, *args, **kwargs)
-        if self.needs_teacher and not self.needs_features and not self.needs_directions:
-            if next(self.teacher.parameters()).device.type == "cpu":
-                self.teacher = RememberedTeacher(self.teacher, TensorCache(folder))
-
-    objective.Objective.__init__ = remembering
+def remembered(folder: Path, objective: Objective) -> nn.Module | None:
+    """The teacher of a loss, with its predictions kept in a folder if it is compared by these alone, on the CPU."""
+    teacher = objective.teacher
+    if teacher is None or objective.needs_features or objective.needs_directions:
+        return teacher
+    on_cpu = next(teacher.parameters()).device.type == "cpu"
+    return RememberedTeacher(teacher, TensorCache(folder)) if on_cpu else teacher
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Run a script with its teacher's predictions kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--teacher_cache", type=Path, required=True, help="Folder of the predictions that are kept.")
     parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help="Its arguments.")
-    options = parser.parse_args()
-    remember_teachers(options.teacher_cache.resolve())
-    sys.argv = [options.script, *options.words]
-    runpy.run_path(str(ROOT / options.script), run_name="__main__")
+    options = parser.parse_args(argv)
+    script = importlib.import_module(SCRIPTS[options.script])
+    script.main(options.words, teacher=functools.partial(remembered, options.teacher_cache.resolve()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, SafetensorError, ImportError) as error:
+        sys.exit(f"study_run.py: error: {' '.join(str(error).split())}")

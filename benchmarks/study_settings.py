@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from diffusers_gfprune.criteria import find_criterion
+
 __all__ = ["BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "SCORES", "SETTINGS", "TEACHERS", "Setting"]
 
 DATASETS = ("digits", "cifar10")
@@ -33,19 +35,11 @@ BASE = {
 TEACHERS = {"digits": "training/digits/teacher", "cifar10": "benchmarks/cifar10/teacher"}
 CURVE_STEPS = {"digits": 250, "cifar10": 200}
 
-CRITERIA = {
-    "random": "random",
-    "magnitude": "magnitude",
-    "taylor": "Taylor",
-    "diff-pruning": "Diff-Pruning",
-    "gradient-flow": "gradient flow",
-}
+# Titles of those that are compared in full
+CRITERIA = {name: find_criterion(name).title for name in ("random", "magnitude", "taylor", "diff-pruning", "gradient-flow")}
 
-# Scores that are compared with the damage they are to tell: title, and options of GFPruneConfig
-SCORES = {
-    **{name: (title, {"criterion": name}) for name, title in CRITERIA.items()},
-    "gradient-flow-weights": ("gradient flow, in weights", {"criterion": "gradient-flow", "flow_metric": "weights"}),
-}
+# Titles of those whose scores are compared with the damage they are to tell
+SCORES = {**CRITERIA, "gradient-flow-weights": find_criterion("gradient-flow-weights").title}
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class Setting:
 
 ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # one ranking can afford more images
 UNIFORM = ("--ranking", "group")  # as all rivals are published: the same share of every group
-WEIGHTS = ("--flow_metric", "weights")
+WEIGHTS = ("--criterion", "gradient-flow-weights")
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums that spread less than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
@@ -142,15 +136,14 @@ def _widths() -> list[Setting]:
         rows.append((f"sensitivity-{criterion}", title, chosen))
     rows += [
         ("ranking-global", "gradient flow, two phases, global ranking", ("--ranking", "global")),
-        ("ranking-global-cost", "gradient flow, two phases, global ranking per MAC", ("--ranking", "global", "--cost_aware")),
     ]
     return [Setting(name, title, "widths", arguments) for name, title, arguments in rows]
 
 
 def _metric() -> list[Setting]:
     rows = [
-        ("weights-two-phase", "in weights, two phases, exponent 0.5", (*WEIGHTS, *STEEPER)),
-        ("weights-one-shot", "in weights, one-shot, exponent 0.5", (*WEIGHTS, *STEEPER, *ONE_SHOT)),
+        ("weights-two-phase", "in weights, two phases, exponent 0.5", WEIGHTS),
+        ("weights-one-shot", "in weights, one-shot, exponent 0.5", (*WEIGHTS, *ONE_SHOT)),
         ("weights-two-phase-group", "in weights, two phases, the same share of every group", (*WEIGHTS, *UNIFORM)),
         ("weights-one-shot-group", "in weights, one-shot, the same share of every group", (*WEIGHTS, *ONE_SHOT, *UNIFORM)),
     ]
@@ -212,14 +205,12 @@ def _revival() -> list[Setting]:
 
 
 def _scores() -> list[Setting]:
-    weights = (*WEIGHTS, *STEEPER)
     rows = [
-        ("scores-weights", "in weights: sums of absolute values, batch by batch", weights),
-        ("scores-signed", "in weights: signed sums", (*weights, "--aggregation", "signed")),
-        ("scores-abs", "in weights: absolute value of sums", (*weights, "--aggregation", "abs")),
-        ("scores-mean-loss", "in weights: g and H of the mean loss", (*weights, "--hessian_batches", "mean")),
-        ("scores-output", "in weights: over the slices that produce a channel", (*weights, "--score_slices", "output")),
-        ("finite-difference", "in weights: Hg by finite differences", (*weights, "--hvp", "finite-difference")),
+        ("scores-weights", "in weights: sums of absolute values, batch by batch", WEIGHTS),
+        ("scores-signed", "in weights: signed sums", (*WEIGHTS, "--aggregation", "signed")),
+        ("scores-abs", "in weights: absolute value of sums", (*WEIGHTS, "--aggregation", "abs")),
+        ("scores-mean-loss", "in weights: g and H of the mean loss", (*WEIGHTS, "--hessian_batches", "mean")),
+        ("finite-difference", "in weights: Hg by finite differences", (*WEIGHTS, "--hvp", "finite-difference")),
         ("scores-masked", "in predictions: at the masked weights", ("--score_at", "masked")),
         ("batches-1", "in predictions: 1 calibration batch in place of 2", ("--calibration_batches", "1")),
         ("batches-8", "in predictions: 8 calibration batches in place of 2", ("--calibration_batches", "8")),

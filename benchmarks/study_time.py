@@ -67,7 +67,7 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
             continue
         args = parse_arguments(arguments_of(SETTINGS[name], dataset, 0, []))
         config: GFPruneConfig = args.pruning.config(args.training.max_train_steps)
-        score = "gradient-flow-weights" if config.takes_hessian else config.criterion
+        score = config.criterion
         if score not in scoring:
             pruner = GradientFlowPruner(copy.deepcopy(dense), config)
             scoring[score] = ratio(lambda p=pruner, c=config: score_units(p.unet, p.groups, batches, p.noise_scheduler, c))

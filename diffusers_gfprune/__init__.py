@@ -5,12 +5,12 @@ the classes here, and runs no code from them.
 """
 
 from .configuration import GFPruneConfig
+from .criteria import register_criterion
 from .loading.checks import PackageChecks
 from .loading.registration import register
 from .pruner import GradientFlowPruner
 from .remote.pipeline_prune_ddpm import PruneDDPMPipeline
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
-from .scoring.importance import register_criterion
 from .version import __version__
 
 __all__ = [

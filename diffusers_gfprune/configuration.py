@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from .criteria import RANKINGS, find_criterion
 from .metrics.speed import DTYPES, SpeedSetting
 from .pruning.budget import ATTENTION_UNITS
 from .pruning.cost_model import TARGETS
 from .pruning.schedules import SCHEDULES, PruningSchedule
 
-__all__ = ["PRESETS", "GFPruneConfig"]
+__all__ = ["PRESETS", "GFPruneConfig", "criterion_of"]
 
 DEVICES = ("auto", "cpu", "cuda")
 LATENCY_BACKENDS = ("eager", "compile")
 HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("dense", "masked")
-SCORE_SLICES = ("all", "output", "weight")
 AGGREGATIONS = ("signed", "abs", "sum_abs")
-FLOW_METRICS = ("predictions", "weights")
 HESSIAN_BATCHES = ("mean", "each")
-NORMALIZATIONS = ("none", "mean", "max", "l2", "standard")
-RANKINGS = ("group", "sensitivity", "global")
+
+# Options of earlier versions, with the one value that is left
+REMOVED = {"score_slices": "all", "normalization": "mean", "cost_aware": False}
 
 # Gradient flow as arXiv 2501.09464 states it; the defaults below are what benchmarks/README.md led to.
 PRESETS: dict[str, dict] = {
     "default": {},
     "paper": {
-        "criterion": "gradient-flow",
-        "flow_metric": "weights",
+        "criterion": "gradient-flow-weights",
         "aggregation": "signed",
         "hessian_batches": "mean",
-        "score_slices": "all",
         "score_at": "masked",
         "score_decay": 0.0,
         "ranking": "group",
@@ -44,6 +43,19 @@ PRESETS: dict[str, dict] = {
     },
     "one-shot": {"soft_fraction": 0.0, "hard_fraction": 0.0},
 }
+
+
+def criterion_of(config: Mapping) -> str:
+    """The criterion of a saved configuration, by the name that it has now.
+
+    Earlier versions had one criterion `gradient-flow`, in weights at first, and then in the metric that `flow_metric` names.
+
+    Args:
+        config: Of `GFPruneConfig.to_dict`, of this version or an earlier one.
+    """
+    metric = config.get("flow_metric", "weights" if "score_slices" in config else "predictions")
+    by_weights = config["criterion"] == "gradient-flow" and metric == "weights"
+    return "gradient-flow-weights" if by_weights else config["criterion"]
 
 
 def _choice(default: str, choices: tuple[str, ...], text: str):
@@ -91,52 +103,39 @@ class GFPruneConfig:
     criterion: str = field(
         default="gradient-flow",
         metadata={
-            "help": "Importance: gradient-flow, taylor, diff-pruning, magnitude or random (in Python, also one you register)."
+            "help": "Importance: gradient-flow (in the metric of predictions), gradient-flow-weights (theta * H g, as "
+            "published), taylor, diff-pruning, magnitude or random (in Python, also one you register)."
         },
     )
-    flow_metric: str = _choice(
-        "predictions",
-        FLOW_METRICS,
-        "gradient-flow: what the gradient norm that a removal causes is measured in, predictions (natural gradient) or "
-        "weights (theta * H g, as published).",
-    )
     hvp: str = _choice(
-        "exact", HVP_METHODS, "flow_metric=weights: how H g is computed, by double backward or by differences of gradients."
+        "exact", HVP_METHODS, "gradient-flow-weights: how H g is computed, by double backward or by differences of gradients."
     )
     hessian_batches: str = _choice(
         "each",
         HESSIAN_BATCHES,
-        "flow_metric=weights: g and H of the mean loss over all calibration batches, or of each batch in turn.",
+        "gradient-flow-weights: g and H of the mean loss over all calibration batches, or of each batch in turn.",
     )
     aggregation: str = _choice(
-        "sum_abs", AGGREGATIONS, "flow_metric=weights: how theta * H g is summed over a unit, sum, |sum| or sum of |.|."
-    )
-    score_slices: str = _choice(
-        "all",
-        SCORE_SLICES,
-        "What a unit's score is summed over: every slice, those that produce it, their weights. With "
-        "flow_metric=predictions, always those that produce it.",
+        "sum_abs", AGGREGATIONS, "gradient-flow-weights: how theta * H g is summed over a unit, sum, |sum| or sum of |.|."
     )
     score_at: str = _choice("dense", SCORE_AT, "Score with every mask at 1, or at the masked weights.")
-    normalization: str = _choice("mean", NORMALIZATIONS, "What makes scores of groups comparable in a global ranking.")
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "Rank units within each group and take the same share of all groups (group), or more of those that "
-            "cost much and score low (sensitivity); or rank all units together (global). Default: sensitivity for "
-            "gradient-flow, whose sums tell how much a group matters, group for other criteria. "
+            "help": "What groups lose: the same share (group), more where they cost much and score low (sensitivity), or "
+            "the lowest-scored units of all (global). Default: sensitivity for gradient flow, whose sums tell how much a "
+            "group matters, group for other criteria. "
             f"Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },
     )
-    sensitivity_exponent: float = field(
-        default=0.3,
+    sensitivity_exponent: float | None = field(
+        default=None,
         metadata={
             "help": "Ranking by sensitivity: groups lose shares in proportion to this power of cost / summed scores (>= 0); 0 "
-            "is the same share for all."
+            "is the same share for all. Default: 0.5 for gradient-flow-weights, 0.3 for other criteria."
         },
     )
-    cost_aware: bool = field(default=False, metadata={"help": "Global ranking: divide scores by the cost saved."})
     score_decay: float = field(
         default=0.9, metadata={"help": "Weight of earlier scores at each update, in [0, 1); 0 forgets them."}
     )
@@ -166,21 +165,20 @@ class GFPruneConfig:
     pruning_seed: int = field(default=0, metadata={"help": "Seed of the random criterion."})
 
     def __post_init__(self) -> None:
-        if self.ranking is None:
-            self.ranking = "sensitivity" if self.criterion == "gradient-flow" else "group"
+        criterion = find_criterion(self.criterion)
+        for name in ("ranking", "sensitivity_exponent"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(criterion, name))
         for name, choices in (
             ("target", TARGETS),
             ("target_device", DEVICES),
             ("attention_unit", ATTENTION_UNITS),
             ("latency_dtype", DTYPES),
             ("latency_backend", LATENCY_BACKENDS),
-            ("flow_metric", FLOW_METRICS),
             ("hvp", HVP_METHODS),
             ("hessian_batches", HESSIAN_BATCHES),
             ("aggregation", AGGREGATIONS),
-            ("score_slices", SCORE_SLICES),
             ("score_at", SCORE_AT),
-            ("normalization", NORMALIZATIONS),
             ("ranking", RANKINGS),
             ("sparsity_schedule", SCHEDULES),
             ("mask_schedule", SCHEDULES),
@@ -220,8 +218,8 @@ class GFPruneConfig:
 
     @property
     def takes_hessian(self) -> bool:
-        """Whether scores take products with the Hessian."""
-        return self.criterion == "gradient-flow" and self.flow_metric == "weights"
+        """Whether scores may take products with the Hessian."""
+        return find_criterion(self.criterion).derivatives == 2
 
     def latency_setting(self) -> SpeedSetting:
         """How the forward is run whose time `target="latency"` reduces."""
@@ -237,3 +235,16 @@ class GFPruneConfig:
     def to_dict(self) -> dict:
         """All fields, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> GFPruneConfig:
+        """From what `to_dict` returned, in this version or an earlier one.
+
+        Raises:
+            ValueError: A value is out of its range, or an option that is gone has another value than the one that is left.
+        """
+        for name, left in REMOVED.items():
+            if values.get(name, left) != left:
+                raise ValueError(f"{name}={values[name]} of an earlier version must be {left}, the one value that is left")
+        kept = {name: value for name, value in values.items() if name not in ("flow_metric", *REMOVED)}
+        return cls(**{**kept, "criterion": criterion_of(values)})

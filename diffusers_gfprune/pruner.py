@@ -6,7 +6,7 @@ again at the next update, so that a unit comes back to 1 when its rank recovers.
 masks (`masking`).
 
 Departures from the published form, each an option. Scores are gradient norms in the metric of predictions
-(`flow_metric="predictions"`), which tell what units matter on a trained network. Because rankings are noisy, masks of the
+(`criterion="gradient-flow"`), which tell what units matter on a trained network. Because rankings are noisy, masks of the
 soft phase move in a straight line from ranking to ranking (`interpolate_masks`), and a unit comes back only on clear
 evidence (`revival_margin`). Because layers do not matter alike, scores also say what share of its channels each group loses
 (`ranking="sensitivity"`).
@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from .configuration import GFPruneConfig
+from .criteria import find_criterion
 from .diffusion.process import check_timesteps, training_process
 from .distributed import check_identical
 from .latency.budget import measured_latency_model
@@ -46,7 +47,7 @@ from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .scoring.context import check_batch
-from .scoring.importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_units
+from .scoring.importance import CalibrationBatch, normalize_scores, score_units
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
 
@@ -96,8 +97,6 @@ class GradientFlowPruner:
         latency: Mapping | None = None,
         latency_cache_dir: Path | None = None,
     ) -> None:
-        if config.criterion not in criteria():
-            raise ValueError(f"criterion={config.criterion} must be one of {', '.join(criteria())}")
         self.unet = unet
         self.config = config
         self.noise_scheduler = DDPMScheduler() if noise_scheduler is None else training_process(noise_scheduler)
@@ -246,9 +245,8 @@ class GradientFlowPruner:
             ordered = [scores[group.name] for group in self.groups]
             exponent = self.config.sensitivity_exponent
             return allocate_by_sensitivity(self.cost, target, ratio, self.ladders, ordered, exponent)
-        comparable = normalize_scores(scores, self.config.normalization)
-        ordered = [comparable[group.name] for group in self.groups]
-        return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
+        comparable = normalize_scores(scores)
+        return allocate_global(self.cost, target, ratio, self.ladders, [comparable[group.name] for group in self.groups])
 
     def _rank(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
         """Scores that units are ranked by: averaged over rankings, with a head start for kept ones."""
@@ -305,7 +303,7 @@ class GradientFlowPruner:
         return update
 
     def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:
-        for batch in batches if self.config.criterion not in WEIGHTS_ONLY else ():
+        for batch in batches if find_criterion(self.config.criterion).needs_batches else ():
             check_batch(self.unet, self.noise_scheduler, batch)
         ranked = self._rank(batches)
         goal = self.schedule.goal_step(step)

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 
 from diffusers_gfprune.configuration import PRESETS, GFPruneConfig
+from diffusers_gfprune.criteria import criteria
 from diffusers_gfprune.pruning.schedules import PruningSchedule
 
 INVALID = [
@@ -17,13 +18,11 @@ INVALID = [
     ("latency_dtype", "int8"),
     ("latency_backend", "onnxruntime"),
     ("target_device", "tpu"),
-    ("flow_metric", "activations"),
+    ("criterion", "activations"),
     ("hvp", "approximate"),
     ("hessian_batches", "sum"),
     ("aggregation", "mean"),
-    ("score_slices", "input"),
     ("score_at", "sparse"),
-    ("normalization", "softmax"),
     ("ranking", "layer"),
     ("sparsity_schedule", "quadratic"),
     ("mask_schedule", "step"),
@@ -78,11 +77,18 @@ def test_every_choice_is_accepted(field) -> None:
 
 def test_widths_are_chosen_by_scores_that_tell_how_much_a_group_matters() -> None:
     """Sums of squared weights, say, do not; whoever asks for it gets it all the same."""
-    assert GFPruneConfig().ranking == "sensitivity"
+    assert GFPruneConfig().ranking == GFPruneConfig(criterion="gradient-flow-weights").ranking == "sensitivity"
     assert GFPruneConfig(criterion="magnitude").ranking == "group"
     assert GFPruneConfig(criterion="magnitude", ranking="sensitivity").ranking == "sensitivity"
     assert GFPruneConfig.from_preset("paper").ranking == "group"  # as published
     assert GFPruneConfig.from_preset("one-shot", criterion="diff-pruning").ranking == "group"
+
+
+def test_the_exponent_is_that_of_the_criterion() -> None:
+    """The sums of gradient flow in weights spread less."""
+    found = {name: GFPruneConfig(criterion=name).sensitivity_exponent for name in criteria()[:3]}
+    assert found == {"gradient-flow": 0.3, "gradient-flow-weights": 0.5, "taylor": 0.3}
+    assert GFPruneConfig(criterion="gradient-flow-weights", sensitivity_exponent=0.0).sensitivity_exponent == 0
 
 
 @pytest.mark.parametrize(
@@ -118,8 +124,8 @@ def test_every_field_has_help_text() -> None:
 def test_paper_preset_is_the_method_of_the_paper() -> None:
     """arXiv 2501.09464: signed sums of theta (H g) on masked weights, linear schedules, N = 10 % and M = 20 %."""
     config = GFPruneConfig.from_preset("paper")
-    assert (config.criterion, config.aggregation, config.hessian_batches) == ("gradient-flow", "signed", "mean")
-    assert (config.score_at, config.score_slices, config.score_decay) == ("masked", "all", 0.0)
+    assert (config.criterion, config.aggregation, config.hessian_batches) == ("gradient-flow-weights", "signed", "mean")
+    assert (config.score_at, config.score_decay) == ("masked", 0.0)
     assert (config.sparsity_schedule, config.mask_schedule) == ("linear", "linear")
     assert (config.interpolate_masks, config.revival_margin) == (False, 0.0)
     schedule = config.schedule()
@@ -188,4 +194,25 @@ def test_schedule_in_steps(options: dict, expected: tuple[int, int, int]) -> Non
 def test_to_dict_goes_through_json_and_back() -> None:
     """Saved runs hold the configuration as JSON."""
     config = GFPruneConfig(target="params", ratio=0.3, update_interval=7)
-    assert GFPruneConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert GFPruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("saved", "criterion"),
+    [
+        ({"criterion": "gradient-flow", "flow_metric": "weights"}, "gradient-flow-weights"),
+        ({"criterion": "gradient-flow", "flow_metric": "predictions"}, "gradient-flow"),
+        ({"criterion": "gradient-flow", "score_slices": "all"}, "gradient-flow-weights"),
+        ({"criterion": "taylor", "flow_metric": "weights", "normalization": "mean", "cost_aware": False}, "taylor"),
+    ],
+)
+def test_configurations_of_earlier_versions_are_read(saved: dict, criterion: str) -> None:
+    """Reports keep them. The metric of gradient flow was an option."""
+    config = GFPruneConfig.from_dict({**saved, "ratio": 0.3, "sensitivity_exponent": 0.3})
+    assert config == GFPruneConfig(criterion=criterion, ratio=0.3, sensitivity_exponent=0.3)
+
+
+def test_options_that_are_gone_are_not_forgotten() -> None:
+    """Nothing that was chosen otherwise is read as if it were the same."""
+    with pytest.raises(ValueError, match="score_slices=output of an earlier version must be all"):
+        GFPruneConfig.from_dict({"criterion": "taylor", "score_slices": "output"})

@@ -15,9 +15,10 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_gfprune.data.batches import BrokenImages
 from diffusers_gfprune.data.images import load_images
@@ -59,8 +60,13 @@ from diffusers_gfprune.training.state import TrainingState, seed_everything
 from diffusers_gfprune.training.tracking import Tracking
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prune as the command line says."""
+def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module | None] | None = None) -> None:
+    """Prune as the command line says.
+
+    Args:
+        argv: Its words (default: those of this process).
+        teacher: From the training loss to what it asks in place of its own teacher, for studies that make many runs.
+    """
     # 1. arguments, model, data: everything that can be wrong is found here
     args = parse_arguments(argv)
     inputs = (args.model.pretrained_model_name_or_path, args.data.dataset_name, args.data.train_data_dir)
@@ -116,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
         null_label = images.decoder.null_label
         dense_step_losses = measure_step_losses(step_loss, dense, null_label) if main_process else {}
         objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
+        if teacher is not None:
+            objective.teacher = teacher(objective)
         if objective.needs_teacher and args.precision.torch_compile != "no":
             objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
         if not objective.needs_teacher:

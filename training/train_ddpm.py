@@ -1,11 +1,11 @@
-"""Train a dense DDPM from scratch: the teacher that `prune_ddpm.py` then makes smaller.
+"""Train a small dense DDPM from scratch: it made the two teachers of this repository (`make teacher`, `make cifar10-teacher`).
 
     accelerate launch --quiet training/train_ddpm.py --model_config training/digits/unet_config.json \
         --dataset_name training/digits --output_dir runs/digits-teacher --max_train_steps 8000
 
 The loss is the simple noise-prediction loss of Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the weights that
-are saved are their exponential moving average. Arguments are named as in Diffusers' `train_unconditional.py`. For anything
-larger than a toy, that script is the tool: whatever it writes can be pruned here.
+are saved are their exponential moving average. For anything larger than a toy, use Diffusers' `train_unconditional.py`: what
+it writes can be pruned here.
 
 Until it is done, a run keeps checkpoints in `<output_dir>.training`; `--resume_from_checkpoint latest` goes on from the newest
 sound one, to the same weights as without the interruption.
@@ -32,12 +32,11 @@ from transformers import HfArgumentParser
 
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
-from diffusers_gfprune.diffusion.process import training_process
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.trials import try_sampling
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
 from diffusers_gfprune.metrics.quality import SamplingSettings
-from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
+from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
@@ -46,6 +45,9 @@ from diffusers_gfprune.training.state import seed_everything
 
 # The newest one, and the one before should that be damaged
 CHECKPOINTS_KEPT = 2
+# Of weights, batches, noise, timesteps and dropout
+SEED = 0
+WEIGHT_DECAY, EMA_MAX_DECAY, MAX_GRAD_NORM = 1e-6, 0.9995, 1.0
 
 
 @dataclass
@@ -56,27 +58,18 @@ class TrainArguments:
 
     model_config: str = field(metadata={"help": "JSON file with the arguments of `UNet2DModel`."})
     output_dir: str = field(metadata={"help": "Folder for the pipeline."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir (at the end) if it exists."})
     train_batch_size: int = field(default=128, metadata={"help": "Images per step (>= 1)."})
     max_train_steps: int = field(default=8000, metadata={"help": "Optimizer steps (>= 1)."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "Schedule, by its name in Diffusers."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW, which falls as a cosine."})
     lr_warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
-    adam_weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
-    ema_max_decay: float = field(default=0.9995, metadata={"help": "Largest decay of the weight average, in (0, 1)."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm above which gradients are scaled down."})
-    ddpm_num_steps: int = field(default=1000, metadata={"help": "Timesteps of the diffusion process."})
-    ddpm_beta_schedule: str = field(default="linear", metadata={"help": "Noise schedule of `DDPMScheduler`."})
-    prediction_type: str = field(default="epsilon", metadata={"help": "What the model predicts."})
     validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images."})
     checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints (>= 1)."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint of this run, or `latest`: the newest, or the start if there is none."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of weights, batches, noise, timesteps and dropout (>= 0)."})
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "max_train_steps", "ddpm_num_steps", "validation_steps", "checkpointing_steps"):
+        for name in ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -87,26 +80,24 @@ class DenseTraining:
     Args:
         args: The command line.
         unet: The model, on the device.
-        accelerator: Wraps model and optimizer.
+        accelerator: Wraps the model.
     """
 
     def __init__(self, args: TrainArguments, unet: UNet2DModel, accelerator: Accelerator) -> None:
         self.step, self.broken = 0, []
         self.unet, self.parameters = unet, dict(unet.named_parameters())
         self.optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=args.adam_weight_decay
+            unet.parameters(), lr=args.learning_rate, betas=(0.95, 0.999), weight_decay=WEIGHT_DECAY
         )
         self.lr_scheduler = get_scheduler(
-            args.lr_scheduler,
+            "cosine",
             self.optimizer,
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        self.ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.ema = EMAModel(unet.parameters(), decay=EMA_MAX_DECAY, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
         self.ema.to(accelerator.device)
         self.model = accelerator.prepare_model(unet)
-        self.scaler = accelerator.scaler  # of losses, in fp16
-        self.prepared = accelerator.prepare_optimizer(self.optimizer, device_placement=False)  # which knows the scaler
 
     def save(self, checkpoints: Checkpoints, identity: dict, broken: list[str]) -> None:
         """Write a checkpoint.
@@ -124,7 +115,6 @@ class DenseTraining:
         values = {
             "ema_steps": self.ema.optimization_step,
             "lr_scheduler_steps": self.lr_scheduler.last_epoch,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "broken": broken,
         }
         checkpoints.save(self.step, identity, {}, tensors, values)
@@ -146,8 +136,6 @@ class DenseTraining:
         self.ema.optimization_step = checkpoint.values["ema_steps"]
         self.lr_scheduler.last_epoch = checkpoint.values["lr_scheduler_steps"] - 1
         self.lr_scheduler.step()
-        if self.scaler is not None and checkpoint.values["scaler"] is not None:
-            self.scaler.load_state_dict(checkpoint.values["scaler"])
         self.broken = checkpoint.values["broken"]
         self.step = checkpoint.step
 
@@ -155,41 +143,33 @@ class DenseTraining:
 def main() -> None:
     parser = HfArgumentParser((TrainArguments, DataArguments), description=__doc__.splitlines()[0])
     args, data_args = parser.parse_args_into_dataclasses()
-    folder = RunFolder(args.output_dir, args.overwrite_output_dir, (data_args.dataset_name, data_args.train_data_dir))
+    folder = RunFolder(args.output_dir, False, (data_args.dataset_name, data_args.train_data_dir))
     checkpoints = Checkpoints(folder.training, CHECKPOINTS_KEPT)
     resuming = args.resume_from_checkpoint is not None
 
     # 1. model, data, optimizer
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")
     main_process = accelerator.is_main_process
     if main_process:
         folder.check(resuming)
     accelerator.wait_for_everyone()
-    set_seed(args.seed)
+    set_seed(SEED)
     try:
         unet = UNet2DModel.from_config(json.loads(Path(args.model_config).read_text()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"model_config={args.model_config} makes no UNet2DModel: {error}") from error
     if unet.config.sample_size is None:
         raise ValueError(f"model_config={args.model_config} has no sample_size")
-    try:
-        noise_scheduler = DDPMScheduler(
-            num_train_timesteps=args.ddpm_num_steps,
-            beta_schedule=args.ddpm_beta_schedule,
-            prediction_type=args.prediction_type,
-        )
-    except NotImplementedError as error:
-        raise ValueError(f"ddpm_beta_schedule={args.ddpm_beta_schedule}: {error}") from error
-    training_process(noise_scheduler)  # refuses what no model is trained to predict
+    noise_scheduler = DDPMScheduler()
     images, (held_out_images, held_out_labels) = load_images(data_args, unet.config)
     if main_process:
         print("\n".join(f"{title:5} {line}" for title, line in zip(("data:", "", ""), images.summary.lines())))
     step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
     state = DenseTraining(args, unet.to(accelerator.device).train(), accelerator)
-    free = ("model_config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps")
+    free = ("model_config", "output_dir", "resume_from_checkpoint", "checkpointing_steps")
     identity = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}
     identity |= {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    identity |= {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    identity["num_processes"] = accelerator.num_processes
     if resuming and (checkpoint := checkpoints.find(args.resume_from_checkpoint)) is not None:
         checkpoints.check_identity(checkpoint, identity)
         try:
@@ -202,18 +182,16 @@ def main() -> None:
     dataloader = train_dataloader(
         images,
         args.train_batch_size,
-        seed=args.seed,
-        num_train_timesteps=args.ddpm_num_steps,
+        seed=SEED,
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
         first_batch=state.step,
         num_workers=data_args.dataloader_num_workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     broken = BrokenImages(data_args.max_broken_images, state.broken)
-    shown, changes = SamplingSettings(num_images=32, seed=0, null_label=images.decoder.null_label).fitted(noise_scheduler)
+    shown = SamplingSettings(num_images=32, seed=0, null_label=images.decoder.null_label)
     if main_process:
-        for change in changes:
-            print(f"warning: {change}", file=sys.stderr)
         try_sampling(f"model_config={args.model_config}", unet, noise_scheduler, shown)
         folder.try_writing(sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()))
 
@@ -228,7 +206,7 @@ def main() -> None:
             for batch in itertools.islice(dataloader, args.max_train_steps - state.step):
                 broken.add(batch.pop("broken"))
                 batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-                seed_everything(args.seed, state.step, accelerator.process_index)
+                seed_everything(SEED, state.step, accelerator.process_index)
                 training_step(args, state, batch, noise_scheduler, accelerator)
                 progress.update()
                 if state.step % args.validation_steps == 0 and main_process:
@@ -259,16 +237,15 @@ def training_step(args: TrainArguments, state: DenseTraining, batch: dict[str, T
     clean_images, noise, timesteps = (batch[name] for name in ("pixel_values", "noise", "timesteps"))
     noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
     prediction = state.model(noisy_images, timesteps, class_labels=batch.get("class_labels")).sample
-    loss = torch.nn.functional.mse_loss(prediction.float(), noise_target(noise_scheduler, clean_images, noise, timesteps))
+    loss = torch.nn.functional.mse_loss(prediction, noise)
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} in step {state.step}: lower learning_rate={args.learning_rate}")
     accelerator.backward(loss)
-    accelerator.clip_grad_norm_(state.model.parameters(), args.max_grad_norm)
-    state.prepared.step()
-    state.prepared.zero_grad()
-    if not state.prepared.step_was_skipped:
-        state.lr_scheduler.step()
-        state.ema.step(state.unet.parameters())
+    accelerator.clip_grad_norm_(state.model.parameters(), MAX_GRAD_NORM)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.lr_scheduler.step()
+    state.ema.step(state.unet.parameters())
     state.step += 1
 
 

@@ -1,22 +1,20 @@
-"""How student and teacher respond to a small change of their noisy input: the terms of IGSM.
+"""How student and teacher respond to a small change of their noisy input: the term of IGSM.
 
-    D_g = 1/d  E |J v - J_T v|^2                  geometric
-    D_s = 1/d  E (|J v|^2 - |J_T v|^2)^2          sensitivity
+    D_s = 1/d  E (|J v|^2 - |J_T v|^2)^2
 
 J is the Jacobian of the student's prediction e by its input x, J_T the teacher's, v = u / |u| with u ~ N(0, 1) a random
 direction, d = channels x height x width.
 
 D_s is the second-order Jacobian matching of Zheng and Shlizerman, https://arxiv.org/abs/2506.05398 (version 1: "IGSM", version
 2: "2ndMatch", there equation 9): |J v| is how much one step of sampling stretches v, as finite-time Lyapunov exponents measure
-it. D_g is the first-order matching that they compare with: inputs are noisy, so that plain distillation matches J already, and
-D_g made their FID on CIFAR-10 worse (5.14, from 5.05 with noise and teacher alone), D_s better (4.58). Version 1 speaks of
-geometric and sensitivity matching together and its code has no term named geometric; that name for D_g is ours. The equations
-were read from that code and from summaries of version 2, not from the paper's body.
+it. First-order matching, E |J v - J_T v|^2, is left out: inputs are noisy, so that distillation matches J already, and it
+made their FID on CIFAR-10 worse (5.14, from 5.05 with noise and teacher alone), D_s better (4.58). The equation was read from
+the code of version 1 and from summaries of version 2, not from the paper's body.
 
 What differs, or is left open:
 - Weights. Their code (`FATE4869/IGSM-Official`, its CIFAR-10 command) adds noise : teacher : D_s as 1 : 1 : 0.1, all as sums
   over an image of 32 x 32 RGB pixels. In means, and up to one factor for all, that is w = 0.5 and 0.05 for D_s. Smaller images
-  need less: on 8 x 8 greyscale digits 0.05 outweighs everything else. Nothing is published for D_g.
+  need less: on 8 x 8 greyscale digits 0.05 outweighs everything else.
 - The product. The paper writes J v, the code takes v J by reverse mode and differentiates that again; the two agree where J is
   symmetric, as that of a score is. Here it is a forward difference,
 
@@ -39,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-__all__ = ["default_step", "matching_terms", "with_steps"]
+__all__ = ["default_step", "sensitivity_distance", "with_steps"]
 
 # Large enough to stand out from rounding, small enough to stay linear; in standard deviations of the noise.
 STEPS = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -72,7 +70,7 @@ def with_steps(noise_scheduler, batch: dict[str, Tensor], step: float) -> tuple[
         ValueError: The batch has no directions.
     """
     if "directions" not in batch:
-        raise ValueError("batch has no directions: geometric and sensitivity matching need them")
+        raise ValueError("batch has no directions, which sensitivity matching needs")
     clean, noise, timesteps = batch["pixel_values"], batch["noise"], batch["timesteps"]
     plain = noise_scheduler.add_noise(clean, noise, timesteps)
     stepped = noise_scheduler.add_noise(clean, noise + step * batch["directions"], timesteps)
@@ -88,8 +86,8 @@ def _product(predictions: Tensor, step_lengths: Tensor) -> Tensor:
     return (stepped - plain) / step_lengths.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
 
 
-def matching_terms(predictions: Tensor, teacher_predictions: Tensor, step_lengths: Tensor) -> dict[str, Tensor]:
-    """D_g and D_s.
+def sensitivity_distance(predictions: Tensor, teacher_predictions: Tensor, step_lengths: Tensor) -> Tensor:
+    """D_s.
 
     Args:
         predictions: The student's, for the inputs that `with_steps` makes, float32 with shape `(2 * batch, ...)`.
@@ -97,12 +95,8 @@ def matching_terms(predictions: Tensor, teacher_predictions: Tensor, step_length
         step_lengths: As returned by `with_steps`.
 
     Returns:
-        Float32 scalars by name, `geometric` and `sensitivity`.
+        A float32 scalar, >= 0.
     """
-    product = _product(predictions, step_lengths)
-    teacher_product = _product(teacher_predictions, step_lengths)
-    stretch, teacher_stretch = (p.square().sum(dim=1) for p in (product, teacher_product))  # (batch,)
-    return {
-        "geometric": mse_loss(product, teacher_product),
-        "sensitivity": mse_loss(stretch, teacher_stretch) / product.shape[1],
-    }
+    products = [_product(found, step_lengths) for found in (predictions, teacher_predictions)]
+    stretch, teacher_stretch = (product.square().sum(dim=1) for product in products)  # (batch,)
+    return mse_loss(stretch, teacher_stretch) / products[0].shape[1]

@@ -1,13 +1,13 @@
 """What the pruned model is trained on: noise, and what the dense model (the teacher) makes of the same noisy images.
 
-    L = (1 - w) |e - target|^2 + w |e - E|^2 + w_f D_f + w_g D_g + w_s D_s
+    L = (1 - w) |e - target|^2 + w |e - E|^2 + w_f D_f + w_s D_s
 
 e is the student's prediction, E the teacher's, w `distillation_weight`; squares are means over images, channels and pixels.
 The teacher's prediction is the mean that noise is drawn around: a target of the same kind with less variance.
 
 - D_f, `feature_distillation_weight`: relative distance of block outputs, see `distillation_features.py`.
-- D_g, `geometric_matching_weight`, and D_s, `sensitivity_matching_weight`: distance between the responses to a small change of
-  the noisy input, see `jacobian_matching.py`.
+- D_s, `sensitivity_matching_weight`: distance between the responses to a small change of the noisy input, see
+  `jacobian_matching.py`.
 
 Each is a mean over images, so that a batch may be split over processes, and 0 for a student that is the teacher.
 """
@@ -26,7 +26,7 @@ from torch.nn.functional import dropout, mse_loss
 from ..metrics.step_loss import noise_target
 from ..pruning.masking import ChannelMasks
 from .distillation_features import BlockOutputDistance, named_blocks
-from .jacobian_matching import default_step, matching_terms, with_steps
+from .jacobian_matching import default_step, sensitivity_distance, with_steps
 
 __all__ = ["ExtraForwards", "NoisePrediction", "Objective", "ObjectiveArguments", "extra_forwards"]
 
@@ -44,10 +44,6 @@ class ObjectiveArguments:
     feature_distillation_weight: float = field(
         default=0.0, metadata={"help": "Weight of the relative distance to the dense model's block outputs (>= 0)."}
     )
-    geometric_matching_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of first-order matching, |Jv - J_T v|^2 along random changes of the input (>= 0)."},
-    )
     sensitivity_matching_weight: float = field(
         default=0.0,
         metadata={
@@ -58,7 +54,7 @@ class ObjectiveArguments:
     jacobian_step: float | None = field(
         default=None,
         metadata={
-            "help": "Finite-difference step of both matching terms, in standard deviations of the noise (> 0; default: 0.01 "
+            "help": "Finite-difference step of matching, in standard deviations of the noise (> 0; default: 0.01 "
             "in fp32, 0.1 in fp16, 0.3 in bf16)."
         },
     )
@@ -66,21 +62,19 @@ class ObjectiveArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1]")
-        for name in ("feature_distillation_weight", "geometric_matching_weight", "sensitivity_matching_weight"):
+        for name in ("feature_distillation_weight", "sensitivity_matching_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative, and finite")
         if self.jacobian_step is not None:
             if not 0 < self.jacobian_step < math.inf:
                 raise ValueError(f"jacobian_step={self.jacobian_step} must be greater than 0, and finite")
             if not self.needs_directions:
-                raise ValueError(
-                    f"jacobian_step={self.jacobian_step} needs geometric_matching_weight or sensitivity_matching_weight"
-                )
+                raise ValueError(f"jacobian_step={self.jacobian_step} needs sensitivity_matching_weight")
 
     @property
     def needs_directions(self) -> bool:
         """Whether batches need `directions`."""
-        return self.geometric_matching_weight > 0 or self.sensitivity_matching_weight > 0
+        return self.sensitivity_matching_weight > 0
 
     @property
     def needs_features(self) -> bool:
@@ -227,7 +221,6 @@ class Objective:
             "noise": 1 - arguments.distillation_weight,
             "distillation": arguments.distillation_weight,
             "features": arguments.feature_distillation_weight,
-            "geometric": arguments.geometric_matching_weight,
             "sensitivity": arguments.sensitivity_matching_weight,
         }
         self.teacher, self.block_output_distance = None, None
@@ -267,8 +260,8 @@ class Objective:
 
         Returns:
             The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`; `distillation` whenever
-            the teacher runs; `features` where it has a weight; `geometric` and `sensitivity` where one of them has. Nothing is
-            synchronized with the device.
+            the teacher runs; `features` and `sensitivity` where they have a weight. Nothing is synchronized
+            with the device.
 
         Raises:
             ValueError: `directions` are needed and not there.
@@ -294,7 +287,7 @@ class Objective:
             own, theirs = ({name: f[:size] for name, f in found.items()} for found in (features, teacher_features))
             terms["features"] = self.block_output_distance(own, theirs)
         if self.needs_directions:
-            terms.update(matching_terms(prediction, teacher_prediction, step_lengths))
+            terms["sensitivity"] = sensitivity_distance(prediction, teacher_prediction, step_lengths)
         # A term without a weight stays out of the graph: its backward would cost, and 0 x inf would not be 0.
         loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0)
         return loss, {name: term.detach() for name, term in terms.items()}

@@ -16,9 +16,9 @@ plain sum of scores, the case beta -> infinity, does not know. The least damage 
 
     x_g  =  lambda (W_g / S_g)^beta
 
-with lambda found by bisection; beta = 0 is the same share for all. The further the sums of a
-criterion spread, the smaller it should be. The default, 0.3, is for sums in the metric of predictions; those in the metric of
-weights and of other criteria spread over about half as many decades (benchmarks/README.md has them, and other exponents).
+with lambda found by bisection; beta = 0 is the same share for all. The further the sums of a criterion spread, the smaller it
+should be: 0.3 is for sums in the metric of predictions, those in the metric of weights and of other criteria spread over about
+half as many decades (benchmarks/README.md has them, and other exponents).
 """
 
 from __future__ import annotations
@@ -256,7 +256,6 @@ def allocate_global(
     ratio: float,
     ladders: Sequence[Sequence[int]],
     scores: Sequence[Tensor],
-    cost_aware: bool = False,
 ) -> np.ndarray:
     """Widths that remove `ratio` of the cost by taking the lowest-scored units of all groups first.
 
@@ -266,20 +265,16 @@ def allocate_global(
         ratio: Share of the dense cost to remove, in [0, 1].
         ladders: Widths that each group may have (`width_ladder`).
         scores: Comparable scores of each group's units, each with shape `(num_units,)`.
-        cost_aware: Whether a unit's score is divided by the cost that removing it from the dense model saves.
 
     Returns:
         Kept channels of each group, int64 with shape `(groups,)`.
     """
     ordered = [_by_channel(group, score) for group, score in zip(cost.groups, scores)]
-    price = cost.marginal(target, cost.dense) if cost_aware else np.ones(len(ladders))
 
     def unit_score(index: int, rung: int) -> float:
         """Mean score of the channels between two rungs."""
         first, last = (len(ordered[index]) - ladders[index][r] for r in (rung, rung + 1))
-        mean = float(ordered[index][first:last].mean())
-        # A negative score asks for removal all the more where it is cheap in importance per cost saved.
-        return mean / price[index] if mean >= 0 else mean * price[index] / price.mean() ** 2
+        return float(ordered[index][first:last].mean())
 
     rungs = before = [0] * len(ladders)
     kept = cost.dense.copy()

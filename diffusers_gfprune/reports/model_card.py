@@ -25,6 +25,7 @@ from huggingface_hub import (
     parse_eval_result_entries,
 )
 
+from ..configuration import criterion_of
 from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
 from .results import PRUNING_RUN, ModelFigures, Results
@@ -132,7 +133,7 @@ def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardDa
     if eval_results:
         options.update(model_name=model_name, eval_results=eval_results, metrics=sorted({metric["id"] for metric in metrics}))
     license = base["license"] or "unknown"
-    tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"] == GRADIENT_FLOW else list(TAGS)
+    tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"].startswith(GRADIENT_FLOW) else list(TAGS)
     return ModelCardData(license=license, library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=tags, **options)
 
 
@@ -186,7 +187,7 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
     environment.filters.update({name: _strict(form) for name, form in FILTERS.items()})
     model_name = repo_id.split("/")[-1]
     try:
-        dense, pruned, criterion = results.reference_model, results.model, report["config"]["criterion"]
+        dense, pruned, criterion = results.reference_model, results.model, criterion_of(report["config"])
         costs = ("parameters", "macs", "weight_file_bytes")
         for figures, name in itertools.product((dense, pruned), (*costs, "step_loss")):
             if getattr(figures, name) is None:
@@ -205,7 +206,8 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             model_name=model_name,
             pictures=shown,
             removed=removed,
-            method=METHOD if criterion == GRADIENT_FLOW else f"structured pruning (criterion `{criterion}`)",
+            criterion=criterion,
+            method=METHOD if criterion.startswith(GRADIENT_FLOW) else f"structured pruning (criterion `{criterion}`)",
             package=PACKAGE,
             distribution=DISTRIBUTION,
             base_link=_link(report["base_model"], ""),

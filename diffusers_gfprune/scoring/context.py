@@ -191,10 +191,6 @@ class ScoringContext:
         for group in self.groups:
             total = None
             for piece in group.slices:
-                if self.config.score_slices != "all" and piece.role == "input":
-                    continue
-                if self.config.score_slices == "weight" and (piece.role, piece.parameter) != ("output", "weight"):
-                    continue
                 key = (piece.name, piece.dim)
                 if key not in along:
                     values = contributions[piece.name].float()

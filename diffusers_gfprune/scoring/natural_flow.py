@@ -1,4 +1,4 @@
-"""Gradient flow in the metric of predictions: the default score of the gradient-flow criterion.
+"""Gradient flow in the metric of predictions: the default criterion, `gradient-flow`.
 
 Let f be the noise predictions, J = df/dtheta, and v_c = -J theta_c the change that removing channel c makes to them, to first
 order. The pruned model trains on its distance to the unpruned predictions, L = |r|^2 / 2 with r = v_c at first and gradient

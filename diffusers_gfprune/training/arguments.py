@@ -18,7 +18,7 @@ from ..data.images import DataArguments
 from ..evaluation.run_arguments import EvaluationArguments
 from ..hub import check_repo_id
 from ..objectives.objective import ObjectiveArguments
-from ..scoring.importance import criteria
+from .essential_help import add_help_all
 from .optimization_arguments import CheckpointArguments, PrecisionArguments, TrackingArguments, TrainingArguments
 from .recipes import expand_recipe
 
@@ -92,13 +92,9 @@ class PruningArguments(GFPruneConfig):
         for name in ("calibration_batches", "calibration_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.criterion not in criteria():
-            raise ValueError(f"criterion={self.criterion} must be one of {', '.join(criteria())}")
-        if self.check_scores and self.criterion != "gradient-flow":
-            raise ValueError(f"check_scores=True needs criterion=gradient-flow, not {self.criterion}")
-        if self.check_scores and self.flow_metric != "weights":
+        if self.check_scores and not self.takes_hessian:
             raise ValueError(
-                f"check_scores=True needs flow_metric=weights, not {self.flow_metric}: the other takes no Hessian"
+                f"check_scores=True needs criterion=gradient-flow-weights, not {self.criterion}, which takes no Hessian"
             )
 
     def on_device(self, device: str) -> PruningArguments:
@@ -189,10 +185,11 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(
         GROUPS,
+        usage="%(prog)s --pretrained_model_name_or_path MODEL (--dataset_name NAME | --train_data_dir FOLDER) [arguments]",
         description="Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    add_help_all(parser, words)
     known = {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
     expanded = expand_recipe(words, known, SCRIPT_PRESETS)
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from ..configuration import GFPruneConfig
+from ..criteria import find_criterion
 from ..distributed import mean_over_ranks
 from ..pruner import GradientFlowPruner
 from ..pruning.channel_groups import ChannelGroup
@@ -65,16 +66,15 @@ def check_hessian_gradient_product(
         groups: Its channel groups.
         batches: Calibration batches, as for `score_units`.
         noise_scheduler: The Diffusers scheduler that adds the noise.
-        config: Options of the scores, apart from `criterion`, `flow_metric` and `hvp`.
+        config: Options of the scores, apart from `criterion` and `hvp`.
 
     Returns:
         `rank_correlation`, the smallest Spearman correlation of a group with at least 16 units (all units together if
         there is none), in [-1, 1]; `group`, which that is (or None); `relative_error`, `|exact - difference| / |exact|` over
         all units of all groups.
     """
-    by_hessian = {"criterion": "gradient-flow", "flow_metric": "weights"}
     exact, difference = (
-        score_units(unet, groups, batches, noise_scheduler, replace(config, **by_hessian, hvp=hvp))
+        score_units(unet, groups, batches, noise_scheduler, replace(config, criterion="gradient-flow-weights", hvp=hvp))
         for hvp in ("exact", "finite-difference")
     )
     exact, difference = ({name: values.double().cpu() for name, values in scores.items()} for scores in (exact, difference))
@@ -211,15 +211,15 @@ def _wrong_product(check: Mapping | None, config: GFPruneConfig) -> tuple[str, s
 
 
 def _no_gain(comparison: Mapping | None, check: Mapping | None, config: GFPruneConfig) -> tuple[str, str] | None:
-    if comparison is None or config.criterion in ("magnitude", "random"):
+    if comparison is None or not find_criterion(config.criterion).needs_batches:
         return None
     ours, theirs = comparison["loss_criterion"], comparison["loss_magnitude"]
     if ours < theirs:
         return None
-    if config.criterion != "gradient-flow":
-        remedy = "use --criterion gradient-flow or magnitude"
-    elif not config.takes_hessian:
+    if config.criterion == GFPruneConfig.criterion:
         remedy = "raise --calibration_batches"
+    elif not config.takes_hessian:
+        remedy = "use --criterion gradient-flow or magnitude"
     elif check is None:
         remedy = "check the Hessian-gradient product with --check_scores"
     else:

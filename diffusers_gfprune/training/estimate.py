@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..criteria import find_criterion
 from ..formatting import format_size
 from ..metrics.model_size import example_inputs, spatial_size
 from ..metrics.speed import seconds_of
@@ -37,8 +38,8 @@ __all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Resident size / counted bytes of a step on the CIFAR-10 model (1,028 of 926 MiB).
 WORKSPACE = 1.1
-# Peak of a scoring pass by gradient flow / peak of a step on as many images, by `hvp`; None: no product with the Hessian.
-SCORING = {"exact": 2.4, "finite-difference": 1.2, None: 1.7}
+# Peak of a scoring pass with products with the Hessian / peak of a step on as many images, by `hvp`
+HESSIAN_MEMORY = {"exact": 2.4, "finite-difference": 1.2}
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def memory_plan(
     free_bytes: int,
     *,
     criterion: str = "gradient-flow",
-    hvp: str | None = "exact",
+    hvp: str = "exact",
     use_8bit_adam: bool = False,
     use_ema: bool = False,
     teacher: bool = False,
@@ -290,8 +291,8 @@ def memory_plan(
     Args:
         estimate: Of a step.
         free_bytes: What the run may use on the device: what is free, and what it holds there already.
-        criterion: How channels are scored: by second derivatives, first ones, or none.
-        hvp: How H g is computed; None: scores take none.
+        criterion: Name of what units are scored by.
+        hvp: How H g is computed, if the criterion takes it.
         use_8bit_adam: Whether moments have 8 bits.
         use_ema: Whether weights are averaged.
         teacher: Whether the dense model lies on the device, too.
@@ -299,7 +300,8 @@ def memory_plan(
         gradient_accumulation_steps: As it is, for the advice.
         device: Where that is.
     """
-    hvp = hvp if criterion == "gradient-flow" else None
+    record = find_criterion(criterion)
+    takes_hessian = record.derivatives == 2
     weights = estimate.weight_bytes
     optimizer = weights // 2 if use_8bit_adam else 2 * weights
     average, dense = weights * use_ema, weights * teacher
@@ -311,14 +313,14 @@ def memory_plan(
     def training(images: int) -> int:
         return int(WORKSPACE * (states + images * per_image)) + beside
 
-    def scoring(images: int, hvp: str | None = hvp) -> int:
-        if criterion in ("magnitude", "random"):
+    def scoring(images: int, hvp: str = hvp) -> int:
+        if not record.needs_batches:
             return int(WORKSPACE * states) + beside
-        factor = SCORING[hvp] if criterion == "gradient-flow" else 1.0
+        factor = HESSIAN_MEMORY[hvp] if takes_hessian else record.memory
         return int(factor * WORKSPACE * (states + images * per_scored_image)) + beside
 
     trained, scored = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
-    method = f"criterion={criterion}" if hvp is None else f"hvp={hvp}"
+    method = f"hvp={hvp}" if takes_hessian else f"criterion={criterion}"
     place = "this machine" if torch.device(device).type == "cpu" else "this GPU"
     lines = [
         f"memory     about {format_size(scored, 0)} while scoring ({method}), {format_size(trained, 0)} while training; "
@@ -336,7 +338,7 @@ def memory_plan(
             advice.append("use_8bit_adam")
     if scored > free_bytes:
         lightest = hvp
-        if hvp == "exact":
+        if takes_hessian and hvp == "exact":
             lightest = "finite-difference"
             advice.append(f"hvp={lightest} ({format_size(scoring(estimate.scoring_batch_size, lightest), 0)})")
         fitting = [n for n in range(1, estimate.scoring_batch_size + 1) if scoring(n, lightest) <= free_bytes]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import GradientFlowPruner
+from ..criteria import find_criterion
 from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
 from ..formatting import format_duration
@@ -92,7 +93,7 @@ def describe_plan(
         estimate,
         machine_memory(device),
         criterion=config.criterion,
-        hvp=config.hvp if config.takes_hessian else None,
+        hvp=config.hvp,
         use_8bit_adam=args.training.use_8bit_adam,
         use_ema=args.training.use_ema,
         teacher=args.objective.needs_teacher,
@@ -106,15 +107,14 @@ def describe_plan(
 def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, end: int, rankings: int) -> float:
     """Time of a run without its evaluation, from that of a dense step.
 
-    As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, a scoring pass over
-    a batch two steps, or three with the Hessian, and a compacted step what its MACs say.
+    As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, scoring on a batch
+    what the criterion's record says, and a compacted step what its MACs say.
     """
     config, t = pruner.config, args.training
     step = estimate.seconds * t.gradient_accumulation_steps
     left = 1 - pruner.cost.removed("macs", pruner.planned_widths)
-    per_batch = {"gradient-flow": 2.0, "magnitude": 0.0, "random": 0.0}.get(config.criterion, 1.0) + config.takes_hessian
     images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or t.train_batch_size)
-    scoring = per_batch * estimate.seconds * rankings * images / t.train_batch_size
+    scoring = find_criterion(config.criterion).passes * estimate.seconds * rankings * images / t.train_batch_size
     extra = extra_forwards(args.objective)  # a dense forward is a third of a dense step
     masked = 1.1 * step + extra.dense_forwards() * step / 3
     small = left * step + extra.dense_forwards(left) * step / 3

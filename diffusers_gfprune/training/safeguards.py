@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..criteria import find_criterion
 from ..data.batches import BrokenImages
 from ..errors import one_line
 from ..interruption import Interruption, StoppedBySignal, asked_to_stop
@@ -123,7 +124,7 @@ def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence
         batches: Calibration batches of that ranking.
     """
     pruner, diagnostics = state.pruner, state.diagnostics
-    if len(pruner.history) == 1 and pruner.config.criterion not in ("magnitude", "random"):
+    if len(pruner.history) == 1 and find_criterion(pruner.config.criterion).needs_batches:
         diagnostics["comparison"] = compare_with_magnitude(pruner, batches)
         if run.args.pruning.check_scores:
             arguments = (state.unet, pruner.groups, batches, pruner.noise_scheduler, pruner.config)

@@ -12,18 +12,25 @@ import pytest
 import sensitivity
 import study
 import study_report
+import study_run
 import study_time
 import torch
-from diffusers import UNet2DModel
-from study_run import RememberedTeacher
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+from study_run import RememberedTeacher, remembered
 from study_settings import DATASETS, SETTINGS
 
 from diffusers_gfprune.metrics.cache import TensorCache
 from diffusers_gfprune.metrics.model_size import count_parameters
+from diffusers_gfprune.objectives.objective import Objective, ObjectiveArguments
+from diffusers_gfprune.pruning.masking import ChannelMasks
 from diffusers_gfprune.reports.provenance import command_line
+from diffusers_gfprune.scripts import prune_ddpm
 from diffusers_gfprune.training.arguments import parse_arguments
+from helpers.architectures import build
+from helpers.compaction import traced
 from helpers.figures import lines, saved_figures
-from helpers.scripts import ROOT, assert_one_error, run_script
+from helpers.scripts import ROOT, SHORT, assert_one_error, forget_accelerator, plain_runs, run_script
 
 
 def results_of(name: str, seed: int, ssim: float, macs: int = 50) -> dict:
@@ -164,6 +171,39 @@ def test_a_remembered_teacher_says_the_same_and_is_asked_once(tmp_path: Path) ->
     assert teacher.asked == 2 + 4 + 2
 
 
+def test_a_run_with_a_remembered_teacher_ends_the_same(tmp_path: Path) -> None:
+    """To the bit, whether predictions are made or read: three steps ask three times."""
+    weights, kept = [], []
+    for name in ("plain", "first", "second"):
+        words = [*SHORT, "--recipe", "digits", "--output_dir", str(tmp_path / name), "--max_train_steps", "3"]
+        words += ["--preset", "one-shot", "--criterion", "magnitude", "--eval_images", "0", "--speed_batch_sizes", "0"]
+        forget_accelerator()
+        with plain_runs():
+            if name == "plain":
+                prune_ddpm.main(words)
+            else:
+                study_run.main(["--teacher_cache", str(tmp_path / "cache"), "training/prune_ddpm.py", *words])
+        weights.append(load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors"))
+        kept.append(sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("cache/*")))
+    assert all(torch.equal(value, weights[0][key]) for other in weights[1:] for key, value in other.items())
+    assert len(kept[1]) == 3 and kept[1] == kept[2]
+
+
+def test_only_teachers_that_predict_are_remembered(tmp_path: Path) -> None:
+    """Block outputs and responses to a step are not kept."""
+    masks = ChannelMasks(traced("base"))
+    for weights, wanted in (
+        ({}, True),
+        ({"distillation_weight": 0.0}, False),
+        ({"feature_distillation_weight": 0.1}, False),
+        ({"sensitivity_matching_weight": 0.1}, False),
+    ):
+        objective = Objective(ObjectiveArguments(**weights), DDPMScheduler(), build("base"), masks)
+        found = remembered(tmp_path, objective)
+        assert isinstance(found, RememberedTeacher) == wanted
+        assert wanted or found is objective.teacher
+
+
 def test_tables_are_replaced_where_they_are_marked(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("before\n<!-- study: main digits -->\nold\n<!-- end -->\nafter <!-- end -->\n")
@@ -248,6 +288,15 @@ def test_results_are_those_of_their_settings(dataset: str) -> None:
         for run in runs:
             words = study.arguments_of(SETTINGS[run["setting"]], dataset, run["seed"], [])
             assert study.made_by(run["command"], words), (run["setting"], run["seed"])
+
+
+def test_old_arguments_are_understood() -> None:
+    """What was an option of gradient flow is a criterion now."""
+    words = ["--recipe", "digits", "--flow_metric", "weights", "--ranking", "group"]
+    assert study.words_of_today(words) == ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
+    today = ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
+    assert study.made_by(command_line(words), today)
+    assert not study.made_by(command_line(["--recipe", "digits", "--flow_metric", "predictions", "--ranking", "group"]), today)
 
 
 @pytest.mark.slow

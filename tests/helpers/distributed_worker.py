@@ -34,11 +34,11 @@ from helpers.architectures import build
 ROWS = 6  # of a global batch; three on each of two ranks, so that differences take halves of unequal size
 SCHEDULER = DDPMScheduler()
 CRITERIA = {
-    "predictions": {"flow_metric": "predictions"},
-    "exact-mean": {"flow_metric": "weights", "hvp": "exact", "hessian_batches": "mean"},
-    "exact-each": {"flow_metric": "weights", "hvp": "exact", "hessian_batches": "each"},
-    "difference-mean": {"flow_metric": "weights", "hvp": "finite-difference", "hessian_batches": "mean"},
-    "difference-each": {"flow_metric": "weights", "hvp": "finite-difference", "hessian_batches": "each"},
+    "predictions": {"criterion": "gradient-flow"},
+    "exact-mean": {"criterion": "gradient-flow-weights", "hvp": "exact", "hessian_batches": "mean"},
+    "exact-each": {"criterion": "gradient-flow-weights", "hvp": "exact", "hessian_batches": "each"},
+    "difference-mean": {"criterion": "gradient-flow-weights", "hvp": "finite-difference", "hessian_batches": "mean"},
+    "difference-each": {"criterion": "gradient-flow-weights", "hvp": "finite-difference", "hessian_batches": "each"},
     "taylor": {"criterion": "taylor"},
     "diff-pruning": {"criterion": "diff-pruning", "diff_pruning_threshold": 0.9},
     "magnitude": {"criterion": "magnitude"},

@@ -22,7 +22,6 @@ from helpers.compaction import compacted, masked, traced
 EVERYTHING = {
     "distillation_weight": 0.5,
     "feature_distillation_weight": 0.1,
-    "geometric_matching_weight": 0.01,
     "sensitivity_matching_weight": 0.01,
 }
 KINDS = [{}, {"distillation_weight": 1.0}, {"feature_distillation_weight": 1.0}, EVERYTHING]
@@ -85,10 +84,10 @@ def test_arguments_come_from_the_command_line():
         ({"distillation_weight": 1.5}, r"distillation_weight=1.5 must be in \[0, 1\]"),
         ({"distillation_weight": float("nan")}, "distillation_weight=nan"),
         ({"feature_distillation_weight": -0.1}, "feature_distillation_weight=-0.1 must not be negative"),
-        ({"geometric_matching_weight": float("inf")}, "geometric_matching_weight=inf"),
+        ({"sensitivity_matching_weight": float("inf")}, "sensitivity_matching_weight=inf"),
         ({"sensitivity_matching_weight": float("nan")}, "sensitivity_matching_weight=nan"),
         ({"sensitivity_matching_weight": 1, "jacobian_step": 0.0}, "jacobian_step=0.0 must be greater than 0"),
-        ({"jacobian_step": 0.1}, "jacobian_step=0.1 needs geometric_matching_weight or sensitivity_matching_weight"),
+        ({"jacobian_step": 0.1}, "jacobian_step=0.1 needs sensitivity_matching_weight"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
@@ -115,7 +114,7 @@ def test_loss_is_between_noise_and_teacher(prediction_type):
 
 def test_loss_is_the_weighted_sum_of_its_terms():
     loss, terms = objective(EVERYTHING)(student(), batch())
-    weights = {"noise": 0.5, "distillation": 0.5, "features": 0.1, "geometric": 0.01, "sensitivity": 0.01}
+    weights = {"noise": 0.5, "distillation": 0.5, "features": 0.1, "sensitivity": 0.01}
     assert set(terms) == set(weights) and all(term > 0 and not term.requires_grad for term in terms.values())
     torch.testing.assert_close(loss.detach(), sum(weights[name] * terms[name] for name in weights))
     assert loss.dtype == torch.float32 and loss.shape == ()
@@ -125,7 +124,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
 def test_student_that_is_the_teacher_has_only_noise_to_learn(name):
     data = batch(channels=3 if name == "rgb" else 1, labels=name == "class-embedding")
     loss, terms = objective(EVERYTHING, name)(student(build(name, seed=1)), data)
-    assert [terms[term].item() for term in ("distillation", "features", "geometric", "sensitivity")] == [0, 0, 0, 0]
+    assert [terms[term].item() for term in ("distillation", "features", "sensitivity")] == [0, 0, 0]
     torch.testing.assert_close(loss.detach(), 0.5 * terms["noise"])
 
 
@@ -149,7 +148,7 @@ def test_inputs_a_step_away_enter_the_matching_terms_only():
 def test_terms_without_a_weight_stay_out_of_the_loss():
     weights = {"distillation_weight": 1.0, "sensitivity_matching_weight": 0.1}
     loss, terms = objective(weights)(student(), batch())
-    assert {"noise", "geometric"} < set(terms)
+    assert "noise" in terms
     torch.testing.assert_close(loss.detach(), terms["distillation"] + 0.1 * terms["sensitivity"])
 
 
@@ -271,11 +270,11 @@ def test_dropout_is_the_same_on_both_ends_of_a_step(checkpointing):
 
 def test_dropout_does_not_drown_responses():
     unet = UNet2DModel(**BASE, dropout=0.1)
-    found = Objective(ObjectiveArguments(geometric_matching_weight=1.0), scheduler(), copy.deepcopy(unet))
+    found = Objective(ObjectiveArguments(sensitivity_matching_weight=1.0), scheduler(), copy.deepcopy(unet))
     _, off = found(NoisePrediction(unet.eval()), batch())
     _, on = found(NoisePrediction(unet.train()), batch())
-    assert off["geometric"] == 0
-    assert 0 < on["geometric"] < 1  # with masks of their own, the ends would differ by far more than the step is long
+    assert off["sensitivity"] == 0
+    assert 0 < on["sensitivity"] < 1  # with masks of their own, the ends would differ by far more than the step is long
 
 
 class NoSynchronization(TorchDispatchMode):
@@ -307,7 +306,7 @@ def test_what_is_missing_is_said():
         Objective(ObjectiveArguments(feature_distillation_weight=1.0), scheduler(), build())
     with pytest.raises(ValueError, match="batch has no directions"):
         data = {name: value for name, value in batch().items() if name != "directions"}
-        objective({"geometric_matching_weight": 1.0})(student(), data)
+        objective({"sensitivity_matching_weight": 1.0})(student(), data)
     with pytest.raises(ValueError, match=r"needs NoisePrediction\(unet, features=True\)"):
         objective({"feature_distillation_weight": 1.0})(NoisePrediction(build()), batch())
 
@@ -318,7 +317,7 @@ def test_without_a_teacher_none_is_kept():
     assert alone(NoisePrediction(build()), batch())[0] > 0.1
 
 
-@pytest.mark.parametrize("weights", [*KINDS, {"sensitivity_matching_weight": 1.0}, {"geometric_matching_weight": 1.0}])
+@pytest.mark.parametrize("weights", [*KINDS, {"sensitivity_matching_weight": 1.0}])
 def test_extra_forwards_are_those_that_run(weights):
     found, model, rows = objective(weights), student(), {"student": 0, "teacher": 0}
 

@@ -183,15 +183,14 @@ def test_group_ranking_meets_the_budget(name: str, target: str) -> None:
         assert all(width in ladder for width, ladder in zip(kept, ladders))
 
 
-@pytest.mark.parametrize("cost_aware", [False, True])
 @pytest.mark.parametrize("target", COUNTED_TARGETS)
 @pytest.mark.parametrize("name", FINE)
-def test_global_ranking_meets_the_budget(name: str, target: str, cost_aware: bool) -> None:
+def test_global_ranking_meets_the_budget(name: str, target: str) -> None:
     """As above, whatever the scores."""
     cost = cost_of(name)
     ladders, scores = ladders_of(cost), random_scores(cost)
     for ratio in RATIOS:
-        kept = allocate_global(cost, target, ratio, ladders, scores, cost_aware)
+        kept = allocate_global(cost, target, ratio, ladders, scores)
         assert cost.removed(target, kept) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
         assert all(width in ladder for width, ladder in zip(kept, ladders))
 
@@ -202,7 +201,7 @@ def test_global_ranking_comes_near_with_coarse_units_too(target: str) -> None:
     cost = cost_of("three-levels")
     ladders, scores = ladders_of(cost), random_scores(cost)
     for ratio in RATIOS[:-1]:
-        kept = allocate_global(cost, target, ratio, ladders, scores, cost_aware=True)
+        kept = allocate_global(cost, target, ratio, ladders, scores)
         assert cost.removed(target, kept) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
 
 
@@ -371,18 +370,6 @@ def test_global_ranking_follows_the_scores_within_a_group() -> None:
     quarter[low] -= 8
     kept = allocate_global(cost, "channels", cost.removed("channels", quarter), ladders, scores)
     assert kept.tolist() == quarter.tolist()
-
-
-def test_cost_aware_ranking_takes_the_dearest_group_first() -> None:
-    """At equal importance, a unit goes where its channels save most."""
-    cost = cost_of("one-channel-per-norm-group")
-    ladders = ladders_of(cost)
-    dearest = int(cost.marginal("params", cost.dense).argmax())
-    fewer = cost.dense.copy()
-    fewer[dearest] = ladders[dearest][1]
-    ratio = cost.removed("params", fewer)
-    assert allocate_global(cost, "params", ratio, ladders, even_scores(cost), cost_aware=True).tolist() == fewer.tolist()
-    assert allocate_global(cost, "params", ratio, ladders, even_scores(cost)).tolist() != fewer.tolist()
 
 
 # --- units of a width -----------------------------------------------------------------------------------------------

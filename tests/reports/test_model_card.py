@@ -189,6 +189,25 @@ def test_other_criteria_are_not_called_gradient_flow(files):
     assert "gradient-flow pruning](" not in card and "gradient-flow" not in header(card)["tags"]
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"criterion": "gradient-flow"}, "metric of predictions"),
+        ({"criterion": "gradient-flow-weights", "aggregation": "signed"}, "aggregation `signed`"),
+        # of earlier versions
+        ({"criterion": "gradient-flow", "flow_metric": "predictions", "score_slices": "all"}, "metric of predictions"),
+        ({"criterion": "gradient-flow", "flow_metric": "weights", "score_slices": "all"}, "aggregation `sum_abs`"),
+        ({"criterion": "gradient-flow", "score_slices": "all"}, "aggregation `sum_abs`"),
+    ],
+)
+def test_the_metric_of_gradient_flow_is_said(files, config: dict, words: str):
+    results, report = files
+    common = {name: v for name, v in report["config"].items() if name not in ("flow_metric", "score_slices")}
+    card = render_card(results, {**report, "config": {**common, **config}}, "me/model")
+    assert words in card and "gradient-flow pruning](" in card and "gradient-flow" in header(card)["tags"]
+    assert ("metric of predictions" in card) == (words == "metric of predictions")
+
+
 def test_sampler_with_noise_says_so(files):
     results, report = files
     assert ", eta" not in render_card(results, report, "small")

@@ -16,20 +16,21 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from diffusers_gfprune import criteria as registry
 from diffusers_gfprune.configuration import GFPruneConfig
+from diffusers_gfprune.criteria import criteria, find_criterion, register_criterion
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
-from diffusers_gfprune.scoring import importance
-from diffusers_gfprune.scoring.importance import criteria, register_criterion, score_units
+from diffusers_gfprune.scoring.importance import score_units
 from helpers.architectures import build, random_masks
 
 Batches = list[tuple[Tensor, ...]]
 
-# Every criterion, with both metrics and both ways to multiply by the Hessian.
+# Every criterion, with both ways to multiply by the Hessian.
 CRITERIA = {
-    "predictions": {"criterion": "gradient-flow", "flow_metric": "predictions"},
-    "exact": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "exact"},
-    "finite-difference": {"criterion": "gradient-flow", "flow_metric": "weights", "hvp": "finite-difference"},
+    "predictions": {"criterion": "gradient-flow"},
+    "exact": {"criterion": "gradient-flow-weights", "hvp": "exact"},
+    "finite-difference": {"criterion": "gradient-flow-weights", "hvp": "finite-difference"},
     "taylor": {"criterion": "taylor"},
     "diff-pruning": {"criterion": "diff-pruning"},
     "magnitude": {"criterion": "magnitude"},
@@ -37,8 +38,8 @@ CRITERIA = {
 }
 # Gradient flow as the paper states it, at dense weights.
 PAPER = {
-    **{"flow_metric": "weights", "aggregation": "signed", "hessian_batches": "mean"},
-    **{"score_slices": "all", "score_at": "dense"},
+    **{"criterion": "gradient-flow-weights", "aggregation": "signed", "hessian_batches": "mean"},
+    "score_at": "dense",
 }
 
 
@@ -202,7 +203,7 @@ def test_scoring_leaves_no_trace(trained: Setting, criterion: str, score_at: str
 
 def test_mode_is_restored_after_an_error(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever catches the error goes on training with masks on."""
-    monkeypatch.setattr(importance, "_CRITERIA", dict(importance._CRITERIA))
+    monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
 
     @register_criterion("failing")
     def failing(context):
@@ -224,7 +225,6 @@ def test_mode_is_restored_after_an_error(trained: Setting, monkeypatch: pytest.M
     ("option", "values"),
     [
         ("aggregation", ("signed", "abs", "sum_abs")),
-        ("score_slices", ("all", "output", "weight")),
         ("hessian_batches", ("mean", "each")),
     ],
 )
@@ -323,25 +323,19 @@ def hand_model() -> TwoChannels:
     return TwoChannels(a=(1.0, 2.0), b=(3.0, -1.0))
 
 
-@pytest.mark.parametrize(
-    ("score_slices", "expected"),
-    [
-        ("all", [1 * 6 + 3 * 2, abs(2 * -2 + -1 * 4)]),  # theta g over a and b
-        ("output", [1 * 6, abs(2 * -2)]),  # over a alone
-    ],
-)
-def test_taylor_by_hand(score_slices: str, expected: list[float]) -> None:
-    """|sum_c theta g|."""
-    assert two_channel_scores(hand_model(), criterion="taylor", score_slices=score_slices) == pytest.approx(expected)
+def test_taylor_by_hand() -> None:
+    """|sum_c theta g| over a and b."""
+    expected = [1 * 6 + 3 * 2, abs(2 * -2 + -1 * 4)]
+    assert two_channel_scores(hand_model(), criterion="taylor") == pytest.approx(expected)
 
 
 def test_channels_of_one_unit_by_hand() -> None:
     """A norm group that holds both channels makes them one unit: terms are summed before absolute values are taken."""
     both = {"units": ((0, 1),)}
-    assert two_channel_scores(hand_model(), criterion="taylor", score_slices="output", **both) == pytest.approx([6 - 4])
+    assert two_channel_scores(hand_model(), criterion="taylor", **both) == pytest.approx([12 - 8])
     assert two_channel_scores(hand_model(), criterion="magnitude", **both) == pytest.approx([1 + 9 + 4 + 1])
-    options = {"flow_metric": "weights", "aggregation": "signed", "score_slices": "output"}
-    assert two_channel_scores(hand_model(), **options, **both) == pytest.approx([184 - 104], rel=0.02)
+    options = {"criterion": "gradient-flow-weights", "aggregation": "signed"}
+    assert two_channel_scores(hand_model(), **options, **both) == pytest.approx([400 - 220], rel=0.02)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
@@ -353,26 +347,18 @@ def test_channels_of_one_unit_by_hand() -> None:
         ({"aggregation": "signed"}, [1 * 184 + 3 * 72, 2 * -52 + -1 * 116]),
         ({"aggregation": "abs"}, [400, 220]),
         ({"aggregation": "sum_abs"}, [400, 220]),
-        ({"aggregation": "signed", "score_slices": "output"}, [184, -104]),
     ],
 )
 def test_gradient_flow_by_hand(hvp: str, options: dict, expected: list[float]) -> None:
     """sum_c theta (H g); the loss is a polynomial of degree 4, so that differences are nearly exact too."""
-    assert two_channel_scores(hand_model(), flow_metric="weights", hvp=hvp, **options) == pytest.approx(expected, rel=0.02)
+    found = two_channel_scores(hand_model(), criterion="gradient-flow-weights", hvp=hvp, **options)
+    assert found == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("score_slices", "expected"),
-    [
-        ("all", [1 + 9 + 0.25, 4 + 1 + 0]),  # both weights and the bias
-        ("output", [1 + 0.25, 4]),  # the weight and the bias that produce the channel
-        ("weight", [1, 4]),
-    ],
-)
-def test_magnitude_by_hand(score_slices: str, expected: list[float]) -> None:
-    """sum_c theta^2, over each choice of slices."""
+def test_magnitude_by_hand() -> None:
+    """sum_c theta^2, over both weights and the bias."""
     model = TwoChannels(a=(1.0, 2.0), b=(3.0, -1.0), d=(0.5, 0.0))
-    assert two_channel_scores(model, criterion="magnitude", score_slices=score_slices) == pytest.approx(expected)
+    assert two_channel_scores(model, criterion="magnitude") == pytest.approx([1 + 9 + 0.25, 4 + 1 + 0])
 
 
 @pytest.mark.parametrize(
@@ -440,17 +426,20 @@ def test_criteria_without_gradients_need_no_batches(trained: Setting, criterion:
 
 def test_registered_function_is_used(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example in the module docstring: your own function of the weights."""
-    monkeypatch.setattr(importance, "_CRITERIA", dict(importance._CRITERIA))
+    monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
 
     @register_criterion("fourth-power")
     def fourth_power(context):
         return context.reduce({name: p.detach() ** 4 for name, p in context.parameters.items()}, "sum_abs")
 
     assert "fourth-power" in criteria()
-    scores = trained.scores(criterion="fourth-power", score_slices="weight")
+    scores = trained.scores(criterion="fourth-power")
     resnet = trained.unet.mid_block.resnets[0]  # the time embedding is added to the channels that conv1 produces
-    expected = (resnet.conv1.weight**4).sum(dim=(1, 2, 3)) + (resnet.time_emb_proj.weight**4).sum(dim=1)
-    expected = expected.detach().view(-1, 2).sum(dim=1)  # units are the norm groups of norm2, of two channels each
+    produced = [resnet.conv1.weight.flatten(1), resnet.time_emb_proj.weight, resnet.conv1.bias[:, None]]
+    produced += [resnet.time_emb_proj.bias[:, None], resnet.norm2.weight[:, None], resnet.norm2.bias[:, None]]
+    read = resnet.conv2.weight.transpose(0, 1).flatten(1)
+    expected = sum((values.detach() ** 4).sum(dim=1) for values in (*produced, read))
+    expected = expected.view(-1, 2).sum(dim=1)  # units are the norm groups of norm2, of two channels each
     torch.testing.assert_close(scores["mid_block.resnets.0.conv1"], expected)
 
 
@@ -465,7 +454,33 @@ def test_name_of_a_criterion_is_not_taken_twice(name: str) -> None:
 
 def test_builtin_criteria() -> None:
     """Those that the help text of `criterion` names."""
-    assert criteria()[:5] == ("gradient-flow", "taylor", "diff-pruning", "magnitude", "random")
+    names = ("gradient-flow", "gradient-flow-weights", "taylor", "diff-pruning", "magnitude", "random")
+    assert criteria()[:6] == names
+    text = GFPruneConfig.__dataclass_fields__["criterion"].metadata["help"]
+    assert all(name in text for name in names)
+
+
+def test_records_of_builtin_criteria() -> None:
+    """What takes no derivative needs no images and costs nothing; one takes the Hessian."""
+    records = [find_criterion(name) for name in criteria()[:6]]
+    assert [record.derivatives for record in records] == [1, 2, 1, 1, 0, 0]
+    for record in records:
+        assert record.needs_batches == (record.derivatives > 0) == (record.passes > 0)
+        assert GFPruneConfig(criterion=record.name).takes_hessian == (record.name == "gradient-flow-weights")
+
+
+@pytest.mark.parametrize(
+    ("properties", "message"),
+    [
+        ({"derivatives": 3}, "derivatives=3 must be one of 0, 1, 2"),
+        ({"ranking": "layer"}, "ranking=layer must be one of group, sensitivity, global"),
+    ],
+)
+def test_records_out_of_range_are_refused(properties: dict, message: str) -> None:
+    before = criteria()
+    with pytest.raises(ValueError, match=message):
+        register_criterion("wrong", **properties)(lambda context: {})
+    assert criteria() == before
 
 
 def test_unknown_criterion_is_refused(trained: Setting) -> None:

@@ -24,9 +24,9 @@ GROUPS = trace_channel_groups(build("fine-units"))
 SCHEDULER = DDPMScheduler()
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 FORMS = {
-    "predictions": {"flow_metric": "predictions"},
-    "exact": {"flow_metric": "weights", "hvp": "exact"},
-    "finite-difference": {"flow_metric": "weights", "hvp": "finite-difference"},
+    "predictions": {"criterion": "gradient-flow"},
+    "exact": {"criterion": "gradient-flow-weights", "hvp": "exact"},
+    "finite-difference": {"criterion": "gradient-flow-weights", "hvp": "finite-difference"},
 }
 
 

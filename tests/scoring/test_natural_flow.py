@@ -19,7 +19,7 @@ from helpers.architectures import ARCHITECTURES, BASE, build, inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEDULER = DDPMScheduler()
-CONFIG = GFPruneConfig(flow_metric="predictions")
+CONFIG = GFPruneConfig()
 
 
 def batch_of(unet: UNet2DModel, size: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -78,7 +78,7 @@ def test_scores_tell_the_damage_of_single_units() -> None:
     groups = [g for g in trace_channel_groups(unet) if g.name in ("up_blocks.1.resnets.1.conv1", "mid_block.resnets.0.conv1")]
     assert len(groups) == 2
     batches = [batch_of(unet, 32, seed) for seed in range(3)]
-    found, product = (scores(unet, batches, config) for config in (CONFIG, GFPruneConfig(flow_metric="weights")))
+    found, product = (scores(unet, batches, config) for config in (CONFIG, GFPruneConfig(criterion="gradient-flow-weights")))
     masks = masking.attach(unet, trace_channel_groups(unet))
     before = predict(unet, batches[0])
     for group in groups:

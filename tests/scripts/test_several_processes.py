@@ -29,9 +29,9 @@ FIFTY = ("--max_train_steps", 50, "--soft_fraction", 0.2, "--hard_fraction", 0.4
 TWENTY = ("--max_train_steps", 20, "--soft_fraction", 0.3, "--hard_fraction", 0.6, "--checkpointing_steps", 0)
 FORMS = {
     "predictions": ("--distillation_weight", 0),
-    "exact": ("--flow_metric", "weights", "--hvp", "exact", "--distillation_weight", 0),
+    "exact": ("--criterion", "gradient-flow-weights", "--hvp", "exact", "--distillation_weight", 0),
     "finite differences": (
-        *("--flow_metric", "weights", "--hvp", "finite-difference", "--hessian_batches", "mean"),
+        *("--criterion", "gradient-flow-weights", "--hvp", "finite-difference", "--hessian_batches", "mean"),
         *("--distillation_weight", 0.5),
     ),
 }

@@ -80,8 +80,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, mon
         start("parts", "--checkpointing_steps", "3")
     assert not (tmp_path / "parts").exists()
     monkeypatch.setattr(train_ddpm, "training_step", one_step)
-    with pytest.raises(ValueError, match="another run: seed was 0, is 1"):
-        start("parts", "--resume_from_checkpoint", "latest", "--seed", "1")
+    with pytest.raises(ValueError, match="another run: learning_rate was 0.0005, is 0.001"):
+        start("parts", "--resume_from_checkpoint", "latest", "--learning_rate", "1e-3")
     parts = start("parts", "--resume_from_checkpoint", "latest")
     assert parts.read_bytes() == whole.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"unet.json", "whole", "parts"}

@@ -51,7 +51,7 @@ def test_the_published_run_is_healthy():
     curves = report["curves"]
     validation = list(zip(curves["validation_steps"], curves["validation_loss"]))
     assert len(report["mask_updates"]) == 3 and len(validation) > 30  # as many rankings as the recipe has
-    assert diagnose(report["mask_updates"], validation, GFPruneConfig(**report["config"])) == []
+    assert diagnose(report["mask_updates"], validation, GFPruneConfig.from_dict(report["config"])) == []
 
 
 def test_nothing_recorded_yet():
@@ -159,8 +159,8 @@ def test_one_shot_pruning_is_meant_to_jump():
     ("options", "check", "remedy"),
     [
         ({}, None, "raise --calibration_batches"),
-        ({"flow_metric": "weights"}, None, "check the Hessian-gradient product with --check_scores"),
-        ({"flow_metric": "weights"}, {"rank_correlation": 1.0, "group": "a"}, "or try another --aggregation"),
+        ({"criterion": "gradient-flow-weights"}, None, "check the Hessian-gradient product with --check_scores"),
+        ({"criterion": "gradient-flow-weights"}, {"rank_correlation": 1.0, "group": "a"}, "or try another --aggregation"),
         ({"criterion": "taylor"}, None, "use --criterion gradient-flow or magnitude"),
     ],
 )

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 GIB = 2**30
+WEIGHTS = {"criterion": "gradient-flow-weights"}
 BOUND = 1.5
 
 
@@ -146,14 +147,14 @@ def test_training_holds_what_the_plan_says(name, size, masked, teacher) -> None:
 def test_scoring_holds_what_the_plan_says(name, size, hvp, teacher) -> None:
     unet = model_of(name, teacher)
     estimate = StepEstimate(size, 0.0, 1, bytes_of(unet), 0, size, count_activations(unet, size))
-    options = {"flow_metric": "weights", "hvp": hvp, "hessian_batches": "mean"} if hvp else {"flow_metric": "predictions"}
-    config = GFPruneConfig(**options)
+    options = {**WEIGHTS, "hvp": hvp} if hvp else {}
+    config = GFPruneConfig(**options, hessian_batches="mean")
     pruner = GradientFlowPruner(unet, config)
     batches = [batch_for(unet, size), batch_for(unet, size)]
     with LiveBytes() as live:
         score_units(unet, pruner.groups, batches, pruner.noise_scheduler, config)
     held = 3 * estimate.weight_bytes  # weights, and the moments of a run under way
-    assert 1 / BOUND < memory_plan(estimate, 0, hvp=hvp).scoring / (held + live.peak) < BOUND
+    assert 1 / BOUND < memory_plan(estimate, 0, **options).scoring / (held + live.peak) < BOUND
 
 
 # --- time --------------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def an_estimate(batch_size: int = 8, weights: int = GIB, activations: int = 8 * 
 
 
 def test_plan_adds_up() -> None:
-    plan = memory_plan(an_estimate(), 100 * GIB, use_ema=True, teacher=True)
+    plan = memory_plan(an_estimate(), 100 * GIB, use_ema=True, teacher=True, **WEIGHTS)
     parts = (plan.weights, plan.gradients, plan.optimizer, plan.average, plan.teacher)
     assert parts == (GIB, GIB, 2 * GIB, GIB, GIB)
     assert plan.training == pytest.approx(1.1 * (4 + 8) * GIB + 2 * GIB)
@@ -242,12 +243,15 @@ def test_plan_adds_up() -> None:
 
 
 def test_what_changes_the_sum() -> None:
-    plain = memory_plan(an_estimate(), 100 * GIB)
+    plain = memory_plan(an_estimate(), 100 * GIB, **WEIGHTS)
     small = memory_plan(an_estimate(), 100 * GIB, use_8bit_adam=True)
     assert small.optimizer == plain.optimizer / 4 == GIB / 2
     assert plain.training - small.training == pytest.approx(1.1 * 1.5 * GIB)
-    differences = memory_plan(an_estimate(), 100 * GIB, hvp="finite-difference")
+    differences = memory_plan(an_estimate(), 100 * GIB, hvp="finite-difference", **WEIGHTS)
     assert differences.scoring / plain.scoring == pytest.approx(0.5)
+    predictions = memory_plan(an_estimate(), 100 * GIB)
+    assert "(criterion=gradient-flow)" in predictions.lines[0]
+    assert predictions.scoring / plain.scoring == pytest.approx(1.7 / 2.4)
     taylor = memory_plan(an_estimate(), 100 * GIB, criterion="taylor")
     assert taylor.scoring == plain.training and "(criterion=taylor)" in taylor.lines[0]
     random = memory_plan(an_estimate(), 100 * GIB, criterion="random")
@@ -256,12 +260,12 @@ def test_what_changes_the_sum() -> None:
 
 
 def test_small_sizes_are_said_in_mib() -> None:
-    line = memory_plan(an_estimate(8, 2**20, 2 * 2**20), GIB).lines[0]
+    line = memory_plan(an_estimate(8, 2**20, 2 * 2**20), GIB, **WEIGHTS).lines[0]
     assert line == "memory     about 16 MiB while scoring (hvp=exact), 7 MiB while training; this machine has 1.0 GiB free"
 
 
 def advice(free: float, **options) -> str:
-    plan = memory_plan(an_estimate(), int(free * GIB), **options)
+    plan = memory_plan(an_estimate(), int(free * GIB), **WEIGHTS, **options)
     assert not plan.fits and len(plan.lines) == 2
     return plan.lines[1].strip()
 
@@ -274,7 +278,9 @@ def test_advice_names_numbers_that_fit() -> None:
     found = re.search(r"train_batch_size=(\d+) with gradient_accumulation_steps=(\d+), gradient_checkpointing", text)
     assert found is not None and found.groups() == ("4", "4")
     follows = StepEstimate(4, 1.0, 4, GIB, 4 * GIB, 3, 3 * GIB)
-    assert text.endswith("calibration_batch_size=3") and memory_plan(follows, 10 * GIB, hvp="finite-difference").fits
+    assert (
+        text.endswith("calibration_batch_size=3") and memory_plan(follows, 10 * GIB, hvp="finite-difference", **WEIGHTS).fits
+    )
 
 
 def test_no_advice_that_was_taken_already() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from diffusers_gfprune.metrics import features
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.speed import parse_settings
 from diffusers_gfprune.run_folder import RunFolder
-from diffusers_gfprune.scripts import prune_ddpm, train_ddpm
+from diffusers_gfprune.scripts import prune_ddpm
 from helpers.architectures import build
 from helpers.scripts import plain_runs
 
@@ -170,37 +169,3 @@ def test_a_step_that_is_not_finite_is_not_blamed_on_the_model() -> None:
     scheduler = DDPMScheduler(clip_sample=False)
     with pytest.raises(ValueError, match="model=x: a DDIM step from timestep 998 gives values that are not finite"):
         trials.try_sampling("model=x", unet, scheduler, SamplingSettings(num_images=1, num_inference_steps=500))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--ddpm_beta_schedule", "cubic"], "ddpm_beta_schedule=cubic: cubic is not implemented"),
-        (["--prediction_type", "score"], "prediction_type=score of the scheduler is not supported"),
-    ],
-)
-def test_a_dense_run_is_tried(arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_ddpm.py", *dense_run(tmp_path), *arguments])
-    with pytest.raises(ValueError, match=message):
-        train_ddpm.main()
-
-
-def dense_run(tmp_path: Path) -> list[str]:
-    """Two steps of a small model."""
-    (tmp_path / "config.json").write_text(json.dumps(dict(build("base").config)))
-    options = {"train_batch_size": 8, "max_train_steps": 2, "validation_images": 8, "lr_warmup_steps": 1}
-    named = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    paths = ["--output_dir", str(tmp_path / "run"), "--dataset_name", str(ROOT / "training/digits")]
-    return ["--model_config", str(tmp_path / "config.json"), *paths, *named]
-
-
-def test_a_dense_run_with_betas_that_ddim_does_not_make(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """Trained with them, and shown."""
-    monkeypatch.setattr(
-        sys, "argv", ["train_ddpm.py", *dense_run(tmp_path), "--ddpm_beta_schedule", "sigmoid", "--ddpm_num_steps", "5"]
-    )
-    train_ddpm.main()
-    assert (tmp_path / "run/samples.png").exists()
-    assert "samples take 5" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""`--help` of prune_ddpm.py is short and complete in itself, `--help_all` has every argument."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from diffusers_gfprune.training.arguments import GROUPS, parse_arguments
+from diffusers_gfprune.training.essential_help import ESSENTIAL
+
+
+def printed(word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> list[str]:
+    """Lines of a help text on a terminal of 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments([word])
+    assert stop.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def listed(lines: list[str]) -> set[str]:
+    """Arguments that a help text explains."""
+    words = [line.split()[0].rstrip(",") for line in lines if line.startswith("  -")]
+    return {word.removeprefix("--") for word in words} - {"-h", "help", "help_all"}
+
+
+def test_help_is_two_screens_of_what_matters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    lines = printed("--help", monkeypatch, capsys)
+    assert len(lines) <= 100
+    assert listed(lines) == {name for names in ESSENTIAL.values() for name in names}
+    assert [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")] == ["options", *ESSENTIAL]
+    text = " ".join(" ".join(lines).split())
+    assert "Schedule, by its name in Diffusers. Choices: constant, constant_with_warmup" in text
+    assert "in (0, 1). (default: 0.5)" in text and "--help_all show all arguments" in text
+    assert "None" not in text and "False" not in text
+
+
+@pytest.mark.parametrize("word", ["--help_all", "--help-all"])
+def test_all_arguments_are_shown_when_asked_for(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    known = {field.name for group in GROUPS for field in dataclasses.fields(group) if field.init}
+    found = listed(printed(word, monkeypatch, capsys))
+    assert known <= found and {name for names in ESSENTIAL.values() for name in names} < known
+
+
+def test_what_matters_is_listed_by_group() -> None:
+    """A name that is in no group would be shown nowhere."""
+    groups = {group._argument_group_name: {field.name for field in dataclasses.fields(group)} for group in GROUPS}
+    assert all(set(names) <= groups[group] for group, names in ESSENTIAL.items())
+    assert list(ESSENTIAL) == [group._argument_group_name for group in GROUPS]
