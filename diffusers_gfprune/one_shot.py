@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropo
 from .diffusion.pixel_values import image_values, unused_range
 from .metrics.cost import spatial_size
 from .pruner import GradientFlowPruner
-from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
 __all__ = ["calibration_batches", "images_to_tensor", "prune_unet"]
 
@@ -119,7 +119,7 @@ def prune_unet(
     label_dropout: float | None = None,
     null_label: int | None = None,
     **options,
-) -> GFPrunedUNet2DModel:
+) -> ModelMixin:
     """Prune a copy of a dense UNet in one shot.
 
     Args:

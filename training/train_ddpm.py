@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -34,6 +34,7 @@ from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.process import training_process
 from diffusers_gfprune.evaluation.trials import try_sampling
+from diffusers_gfprune.families.lookup import family_named
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
@@ -89,7 +90,7 @@ class DenseTraining:
         accelerator: Wraps model and optimizer.
     """
 
-    def __init__(self, args: TrainArguments, unet: UNet2DModel, accelerator: Accelerator) -> None:
+    def __init__(self, args: TrainArguments, unet: ModelMixin, accelerator: Accelerator) -> None:
         self.step, self.broken = 0, []
         self.unet, self.parameters = unet, dict(unet.named_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -166,7 +167,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     set_seed(args.seed)
     try:
-        unet = UNet2DModel.from_config(json.loads(Path(args.model_config).read_text()))
+        unet = family_named("UNet2DModel").dense_class.from_config(json.loads(Path(args.model_config).read_text()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"model_config={args.model_config} makes no UNet2DModel: {error}") from error
     if unet.config.sample_size is None:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, mse_loss
 
+from ..families.lookup import family_of
 from ..metrics.step_loss import noise_target
 from ..pruning.masking import ChannelMasks
-from .distillation_features import BlockOutputDistance, named_blocks
+from .distillation_features import BlockOutputDistance
 from .jacobian_matching import default_step, matching_terms, with_steps
 
 __all__ = ["ExtraForwards", "NoisePrediction", "Objective", "ObjectiveArguments", "extra_forwards"]
@@ -153,15 +154,15 @@ class NoisePrediction(nn.Module):
     from the start because a compiler does not look for new ones.
 
     Args:
-        unet: A `UNet2DModel`, dense, masked or compacted.
+        unet: A model of any family, dense, masked or compacted.
         features: Whether block outputs can be asked for.
     """
 
     def __init__(self, unet: nn.Module, features: bool = False) -> None:
         super().__init__()
         self.unet, self.has_features, self.wanted = unet, features, _Wanted()
-        for name, block in named_blocks(unet) if features else ():
-            block.register_forward_hook(functools.partial(_keep_output, self.wanted, name))
+        for name in family_of(unet).block_outputs(unet) if features else ():
+            unet.get_submodule(name).register_forward_hook(functools.partial(_keep_output, self.wanted, name))
         for module in unet.modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
                 module.register_forward_hook(functools.partial(_drop_alike, self.wanted))

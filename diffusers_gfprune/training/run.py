@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
-from diffusers import UNet2DModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .. import GradientFlowPruner
@@ -127,7 +127,7 @@ def make_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
 
 
 def make_pruner(
-    args: Arguments, accelerator: Accelerator, unet: UNet2DModel, noise_scheduler, checkpoint: Checkpoint | None
+    args: Arguments, accelerator: Accelerator, unet: ModelMixin, noise_scheduler, checkpoint: Checkpoint | None
 ) -> GradientFlowPruner:
     """The pruner of a run, with masks attached.
 

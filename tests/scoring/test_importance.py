@@ -22,6 +22,7 @@ from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice, t
 from diffusers_gfprune.scoring import importance
 from diffusers_gfprune.scoring.importance import criteria, register_criterion, score_units
 from helpers.architectures import build, random_masks
+from helpers.toy import Toy
 
 Batches = list[tuple[Tensor, ...]]
 
@@ -283,7 +284,7 @@ def test_score_at_matters_only_where_masks_are_not_ones(trained: Setting, criter
 # --- known answers -----------------------------------------------------------------------------------------------------
 
 
-class TwoChannels(nn.Module):
+class TwoChannels(Toy):
     """x -> sum_c b_c (a_c x + d_c), with two channels in between: small enough to do by hand."""
 
     def __init__(self, a: tuple[float, float], b: tuple[float, float], d: tuple[float, float] | None = None) -> None:
