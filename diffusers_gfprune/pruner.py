@@ -24,6 +24,7 @@ from diffusers import DDPMScheduler, ModelMixin
 from torch import Tensor
 
 from .configuration import GFPruneConfig
+from .diffusion.batch import DiffusionBatch
 from .diffusion.process import training_process
 from .distributed import check_identical
 from .families.lookup import family_of
@@ -46,11 +47,14 @@ from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, chec
 from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
 from .scoring.context import check_batch
-from .scoring.importance import WEIGHTS_ONLY, CalibrationBatch, criteria, normalize_scores, score_units
+from .scoring.importance import WEIGHTS_ONLY, criteria, normalize_scores, score_units
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
 
 logger = logging.getLogger(__name__)
+
+# `(clean_images, noise, timesteps[, class_labels])` will do
+CalibrationBatch = DiffusionBatch | Sequence[Tensor]
 
 
 class GradientFlowPruner:
@@ -250,7 +254,7 @@ class GradientFlowPruner:
         ordered = [comparable[group.name] for group in self.groups]
         return allocate_global(self.cost, target, ratio, self.ladders, ordered, self.config.cost_aware)
 
-    def _rank(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+    def _rank(self, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
         """Scores that units are ranked by: averaged over rankings, with a head start for kept ones."""
         scores = score_units(self.unet, self.groups, batches, self.noise_scheduler, self.config)
         # Scores fall with the loss; in units of their mean, later rankings weigh as much in the average as earlier ones.
@@ -294,7 +298,8 @@ class GradientFlowPruner:
         update = None
         self._follow_path(step)
         if self.schedule.is_update(step):
-            update = self._update(step, calibration_batches() if callable(calibration_batches) else calibration_batches)
+            batches = calibration_batches() if callable(calibration_batches) else calibration_batches
+            update = self._update(step, [DiffusionBatch.of(batch) for batch in batches])
             self._follow_path(step)
         if step >= self.schedule.end_steps:
             if not self.history:
@@ -304,7 +309,7 @@ class GradientFlowPruner:
                 self._warn_if_missed()
         return update
 
-    def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:
+    def _update(self, step: int, batches: Sequence[DiffusionBatch]) -> MaskUpdate:
         for batch in batches if self.config.criterion not in WEIGHTS_ONLY else ():
             check_batch(self.unet, self.noise_scheduler, batch)
         ranked = self._rank(batches)

@@ -26,18 +26,18 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.diffusion.process import training_process
 from diffusers_gfprune.evaluation.trials import try_sampling
-from diffusers_gfprune.families.lookup import family_named
+from diffusers_gfprune.families.lookup import family_named, family_of
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
 from diffusers_gfprune.metrics.quality import SamplingSettings
-from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
+from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
@@ -225,9 +225,9 @@ def main() -> None:
         # 2. training loop
         progress = tqdm(total=args.max_train_steps, initial=state.step, desc="train", disable=not main_process)
         with Interruption() as interruption:
-            for batch in itertools.islice(dataloader, args.max_train_steps - state.step):
-                broken.add(batch.pop("broken"))
-                batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+            for batch, unread in itertools.islice(dataloader, args.max_train_steps - state.step):
+                broken.add(unread)
+                batch = batch.to(accelerator.device, non_blocking=True)
                 seed_everything(args.seed, state.step, accelerator.process_index)
                 training_step(args, state, batch, noise_scheduler, accelerator)
                 progress.update()
@@ -254,12 +254,10 @@ def main() -> None:
     accelerator.end_training()
 
 
-def training_step(args: TrainArguments, state: DenseTraining, batch: dict[str, Tensor], noise_scheduler, accelerator) -> None:
+def training_step(args: TrainArguments, state: DenseTraining, batch: DiffusionBatch, noise_scheduler, accelerator) -> None:
     """Forward, backward and update."""
-    clean_images, noise, timesteps = (batch[name] for name in ("pixel_values", "noise", "timesteps"))
-    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-    prediction = state.model(noisy_images, timesteps, class_labels=batch.get("class_labels")).sample
-    loss = torch.nn.functional.mse_loss(prediction.float(), noise_target(noise_scheduler, clean_images, noise, timesteps))
+    prediction = family_of(state.unet).predict(state.model, batch.inputs(noise_scheduler))
+    loss = torch.nn.functional.mse_loss(prediction.float(), batch.target(noise_scheduler))
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} in step {state.step}: lower learning_rate={args.learning_rate}")
     accelerator.backward(loss)

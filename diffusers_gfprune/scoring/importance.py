@@ -29,14 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import GFPruneConfig
+from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, gather_rows
 from ..pruning.channel_groups import ChannelGroup
-from .context import CalibrationBatch, Scores, ScoringContext
+from .context import Scores, ScoringContext
 from .hessian_product import HESSIAN_PRODUCTS
 from .mode import scoring_mode
 from .natural_flow import prediction_changes
 
-__all__ = ["CalibrationBatch", "ScoringContext", "criteria", "normalize_scores", "register_criterion", "score_units"]
+__all__ = ["ScoringContext", "criteria", "normalize_scores", "register_criterion", "score_units"]
 
 # How often the losses of built-in criteria are differentiated; your own may be twice, too.
 _DERIVATIVES = {"taylor": 1, "diff-pruning": 1, "magnitude": 0, "random": 0}
@@ -68,9 +69,9 @@ def criteria() -> tuple[str, ...]:
     return tuple(_CRITERIA)
 
 
-def _check_batches(batches: Sequence[CalibrationBatch], criterion: str) -> None:
+def _check_batches(batches: Sequence[DiffusionBatch], criterion: str) -> None:
     """Refuse batches that ranks have different shapes of, before one waits for another."""
-    shapes = [size for batch in batches for column in batch for size in column.shape]
+    shapes = [size for batch in batches for column in batch.tensors() for size in column.shape]
     check_identical({"shapes of calibration batches": torch.tensor([len(batches), *shapes])})
     if criterion not in WEIGHTS_ONLY and len(batches) == 0:
         raise ValueError(f"criterion={criterion} needs calibration batches, got none")
@@ -90,7 +91,7 @@ def _check_finite(scores: Mapping[str, Tensor]) -> None:
 def score_units(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Sequence[CalibrationBatch],
+    batches: Sequence[DiffusionBatch],
     noise_scheduler,
     config: GFPruneConfig,
 ) -> Scores:
@@ -191,7 +192,7 @@ def _taylor(context: ScoringContext) -> Scores:
 @register_criterion("diff-pruning")
 def _diff_pruning(context: ScoringContext) -> Scores:
     # Of all ranks, in the order of the global batches: one rank alone would draw the line elsewhere.
-    timesteps = torch.cat([gather_rows(batch[2]).cpu() for batch in context.batches])
+    timesteps = torch.cat([gather_rows(batch.timesteps).cpu() for batch in context.batches])
     with torch.no_grad():
         losses = torch.cat([gather_rows(context.sample_losses(batch)).cpu() for batch in context.batches])
     # Timesteps in ascending order; from the first whose loss falls under the threshold on, none counts. Each bucket of
@@ -204,8 +205,8 @@ def _diff_pruning(context: ScoringContext) -> Scores:
         if bucket_loss < largest * context.config.diff_pruning_threshold:
             last = bucket[0].item() - 1
             break
-    device = next(iter(context.parameters.values())).device
-    total = context.summed_gradients(context.loss(batch, (batch[2] <= last).float().to(device)) for batch in context.batches)
+    counted = ((batch, (batch.timesteps <= last).float().to(context.device)) for batch in context.batches)
+    total = context.summed_gradients(context.loss(batch, weights) for batch, weights in counted)
     return context.reduce({n: context.parameters[n].detach() * g for n, g in total.items()}, "sum_abs")
 
 

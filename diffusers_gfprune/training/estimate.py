@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..diffusion.batch import DiffusionBatch
 from ..families.lookup import family_of
 from ..metrics.cost import spatial_size
-from ..metrics.step_loss import noise_target
 
 __all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "machine_memory", "memory_plan"]
 
@@ -183,11 +183,11 @@ def _forward_backward(
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
-    noisy = noise_scheduler.add_noise(clean, noise, inputs.timesteps).to(inputs.sample.dtype)
+    batch = DiffusionBatch(clean, noise, inputs.timesteps, inputs.conditioning)
+    noisy = batch.inputs(noise_scheduler, inputs.sample.dtype)
     with _autocast(device, mixed_precision):
-        prediction = family.predict(unet, inputs._replace(sample=noisy))
-    target = noise_target(noise_scheduler, clean, noise, inputs.timesteps)
-    torch.nn.functional.mse_loss(prediction.float(), target.float()).backward()
+        prediction = family.predict(unet, noisy)
+    torch.nn.functional.mse_loss(prediction.float(), batch.target(noise_scheduler).float()).backward()
     if cuda:
         torch.cuda.synchronize(device)
         peaks[batch_size] = torch.cuda.max_memory_allocated(device) - held

@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
 from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import nn
 
 from .. import GradientFlowPruner
 from ..data.batches import BrokenImages, calibration_batches, train_dataloader
+from ..diffusion.batch import DiffusionBatch
 from ..evaluation.sample_quality import SampleQuality
 from ..metrics.cache import default_cache_dir, tensors_fingerprint
 from ..metrics.step_loss import StepLoss
@@ -195,7 +196,7 @@ def make_batches(args: Arguments, accelerator: Accelerator, images, noise_schedu
     )
 
 
-def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[tuple[Tensor, ...]]:
+def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[DiffusionBatch]:
     """This process's rows of the calibration batches for a ranking at `step`."""
     args, accelerator = run.args, run.accelerator
     return calibration_batches(

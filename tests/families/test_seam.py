@@ -57,6 +57,12 @@ def test_only_families_name_classes_of_models(path: Path) -> None:
     assert not [name for name in found if name.startswith("diffusers.models.") and name != "diffusers.models.modeling_utils."]
 
 
+def test_noise_is_added_in_one_place() -> None:
+    """And the target of a prediction type is made there, too."""
+    for name in ("add_noise", "get_velocity"):
+        assert [path.name for path in MODULES if name in names_in(path.read_text())] == ["batch.py"]
+
+
 def test_families_are_whole() -> None:
     """Every part of the protocol is there, and the pruned class extends the dense one."""
     for family in FAMILIES:

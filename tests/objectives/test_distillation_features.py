@@ -20,9 +20,9 @@ from helpers.toy import Toy
 def features(unet: nn.Module) -> dict[str, Tensor]:
     """Block outputs for the standard inputs."""
     arguments = inputs(unet)
-    labels = arguments.get("class_labels")
+    conditioning = {name: arguments[name] for name in arguments if name == "class_labels"}
     wrapper = NoisePrediction(unet, features=True)
-    return wrapper(arguments["sample"], arguments["timestep"], labels, return_features=True)[1]
+    return wrapper(arguments["sample"], arguments["timestep"], conditioning, return_features=True)[1]
 
 
 def block_masks(unet: nn.Module, name: str) -> dict[str, Tensor]:

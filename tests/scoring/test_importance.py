@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from diffusers_gfprune.configuration import GFPruneConfig
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
 from diffusers_gfprune.scoring import importance
@@ -65,7 +66,8 @@ class Setting:
 
     def scores(self, **options) -> dict[str, Tensor]:
         """Scores with some options changed."""
-        return score_units(self.unet, self.groups, self.batches, self.scheduler, GFPruneConfig(**options))
+        batches = [DiffusionBatch.of(batch) for batch in self.batches]
+        return score_units(self.unet, self.groups, batches, self.scheduler, GFPruneConfig(**options))
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +317,7 @@ def two_channel_scores(
         config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda clean, noise, timesteps: clean
     )
     clean = torch.tensor(images).view(-1, 1, 1, 1)
-    batch = (clean, torch.zeros_like(clean), torch.tensor(timesteps))
+    batch = DiffusionBatch(clean, torch.zeros_like(clean), torch.tensor(timesteps))
     return score_units(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
 
 
