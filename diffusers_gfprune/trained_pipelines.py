@@ -188,16 +188,18 @@ def _load_scheduler(folder: Path, index: dict):
 
 
 def _load_unet(folder: Path, index: dict, dense: bool) -> tuple[ModelMixin, dict]:
-    classes = [kind for family in FAMILIES for kind in (family.dense_class, *(() if dense else (family.pruned_class,)))]
-    known, component = {kind.__name__: kind for kind in classes}, index["unet"][1]
+    families = [family for family in FAMILIES if index["_class_name"] in family.pipelines]
+    classes = [kind for family in families for kind in (family.dense_class, *(() if dense else (family.pruned_class,)))]
+    name = families[0].component  # the same for all models that a pipeline may have
+    known, component = {kind.__name__: kind for kind in classes}, index[name][1]
     if component not in known:
-        raise ValueError(f"its unet is a {component}, not a {' or '.join(known)}")
-    folder = _component(folder, "unet")
+        raise ValueError(f"its {name} is a {component}, not a {' or '.join(known)}")
+    folder = _component(folder, name)
     files = [path.name for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
     if all(_variant(file) is None for file in files):
-        raise ValueError(f"its unet has {', '.join(files) or 'no weights'}: only safetensors are loaded, pickles never are")
+        raise ValueError(f"its {name} has {', '.join(files) or 'no weights'}: only safetensors are loaded, pickles never are")
     variant = _variant_to_load(map(_variant, files))
     if variant is not None:
-        logger.warning("the unet has weights of the variant %s only: these are used, in float32", variant)
+        logger.warning("the %s has weights of the variant %s only: these are used, in float32", name, variant)
     unet, info = known[component].from_pretrained(folder, use_safetensors=True, output_loading_info=True, variant=variant)
     return unet.float(), info
