@@ -28,6 +28,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from models import batches_for, build, dense_config, torch_pruning_model
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import attach, detach
@@ -52,9 +53,9 @@ class Trainer:
 
     def steps(self) -> None:
         """One step on every batch."""
-        for clean, noise, timesteps in self.batches:
-            noisy = self.scheduler.add_noise(clean, noise, timesteps)
-            loss = torch.nn.functional.mse_loss(self.unet(noisy, timesteps).sample, noise)
+        for batch in map(DiffusionBatch.of, self.batches):
+            noisy, timesteps, _ = batch.inputs(self.scheduler)
+            loss = torch.nn.functional.mse_loss(self.unet(noisy, timesteps).sample, batch.noise)
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -100,6 +101,7 @@ def scorer(unet: UNet2DModel, batches, hvp: str = "none", hessian_batches: str =
     options = {} if hvp == "none" else {"criterion": "gradient-flow-weights", "hvp": hvp, "hessian_batches": hessian_batches}
     config = GFPruneConfig(**options)
     pruner = GradientFlowPruner(unet, config)
+    batches = [DiffusionBatch.of(batch) for batch in batches]
     return lambda: score_units(unet, pruner.groups, batches, pruner.noise_scheduler, config)
 
 

@@ -13,7 +13,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 
-from diffusers_gfprune.metrics.model_size import count_macs, example_inputs, spatial_size
+from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.metrics.model_size import count_macs, spatial_size
 
 __all__ = ["batches_for", "build", "dense_config", "torch_pruning_model"]
 
@@ -69,7 +70,8 @@ def torch_pruning_model(dense: UNet2DModel, macs: float) -> UNet2DModel:
     for module in dense.modules():
         if isinstance(module, Attention):
             heads |= dict.fromkeys((module.to_q, module.to_k, module.to_v), module.heads)
-    example = example_inputs(dense, *spatial_size(dense))
+    family = family_of(dense)
+    example = family.example_inputs(dense, *spatial_size(dense))
     best, smallest_gap = None, math.inf
     for percent in range(20, 45):
         small = copy.deepcopy(dense)
@@ -81,7 +83,7 @@ def torch_pruning_model(dense: UNet2DModel, macs: float) -> UNet2DModel:
             num_heads={theirs[module]: count for module, count in heads.items()},
             pruning_ratio=percent / 100,
             ignored_layers=[small.conv_out],
-            output_transform=lambda output: output.sample,
+            forward_fn=family.predict,
         )
         pruner.step()
         for module in small.modules():

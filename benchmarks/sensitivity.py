@@ -37,7 +37,9 @@ from tqdm.auto import tqdm
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.data.batches import calibration_batches
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
+from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.scoring.importance import score_units
@@ -55,16 +57,15 @@ PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
 HALVES, UNITS, HANDFUL = 4, 16, 4
 
 
-def predictor(pruner: GradientFlowPruner, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def predictor(pruner: GradientFlowPruner, batch: DiffusionBatch) -> Callable[[], Tensor]:
     """Predicts noise on a batch, with the masks as they are then."""
-    images, noise, timesteps, *labels = batch
-    noisy = pruner.noise_scheduler.add_noise(images, noise, timesteps)
+    inputs = batch.inputs(pruner.noise_scheduler)
     pruner.unet.eval()
-    return lambda: pruner.unet(noisy, timesteps, class_labels=labels[0] if labels else None).sample
+    return lambda: family_of(pruner.unet).predict(pruner.unet, inputs)
 
 
 @torch.no_grad()
-def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int = HALVES) -> dict[str, float]:
+def damages(pruner: GradientFlowPruner, batch: DiffusionBatch, halves: int = HALVES) -> dict[str, float]:
     """Mean squared change of the noise prediction without half of the channels of a group, by group name, over some draws."""
     predict = predictor(pruner, batch)
     masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}
@@ -84,7 +85,7 @@ def damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], halves: int =
 
 
 @torch.no_grad()
-def unit_damages(pruner: GradientFlowPruner, batch: tuple[Tensor, ...], units: int = UNITS) -> dict[str, dict]:
+def unit_damages(pruner: GradientFlowPruner, batch: DiffusionBatch, units: int = UNITS) -> dict[str, dict]:
     """The same without single units of a group, up to so many drawn at random: damage by unit, by group name."""
     predict = predictor(pruner, batch)
     masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}

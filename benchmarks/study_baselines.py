@@ -35,10 +35,12 @@ from tqdm.auto import tqdm
 from diffusers_gfprune import GFPruneConfig, GFPrunedUNet2DModel, GradientFlowPruner
 from diffusers_gfprune.data.batches import train_dataloader
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
+from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
-from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
+from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.reports.provenance import command_line
@@ -69,12 +71,11 @@ def accumulate_gradients(unet: nn.Module, noise_scheduler, images: torch.Tensor,
     unet.eval().zero_grad()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator)
-    largest = 0.0
+    largest, conditioning = 0.0, {} if labels is None else {"class_labels": labels}
     for step in range(noise_scheduler.config.num_train_timesteps):
-        timesteps = torch.full((len(images),), step)
-        noisy = noise_scheduler.add_noise(images, noise, timesteps)
-        prediction = unet(noisy, timesteps, class_labels=labels).sample
-        loss = nn.functional.mse_loss(prediction, noise_target(noise_scheduler, images, noise, timesteps))
+        batch = DiffusionBatch(images, noise, torch.full((len(images),), step), conditioning)
+        prediction = family_of(unet).predict(unet, batch.inputs(noise_scheduler))
+        loss = nn.functional.mse_loss(prediction, batch.target(noise_scheduler))
         loss.backward()
         largest = max(largest, loss.item())
         if loss.item() < largest * LOSS_THRESHOLD:
@@ -191,8 +192,7 @@ def fine_tune(args: Arguments, student: nn.Module, objective: Objective, noise_s
     batches = train_dataloader(
         images, t.train_batch_size, seed=args.run.seed, num_train_timesteps=noise_scheduler.config.num_train_timesteps
     )
-    for step, batch in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
-        batch.pop("broken")
+    for step, (batch, _) in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
         seed_everything(args.run.seed, step, 0)
         loss, _ = objective(model, batch)
         loss.backward()

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -50,13 +51,13 @@ class RememberedTeacher(nn.Module):
             "threads": torch.get_num_threads(),
         }
 
-    def forward(self, noisy_images: Tensor, timesteps: Tensor, class_labels: Tensor | None = None, **options) -> Tensor:
+    def forward(self, noisy_images: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor] | None = None, **options):
         """The prediction, of the shape of `noisy_images` `(batch, channels, height, width)`."""
         asked = hashlib.sha256()
-        for tensor in (noisy_images, timesteps, *(() if class_labels is None else (class_labels,))):
+        for tensor in (noisy_images, timesteps, *(conditioning or {}).values()):
             asked.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
         key = {**self.identity, "inputs": asked.hexdigest()}
-        answer = functools.partial(self.teacher, noisy_images, timesteps, class_labels, **options)
+        answer = functools.partial(self.teacher, noisy_images, timesteps, conditioning, **options)
         return self.cache.get("teacher", key, lambda: {"prediction": answer()})["prediction"]
 
 

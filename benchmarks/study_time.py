@@ -32,6 +32,7 @@ from study_baselines import with_widths
 from study_settings import DATASETS, SETTINGS, TEACHERS
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.scoring.importance import score_units
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -46,6 +47,7 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
     """Ratios to a plain dense step, of the pieces of all settings that have results."""
     dense = UNet2DModel.from_pretrained(ROOT / TEACHERS[dataset] / "unet", use_safetensors=True)
     batches = batches_for(dense, BATCH_SIZE, 1)
+    several = [DiffusionBatch.of(batch) for batch in batches]
     plain = Trainer(copy.deepcopy(dense), batches)
     frozen = copy.deepcopy(dense).eval().requires_grad_(False)
     masked = copy.deepcopy(dense)
@@ -70,7 +72,7 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
         score = config.criterion
         if score not in scoring:
             pruner = GradientFlowPruner(copy.deepcopy(dense), config)
-            scoring[score] = ratio(lambda p=pruner, c=config: score_units(p.unet, p.groups, batches, p.noise_scheduler, c))
+            scoring[score] = ratio(lambda p=pruner, c=config: score_units(p.unet, p.groups, several, p.noise_scheduler, c))
         widths = json.loads(path.read_text())["widths"]
         if tuple(widths.items()) not in compacted:
             compacted[tuple(widths.items())] = ratio(Trainer(with_widths(dense, widths), batches).steps)

@@ -6,6 +6,7 @@ the classes here, and runs no code from them.
 
 from .configuration import GFPruneConfig
 from .criteria import register_criterion
+from .families.lookup import FAMILIES
 from .loading.checks import PackageChecks
 from .loading.registration import register
 from .pruner import GradientFlowPruner
@@ -22,5 +23,6 @@ __all__ = [
     "register_criterion",
 ]
 
-GFPrunedUNet2DModel.checks = PackageChecks()  # before anything is loaded
-register(GFPrunedUNet2DModel, PruneDDPMPipeline)
+for _family in FAMILIES:  # before anything is loaded
+    _family.pruned_class.checks = PackageChecks(_family)
+register([family.pruned_class for family in FAMILIES], [PruneDDPMPipeline])

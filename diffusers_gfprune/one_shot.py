@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
 from .configuration import GFPruneConfig
+from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from .diffusion.pixel_values import image_values, unused_range
 from .metrics.model_size import spatial_size
 from .pruner import GradientFlowPruner
-from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 
 __all__ = ["calibration_batches", "images_to_tensor", "prune_unet"]
 
@@ -87,8 +87,8 @@ def calibration_batches(
     class_labels: Tensor | None = None,
     seed: int = 0,
     label_dropout: LabelDropout | None = None,
-) -> list[tuple[Tensor, ...]]:
-    """Batches `(clean_images, noise, timesteps[, class_labels])` with noise and timesteps drawn from `seed`.
+) -> list[DiffusionBatch]:
+    """Batches with noise and timesteps drawn from `seed`.
 
     Args:
         images: In [-1, 1] with shape `(images, channels, height, width)`.
@@ -103,10 +103,8 @@ def calibration_batches(
     timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(images),), generator=generator)
     if label_dropout is not None:
         class_labels = label_dropout.several(class_labels, generator)
-    columns: Sequence[Tensor] = (
-        (images, noise, timesteps) if class_labels is None else (images, noise, timesteps, class_labels)
-    )
-    return list(zip(*(column.split(batch_size) for column in columns)))
+    conditioning = {} if class_labels is None else {"class_labels": class_labels}
+    return DiffusionBatch(images, noise, timesteps, conditioning).split(batch_size)
 
 
 def prune_unet(
@@ -119,7 +117,7 @@ def prune_unet(
     label_dropout: float | None = None,
     null_label: int | None = None,
     **options,
-) -> GFPrunedUNet2DModel:
+) -> ModelMixin:
     """Prune a copy of a dense UNet in one shot.
 
     Args:

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin
 from torch import Tensor
 
 from .configuration import GFPruneConfig
 from .criteria import find_criterion
-from .diffusion.process import check_timesteps, training_process
+from .diffusion.batch import DiffusionBatch
+from .diffusion.process import training_process
 from .distributed import check_identical
+from .families.lookup import family_of
 from .latency.budget import measured_latency_model
 from .latency.calibration import LatencyCheck, LatencyMeter
 from .pruning import masking
@@ -45,13 +47,15 @@ from .pruning.channel_groups import ChannelGroup, trace_channel_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
-from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .scoring.context import check_batch
-from .scoring.importance import CalibrationBatch, normalize_scores, score_units
+from .scoring.importance import normalize_scores, score_units
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
 
 logger = logging.getLogger(__name__)
+
+# `(clean_images, noise, timesteps[, class_labels])` will do
+CalibrationBatch = DiffusionBatch | Sequence[Tensor]
 
 
 class GradientFlowPruner:
@@ -75,7 +79,7 @@ class GradientFlowPruner:
         latency: With `target="latency"`, the measured times that widths are planned with, JSON values; else None.
 
     Args:
-        unet: A dense `UNet2DModel`.
+        unet: A dense model of one of the families: a `UNet2DModel`.
         config: Every option.
         noise_scheduler: Of the model; calibration images are noised in its process (default: `DDPMScheduler()`).
         sample_size: Height and width that costs are counted and measured for (default: the model's).
@@ -90,7 +94,7 @@ class GradientFlowPruner:
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: ModelMixin,
         config: GFPruneConfig,
         noise_scheduler=None,
         sample_size: int | tuple[int, int] | None = None,
@@ -100,7 +104,7 @@ class GradientFlowPruner:
         self.unet = unet
         self.config = config
         self.noise_scheduler = DDPMScheduler() if noise_scheduler is None else training_process(noise_scheduler)
-        check_timesteps(unet, self.noise_scheduler)
+        family_of(unet).check_timesteps(unet.config, self.noise_scheduler.config.num_train_timesteps)
         self._sample_size = sample_size
         self.schedule = config.schedule()
         self.history: list[MaskUpdate] = []
@@ -248,7 +252,7 @@ class GradientFlowPruner:
         comparable = normalize_scores(scores)
         return allocate_global(self.cost, target, ratio, self.ladders, [comparable[group.name] for group in self.groups])
 
-    def _rank(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+    def _rank(self, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
         """Scores that units are ranked by: averaged over rankings, with a head start for kept ones."""
         scores = score_units(self.unet, self.groups, batches, self.noise_scheduler, self.config)
         # Scores fall with the loss; in units of their mean, later rankings weigh as much in the average as earlier ones.
@@ -292,7 +296,8 @@ class GradientFlowPruner:
         update = None
         self._follow_path(step)
         if self.schedule.is_update(step):
-            update = self._update(step, calibration_batches() if callable(calibration_batches) else calibration_batches)
+            batches = calibration_batches() if callable(calibration_batches) else calibration_batches
+            update = self._update(step, [DiffusionBatch.of(batch) for batch in batches])
             self._follow_path(step)
         if step >= self.schedule.end_steps:
             if not self.history:
@@ -302,7 +307,7 @@ class GradientFlowPruner:
                 self._warn_if_missed()
         return update
 
-    def _update(self, step: int, batches: Sequence[CalibrationBatch]) -> MaskUpdate:
+    def _update(self, step: int, batches: Sequence[DiffusionBatch]) -> MaskUpdate:
         for batch in batches if find_criterion(self.config.criterion).needs_batches else ():
             check_batch(self.unet, self.noise_scheduler, batch)
         ranked = self._rank(batches)
@@ -421,7 +426,7 @@ class GradientFlowPruner:
         """What `compact` keeps; masks must be binary."""
         return plan_compaction(self.unet, self.groups, self.unit_masks)
 
-    def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> GFPrunedUNet2DModel:
+    def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> ModelMixin:
         """The small model that the binary masks leave, with the outputs of the masked one.
 
         Args:
@@ -445,7 +450,7 @@ class GradientFlowPruner:
             carry_ema(ema, self.unet, small, plan)
         return small
 
-    def check_latency(self, dense: UNet2DModel, small: UNet2DModel) -> LatencyCheck:
+    def check_latency(self, dense: ModelMixin, small: ModelMixin) -> LatencyCheck:
         """Measure whether a budget in time was met, and warn if it was not. With several processes, for one of them.
 
         Args:
@@ -464,7 +469,7 @@ class GradientFlowPruner:
         check.warn()
         return check
 
-    def detach(self) -> UNet2DModel:
+    def detach(self) -> ModelMixin:
         """Take the masks off: the dense model back, bit for bit, with the weights as trained since."""
         self._last_masks = self.unit_masks
         masking.detach(self.unet)

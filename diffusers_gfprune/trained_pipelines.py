@@ -12,20 +12,21 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
-from . import GFPrunedUNet2DModel, PruneDDPMPipeline
-from .diffusion.process import check_scheduler_class, check_timesteps, training_process
+from . import PruneDDPMPipeline
+from .diffusion.process import check_scheduler_class, training_process
 from .errors import first_line
+from .families.lookup import FAMILIES, family_of
 from .hub_errors import HUB_ERRORS
 from .remote.pipeline_prune_ddpm import check_pipeline_index
 
@@ -51,12 +52,12 @@ class TrainedPipeline(NamedTuple):
         kind: Class of the pipeline.
     """
 
-    unet: UNet2DModel
+    unet: ModelMixin
     scheduler: object
     process: DDPMScheduler
     kind: type[DiffusionPipeline]
 
-    def save(self, unet: GFPrunedUNet2DModel, folder: str | os.PathLike) -> None:
+    def save(self, unet: ModelMixin, folder: str | os.PathLike) -> None:
         """Save the pipeline with another UNet in its place.
 
         Args:
@@ -79,14 +80,14 @@ def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> Train
         ValueError: There is no such pipeline, it is not one that can be pruned, or its weights are missing, damaged, of
             another shape, or a pickle.
     """
-    return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", (UNet2DModel,))
+    return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", dense=True)
 
 
 def load_pipeline(
     name_or_path: str,
     revision: str | None,
     argument: str,
-    classes: Sequence[type[UNet2DModel]] = (UNet2DModel, GFPrunedUNet2DModel),
+    dense: bool = False,
 ) -> TrainedPipeline:
     """Load a DDPM, dense or pruned.
 
@@ -94,7 +95,7 @@ def load_pipeline(
         name_or_path: A Hub id or a local folder.
         revision: Branch, tag or commit on the Hub.
         argument: What to call it in errors.
-        classes: What the UNet may be.
+        dense: Whether a pruned model is refused.
 
     Raises:
         ValueError: As `load_dense_pipeline`.
@@ -113,8 +114,8 @@ def load_pipeline(
         kind = getattr(diffusers, check_pipeline_index(index).replace("PruneDDPM", "DDPM"))
         scheduler = _load_scheduler(folder, index)
         process = training_process(scheduler)
-        unet, info = _load_unet(folder, index, classes)
-        check_timesteps(unet, process)
+        unet, info = _load_unet(folder, index, dense)
+        family_of(unet).check_timesteps(unet.config, process.config.num_train_timesteps)
     # Diffusers leaves weights that a file lacks random, with a warning only.
     wrong = sorted(str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[what])
     if wrong:
@@ -122,13 +123,10 @@ def load_pipeline(
     for name, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{argument}: the weight {name} holds values that are not finite (NaN or infinity)")
-    if unet.config.out_channels != unet.config.in_channels:
-        raise ValueError(
-            f"{argument} has in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}: models that "
-            f"also predict the variance cannot be pruned"
-        )
-    if unet.config.sample_size is None:
-        raise ValueError(f"{argument} has sample_size=None in its config: set it to the size the model was trained at")
+    try:
+        family_of(unet).check_trainable(unet.config)
+    except ValueError as error:
+        raise ValueError(f"{argument} has {error}") from error
     return TrainedPipeline(unet, scheduler, process, kind)
 
 
@@ -189,16 +187,19 @@ def _load_scheduler(folder: Path, index: dict):
     return getattr(diffusers, component).from_pretrained(_component(folder, "scheduler"))
 
 
-def _load_unet(folder: Path, index: dict, classes: Sequence[type[UNet2DModel]]) -> tuple[UNet2DModel, dict]:
-    known, component = {kind.__name__: kind for kind in classes}, index["unet"][1]
+def _load_unet(folder: Path, index: dict, dense: bool) -> tuple[ModelMixin, dict]:
+    families = [family for family in FAMILIES if index["_class_name"] in family.pipelines]
+    classes = [kind for family in families for kind in (family.dense_class, *(() if dense else (family.pruned_class,)))]
+    name = families[0].component  # the same for all models that a pipeline may have
+    known, component = {kind.__name__: kind for kind in classes}, index[name][1]
     if component not in known:
-        raise ValueError(f"its unet is a {component}, not a {' or '.join(known)}")
-    folder = _component(folder, "unet")
+        raise ValueError(f"its {name} is a {component}, not a {' or '.join(known)}")
+    folder = _component(folder, name)
     files = [path.name for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
     if all(_variant(file) is None for file in files):
-        raise ValueError(f"its unet has {', '.join(files) or 'no weights'}: only safetensors are loaded, pickles never are")
+        raise ValueError(f"its {name} has {', '.join(files) or 'no weights'}: only safetensors are loaded, pickles never are")
     variant = _variant_to_load(map(_variant, files))
     if variant is not None:
-        logger.warning("the unet has weights of the variant %s only: these are used, in float32", variant)
+        logger.warning("the %s has weights of the variant %s only: these are used, in float32", name, variant)
     unet, info = known[component].from_pretrained(folder, use_safetensors=True, output_loading_info=True, variant=variant)
     return unet.float(), info

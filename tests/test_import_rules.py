@@ -20,8 +20,8 @@ OURS = "diffusers_gfprune"
 # package there are at most `MOST_LEVELS` levels. `tests/` and `benchmarks/` may import everything.
 LAYERS = [
     *("version", "errors", "extras", "formatting", "remote", "interruption", "distributed", "run_folder", "hub_errors"),
-    *("diffusion", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring", "pruner", "one_shot"),
-    *("reports", "hub", "__init__"),
+    *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
+    *("pruner", "one_shot", "reports", "hub", "__init__"),
     *("trained_pipelines", "data", "evaluation", "objectives", "training"),
 ]
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too

@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffusers_gfprune.data.batches import BrokenImages
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.hub import push_folder
@@ -217,7 +218,7 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
         return False
     used = []
 
-    def calibration() -> list[tuple[Tensor, ...]]:
+    def calibration() -> list[DiffusionBatch]:
         used.extend(make_calibration(run, state.step, broken))
         return used
 
@@ -255,11 +256,10 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
     for _ in range(t.gradient_accumulation_steps):
         with explained_worker_death(run, state):
             batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)
-        if run.objective.needs_directions:
-            batch["directions"] = torch.randn_like(batch["noise"])
+        directions = torch.randn_like(batch.noise) if run.objective.needs_directions else None
         with accelerator.accumulate(state.model):
             with accelerator.autocast():
-                loss, parts = run.objective(state.model, batch)
+                loss, parts = run.objective(state.model, batch, directions)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(state.unet.parameters(), t.max_grad_norm)
@@ -299,14 +299,11 @@ def measure_quality(run: Run, state: TrainingState, tracking: Tracking) -> None:
     tracking.log_quality(state.step, measured)
 
 
-def next_batch(batches, broken: BrokenImages, device: torch.device, channels_last: bool) -> dict[str, Tensor]:
+def next_batch(batches, broken: BrokenImages, device: torch.device, channels_last: bool) -> DiffusionBatch:
     """The next batch, on the device."""
-    batch = next(batches)
-    broken.add(batch.pop("broken"))
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    if channels_last:
-        batch |= {n: batch[n].to(memory_format=torch.channels_last) for n in ("pixel_values", "noise")}
-    return batch
+    batch, unread = next(batches)
+    broken.add(unread)
+    return batch.to(device, non_blocking=True, memory_format=torch.channels_last if channels_last else None)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.trials import try_sampling
+from diffusers_gfprune.families.lookup import family_named, family_of
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss
@@ -83,7 +84,7 @@ class DenseTraining:
         accelerator: Wraps the model.
     """
 
-    def __init__(self, args: TrainArguments, unet: UNet2DModel, accelerator: Accelerator) -> None:
+    def __init__(self, args: TrainArguments, unet: ModelMixin, accelerator: Accelerator) -> None:
         self.step, self.broken = 0, []
         self.unet, self.parameters = unet, dict(unet.named_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -155,7 +156,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     set_seed(SEED)
     try:
-        unet = UNet2DModel.from_config(json.loads(Path(args.model_config).read_text()))
+        unet = family_named("UNet2DModel").dense_class.from_config(json.loads(Path(args.model_config).read_text()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"model_config={args.model_config} makes no UNet2DModel: {error}") from error
     if unet.config.sample_size is None:
@@ -203,9 +204,9 @@ def main() -> None:
         # 2. training loop
         progress = tqdm(total=args.max_train_steps, initial=state.step, desc="train", disable=not main_process)
         with Interruption() as interruption:
-            for batch in itertools.islice(dataloader, args.max_train_steps - state.step):
-                broken.add(batch.pop("broken"))
-                batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+            for batch, unread in itertools.islice(dataloader, args.max_train_steps - state.step):
+                broken.add(unread)
+                batch = batch.to(accelerator.device, non_blocking=True)
                 seed_everything(SEED, state.step, accelerator.process_index)
                 training_step(args, state, batch, noise_scheduler, accelerator)
                 progress.update()
@@ -232,12 +233,10 @@ def main() -> None:
     accelerator.end_training()
 
 
-def training_step(args: TrainArguments, state: DenseTraining, batch: dict[str, Tensor], noise_scheduler, accelerator) -> None:
+def training_step(args: TrainArguments, state: DenseTraining, batch: DiffusionBatch, noise_scheduler, accelerator) -> None:
     """Forward, backward and update."""
-    clean_images, noise, timesteps = (batch[name] for name in ("pixel_values", "noise", "timesteps"))
-    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-    prediction = state.model(noisy_images, timesteps, class_labels=batch.get("class_labels")).sample
-    loss = torch.nn.functional.mse_loss(prediction, noise)
+    prediction = family_of(state.unet).predict(state.model, batch.inputs(noise_scheduler))
+    loss = torch.nn.functional.mse_loss(prediction.float(), batch.target(noise_scheduler))
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} in step {state.step}: lower learning_rate={args.learning_rate}")
     accelerator.backward(loss)

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ..diffusion.batch import DiffusionBatch
 from ..errors import one_line
 from ..interruption import notice_dead_workers_at_next_batch, obey_only_parent
 from .decoding import NETWORK_ERRORS, BrokenImages, EncodedImage
@@ -39,6 +39,8 @@ from .sources import ImageRows, ImageStream
 __all__ = ["BrokenImages", "calibration_batches", "train_dataloader"]
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+# With the names of images that could not be read
+TrainingBatch = tuple[DiffusionBatch, list[str]]
 READ_ERRORS = (ValueError, OSError, *NETWORK_ERRORS)
 
 
@@ -77,7 +79,7 @@ class _Plan:
     rank: int
     world_size: int
 
-    def make(self, images: ImageRows | ImageStream, number: int, encoded: Sequence[EncodedImage]) -> dict:
+    def make(self, images: ImageRows | ImageStream, number: int, encoded: Sequence[EncodedImage]) -> TrainingBatch:
         """This process's rows of global batch `number`."""
         first = (number * self.world_size + self.rank) * self.batch_size
         examples = [read_example(images, image, self.seed, DRAW, first + row) for row, image in enumerate(encoded)]
@@ -102,7 +104,7 @@ class _RowBatches(Dataset):
             self.order = (epoch, random_generator(self.plan.seed, ORDER, epoch).permutation(self.images.num_images))
         return self.order[1]
 
-    def __getitem__(self, number: int) -> dict | _Failure:
+    def __getitem__(self, number: int) -> TrainingBatch | _Failure:
         plan = self.plan
         epoch, position = divmod(number, self.batches_per_epoch)
         first = (position * plan.world_size + plan.rank) * plan.batch_size
@@ -152,7 +154,7 @@ class _StreamBatches(IterableDataset):
         self.turn = 0 if shards % self.num_groups == 0 else 1
         self.cycle = self.num_groups if self.turn else 1  # epochs until a reader is back at its first group
 
-    def __iter__(self) -> Iterator[dict | _Failure | None]:
+    def __iter__(self) -> Iterator[TrainingBatch | _Failure | None]:
         plan, info = self.plan, get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         given = len(range(worker, plan.first_batch, num_workers))
@@ -199,7 +201,7 @@ class _StreamBatches(IterableDataset):
 class _BatchLoader(DataLoader):
     """A `DataLoader` whose data sets give whole batches, nothing where it is not their turn, or a failure."""
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
+    def __iter__(self) -> Iterator[TrainingBatch]:
         batches = super().__iter__()
         if self.num_workers > 0:
             notice_dead_workers_at_next_batch()
@@ -229,14 +231,12 @@ def train_dataloader(
 ) -> DataLoader:
     """Training batches of one process, without end. Iterating draws nothing from any global generator.
 
-    A batch is a dictionary:
+    Each comes as a pair:
 
-    - `pixel_values`: float32 with shape `(batch_size, channels, height, width)` in [-1, 1];
-    - `noise`: standard normal, of the same type and shape;
-    - `timesteps`: int64 with shape `(batch_size,)`, uniform in [0, num_train_timesteps);
-    - `class_labels`: int64 with shape `(batch_size,)`, if the model is class conditional;
-    - `broken`: names of images that could not be read, each replaced by another one. More than ten such in a row end the
-      iteration with a `ValueError`, as does a label that the model does not have.
+    - a `DiffusionBatch`: images and noise, float32 with shape `(batch_size, channels, height, width)`; timesteps, int64 with
+      shape `(batch_size,)`, uniform in [0, num_train_timesteps); `class_labels` alike, if the model is class conditional;
+    - names of images that could not be read, each replaced by another one. More than ten such in a row end the iteration with
+      a `ValueError`, as does a label that the model does not have.
 
     Args:
         images: The training images.
@@ -280,7 +280,7 @@ def calibration_batches(
     rank: int = 0,
     world_size: int = 1,
     broken: BrokenImages | None = None,
-) -> list[tuple[Tensor, ...]]:
+) -> list[DiffusionBatch]:
     """Batches that scores are taken on: a function of `seed` and `step`, with evenly spread timesteps.
 
     Args:
@@ -295,8 +295,8 @@ def calibration_batches(
         broken: Counts images that could not be read and were replaced.
 
     Returns:
-        Tuples of clean images and noise, float32 with shape `(n, channels, height, width)`, timesteps, int64 with shape
-        `(n,)`, and class labels alike if the model is class conditional.
+        Batches: images and noise, float32 with shape `(n, channels, height, width)`, timesteps, int64 with shape `(n,)`, and
+        `class_labels` alike if the model is class conditional.
 
     Raises:
         ValueError: There are fewer images than processes, or a number is out of range.
@@ -320,10 +320,10 @@ def calibration_batches(
         ]
         earlier += size
         times = [(first + row + example.time) / size for row, example in enumerate(examples)]
-        batch = stack_examples(examples, times, num_train_timesteps)
+        batch, unread = stack_examples(examples, times, num_train_timesteps)
         if broken is not None:
-            broken.add(batch["broken"])
-        batches.append(tuple(batch[name] for name in ("pixel_values", "noise", "timesteps", "class_labels") if name in batch))
+            broken.add(unread)
+        batches.append(batch)
     return batches
 
 

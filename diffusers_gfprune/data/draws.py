@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.batch import DiffusionBatch
 from .decoding import BrokenImage, EncodedImage
 from .sources import ImageRows, ImageStream
 
@@ -65,15 +66,16 @@ def read_example(
 
 def stack_examples(
     examples: Sequence[Example], times: Iterable[float], num_train_timesteps: int
-) -> dict[str, Tensor | list[str]]:
-    """A batch, with timesteps at `times`, which are shares of `num_train_timesteps`."""
+) -> tuple[DiffusionBatch, list[str]]:
+    """A batch, with timesteps at `times`, which are shares of `num_train_timesteps`, and names of images that are broken."""
     timesteps = [min(int(time * num_train_timesteps), num_train_timesteps - 1) for time in times]
-    batch = {
-        "pixel_values": torch.stack([example.pixel_values for example in examples]),
-        "noise": torch.stack([example.noise for example in examples]),
-        "timesteps": torch.tensor(timesteps),
-        "broken": list(dict.fromkeys(name for example in examples for name in example.broken)),
-    }
+    conditioning = {}
     if examples[0].class_label is not None:
-        batch["class_labels"] = torch.tensor([example.class_label for example in examples])
-    return batch
+        conditioning["class_labels"] = torch.tensor([example.class_label for example in examples])
+    batch = DiffusionBatch(
+        torch.stack([example.pixel_values for example in examples]),
+        torch.stack([example.noise for example in examples]),
+        torch.tensor(timesteps),
+        conditioning,
+    )
+    return batch, list(dict.fromkeys(name for example in examples for name in example.broken))

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import DDPMScheduler
-from torch import nn
 
-__all__ = ["REFUSED_SCHEDULERS", "TRAINABLE_SCHEDULERS", "check_scheduler_class", "check_timesteps", "training_process"]
+__all__ = ["REFUSED_SCHEDULERS", "TRAINABLE_SCHEDULERS", "check_scheduler_class", "training_process"]
 
 # Samplers of one process: with the same betas they add the same noise (tests/test_diffusion_process.py)
 TRAINABLE_SCHEDULERS = (
@@ -143,20 +142,6 @@ def training_process(scheduler) -> DDPMScheduler:
         raise ValueError(f"the betas of the scheduler cannot be made: {' '.join(str(error).split())}") from error
     _check_noise_levels(process, scheduler)
     return process
-
-
-def check_timesteps(unet: nn.Module, process: DDPMScheduler) -> None:
-    """Refuse a model that has no embedding of some timestep of its process.
-
-    Raises:
-        ValueError: Its time embedding is a table with fewer rows.
-    """
-    rows, steps = unet.config.num_train_timesteps, process.config.num_train_timesteps
-    if unet.config.time_embedding_type == "learned" and rows < steps:
-        raise ValueError(
-            f"num_train_timesteps={steps} of the scheduler must be at most num_train_timesteps={rows} of the model, whose "
-            f"time embedding is learned"
-        )
 
 
 def _check_noise_levels(process: DDPMScheduler, scheduler) -> None:

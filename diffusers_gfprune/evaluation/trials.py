@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import first_line
+from ..families.lookup import family_of
 from ..metrics.eval_mode import evaluating
 from ..metrics.features import FeatureNetwork
-from ..metrics.model_size import example_inputs, spatial_size
+from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings, extract_features
 from ..metrics.sampling import make_sampler
 from ..metrics.speed import SpeedSetting, measure_speed, portable_error, seconds_of
@@ -51,15 +52,16 @@ def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSe
     sampler = make_sampler(scheduler, settings.num_inference_steps, settings.timestep_spacing)
     batch_size = _trial_batch(unet, min(settings.batch_size, settings.num_images))
     dtype = str(parameter.dtype).removeprefix("torch.")
-    inputs = example_inputs(unet, *spatial_size(unet), batch_size, parameter.device, parameter.dtype)
-    noise = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)
+    family = family_of(unet)
+    inputs = family.example_inputs(unet, *spatial_size(unet), batch_size, parameter.device, parameter.dtype)
+    noise = torch.randn(inputs.sample.shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     timestep = sampler.timesteps[0]
-    inputs |= {"sample": noise.to(parameter.dtype), "timestep": timestep.to(parameter.device)}
+    inputs = inputs._replace(sample=noise.to(parameter.dtype), timesteps=timestep.to(parameter.device))
     try:
         with evaluating(unet):
             predictions: list[torch.Tensor] = []
             for _ in range(2):  # the first one warms up
-                seconds = seconds_of(lambda: predictions.append(unet(**inputs).sample.float()), parameter.device)
+                seconds = seconds_of(lambda: predictions.append(family.predict(unet, inputs).float()), parameter.device)
             prediction = predictions[-1]
             finite = bool(prediction.isfinite().all())
     except RuntimeError as error:

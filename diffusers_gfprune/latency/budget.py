@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from torch import nn
 
 from ..distributed import made_by_first_rank
 from ..metrics.cache import JsonCache
@@ -22,7 +22,6 @@ from ..pruning.budget import allocate_per_group, select_units
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.compaction import compact, plan_compaction
 from ..pruning.cost_model import CostModel
-from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .calibration import LatencyMeter, TimePair, calibrate
 from .layer_times import layer_shares
 from .model import LatencyModel
@@ -31,8 +30,8 @@ __all__ = ["measured_latency_model", "model_of_widths"]
 
 
 def model_of_widths(
-    unet: UNet2DModel, groups: Sequence[ChannelGroup], kept: np.ndarray, attention_unit: str = "head_dim"
-) -> GFPrunedUNet2DModel:
+    unet: nn.Module, groups: Sequence[ChannelGroup], kept: np.ndarray, attention_unit: str = "head_dim"
+) -> nn.Module:
     """A compacted model that keeps the first units of each group: as fast as any of its widths, and of no other use.
 
     Args:
@@ -49,7 +48,7 @@ def model_of_widths(
 
 
 def measured_latency_model(
-    unet: UNet2DModel,
+    unet: nn.Module,
     groups: Sequence[ChannelGroup],
     ratio: float,
     setting: SpeedSetting,

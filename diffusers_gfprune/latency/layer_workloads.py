@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..metrics.model_size import example_inputs, spatial_size
+from ..families.lookup import family_of
+from ..metrics.model_size import count_tokens, spatial_size
 
 __all__ = ["AttentionProducts", "Convolution", "Inputs", "LayerCall", "LinearLayer", "Norm", "Workload", "trace_layer_calls"]
 
@@ -177,12 +177,13 @@ def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None
     """The layer calls of one forward, in order.
 
     Args:
-        unet: A `UNet2DModel` or subclass; only its configuration is read.
+        unet: A model of any family; only its configuration is read.
         sample_size: Height and width in pixels (default: the model's).
     """
-    height, width = spatial_size(unet, sample_size)
+    family, (height, width) = family_of(unet), spatial_size(unet, sample_size)
     with torch.device("meta"):
         twin = type(unet).from_config(unet.config).eval()
+    attentions = family.attentions(twin)
     calls: list[LayerCall] = []
     last_norm: dict = {"shape": None}
 
@@ -208,15 +209,15 @@ def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None
                 work = Norm(norm.workload.shape, norm.workload.group_size, silu=True)
                 calls[last_norm["index"]] = LayerCall(norm.module, work, 0, norm.wide_out, norm.positions)
                 last_norm["shape"] = None
-            elif isinstance(module, Attention):
-                work = AttentionProducts(tokens := x.shape[2] * x.shape[3], module.heads)
+            elif name in attentions:
+                work = AttentionProducts(tokens := count_tokens(x), module.heads)
                 calls.append(LayerCall(f"{name}.to_q", work, 0, module.to_q.out_features, tokens))
 
         return hook
 
     for name, module in twin.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, Attention)):
+        if name in attentions or isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU)):
             module.register_forward_hook(record(name))
     with torch.no_grad():
-        twin(**example_inputs(twin, height, width, device="meta"))
+        family.predict(twin, family.example_inputs(twin, height, width, device="meta"))
     return calls

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from diffusers import AutoModel, pipelines
@@ -31,32 +31,35 @@ class _Registered(ModuleType):
     """What a repository may name in model_index.json, and nothing else of this package."""
 
     def __getattr__(self, name: str):
-        raise _NotThere(f"{name} is no class of diffusers_gfprune that a repository can name: it has GFPrunedUNet2DModel")
+        raise _NotThere(f"{name} is no class of diffusers_gfprune that a repository can name: it has {', '.join(self.models)}")
 
 
-def register(model: type[ModelMixin], pipeline: type) -> None:
+def register(model_classes: Sequence[type[ModelMixin]], pipeline_classes: Sequence[type]) -> None:
     """Make Diffusers load repositories of pruned models with these classes. Doing so again changes nothing.
 
     Args:
-        model: The class that `config.json` and `model_index.json` name.
-        pipeline: A pipeline that `model_index.json` may name.
+        model_classes: Those that `config.json` and `model_index.json` name.
+        pipeline_classes: Those that `model_index.json` may name.
     """
     pipelines.diffusers_gfprune = _Registered("diffusers_gfprune")
-    for found in (model, pipeline, ModelMixin):  # the last one Diffusers looks up itself
+    pipelines.diffusers_gfprune.models = tuple(model.__name__ for model in model_classes)
+    for found in (*model_classes, *pipeline_classes, ModelMixin):  # the last one Diffusers looks up itself
         setattr(pipelines.diffusers_gfprune, found.__name__, found)
     for name in ("from_pretrained", "from_config"):
         method = getattr(AutoModel, name).__func__
-        setattr(AutoModel, name, classmethod(_with_class(getattr(method, "of_diffusers", method), model)))
+        setattr(AutoModel, name, classmethod(_with_classes(getattr(method, "of_diffusers", method), model_classes)))
 
 
-def _with_class(method, model: type[ModelMixin]):
-    """A method of `AutoModel` that leaves repositories of `model` to that class, and everything else to Diffusers."""
+def _with_classes(method, model_classes: Sequence[type[ModelMixin]]):
+    """A method of `AutoModel` that leaves repositories of some classes to them, and everything else to Diffusers."""
+    classes = {model.__name__: model for model in model_classes}
 
     @functools.wraps(method)
     def found(cls, *args, **kwargs):
         source = args[0] if args else next((kwargs[name] for name in SOURCES if name in kwargs), None)
-        config = _config(source, model, {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
-        if config is None or config.get("_class_name") != model.__name__:
+        config = _config(source, model_classes[0], {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
+        model = None if config is None else classes.get(config.get("_class_name"))
+        if model is None:
             return method(cls, *args, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in (*SOURCES, "trust_remote_code")}
         if method.__name__ == "from_pretrained":

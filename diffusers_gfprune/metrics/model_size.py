@@ -12,13 +12,14 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import nn
+
+from ..families.lookup import family_of
 
 __all__ = [
     "count_macs",
     "count_parameters",
-    "example_inputs",
+    "count_tokens",
     "hardware_name",
     "layer_positions",
     "spatial_size",
@@ -31,7 +32,7 @@ def spatial_size(unet: object, sample_size: int | tuple[int, int] | None = None)
     """Height and width in pixels that a model works on.
 
     Args:
-        unet: A `UNet2DModel` or subclass, or its configuration.
+        unet: A model of any family, or its configuration.
         sample_size: Overrides the model's own `sample_size`.
 
     Raises:
@@ -48,34 +49,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def example_inputs(
-    unet: nn.Module,
-    height: int,
-    width: int,
-    batch_size: int = 1,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, torch.Tensor]:
-    """Arguments of a forward, for tracing, counting and timing: zeros, with labels where the model wants them.
-
-    Args:
-        unet: A `UNet2DModel` or subclass.
-        height: Of the sample in pixels.
-        width: Of the sample in pixels.
-        batch_size: Samples.
-        device: Where the arguments lie.
-        dtype: Of the sample.
-    """
-    inputs = {
-        "sample": torch.zeros(batch_size, unet.config.in_channels, height, width, device=device, dtype=dtype),
-        "timestep": torch.zeros(batch_size, device=device, dtype=torch.long),
-    }
-    if unet.config.class_embed_type == "identity":
-        features = unet.time_embedding.linear_2.out_features
-        inputs["class_labels"] = torch.zeros(batch_size, features, device=device, dtype=dtype)
-    elif unet.class_embedding is not None:
-        inputs["class_labels"] = torch.zeros(batch_size, device=device, dtype=torch.long)
-    return inputs
+def count_tokens(x: torch.Tensor) -> int:
+    """Tokens of each sample, with shape `(batch, channels, height, width)` or `(batch, tokens, channels)`, in an attention."""
+    return x.shape[1] if x.ndim == 3 else x[0, 0].numel()
 
 
 def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
@@ -83,7 +59,7 @@ def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None =
 
     The forward runs on the meta device, on a copy without memory, so that it costs milliseconds at any size.
     """
-    height, width = spatial_size(unet, sample_size)
+    family, (height, width) = family_of(unet), spatial_size(unet, sample_size)
     with torch.device("meta"):
         twin = type(unet).from_config(unet.config).eval()
     positions: dict[str, int] = {}
@@ -94,16 +70,17 @@ def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None =
                 positions[name] = output.shape[2] * output.shape[3]
             elif isinstance(module, nn.Linear):
                 positions[name] = output.numel() // output.shape[-1]
-            else:  # attention, over an input of shape (1, channels, height, width)
-                positions[name] = inputs[0].shape[2] * inputs[0].shape[3]
+            else:  # attention
+                positions[name] = count_tokens(inputs[0])
 
         return hook
 
+    attentions = family.attentions(twin)
     for name, module in twin.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, Attention)):
+        if name in attentions or isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(record(name))
     with torch.no_grad():
-        twin(**example_inputs(twin, height, width, device="meta"))
+        family.predict(twin, family.example_inputs(twin, height, width, device="meta"))
     return positions
 
 
@@ -111,17 +88,17 @@ def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None
     """MACs of one forward at batch 1 (see the module docstring).
 
     Args:
-        unet: A `UNet2DModel` or `GFPrunedUNet2DModel`.
+        unet: A model of any family, dense or pruned.
         sample_size: Height and width in pixels (default: the model's).
 
     Returns:
         Multiply-accumulates.
     """
     total = 0
-    modules = dict(unet.named_modules())
+    modules, attentions = dict(unet.named_modules()), family_of(unet).attentions(unet)
     for name, positions in layer_positions(unet, sample_size).items():
         module = modules[name]
-        if isinstance(module, Attention):
+        if name in attentions:
             total += 2 * positions * positions * module.to_q.out_features
         else:
             total += positions * module.weight.numel()

@@ -27,7 +27,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..diffusion.batch import ModelInputs
 from ..diffusion.process import training_process
+from ..families.lookup import family_of
 from .eval_mode import evaluating
 
 __all__ = [
@@ -265,7 +267,7 @@ def sample_images(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must be in [0, 1]")
-    parameter = next(unet.parameters())
+    family, parameter = family_of(unet), next(unet.parameters())
     ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing)
     shape = (unet.config.in_channels, *size)
     images = []
@@ -276,8 +278,9 @@ def sample_images(
 
             x = _noise(shape, generators).to(parameter.device)
             labels = None if class_labels is None else class_labels[start : start + batch_size].to(parameter.device)
+            conditioning = {} if labels is None else {"class_labels": labels}
             for timestep in ddim.timesteps:
-                prediction = unet(x.to(parameter.dtype), timestep, class_labels=labels).sample.float()
+                prediction = family.predict(unet, ModelInputs(x.to(parameter.dtype), timestep, conditioning)).float()
                 fresh = _noise(shape, generators).to(parameter.device) if eta > 0 else None
                 x = ddim.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample
             if not torch.isfinite(x).all():  # 8 bits would make black pixels of it

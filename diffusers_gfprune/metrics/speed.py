@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import first_line
-from .model_size import example_inputs, hardware_name, spatial_size
+from ..families.lookup import family_of
+from .model_size import hardware_name, spatial_size
 from .speedup import median_interval
 
 __all__ = [
@@ -289,7 +290,7 @@ def _prepare(
     twin, inputs, runner.forward = prepare_forward(model, setting, size, device)
     for _ in range(warmup):
         runner.forward()
-    held = _bytes([*twin.parameters(), *twin.buffers(), *inputs.values()])
+    held = _bytes([*twin.parameters(), *twin.buffers(), inputs.sample, inputs.timesteps, *inputs.conditioning.values()])
     runner.peak_memory = held + _allocated_at_most(runner.forward, device)
 
 
@@ -312,12 +313,13 @@ def prepare_forward(
     # Any later setting starts from the given model, not from a copy that was rounded for an earlier one.
     twin = copy.deepcopy(model).eval()
     nn.Module.to(twin, dtype=dtype, memory_format=memory_format)  # that of Diffusers does the same, and warns of float32
-    inputs = example_inputs(twin, *size, setting.batch_size, device, dtype)
-    noise = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(0))
-    inputs["sample"] = noise.to(device=device, dtype=dtype).contiguous(memory_format=memory_format)
+    family = family_of(twin)
+    inputs = family.example_inputs(twin, *size, setting.batch_size, device, dtype)
+    noise = torch.randn(inputs.sample.shape, generator=torch.Generator().manual_seed(0))
+    inputs = inputs._replace(sample=noise.to(device=device, dtype=dtype).contiguous(memory_format=memory_format))
     # The whole model or nothing: where Dynamo gives up on a part, that part would run eagerly under the name of compiled.
     function = torch.compile(twin, fullgraph=True, dynamic=False) if setting.compiled else twin
-    return twin, inputs, lambda: function(**inputs)
+    return twin, inputs, lambda: family.predict(function, inputs)
 
 
 def portable_error(error: Exception) -> str:

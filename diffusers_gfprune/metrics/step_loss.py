@@ -15,35 +15,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.batch import DiffusionBatch
 from ..diffusion.process import training_process
+from ..families.lookup import family_of
 from .eval_mode import evaluating
 
-__all__ = ["StepLoss", "noise_target"]
-
-
-def noise_target(noise_scheduler, clean_images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the model is trained to output: the noise, the clean images or the velocity, as `prediction_type` says.
-
-    Args:
-        noise_scheduler: A Diffusers scheduler with `add_noise`.
-        clean_images: Images in [-1, 1], with shape `(batch, channels, height, width)`.
-        noise: Gaussian noise of the same shape.
-        timesteps: Integer timesteps, with shape `(batch,)`.
-
-    Returns:
-        The target, of the shape of `noise`.
-
-    Raises:
-        ValueError: The scheduler's `prediction_type` is not one of these.
-    """
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return clean_images
-    if prediction_type == "v_prediction":
-        return noise_scheduler.get_velocity(clean_images, noise, timesteps)
-    raise ValueError(f"prediction_type={prediction_type} must be 'epsilon', 'sample' or 'v_prediction'")
+__all__ = ["StepLoss"]
 
 
 class StepLoss:
@@ -111,17 +88,18 @@ class StepLoss:
     @torch.no_grad()
     def _errors(self, model: nn.Module) -> Tensor:
         """Squared error of each image at its timestep: float64 with shape `(len(self.image_of),)`."""
-        parameter = next(model.parameters())
+        family, parameter = family_of(model), next(model.parameters())
         errors = []
         with evaluating(model):
             for start in range(0, len(self.image_of), self.batch_size):
-                chunk = slice(start, start + self.batch_size)
-                chosen = self.image_of[chunk]
-                images, noise = self.images[chosen].to(parameter.device), self.noise[chunk].to(parameter.device)
-                timesteps = self.timesteps[chunk].to(parameter.device)
-                labels = None if self.class_labels is None else self.class_labels[chosen].to(parameter.device)
-                noisy = self.noise_scheduler.add_noise(images, noise, timesteps).to(parameter.dtype)
-                prediction = model(noisy, timesteps, class_labels=labels).sample.float()
-                target = noise_target(self.noise_scheduler, images, noise, timesteps)
+                batch = self._batch(slice(start, start + self.batch_size)).to(parameter.device)
+                prediction = family.predict(model, batch.inputs(self.noise_scheduler, parameter.dtype)).float()
+                target = batch.target(self.noise_scheduler)
                 errors.append(((prediction - target) ** 2).mean(dim=(1, 2, 3)).double().cpu())
         return torch.cat(errors)
+
+    def _batch(self, chunk: slice) -> DiffusionBatch:
+        """Some of the images, each as often as it has a timestep."""
+        chosen = self.image_of[chunk]
+        labels = {} if self.class_labels is None else {"class_labels": self.class_labels[chosen]}
+        return DiffusionBatch(self.images[chosen], self.noise[chunk], self.timesteps[chunk], labels)

@@ -1,6 +1,6 @@
 """Block outputs of student and teacher, channel by channel.
 
-The output of every down block, the mid block and every up block is a stretch of the residual stream. Channels of the pruned
+The output of every block (`Family.block_outputs`) is a stretch of the residual stream. Channels of the pruned
 model are channels of the dense one: masked, it has all of them, scaled by their masks m; compacted, it has the kept ones, in
 their order. The distance is
 
@@ -16,34 +16,16 @@ neither masks nor the denominator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..families.lookup import family_of
 from ..pruning.channel_groups import ChannelGroup, slices_by_dimension
 from ..pruning.masking import ChannelMasks
 
-__all__ = ["BlockOutputDistance", "feature_channels", "named_blocks"]
-
-
-def named_blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of a UNet by name, in the order that they run in."""
-    for kind in ("down_blocks", "mid_block", "up_blocks"):
-        blocks = getattr(unet, kind)
-        if isinstance(blocks, nn.ModuleList):
-            yield from ((f"{kind}.{index}", block) for index, block in enumerate(blocks))
-        elif blocks is not None:
-            yield kind, blocks
-
-
-def _last_producer(name: str, block: nn.Module) -> str:
-    """Name of the convolution that a block ends with. An attention after it adds to the same channels."""
-    for kind in ("downsamplers", "upsamplers", "resnets"):
-        layers = getattr(block, kind, None)
-        if layers is not None:
-            return f"{name}.{kind}.{len(layers) - 1}.{'conv2' if hasattr(layers[-1], 'conv2') else 'conv'}"
-    raise ValueError(f"{name} is a {type(block).__name__}, whose last layer is not known")
+__all__ = ["BlockOutputDistance", "feature_channels"]
 
 
 def feature_channels(unet: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -62,8 +44,7 @@ def feature_channels(unet: nn.Module, groups: Sequence[ChannelGroup]) -> dict[st
     modules = dict(unet.named_modules())
     table = slices_by_dimension(groups)
     channels = {}
-    for name, block in named_blocks(unet):
-        producer = _last_producer(name, block)
+    for name, producer in family_of(unet).block_outputs(unet).items():
         width, parts = modules[producer].out_channels, table.get((producer, "weight", 0), [])
         if len(parts) != 1 or sorted(parts[0][1].positions) != list(range(width)):
             raise ValueError(f"the {width} channels that {name} puts out are in {len(parts)} channel groups, not all in one")

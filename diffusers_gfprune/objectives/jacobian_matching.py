@@ -33,9 +33,13 @@ D_s, there as here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
+
+from ..diffusion.batch import DiffusionBatch, ModelInputs
 
 __all__ = ["default_step", "sensitivity_distance", "with_steps"]
 
@@ -54,30 +58,32 @@ def default_step(device: torch.device) -> float:
     return STEPS[_precision(device)]
 
 
-def with_steps(noise_scheduler, batch: dict[str, Tensor], step: float) -> tuple[Tensor, Tensor]:
+def with_steps(noise_scheduler, batch: DiffusionBatch, directions: Tensor | None, step: float) -> tuple[ModelInputs, Tensor]:
     """Noisy images, followed by the same ones a step away.
 
     Args:
         noise_scheduler: A Diffusers scheduler with `add_noise`.
-        batch: `pixel_values`, `noise` and `directions`, each with shape `(batch, channels, height, width)`, and `timesteps`
-            with shape `(batch,)`.
+        batch: The images.
+        directions: Gaussian noise of the shape of the batch's noise.
         step: Length of the step along `directions`, in standard deviations of the noise (> 0).
 
     Returns:
-        Both, with shape `(2 * batch, channels, height, width)`, and the length of each step, with shape `(batch,)`.
+        Inputs for both, with shape `(2 * batch, channels, height, width)`, and the length of each step, with shape
+        `(batch,)`.
 
     Raises:
-        ValueError: The batch has no directions.
+        ValueError: There are no directions.
     """
-    if "directions" not in batch:
-        raise ValueError("batch has no directions, which sensitivity matching needs")
-    clean, noise, timesteps = batch["pixel_values"], batch["noise"], batch["timesteps"]
-    plain = noise_scheduler.add_noise(clean, noise, timesteps)
-    stepped = noise_scheduler.add_noise(clean, noise + step * batch["directions"], timesteps)
+    if directions is None:
+        raise ValueError("directions=None: sensitivity matching needs them")
+    plain = batch.inputs(noise_scheduler)
+    stepped = replace(batch, noise=batch.noise + step * directions).inputs(noise_scheduler)
     # The model rounds its input to the precision it runs in. Rounded here already, the step that it sees is known.
-    both = torch.cat([plain, stepped]).to(_precision(clean.device)).float()
-    plain, stepped = both.chunk(2)
-    return both, (stepped - plain).flatten(1).norm(dim=1)
+    both = torch.cat([plain.sample, stepped.sample]).to(_precision(batch.clean.device)).float()
+    first, second = both.chunk(2)
+    conditioning = {name: torch.cat([values, values]) for name, values in batch.conditioning.items()}
+    inputs = ModelInputs(both, torch.cat([batch.timesteps, batch.timesteps]), conditioning)
+    return inputs, (second - first).flatten(1).norm(dim=1)
 
 
 def _product(predictions: Tensor, step_lengths: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, mse_loss
 
-from ..metrics.step_loss import noise_target
+from ..diffusion.batch import DiffusionBatch, ModelInputs
+from ..families.lookup import family_of
 from ..pruning.masking import ChannelMasks
-from .distillation_features import BlockOutputDistance, named_blocks
+from .distillation_features import BlockOutputDistance
 from .jacobian_matching import default_step, sensitivity_distance, with_steps
 
 __all__ = ["ExtraForwards", "NoisePrediction", "Objective", "ObjectiveArguments", "extra_forwards"]
@@ -73,7 +75,7 @@ class ObjectiveArguments:
 
     @property
     def needs_directions(self) -> bool:
-        """Whether batches need `directions`."""
+        """Whether a batch needs `directions`."""
         return self.sensitivity_matching_weight > 0
 
     @property
@@ -147,39 +149,40 @@ class NoisePrediction(nn.Module):
     from the start because a compiler does not look for new ones.
 
     Args:
-        unet: A `UNet2DModel`, dense, masked or compacted.
+        unet: A model of any family, dense, masked or compacted.
         features: Whether block outputs can be asked for.
     """
 
     def __init__(self, unet: nn.Module, features: bool = False) -> None:
         super().__init__()
         self.unet, self.has_features, self.wanted = unet, features, _Wanted()
-        for name, block in named_blocks(unet) if features else ():
-            block.register_forward_hook(functools.partial(_keep_output, self.wanted, name))
+        self.family = family_of(unet)
+        for name in self.family.block_outputs(unet) if features else ():
+            unet.get_submodule(name).register_forward_hook(functools.partial(_keep_output, self.wanted, name))
         for module in unet.modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
                 module.register_forward_hook(functools.partial(_drop_alike, self.wanted))
 
     def forward(
         self,
-        noisy_images: Tensor,
+        sample: Tensor,
         timesteps: Tensor,
-        class_labels: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
         return_features: bool = False,
         pairs: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Predict.
 
         Args:
-            noisy_images: Shape `(batch, channels, height, width)`.
+            sample: Noisy images with shape `(batch, channels, height, width)`.
             timesteps: Integers with shape `(batch,)`.
-            class_labels: Shape `(batch,)`, for conditional models.
+            conditioning: As in `ModelInputs`, for conditional models.
             return_features: Whether to return block outputs as well.
             pairs: Whether the two halves of the batch are to be compared image by image: dropout takes the same values from
                 both then.
 
         Returns:
-            The prediction, of the shape of `noisy_images`; with `return_features` also the output of each block by name, with
+            The prediction, of the shape of `sample`; with `return_features` also the output of each block by name, with
             shape `(batch, channels of the block, ...)`.
 
         Raises:
@@ -188,9 +191,9 @@ class NoisePrediction(nn.Module):
         if return_features and not self.has_features:
             raise ValueError("return_features=True needs NoisePrediction(unet, features=True)")
         wanted = self.wanted
-        wanted.features, wanted.paired = return_features, len(noisy_images) if pairs else 0
+        wanted.features, wanted.paired = return_features, len(sample) if pairs else 0
         try:
-            prediction = self.unet(noisy_images, timesteps, class_labels=class_labels).sample
+            prediction = self.family.predict(self.unet, ModelInputs(sample, timesteps, conditioning or {}))
             return (prediction, dict(wanted.outputs)) if return_features else prediction
         finally:
             wanted.features, wanted.outputs = False, {}
@@ -246,17 +249,18 @@ class Objective:
 
     @property
     def needs_directions(self) -> bool:
-        """Whether batches need `directions`."""
+        """Whether a batch needs `directions`."""
         return self.arguments.needs_directions
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, model: nn.Module, batch: DiffusionBatch, directions: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, under the caller's autocast.
 
         Args:
             model: The student, a `NoisePrediction` or a wrapper of one.
-            batch: `pixel_values` in [-1, 1] and `noise`, both with shape `(batch, channels, height, width)`, `timesteps` with
-                shape `(batch,)`, `class_labels` with shape `(batch,)` for conditional models, and, where matching is on,
-                `directions`: Gaussian noise like `noise`, independent of it.
+            batch: The images, on the model's device.
+            directions: Where matching is on, Gaussian noise like that of the batch, and independent of it.
 
         Returns:
             The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`; `distillation` whenever
@@ -266,18 +270,15 @@ class Objective:
         Raises:
             ValueError: `directions` are needed and not there.
         """
-        images, noise, timesteps = batch["pixel_values"], batch["noise"], batch["timesteps"]
-        labels, size = batch.get("class_labels"), len(images)
+        size = len(batch)
         if self.needs_directions:
-            step = self.arguments.jacobian_step or default_step(images.device)
-            noisy_images, step_lengths = with_steps(self.noise_scheduler, batch, step)
-            labels = None if labels is None else torch.cat([labels, labels])
-            inputs = (noisy_images, torch.cat([timesteps, timesteps]), labels)
+            step = self.arguments.jacobian_step or default_step(batch.clean.device)
+            inputs, step_lengths = with_steps(self.noise_scheduler, batch, directions, step)
         else:
-            inputs = (self.noise_scheduler.add_noise(images, noise, timesteps), timesteps, labels)
+            inputs = batch.inputs(self.noise_scheduler)
 
         prediction, features = self._predict(model, inputs)
-        target = noise_target(self.noise_scheduler, images, noise, timesteps).float()
+        target = batch.target(self.noise_scheduler).float()
         terms = {"noise": mse_loss(prediction[:size], target)}
         if self.needs_teacher:
             with torch.no_grad():
@@ -292,7 +293,7 @@ class Objective:
         loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0)
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _predict(self, model: nn.Module, inputs: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+    def _predict(self, model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Prediction in float32, and block outputs where they are compared."""
         prediction = model(*inputs, return_features=self.needs_features, pairs=self.needs_directions)
         if not self.needs_features:

@@ -32,10 +32,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ..families.lookup import family_of
 from .dependencies import Components, join, meta_twin, trace_components
 
 __all__ = ["ChannelGroup", "GroupSlice", "slices_by_dimension", "trace_channel_groups"]
@@ -174,11 +173,11 @@ def _unit_labels(components: Components, modules: dict[str, nn.Module]) -> np.nd
     return join(*edges, int(components.labels.max()) + 1)
 
 
-def trace_channel_groups(unet: UNet2DModel) -> list[ChannelGroup]:
-    """Find every group of prunable channels of a dense UNet.
+def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
+    """Find every group of prunable channels of a dense model.
 
-    Output channels of the model are in no group, nor are channels that outside values are added to (the time embedding
-    with `class_embed_type="identity"`). Input channels, and the sinusoids of the time projection, are never pruned.
+    Output channels of the model are in no group, nor are channels that outside values are added to (`Family.never_pruned`).
+    Input channels, and the sinusoids of the time projection, are never pruned.
 
     Args:
         unet: The dense model; its weights are neither read nor changed.
@@ -187,15 +186,13 @@ def trace_channel_groups(unet: UNet2DModel) -> list[ChannelGroup]:
         The groups, in the order of the model's modules.
 
     Raises:
-        ValueError: The configuration has a block that cannot be pruned, the model is no plain `UNet2DModel`, or its
+        ValueError: The configuration has a block that cannot be pruned, the model is of no family, or pruned, or its
             parameters are not those of its configuration.
     """
-    twin = meta_twin(unet)
-    modules = dict(twin.named_modules())
-    components = trace_components(twin)
-    never = {"conv_out"}
-    if twin.config.class_embed_type == "identity":
-        never.add("time_embedding.linear_2")
+    family, twin = family_of(unet), meta_twin(unet)
+    modules, attentions = dict(twin.named_modules()), family.attentions(twin)
+    components = trace_components(family, twin)
+    never = family.never_pruned(twin.config)
     fixed_places = {index for index, (name, side) in enumerate(components.places) if name in never and side == "out"}
 
     # Channels with the same places, in the same multiplicity, form a group.
@@ -224,8 +221,8 @@ def trace_channel_groups(unet: UNet2DModel) -> list[ChannelGroup]:
             units[unit_of[label]].append(channel)
         own = {unit for unit in units if len(groups_of_unit[unit]) == 1}
         name = named[producer][0]
-        attention_name = name.rpartition(".")[0]
-        attention = modules.get(attention_name) if name.endswith((".to_q", ".to_k", ".to_v")) else None
+        inside, _, layer = name.rpartition(".")
+        attention = attentions.get(inside) if layer in ("to_q", "to_k", "to_v") else None
         groups.append(
             ChannelGroup(
                 name=name,
@@ -233,8 +230,8 @@ def trace_channel_groups(unet: UNet2DModel) -> list[ChannelGroup]:
                 slices=tuple(slices),
                 units=tuple(tuple(members) for unit, members in units.items() if unit in own),
                 fixed=tuple(sorted(c for unit, members in units.items() if unit not in own for c in members)),
-                heads=attention.heads if isinstance(attention, Attention) else 1,
-                attention=attention_name if isinstance(attention, Attention) else None,
+                heads=1 if attention is None else attention.heads,
+                attention=None if attention is None else inside,
             )
         )
     order = {name: index for index, name in enumerate(modules)}

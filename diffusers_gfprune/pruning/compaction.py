@@ -1,4 +1,4 @@
-"""Compaction: a masked UNet becomes a `GFPrunedUNet2DModel` of the size that its binary masks leave.
+"""Compaction: a masked model becomes one of its family's pruned class, of the size that its binary masks leave.
 
 Every parameter is indexed along the dimensions that run over channels. Norms lose whole groups and compute the others as
 before (`channel_groups`): they have fewer groups of the same size, which `norm_group_sizes` lists. One thing more is needed
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+from ..families.lookup import family_of
 from .channel_groups import ChannelGroup, slices_by_dimension
 from .masking import MASKS_MODULE, check_mask, dense_name, dense_parameters
 from .optimizer_state import kept_state
@@ -127,7 +127,7 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
     return plan
 
 
-def compact(unet: nn.Module, plan: CompactionPlan) -> GFPrunedUNet2DModel:
+def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
     """Build the small model. The masked model is left as it is.
 
     Args:
@@ -143,7 +143,7 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> GFPrunedUNet2DModel:
         "attention_heads": plan.attention_heads,
     }
     with torch.device("meta"):
-        small = GFPrunedUNet2DModel.from_config({**unet.config, **tables})
+        small = family_of(unet).pruned_class.from_config({**unet.config, **tables})
     weights = {name: plan.take(name, p.detach()) for name, p in dense_parameters(unet).items()}
     buffers = {n: b for n, b in unet.state_dict().items() if dense_name(n) not in weights and not n.startswith(MASKS_MODULE)}
     small.load_state_dict({**weights, **buffers}, assign=True)

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from ..families.lookup import family_of
 from ..metrics.model_size import layer_positions
 from .channel_groups import ChannelGroup
 
@@ -67,8 +67,7 @@ class CostModel:
         self.seconds = seconds
         self.dense = np.array([group.num_channels for group in groups], dtype=np.int64)
         positions = layer_positions(unet, sample_size)
-        modules = dict(unet.named_modules())
-
+        attentions = family_of(unet).attentions(unet)
         shares = group_shares(groups)
 
         def width(name: str, dim: int, size: int) -> tuple[float, np.ndarray]:
@@ -78,7 +77,7 @@ class CostModel:
         rows: list[tuple] = []  # in and out widths, MACs per product, parameters per product and per output channel
         linear_macs = np.zeros(len(self.groups))
         norms: list[tuple[float, np.ndarray]] = []
-        for name, module in modules.items():
+        for name, module in unet.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 shape = module.weight.shape
                 area = shape[2] * shape[3] if len(shape) == 4 else 1
@@ -89,7 +88,7 @@ class CostModel:
                 rows.append(((float(shape[0]), np.zeros(len(self.groups))), width(name, 1, shape[1]), 0, 1, 0.0))
             elif isinstance(module, nn.GroupNorm):
                 norms.append(width(name, 0, module.num_channels))
-            elif isinstance(module, Attention):
+            elif name in attentions:
                 _, row = width(f"{name}.to_q", 0, module.to_q.out_features)
                 linear_macs += 2 * positions[name] ** 2 * row
         self._in0, self._in = np.array([r[0][0] for r in rows]), np.stack([r[0][1] for r in rows])

@@ -17,37 +17,17 @@ from unittest import mock
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from ..metrics.model_size import example_inputs
+from ..families.base import Family
+from ..families.lookup import family_of
 
 __all__ = ["Components", "join", "meta_twin", "trace_components"]
 
-SUPPORTED_BLOCKS = {
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "mid_block_type": ("UNetMidBlock2D", None),
-}
-
 
 # --- a twin without memory ---------------------------------------------------------------------------------------------
-
-
-def _check_supported(config) -> None:
-    for argument, supported in SUPPORTED_BLOCKS.items():
-        value = config[argument]
-        for block in value if isinstance(value, (list, tuple)) else [value]:
-            if (block[7:] if str(block).startswith("UNetRes") else block) not in supported:
-                names = ", ".join(str(name) for name in supported)
-                raise ValueError(f"{argument}={block} cannot be pruned; supported: {names}")
-    if config["resnet_time_scale_shift"] not in ("default", "scale_shift"):
-        raise ValueError(
-            f"resnet_time_scale_shift={config['resnet_time_scale_shift']} cannot be pruned; supported: default, scale_shift"
-        )
 
 
 def _settings(module: nn.Module | None) -> dict[str, object]:
@@ -65,22 +45,21 @@ def _check_settings(name: str, found: dict, wanted: dict) -> None:
             raise ValueError(f"the model does not match its config: {name}.{key}={found.get(key)!r} should be {value!r}")
 
 
-def meta_twin(unet: UNet2DModel) -> UNet2DModel:
+def meta_twin(unet: nn.Module) -> nn.Module:
     """A model of the same configuration on the meta device.
 
     Raises:
-        ValueError: The model is no plain `UNet2DModel`, has a block that cannot be pruned, or is not what its configuration
-            says.
+        ValueError: The model is of no family, is pruned already, has a block that cannot be pruned, or is not what its
+            configuration says.
     """
-    if type(unet).__name__ == "GFPrunedUNet2DModel":
+    family = family_of(unet)
+    if family.is_pruned(unet):
         raise ValueError(
-            "the model is pruned already (GFPrunedUNet2DModel): prune the dense model to the smaller budget instead"
+            f"the model is pruned already ({type(unet).__name__}): prune the dense model to the smaller budget instead"
         )
-    if not isinstance(unet, UNet2DModel):
-        raise ValueError(f"a UNet2DModel can be pruned, not a {type(unet).__name__}")
-    _check_supported(unet.config)
+    family.check_supported(unet.config)
     with torch.device("meta"):
-        twin = UNet2DModel.from_config(unet.config)
+        twin = family.dense_class.from_config(unet.config)
     theirs = {name: tuple(p.shape) for name, p in unet.named_parameters()}
     for name, parameter in twin.named_parameters():
         if theirs.pop(name, None) != tuple(parameter.shape):
@@ -91,7 +70,8 @@ def meta_twin(unet: UNet2DModel) -> UNet2DModel:
     for name, module in twin.named_modules():
         if name and not isinstance(module, nn.Dropout):  # settings of the model itself are its config
             _check_settings(name, _settings(modules.get(name)), _settings(module))
-        if isinstance(module, Attention) and module.heads < 1:
+    for name, module in family.attentions(twin).items():
+        if module.heads < 1:
             raise ValueError(
                 f"attention_head_dim={unet.config.attention_head_dim} leaves {name} ({module.query_dim} channels) no head"
             )
@@ -157,10 +137,11 @@ def _width(module: nn.Module, side: str) -> int:
     return module.out_features if side == "out" else module.in_features
 
 
-def trace_components(twin: UNet2DModel) -> Components:
+def trace_components(family: Family, twin: nn.Module) -> Components:
     """The channels of a network.
 
     Args:
+        family: Of the model.
         twin: A dense model on the meta device (`meta_twin`).
 
     Raises:
@@ -169,14 +150,13 @@ def trace_components(twin: UNet2DModel) -> Components:
     import torch_pruning as tp
     from torch_pruning.dependency import index_mapping
 
-    side = 2 ** len(twin.config.block_out_channels)
     names = {module: name for name, module in twin.named_modules()}
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = tp.DependencyGraph().build_dependency(
             twin.eval(),
-            example_inputs(twin, side, side, device="meta"),
-            output_transform=lambda output: output.sample,
+            family.example_inputs(twin, *family.tracing_size(twin.config), device="meta"),
+            forward_fn=family.predict,
             ignored_params=[p for p in twin.parameters() if not p.requires_grad],
             verbose=False,
         )

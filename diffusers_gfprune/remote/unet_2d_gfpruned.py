@@ -30,7 +30,7 @@ from itertools import chain, zip_longest
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
@@ -39,7 +39,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-__all__ = ["GFPrunedUNet2DModel", "RaggedGroupNorm"]
+__all__ = ["GFPrunedMixin", "GFPrunedUNet2DModel", "RaggedGroupNorm"]
 
 
 class RaggedGroupNorm(nn.GroupNorm):
@@ -67,23 +67,20 @@ class LoadingChecks:
     """The extension point of this file: what is refused of a repository, by a ValueError, and when. Here, nothing.
 
     Who runs the copy of this file in a repository trusts that repository. Who has the package need not: it runs no code of
-    repositories, and puts checks of its own into `GFPrunedUNet2DModel.checks` on import.
+    repositories, and puts checks of its own into `checks` of the pruned class on import.
     """
 
     def config_file(self, path: str) -> None:
         """Before `config.json` is read."""
 
     def arguments(self, dense: Mapping) -> None:
-        """Before anything is built: the arguments that are those of `UNet2DModel`."""
+        """Before anything is built: the arguments that are those of the dense class."""
 
-    def tables(self, skeleton: UNet2DModel, tables: Mapping[str, Mapping]) -> None:
+    def tables(self, skeleton: nn.Module, tables: Mapping[str, Mapping]) -> None:
         """Before the tables narrow the dense model, which is on the meta device."""
 
     def weights(self, files: Sequence[str], dtype: torch.dtype, quantized: bool) -> None:
         """Before weights are loaded: the files, what becomes of them, and whether they are quantized."""
-
-
-# --- widths ------------------------------------------------------------------------------------------------------------
 
 
 def _channels(layer: nn.Module) -> tuple[int, int]:
@@ -108,15 +105,15 @@ def _narrow_layer(layer: nn.Module, reads: int, writes: int) -> None:
         layer.bias.data = torch.empty(writes, device="meta")
 
 
-def _narrow(unet: UNet2DModel, layer_channels: Mapping, norm_group_sizes: Mapping, attention_heads: Mapping) -> None:
+def _narrow(model: nn.Module, layer_channels: Mapping, norm_group_sizes: Mapping, attention_heads: Mapping) -> None:
     """Give a dense model without memory the widths of the tables, in place: to make its layers anew takes much longer."""
-    modules = dict(unet.named_modules())
+    modules = dict(model.named_modules())
     for name, channels in layer_channels.items():
         _narrow_layer(modules[name], *channels)
     for name, sizes in norm_group_sizes.items():
         norm = modules[name]
         if len(set(sizes)) > 1:
-            unet.set_submodule(name, RaggedGroupNorm(sizes, norm.eps, "meta"))
+            model.set_submodule(name, RaggedGroupNorm(sizes, norm.eps, "meta"))
         else:
             norm.num_groups, norm.num_channels = len(sizes), sum(sizes)
             norm.weight.data, norm.bias.data = (torch.empty(sum(sizes), device="meta") for _ in range(2))
@@ -135,14 +132,40 @@ def _narrow(unet: UNet2DModel, layer_channels: Mapping, norm_group_sizes: Mappin
             module.scale = (module.inner_dim // module.heads) ** -0.5
 
 
-def _check_widths(unet: UNet2DModel) -> None:
-    """Follow the channels through `UNet2DModel.forward`: each layer must read as many as the one before it writes.
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device freshly initialized weights on `device`."""
+    for module in model.modules():
+        if isinstance(module, GaussianFourierProjection):
+            weight = torch.randn(module.weight.shape, device=device) * 16  # the scale that Diffusers' UNets pass
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif next(module.parameters(recurse=False), None) is not None:
+            module.to_empty(device=device, recurse=False)
+            module.reset_parameters()
 
-    A forward on the meta device takes a hundred times as long, and takes a width of 1, which broadcasts, for any other.
+
+class GFPrunedMixin:
+    """What makes a stock class of Diffusers a pruned one: `class Pruned(GFPrunedMixin, Stock)`.
+
+    The class has the dense configuration and the three tables, the widths that they say, and files that can be trusted. It
+    says in `check_widths` how channels go through its forward, and gets its constructor from `pruned_init(Stock)`.
     """
 
-    def through(channels: int, *layers: nn.Module, to: int | None = None) -> int:
+    _keys_to_ignore_on_load_unexpected = [r"attentions\.\d+\.to_qkv\.(weight|bias)$"]  # copies, made by fuse_projections
+    _auto_class = "AutoModel"  # config.json then says where a trusting AutoModel finds this file
+    _card: str | None = None
+    checks: LoadingChecks = LoadingChecks()
+
+    def check_widths(self) -> None:
+        """Raise a `ValueError` where a layer does not read what the one before it writes, by `_through` and `_along`."""
+        raise NotImplementedError  # a forward on the meta device takes long, and a width of 1, which broadcasts, for any
+
+    def _through(self, channels: int, *layers: nn.Module, to: int | None = None) -> int:
         """From the channels that go into the first layer to those that come out of the last, which must be `to`."""
+
+        def refuse(layer: nn.Module, problem: str) -> None:
+            name = next(name for name, module in self.named_modules() if module is layer)
+            raise ValueError(f"the widths in the config do not fit together: {name} {problem}")
+
         for layer in layers:
             reads, writes = _channels(layer)
             if reads != channels:
@@ -152,127 +175,23 @@ def _check_widths(unet: UNet2DModel) -> None:
             refuse(layers[-1], f"writes {channels} channels where {to} are wanted")
         return channels
 
-    def refuse(layer: nn.Module, problem: str) -> None:
-        name = next(name for name, module in unet.named_modules() if module is layer)
-        raise ValueError(f"the widths in the config do not fit together: {name} {problem}")
-
-    def resnet(block: ResnetBlock2D, channels: int) -> int:
-        hidden = through(channels, block.norm1, block.conv1)
-        through(embedding, block.time_emb_proj, to=hidden * (2 if block.time_embedding_norm == "scale_shift" else 1))
-        residual = channels if block.conv_shortcut is None else through(channels, block.conv_shortcut)
-        return through(hidden, block.norm2, block.conv2, to=residual)
-
-    def attention(block: Attention, channels: int) -> int:
-        inner = through(channels, *filter(None, [block.group_norm]), block.to_q)
-        through(channels, block.to_k, to=inner)
-        through(channels, block.to_v, to=inner)
-        return through(inner, block.to_out[0], to=channels)
-
-    def along(channels: int, *layers: nn.Module | None) -> int:
-        for layer in layers:
-            if isinstance(layer, ResnetBlock2D):
-                channels = resnet(layer, channels)
-            elif isinstance(layer, Attention):
-                channels = attention(layer, channels)
-            elif layer is not None:
-                channels = through(channels, layer.conv)  # of a sampler
+    def _along(self, embedding: int, channels: int, *blocks: nn.Module | None) -> int:
+        """The same along blocks, which read a time embedding with so many channels."""
+        for block in filter(None, blocks):
+            if isinstance(block, ResnetBlock2D):
+                hidden = self._through(channels, block.norm1, block.conv1)
+                wanted = 2 * hidden if block.time_embedding_norm == "scale_shift" else hidden
+                self._through(embedding, block.time_emb_proj, to=wanted)
+                residual = channels if block.conv_shortcut is None else self._through(channels, block.conv_shortcut)
+                channels = self._through(hidden, block.norm2, block.conv2, to=residual)
+            elif isinstance(block, Attention):
+                inner = self._through(channels, *filter(None, [block.group_norm]), block.to_q)
+                for layer in (block.to_k, block.to_v):
+                    self._through(channels, layer, to=inner)
+                channels = self._through(inner, block.to_out[0], to=channels)
+            else:  # a sampler
+                channels = self._through(channels, block.conv)
         return channels
-
-    def pairs(block: nn.Module) -> Iterator[tuple[ResnetBlock2D, Attention | None]]:
-        return zip_longest(block.resnets, getattr(block, "attentions", ()))
-
-    # 1. time and class
-    first, kind = unet.config.block_out_channels[0], unet.config.time_embedding_type
-    steps = unet.time_proj.embedding_dim if kind == "learned" else 2 * first if kind == "fourier" else first
-    embedding = through(steps, unet.time_embedding.linear_1, unet.time_embedding.linear_2)
-    if isinstance(unet.class_embedding, nn.Embedding):
-        through(unet.class_embedding.num_embeddings, unet.class_embedding, to=embedding)
-    elif isinstance(unet.class_embedding, TimestepEmbedding):
-        through(steps, unet.class_embedding.linear_1, unet.class_embedding.linear_2, to=embedding)
-    # 2. down: what a layer writes is also read on the way up
-    channels = through(unet.config.in_channels, unet.conv_in)
-    skips = [channels]
-    for block in unet.down_blocks:
-        for layers in [*pairs(block), *((sampler,) for sampler in block.downsamplers or ())]:
-            skips.append(channels := along(channels, *layers))
-    # 3. middle
-    if unet.mid_block is not None:
-        channels = along(channels, *chain(*pairs(unet.mid_block)))
-    # 4. up, each pair after a concatenation
-    for block in unet.up_blocks:
-        for layers in pairs(block):
-            channels = along(channels + skips.pop(), *layers)
-        channels = along(channels, *block.upsamplers or ())
-    through(channels, unet.conv_norm_out, unet.conv_out, to=unet.config.out_channels)
-
-
-def _materialize(unet: nn.Module, device: torch.device) -> None:
-    """Give a model on the meta device freshly initialized weights on `device`."""
-    for module in unet.modules():
-        if isinstance(module, GaussianFourierProjection):
-            weight = torch.randn(module.weight.shape, device=device) * 16  # the scale that UNet2DModel passes
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        elif next(module.parameters(recurse=False), None) is not None:
-            module.to_empty(device=device, recurse=False)
-            module.reset_parameters()
-
-
-_DENSE = inspect.signature(UNet2DModel.__init__)
-
-
-def _with_dense_signature(init):
-    """Show `init` with the arguments of `UNet2DModel` before its own, as Diffusers' configuration reads them."""
-    own = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own]
-    init.__signature__ = _DENSE.replace(parameters=[*_DENSE.parameters.values(), *own])
-    return init
-
-
-class GFPrunedUNet2DModel(UNet2DModel):
-    r"""
-    A [`UNet2DModel`] with the widths that gradient-flow pruning left (arXiv 2501.09464).
-
-    Takes every argument of [`UNet2DModel`], with the values of the dense model, and:
-
-    Parameters:
-        layer_channels (`dict[str, tuple[int, int]]`, *optional*): Input and output channels of narrowed layers.
-        norm_group_sizes (`dict[str, list[int]]`, *optional*): Channels in each group of narrowed group norms.
-        attention_heads (`dict[str, int]`, *optional*): Heads left in attentions that lost some.
-
-    Raises:
-        ValueError: The widths do not fit together. Nothing is allocated before that is known.
-    """
-
-    _no_split_modules = ["ResnetBlock2D", "Attention"]
-    _keys_to_ignore_on_load_unexpected = [r"attentions\.\d+\.to_qkv\.(weight|bias)$"]  # copies, made by fuse_projections
-    _auto_class = "AutoModel"  # config.json then says where a trusting AutoModel finds this file
-    _card: str | None = None
-    checks: LoadingChecks = LoadingChecks()
-
-    @register_to_config
-    @_with_dense_signature
-    def __init__(
-        self,
-        *args,
-        layer_channels: dict[str, tuple[int, int]] | None = None,
-        norm_group_sizes: dict[str, list[int]] | None = None,
-        attention_heads: dict[str, int] | None = None,
-        **kwargs,
-    ):
-        given = _DENSE.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        dense = {name: value for name, value in given.arguments.items() if name != "self"}
-        tables = {"layer_channels": layer_channels, "norm_group_sizes": norm_group_sizes, "attention_heads": attention_heads}
-        tables = {name: {} if table is None else table for name, table in tables.items()}
-        self.checks.arguments(dense)
-        device = nn.Linear(1, 1).weight.device  # where weights go now: a device context, or meta while loading
-        with torch.device("meta"):  # 1. the dense skeleton, without memory
-            super().__init__(**dense)
-        self.checks.tables(self, tables)
-        _narrow(self, **tables)  # 2. the widths that are left
-        _check_widths(self)  # 3. proof that they fit together
-        if device.type != "meta":
-            _materialize(self, device)  # 4. fresh weights
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -284,7 +203,7 @@ class GFPrunedUNet2DModel(UNet2DModel):
         return super()._dict_from_json_file(json_file, *args, **kwargs)
 
     @classmethod
-    @functools.wraps(UNet2DModel.from_pretrained.__func__)
+    @functools.wraps(ModelMixin.from_pretrained.__func__)
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         if kwargs.pop("use_safetensors", True) is False or kwargs.get("use_flashpack"):
             raise ValueError("use_safetensors=False, use_flashpack=True: pruned models are loaded from safetensors only")
@@ -296,13 +215,13 @@ class GFPrunedUNet2DModel(UNet2DModel):
         # Diffusers only warns here, and leaves such weights random.
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := sorted(map(str, info[problem])):
-                found = f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
-                raise ValueError(f"{name}: the weights do not fit the config: {found}")
+                problem = problem.replace("_", " ")
+                raise ValueError(f"{name}: the weights do not fit the config: {len(keys)} {problem}, first {keys[0]}")
         return (model, info) if wants_info else model
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, files, *args, **kwargs):
-        dtype = kwargs.get("dtype") or model.conv_in.weight.dtype
+        dtype = kwargs.get("dtype") or next(model.parameters()).dtype
         cls.checks.weights(files, dtype, quantized=kwargs.get("hf_quantizer") is not None)
         return super()._load_pretrained_model(model, state_dict, files, *args, **kwargs)
 
@@ -311,9 +230,9 @@ class GFPrunedUNet2DModel(UNet2DModel):
         content = {key: value for key, value in json.loads(super().to_json_string()).items() if key != "_name_or_path"}
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
-    @functools.wraps(UNet2DModel.save_pretrained)
+    @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory, *args, **kwargs):
-        given = inspect.signature(UNet2DModel.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
+        given = inspect.signature(ModelMixin.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
         if not given.get("safe_serialization", True):
             raise ValueError("safe_serialization=False: pruned models are saved as safetensors only")
         folder = pathlib.Path(save_directory)
@@ -333,6 +252,87 @@ class GFPrunedUNet2DModel(UNet2DModel):
         if self._card is not None:  # Diffusers has just written a generic card over it
             pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
         return super()._upload_folder(working_dir, *args, **kwargs)
+
+
+def pruned_init(dense_class: type):
+    """The constructor of a pruned class: it takes the arguments of the dense one before the tables."""
+
+    def __init__(
+        self,
+        *args,
+        layer_channels: dict[str, tuple[int, int]] | None = None,
+        norm_group_sizes: dict[str, list[int]] | None = None,
+        attention_heads: dict[str, int] | None = None,
+        **kwargs,
+    ):
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        dense = {name: value for name, value in given.arguments.items() if name != "self"}
+        tables = {"layer_channels": layer_channels, "norm_group_sizes": norm_group_sizes, "attention_heads": attention_heads}
+        tables = {name: {} if table is None else table for name, table in tables.items()}
+        self.checks.arguments(dense)
+        device = nn.Linear(1, 1).weight.device  # where weights go now: a device context, or meta while loading
+        with torch.device("meta"):  # 1. the dense skeleton, without memory
+            dense_class.__init__(self, **dense)
+        self.checks.tables(self, tables)
+        _narrow(self, **tables)  # 2. the widths that are left
+        self.check_widths()  # 3. proof that they fit together
+        if device.type != "meta":
+            _materialize(self, device)  # 4. fresh weights
+
+    # As Diffusers' configuration reads the arguments
+    signature = inspect.signature(dense_class.__init__)
+    own = [p for p in inspect.signature(__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own]
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])
+    return register_to_config(__init__)
+
+
+class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
+    r"""
+    A [`UNet2DModel`] with the widths that gradient-flow pruning left (arXiv 2501.09464).
+
+    Takes every argument of [`UNet2DModel`], with the values of the dense model, and:
+
+    Parameters:
+        layer_channels (`dict[str, tuple[int, int]]`, *optional*): Input and output channels of narrowed layers.
+        norm_group_sizes (`dict[str, list[int]]`, *optional*): Channels in each group of narrowed group norms.
+        attention_heads (`dict[str, int]`, *optional*): Heads left in attentions that lost some.
+
+    Raises:
+        ValueError: The widths do not fit together. Nothing is allocated before that is known.
+    """
+
+    _no_split_modules = ["ResnetBlock2D", "Attention"]
+    __init__ = pruned_init(UNet2DModel)
+
+    def check_widths(self) -> None:
+        # 1. time and class
+        first, kind = self.config.block_out_channels[0], self.config.time_embedding_type
+        steps = self.time_proj.embedding_dim if kind == "learned" else 2 * first if kind == "fourier" else first
+        embedding = self._through(steps, self.time_embedding.linear_1, self.time_embedding.linear_2)
+        if isinstance(self.class_embedding, nn.Embedding):
+            self._through(self.class_embedding.num_embeddings, self.class_embedding, to=embedding)
+        elif isinstance(self.class_embedding, TimestepEmbedding):
+            self._through(steps, self.class_embedding.linear_1, self.class_embedding.linear_2, to=embedding)
+
+        def pairs(block: nn.Module) -> Iterator[tuple[ResnetBlock2D, Attention | None]]:
+            return zip_longest(block.resnets, getattr(block, "attentions", ()))
+
+        # 2. down: what a layer writes is also read on the way up
+        skips = [channels := self._through(self.config.in_channels, self.conv_in)]
+        for block in self.down_blocks:
+            for layers in [*pairs(block), *((sampler,) for sampler in block.downsamplers or ())]:
+                skips.append(channels := self._along(embedding, channels, *layers))
+        # 3. middle
+        if self.mid_block is not None:
+            channels = self._along(embedding, channels, *chain(*pairs(self.mid_block)))
+        # 4. up, each pair after a concatenation
+        for block in self.up_blocks:
+            for layers in pairs(block):
+                channels = self._along(embedding, channels + skips.pop(), *layers)
+            channels = self._along(embedding, channels, *block.upsamplers or ())
+        self._through(channels, self.conv_norm_out, self.conv_out, to=self.config.out_channels)
 
 
 # Saved pipelines name the library of a component by its class's module: this package, whose file travels with them.

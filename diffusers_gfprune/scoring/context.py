@@ -14,75 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import GFPruneConfig
+from ..diffusion.batch import DiffusionBatch
 from ..distributed import mean_over_ranks, world_size
-from ..metrics.step_loss import noise_target
+from ..families.lookup import family_of
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.masking import dense_parameters
 
-__all__ = ["CalibrationBatch", "Scores", "ScoringContext", "check_batch"]
+__all__ = ["Scores", "ScoringContext", "check_batch"]
 
-CalibrationBatch = Sequence[Tensor]
 Scores = dict[str, Tensor]
 
 
-def check_batch(unet: nn.Module, noise_scheduler, batch: CalibrationBatch) -> None:
+def check_batch(unet: nn.Module, noise_scheduler, batch: DiffusionBatch) -> None:
     """Refuse a calibration batch that is not one of this model.
 
     Args:
         unet: The model.
         noise_scheduler: The process that it was trained in.
-        batch: `(clean_images, noise, timesteps[, class_labels])`.
+        batch: The batch.
 
     Raises:
         ValueError: A tensor has another shape, dtype or range than the model takes, or labels are missing, or are too many.
     """
-    if not 3 <= len(batch) <= 4:
-        raise ValueError(f"a calibration batch is (clean_images, noise, timesteps[, class_labels]), not {len(batch)} tensors")
-    clean, noise, timesteps, *labels = batch
-    if clean.ndim != 4 or clean.shape[1] != unet.config.in_channels:
-        found = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
-        raise ValueError(f"clean images have {found}, the model takes in_channels={unet.config.in_channels}")
-    if len(clean) == 0:
-        raise ValueError(f"clean images have shape {tuple(clean.shape)}: a calibration batch needs at least one image")
-    if noise.shape != clean.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, clean images have {tuple(clean.shape)}")
-    _check_integers("timesteps", timesteps, len(clean), noise_scheduler.config.num_train_timesteps)
-    _check_labels(unet, labels[0] if labels else None, len(clean))
-
-
-def _check_integers(name: str, values: Tensor, size: int, count: int, argument: str = "") -> None:
-    """Integers from 0 to `count - 1` with shape `(size,)`."""
-    wanted = f"{argument}they must be integers from 0 to {count - 1}"
-    if values.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} have dtype {values.dtype}; {wanted}")
-    if values.shape != (size,):
-        raise ValueError(f"{name} have shape {tuple(values.shape)}, not {(size,)}; {wanted}")
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= count:
-        raise ValueError(f"{name} are from {low} to {high}; {wanted}")
-
-
-def _check_labels(unet: nn.Module, labels: Tensor | None, size: int) -> None:
-    config = unet.config
-    if unet.class_embedding is None:
-        if labels is not None:
-            raise ValueError("the model is unconditional, the batch has class_labels: leave them out")
-        return
-    if labels is None:
-        raise ValueError("the batch has no class_labels, which the model takes")
-    if config.class_embed_type == "identity":
-        shape = (size, unet.time_embedding.linear_2.out_features)
-        if not labels.is_floating_point() or labels.shape != shape:
-            raise ValueError(
-                f"class_labels have shape {tuple(labels.shape)}, {labels.dtype}; with class_embed_type=identity they must be "
-                f"embeddings, floating point with shape {shape}"
-            )
-    elif config.class_embed_type == "timestep":
-        if labels.shape != (size,):
-            raise ValueError(f"class_labels have shape {tuple(labels.shape)}, not {(size,)}, with class_embed_type=timestep")
-    else:
-        count = config.num_class_embeds
-        _check_integers("class_labels", labels, size, count, f"the model has num_class_embeds={count}, so that ")
+    batch.check(unet.config.in_channels, noise_scheduler.config.num_train_timesteps)
+    family_of(unet).check_conditioning(unet, batch.conditioning, len(batch))
 
 
 @dataclass
@@ -92,9 +47,7 @@ class ScoringContext:
     Attributes:
         unet: The model, in evaluation mode, with float32 weights.
         groups: Its channel groups.
-        batches: Calibration batches `(clean_images, noise, timesteps[, class_labels])`: images in [-1, 1] and Gaussian
-            noise with shape `(batch, channels, height, width)`, int64 timesteps and labels with shape `(batch,)`; of several
-            processes, each has its rows of every batch.
+        batches: Calibration batches; of several processes, each has its rows of every batch.
         noise_scheduler: The Diffusers scheduler that adds the noise.
         config: All options.
         parameters: Every parameter with a slice in a group, by dense name.
@@ -102,7 +55,7 @@ class ScoringContext:
 
     unet: nn.Module
     groups: Sequence[ChannelGroup]
-    batches: Sequence[CalibrationBatch]
+    batches: Sequence[DiffusionBatch]
     noise_scheduler: object
     config: GFPruneConfig
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -116,30 +69,27 @@ class ScoringContext:
         """Where the model is."""
         return next(iter(self.parameters.values())).device
 
-    def loss(self, batch: CalibrationBatch, sample_weights: Tensor | None = None) -> Tensor:
+    def loss(self, batch: DiffusionBatch, sample_weights: Tensor | None = None) -> Tensor:
         """Noise-prediction loss of a batch, a scalar: the mean of errors times `sample_weights (batch,)`, on this rank."""
         errors = self.sample_losses(batch)
         return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
 
-    def predictions(self, batch: CalibrationBatch) -> Tensor:
+    def predictions(self, batch: DiffusionBatch) -> Tensor:
         """What the model predicts of a batch's noisy images, float32, of their shape.
 
         Raises:
             ValueError: It predicts something of another shape.
         """
-        clean, noise, timesteps, *labels = (tensor.to(self.device) for tensor in batch)
-        noisy = self.noise_scheduler.add_noise(clean, noise, timesteps)
-        labels = labels[0] if labels else None
-        found = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
-        if found.shape != clean.shape:
-            raise ValueError(f"the model predicts shape {tuple(found.shape)}, its target has {tuple(clean.shape)}")
+        inputs = batch.to(self.device).inputs(self.noise_scheduler, self.unet.dtype)
+        found = family_of(self.unet).predict(self.unet, inputs).float()
+        if found.shape != inputs.sample.shape:
+            raise ValueError(f"the model predicts shape {tuple(found.shape)}, its target has {tuple(inputs.sample.shape)}")
         return found
 
-    def sample_losses(self, batch: CalibrationBatch) -> Tensor:
+    def sample_losses(self, batch: DiffusionBatch) -> Tensor:
         """Mean squared error of each sample, with shape `(batch,)`."""
         prediction = self.predictions(batch)
-        clean, noise, timesteps = (tensor.to(self.device) for tensor in batch[:3])
-        target = noise_target(self.noise_scheduler, clean, noise, timesteps)
+        target = batch.to(self.device).target(self.noise_scheduler)
         return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
 
     def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
@@ -172,7 +122,7 @@ class ScoringContext:
         mean_over_ranks(found.values())
         return found
 
-    def mean_gradient(self, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+    def mean_gradient(self, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
         """Gradient of the mean loss over batches, on all ranks."""
         return self.summed_gradients(self.loss(batch) / len(batches) for batch in batches)
 

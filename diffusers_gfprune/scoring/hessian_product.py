@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..diffusion.batch import DiffusionBatch
 from ..distributed import mean_over_ranks, world_size
-from .context import CalibrationBatch, ScoringContext
+from .context import ScoringContext
 
 __all__ = ["HESSIAN_PRODUCTS", "difference_product", "exact_product"]
 
 
-def exact_product(context: ScoringContext, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+def exact_product(context: ScoringContext, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
     """H g by double backward: d(g . v)/dtheta with v = g held constant.
 
     Args:
@@ -56,21 +57,19 @@ def exact_product(context: ScoringContext, batches: Sequence[CalibrationBatch]) 
 FINITE_DIFFERENCE_STEPS = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
-def _halves(batches: Sequence[CalibrationBatch]) -> list[tuple[CalibrationBatch, float]]:
+def _halves(batches: Sequence[DiffusionBatch]) -> list[tuple[DiffusionBatch, float]]:
     """Each batch in two parts, with the weights that make their losses sum to the mean loss.
 
     Differences hold two more copies of the weights than a training step does; half a batch at a time, they fit where
     training fits, and sums of gradients do not notice.
     """
     return [
-        (part, len(part[0]) / (len(batch[0]) * len(batches)))
-        for batch in batches
-        for part in zip(*(column.split((len(column) + 1) // 2) for column in batch))
+        (part, len(part) / (len(batch) * len(batches))) for batch in batches for part in batch.split((len(batch) + 1) // 2)
     ]
 
 
 @torch.no_grad()
-def difference_product(context: ScoringContext, batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+def difference_product(context: ScoringContext, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
     """H g by central differences. Weights are put back bit for bit.
 
     Args:
@@ -109,7 +108,7 @@ def difference_product(context: ScoringContext, batches: Sequence[CalibrationBat
             parameter.data.copy_(saved[name])
 
 
-HESSIAN_PRODUCTS: dict[str, Callable[[ScoringContext, Sequence[CalibrationBatch]], dict[str, Tensor]]] = {
+HESSIAN_PRODUCTS: dict[str, Callable[[ScoringContext, Sequence[DiffusionBatch]], dict[str, Tensor]]] = {
     "exact": exact_product,
     "finite-difference": difference_product,
 }

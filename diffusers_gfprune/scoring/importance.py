@@ -32,22 +32,23 @@ from torch import Tensor, nn
 
 from ..configuration import GFPruneConfig
 from ..criteria import Criterion, find_criterion, register_criterion
+from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, gather_rows
 from ..pruning.channel_groups import ChannelGroup
-from .context import CalibrationBatch, Scores, ScoringContext
+from .context import Scores, ScoringContext
 from .hessian_product import HESSIAN_PRODUCTS
 from .mode import scoring_mode
 from .natural_flow import prediction_changes
 
-__all__ = ["CalibrationBatch", "ScoringContext", "normalize_scores", "score_units"]
+__all__ = ["ScoringContext", "normalize_scores", "score_units"]
 
 # Of criteria that look at no image
 WEIGHTS_ONLY = {"derivatives": 0, "needs_batches": False, "passes": 0.0}
 
 
-def _check_batches(batches: Sequence[CalibrationBatch], criterion: Criterion) -> None:
+def _check_batches(batches: Sequence[DiffusionBatch], criterion: Criterion) -> None:
     """Refuse batches that ranks have different shapes of, before one waits for another."""
-    shapes = [size for batch in batches for column in batch for size in column.shape]
+    shapes = [size for batch in batches for column in batch.tensors() for size in column.shape]
     check_identical({"shapes of calibration batches": torch.tensor([len(batches), *shapes])})
     if criterion.needs_batches and len(batches) == 0:
         raise ValueError(f"criterion={criterion.name} needs calibration batches, got none")
@@ -67,7 +68,7 @@ def _check_finite(scores: Mapping[str, Tensor]) -> None:
 def score_units(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Sequence[CalibrationBatch],
+    batches: Sequence[DiffusionBatch],
     noise_scheduler,
     config: GFPruneConfig,
 ) -> Scores:
@@ -173,7 +174,7 @@ def _taylor(context: ScoringContext) -> Scores:
 @register_criterion("diff-pruning", title="Diff-Pruning", derivatives=1)
 def _diff_pruning(context: ScoringContext) -> Scores:
     # Of all ranks, in the order of the global batches: one rank alone would draw the line elsewhere.
-    timesteps = torch.cat([gather_rows(batch[2]).cpu() for batch in context.batches])
+    timesteps = torch.cat([gather_rows(batch.timesteps).cpu() for batch in context.batches])
     with torch.no_grad():
         losses = torch.cat([gather_rows(context.sample_losses(batch)).cpu() for batch in context.batches])
     # Timesteps in ascending order; from the first whose loss falls under the threshold on, none counts. Each bucket of
@@ -186,8 +187,8 @@ def _diff_pruning(context: ScoringContext) -> Scores:
         if bucket_loss < largest * context.config.diff_pruning_threshold:
             last = bucket[0].item() - 1
             break
-    device = next(iter(context.parameters.values())).device
-    total = context.summed_gradients(context.loss(batch, (batch[2] <= last).float().to(device)) for batch in context.batches)
+    counted = ((batch, (batch.timesteps <= last).float().to(context.device)) for batch in context.batches)
+    total = context.summed_gradients(context.loss(batch, weights) for batch, weights in counted)
     return context.reduce({n: context.parameters[n].detach() * g for n, g in total.items()}, "sum_abs")
 
 

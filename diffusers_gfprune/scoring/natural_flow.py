@@ -40,8 +40,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, mean_over_ranks
-from .context import CalibrationBatch, Scores, ScoringContext
+from .context import Scores, ScoringContext
 
 __all__ = ["PROBES", "prediction_changes"]
 
@@ -119,10 +120,10 @@ def _by_group(context: ScoringContext, along: dict[str, Tensor]) -> Iterator[tup
         yield group.name, group.unit_sums(found.square().sum(dim=0).float())
 
 
-def _probe(batch: CalibrationBatch, number: int) -> Tensor:
+def _probe(batch: DiffusionBatch, number: int) -> Tensor:
     """Gaussian noise, of the shape of a batch's images, that depends on each image's own noise: on no rank or order."""
     rows = []
-    for noise in batch[1].cpu().contiguous():
+    for noise in batch.noise.cpu().contiguous():
         content = noise.view(-1).view(torch.uint8).numpy()  # bytes: NumPy has no bfloat16
         generator = torch.Generator().manual_seed(zlib.crc32(content, number))
         rows.append(torch.randn(noise.shape, generator=generator))

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from ..configuration import GFPruneConfig
 from ..criteria import find_criterion
+from ..diffusion.batch import DiffusionBatch
 from ..distributed import mean_over_ranks
 from ..pruner import GradientFlowPruner
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.masking import MASKS_MODULE
 from ..pruning.pruner_state import MaskUpdate
-from ..scoring.importance import CalibrationBatch, ScoringContext, score_units
+from ..scoring.importance import ScoringContext, score_units
 from ..scoring.mode import scoring_mode
 
 __all__ = ["Diagnosis", "check_hessian_gradient_product", "compare_with_magnitude", "diagnose"]
@@ -53,7 +54,7 @@ RANK_CORRELATION = 0.99
 def check_hessian_gradient_product(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Sequence[CalibrationBatch],
+    batches: Sequence[DiffusionBatch],
     noise_scheduler,
     config: GFPruneConfig,
 ) -> dict:
@@ -97,7 +98,7 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:
 
 
 @torch.no_grad()
-def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[CalibrationBatch]) -> dict[str, float]:
+def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[DiffusionBatch]) -> dict[str, float]:
     """Noise-prediction loss if pruning ended now: without the units that the pruner's scores give up, and without those
     that magnitude gives up, with the same share of every group, at the full budget of either and with no training in between.
 

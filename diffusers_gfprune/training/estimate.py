@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..criteria import find_criterion
+from ..diffusion.batch import DiffusionBatch
+from ..families.lookup import family_of
 from ..formatting import format_size
-from ..metrics.model_size import example_inputs, spatial_size
+from ..metrics.model_size import spatial_size
 from ..metrics.speed import seconds_of
-from ..metrics.step_loss import noise_target
 
 __all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "machine_memory", "memory_plan"]
 
@@ -117,7 +118,7 @@ def count_activations(
     """Bytes that a forward in training mode keeps for the backward, without running it.
 
     Args:
-        unet: A `UNet2DModel` or subclass; only its configuration is used.
+        unet: A model of any family; only its configuration is used.
         batch_size: Images (>= 1).
         device: What the forward would run on; kernels and autocast rules differ.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`. Weights that autocast converts are counted.
@@ -134,11 +135,11 @@ def count_activations(
         twin = type(unet).from_config(unet.config).train()
         if gradient_checkpointing:
             twin.enable_gradient_checkpointing()
-        inputs = example_inputs(twin, *spatial_size(twin), batch_size, device)
+        inputs = family_of(twin).example_inputs(twin, *spatial_size(twin), batch_size, device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
             with _autocast(device, mixed_precision):
-                prediction = twin(**inputs).sample
-            loss = torch.nn.functional.mse_loss(prediction.float(), torch.zeros_like(inputs["sample"]))
+                prediction = family_of(twin).predict(twin, inputs)
+            loss = torch.nn.functional.mse_loss(prediction.float(), torch.zeros_like(inputs.sample))
         for parameter in twin.parameters():
             saved.pop(parameter.untyped_storage()._cdata, None)
         del loss
@@ -175,16 +176,16 @@ def _forward_backward(
     """Seconds of a forward and backward; on CUDA, `peaks[batch_size]` becomes the most bytes that it made."""
     cuda = device.type == "cuda"
     unet.zero_grad()
-    inputs = example_inputs(unet, *spatial_size(unet), batch_size, device, next(unet.parameters()).dtype)
+    family = family_of(unet)
+    inputs = family.example_inputs(unet, *spatial_size(unet), batch_size, device, next(unet.parameters()).dtype)
     generator = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(inputs["sample"].shape, generator=generator).to(device) for _ in range(2))
+    clean, noise = (torch.randn(inputs.sample.shape, generator=generator).to(device) for _ in range(2))
 
     def step() -> None:
-        noisy = noise_scheduler.add_noise(clean, noise, inputs["timestep"]).to(inputs["sample"].dtype)
+        batch = DiffusionBatch(clean, noise, inputs.timesteps, inputs.conditioning)
         with _autocast(device, mixed_precision):
-            prediction = unet(**{**inputs, "sample": noisy}).sample
-        target = noise_target(noise_scheduler, clean, noise, inputs["timestep"])
-        torch.nn.functional.mse_loss(prediction.float(), target.float()).backward()
+            prediction = family.predict(unet, batch.inputs(noise_scheduler, inputs.sample.dtype))
+        torch.nn.functional.mse_loss(prediction.float(), batch.target(noise_scheduler).float()).backward()
 
     if cuda:
         torch.cuda.synchronize(device)

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, TorchDynamoPlugin
-from diffusers import UNet2DModel
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import nn
 
 from .. import GradientFlowPruner
 from ..data.batches import BrokenImages, calibration_batches, train_dataloader
+from ..diffusion.batch import DiffusionBatch
 from ..evaluation.processes import make_accelerator
 from ..evaluation.sample_quality import SampleQuality
 from ..metrics.cache import default_cache_dir, tensors_fingerprint
@@ -121,7 +122,7 @@ def run_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
 
 
 def make_pruner(
-    args: Arguments, accelerator: Accelerator, unet: UNet2DModel, noise_scheduler, checkpoint: Checkpoint | None
+    args: Arguments, accelerator: Accelerator, unet: ModelMixin, noise_scheduler, checkpoint: Checkpoint | None
 ) -> GradientFlowPruner:
     """The pruner of a run, with masks attached.
 
@@ -189,7 +190,7 @@ def make_batches(args: Arguments, accelerator: Accelerator, images, noise_schedu
     )
 
 
-def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[tuple[Tensor, ...]]:
+def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[DiffusionBatch]:
     """This process's rows of the calibration batches for a ranking at `step`."""
     args, accelerator = run.args, run.accelerator
     return calibration_batches(

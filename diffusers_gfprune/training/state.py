@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from .. import GFPrunedUNet2DModel, GradientFlowPruner
+from .. import GradientFlowPruner
+from ..families.lookup import family_of
 from ..objectives.objective import NoisePrediction
 from ..pruning.masking import MASKS_MODULE, dense_name, dense_parameters
 from .arguments import Arguments
@@ -114,7 +114,7 @@ class TrainingState:
         if checkpoint is not None:
             pruner.load_state_dict({"tensors": checkpoint.tensors["pruner"], "values": checkpoint.values["pruner"]})
             if checkpoint.values["compacted_config"] is not None:
-                unet = GFPrunedUNet2DModel.from_config(checkpoint.values["compacted_config"])
+                unet = family_of(unet).pruned_class.from_config(checkpoint.values["compacted_config"])
         self._adopt(unet)
         t = args.training
         base = _make_optimizer(args, unet)
@@ -135,7 +135,7 @@ class TrainingState:
     @property
     def compacted(self) -> bool:
         """Whether the model has its final size."""
-        return isinstance(self.unet, GFPrunedUNet2DModel)
+        return family_of(self.unet).is_pruned(self.unet)
 
     @property
     def phase(self) -> str:
@@ -146,9 +146,8 @@ class TrainingState:
         """Make `unet` the model: on the device, in the memory format asked for, training."""
         self.unet = unet.to(self.accelerator.device).train().requires_grad_(True)
         if self.args.training.dropout is not None:
-            for module in self.unet.modules():
-                if isinstance(module, ResnetBlock2D):
-                    module.dropout.p = self.args.training.dropout
+            for block in family_of(self.unet).residual_blocks(self.unet).values():
+                block.dropout.p = self.args.training.dropout
         if self.args.precision.channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if self.args.precision.gradient_checkpointing:

@@ -154,7 +154,7 @@ def test_a_remembered_teacher_says_the_same_and_is_asked_once(tmp_path: Path) ->
     class Doubling(torch.nn.Module):
         asked = 0
 
-        def forward(self, noisy_images, timesteps, class_labels, **options):
+        def forward(self, noisy_images, timesteps, conditioning, **options):
             self.asked += 1
             return 2 * noisy_images + timesteps[:, None, None, None]
 
@@ -166,7 +166,7 @@ def test_a_remembered_teacher_says_the_same_and_is_asked_once(tmp_path: Path) ->
             answer = remembered(images, timesteps + change, return_features=False, pairs=False)
             assert torch.equal(answer, teacher.forward(images, timesteps + change, None))
     assert teacher.asked == 2 + 4  # those of this test are four
-    remembered(images, timesteps, torch.tensor([0, 1]))
+    remembered(images, timesteps, {"class_labels": torch.tensor([0, 1])})
     remembered(images.view(2, 4, 1, 4), timesteps)
     assert teacher.asked == 2 + 4 + 2
 

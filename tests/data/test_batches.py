@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from diffusers_gfprune.data.batches import BrokenImages, calibration_batches, train_dataloader
 from diffusers_gfprune.data.draws import random_generator
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from helpers.images import encode, load, numbered, numbers_of, unet_config, write_folder, write_parquet
 
 TRUNCATED = numbered(7)[:45]
@@ -39,7 +41,13 @@ def loader(images, batch_size: int = 4, **options):
 
 
 def take(images, count: int, batch_size: int = 4, **options) -> list[dict]:
-    return list(itertools.islice(loader(images, batch_size, **options), count))
+    """Batches with what is in them by name, and the names of images that are broken."""
+    found = itertools.islice(loader(images, batch_size, **options), count)
+    return [{"broken": broken, **named(batch)} for batch, broken in found]
+
+
+def named(batch: DiffusionBatch) -> dict[str, Tensor]:
+    return {"clean": batch.clean, "noise": batch.noise, "timesteps": batch.timesteps, **batch.conditioning}
 
 
 def assert_same(left: list[dict], right: list[dict]) -> None:
@@ -55,11 +63,11 @@ def assert_same(left: list[dict], right: list[dict]) -> None:
 
 def test_batch_types(tmp_path: Path) -> None:
     (batch,) = take(make_images(tmp_path, "rows", unet_config(classes=4)), 1)
-    assert set(batch) == {"pixel_values", "noise", "timesteps", "class_labels", "broken"}
-    assert batch["pixel_values"].shape == batch["noise"].shape == (4, 1, 8, 8)
-    assert batch["pixel_values"].dtype == batch["noise"].dtype == torch.float32
+    assert set(batch) == {"clean", "noise", "timesteps", "class_labels", "broken"}
+    assert batch["clean"].shape == batch["noise"].shape == (4, 1, 8, 8)
+    assert batch["clean"].dtype == batch["noise"].dtype == torch.float32
     assert batch["timesteps"].dtype == batch["class_labels"].dtype == torch.int64
-    labels = [(number - 2) % 4 for number in numbers_of(batch["pixel_values"])]
+    labels = [(number - 2) % 4 for number in numbers_of(batch["clean"])]
     assert batch["class_labels"].tolist() == labels and batch["broken"] == []
 
 
@@ -85,7 +93,7 @@ def test_crop_and_flip_follow_the_draw(tmp_path: Path) -> None:
     """Images of two columns, black and white: a draw shows one, and half of the draws are flipped."""
     images = [encode(np.repeat(np.array([[0] * 8 + [255] * 8], dtype=np.uint8), 8, axis=0))] * 26
     batches = take(make_images(tmp_path, "rows", numbered_images=images, random_flip=True), 50)
-    pixels = torch.cat([batch["pixel_values"] for batch in batches])[:, 0, 0]
+    pixels = torch.cat([batch["clean"] for batch in batches])[:, 0, 0]
     white = (pixels > 0).sum(dim=1)
     assert white.unique().tolist() == list(range(9))
     mixed = pixels[(white > 0) & (white < 8)]
@@ -99,11 +107,11 @@ def test_crop_and_flip_follow_the_draw(tmp_path: Path) -> None:
 
 def test_epochs_meet_each_image_at_most_once(tmp_path: Path) -> None:
     images = make_images(tmp_path, "rows")
-    batches = [numbers_of(batch["pixel_values"]) for batch in take(images, 8, batch_size=5)]  # four batches an epoch
+    batches = [numbers_of(batch["clean"]) for batch in take(images, 8, batch_size=5)]  # four batches an epoch
     epochs = [sum(batches[:4], []), sum(batches[4:], [])]
     assert [len(set(epoch)) for epoch in epochs] == [20, 20]
     assert epochs[0] != epochs[1] and set(epochs[0]) | set(epochs[1]) <= set(range(2, 26))
-    assert epochs[0] != sum([numbers_of(batch["pixel_values"]) for batch in take(images, 4, batch_size=5, seed=4)], [])
+    assert epochs[0] != sum([numbers_of(batch["clean"]) for batch in take(images, 4, batch_size=5, seed=4)], [])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -111,7 +119,7 @@ def test_processes_share_the_batches_of_one(world_size: int, tmp_path: Path) -> 
     images = make_images(tmp_path, "rows", unet_config(classes=4))
     whole = take(images, 7, batch_size=6)
     parts = [take(images, 7, 6 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for name in ("pixel_values", "noise", "timesteps", "class_labels"):
+    for name in ("clean", "noise", "timesteps", "class_labels"):
         for number, batch in enumerate(whole):
             assert torch.equal(batch[name], torch.cat([part[number][name] for part in parts])), name
 
@@ -169,7 +177,7 @@ def test_stream_meets_every_image_equally_often(
     for rank in range(world_size):
         count = 24 * epochs // world_size
         batches = take(images, count, batch_size=1, num_workers=num_workers, rank=rank, world_size=world_size)
-        ranks.append([number for batch in batches for number in numbers_of(batch["pixel_values"])])
+        ranks.append([number for batch in batches for number in numbers_of(batch["clean"])])
     assert Counter(sum(ranks, [])) == Counter(list(range(2, 26)) * epochs)
     if epochs == 1:
         assert sum(map(len, map(set, ranks))) == 24  # disjoint
@@ -178,7 +186,7 @@ def test_stream_meets_every_image_equally_often(
 
 def test_stream_shuffles_anew_in_every_epoch(tmp_path: Path) -> None:
     batches = take(make_images(tmp_path, "stream 2"), 12)
-    epochs = [sum((numbers_of(batch["pixel_values"]) for batch in part), []) for part in (batches[:6], batches[6:])]
+    epochs = [sum((numbers_of(batch["clean"]) for batch in part), []) for part in (batches[:6], batches[6:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(2, 26)) and epochs[0] != epochs[1]
 
 
@@ -208,7 +216,7 @@ def test_broken_images_are_replaced_and_counted_once(kind: str, num_workers: int
     for batch in batches:
         broken.add(batch["broken"])
     assert sorted(broken.to_list()) == expected
-    met = [number for batch in batches for number in numbers_of(batch["pixel_values"])]
+    met = [number for batch in batches for number in numbers_of(batch["clean"])]
     assert len(met) == 72 and set(met) == set(range(2, 26)) - {9, 17}
     assert_same(batches, take(source, 18, num_workers=num_workers))
     assert_same(batches[14:], take(source, 4, num_workers=num_workers, first_batch=14))
@@ -221,7 +229,7 @@ def test_replacement_keeps_the_noise_of_the_draw(tmp_path: Path) -> None:
     broken = make_images(tmp_path / "broken", "rows", numbered_images=[*NUMBERED[:9], None, *NUMBERED[10:]])
     for one, other in zip(take(images, 6), take(broken, 6)):
         assert torch.equal(one["noise"], other["noise"]) and torch.equal(one["timesteps"], other["timesteps"])
-        changed = (one["pixel_values"] != other["pixel_values"]).any(dim=(1, 2, 3))
+        changed = (one["clean"] != other["clean"]).any(dim=(1, 2, 3))
         assert changed.sum() == len(other["broken"])
 
 
@@ -267,9 +275,8 @@ def test_signals_to_the_run_do_not_end_its_workers(tmp_path: Path) -> None:
 
 
 def calibrate(images, num_batches: int = 2, batch_size: int = 8, **options) -> list[tuple]:
-    return calibration_batches(
-        images, num_batches, batch_size, **{"num_train_timesteps": 1000, "seed": 0, "step": 5, **options}
-    )
+    options = {"num_train_timesteps": 1000, "seed": 0, "step": 5, **options}
+    return [tuple(batch.tensors()) for batch in calibration_batches(images, num_batches, batch_size, **options)]
 
 
 @pytest.mark.parametrize("kind", ["rows", "stream 3"])

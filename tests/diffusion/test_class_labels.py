@@ -13,6 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffusers_gfprune import PruneDDPMPipeline
 from diffusers_gfprune.data import batches as training_batches
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.diffusion.class_labels import LabelDropout, find_null_label, make_label_dropout, real_labels
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.reports.model_card import render_card
@@ -96,10 +97,14 @@ def conditional(**options):
     return load(DIGITS, unet_config(classes=11), cache_dir=None, **options)[0]  # not beside the data, in the repository
 
 
-def drawn(source, count: int = 8, first_batch: int = 0, **options) -> list[dict]:
+def drawn(source, count: int = 8, first_batch: int = 0, **options) -> list[DiffusionBatch]:
     """Training batches of 16 images."""
     loader = training_batches.train_dataloader(source, 16, seed=3, num_train_timesteps=100, first_batch=first_batch, **options)
-    return [batch for batch, _ in zip(loader, range(count))]
+    return [batch for (batch, _), _ in zip(loader, range(count))]
+
+
+def labels_of(batch: DiffusionBatch) -> torch.Tensor:
+    return batch.conditioning["class_labels"]
 
 
 def test_dropping_changes_labels_and_nothing_else() -> None:
@@ -107,10 +112,10 @@ def test_dropping_changes_labels_and_nothing_else() -> None:
     kept, dropped = (drawn(conditional(label_dropout=share), 25) for share in (0.0, 0.3))
     changed = []
     for before, after in zip(kept, dropped):
-        for name in ("pixel_values", "noise", "timesteps"):
-            assert torch.equal(before[name], after[name])
-        different = before["class_labels"] != after["class_labels"]
-        assert (after["class_labels"][different] == 10).all() and (before["class_labels"] < 10).all()
+        *same, labels = zip(before.tensors(), after.tensors())
+        assert all(torch.equal(one, other) for one, other in same)
+        different = labels[0] != labels[1]
+        assert (labels[1][different] == 10).all() and (labels[0] < 10).all()
         changed.append(different.float())
     share = torch.cat(changed).mean().item()
     assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 400)
@@ -120,12 +125,12 @@ def test_which_labels_are_dropped_is_a_function_of_the_draw() -> None:
     """Wherever a run resumes, and however many processes share a batch."""
     source = conditional(label_dropout=0.5)
     whole = drawn(source, 4)
-    assert torch.equal(drawn(source, 1, first_batch=3)[0]["class_labels"], whole[3]["class_labels"])
+    assert torch.equal(labels_of(drawn(source, 1, first_batch=3)[0]), labels_of(whole[3]))
     halves = [
-        next(iter(training_batches.train_dataloader(source, 8, seed=3, num_train_timesteps=100, rank=rank, world_size=2)))
+        next(iter(training_batches.train_dataloader(source, 8, seed=3, num_train_timesteps=100, rank=rank, world_size=2)))[0]
         for rank in range(2)
     ]
-    assert torch.equal(torch.cat([half["class_labels"] for half in halves]), whole[0]["class_labels"])
+    assert torch.equal(torch.cat([labels_of(half) for half in halves]), labels_of(whole[0]))
 
 
 def test_calibration_batches_drop_labels_evenly() -> None:
@@ -134,11 +139,11 @@ def test_calibration_batches_drop_labels_evenly() -> None:
     options = {"num_train_timesteps": 100, "seed": 0, "step": 5}
     found = training_batches.calibration_batches(source, 2, 64, **options)
     for batch in found:
-        for quarter in batch[3].split(16):  # in the order of timesteps
+        for quarter in labels_of(batch).split(16):  # in the order of timesteps
             assert 3 <= int((quarter == 10).sum()) <= 5
     ranks = [training_batches.calibration_batches(source, 2, 32, **options, rank=rank, world_size=2) for rank in range(2)]
     for number, batch in enumerate(found):
-        assert torch.equal(torch.cat([ranks[0][number][3], ranks[1][number][3]]), batch[3])
+        assert torch.equal(torch.cat([labels_of(ranks[0][number]), labels_of(ranks[1][number])]), labels_of(batch))
 
 
 def test_an_image_with_the_null_label_is_refused() -> None:
@@ -167,8 +172,8 @@ def test_the_library_drops_labels_when_asked() -> None:
     plain = calibration_batches(images(), SCHEDULER, 4, labels)
     dropped = calibration_batches(images(), SCHEDULER, 4, labels, label_dropout=LabelDropout(9, 0.5))
     for before, after in zip(plain, dropped):
-        assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3]))
-    found = torch.cat([batch[3] for batch in dropped])
+        assert all(torch.equal(a, b) for a, b in zip(before.tensors()[:3], after.tensors()[:3]))
+    found = torch.cat([labels_of(batch) for batch in dropped])
     assert int((found == 9).sum()) == 4 and torch.equal(found[found != 9], labels[found != 9])
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, register_criterion
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.distributed import check_identical, gather_rows, made_by_first_rank, mean_over_ranks, world_size
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
@@ -57,15 +58,15 @@ def own_criterion(context) -> dict[str, Tensor]:
     return context.reduce({name: value.abs() for name, value in total.items()}, "sum_abs")
 
 
-def global_batches(count: int = 2) -> list[tuple[Tensor, ...]]:
+def global_batches(count: int = 2) -> list[DiffusionBatch]:
     """Batches of all ranks together, in double precision; losses differ from row to row by their timesteps."""
     images = torch.rand(count * ROWS, 1, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2 - 1
     return calibration_batches(images, SCHEDULER, ROWS, seed=6)
 
 
-def rows(batches: list[tuple[Tensor, ...]], rank: int, ranks: int) -> list[tuple[Tensor, ...]]:
+def rows(batches: list[DiffusionBatch], rank: int, ranks: int) -> list[DiffusionBatch]:
     """This rank's part of every batch."""
-    return [tuple(column.chunk(ranks)[rank] for column in batch) for batch in batches]
+    return [DiffusionBatch.of([column.chunk(ranks)[rank] for column in batch.tensors()]) for batch in batches]
 
 
 def train(rank: int, ranks: int) -> tuple[GradientFlowPruner, nn.Module]:
@@ -76,12 +77,12 @@ def train(rank: int, ranks: int) -> tuple[GradientFlowPruner, nn.Module]:
     pruner = GradientFlowPruner(unet, GFPruneConfig(**options), SCHEDULER)
     engine = DistributedDataParallel(unet) if ranks > 1 else unet
     optimizer = torch.optim.SGD(unet.parameters(), lr=1e-3)
-    calibration = [tuple(column.float() if column.is_floating_point() else column for column in b) for b in global_batches(1)]
+    calibration = [dataclasses.replace(b, clean=b.clean.float(), noise=b.noise.float()) for b in global_batches(1)]
     for step in range(10):
         pruner.step(step, rows(calibration, rank, ranks))
         if pruner.finished:
             break
-        clean, noise, timesteps = rows(calibration, rank, ranks)[0]
+        clean, noise, timesteps = rows(calibration, rank, ranks)[0].tensors()
         prediction = engine(SCHEDULER.add_noise(clean, noise, timesteps), timesteps).sample
         optimizer.zero_grad()
         nn.functional.mse_loss(prediction, noise).backward()

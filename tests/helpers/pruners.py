@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, register_criterion
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.scoring.importance import ScoringContext
 from helpers.architectures import inputs
@@ -46,7 +47,7 @@ def images(count: int = 8) -> Tensor:
 
 
 @functools.lru_cache
-def batches() -> list[tuple[Tensor, ...]]:
+def batches() -> list[DiffusionBatch]:
     """Calibration batches."""
     return calibration_batches(images(), SCHEDULER, batch_size=8)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_gfprune import GFPrunedUNet2DModel
-from diffusers_gfprune.loading import config_checks
+from diffusers_gfprune.families.unet_2d import LIMITS, UNet2DFamily
 from diffusers_gfprune.loading.weight_checks import check_weights
 from helpers.architectures import ARCHITECTURES, BASE, NoMemory, pruned, run
 
@@ -66,14 +66,14 @@ def test_values_that_depend_on_others() -> None:
 
 def test_every_field_has_a_check() -> None:
     """One that a later Diffusers adds must be plain JSON until somebody decides."""
-    known = {"sample_size", *config_checks._INTEGERS, *config_checks._NUMBERS, *config_checks._CHOICES}
+    known = {"sample_size", *LIMITS.integers, *LIMITS.numbers, *LIMITS.choices}
     assert sorted(known) == sorted(FIELDS)
     defaults = {name: inspect.signature(UNet2DModel.__init__).parameters[name].default for name in FIELDS}
     for value in (1, 0.5, "word", None, True, [1, "word"]):
-        config_checks.check_arguments({**defaults, "later": value})
+        UNet2DFamily().check_arguments({**defaults, "later": value})
     for value in (NAN, [INF], {}, [[1]], [0] * 65):
         with pytest.raises(ValueError, match=r"^later=.* must be a finite number"):
-            config_checks.check_arguments({**defaults, "later": value})
+            UNet2DFamily().check_arguments({**defaults, "later": value})
 
 
 JSON = st.recursive(
@@ -81,7 +81,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-WORDS = st.sampled_from([word for choices in config_checks._CHOICES.values() for word in choices])
+WORDS = st.sampled_from([word for choices in LIMITS.choices.values() for word in choices])
 NEAR = st.integers(-1, 40) | st.floats(-2, 2) | st.floats(1e-12, 1e-3) | WORDS
 VALUES = NEAR | st.lists(st.integers(1, 32) | WORDS, max_size=3) | JSON
 

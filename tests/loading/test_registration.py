@@ -40,7 +40,7 @@ def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(hints, "unet", hints["unet"])
     before = DDIMPipeline._get_signature_types()["unet"]
     method = AutoModel.from_pretrained.__func__.of_diffusers
-    register(GFPrunedUNet2DModel, PruneDDPMPipeline)
+    register([GFPrunedUNet2DModel], [PruneDDPMPipeline])
     assert AutoModel.from_pretrained.__func__.of_diffusers is method
     spec = importlib.util.spec_from_file_location("another_copy", shipped.__file__)
     another = importlib.util.module_from_spec(spec)

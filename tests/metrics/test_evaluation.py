@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.metrics.fidelity import (
     feature_moments,
     frechet_distance,
@@ -19,7 +20,7 @@ from diffusers_gfprune.metrics.fidelity import (
     ssim_to_reference,
 )
 from diffusers_gfprune.metrics.model_size import count_macs, spatial_size
-from diffusers_gfprune.metrics.step_loss import StepLoss, noise_target
+from diffusers_gfprune.metrics.step_loss import StepLoss
 from helpers.architectures import build
 from helpers.zero_model import Zero
 
@@ -136,19 +137,20 @@ def test_step_loss_without_timesteps_is_refused() -> None:
 def test_noise_target_of_each_prediction_type() -> None:
     """eps, x, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x (Salimans and Ho, arXiv 2202.00512)."""
     clean, noise, timesteps = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0, 500, 999])
-    assert torch.equal(noise_target(DDPMScheduler(prediction_type="epsilon"), clean, noise, timesteps), noise)
-    assert torch.equal(noise_target(DDPMScheduler(prediction_type="sample"), clean, noise, timesteps), clean)
+    batch = DiffusionBatch(clean, noise, timesteps)
+    assert torch.equal(batch.target(DDPMScheduler(prediction_type="epsilon")), noise)
+    assert torch.equal(batch.target(DDPMScheduler(prediction_type="sample")), clean)
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     abar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     velocity = abar.sqrt() * noise - (1 - abar).sqrt() * clean
-    torch.testing.assert_close(noise_target(scheduler, clean, noise, timesteps), velocity)
+    torch.testing.assert_close(batch.target(scheduler), velocity)
 
 
 def test_unknown_prediction_type_is_refused() -> None:
     """Flow matching, for one, is not trained on any of these targets."""
     scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="flow"))
     with pytest.raises(ValueError, match="prediction_type=flow must be 'epsilon'"):
-        noise_target(scheduler, torch.zeros(1), torch.zeros(1), torch.zeros(1))
+        DiffusionBatch(torch.zeros(1), torch.zeros(1), torch.zeros(1)).target(scheduler)
 
 
 @pytest.fixture(scope="module")

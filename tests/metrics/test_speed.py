@@ -9,19 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from diffusers_gfprune.metrics import speed
 from diffusers_gfprune.metrics.speed import SpeedSetting, measure_speed, parse_settings
 from diffusers_gfprune.metrics.speedup import compare_speeds, describe_speedup, median_interval
 from helpers.architectures import build, pruned
+from helpers.toy import Toy
 
 EAGER = SpeedSetting(2, "float32")
 FIGURES = {"latency_ms", "samples_per_second", "speedup", "speedup_interval", "peak_memory_bytes"}
 LOG: list[str] = []
 
 
-class Tiny(nn.Module):
+class Tiny(Toy):
     """With the interface of a UNet, and memory that can be counted by hand: of n bytes of samples, 3 n at the peak."""
 
     def __init__(self, name: str = "tiny", width: int = 10) -> None:
@@ -32,17 +34,17 @@ class Tiny(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.register_buffer("table", torch.ones(3))
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         first = sample.exp()  # n
         second = first.exp()  # 2 n
         del first  # n
-        return torch.cat([second, second], dim=1)  # 3 n
+        return UNet2DOutput(torch.cat([second, second], dim=1))  # 3 n
 
 
 class Logging(Tiny):
     """Says when it runs, how, and on what."""
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         LOG.append(self.name)
         assert not self.training
         assert not torch.is_grad_enabled()
@@ -57,10 +59,10 @@ class Convolution(Tiny):
         self.config.in_channels = 3
         self.conv = nn.Conv2d(3, 2, kernel_size=3)
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         last = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (sample, self.conv.weight)]
         LOG.append(f"{sample.shape[0]} {sample.dtype} {self.conv.weight.dtype} {last}")
-        return self.conv(sample)
+        return UNet2DOutput(self.conv(sample))
 
 
 class Failing(Tiny):
@@ -70,7 +72,7 @@ class Failing(Tiny):
         super().__init__("failing")
         self.error, self.at, self.dtype, self.forwards = error, at, dtype, 0
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         self.forwards += 1
         if self.forwards > self.at and self.dtype in (None, sample.dtype):
             raise self.error
@@ -80,7 +82,7 @@ class Failing(Tiny):
 class Breaking(Tiny):
     """Cannot be compiled as a whole."""
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         torch._dynamo.graph_break()
         return super().forward(sample, timestep)
 
@@ -88,8 +90,8 @@ class Breaking(Tiny):
 class Wide(Tiny):
     """Uses its weights, so that another width is another program."""
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return super().forward(sample, timestep) * self.weight.sum()
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+        return UNet2DOutput(super().forward(sample, timestep).sample * self.weight.sum())
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------

@@ -6,21 +6,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusers_gfprune.objectives.distillation_features import BlockOutputDistance, feature_channels, named_blocks
+from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.objectives.distillation_features import BlockOutputDistance, feature_channels
 from diffusers_gfprune.objectives.objective import NoisePrediction
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
 from diffusers_gfprune.pruning.masking import ChannelMasks
 from helpers.architectures import build, inputs
 from helpers.compaction import compacted, masked, relative_error, traced
+from helpers.toy import Toy
 
 
 @torch.no_grad()
 def features(unet: nn.Module) -> dict[str, Tensor]:
     """Block outputs for the standard inputs."""
     arguments = inputs(unet)
-    labels = arguments.get("class_labels")
+    conditioning = {name: arguments[name] for name in arguments if name == "class_labels"}
     wrapper = NoisePrediction(unet, features=True)
-    return wrapper(arguments["sample"], arguments["timestep"], labels, return_features=True)[1]
+    return wrapper(arguments["sample"], arguments["timestep"], conditioning, return_features=True)[1]
 
 
 def block_masks(unet: nn.Module, name: str) -> dict[str, Tensor]:
@@ -44,7 +46,7 @@ def test_pruned_channels_are_those_of_the_blocks_group(name):
     unet = masked(0, name)
     small, expected = compacted(unet, name), block_masks(unet, name)
     outputs, small_outputs = features(unet), features(small)
-    assert list(outputs) == list(small_outputs) == list(expected) == [block for block, _ in named_blocks(unet)]
+    assert list(outputs) == list(small_outputs) == list(expected) == list(family_of(unet).block_outputs(unet))
     for block, output in outputs.items():
         assert torch.equal(output.abs().amax(dim=(0, 2, 3)) > 0, expected[block] > 0), block
         assert relative_error(small_outputs[block], output[:, expected[block] > 0]) < 1e-5, block
@@ -68,7 +70,7 @@ class Hand:
     positions = (2, 0, 3, 1)
 
     def __init__(self, mask: list[float]) -> None:
-        unet, resnet = nn.Module(), nn.Module()
+        unet, resnet = Toy(), nn.Module()
         unet.down_blocks, unet.mid_block, unet.up_blocks = nn.ModuleList(), nn.Module(), nn.ModuleList()
         resnet.conv2, unet.mid_block.resnets = nn.Conv2d(1, 4, 1), nn.ModuleList([resnet])
         piece = GroupSlice("mid_block.resnets.0.conv2", "weight", 0, self.positions, "output")

@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.objectives.jacobian_matching import default_step, sensitivity_distance, with_steps
 from helpers.architectures import build
 
@@ -15,16 +16,13 @@ SCHEDULER = DDPMScheduler(num_train_timesteps=1000)
 CPU = torch.device("cpu")
 
 
-def batch(size: int = 8) -> dict[str, Tensor]:
-    """Images, noise and directions; timesteps from the first to the last."""
+def batch(size: int = 8) -> tuple[DiffusionBatch, Tensor]:
+    """Images and noise, and directions; timesteps from the first to the last."""
     generator = torch.Generator().manual_seed(0)
     shape = (size, 1, 8, 8)
-    return {
-        "pixel_values": torch.rand(shape, generator=generator) * 2 - 1,
-        "noise": torch.randn(shape, generator=generator),
-        "directions": torch.randn(shape, generator=generator),
-        "timesteps": torch.linspace(0, 999, size).long(),
-    }
+    clean, noise = torch.rand(shape, generator=generator) * 2 - 1, torch.randn(shape, generator=generator)
+    directions = torch.randn(shape, generator=generator)
+    return DiffusionBatch(clean, noise, torch.linspace(0, 999, size).long()), directions
 
 
 def scaled(images: Tensor, by: float, precision: torch.dtype = torch.float32) -> Tensor:
@@ -37,24 +35,24 @@ def test_known_answers_for_linear_models(precision):
     # Powers of two do not round: the only thing to go wrong is the length of the step, for t = 0 as for any other.
     with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
         step = default_step(CPU)
-        images, lengths = with_steps(SCHEDULER, batch(), step)
+        (images, *_), lengths = with_steps(SCHEDULER, *batch(), step)
     assert images.shape == (16, 1, 8, 8) and images.dtype == torch.float32
     found = sensitivity_distance(scaled(images, 2, precision), scaled(images, 0.5, precision), lengths)
     assert found.item() == pytest.approx((2**2 - 0.5**2) ** 2 / 64, rel=1e-3)
 
 
 def test_turning_the_response_changes_nothing():
-    images, lengths = with_steps(SCHEDULER, batch(), 0.01)
+    (images, *_), lengths = with_steps(SCHEDULER, *batch(), 0.01)
     assert sensitivity_distance(images.flip(-1), images, lengths) < 1e-8
 
 
 def test_steps_are_in_standard_deviations_of_the_noise_along_the_directions():
-    data = batch()
-    images, lengths = with_steps(SCHEDULER, data, 0.25)
+    data, directions = batch()
+    (images, doubled, _), lengths = with_steps(SCHEDULER, data, directions, 0.25)
     plain, stepped = images.chunk(2)
-    assert torch.equal(plain, SCHEDULER.add_noise(data["pixel_values"], data["noise"], data["timesteps"]))
-    deviations = (1 - SCHEDULER.alphas_cumprod[data["timesteps"]]).sqrt()
-    expected = 0.25 * deviations[:, None, None, None] * data["directions"]
+    assert torch.equal(plain, SCHEDULER.add_noise(data.clean, data.noise, data.timesteps))
+    deviations = (1 - SCHEDULER.alphas_cumprod[data.timesteps]).sqrt()
+    expected = 0.25 * deviations[:, None, None, None] * directions
     torch.testing.assert_close(stepped - plain, expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(lengths, expected.flatten(1).norm(dim=1), rtol=1e-3, atol=0)
 
@@ -68,10 +66,10 @@ def test_default_step_suits_the_precision():
 
 def test_differences_are_the_exact_products_of_a_unet():
     student, teacher = build(seed=0), build(seed=1)
-    data = batch()
-    timesteps = data["timesteps"]
-    plain = SCHEDULER.add_noise(data["pixel_values"], data["noise"], timesteps)
-    direction = data["directions"] / data["directions"].flatten(1).norm(dim=1)[:, None, None, None]
+    data, directions = batch()
+    timesteps = data.timesteps
+    plain = SCHEDULER.add_noise(data.clean, data.noise, timesteps)
+    direction = directions / directions.flatten(1).norm(dim=1)[:, None, None, None]
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no forward-mode derivative
         products = [
             torch.func.jvp(lambda x, unet=unet: unet(x, timesteps).sample, (plain,), (direction,))[1].flatten(1)
@@ -79,8 +77,8 @@ def test_differences_are_the_exact_products_of_a_unet():
         ]
     stretches = [product.square().sum(dim=1) for product in products]
     with torch.no_grad():
-        images, lengths = with_steps(SCHEDULER, data, default_step(CPU))
-        doubled = torch.cat([timesteps, timesteps])
+        (images, doubled, _), lengths = with_steps(SCHEDULER, data, directions, default_step(CPU))
+        assert torch.equal(doubled, torch.cat([timesteps, timesteps]))
         found = sensitivity_distance(student(images, doubled).sample, teacher(images, doubled).sample, lengths)
     expected = (stretches[0] - stretches[1]).square().mean() / 64
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
@@ -88,13 +86,12 @@ def test_differences_are_the_exact_products_of_a_unet():
 
 def test_step_that_rounds_to_nothing_has_no_response():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        images, lengths = with_steps(SCHEDULER, batch(), 1e-9)
+        (images, *_), lengths = with_steps(SCHEDULER, *batch(), 1e-9)
     assert lengths.max() == 0
     assert sensitivity_distance(images, 2 * images, lengths) == 0
 
 
 def test_directions_are_needed():
-    data = batch()
-    del data["directions"]
-    with pytest.raises(ValueError, match="batch has no directions"):
-        with_steps(SCHEDULER, data, 0.01)
+    data, _ = batch()
+    with pytest.raises(ValueError, match="directions=None: geometric and sensitivity matching need them"):
+        with_steps(SCHEDULER, data, None, 0.01)

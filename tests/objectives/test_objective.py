@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser
 
-from diffusers_gfprune.metrics.step_loss import noise_target
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective, ObjectiveArguments, extra_forwards
 from diffusers_gfprune.pruning.masking import ChannelMasks
 from helpers.architectures import BASE, build
@@ -33,19 +34,14 @@ def scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
 
 
 @functools.lru_cache
-def batch(size: int = 4, channels: int = 1, labels: bool = False) -> dict[str, Tensor]:
-    """A training batch. Timesteps from 20 on: nearer to 0, matching would be all that counts."""
+def batch(size: int = 4, channels: int = 1, labels: bool = False) -> tuple[DiffusionBatch, Tensor]:
+    """A training batch, and directions. Timesteps from 20 on: nearer to 0, matching would be all that counts."""
     generator = torch.Generator().manual_seed(0)
     shape = (size, channels, 8, 8)
-    found = {
-        "pixel_values": torch.rand(shape, generator=generator) * 2 - 1,
-        "noise": torch.randn(shape, generator=generator),
-        "directions": torch.randn(shape, generator=generator),
-        "timesteps": torch.randint(20, 100, (size,), generator=generator),
-    }
-    if labels:
-        found["class_labels"] = torch.arange(size) % 10
-    return found
+    clean, noise = torch.rand(shape, generator=generator) * 2 - 1, torch.randn(shape, generator=generator)
+    directions = torch.randn(shape, generator=generator)
+    timesteps = torch.randint(20, 100, (size,), generator=generator)
+    return DiffusionBatch(clean, noise, timesteps, {"class_labels": torch.arange(size) % 10} if labels else {}), directions
 
 
 def objective(weights: dict, name: str = "base", masks: ChannelMasks | None = None, **options) -> Objective:
@@ -100,11 +96,11 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_loss_is_between_noise_and_teacher(prediction_type):
-    data, schedule = batch(), scheduler(prediction_type)
-    noisy = schedule.add_noise(data["pixel_values"], data["noise"], data["timesteps"])
+    (data, _), schedule = batch(), scheduler(prediction_type)
+    noisy = schedule.add_noise(data.clean, data.noise, data.timesteps)
     with torch.no_grad():
-        own, theirs = (build(seed=seed)(noisy, data["timesteps"]).sample for seed in (0, 1))
-    noise = mse_loss(own, noise_target(schedule, data["pixel_values"], data["noise"], data["timesteps"]))
+        own, theirs = (build(seed=seed)(noisy, data.timesteps).sample for seed in (0, 1))
+    noise = mse_loss(own, data.target(schedule))
     for weight in (0.0, 0.25, 1.0):
         loss, terms = objective({"distillation_weight": weight}, prediction_type=prediction_type)(student(), data)
         torch.testing.assert_close(loss, (1 - weight) * noise + weight * mse_loss(own, theirs))
@@ -113,7 +109,7 @@ def test_loss_is_between_noise_and_teacher(prediction_type):
 
 
 def test_loss_is_the_weighted_sum_of_its_terms():
-    loss, terms = objective(EVERYTHING)(student(), batch())
+    loss, terms = objective(EVERYTHING)(student(), *batch())
     weights = {"noise": 0.5, "distillation": 0.5, "features": 0.1, "sensitivity": 0.01}
     assert set(terms) == set(weights) and all(term > 0 and not term.requires_grad for term in terms.values())
     torch.testing.assert_close(loss.detach(), sum(weights[name] * terms[name] for name in weights))
@@ -123,7 +119,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
 @pytest.mark.parametrize("name", ["base", "rgb", "class-embedding"])
 def test_student_that_is_the_teacher_has_only_noise_to_learn(name):
     data = batch(channels=3 if name == "rgb" else 1, labels=name == "class-embedding")
-    loss, terms = objective(EVERYTHING, name)(student(build(name, seed=1)), data)
+    loss, terms = objective(EVERYTHING, name)(student(build(name, seed=1)), *data)
     assert [terms[term].item() for term in ("distillation", "features", "sensitivity")] == [0, 0, 0]
     torch.testing.assert_close(loss.detach(), 0.5 * terms["noise"])
 
@@ -134,20 +130,21 @@ def test_student_and_teacher_see_the_same_labels():
     own = build("class-embedding")
     for unet in (own, found.teacher.unet):
         unet.class_embedding.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].tolist()))
-    found(student(own), {**batch(labels=True), "class_labels": torch.tensor([0, 9, 2, 9])})
+    data, directions = batch(labels=True)
+    found(student(own), replace(data, conditioning={"class_labels": torch.tensor([0, 9, 2, 9])}), directions)
     assert seen == [[0, 9, 2, 9] * 2] * 2
 
 
 def test_inputs_a_step_away_enter_the_matching_terms_only():
-    _, everything = objective(EVERYTHING)(student(), batch())
-    _, plain = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), batch())
+    _, everything = objective(EVERYTHING)(student(), *batch())
+    _, plain = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), *batch())
     for name, term in plain.items():
         torch.testing.assert_close(everything[name], term)
 
 
 def test_terms_without_a_weight_stay_out_of_the_loss():
     weights = {"distillation_weight": 1.0, "sensitivity_matching_weight": 0.1}
-    loss, terms = objective(weights)(student(), batch())
+    loss, terms = objective(weights)(student(), *batch())
     assert "noise" in terms
     torch.testing.assert_close(loss.detach(), terms["distillation"] + 0.1 * terms["sensitivity"])
 
@@ -155,16 +152,16 @@ def test_terms_without_a_weight_stay_out_of_the_loss():
 def test_compacted_student_has_the_loss_of_the_masked_one():
     unet = masked(0)
     found = objective(EVERYTHING, masks=unet.channel_masks)
-    _, before = found(student(unet), batch())
-    _, after = found(student(compacted(unet)), batch())
+    _, before = found(student(unet), *batch())
+    _, after = found(student(compacted(unet)), *batch())
     assert before["features"] > 0.01
     for name, term in before.items():
         torch.testing.assert_close(after[name], term, rtol=2e-3, atol=1e-6)
 
 
 def test_loss_of_a_batch_is_the_mean_over_its_parts():
-    parts = [{name: value[chunk] for name, value in batch().items()} for chunk in (slice(2), slice(2, 4))]
-    whole, *halves = (objective(EVERYTHING)(student(), data)[0].detach() for data in (batch(), *parts))
+    parts = zip(*(part.split(2) for part in batch()))
+    whole, *halves = (objective(EVERYTHING)(student(), *data)[0].detach() for data in (batch(), *parts))
     torch.testing.assert_close(whole, sum(halves) / 2, rtol=1e-4, atol=0)
 
 
@@ -174,7 +171,7 @@ def test_loss_of_a_batch_is_the_mean_over_its_parts():
 @pytest.mark.parametrize("weights", KINDS)
 def test_every_parameter_of_the_student_gets_a_gradient_and_none_of_the_teachers(weights):
     found, model = objective(weights), student()
-    found(model.train(), batch())[0].backward()
+    found(model.train(), *batch())[0].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert sum(parameter.grad.abs().sum() for parameter in model.parameters()) > 0
     assert found.needs_teacher == bool(weights)
@@ -186,23 +183,23 @@ def test_every_parameter_of_the_student_gets_a_gradient_and_none_of_the_teachers
 def test_gradient_of_every_term_is_that_of_finite_differences():
     found, model = objective(EVERYTHING), student()
     weight = model.unet.mid_block.resnets[0].conv1.weight
-    found(model, batch())[0].backward()
+    found(model, *batch())[0].backward()
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     slope, values = (weight.grad * direction).sum(), []
     for sign in (1, -1):
         with torch.no_grad():
             weight.add_(sign * 1e-3 * direction)
-            values.append(found(model, batch())[0])
+            values.append(found(model, *batch())[0])
             weight.sub_(sign * 1e-3 * direction)
     torch.testing.assert_close((values[0] - values[1]) / 2e-3, slope, rtol=0.02, atol=0)
 
 
 def test_bfloat16_is_near_float32():
-    full, _ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), batch())
+    full, _ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), *batch())
     model = student()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half, _ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(model, batch())
-        everything, terms = objective(EVERYTHING)(model, batch())
+        half, _ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(model, *batch())
+        everything, terms = objective(EVERYTHING)(model, *batch())
     assert half.dtype == everything.dtype == torch.float32
     torch.testing.assert_close(half, full, rtol=0.03, atol=0)
     everything.backward()
@@ -212,7 +209,7 @@ def test_bfloat16_is_near_float32():
 def test_gradient_checkpointing_changes_nothing():
     plain, frugal = student(), student()
     frugal.unet.enable_gradient_checkpointing()
-    pairs = [(loss, model) for model in (plain, frugal) for loss in [objective(EVERYTHING)(model.train(), batch())[0]]]
+    pairs = [(loss, model) for model in (plain, frugal) for loss in [objective(EVERYTHING)(model.train(), *batch())[0]]]
     torch.testing.assert_close(pairs[1][0], pairs[0][0])
     for before, after in zip(*(gradients(*pair) for pair in pairs)):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
@@ -220,8 +217,10 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_channels_last_changes_nothing():
     last = student(build().to(memory_format=torch.channels_last))
-    data = {name: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for name, v in batch().items()}
-    torch.testing.assert_close(objective(EVERYTHING)(last, data)[0], objective(EVERYTHING)(student(), batch())[0])
+    data, directions = batch()
+    data = data.to(torch.device("cpu"), memory_format=torch.channels_last)
+    assert data.noise.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(objective(EVERYTHING)(last, data, directions)[0], objective(EVERYTHING)(student(), *batch())[0])
 
 
 def test_compiling_changes_nothing():
@@ -230,21 +229,21 @@ def test_compiling_changes_nothing():
     # Without block outputs and with them, back and forth: hooks must not go stale.
     for kind in (0, 1, 0, 1):
         found = objective({"feature_distillation_weight": kind}, "no-mid-block")
-        expected.setdefault(kind, found(model, batch())[0].detach())
-        torch.testing.assert_close(found(wrapped, batch())[0].detach(), expected[kind])
+        expected.setdefault(kind, found(model, *batch())[0].detach())
+        torch.testing.assert_close(found(wrapped, *batch())[0].detach(), expected[kind])
     torch._dynamo.reset()
 
 
 def test_all_terms_work_under_distributed_data_parallel(tmp_path):
     model = student().train()
-    loss = objective(EVERYTHING)(model, batch())[0]
+    loss = objective(EVERYTHING)(model, *batch())[0]
     expected = gradients(loss, model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         for _ in range(2):  # the second forward is refused if a gradient of the first is missing
             model.zero_grad()
-            objective(EVERYTHING)(wrapped, batch())[0].backward()
+            objective(EVERYTHING)(wrapped, *batch())[0].backward()
     finally:
         torch.distributed.destroy_process_group()
     for parameter, gradient in zip(model.parameters(), expected):
@@ -256,8 +255,8 @@ def test_dropout_is_the_same_on_both_ends_of_a_step(checkpointing):
     unet = UNet2DModel(**BASE, dropout=0.3).train()
     if checkpointing:
         unet.enable_gradient_checkpointing()
-    model, data = NoisePrediction(unet), batch()
-    twice = [torch.cat([data[name], data[name]]) for name in ("pixel_values", "timesteps")]
+    model, (data, _) = NoisePrediction(unet), batch()
+    twice = [torch.cat([values, values]) for values in (data.clean, data.timesteps)]
     first, second = model(*twice).chunk(2)
     assert not torch.equal(first, second)
     first, second = model(*twice, pairs=True).chunk(2)
@@ -271,8 +270,8 @@ def test_dropout_is_the_same_on_both_ends_of_a_step(checkpointing):
 def test_dropout_does_not_drown_responses():
     unet = UNet2DModel(**BASE, dropout=0.1)
     found = Objective(ObjectiveArguments(sensitivity_matching_weight=1.0), scheduler(), copy.deepcopy(unet))
-    _, off = found(NoisePrediction(unet.eval()), batch())
-    _, on = found(NoisePrediction(unet.train()), batch())
+    _, off = found(NoisePrediction(unet.eval()), *batch())
+    _, on = found(NoisePrediction(unet.train()), *batch())
     assert off["sensitivity"] == 0
     assert 0 < on["sensitivity"] < 1  # with masks of their own, the ends would differ by far more than the step is long
 
@@ -290,9 +289,9 @@ def test_nothing_is_synchronized(compact):
     unet = masked(0)
     model = student(compacted(unet) if compact else unet)
     found = objective(EVERYTHING, masks=unet.channel_masks)
-    found(model, batch())  # kept channels are listed once
+    found(model, *batch())  # kept channels are listed once
     with NoSynchronization():
-        loss, _ = found(model, batch())
+        loss, _ = found(model, *batch())
     assert loss.isfinite()
 
 
@@ -304,17 +303,16 @@ def test_what_is_missing_is_said():
         Objective(ObjectiveArguments(distillation_weight=1.0), scheduler())
     with pytest.raises(ValueError, match="channel_masks=None"):
         Objective(ObjectiveArguments(feature_distillation_weight=1.0), scheduler(), build())
-    with pytest.raises(ValueError, match="batch has no directions"):
-        data = {name: value for name, value in batch().items() if name != "directions"}
-        objective({"sensitivity_matching_weight": 1.0})(student(), data)
+    with pytest.raises(ValueError, match="directions=None"):
+        objective({"sensitivity_matching_weight": 1.0})(student(), batch()[0])
     with pytest.raises(ValueError, match=r"needs NoisePrediction\(unet, features=True\)"):
-        objective({"feature_distillation_weight": 1.0})(NoisePrediction(build()), batch())
+        objective({"feature_distillation_weight": 1.0})(NoisePrediction(build()), *batch())
 
 
 def test_without_a_teacher_none_is_kept():
     assert objective({}).teacher is None
     alone = Objective(ObjectiveArguments(distillation_weight=0.0), scheduler())
-    assert alone(NoisePrediction(build()), batch())[0] > 0.1
+    assert alone(NoisePrediction(build()), *batch())[0] > 0.1
 
 
 @pytest.mark.parametrize("weights", [*KINDS, {"sensitivity_matching_weight": 1.0}])
@@ -327,29 +325,29 @@ def test_extra_forwards_are_those_that_run(weights):
     model.register_forward_pre_hook(functools.partial(count, "student"))
     if weights:
         found.teacher.register_forward_pre_hook(functools.partial(count, "teacher"))
-    found(model, batch())
+    found(model, *batch())
     extra = extra_forwards(found.arguments)
-    assert extra.teacher == rows["teacher"] / len(batch()["noise"])
-    assert extra.student == rows["student"] / len(batch()["noise"]) - 1
+    assert extra.teacher == rows["teacher"] / len(batch()[0])
+    assert extra.student == rows["student"] / len(batch()[0]) - 1
     assert extra.dense_forwards(student_cost=0.5) == extra.teacher + 1.5 * extra.student
 
 
 def test_wrapper_leaves_the_unet_as_it_is():
     unet = build()
-    names, data = list(unet.state_dict()), batch()
+    names, (data, _) = list(unet.state_dict()), batch()
     wrapper = NoisePrediction(unet, features=True)
     assert wrapper.unet is unet and list(unet.state_dict()) == names
     assert list(wrapper.state_dict()) == [f"unet.{name}" for name in names]
-    prediction, features = wrapper(data["pixel_values"], data["timesteps"], return_features=True)
-    assert torch.equal(prediction, unet(data["pixel_values"], data["timesteps"]).sample)
-    assert torch.equal(prediction, wrapper(data["pixel_values"], data["timesteps"]))
+    prediction, features = wrapper(data.clean, data.timesteps, return_features=True)
+    assert torch.equal(prediction, unet(data.clean, data.timesteps).sample)
+    assert torch.equal(prediction, wrapper(data.clean, data.timesteps))
     assert [tuple(output.shape) for output in features.values()] == [
         *((4, 16, 4, 4), (4, 32, 4, 4), (4, 32, 4, 4), (4, 32, 8, 8), (4, 16, 8, 8))
     ]
     # Nothing stays behind, in the wrapper or in copies of the model.
     twin = copy.deepcopy(wrapper)
-    twin.unet(data["pixel_values"], data["timesteps"])
+    twin.unet(data.clean, data.timesteps)
     assert twin.wanted is not wrapper.wanted
     for wanted in (wrapper.wanted, twin.wanted):
         assert not wanted.outputs and not wanted.features and not wanted.paired
-    assert list(twin(data["pixel_values"], data["timesteps"], return_features=True)[1]) == list(features)
+    assert list(twin(data.clean, data.timesteps, return_features=True)[1]) == list(features)

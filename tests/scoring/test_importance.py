@@ -19,10 +19,12 @@ from torch.nn.functional import interpolate
 from diffusers_gfprune import criteria as registry
 from diffusers_gfprune.configuration import GFPruneConfig
 from diffusers_gfprune.criteria import criteria, find_criterion, register_criterion
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
 from diffusers_gfprune.scoring.importance import score_units
 from helpers.architectures import build, random_masks
+from helpers.toy import Toy
 
 Batches = list[tuple[Tensor, ...]]
 
@@ -65,7 +67,8 @@ class Setting:
 
     def scores(self, **options) -> dict[str, Tensor]:
         """Scores with some options changed."""
-        return score_units(self.unet, self.groups, self.batches, self.scheduler, GFPruneConfig(**options))
+        batches = [DiffusionBatch.of(batch) for batch in self.batches]
+        return score_units(self.unet, self.groups, batches, self.scheduler, GFPruneConfig(**options))
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +286,7 @@ def test_score_at_matters_only_where_masks_are_not_ones(trained: Setting, criter
 # --- known answers -----------------------------------------------------------------------------------------------------
 
 
-class TwoChannels(nn.Module):
+class TwoChannels(Toy):
     """x -> sum_c b_c (a_c x + d_c), with two channels in between: small enough to do by hand."""
 
     def __init__(self, a: tuple[float, float], b: tuple[float, float], d: tuple[float, float] | None = None) -> None:
@@ -314,7 +317,7 @@ def two_channel_scores(
         config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda clean, noise, timesteps: clean
     )
     clean = torch.tensor(images).view(-1, 1, 1, 1)
-    batch = (clean, torch.zeros_like(clean), torch.tensor(timesteps))
+    batch = DiffusionBatch(clean, torch.zeros_like(clean), torch.tensor(timesteps))
     return score_units(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
 
 

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from diffusers_gfprune.configuration import GFPruneConfig
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.scoring import natural_flow
@@ -33,6 +34,7 @@ def batch_of(unet: UNet2DModel, size: int, seed: int = 0) -> tuple[Tensor, ...]:
 
 
 def scores(unet: UNet2DModel, batches: list, config: GFPruneConfig = CONFIG) -> dict[str, Tensor]:
+    batches = [DiffusionBatch.of(batch) for batch in batches]
     return score_units(unet, trace_channel_groups(unet), batches, SCHEDULER, config)
 
 

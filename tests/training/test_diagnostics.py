@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
 from diffusers_gfprune.scoring import hessian_product
@@ -248,8 +249,8 @@ def test_few_units_are_ranked_together(scale: float):
         unet.conv_out.weight.mul_(scale)
         unet.conv_out.bias.mul_(scale)
     slices = (GroupSlice("conv_in", "weight", 0, tuple(range(6)), "output"),)
-    clean, noise, timesteps = batches()[0]
-    batch = (clean, noise * scale, timesteps)
+    clean, noise, timesteps = batches()[0].tensors()
+    batch = DiffusionBatch(clean, noise * scale, timesteps)
     group = ChannelGroup("conv_in", 6, slices, tuple((channel,) for channel in range(6)))
     found = check_hessian_gradient_product(unet, [group], [batch], SCHEDULER, config(criterion="gradient-flow"))
     assert found["group"] is None
@@ -288,9 +289,9 @@ def test_comparison_with_magnitude(pruner: GradientFlowPruner):
 def test_masks_are_put_back_after_an_error(pruner: GradientFlowPruner):
     """Whoever catches it goes on with the masks of the schedule."""
     before = pruner.masks
-    clean, noise, timesteps = batches()[0]
+    clean, noise, timesteps = batches()[0].tensors()
     with pytest.raises(RuntimeError):
-        compare_with_magnitude(pruner, [(clean, noise[:, :, :3], timesteps)])
+        compare_with_magnitude(pruner, [DiffusionBatch(clean, noise[:, :, :3], timesteps)])
     assert all(torch.equal(mask, before[name]) for name, mask in pruner.masks.items())
 
 

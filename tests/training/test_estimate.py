@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.scoring.importance import score_units
 from diffusers_gfprune.training.estimate import (
     StepEstimate,
@@ -67,9 +68,9 @@ def model_of(name: str, teacher: UNet2DModel) -> UNet2DModel:
     return copy.deepcopy(teacher) if name == "digits" else build(name)
 
 
-def batch_for(unet: UNet2DModel, size: int) -> tuple[torch.Tensor, ...]:
+def batch_for(unet: UNet2DModel, size: int) -> DiffusionBatch:
     sample = inputs(unet, size)["sample"]
-    return (sample, torch.randn_like(sample), torch.randint(0, 1000, (size,)))
+    return DiffusionBatch(sample, torch.randn_like(sample), torch.randint(0, 1000, (size,)))
 
 
 def bytes_of(unet: UNet2DModel) -> int:
@@ -127,7 +128,7 @@ def test_training_holds_what_the_plan_says(name, size, masked, teacher) -> None:
         pruner = GradientFlowPruner(unet, GFPruneConfig.from_preset("one-shot", total_steps=1, criterion="magnitude"))
         pruner.step(0, [])
     optimizer = torch.optim.AdamW(unet.train().parameters())
-    clean, noise, timesteps = batch_for(unet, size)
+    clean, noise, timesteps = batch_for(unet, size).tensors()
 
     def step() -> None:
         noisy = DDPMScheduler().add_noise(clean, noise, timesteps)

@@ -1,0 +1,151 @@
+"""One batch: what a model is trained, scored and measured on, what it sees of it, and what it should predict.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          (Ho et al., arXiv 2006.11239, equation 4)
+
+The target is eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans and Ho, arXiv 2202.00512), as the
+`prediction_type` of the process says. A process is a Diffusers scheduler with `add_noise`, such as `training_process` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["DiffusionBatch", "ModelInputs", "check_integers"]
+
+
+class ModelInputs(NamedTuple):
+    """What a model is called with.
+
+    Attributes:
+        sample: Noisy images, floating point with shape `(batch, channels, height, width)`.
+        timesteps: Integers with shape `(batch,)`, or one for all.
+        conditioning: By name of the forward's argument, such as `class_labels` with shape `(batch,)`; empty for
+            unconditional models.
+    """
+
+    sample: Tensor
+    timesteps: Tensor
+    conditioning: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class DiffusionBatch:
+    """Images with their noise.
+
+    Attributes:
+        clean: Images in [-1, 1], floating point with shape `(batch, channels, height, width)`.
+        noise: Gaussian noise of the same shape and dtype.
+        timesteps: Integers with shape `(batch,)`.
+        conditioning: By name of the model's argument, such as `class_labels`, int64 with shape `(batch,)`; each with one row
+            for every image. Empty for unconditional models.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    conditioning: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: DiffusionBatch | Sequence[Tensor]) -> DiffusionBatch:
+        """A batch from a tuple `(clean_images, noise, timesteps[, class_labels])`, or as it is.
+
+        Raises:
+            ValueError: There are more tensors, or fewer.
+        """
+        if isinstance(batch, cls):
+            return batch
+        if not 3 <= len(batch) <= 4:
+            given = f"not {len(batch)} tensors"
+            raise ValueError(f"a calibration batch is (clean_images, noise, timesteps[, class_labels]), {given}")
+        return cls(*batch[:3], dict(zip(["class_labels"], batch[3:])))
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.clean)
+
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        return [self.clean, self.noise, self.timesteps, *self.conditioning.values()]
+
+    def _rebuilt(self, tensors: Sequence[Tensor]) -> DiffusionBatch:
+        """Others in the place of `tensors()`."""
+        return DiffusionBatch(*tensors[:3], dict(zip(self.conditioning, tensors[3:])))
+
+    def to(
+        self, device: torch.device, non_blocking: bool = False, memory_format: torch.memory_format | None = None
+    ) -> DiffusionBatch:
+        """The batch on a device; images and noise in a memory format, if one is given."""
+        moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()]
+        if memory_format is not None:
+            moved[:2] = [tensor.to(memory_format=memory_format) for tensor in moved[:2]]
+        return self._rebuilt(moved)
+
+    def pin_memory(self) -> DiffusionBatch:
+        """The batch in page-locked memory, as a `DataLoader` asks for it."""
+        return self._rebuilt([tensor.pin_memory() for tensor in self.tensors()])
+
+    def split(self, size: int) -> list[DiffusionBatch]:
+        """Batches of `size` images (>= 1), the last of which may have fewer."""
+        return [self._rebuilt(parts) for parts in zip(*(tensor.split(size) for tensor in self.tensors()))]
+
+    def inputs(self, process, dtype: torch.dtype | None = None) -> ModelInputs:
+        """What a model sees: the images with their noise, as the process adds it.
+
+        Args:
+            process: Adds the noise.
+            dtype: Of the noisy images (default: that of the clean ones).
+        """
+        noisy = process.add_noise(self.clean, self.noise, self.timesteps)
+        return ModelInputs(noisy if dtype is None else noisy.to(dtype), self.timesteps, self.conditioning)
+
+    def target(self, process) -> Tensor:
+        """What the model should predict, of the shape of `noise`.
+
+        Raises:
+            ValueError: The `prediction_type` of the process is not `epsilon`, `sample` or `v_prediction`.
+        """
+        prediction_type = process.config.prediction_type
+        if prediction_type == "epsilon":
+            return self.noise
+        if prediction_type == "sample":
+            return self.clean
+        if prediction_type == "v_prediction":
+            return process.get_velocity(self.clean, self.noise, self.timesteps)
+        raise ValueError(f"prediction_type={prediction_type} must be 'epsilon', 'sample' or 'v_prediction'")
+
+    def check(self, channels: int, num_train_timesteps: int) -> None:
+        """Refuse a batch that is not one of a model and a process; its conditioning is for the model's family to check.
+
+        Args:
+            channels: `in_channels` of the model.
+            num_train_timesteps: Of the process.
+
+        Raises:
+            ValueError: A tensor has another shape, dtype or range.
+        """
+        clean, noise = self.clean, self.noise
+        if clean.ndim != 4 or clean.shape[1] != channels:
+            found = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
+            raise ValueError(f"clean images have {found}, the model takes in_channels={channels}")
+        if len(clean) == 0:
+            raise ValueError(f"clean images have shape {tuple(clean.shape)}: a calibration batch needs at least one image")
+        if noise.shape != clean.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, clean images have {tuple(clean.shape)}")
+        check_integers("timesteps", self.timesteps, len(clean), num_train_timesteps)
+
+
+def check_integers(name: str, values: Tensor, size: int, count: int, because: str = "") -> None:
+    """Refuse values that are not integers from 0 to `count - 1` with shape `(size,)`, by their name; `because` says why."""
+    wanted = f"{because}they must be integers from 0 to {count - 1}"
+    if values.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} have dtype {values.dtype}; {wanted}")
+    if values.shape != (size,):
+        raise ValueError(f"{name} have shape {tuple(values.shape)}, not {(size,)}; {wanted}")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} are from {low} to {high}; {wanted}")

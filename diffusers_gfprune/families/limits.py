@@ -1,0 +1,97 @@
+"""What arguments of a model may be, where a config comes from the Hub: a table of them, and the check.
+
+A config that could not be built, would compute no number, or would allocate without bound is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+__all__ = ["MAX_WIDTH", "ConfigLimits", "check_sample_size", "is_int", "refuse"]
+
+MAX_WIDTH = 2**16  # channels of a layer
+MAX_SIDE = 2**14  # pixels of an image
+MAX_SAMPLE_VALUES = 2**30  # of an image, in all
+
+
+def is_int(value) -> bool:
+    """Whether a value of a config is an integer, which a boolean is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def refuse(name: str, value, wanted: str) -> NoReturn:
+    """Raise the `ValueError` of an argument that must be something else."""
+    raise ValueError(f"{name}={reprlib.repr(value)} must be {wanted}")
+
+
+@dataclass(frozen=True)
+class ConfigLimits:
+    """What each argument of a dense model may be.
+
+    Attributes:
+        integers: The smallest and the largest value.
+        numbers: The same, of integers or floating-point numbers.
+        choices: One of these.
+        lists: Arguments with 1 to 16 such values.
+        optional: Arguments that may be None.
+    """
+
+    integers: Mapping[str, tuple[int, int]]
+    numbers: Mapping[str, tuple[float, float]]
+    choices: Mapping[str, tuple]
+    lists: frozenset[str]
+    optional: frozenset[str]
+
+    def check(self, config: Mapping) -> None:
+        """Refuse the first argument that is not in the tables, by name and value; `sample_size` is left out.
+
+        An argument that they do not know, of a later Diffusers, must be plain JSON.
+        """
+        for name, value in config.items():
+            if name in self.lists:
+                if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
+                    refuse(name, value, "a list with 1 to 16 entries")
+                for entry in value:
+                    self._check_value(name, entry)
+            elif name != "sample_size" and not (value is None and name in self.optional):
+                self._check_value(name, value)
+
+    def _check_value(self, name: str, value) -> None:
+        if name in self.integers:
+            low, high = self.integers[name]
+            if not is_int(value) or not low <= value <= high:
+                refuse(name, value, f"an integer from {low} to {high}")
+        elif name in self.numbers:
+            low, high = self.numbers[name]
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+                refuse(name, value, f"a number from {low:g} to {high:g}")
+        elif name in self.choices:
+            prefix = "UNetRes" if name in self.lists and isinstance(value, str) else ""  # as Diffusers once named its blocks
+            plain = value.removeprefix(prefix) if prefix else value
+            if not any(type(plain) is type(choice) and plain == choice for choice in self.choices[name]):
+                refuse(name, value, f"one of {', '.join(map(str, self.choices[name]))}")
+        else:
+            entries = value if isinstance(value, (list, tuple)) else [value]
+            plain = all(entry is None or isinstance(entry, (bool, str, int, float)) for entry in entries)
+            finite = all(math.isfinite(entry) for entry in entries if isinstance(entry, float))
+            if not plain or len(entries) > 64 or not finite:
+                refuse(name, value, "a finite number, a string, a boolean, or a list of up to 64 of them")
+
+
+def check_sample_size(size, channels: int, multiple: int) -> None:
+    """Refuse a `sample_size` that no memory has, or that the levels of a model cannot halve.
+
+    Args:
+        size: One side, two, or None.
+        channels: Of a sample.
+        multiple: That both sides must be of.
+    """
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    fits = len(sides) == 2 and all(is_int(side) and 1 <= side <= MAX_SIDE and side % multiple == 0 for side in sides)
+    if size is not None and not (fits and channels * sides[0] * sides[1] <= MAX_SAMPLE_VALUES):
+        most = f"{MAX_SAMPLE_VALUES // channels} pixels in all"
+        refuse("sample_size", size, f"one or two multiples of {multiple}, up to {MAX_SIDE} and with at most {most}")

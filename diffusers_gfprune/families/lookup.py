@@ -1,0 +1,40 @@
+"""Which family a model belongs to. One more architecture is one more entry here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import Family
+from .unet_2d import UNet2DFamily
+
+__all__ = ["FAMILIES", "family_named", "family_of"]
+
+FAMILIES: list[Family] = [UNet2DFamily()]
+
+
+def _supported() -> str:
+    return ", ".join(family.dense_class.__name__ for family in FAMILIES)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, dense, masked or pruned.
+
+    Raises:
+        ValueError: It belongs to none.
+    """
+    for family in FAMILIES:
+        if isinstance(model, family.dense_class):
+            return family
+    raise ValueError(f"a {type(model).__name__} cannot be pruned; supported: {_supported()}")
+
+
+def family_named(class_name: str) -> Family:
+    """The family with a dense or pruned class of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for family in FAMILIES:
+        if class_name in (family.dense_class.__name__, family.pruned_class.__name__):
+            return family
+    raise ValueError(f"a {class_name} cannot be pruned; supported: {_supported()}")

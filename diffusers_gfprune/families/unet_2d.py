@@ -1,0 +1,197 @@
+"""The family of `UNet2DModel`: the UNets of DDPMs, unconditional or with class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from ..diffusion.batch import ModelInputs, check_integers
+from ..remote.pipeline_prune_ddpm import COMPONENTS, PIPELINES
+from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+from .base import Family
+from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, refuse
+
+__all__ = ["LIMITS", "UNet2DFamily"]
+
+MAX_LAYERS_PER_BLOCK = 64
+MAX_LAYERS = 256  # of all blocks on the way down
+
+# What each argument of `UNet2DModel` may be. Blocks are those that can be pruned.
+LIMITS = ConfigLimits(
+    integers={
+        "in_channels": (1, MAX_WIDTH),
+        "out_channels": (1, MAX_WIDTH),
+        "block_out_channels": (1, MAX_WIDTH),
+        "layers_per_block": (1, MAX_LAYERS_PER_BLOCK),
+        "downsample_padding": (0, 1),  # anything else changes the size of images
+        "attention_head_dim": (1, MAX_WIDTH),
+        "norm_num_groups": (1, MAX_WIDTH),
+        "attn_norm_num_groups": (1, MAX_WIDTH),
+        "time_embedding_dim": (1, MAX_WIDTH),
+        "num_class_embeds": (1, 10**7),
+        "num_train_timesteps": (1, 10**7),
+    },
+    numbers={
+        "freq_shift": (0, MAX_WIDTH),
+        "mid_block_scale_factor": (1e-3, 1e3),  # of a division
+        "dropout": (0, 1),
+        "norm_eps": (1e-12, 1),  # added to a variance, in single precision
+    },
+    choices={
+        "center_input_sample": (False, True),
+        "flip_sin_to_cos": (False, True),
+        "add_attention": (False, True),
+        "time_embedding_type": ("positional", "fourier", "learned"),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "mid_block_type": ("UNetMidBlock2D",),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": ("conv", "resnet"),
+        "upsample_type": ("conv", "resnet"),
+        "act_fn": ("silu", "swish", "mish", "gelu", "relu"),
+        "resnet_time_scale_shift": ("default", "scale_shift"),
+        "class_embed_type": ("timestep", "identity"),
+    },
+    lists=frozenset({"block_out_channels", "down_block_types", "up_block_types"}),
+    optional=frozenset(
+        {
+            *("sample_size", "attention_head_dim", "attn_norm_num_groups", "time_embedding_dim", "num_class_embeds"),
+            *("num_train_timesteps", "mid_block_type", "downsample_type", "upsample_type", "class_embed_type"),
+        }
+    ),
+)
+
+
+class UNet2DFamily(Family):
+    """`UNet2DModel`, with the blocks in `LIMITS`."""
+
+    dense_class = UNet2DModel
+    pruned_class = GFPrunedUNet2DModel
+    attention_class = Attention
+    component = COMPONENTS[0]
+    pipelines = PIPELINES
+    boundary = {"conv_in": 0, "conv_out": 1}
+
+    # --- configurations ---
+
+    def check_arguments(self, config: Mapping[str, Any]) -> None:
+        LIMITS.check(config)
+        widths, groups, shift = config["block_out_channels"], config["norm_num_groups"], config["freq_shift"]
+        for name in ("down_block_types", "up_block_types"):
+            if len(config[name]) != len(widths):
+                refuse(name, config[name], f"as many as block_out_channels, {len(widths)}")
+        if len(widths) * config["layers_per_block"] > MAX_LAYERS:
+            most = f"at most {MAX_LAYERS // len(widths)} in {len(widths)} blocks"
+            refuse("layers_per_block", config["layers_per_block"], most)
+        if any(width % groups for width in widths):
+            refuse("norm_num_groups", groups, f"a divisor of all of block_out_channels={list(widths)}")
+        groups = config["attn_norm_num_groups"]
+        if groups is not None and config["add_attention"] and config["mid_block_type"] is not None and widths[-1] % groups:
+            refuse("attn_norm_num_groups", groups, f"a divisor of {widths[-1]}, the last of block_out_channels")
+        last = max(widths[0] // 2 - 1, 0)
+        if config["time_embedding_type"] == "positional" and shift > last:  # frequencies are divided by the difference
+            refuse("freq_shift", shift, f"a number from 0 to {last}, for block_out_channels that start with {widths[0]}")
+        if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
+            refuse("num_train_timesteps", None, 'an integer where time_embedding_type="learned"')
+        check_sample_size(config["sample_size"], config["in_channels"], 2 ** (len(widths) - 1))
+
+    def check_supported(self, config: Mapping[str, Any]) -> None:
+        for argument in ("down_block_types", "up_block_types", "mid_block_type", "resnet_time_scale_shift"):
+            value, supported = config[argument], LIMITS.choices[argument]
+            supported = (*supported, None) if argument in LIMITS.optional else supported
+            for found in value if isinstance(value, (list, tuple)) else [value]:
+                if (found[7:] if str(found).startswith("UNetRes") else found) not in supported:
+                    raise ValueError(f"{argument}={found} cannot be pruned; supported: {', '.join(map(str, supported))}")
+
+    def check_trainable(self, config: Mapping[str, Any]) -> None:
+        reads, writes = config["in_channels"], config["out_channels"]
+        if writes != reads:
+            both = f"in_channels={reads} and out_channels={writes}"
+            raise ValueError(f"{both}: models that also predict the variance cannot be pruned")
+        if config["sample_size"] is None:
+            raise ValueError("sample_size=None in its config: set it to the size the model was trained at")
+
+    def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
+        rows = config["num_train_timesteps"]
+        if config["time_embedding_type"] == "learned" and rows < num_train_timesteps:
+            raise ValueError(
+                f"num_train_timesteps={num_train_timesteps} of the scheduler must be at most num_train_timesteps={rows} of "
+                f"the model, whose time embedding is learned"
+            )
+
+    # --- inputs ---
+
+    def example_inputs(
+        self,
+        model: nn.Module,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> ModelInputs:
+        sample = torch.zeros(batch_size, model.config.in_channels, height, width, device=device, dtype=dtype)
+        timesteps = torch.zeros(batch_size, device=device, dtype=torch.long)
+        if model.config.class_embed_type == "identity":
+            labels = torch.zeros(batch_size, model.time_embedding.linear_2.out_features, device=device, dtype=dtype)
+        elif model.class_embedding is not None:
+            labels = torch.zeros(batch_size, device=device, dtype=torch.long)
+        else:
+            return ModelInputs(sample, timesteps)
+        return ModelInputs(sample, timesteps, {"class_labels": labels})
+
+    def tracing_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        side = 2 ** len(config["block_out_channels"])
+        return side, side
+
+    def check_conditioning(self, model: nn.Module, conditioning: Mapping[str, Tensor], size: int) -> None:
+        config, labels = model.config, conditioning.get("class_labels")
+        if other := [name for name in conditioning if name != "class_labels"]:
+            raise ValueError(f"the batch has {other[0]}, which a UNet2DModel does not take")
+        if model.class_embedding is None:
+            if labels is not None:
+                raise ValueError("the model is unconditional, the batch has class_labels: leave them out")
+        elif labels is None:
+            raise ValueError("the batch has no class_labels, which the model takes")
+        elif config.class_embed_type == "identity":
+            shape = (size, model.time_embedding.linear_2.out_features)
+            if not labels.is_floating_point() or labels.shape != shape:
+                raise ValueError(
+                    f"class_labels have shape {tuple(labels.shape)}, {labels.dtype}; with class_embed_type=identity they must "
+                    f"be embeddings, floating point with shape {shape}"
+                )
+        elif config.class_embed_type == "timestep":
+            if labels.shape != (size,):
+                shape = tuple(labels.shape)
+                raise ValueError(f"class_labels have shape {shape}, not {(size,)}, with class_embed_type=timestep")
+        else:
+            count = config.num_class_embeds
+            check_integers("class_labels", labels, size, count, f"the model has num_class_embeds={count}, so that ")
+
+    # --- parts ---
+
+    def never_pruned(self, config: Mapping[str, Any]) -> frozenset[str]:
+        # An embedding that comes from outside is added to the one of the time
+        outside = ["time_embedding.linear_2"] if config["class_embed_type"] == "identity" else []
+        return frozenset({"conv_out", *outside})
+
+    def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {name: module for name, module in model.named_modules() if isinstance(module, ResnetBlock2D)}
+
+    def block_outputs(self, model: nn.Module) -> dict[str, str]:
+        names = [f"{kind}_blocks.{index}" for kind in ("down", "up") for index in range(len(getattr(model, f"{kind}_blocks")))]
+        if model.mid_block is not None:
+            names.insert(len(model.down_blocks), "mid_block")
+        return {name: f"{name}.{_last_layer(model.get_submodule(name))}" for name in names}
+
+
+def _last_layer(block: nn.Module) -> str:
+    """Name, inside a block, of the convolution that it ends with. An attention after it adds to the same channels."""
+    kind = next(kind for kind in ("downsamplers", "upsamplers", "resnets") if getattr(block, kind, None) is not None)
+    layers = getattr(block, kind)
+    return f"{kind}.{len(layers) - 1}.{'conv2' if hasattr(layers[-1], 'conv2') else 'conv'}"
