@@ -155,7 +155,8 @@ def plot(path: Path, found: dict[str, dict]) -> None:
     for row, (dataset, results) in zip(axes, found.items()):
         for axis, criterion in zip(row, shown):
             sums = results["summed_scores"][criterion]
-            axis.scatter(list(sums.values()), [results["damage"][name] for name in sums], s=10)
+            damage = results["damage"]  # of the groups that have a choice of units
+            axis.scatter([sums[name] for name in damage], list(damage.values()), s=10)
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())

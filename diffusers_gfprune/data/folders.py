@@ -25,6 +25,8 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.utils import glob_translate
 from huggingface_hub import metadata_load
 
+from ..errors import one_line
+
 __all__ = ["load_folder", "visible_files"]
 
 logger = logging.getLogger(__name__)
@@ -187,7 +189,7 @@ def _listed_configs(root: Path) -> list[dict]:
     try:
         configs = (metadata_load(readme) or {}).get("configs") if readme.is_file() else None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"what stands first in its README.md is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"what stands first in its README.md is not YAML: {one_line(error)}") from error
     return [config for config in configs or [] if isinstance(config, dict) and "data_files" in config]
 
 

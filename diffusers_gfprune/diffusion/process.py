@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from diffusers import DDPMScheduler
 
+from ..errors import one_line
+
 __all__ = ["REFUSED_SCHEDULERS", "TRAINABLE_SCHEDULERS", "check_scheduler_class", "training_process"]
 
 # Samplers of one process: with the same betas they add the same noise (tests/test_diffusion_process.py)
@@ -139,7 +141,7 @@ def training_process(scheduler) -> DDPMScheduler:
     try:
         process = DDPMScheduler(**{name: config[name] for name in _PROCESS if name in config})
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"the betas of the scheduler cannot be made: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the betas of the scheduler cannot be made: {one_line(error)}") from error
     _check_noise_levels(process, scheduler)
     return process
 

@@ -1,9 +1,9 @@
 """The figures of an evaluation in the results and on the card of the pruning run that made the model.
 
-The run's `results.json` stays what `diffusers_gfprune.model_card` reads: cost and speed are those that the run measured,
-figures of samples and the step loss become those of the evaluation, with all that they depend on. Everything is made beside
-the run and then moved into it, so that a failure leaves the run as it was; the evaluation's own folder appears after that, so
-that after a kill the same command does what is left.
+The run's `results.json` stays that of a run: cost and speed are those that the run measured, figures of samples and the step
+loss become those of the evaluation, with all that they depend on. Everything is made beside the run and then moved into it,
+so that a failure leaves the run as it was. The evaluation's own folder appears after that, so that after a kill the same
+command does what is left.
 """
 
 from __future__ import annotations

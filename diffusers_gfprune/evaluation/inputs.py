@@ -36,7 +36,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 class FolderImages:
     """Generated images that lie in a folder and the folders in it, but for hidden ones, in the order of their paths.
 
-    The first one decides between greyscale and colour; modes are those of `diffusers_gfprune.pixel_values`.
+    The first one decides between greyscale and colour; modes are those of `diffusers_gfprune.diffusion.pixel_values`.
 
     Args:
         folder: The folder.
