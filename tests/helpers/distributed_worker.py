@@ -126,7 +126,7 @@ def refusals(rank: int) -> dict[str, str]:
     found["masks"] = message(lambda: by_hand.step(0, []))
     seeds = pruner(criterion="random", pruning_seed=rank)
     found["seeds"] = message(lambda: seeds.step(0, []))
-    nan = [(batches[0][0] * (float("nan") if rank == 1 else 1), *batches[0][1:]), batches[1]]
+    nan = [dataclasses.replace(batches[0], clean=batches[0].clean * (float("nan") if rank == 1 else 1)), batches[1]]
     for criterion in ("gradient-flow", "taylor", "diff-pruning"):
         found[f"NaN images, {criterion}"] = message(lambda criterion=criterion: score(nan, criterion=criterion))
     found["NaN weights"] = message(lambda: score([], float("nan") if rank == 1 else 0.0, criterion="magnitude"))
