@@ -126,11 +126,11 @@ def refusals(rank: int) -> dict[str, str]:
     found["masks"] = message(lambda: by_hand.step(0, []))
     seeds = pruner(criterion="random", pruning_seed=rank)
     found["seeds"] = message(lambda: seeds.step(0, []))
-    nan = [(batches[0][0] * (float("nan") if rank == 1 else 1), *batches[0][1:]), batches[1]]
+    nan = [dataclasses.replace(batches[0], clean=batches[0].clean * (float("nan") if rank == 1 else 1)), batches[1]]
     for criterion in ("gradient-flow", "taylor", "diff-pruning"):
         found[f"NaN images, {criterion}"] = message(lambda criterion=criterion: score(nan, criterion=criterion))
     found["NaN weights"] = message(lambda: score([], float("nan") if rank == 1 else 0.0, criterion="magnitude"))
-    found["rows"] = message(lambda: score([tuple(column[: 3 - rank] for column in batch) for batch in batches]))
+    found["rows"] = message(lambda: score([batch.split(3 - rank)[0] for batch in batches]))
     found["batches"] = message(lambda: score(batches[: 2 - rank]))
     found["no batches"] = message(lambda: score(batches[: 2 - 2 * rank]))
     found["names"] = message(lambda: check_identical({name: torch.ones(1) for name in ("a", "b")[: 1 + rank]}))
@@ -158,7 +158,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     pruner, trained = train(rank, ranks)
     tensors |= {f"trained/{name}": value.clone() for name, value in trained.state_dict().items()}
     values["history"] = [update.to_dict() for update in pruner.history]
-    single = [tuple(column.float() if column.is_floating_point() else column for column in batch) for batch in batches]
+    single = [dataclasses.replace(batch, clean=batch.clean.float(), noise=batch.noise.float()) for batch in batches]
     values["comparison"] = compare_with_magnitude(pruner, single)
 
     mixed = [torch.full((5,), rank + 1.0), torch.full((2, 3), rank + 1.0, dtype=torch.float64)]
