@@ -93,5 +93,5 @@ def test_step_that_rounds_to_nothing_has_no_response():
 
 def test_directions_are_needed():
     data, _ = batch()
-    with pytest.raises(ValueError, match="directions=None: geometric and sensitivity matching need them"):
+    with pytest.raises(ValueError, match="directions=None: sensitivity matching needs them"):
         with_steps(SCHEDULER, data, None, 0.01)
