@@ -233,10 +233,7 @@ CURVES = {
     "paper": ("gradient flow as published, no teacher", "tab:red"),
 }
 # The rows that the README shows
-RIVALS = (
-    *("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "torch-pruning", "scratch"),
-    *("two-phase-noise", "one-shot-diff-pruning-noise", "one-shot-magnitude-noise", "paper"),
-)
+RIVALS = ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
 
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
