@@ -1,7 +1,7 @@
-"""Prune DDPMs by gradient flow, and save what is left so that `from_pretrained` loads it.
+"""Prune DDPMs by gradient flow, and save the pruned models in a form that `from_pretrained` loads.
 
 Importing this package registers it with Diffusers: `DiffusionPipeline.from_pretrained` then loads pruned repositories with
-the classes here, and runs no code from them.
+the classes of this package and does not run code from the repository.
 """
 
 from .configuration import GFPruneConfig
@@ -23,6 +23,6 @@ __all__ = [
     "register_criterion",
 ]
 
-for _family in FAMILIES:  # before anything is loaded
+for _family in FAMILIES:  # before any model is loaded
     _family.pruned_class.checks = PackageChecks(_family)
 register([family.pruned_class for family in FAMILIES], [PruneDDPMPipeline])

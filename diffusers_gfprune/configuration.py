@@ -1,4 +1,4 @@
-"""GFPruneConfig: every choice of a pruning run, with its range. The command line is made from these fields."""
+"""GFPruneConfig: all options of a pruning run, with their ranges. The command line is generated from these fields."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SCORE_AT = ("dense", "masked")
 AGGREGATIONS = ("signed", "abs", "sum_abs")
 HESSIAN_BATCHES = ("mean", "each")
 
-# Options of earlier versions, with the one value that is left
+# Options that were removed, with the only value that is still accepted
 REMOVED = {"score_slices": "all", "normalization": "mean", "cost_aware": False}
 
-# Gradient flow as arXiv 2501.09464 states it; the defaults below are what benchmarks/README.md led to.
+# "paper" is gradient flow as in arXiv 2501.09464. The defaults below come from the comparisons in benchmarks/README.md.
 PRESETS: dict[str, dict] = {
     "default": {},
     "paper": {
@@ -46,12 +46,12 @@ PRESETS: dict[str, dict] = {
 
 
 def criterion_of(config: Mapping) -> str:
-    """The criterion of a saved configuration, by the name that it has now.
+    """The current name of the criterion of a saved configuration.
 
-    Earlier versions had one criterion `gradient-flow`, in weights at first, and then in the metric that `flow_metric` names.
+    Earlier versions had one criterion `gradient-flow`: first in the metric of weights, later in the metric `flow_metric`.
 
     Args:
-        config: Of `GFPruneConfig.to_dict`, of this version or an earlier one.
+        config: Output of `GFPruneConfig.to_dict`, of this version or an earlier one.
     """
     metric = config.get("flow_metric", "weights" if "score_slices" in config else "predictions")
     by_weights = config["criterion"] == "gradient-flow" and metric == "weights"
@@ -64,67 +64,67 @@ def _choice(default: str, choices: tuple[str, ...], text: str):
 
 @dataclass
 class GFPruneConfig:
-    """Options of `GradientFlowPruner`; every field says what it is in `metadata["help"]`.
+    """Options of `GradientFlowPruner`. Every field is described in its `metadata["help"]`.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of range.
     """
 
     _argument_group_name = "pruning"
 
     # budget
-    target: str = _choice("macs", TARGETS, "The cost that is reduced.")
-    ratio: float = field(default=0.5, metadata={"help": "Share of the target that is REMOVED, in (0, 1)."})
+    target: str = _choice("macs", TARGETS, "Cost to reduce.")
+    ratio: float = field(default=0.5, metadata={"help": "Share of the target cost to REMOVE, in (0, 1)."})
     channel_multiple: str = field(
         default="auto",
         metadata={
-            "help": "Kept channels of a group are a multiple of this (a number >= 1); auto: they fill the blocks in which "
-            "target_device computes channels, as far as norm groups allow and the budget is still met."
+            "help": "The number of kept channels of a group is a multiple of this (a number >= 1). auto: of the block size of "
+            "target_device, as far as norm groups and the budget allow."
         },
     )
     target_device: str = _choice(
-        "auto", DEVICES, "What the pruned model is for, with channel_multiple=auto; auto: the device that it is pruned on."
+        "auto", DEVICES, "channel_multiple=auto: device that will run the pruned model; auto: the device used for pruning."
     )
-    min_keep_ratio: float = field(default=0.1, metadata={"help": "Share of each group that is always kept, in [0, 1)."})
-    attention_unit: str = _choice("head_dim", ATTENTION_UNITS, "Shrink all heads alike, or remove whole heads.")
+    min_keep_ratio: float = field(default=0.1, metadata={"help": "Minimum share of channels kept in each group, in [0, 1)."})
+    attention_unit: str = _choice("head_dim", ATTENTION_UNITS, "Shrink all heads equally, or remove whole heads.")
     latency_batch_size: int = field(
         default=1,
         metadata={
-            "help": "target=latency: samples in the forward whose time is reduced (>= 1). A large batch gains more from few "
-            "channels than a single sample, whose time is partly that of launching operations."
+            "help": "target=latency: batch size of the timed forward pass (>= 1). Large batches gain more from pruning than a "
+            "single sample, for which launching operations takes a large part of the time."
         },
     )
     latency_dtype: str = _choice(
-        "float32", DTYPES, "Dtype that the pruned model is to run in, for target=latency and channel_multiple=auto."
+        "float32", DTYPES, "Dtype in which the pruned model will run, for target=latency and channel_multiple=auto."
     )
-    latency_backend: str = _choice("eager", LATENCY_BACKENDS, "target=latency: as it is, or compiled by torch.compile.")
+    latency_backend: str = _choice("eager", LATENCY_BACKENDS, "target=latency: run eagerly or with torch.compile.")
 
     # criterion
     criterion: str = field(
         default="gradient-flow",
         metadata={
-            "help": "Importance: gradient-flow (in the metric of predictions), gradient-flow-weights (theta * H g, as "
-            "published), taylor, diff-pruning, magnitude or random (in Python, also one you register)."
+            "help": "Importance criterion: gradient-flow (in the metric of predictions), gradient-flow-weights (theta * H g, "
+            "as published), taylor, diff-pruning, magnitude or random; in Python, also a registered one."
         },
     )
     hvp: str = _choice(
-        "exact", HVP_METHODS, "gradient-flow-weights: how H g is computed, by double backward or by differences of gradients."
+        "exact", HVP_METHODS, "gradient-flow-weights: compute H g by double backward or by finite differences of gradients."
     )
     hessian_batches: str = _choice(
         "each",
         HESSIAN_BATCHES,
-        "gradient-flow-weights: g and H of the mean loss over all calibration batches, or of each batch in turn.",
+        "gradient-flow-weights: g and H of the mean loss over all calibration batches, or of each batch separately.",
     )
     aggregation: str = _choice(
-        "sum_abs", AGGREGATIONS, "gradient-flow-weights: how theta * H g is summed over a unit, sum, |sum| or sum of |.|."
+        "sum_abs", AGGREGATIONS, "gradient-flow-weights: sum of theta * H g over a unit: sum, |sum| or sum of |.|."
     )
-    score_at: str = _choice("dense", SCORE_AT, "Score with every mask at 1, or at the masked weights.")
+    score_at: str = _choice("dense", SCORE_AT, "Score with all masks set to 1, or with the current masks.")
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "What groups lose: the same share (group), more where they cost much and score low (sensitivity), or "
-            "the lowest-scored units of all (global). Default: sensitivity for gradient flow, whose sums tell how much a "
-            "group matters, group for other criteria. "
+            "help": "How pruning is distributed over groups: the same share for all (group), more for groups with high cost "
+            "and low scores (sensitivity), or the lowest-scored units of all groups (global). Default: sensitivity for "
+            "gradient flow, group for other criteria. "
             f"Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },
@@ -132,34 +132,35 @@ class GFPruneConfig:
     sensitivity_exponent: float | None = field(
         default=None,
         metadata={
-            "help": "Ranking by sensitivity: groups lose shares in proportion to this power of cost / summed scores (>= 0); 0 "
-            "is the same share for all. Default: 0.5 for gradient-flow-weights, 0.3 for other criteria."
+            "help": "ranking=sensitivity: the share removed from a group is proportional to this power of cost / summed "
+            "scores (>= 0); 0: the same share for all. Default: 0.5 for gradient-flow-weights, 0.3 for other criteria."
         },
     )
     score_decay: float = field(
-        default=0.9, metadata={"help": "Weight of earlier scores at each update, in [0, 1); 0 forgets them."}
+        default=0.9, metadata={"help": "Decay of the moving average of scores, in [0, 1); 0: only the latest scores."}
     )
     diff_pruning_threshold: float = field(
-        default=0.05, metadata={"help": "diff-pruning: timesteps with a lower share of the largest loss are left out."}
+        default=0.05,
+        metadata={"help": "diff-pruning: skip timesteps whose loss is below this share of the largest loss."},
     )
 
     # schedule
-    total_steps: int = field(default=100_000, metadata={"help": "Training steps of the whole run (>= 1)."})
-    soft_fraction: float = field(default=0.1, metadata={"help": "N: end of the soft phase, as a share of all steps."})
-    hard_fraction: float = field(default=0.2, metadata={"help": "M: end of the hard phase, as a share of all steps."})
+    total_steps: int = field(default=100_000, metadata={"help": "Total number of training steps (>= 1)."})
+    soft_fraction: float = field(default=0.1, metadata={"help": "N: end of the soft phase, as a share of total_steps."})
+    hard_fraction: float = field(default=0.2, metadata={"help": "M: end of the hard phase, as a share of total_steps."})
     update_interval: int | None = field(
-        default=None, metadata={"help": "Steps between two rankings (>= 1; default: a tenth of the soft phase)."}
+        default=None, metadata={"help": "Steps between rankings (>= 1; default: a tenth of the soft phase)."}
     )
     sparsity_schedule: str = _choice("cubic", SCHEDULES, "Shape of s_t, which rises to the target.")
     mask_schedule: str = _choice("linear", SCHEDULES, "Shape of p_t, which falls from 1 to 0.")
     interpolate_masks: bool = field(
-        default=True, metadata={"help": "Soft phase: move masks in a straight line from ranking to ranking, without jumps."}
+        default=True, metadata={"help": "Soft phase: interpolate masks linearly between rankings."}
     )
     revival_margin: float = field(
         default=0.2,
         metadata={
-            "help": "A pruned unit comes back only if its score is higher than that of a kept one by this share of the "
-            "group's mean |score| (>= 0)."
+            "help": "A pruned unit is revived only if its score exceeds that of a kept unit by this share of the group's mean "
+            "|score| (>= 0)."
         },
     )
     pruning_seed: int = field(default=0, metadata={"help": "Seed of the random criterion."})
@@ -186,7 +187,7 @@ class GFPruneConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")
         if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio={self.ratio} must lie between 0 and 1: it is the share of {self.target} removed")
+            raise ValueError(f"ratio={self.ratio} must be between 0 and 1: it is the share of {self.target} to remove")
         if self.channel_multiple != "auto":
             if not str(self.channel_multiple).isdecimal() or int(self.channel_multiple) < 1:
                 raise ValueError(f"channel_multiple={self.channel_multiple} must be auto or a number, at least 1")
@@ -211,18 +212,18 @@ class GFPruneConfig:
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> GFPruneConfig:
-        """A named setting (one of `PRESETS`) with some fields replaced."""
+        """A preset (one of `PRESETS`) with some fields overridden."""
         if preset not in PRESETS:
             raise ValueError(f"preset={preset} must be one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[preset], **overrides})
 
     @property
     def takes_hessian(self) -> bool:
-        """Whether scores may take products with the Hessian."""
+        """Whether scoring may compute Hessian-vector products."""
         return find_criterion(self.criterion).derivatives == 2
 
     def latency_setting(self) -> SpeedSetting:
-        """How the forward is run whose time `target="latency"` reduces."""
+        """Settings of the forward pass that `target="latency"` measures."""
         return SpeedSetting(self.latency_batch_size, self.latency_dtype, compiled=self.latency_backend == "compile")
 
     def schedule(self) -> PruningSchedule:
@@ -238,13 +239,13 @@ class GFPruneConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> GFPruneConfig:
-        """From what `to_dict` returned, in this version or an earlier one.
+        """Read the output of `to_dict`, of this version or an earlier one.
 
         Raises:
-            ValueError: A value is out of its range, or an option that is gone has another value than the one that is left.
+            ValueError: A value is out of range, or a removed option does not have its only accepted value.
         """
         for name, left in REMOVED.items():
             if values.get(name, left) != left:
-                raise ValueError(f"{name}={values[name]} of an earlier version must be {left}, the one value that is left")
+                raise ValueError(f"{name}={values[name]} of an earlier version must be {left}, the only value supported")
         kept = {name: value for name, value in values.items() if name not in ("flow_metric", *REMOVED)}
         return cls(**{**kept, "criterion": criterion_of(values)})

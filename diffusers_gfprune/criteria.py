@@ -1,7 +1,7 @@
-"""Criteria: one record for each way to score units, in one registry.
+"""Registry of criteria, with one record for each.
 
-Configuration, plan, diagnostics and estimate read what they need to know of a criterion from its record. Those that come with
-the package are in `scoring.importance`; `register_criterion` adds your own.
+Configuration, plan, diagnostics and estimate read the properties of a criterion from its record. The criteria of the package
+are in `scoring.importance`; `register_criterion` adds others.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class Criterion:
     """A way to score units.
 
     Attributes:
-        name: In `GFPruneConfig.criterion` and on the command line.
-        function: From a `ScoringContext` to scores by group name, float32 with shape `(num_units,)`.
-        title: In tables (default: the name).
-        derivatives: How often losses are differentiated: 0, 1, or 2 where products with the Hessian may be taken.
-        needs_batches: Whether calibration batches are scored on; without, only weights are.
-        keeps_activations: Whether outputs of layers are read, which gradient checkpointing would compute again.
+        name: Name in `GFPruneConfig.criterion` and on the command line.
+        function: Maps a `ScoringContext` to scores by group name, float32 with shape `(num_units,)`.
+        title: Title in tables (default: the name).
+        derivatives: Order of the derivatives of the loss: 0, 1, or 2 if Hessian-vector products may be computed.
+        needs_batches: Whether calibration batches are used; otherwise scores depend on weights only.
+        keeps_activations: Whether layer outputs are read, which gradient checkpointing would recompute.
         ranking: Default of `GFPruneConfig.ranking`, one of `RANKINGS`.
         sensitivity_exponent: Default of `GFPruneConfig.sensitivity_exponent`, >= 0.
-        passes: Time to score a batch, in training steps on as many images, >= 0.
-        memory: Peak memory of scoring, relative to that of a training step on as many images, > 0; with two derivatives,
-            that depends on how the Hessian is multiplied (`training.estimate`).
+        passes: Time to score a batch, relative to a training step with the same batch size, >= 0.
+        memory: Peak memory of scoring, relative to a training step with the same batch size, > 0. With two derivatives it
+            depends on the method of the Hessian-vector product (`training.estimate`).
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of range.
     """
 
     name: str
@@ -64,17 +64,17 @@ def register_criterion(name: str, **properties) -> Callable[[Score], Score]:
     """Decorator: make a function available as `criterion=name`.
 
     Args:
-        name: Of the criterion.
-        **properties: Further fields of its `Criterion`. What is known of its cost and derivatives makes plans more precise
-            and scoring cheaper; the defaults are right for any function.
+        name: Name of the criterion.
+        **properties: Further fields of its `Criterion`. The defaults are safe for any function; exact values make scoring
+            cheaper and estimates more precise.
 
     Raises:
-        ValueError: The name is taken, or a property is out of its range.
+        ValueError: The name is already registered, or a property is out of range.
     """
 
     def register(function: Score) -> Score:
         if name in _CRITERIA:
-            raise ValueError(f"criterion {name} is registered already")
+            raise ValueError(f"criterion {name} is already registered")
         _CRITERIA[name] = Criterion(name, function, **properties)
         return function
 
@@ -90,7 +90,7 @@ def find_criterion(name: str) -> Criterion:
     """The record of a criterion.
 
     Raises:
-        ValueError: None has this name.
+        ValueError: No criterion has this name.
     """
     if name not in _CRITERIA:
         raise ValueError(f"criterion={name} must be one of {', '.join(_CRITERIA)}")

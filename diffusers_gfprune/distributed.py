@@ -1,12 +1,13 @@
-"""What scoring over several processes needs of `torch.distributed`; nothing of it does anything in one process.
+"""Collectives of `torch.distributed` for scoring with several processes. They do nothing in a single process.
 
-Every rank holds its rows of each global batch, the same number as every other. With R ranks and losses that are means over
+Every rank holds its rows of each global batch, the same number on each rank. With R ranks and losses that are means over
 rows, the loss and the gradient of a global batch are the means over ranks,
 
     L = 1/R sum_r L_r          g = 1/R sum_r g_r
 
-and so is every quantity that is linear in them, a Hessian-vector product H v with one v among it. What is computed from
-these means is the same on every rank, bit for bit: a collective gives all ranks one result. `check_identical` makes sure.
+The same holds for every quantity that is linear in them, such as a Hessian-vector product H v with the same v on all ranks.
+A collective returns the same result on every rank, so that values computed from these means agree bit for bit.
+`check_identical` verifies this.
 
 All ranks must call these functions in the same order. They send numbers only, never pickled objects.
 """
@@ -23,22 +24,22 @@ from torch import Tensor
 
 __all__ = ["check_identical", "gather_rows", "made_by_first_rank", "mean_over_ranks", "world_size"]
 
-BUCKET_ELEMENTS = 2**24  # of one collective: few enough calls, and a copy of 64 MiB at most beside the tensors
+BUCKET_ELEMENTS = 2**24  # per collective: few calls, and a temporary copy of at most 64 MiB
 
 
 def world_size() -> int:
-    """Number of processes that work together, 1 without `torch.distributed`."""
+    """Number of processes in the process group, 1 without `torch.distributed`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _sendable(tensor: Tensor) -> Tensor:
-    """The tensor on a device that the process group sends from: NCCL takes none from the CPU."""
+    """The tensor on a device that the process group supports: NCCL does not send from the CPU."""
     devices = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
     return tensor if tensor.device.type in devices else tensor.to(devices[0])
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype and device, together no larger than a bucket (or alone)."""
+    """Group tensors by dtype and device into buckets of limited size; a larger tensor gets its own bucket."""
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
     for tensor in tensors:
         key, count = (tensor.dtype, tensor.device), tensor.numel()
@@ -56,7 +57,8 @@ def mean_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their means over all ranks, in place.
 
     Args:
-        tensors: Floating point, in the same order and of the same shapes on every rank. Half precision is summed in float32.
+        tensors: Floating-point tensors, in the same order and with the same shapes on every rank. Half precision is summed
+            in float32.
     """
     ranks = world_size()
     if ranks == 1:
@@ -72,34 +74,34 @@ def mean_over_ranks(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def gather_rows(tensor: Tensor) -> Tensor:
-    """The rows of all ranks, one rank after the other.
+    """The rows of all ranks, in the order of ranks.
 
     Args:
-        tensor: With shape `(rows, ...)` and any dtype; shape and dtype are the same on every rank.
+        tensor: Tensor with shape `(rows, ...)` and any dtype; shape and dtype are the same on every rank.
 
     Returns:
-        With shape `(ranks * rows, ...)`, on the device of `tensor`; `tensor` itself in one process.
+        A tensor with shape `(ranks * rows, ...)`, on the device of `tensor`; `tensor` itself in a single process.
     """
     ranks = world_size()
     if ranks == 1:
         return tensor
-    data = _sendable(tensor.detach().contiguous().reshape(-1).view(torch.uint8))  # bytes, which every backend sends
+    data = _sendable(tensor.detach().contiguous().reshape(-1).view(torch.uint8))  # every backend supports bytes
     parts = [torch.empty_like(data) for _ in range(ranks)]
     dist.all_gather(parts, data)
     return torch.cat(parts).to(tensor.device).view(tensor.dtype).view(-1, *tensor.shape[1:])
 
 
 def made_by_first_rank(make: Callable[[], dict]) -> dict:
-    """JSON values that rank 0 makes and every rank gets: what is measured is not the same twice.
+    """JSON values that rank 0 computes and broadcasts, for measurements that would differ between ranks.
 
     Args:
-        make: Makes them; it is called on rank 0 alone.
+        make: Computes the values. It is called on rank 0 only.
 
     Returns:
-        The values; floats keep every bit.
+        The values on every rank; floats are exact.
 
     Raises:
-        ValueError: Rank 0 could not make them. There, its own error is raised.
+        ValueError: `make` failed on rank 0. On rank 0 itself the original error is raised.
     """
     if world_size() == 1:
         return make()
@@ -107,14 +109,14 @@ def made_by_first_rank(make: Callable[[], dict]) -> dict:
     if dist.get_rank() == 0:
         try:
             text = json.dumps(make()).encode()
-        except Exception as caught:  # of any type: the other ranks wait, and have to be told
+        except Exception as caught:  # of any type: the other ranks wait for a result
             error = caught
     size = _sendable(torch.tensor([-1 if error is not None else len(text)]))
     dist.broadcast(size, 0)
     if error is not None:
         raise error
     if int(size) < 0:
-        raise ValueError("rank 0 has failed, with the error that it says: there is nothing to go on with")
+        raise ValueError("rank 0 failed: see its error message")
     data = _sendable(torch.tensor(list(text) if text else [0] * int(size), dtype=torch.uint8))
     dist.broadcast(data, 0)
     return json.loads(bytes(data.tolist()))
@@ -130,24 +132,25 @@ def _fingerprint(tensor: Tensor) -> int:
 
 
 def check_identical(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not the same on every rank, bit for bit. Fingerprints are compared, not values.
+    """Check that tensors are bit-identical on all ranks, by comparing hashes.
 
     Args:
-        tensors: By what the error calls them (`"scores of conv_in"`).
+        tensors: Tensors by the name that is used in the error message (`"scores of conv_in"`).
 
     Raises:
-        ValueError: On every rank, naming the first tensor that differs and the first rank that differs from rank 0.
+        ValueError: A tensor differs. Raised on every rank, with the first such tensor and the first rank that differs from
+            rank 0.
     """
     if world_size() == 1:
         return
     names = gather_rows(torch.tensor([_digest("\n".join(tensors).encode())]))
-    if len(names.unique()) > 1:  # the rows of the next collective would not fit together
-        raise ValueError("the processes compare tensors of different names: every rank must prune the same model")
+    if len(names.unique()) > 1:  # the next collective needs rows of the same shape
+        raise ValueError("tensor names differ between ranks: every rank must prune the same model")
     found = gather_rows(torch.tensor([[_fingerprint(tensor) for tensor in tensors.values()]]))  # (ranks, tensors)
     for name, fingerprints in zip(tensors, found.t()):
         other = (fingerprints != fingerprints[0]).nonzero()
         if len(other) > 0:
             raise ValueError(
                 f"{name} differ between rank 0 and rank {int(other[0])}: every rank must have the same weights, masks and "
-                f"options, and its own rows of the same calibration batches"
+                f"options, and its rows of the same calibration batches"
             )

@@ -1,4 +1,4 @@
-"""Errors as users see them: one line, which says what went wrong."""
+"""User errors, printed as one line without a traceback."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from safetensors import SafetensorError
 
 __all__ = ["USER_ERRORS", "first_line", "one_line", "one_line_errors"]
 
-# What is wrong with what the user gave, or with the machine
+# Errors caused by the user's input or by the machine
 USER_ERRORS = (ValueError, OSError, SafetensorError, ImportError)
 
 
 def one_line(error: BaseException) -> str:
-    """All that an error says, joined to one line; the name of its type if it says nothing."""
+    """The message of an error on one line; the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; the name of its type if it says nothing."""
+    """The first line of an error message; the name of its type if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
 def one_line_errors(program: str, errors: tuple[type[BaseException], ...] = USER_ERRORS) -> Iterator[None]:
-    """Inside, such an error ends the program with one line and status 1, without a traceback.
+    """Context in which user errors end the program with one line and exit status 1, without a traceback.
 
     Args:
-        program: Its name, which the line starts with.
-        errors: Types of errors; others are raised as they are.
+        program: Name of the program, printed first.
+        errors: Types of errors to catch; others propagate.
 
     Raises:
-        SystemExit: One was raised.
+        SystemExit: One of these errors was raised.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the extra `training` of this package installs, and one clear line where it is not installed."""
+"""Check that the packages of the extra `training` are installed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import importlib.util
 
 __all__ = ["check_extra"]
 
-# Modules, as they are imported
+# Import names
 TRAINING = ("accelerate", "cleanfid", "datasets", "matplotlib", "psutil", "skimage", "torchvision", "transformers")
 
 
 def check_extra() -> None:
-    """Refuse to go further without the packages that data, training and evaluation need.
+    """Check for the packages that data, training and evaluation need.
 
     Raises:
-        ImportError: At least one is not installed. The message has the command that installs them.
+        ImportError: A package is not installed. The message contains the command that installs them.
     """
     missing = [name for name in TRAINING if importlib.util.find_spec(name) is None]
     if missing:

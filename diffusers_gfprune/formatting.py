@@ -1,4 +1,4 @@
-"""Durations and sizes as they are printed."""
+"""Formatting of durations and sizes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ __all__ = ["format_duration", "format_size"]
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds, minutes from two minutes on, or hours from two hours on."""
+    """Format a duration: in seconds below two minutes, in minutes below two hours, else in hours."""
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def format_size(count: float, decimals: int = 1) -> str:
-    """Bytes in KiB, in MiB from 1 MiB on, or in GiB from 1 GiB on.
+    """Format a size: in KiB below 1 MiB, in MiB below 1 GiB, else in GiB.
 
     Args:
-        count: Bytes.
-        decimals: Of KiB and MiB; GiB have one.
+        count: Number of bytes.
+        decimals: Decimals of KiB and MiB; GiB have one.
     """
     if count >= 2**30:
         return f"{count / 2**30:.1f} GiB"

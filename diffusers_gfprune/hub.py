@@ -1,10 +1,10 @@
-"""Runs to the Hub: which files go, the card they go with, and what to do when it fails.
+"""Push pruning runs to the Hub: selection of files, model card and error messages.
 
     python -m diffusers_gfprune.hub push runs/digits-gfpruned me/ddpm-digits-gfpruned [--private] [--dry_run]
 
-A repository gets the files named in `FILES` and nothing else, after a look for what must not leave the machine: tokens and
-paths. Weights of an earlier push that this one does not replace are deleted there, so that nobody loads a mixture. Files that
-the repository has already are not uploaded again.
+Only the files in `FILES` are uploaded, after a check that they contain no access tokens or local paths. Weights of an earlier
+push that are not replaced are deleted from the repository, so that it never holds a mixture of two models. Files that the
+repository already has are not uploaded again.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ NEEDED = (
 
 
 class PushError(OSError):
-    """A push that did not happen; the folder is whole, and the message says how to try again."""
+    """A push failed. The folder is intact, and the message contains the command to try again."""
 
 
 def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """Which files of a run go to the Hub, and which stay.
+    """Select the files of a run to push.
 
     Args:
         folder: A finished run: a pruned pipeline with `results.json` and `pruning_report.json`.
 
     Returns:
-        Relative paths that go, and that stay, sorted.
+        Relative paths of the files to push, and of the files to leave out, sorted.
 
     Raises:
-        ValueError: The folder is no finished run, or its weights are damaged.
+        ValueError: The folder is not a finished run, or its weights are damaged.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -76,10 +76,10 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     present = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     missing = [name for name in NEEDED if name not in present]
     if missing:
-        raise ValueError(f"folder={folder} is no finished pruning run: it has no {missing[0]}")
+        raise ValueError(f"folder={folder} is not a finished pruning run: it has no {missing[0]}")
     component = _read_json(root / "model_index.json").get("unet")
     if component != ["diffusers_gfprune", "GFPrunedUNet2DModel"]:
-        raise ValueError(f"folder={folder} holds no pruned model: unet in its model_index.json is {component!r}")
+        raise ValueError(f"folder={folder} does not contain a pruned model: unet in its model_index.json is {component!r}")
     going = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
     weights = [name for name in going if name.endswith(".safetensors")]
     if not weights:
@@ -97,14 +97,14 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return content
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Every string in a JSON value."""
+    """All strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
@@ -113,40 +113,40 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token: str | None = None) -> None:
-    """Refuse files that hold a token, or a path of this machine.
+    """Check that files contain no access token and no path of this machine.
 
     Args:
-        folder: Where they lie.
+        folder: Folder of the files.
         names: Relative paths; only cards, JSON and YAML are read.
-        token: The token in use, to look for, too.
+        token: The token in use, which is searched for as well.
 
     Raises:
-        ValueError: One of them does.
+        ValueError: A file contains a token or a path.
     """
     root = Path(folder).absolute()
-    # Short paths such as / or /root would be found where nothing is meant
+    # Short paths such as / or /root would match unrelated text
     places = {str(place) for place in (Path.home(), Path.cwd(), root, root.resolve()) if len(place.parts) > 2}
     for name in names:
         if not name.endswith((".md", ".json", ".yaml")):
             continue
         text = (root / name).read_text("utf-8")
         if TOKEN.search(text) or (token and token in text):
-            raise ValueError(f"{root / name} holds an access token: remove it before you push")
+            raise ValueError(f"{root / name} contains an access token: remove it before you push")
         private = [place for place in sorted(places) if place in text]
         if name.endswith(".json"):
             private += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
         if private:
-            raise ValueError(f"{root / name} names the path {private[0]} of this machine: remove it before you push")
+            raise ValueError(f"{root / name} contains the path {private[0]} of this machine: remove it before you push")
 
 
 def update_card(folder: str | os.PathLike, repo_id: str) -> None:
-    """Write README.md for `repo_id`, and the results as the Hub collects them, from the results and the report of a run.
+    """Write README.md for `repo_id` and the evaluation results in the Hub's format, from the results and the report of a run.
 
-    A card edited by hand keeps its text; only the examples that load the model name the new repository.
+    An edited card keeps its text; only the repository name in its loading examples is updated.
 
     Args:
         folder: A finished run.
-        repo_id: Where it goes.
+        repo_id: The repository.
 
     Raises:
         ValueError: A field is missing, or the card is not valid.
@@ -173,11 +173,15 @@ def _failed(
 ) -> PushError:
     words = ["python", "-m", "diffusers_gfprune.hub", "push", str(folder), repo_id]
     again = shlex.join([*words, *(["--private"] if private else []), *(["--revision", revision] if revision else [])])
-    return PushError(f"push to {repo_id} failed: {reason(error)}. {folder} is whole; try again: {again}")
+    return PushError(f"push to {repo_id} failed: {reason(error)}. {folder} is intact; try again: {again}")
 
 
 def check_repo_id(repo_id: str, argument: str = "repo_id") -> None:
-    """Refuse what can be no repository; `argument` is its name where it was given.
+    """Check a repository name.
+
+    Args:
+        repo_id: `name` or `namespace/name`.
+        argument: Name of the argument, for the error message.
 
     Raises:
         ValueError: The name is malformed.
@@ -185,28 +189,28 @@ def check_repo_id(repo_id: str, argument: str = "repo_id") -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{argument}={repo_id} is no repository name: {one_line(error)}") from error
+        raise ValueError(f"{argument}={repo_id} is not a valid repository name: {one_line(error)}") from error
 
 
 def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """Make sure that a repository is there and may be written to.
+    """Create a repository if it does not exist, and check write access.
 
     Args:
         repo_id: `name` or `namespace/name`.
-        token: Access token (default: the one that the client is logged in with).
-        private: Whether it must be private; None: as it is, or public.
+        token: Access token (default: that of the logged-in client).
+        private: Whether the repository must be private; None: an existing one is unchanged, a new one is public.
 
     Returns:
         The full id.
 
     Raises:
-        ValueError: The name is malformed, or the repository is public and must not be.
-        huggingface_hub.errors.HfHubHTTPError: The server refused.
+        ValueError: The name is malformed, or the repository is public although `private` is set.
+        huggingface_hub.errors.HfHubHTTPError: The server refused the request.
     """
     check_repo_id(repo_id)
     api = HfApi(token=token)
     full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    api.auth_check(full_id, write=True)  # making what exists succeeds for those who may only read it
+    api.auth_check(full_id, write=True)  # create_repo with exist_ok succeeds with read access only
     if private and not api.model_info(full_id).private:
         raise ValueError(f"{full_id} exists and is public: make it private on the Hub, or push to another repository")
     return full_id
@@ -221,24 +225,25 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Upload pruned DDPM",
 ) -> str:
-    """Push a finished run. Trying again uploads only what is missing.
+    """Push a finished run. A retry uploads only the missing files.
 
     Args:
         folder: The run.
-        repo_id: `name` or `namespace/name`; made if it is not there.
-        token: Access token (default: the one that the client is logged in with).
-        private: Whether the repository must be private; None: as it is, or public.
+        repo_id: `name` or `namespace/name`; created if it does not exist.
+        token: Access token (default: that of the logged-in client).
+        private: Whether the repository must be private; None: an existing one is unchanged, a new one is public.
         revision: Branch to commit to (default: `main`).
-        commit_message: Of the commit.
+        commit_message: Commit message.
 
     Returns:
         URL of the commit.
 
     Raises:
-        ValueError: The folder is no finished run, its card is not valid, or it holds something private. Nothing is pushed.
-        PushError: The server or the connection failed; the folder is whole.
+        ValueError: The folder is not a finished run, its card is not valid, or a file contains a token or a local path.
+            Nothing is pushed.
+        PushError: The server or the connection failed; the folder is intact.
     """
-    # Everything that can be wrong here is found before anything is made there.
+    # All local checks run before anything is created on the Hub.
     check_repo_id(repo_id)
     files_to_push(folder)
     update_card(folder, repo_id)
@@ -259,25 +264,25 @@ def push_folder(
             revision=revision,
             commit_message=commit_message,
         )
-    except (*HUB_ERRORS, ValueError) as error:  # ValueError: an answer that makes no sense
+    except (*HUB_ERRORS, ValueError) as error:  # ValueError: an invalid response
         raise _failed(error, folder, full_id, private, revision) from error
     return commit.commit_url
 
 
 def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | None = None, commit_message: str) -> None:
-    """Push the pipeline of a run that goes on: model, scheduler and code.
+    """Push the pipeline of an unfinished run: model, scheduler and code.
 
-    Card and results follow with `push_folder`; those of an earlier run are deleted, since they say nothing of these weights.
+    Card and results follow with `push_folder`. Those of an earlier run are deleted, since they do not describe these weights.
 
     Args:
         folder: A saved pipeline.
-        repo_id: A repository that is there (see `prepare_repo`).
-        token: Access token (default: the one that the client is logged in with).
-        commit_message: Of the commit.
+        repo_id: An existing repository (see `prepare_repo`).
+        token: Access token (default: that of the logged-in client).
+        commit_message: Commit message.
 
     Raises:
         PushError: The server or the connection failed.
-        ValueError: A file holds a token or a path of this machine.
+        ValueError: A file contains a token or a path of this machine.
     """
     present = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
     names = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
@@ -300,13 +305,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diffusers_gfprune.hub", description="Share pruned models on the Hub.")
     commands = parser.add_subparsers(dest="command", required=True)
     push = commands.add_parser("push", help="push a finished pruning run", allow_abbrev=False)
-    push.add_argument("folder", help="output_dir of the run")
-    push.add_argument("repo_id", help="repository: namespace/name, or name in your own namespace")
+    push.add_argument("folder", help="output_dir of the pruning run")
+    push.add_argument("repo_id", help="repository: namespace/name, or a name in your namespace")
     push.add_argument("--token", help="access token (default: that of `hf auth login`, or HF_TOKEN)")
     push.add_argument("--private", action="store_true", default=None, help="make the repository private")
     push.add_argument("--revision", help="branch to commit to (default: main)")
-    push.add_argument("--commit_message", default="Upload pruned DDPM", help="of the commit")
-    push.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and stop")
+    push.add_argument("--commit_message", default="Upload pruned DDPM", help="commit message")
+    push.add_argument("--dry_run", action="store_true", help="list the files without uploading them")
     args = parser.parse_args(argv)
     args.token = args.token.strip() if args.token else None
     with one_line_errors(parser.prog):

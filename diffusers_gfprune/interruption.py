@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT during training: noted when they come, obeyed at the end of the step.
+"""SIGTERM and SIGINT during training: recorded on arrival, handled at the end of the step.
 
-Machines that are taken away say so with SIGTERM a little before; a person says it with Ctrl-C. Either way the step is
-finished and saved first. A second signal is not waited for: the handlers from before are back by then. Both may reach every
-process of a run, and loading processes have to live until the step is done.
+Preemptible machines send SIGTERM shortly before they stop; users press Ctrl-C. In both cases the current step is finished and
+saved first. A second signal takes effect at once, since the previous handlers are restored after the first. Both signals may
+reach every process of a run, and data loading workers must survive until the step is finished.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from types import FrameType
 __all__ = ["Interruption", "StoppedBySignal", "asked_to_stop", "notice_dead_workers_at_next_batch", "obey_only_parent"]
 
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
-LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for what it starts
+LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for its processes
 
 
 class StoppedBySignal(SystemExit):
-    """End of a run that was asked to stop, with the exit status that shells give such a process (128 + signal).
+    """Exit of a run after a signal, with the exit status 128 + signal number, as in shells.
 
     Args:
-        number: The signal.
+        number: Signal number.
     """
 
     def __init__(self, number: int) -> None:
@@ -31,13 +31,13 @@ class StoppedBySignal(SystemExit):
 
 
 class Interruption:
-    """Context in which SIGTERM and SIGINT are only noted.
+    """Context in which SIGTERM and SIGINT are only recorded.
 
-    `accelerate launch` does not pass SIGTERM on to the one process that it started, but ends alone. A run that it left behind
-    would go on unseen, into the folder that the next one resumes from: the end of the launcher counts as SIGTERM.
+    `accelerate launch` does not forward SIGTERM to a single process that it started. The orphaned run would continue in the
+    background and write to the folder that the next run resumes from. The end of the launcher therefore counts as SIGTERM.
 
     Args:
-        launched: Whether this process was started by a launcher (default: as the environment tells).
+        launched: Whether this process was started by a launcher (default: detected from the environment).
     """
 
     def __init__(self, launched: bool | None = None) -> None:
@@ -48,7 +48,7 @@ class Interruption:
 
     @property
     def signal(self) -> int | None:
-        """The signal that came, if any."""
+        """The received signal, if any."""
         if self._noted is None and self._launcher is not None and os.getppid() != self._launcher:
             return signal.SIGTERM
         return self._noted
@@ -63,7 +63,7 @@ class Interruption:
         self._before = {}
 
     def __enter__(self) -> Interruption:
-        # Only the main thread may set handlers; elsewhere (a run inside a notebook's thread) signals do what they did.
+        # Only the main thread may set handlers. In other threads (a run inside a notebook) signals keep their handlers.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -73,14 +73,14 @@ class Interruption:
 
 
 def asked_to_stop(accelerator, interruption: Interruption) -> int | None:
-    """The signal that a run is to stop for, if any of its processes was sent one; all of them call this after each step.
+    """Check whether any process of a run has received a signal. All processes call this after each step.
 
     Args:
-        accelerator: Accelerate's, of this process.
-        interruption: Of this process.
+        accelerator: The `Accelerator` of this process.
+        interruption: The `Interruption` of this process.
 
     Returns:
-        Its number, on every process; SIGTERM where another process was sent one. None: go on.
+        The signal number on every process; SIGTERM if only another process received a signal. None: continue.
     """
     asked = interruption.signal
     if accelerator.num_processes == 1:
@@ -91,10 +91,10 @@ def asked_to_stop(accelerator, interruption: Interruption) -> int | None:
 
 
 def notice_dead_workers_at_next_batch() -> None:
-    """Let the death of a loading process be noticed where a batch is asked for, within seconds, and nowhere else.
+    """Report the death of a data loading worker at the next batch only.
 
-    PyTorch's handler of SIGCHLD raises wherever the run happens to be: in the middle of an update, or of a checkpoint. Call
-    this once workers have been started, which is when that handler is set.
+    PyTorch's SIGCHLD handler raises at any point of the run, such as in the middle of an update or a checkpoint. Without it,
+    the next batch raises within seconds. Call this after the workers were started, since starting them sets the handler.
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -107,13 +107,13 @@ def _exit_on_word_of(parent: int, signals: Set[int]) -> None:
 
 
 def obey_only_parent(worker: int = 0) -> None:
-    """Let SIGTERM and SIGINT end this process only if they come from the process that started it.
+    """Ignore SIGTERM and SIGINT unless they come from the parent process.
 
-    For loading processes: one that ends takes the run with it in the middle of a step. They still end with their parent, which
-    they look for themselves.
+    For data loading workers: a worker that ends would abort the run in the middle of a step. Workers still end with their
+    parent, which they check themselves.
 
     Args:
-        worker: Number of the process, which PyTorch passes.
+        worker: Index of the worker, passed by PyTorch.
     """
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

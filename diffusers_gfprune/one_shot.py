@@ -1,4 +1,4 @@
-"""One-shot pruning of a pipeline's UNet: calibration images in, small model out, no training in between."""
+"""One-shot pruning of a pipeline's UNet from calibration images, without training."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def images_to_tensor(images, channels: int) -> Tensor:
     Args:
         images: One of
 
-            - a tensor of that kind, or of uint8, or a list of tensors of shape `(channels, height, width)`;
-            - a list of PIL images of one size, in the modes of `pixel_values`;
+            - a float tensor with this shape and range, a uint8 tensor, or a list of tensors of shape
+              `(channels, height, width)`;
+            - a list of PIL images of the same size, in the modes of `pixel_values`;
             - an array of shape `(images, height, width[, 1 or 3])`, or a list of its rows: uint8, uint16 (greyscale only) or
-              floating point in [0, 1], as `output_type="np"` of a pipeline gives them.
-        channels: What the model takes: 1 (greyscale) or 3 (RGB); of tensors, any number.
+              floating point in [0, 1], as returned by pipelines with `output_type="np"`.
+        channels: `in_channels` of the model: 1 (greyscale) or 3 (RGB), for tensors any number.
 
     Raises:
-        ValueError: Images have another shape, range or type, differ in size, or there are none.
+        ValueError: Images have a wrong shape, range or type, differ in size, or the list is empty.
     """
     if not isinstance(images, Tensor):
         images = _stack(images, channels)
@@ -46,12 +47,12 @@ def images_to_tensor(images, channels: int) -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"images are a tensor of {images.dtype}, not uint8 or floating point in [-1, 1]")
     least, most = images.min().item(), images.max().item()
-    if not (least >= -1.001 and most <= 1.001):  # NaN is refused, too
+    if not (least >= -1.001 and most <= 1.001):  # also raises for NaN
         raise ValueError(f"images have values from {least:g} to {most:g}, not floating point in [-1, 1]")
     if least >= 0:
         logger.warning(
-            "images have values from %.3g to %.3g, and are taken as they are: a model sees black as -1. If yours sees black "
-            "at 0, pass images * 2 - 1",
+            "images have values from %.3g to %.3g and are used unchanged, although models expect [-1, 1]. If they are in "
+            "[0, 1], pass images * 2 - 1",
             least,
             most,
         )
@@ -59,7 +60,7 @@ def images_to_tensor(images, channels: int) -> Tensor:
 
 
 def _stack(images, channels: int) -> Tensor:
-    """Images one by one, all of one size, as a tensor."""
+    """Stack images of the same size into a tensor."""
     try:
         images = list(images)
     except TypeError:
@@ -68,7 +69,7 @@ def _stack(images, channels: int) -> Tensor:
         raise ValueError("images is empty: pruning needs at least one calibration image")
     if not all(isinstance(image, Tensor) for image in images):
         if channels not in (1, 3):
-            raise ValueError(f"the model takes {channels} channels: pass images as a tensor")
+            raise ValueError(f"the model has in_channels={channels}: pass images as a tensor")
         given, images = images, [image_values(image, channels, f"images[{i}]") for i, image in enumerate(images)]
         reasons = [unused_range(image) for image in given if isinstance(image, Image.Image)]
         if reasons and None not in reasons:
@@ -91,12 +92,12 @@ def calibration_batches(
     """Batches with noise and timesteps drawn from `seed`.
 
     Args:
-        images: In [-1, 1] with shape `(images, channels, height, width)`.
+        images: Images in [-1, 1] with shape `(images, channels, height, width)`.
         noise_scheduler: A Diffusers scheduler; timesteps are uniform over its training timesteps.
-        batch_size: Images in a batch (>= 1).
-        class_labels: With shape `(images,)`.
-        seed: Of noise and timesteps, and of which labels are dropped.
-        label_dropout: How labels are dropped, if they are.
+        batch_size: Number of images in a batch (>= 1).
+        class_labels: Labels with shape `(images,)`.
+        seed: Seed for noise, timesteps and label dropout.
+        label_dropout: Label dropout, if any.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator)
@@ -121,39 +122,41 @@ def prune_unet(
     """Prune a copy of a dense UNet in one shot.
 
     Args:
-        unet: The dense model; it is left as it was.
+        unet: The dense model; it is not modified.
         noise_scheduler: Its scheduler.
-        images: Calibration images (`images_to_tensor`).
-        batch_size: Images in a calibration batch.
-        class_labels: With shape `(images,)`, for conditional models.
-        seed: Of calibration noise and timesteps, and of which labels are dropped.
-        label_dropout: Share of the labels that `null_label` replaces, in [0, 1) (default: 0.1 with a null label): that of the
-            model's training.
-        null_label: Label that stands for no label, of models for classifier-free guidance.
+        images: Calibration images (see `images_to_tensor`).
+        batch_size: Number of images in a calibration batch.
+        class_labels: Labels with shape `(images,)`, for conditional models.
+        seed: Seed for calibration noise, timesteps and label dropout.
+        label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
+            the model's training.
+        null_label: Label for "no label", in models trained for classifier-free guidance.
         **options: Fields of `GFPruneConfig`.
 
     Returns:
-        The small model.
+        The pruned model.
 
     Raises:
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
     for name in ("preset", "total_steps", "soft_fraction", "hard_fraction", "update_interval"):
         if name in options:
-            raise ValueError(f"{name}={options[name]}: pruning in one call has no schedule; train with GradientFlowPruner")
+            raise ValueError(
+                f"{name}={options[name]}: one-shot pruning has no schedule; use GradientFlowPruner to prune during training"
+            )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
     pixels = images_to_tensor(images, unet.config.in_channels)
     if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):
         wanted = "x".join(map(str, spatial_size(unet)))
-        raise ValueError(f"images are {pixels.shape[2]}x{pixels.shape[3]} pixels, the model's sample_size is {wanted}")
+        raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the model's sample_size is {wanted}")
     if class_labels is not None and len(class_labels) != len(pixels):
         raise ValueError(f"class_labels has {len(class_labels)} labels for {len(pixels)} images")
     dropout = make_label_dropout(unet.config.num_class_embeds, null_label, label_dropout)
     if dropout is not None:
         if class_labels is None:
-            raise ValueError(f"null_label={null_label} needs class_labels of the images")
+            raise ValueError(f"null_label={null_label} needs class_labels for the images")
         check_labels(class_labels.tolist(), dropout.null_label)
     pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler, sample_size=tuple(pixels.shape[2:]))
     pruner.step(0, calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed, dropout))

@@ -1,14 +1,14 @@
 """GradientFlowPruner: progressive soft pruning, then hard pruning, then compaction (arXiv 2501.09464, section III).
 
-At each ranking the units of channels (`channel_groups`) are scored (`importance`), a budget says how many channels each group
-keeps (`budget`), and the lowest units go: their masks fall to the p_t of the schedule (`schedules`). Everything is ranked
-again at the next update, so that a unit comes back to 1 when its rank recovers. Weights train throughout: the pruner only sets
-masks (`masking`).
+At each ranking, the units of channels (`channel_groups`) are scored (`importance`), the budget determines how many channels
+each group keeps (`budget`), and the masks of the lowest-scored units fall to the p_t of the schedule (`schedules`). All units
+are ranked again at the next update, and the mask of a unit returns to 1 when its rank recovers. Weights train throughout: the
+pruner only sets masks (`masking`).
 
-Departures from the published form, each an option. Scores are gradient norms in the metric of predictions
-(`criterion="gradient-flow"`), which tell what units matter on a trained network. Because rankings are noisy, masks of the
-soft phase move in a straight line from ranking to ranking (`interpolate_masks`), and a unit comes back only on clear
-evidence (`revival_margin`). Because layers do not matter alike, scores also say what share of its channels each group loses
+The defaults differ from the published form in three ways, each an option. Scores are gradient norms in the metric of
+predictions (`criterion="gradient-flow"`), which rank the units of a trained network better. Rankings are noisy: masks of the
+soft phase are interpolated linearly between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly
+higher (`revival_margin`). Layers differ in importance: scores also determine the share of channels that each group loses
 (`ranking="sensitivity"`).
 """
 
@@ -54,15 +54,15 @@ __all__ = ["GradientFlowPruner", "MaskUpdate"]
 
 logger = logging.getLogger(__name__)
 
-# `(clean_images, noise, timesteps[, class_labels])` will do
+# A sequence is `(clean_images, noise, timesteps[, class_labels])`
 CalibrationBatch = DiffusionBatch | Sequence[Tensor]
 
 
 class GradientFlowPruner:
-    """Prunes a UNet while it trains.
+    """Prunes a UNet during training.
 
-    Traces the model's channel groups and puts masks on it, in place; parameters stay the same objects, so that an optimizer
-    may be made before or after.
+    Traces the model's channel groups and attaches masks in place. Parameters stay the same objects, so that an optimizer can
+    be created before or after.
 
     Example:
         ```python
@@ -76,20 +76,19 @@ class GradientFlowPruner:
         ```
 
     Attributes:
-        latency: With `target="latency"`, the measured times that widths are planned with, JSON values; else None.
+        latency: With `target="latency"`, the measured times from which widths are planned, as JSON values; else None.
 
     Args:
-        unet: A dense model of one of the families: a `UNet2DModel`.
-        config: Every option.
-        noise_scheduler: Of the model; calibration images are noised in its process (default: `DDPMScheduler()`).
-        sample_size: Height and width that costs are counted and measured for (default: the model's).
-        latency: With `target="latency"`, what the `latency` of an earlier pruner was: nothing is measured then. Else, layers
-            and models of planned widths are timed now, on the device where the model is, which takes minutes.
-        latency_cache_dir: Where times of layers are kept from run to run (default: nowhere).
+        unet: A dense model of a supported family: a `UNet2DModel`.
+        config: All options.
+        noise_scheduler: Scheduler of the model. It adds the noise to calibration images (default: `DDPMScheduler()`).
+        sample_size: Height and width in pixels for counting and measuring costs (default: the model's).
+        latency: With `target="latency"`, the attribute `latency` of an earlier pruner, which replaces the measurements.
+            Otherwise layers and models of planned widths are timed on the model's device, which takes minutes.
+        latency_cache_dir: Cache directory for layer times (default: no cache).
 
     Raises:
-        ValueError: The model or its scheduler is of a kind that cannot be pruned, or the budget cannot be met. The model is
-            not changed then.
+        ValueError: The model or its scheduler cannot be pruned, or the budget cannot be met. The model is unchanged.
     """
 
     def __init__(
@@ -132,20 +131,20 @@ class GradientFlowPruner:
         self.scores: dict[str, Tensor] | None = None
         self.finished = False
         self._path: MaskPath | None = None
-        self._by_hand = False  # whether masks were set by hand since the last ranking
-        self._last_masks: dict[str, Tensor] = {}  # once they are off the model
+        self._by_hand = False  # whether masks were set explicitly since the last ranking
+        self._last_masks: dict[str, Tensor] = {}  # after detach
 
     # --- masks ---
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The masks by group name, each with shape `(num_channels,)`, values in [0, 1]; after `detach` the last."""
+        """The masks by group name, each with shape `(num_channels,)`, values in [0, 1]; after `detach`, the last masks."""
         masks = self.unit_masks
         return {group.name: group.per_channel(masks[group.name]) for group in self.groups}
 
     @property
     def unit_masks(self) -> dict[str, Tensor]:
-        """The same by unit, each with shape `(num_units,)`."""
+        """The masks by group name, one value per unit, each with shape `(num_units,)`."""
         if self._is_masked():
             return self.unet.channel_masks.as_dict()
         return {name: mask.clone() for name, mask in self._last_masks.items()}
@@ -155,18 +154,17 @@ class GradientFlowPruner:
 
     def _check_masked(self) -> None:
         if not self._is_masked():
-            raise ValueError("the model has no masks any more: make a new GradientFlowPruner to prune on")
+            raise ValueError("the masks of the model were removed: make a new GradientFlowPruner to continue pruning")
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Set some or all masks by hand.
+        """Set some or all masks explicitly.
 
         Args:
             masks: Values in [0, 1] with shape `(num_channels,)`, by group name.
 
         Raises:
-            ValueError: No such group, or a mask that no smaller model could have: an empty group, heads left with
-                different numbers of channels, a norm group that is left in part. Nothing is changed then. Or masks were taken
-                off the model.
+            ValueError: The group does not exist, the masks were removed from the model, or a mask cannot be compacted: it
+                leaves an empty group, heads of different sizes, or a part of a norm group. Nothing is changed.
         """
         self._check_masked()
         groups = {group.name: group for group in self.groups}
@@ -179,18 +177,18 @@ class GradientFlowPruner:
 
     @property
     def widths_are_planned(self) -> bool:
-        """Whether `planned_widths` are what the run ends with; else scores choose the widths, too."""
+        """Whether the run ends with `planned_widths`; otherwise widths depend on scores."""
         return self.config.ranking == "group"
 
     def choose_units(
         self, scores: Mapping[str, Tensor], ratio: float | None = None, widths: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """The units that scores would keep, at a ratio of the target's cost. Masks stay as they are.
+        """Select the units to keep from scores. Masks are not changed.
 
         Args:
-            scores: By group name, each with shape `(num_units,)`; higher is kept.
-            ratio: Share of the target that is removed, in [0, 1] (default: the full `config.ratio`).
-            widths: Kept channels of each group with shape `(groups,)` (default: those that the budget gives).
+            scores: Scores by group name, each with shape `(num_units,)`; the highest are kept.
+            ratio: Share of the target cost to remove, in [0, 1] (default: `config.ratio`).
+            widths: Kept channels of each group with shape `(groups,)` (default: determined by the budget).
 
         Returns:
             True for kept units by group name, each with shape `(num_units,)`.
@@ -204,22 +202,23 @@ class GradientFlowPruner:
         }
 
     def kept_channels(self) -> np.ndarray:
-        """Channels that each group keeps by the last ranking, int64 with shape `(groups,)`."""
+        """Channels that each group keeps after the last ranking, int64 with shape `(groups,)`."""
         return np.array([int(group.per_channel(self.kept[group.name]).sum()) for group in self.groups])
 
     # --- the budget ---
 
     def _plan_widths(self) -> None:
-        """Ladders, and the widths that need no scores; whatever has been measured is known."""
+        """Compute the ladders, and the widths that do not depend on scores. Latency has been measured before."""
         config = self.config
         self.channel_multiple, self.ladders = self._choose_ladders(self.cost)
         check_reachable(self.cost, config.target, config.ratio, self.ladders)
         self.planned_widths = self._allocate(config.ratio)
 
     def _choose_ladders(self, cost: CostModel) -> tuple[int, list[list[int]]]:
-        """The channel multiple and the widths that each group may have.
+        """The channel multiple, and the possible widths of each group.
 
-        With `channel_multiple="auto"`, the largest blocks, up to those of the target device, that let the budget be met.
+        With `channel_multiple="auto"`, the multiple is the largest block size, up to that of the target device, with which the
+        budget can be met.
         """
         config = self.config
         multiple = config.channel_multiple
@@ -253,9 +252,9 @@ class GradientFlowPruner:
         return allocate_global(self.cost, target, ratio, self.ladders, [comparable[group.name] for group in self.groups])
 
     def _rank(self, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
-        """Scores that units are ranked by: averaged over rankings, with a head start for kept ones."""
+        """Scores for ranking: averaged over rankings, with a bonus for kept units."""
         scores = score_units(self.unet, self.groups, batches, self.noise_scheduler, self.config)
-        # Scores fall with the loss; in units of their mean, later rankings weigh as much in the average as earlier ones.
+        # Scores decrease with the loss. Divided by their mean, all rankings have the same weight in the average.
         scale = torch.cat([values.abs() for values in scores.values()]).mean().clamp_min(torch.finfo(torch.float32).tiny)
         scores = {name: (values / scale).cpu() for name, values in scores.items()}
         if self.scores is not None:
@@ -263,7 +262,7 @@ class GradientFlowPruner:
             scores = {name: decay * self.scores[name] + (1 - decay) * values for name, values in scores.items()}
         self.scores = scores
         margin = self.config.revival_margin
-        # In float64: a large head start would swallow what float32 tells of the scores of kept units.
+        # In float64: in float32, adding a large bonus would lose digits of the scores of kept units.
         return {
             name: values.double() + margin * values.abs().mean() * self.kept[name] if (~self.kept[name]).any() else values
             for name, values in scores.items()
@@ -274,21 +273,21 @@ class GradientFlowPruner:
         step: int,
         calibration_batches: Sequence[CalibrationBatch] | Callable[[], Sequence[CalibrationBatch]],
     ) -> MaskUpdate | None:
-        """Bring the masks to where the schedule wants them at `step`. Call it before every training step, on every rank.
+        """Set the masks according to the schedule at `step`. Call it before every training step, on every rank.
 
         Args:
             step: Training step, from 0.
             calibration_batches: Batches `(clean_images, noise, timesteps[, class_labels])`, or a function that returns
-                them, which is called only when units are ranked. With several processes, this rank's rows of every batch,
-                the same number on each. Labels are taken as they are: where training drops some to a null label, these
-                batches should, too.
+                them and is called only when units are ranked. With several processes, each rank passes its rows of every
+                batch, the same number on each. Labels are used unchanged: if training replaces some labels by a null label,
+                these batches should, too.
 
         Returns:
-            What changed, when units were ranked at this step.
+            The changes, if units were ranked at this step; else None.
 
         Raises:
-            ValueError: A batch is not one of this model; or scores are not finite, or scores and masks are not the same on
-                every rank; the last two on all of them.
+            ValueError: A batch does not fit the model; scores are not finite; or scores or masks differ between ranks. The
+                last two are raised on all ranks.
         """
         if self.finished:
             return None
@@ -301,7 +300,7 @@ class GradientFlowPruner:
             self._follow_path(step)
         if step >= self.schedule.end_steps:
             if not self.history:
-                raise ValueError(f"step={step} is past the last ranking, and none was made: call step() from 0 on")
+                raise ValueError(f"step={step} is after the last ranking, but units were never ranked: call step() from 0 on")
             self.finished = True
             if not self.widths_are_planned:
                 self._warn_if_missed()
@@ -338,12 +337,11 @@ class GradientFlowPruner:
         return update
 
     def _widths_by_sensitivity(self, share: float) -> np.ndarray | None:
-        """Kept channels of each group at a share of the budget, with shape `(groups,)`; None: not how widths are chosen.
+        """Kept channels of each group at a share of the budget, with shape `(groups,)`; None for other rankings.
 
-        What a group is worth is told by the averaged scores alone: the head start of kept units would count for it, too.
-        Once a ranking has met the whole budget, widths stand, and units swap within their groups from then on.
-        Sensitivities drift a little from ranking to ranking; where masks are binary, one unit more in a group and one less
-        in another is a jump of the loss that buys nothing.
+        Widths depend on the averaged scores without the bonus of kept units, which would bias them. Once a ranking has met
+        the whole budget, widths are fixed, and units are only exchanged within their groups. Sensitivities change slightly
+        between rankings; with binary masks, moving one unit from a group to another would raise the loss without a gain.
         """
         if self.config.ranking != "sensitivity":
             return None
@@ -354,20 +352,20 @@ class GradientFlowPruner:
         return self._allocate(share * self.config.ratio, self.scores)
 
     def _follow_path(self, step: int) -> None:
-        """Set masks to where the last ranking wants them at `step`."""
+        """Set masks to their position at `step` between the last ranking and its goal."""
         if self._path is None:
             return
         done = step >= self._path.goal_step
-        self.unet.channel_masks.set(self._path.at(step), check=done)  # heads may differ on the way
+        self.unet.channel_masks.set(self._path.at(step), check=done)  # heads may differ until the goal
         self._path = None if done else self._path
 
     def _warn_if_missed(self) -> None:
-        """Say aloud that the widths allowed cannot meet the budget."""
+        """Warn if the allowed widths cannot meet the budget."""
         share = self.history[-1].sparsity if self.history else self.cost.removed(self.config.target, self.planned_widths)
         if abs(share - self.config.ratio) > BUDGET_TOLERANCE:
             logger.warning(
-                "ratio=%.3f of %s is not met: the nearest that whole norm groups, channel_multiple=%d, attention_unit=%s and "
-                "min_keep_ratio=%g allow is %.3f",
+                "ratio=%.3f of %s is not met: the nearest with whole norm groups, channel_multiple=%d, attention_unit=%s, "
+                "min_keep_ratio=%g is %.3f",
                 self.config.ratio,
                 self.config.target,
                 self.channel_multiple,
@@ -379,12 +377,12 @@ class GradientFlowPruner:
     # --- checkpoints ---
 
     def state_dict(self) -> dict:
-        """Everything that decides what the pruner does next, for a checkpoint; the layout is that of `pruner_state`.
+        """The state of the pruner for a checkpoint, in the layout of `pruner_state`.
 
         Returns:
             `{"tensors": {name: tensor on the CPU}, "values": {...}}`: tensors for safetensors, values for JSON. A pruner
-            made with the same model and configuration goes on from it to the same masks, bit for bit, if it is given the
-            same weights and calibration batches.
+            with the same model and configuration continues from it to bit-identical masks, given the same weights and
+            calibration batches.
         """
         masks = {name: mask.float() for name, mask in self.unit_masks.items()}
         state = PrunerState(
@@ -393,28 +391,27 @@ class GradientFlowPruner:
         return state.to_dict()
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from what `state_dict` returned.
+        """Continue from the output of `state_dict`.
 
-        The masks go onto this pruner's model. That may be another object than the one that was masked, and need not be what
-        trains: to resume after compaction, mask the dense model, load the state, and `compact()` gives a model of the widths
-        that the checkpoint's weights have. Where `detach` took the masks off, they are remembered for reports and
-        `compaction_plan`, and the model stays dense.
+        The masks are set on this pruner's model, which does not have to be the trained model: to resume after compaction,
+        mask the dense model and load the state; `compact()` then returns a model with the widths of the checkpoint. After
+        `detach`, the masks are kept for reports and `compaction_plan`, and the model stays dense.
 
         Args:
-            state: From a pruner with the same channel groups.
+            state: State of a pruner with the same channel groups.
 
         Raises:
-            ValueError: It is of other groups, incomplete, or damaged. Nothing is changed then.
+            ValueError: The state has other groups, is incomplete or damaged. Nothing is changed.
         """
         found = PrunerState.from_dict(state, self.groups)
         if (found.latency is None) != (self.latency is None):
-            raise ValueError(f"the pruner's state must be one of target={self.config.target}, which this pruner has")
+            raise ValueError(f"the pruner's state must have the same target as this pruner, target={self.config.target}")
         if found.latency is not None:
             self._latency_model.load_dict(found.latency["model"])
             self.latency = found.latency
             self._plan_widths()
         if self._is_masked():
-            self.unet.channel_masks.set(found.masks, check=False)  # heads may differ on the way
+            self.unet.channel_masks.set(found.masks, check=False)  # heads may differ until the goal
         else:
             self._last_masks = found.masks
         self.kept, self.scores, self.history = found.kept, found.scores, found.history
@@ -423,27 +420,27 @@ class GradientFlowPruner:
     # --- the end ---
 
     def compaction_plan(self) -> CompactionPlan:
-        """What `compact` keeps; masks must be binary."""
+        """The plan of `compact`; masks must be binary."""
         return plan_compaction(self.unet, self.groups, self.unit_masks)
 
     def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> ModelMixin:
-        """The small model that the binary masks leave, with the outputs of the masked one.
+        """Build the small model from binary masks. Its outputs equal those of the masked model.
 
         Args:
-            optimizer: An optimizer of the masked model, which goes on with the small one, state and all.
-            ema: A Diffusers `EMAModel` of the masked model, which goes on likewise.
+            optimizer: An optimizer of the masked model; its parameters and state are moved to the small model.
+            ema: A Diffusers `EMAModel` of the masked model, which is moved in the same way.
 
         Returns:
-            The small model. The masked model is left as it is.
+            The small model. The masked model is not modified.
 
         Raises:
-            ValueError: Masks are not binary, or the optimizer or the average is not this model's, or has state of an
-                unknown kind. Both are as they were then.
+            ValueError: Masks are not binary, or the optimizer or average belongs to another model or has unknown state. Both
+                are unchanged.
         """
         plan = self.compaction_plan()
         small = compact(self.unet, plan)
         if ema is not None:
-            check_ema(ema, self.unet)  # before the optimizer is touched: both go on, or neither
+            check_ema(ema, self.unet)  # before the optimizer is changed: both are moved, or neither
         if optimizer is not None:
             carry_optimizer(optimizer, self.unet, small, plan)
         if ema is not None:
@@ -451,17 +448,17 @@ class GradientFlowPruner:
         return small
 
     def check_latency(self, dense: ModelMixin, small: ModelMixin) -> LatencyCheck:
-        """Measure whether a budget in time was met, and warn if it was not. With several processes, for one of them.
+        """Measure whether a latency budget was met, and warn if it was not. With several processes, call it on one.
 
         Args:
-            dense: The dense model, on the device that is meant.
-            small: What `compact` gave, on the same device.
+            dense: The dense model, on the target device.
+            small: The model returned by `compact`, on the same device.
 
         Raises:
-            ValueError: The target is another one.
+            ValueError: The target is not `"latency"`.
         """
         if self.latency is None:
-            raise ValueError(f"target={self.config.target} must be latency to have a budget in time")
+            raise ValueError(f"target={self.config.target} must be latency to check the latency")
         setting = self.config.latency_setting()
         with LatencyMeter(dense, setting, self._sample_size) as meter:
             pair = meter.measure(small)
@@ -470,7 +467,7 @@ class GradientFlowPruner:
         return check
 
     def detach(self) -> ModelMixin:
-        """Take the masks off: the dense model back, bit for bit, with the weights as trained since."""
+        """Remove the masks and return the dense model with its current weights, bit for bit."""
         self._last_masks = self.unit_masks
         masking.detach(self.unet)
         return self.unet

@@ -1,8 +1,8 @@
-"""The files of a run: whether they can be written, and how the result appears whole or not at all.
+"""The files of a run: write checks, and a result that appears only when it is complete.
 
-<output_dir>                 the result, once it is complete
-.<output_dir>.incomplete     the result until then
-<output_dir>.training        while the run goes on: checkpoint-<step>/, logs/, samples/
+<output_dir>                 the complete result
+.<output_dir>.incomplete     the result until it is complete
+<output_dir>.training        during the run: checkpoint-<step>/, logs/, samples/
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = ["RunFolder", "write_json"]
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file; NaN and infinity are refused."""
+    """Write a JSON file. NaN and infinity raise a `ValueError`."""
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class RunFolder:
     """A folder that appears under its name only when it is complete.
 
-    Until then everything is written to a hidden folder beside it, which makes sure early that it can be.
+    Until then all files are written to a hidden folder beside it, so that write errors appear early.
 
     Args:
         output_dir: The folder.
-        overwrite: Whether an existing folder is replaced (at the end, not before).
-        inputs: Paths that the run reads, which must not be replaced.
+        overwrite: Whether to replace an existing folder, at the end of the run.
+        inputs: Paths that the run reads and must not replace.
     """
 
     def __init__(self, output_dir: str, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
@@ -46,38 +46,38 @@ class RunFolder:
         self.training = self.path.with_name(f"{self.path.name}.training")
 
     def check(self, resuming: bool = False) -> None:
-        """Refuse a folder that may not be written.
+        """Check that the folder may be written.
 
         Args:
-            resuming: Whether the run goes on from a checkpoint: what it left when it stopped is then its own.
+            resuming: Whether the run resumes from a checkpoint, and continues with the files beside the folder.
 
         Raises:
-            ValueError: It exists and may not be replaced, holds what the run reads, or an earlier run left a model or
-                checkpoints beside it.
+            ValueError: The folder exists and must not be replaced, contains inputs of the run, or an earlier run left a model
+                or checkpoints beside it.
         """
         for name in self.inputs:
             if self.path == name or self.path in name.parents:
-                raise ValueError(f"output_dir={self.path} holds {name}, which this run reads")
+                raise ValueError(f"output_dir={self.path} contains {name}, which this run reads")
         if self.path.exists() and not self.overwrite:
-            raise ValueError(f"output_dir={self.path} exists: name another folder, or pass --overwrite_output_dir")
+            raise ValueError(f"output_dir={self.path} already exists: choose another folder, or pass --overwrite_output_dir")
         if resuming:
             return
         for left in (self.staging, self._beside("saving"), self._beside("replaced")):
             if (left / "model_index.json").exists():
-                raise ValueError(f"{left} holds the model of a run that did not end: move or remove it first")
+                raise ValueError(f"{left} contains the model of an unfinished run: move or remove it first")
         if any(self.training.glob("checkpoint-*")) and not self.overwrite:
             raise ValueError(
-                f"{self.training} holds checkpoints of a run that did not end: go on with --resume_from_checkpoint latest, "
-                f"or start again with --overwrite_output_dir"
+                f"{self.training} contains checkpoints of an unfinished run: resume with --resume_from_checkpoint latest, or "
+                f"start again with --overwrite_output_dir"
             )
 
     def try_writing(self, size: int) -> None:
-        """Write a file of some bytes where the result will be, and delete it again, with the folders that were made for it.
+        """Write a file of `size` bytes next to the result's path, and delete it with the folders created for it.
 
-        Free space says little of quotas, and nothing of folders that may not be written.
+        Free space does not account for quotas or missing write permissions.
 
         Raises:
-            ValueError: It cannot be written.
+            ValueError: The file cannot be written.
         """
         made = [folder for folder in self.path.parents if not folder.exists()]
         trial, chunk = self._beside("trial"), bytes(2**20)
@@ -91,7 +91,7 @@ class RunFolder:
             finally:
                 trial.unlink(missing_ok=True)
                 for folder in made:
-                    with contextlib.suppress(OSError):  # another run may use it by now
+                    with contextlib.suppress(OSError):  # another run may use it already
                         folder.rmdir()
         except OSError as error:
             raise ValueError(
@@ -100,11 +100,14 @@ class RunFolder:
             ) from error
 
     def prepare(self, model: nn.Module, resuming: bool = False) -> None:
-        """Make the hidden folder, and check that a pipeline with `model` will fit on the disk.
+        """Create the hidden folder, and check that a pipeline with `model` fits on the disk.
 
         Args:
             model: The dense model.
-            resuming: Keep what an interrupted run had saved there until it is replaced.
+            resuming: Keep the files that an interrupted run saved there.
+
+        Raises:
+            ValueError: The folder cannot be written, or the disk has too little space.
         """
         try:
             if not resuming:
@@ -114,7 +117,7 @@ class RunFolder:
             free = shutil.disk_usage(self.staging).free
         except OSError as error:
             raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
-        needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 64 * 2**20  # and pictures, reports
+        needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 64 * 2**20  # for pictures and reports
         if free < needed:
             self.discard()
             raise ValueError(
@@ -122,7 +125,7 @@ class RunFolder:
             )
 
     def save(self, write: Callable[[Path], object]) -> None:
-        """Replace the content of the hidden folder by what `write` puts into the folder that it is given, or by nothing."""
+        """Replace the content of the hidden folder by the files that `write` creates. After an error, it stays unchanged."""
         fresh, replaced = self._beside("saving"), self._beside("replaced")
         for leftover in (fresh, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -140,7 +143,7 @@ class RunFolder:
         return self.path.with_name(f".{self.path.name}.{what}")
 
     def publish(self) -> None:
-        """Move the hidden folder to its name, with logs and samples of the training; checkpoints have done their work."""
+        """Move the hidden folder to its final name, with logs and samples of the training, and delete the checkpoints."""
         for name in ("logs", "samples"):
             if (self.training / name).is_dir():
                 os.replace(self.training / name, self.staging / name)
@@ -148,28 +151,28 @@ class RunFolder:
         shutil.rmtree(replaced, ignore_errors=True)
         if self.path.exists():
             if not self.overwrite:
-                raise ValueError(f"output_dir={self.path} appeared while the run went on; the result is in {self.staging}")
+                raise ValueError(f"output_dir={self.path} was created during the run; the result is in {self.staging}")
             os.replace(self.path, replaced)
         os.replace(self.staging, self.path)
         shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(self.training, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove the hidden folder."""
+        """Delete the hidden folder."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        """After an error, keep what was saved of a trained model, and nothing else."""
+        """After an error, keep a saved model or saved results, and delete the rest."""
         if error is not None and self.staging.exists():
             if (self.staging / "model_index.json").exists():
-                print(f"the last pipeline that was saved is in {self.staging}", file=sys.stderr)
-            elif (self.staging / "results.json").exists():  # an evaluation that only could not be moved to its name
+                print(f"the last saved pipeline is in {self.staging}", file=sys.stderr)
+            elif (self.staging / "results.json").exists():  # a complete evaluation that could not be moved
                 print(f"the results are in {self.staging}", file=sys.stderr)
             else:
                 self.discard()
         if error is not None:
             with contextlib.suppress(OSError):
-                self.training.rmdir()  # with nothing in it
+                self.training.rmdir()  # only if it is empty

@@ -1,8 +1,8 @@
-"""Trained pipelines: loaded whole or refused by name, and saved as what they were.
+"""Load trained pipelines with strict checks, and save them in their own class.
 
-What can be pruned is decided from what a pipeline is: the class and the components that `model_index.json` names, the class of
-its scheduler (`diffusion_process`), and weights that fit its config. Nothing else is loaded, no code of the repository is run,
-and no pickle is read.
+A pipeline can be pruned if its class and components in `model_index.json` and the class of its scheduler
+(`diffusion.process`) are supported, and its weights fit its config. Nothing else is loaded: code of the repository does not
+run, and pickles are not read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["TrainedPipeline", "load_dense_pipeline", "load_pipeline"]
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model"
-# What loading a repository that is not what it says may raise
+# Errors that loading a malformed repository may raise
 _ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
     *(SafetensorError, HfHubHTTPError, HFValidationError),
@@ -43,12 +43,12 @@ _ERRORS = (
 
 
 class TrainedPipeline(NamedTuple):
-    """A UNet with what it was trained and saved with.
+    """A trained UNet with the other components of its pipeline.
 
     Attributes:
-        unet: On the CPU, in float32.
-        scheduler: As it was saved: of that class, with that configuration.
-        process: Adds the noise of its training.
+        unet: The model, on the CPU, in float32.
+        scheduler: The scheduler, with the class and configuration in which it was saved.
+        process: Scheduler that adds the noise of the training.
         kind: Class of the pipeline.
     """
 
@@ -58,27 +58,27 @@ class TrainedPipeline(NamedTuple):
     kind: type[DiffusionPipeline]
 
     def save(self, unet: ModelMixin, folder: str | os.PathLike) -> None:
-        """Save the pipeline with another UNet in its place.
+        """Save the pipeline with another UNet.
 
         Args:
             unet: The pruned model.
-            folder: Where to.
+            folder: Output folder.
         """
-        # Saved as a plain DDPMPipeline, with the file of a class that can prune on
+        # It is saved as a plain DDPMPipeline, with the file of a pipeline class that can prune again
         kind = PruneDDPMPipeline if self.kind is DDPMPipeline else self.kind
         kind(unet=unet, scheduler=self.scheduler).save_pretrained(folder)
 
 
 def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> TrainedPipeline:
-    """Load a trained DDPM that is to be pruned.
+    """Load a trained DDPM for pruning.
 
     Args:
         name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories, at the root.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: There is no such pipeline, it is not one that can be pruned, or its weights are missing, damaged, of
-            another shape, or a pickle.
+        ValueError: The pipeline does not exist or cannot be pruned, or its weights are missing, damaged, pickled or of a
+            wrong shape.
     """
     return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", dense=True)
 
@@ -94,29 +94,29 @@ def load_pipeline(
     Args:
         name_or_path: A Hub id or a local folder.
         revision: Branch, tag or commit on the Hub.
-        argument: What to call it in errors.
-        dense: Whether a pruned model is refused.
+        argument: Name of the argument, for error messages.
+        dense: Whether to reject a pruned model.
 
     Raises:
-        ValueError: As `load_dense_pipeline`.
+        ValueError: As for `load_dense_pipeline`.
     """
     argument = f"{argument}={name_or_path}"
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not Path(name_or_path).is_dir():
         raise ValueError(f"{argument} is not a folder")
     if revision is not None and Path(name_or_path).is_dir():
-        raise ValueError(f"{argument} is a folder, and has no revision={revision}: revisions are of the Hub")
+        raise ValueError(f"{argument} is a folder: revision={revision} applies to Hub repositories only")
     with _one_line(argument):
         folder = Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path, revision)
         if not (folder / "model_index.json").is_file():
-            raise ValueError("it has no model_index.json: a UNet alone does not tell the process that it was trained in")
+            raise ValueError("it has no model_index.json: a UNet without its scheduler is not enough")
         index = json.loads((folder / "model_index.json").read_text())
         kind = getattr(diffusers, check_pipeline_index(index).replace("PruneDDPM", "DDPM"))
         scheduler = _load_scheduler(folder, index)
         process = training_process(scheduler)
         unet, info = _load_unet(folder, index, dense)
         family_of(unet).check_timesteps(unet.config, process.config.num_train_timesteps)
-    # Diffusers leaves weights that a file lacks random, with a warning only.
+    # Diffusers initializes missing weights randomly, with a warning only.
     wrong = sorted(str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[what])
     if wrong:
         raise ValueError(f"{argument}: {len(wrong)} weights do not fit its config, first {wrong[0]}")
@@ -132,7 +132,7 @@ def load_pipeline(
 
 @contextlib.contextmanager
 def _one_line(argument: str) -> Iterator[None]:
-    """Whatever loading raises, as one line that names the argument."""
+    """Convert errors of loading to a `ValueError` of one line with the name of the argument."""
     try:
         yield
     except _ERRORS as error:
@@ -140,11 +140,11 @@ def _one_line(argument: str) -> Iterator[None]:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The files of a repository that a pipeline is loaded from."""
+    """Download the files of a pipeline."""
     options = {"revision": revision, "use_safetensors": True}
     try:
         return Path(DDPMPipeline.download(name, **options))
-    except OSError:  # Diffusers looks for default weights, or for those of a variant that is named
+    except OSError:  # Diffusers finds default weights, or those of a given variant
         with contextlib.suppress(*HUB_ERRORS):
             files = [Path(file).name for file in HfApi().list_repo_files(name, revision=revision)]
             if (variant := _variant_to_load(map(_variant, files))) is not None:
@@ -153,12 +153,12 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _component(folder: Path, name: str) -> Path:
-    """Where a component lies: old repositories have no subfolders."""
+    """Folder of a component; old repositories have no subfolders."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def _variant(file: str) -> str | None:
-    """Which variant a file of weights belongs to: `""` is the default one, None says that it is none in safetensors."""
+    """Variant of a weights file: `""` for the default, None if the file is not in safetensors format."""
     found = re.fullmatch(
         rf"{WEIGHTS}(?:\.(?P<plain>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(?P<sharded>[\w-]+))?\.json)?", file
     )
@@ -166,16 +166,14 @@ def _variant(file: str) -> str | None:
 
 
 def _variant_to_load(variants: Iterable[str | None]) -> str | None:
-    """The only variant that there are weights of; None where there are default ones, or none at all.
+    """The only variant with weights; None if there are default weights or no weights.
 
     Raises:
-        ValueError: There are several.
+        ValueError: There are several variants and no default weights.
     """
     found = sorted({variant for variant in variants if variant is not None})
     if "" not in found and len(found) > 1:
-        raise ValueError(
-            f"its unet has weights of the variants {', '.join(found)} and no default ones: keep those of one variant"
-        )
+        raise ValueError(f"its unet has weights of the variants {', '.join(found)} and no default weights: keep one variant")
     return found[0] if found and "" not in found else None
 
 
@@ -183,23 +181,23 @@ def _load_scheduler(folder: Path, index: dict):
     component = index["scheduler"][1]
     check_scheduler_class(component)
     config = DDPMScheduler.load_config(_component(folder, "scheduler"))
-    check_scheduler_class(config.get("_class_name", component))  # whose configuration it is; Diffusers does not look
+    check_scheduler_class(config.get("_class_name", component))  # Diffusers does not check the class of the configuration
     return getattr(diffusers, component).from_pretrained(_component(folder, "scheduler"))
 
 
 def _load_unet(folder: Path, index: dict, dense: bool) -> tuple[ModelMixin, dict]:
     families = [family for family in FAMILIES if index["_class_name"] in family.pipelines]
     classes = [kind for family in families for kind in (family.dense_class, *(() if dense else (family.pruned_class,)))]
-    name = families[0].component  # the same for all models that a pipeline may have
+    name = families[0].component  # all models of a pipeline have the same component name
     known, component = {kind.__name__: kind for kind in classes}, index[name][1]
     if component not in known:
         raise ValueError(f"its {name} is a {component}, not a {' or '.join(known)}")
     folder = _component(folder, name)
     files = [path.name for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
     if all(_variant(file) is None for file in files):
-        raise ValueError(f"its {name} has {', '.join(files) or 'no weights'}: only safetensors are loaded, pickles never are")
+        raise ValueError(f"its {name} has {', '.join(files) or 'no weights'}: only safetensors are loaded, not pickles")
     variant = _variant_to_load(map(_variant, files))
     if variant is not None:
-        logger.warning("the %s has weights of the variant %s only: these are used, in float32", name, variant)
+        logger.warning("the %s has weights of the variant %s only: they are loaded in float32", name, variant)
     unet, info = known[component].from_pretrained(folder, use_safetensors=True, output_loading_info=True, variant=variant)
     return unet.float(), info

@@ -139,7 +139,7 @@ def test_an_unreachable_ratio_leaves_the_model_without_masks():
     """An error before any training, and the model as it was."""
     unet = build("fine-units")
     before, names = run(unet), list(unet.state_dict())
-    with pytest.raises(ValueError, match=r"ratio=0.9 of macs cannot be removed: at most 0\.\d+ can"):
+    with pytest.raises(ValueError, match=r"ratio=0.9 of macs cannot be removed: the maximum is 0\.\d+"):
         GradientFlowPruner(unet, config(ratio=0.9, min_keep_ratio=0.5))
     assert not hasattr(unet, "channel_masks")
     assert list(unet.state_dict()) == names
@@ -218,10 +218,10 @@ def test_masks_by_hand_on_the_way_are_taken_over(interval: int, step: int):
     ("masks", "message"),
     [
         ({"conv_in": torch.zeros(32)}, "leaves none"),
-        ({"nowhere": torch.ones(16)}, "no channel group"),
+        ({"nowhere": torch.ones(16)}, "not a channel group"),
         (
             {"conv_in": (torch.arange(32) > 2).float()},
-            r"has \[0.0, 1.0\] for channels \[0, 1, 2, 3\], which norms have in one group",
+            r"has \[0.0, 1.0\] for channels \[0, 1, 2, 3\], which share a norm group",
         ),
         ({"mid_block.attentions.0.to_q": (torch.arange(32) > 2).float()}, "heads"),
     ],
@@ -262,7 +262,7 @@ def test_a_refused_average_leaves_the_optimizer_whole():
     optimizer = torch.optim.AdamW(unet.parameters())
     pruner = GradientFlowPruner(unet, one_shot(ratio=0.4))
     pruner.step(0, [])
-    with pytest.raises(ValueError, match="ema has 1 parameters, the model"):
+    with pytest.raises(ValueError, match="ema has 1 parameters, but the model"):
         pruner.compact(optimizer=optimizer, ema=EMAModel([nn.Parameter(torch.zeros(3))]))
     assert all(ours is theirs for ours, theirs in zip(optimizer.param_groups[0]["params"], unet.parameters(), strict=True))
 

@@ -99,7 +99,7 @@ def test_the_model_of_a_run_that_did_not_end_is_kept(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"), overwrite=True)
     folder.staging.mkdir()
     (folder.staging / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="a run that did not end"):
+    with pytest.raises(ValueError, match="an unfinished run"):
         folder.check()
     assert (folder.staging / "model_index.json").exists()
 
@@ -145,5 +145,5 @@ def test_model_left_by_a_killed_run_is_not_overwritten(tmp_path: Path, what: str
     left = tmp_path / f".run.{what}"
     left.mkdir()
     (left / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match=f"run.{what} holds the model of a run that did not end"):
+    with pytest.raises(ValueError, match=f"run.{what} contains the model of an unfinished run"):
         RunFolder(str(tmp_path / "run"), overwrite=True).check()

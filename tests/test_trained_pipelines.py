@@ -64,7 +64,7 @@ def test_broken_configurations_are_refused(file: str, change: dict, tmp_path: Pa
 
 def test_a_model_without_its_scheduler_is_refused(tmp_path: Path) -> None:
     build("base").save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="it has no model_index.json: a UNet alone does not tell the process"):
+    with pytest.raises(ValueError, match="it has no model_index.json: a UNet without its scheduler is not enough"):
         load_dense_pipeline(str(tmp_path / "model"))
 
 
@@ -96,7 +96,7 @@ def test_a_broken_index_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     """It would be read as it is, and its results would name a commit that nobody looked at."""
-    with pytest.raises(ValueError, match=f"={tmp_path} is a folder, and has no revision=v9: revisions are of the Hub"):
+    with pytest.raises(ValueError, match=f"={tmp_path} is a folder: revision=v9 applies to Hub repositories only"):
         load_dense_pipeline(str(tmp_path), "v9")
 
 
@@ -184,7 +184,7 @@ def test_default_weights_are_taken_where_there_are_variants(tmp_path: Path, capl
     found = load_dense_pipeline(str(folder)).unet
     assert torch.equal(next(found.parameters()), next(build("base").parameters())) and not caplog.text
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(ValueError, match="weights of the variants fp16, non_ema and no default ones: keep those of one"):
+    with pytest.raises(ValueError, match="weights of the variants fp16, non_ema and no default weights: keep one"):
         load_dense_pipeline(str(folder))
 
 

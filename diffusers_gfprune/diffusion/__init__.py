@@ -1,1 +1,1 @@
-"""Diffusion processes, class labels and pixel values: what a model is trained to undo, and on what."""
+"""Diffusion processes, batches, class labels and pixel values."""

@@ -1,9 +1,9 @@
-"""One batch: what a model is trained, scored and measured on, what it sees of it, and what it should predict.
+"""Batches of images with noise, and the inputs and targets of a model.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          (Ho et al., arXiv 2006.11239, equation 4)
 
-The target is eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans and Ho, arXiv 2202.00512), as the
-`prediction_type` of the process says. A process is a Diffusers scheduler with `add_noise`, such as `training_process` gives.
+The target is eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans and Ho, arXiv 2202.00512), depending on the
+`prediction_type` of the process. A process is a Diffusers scheduler with `add_noise`, as returned by `training_process`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ __all__ = ["DiffusionBatch", "ModelInputs", "check_integers"]
 
 
 class ModelInputs(NamedTuple):
-    """What a model is called with.
+    """Inputs of a model.
 
     Attributes:
         sample: Noisy images, floating point with shape `(batch, channels, height, width)`.
-        timesteps: Integers with shape `(batch,)`, or one for all.
-        conditioning: By name of the forward's argument, such as `class_labels` with shape `(batch,)`; empty for
-            unconditional models.
+        timesteps: Integers with shape `(batch,)`, or a single one.
+        conditioning: Further arguments by name, such as `class_labels` with shape `(batch,)`; empty for unconditional models.
     """
 
     sample: Tensor
@@ -41,8 +40,8 @@ class DiffusionBatch:
         clean: Images in [-1, 1], floating point with shape `(batch, channels, height, width)`.
         noise: Gaussian noise of the same shape and dtype.
         timesteps: Integers with shape `(batch,)`.
-        conditioning: By name of the model's argument, such as `class_labels`, int64 with shape `(batch,)`; each with one row
-            for every image. Empty for unconditional models.
+        conditioning: Further arguments of the model by name, with one row for each image, such as `class_labels`, int64 with
+            shape `(batch,)`. Empty for unconditional models.
     """
 
     clean: Tensor
@@ -52,10 +51,10 @@ class DiffusionBatch:
 
     @classmethod
     def of(cls, batch: DiffusionBatch | Sequence[Tensor]) -> DiffusionBatch:
-        """A batch from a tuple `(clean_images, noise, timesteps[, class_labels])`, or as it is.
+        """Convert a tuple `(clean_images, noise, timesteps[, class_labels])`; a batch is returned unchanged.
 
         Raises:
-            ValueError: There are more tensors, or fewer.
+            ValueError: The number of tensors is wrong.
         """
         if isinstance(batch, cls):
             return batch
@@ -69,42 +68,42 @@ class DiffusionBatch:
         return len(self.clean)
 
     def tensors(self) -> list[Tensor]:
-        """All of its tensors."""
+        """All tensors of the batch."""
         return [self.clean, self.noise, self.timesteps, *self.conditioning.values()]
 
     def _rebuilt(self, tensors: Sequence[Tensor]) -> DiffusionBatch:
-        """Others in the place of `tensors()`."""
+        """A batch with other tensors in the order of `tensors()`."""
         return DiffusionBatch(*tensors[:3], dict(zip(self.conditioning, tensors[3:])))
 
     def to(
         self, device: torch.device, non_blocking: bool = False, memory_format: torch.memory_format | None = None
     ) -> DiffusionBatch:
-        """The batch on a device; images and noise in a memory format, if one is given."""
+        """Move the batch to a device, and images and noise to a memory format, if given."""
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()]
         if memory_format is not None:
             moved[:2] = [tensor.to(memory_format=memory_format) for tensor in moved[:2]]
         return self._rebuilt(moved)
 
     def pin_memory(self) -> DiffusionBatch:
-        """The batch in page-locked memory, as a `DataLoader` asks for it."""
+        """The batch in page-locked memory, for `DataLoader(pin_memory=True)`."""
         return self._rebuilt([tensor.pin_memory() for tensor in self.tensors()])
 
     def split(self, size: int) -> list[DiffusionBatch]:
-        """Batches of `size` images (>= 1), the last of which may have fewer."""
+        """Split into batches of `size` images (>= 1); the last one may be smaller."""
         return [self._rebuilt(parts) for parts in zip(*(tensor.split(size) for tensor in self.tensors()))]
 
     def inputs(self, process, dtype: torch.dtype | None = None) -> ModelInputs:
-        """What a model sees: the images with their noise, as the process adds it.
+        """Inputs of a model: noisy images, timesteps and conditioning.
 
         Args:
-            process: Adds the noise.
-            dtype: Of the noisy images (default: that of the clean ones).
+            process: The process that adds the noise.
+            dtype: Dtype of the noisy images (default: that of the clean images).
         """
         noisy = process.add_noise(self.clean, self.noise, self.timesteps)
         return ModelInputs(noisy if dtype is None else noisy.to(dtype), self.timesteps, self.conditioning)
 
     def target(self, process) -> Tensor:
-        """What the model should predict, of the shape of `noise`.
+        """Target of the prediction, with the shape of `noise`.
 
         Raises:
             ValueError: The `prediction_type` of the process is not `epsilon`, `sample` or `v_prediction`.
@@ -119,28 +118,28 @@ class DiffusionBatch:
         raise ValueError(f"prediction_type={prediction_type} must be 'epsilon', 'sample' or 'v_prediction'")
 
     def check(self, channels: int, num_train_timesteps: int) -> None:
-        """Refuse a batch that is not one of a model and a process; its conditioning is for the model's family to check.
+        """Check that a batch fits a model and a process. The model's family checks the conditioning.
 
         Args:
             channels: `in_channels` of the model.
-            num_train_timesteps: Of the process.
+            num_train_timesteps: `num_train_timesteps` of the process.
 
         Raises:
-            ValueError: A tensor has another shape, dtype or range.
+            ValueError: A tensor has a wrong shape, dtype or range.
         """
         clean, noise = self.clean, self.noise
         if clean.ndim != 4 or clean.shape[1] != channels:
             found = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
-            raise ValueError(f"clean images have {found}, the model takes in_channels={channels}")
+            raise ValueError(f"clean images have {found}, but the model has in_channels={channels}")
         if len(clean) == 0:
             raise ValueError(f"clean images have shape {tuple(clean.shape)}: a calibration batch needs at least one image")
         if noise.shape != clean.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, clean images have {tuple(clean.shape)}")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, but clean images have {tuple(clean.shape)}")
         check_integers("timesteps", self.timesteps, len(clean), num_train_timesteps)
 
 
 def check_integers(name: str, values: Tensor, size: int, count: int, because: str = "") -> None:
-    """Refuse values that are not integers from 0 to `count - 1` with shape `(size,)`, by their name; `because` says why."""
+    """Check that values are integers from 0 to `count - 1` with shape `(size,)`; `because` adds the reason to the error."""
     wanted = f"{because}they must be integers from 0 to {count - 1}"
     if values.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} have dtype {values.dtype}; {wanted}")
@@ -148,4 +147,4 @@ def check_integers(name: str, values: Tensor, size: int, count: int, because: st
         raise ValueError(f"{name} have shape {tuple(values.shape)}, not {(size,)}; {wanted}")
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= count:
-        raise ValueError(f"{name} are from {low} to {high}; {wanted}")
+        raise ValueError(f"{name} range from {low} to {high}; {wanted}")

@@ -1,14 +1,14 @@
-"""Which diffusion process a model was trained in, and which schedulers stand for it.
+"""The diffusion process of a model's training, and the schedulers that are supported for it.
 
-The training loss, the scores and the step loss all noise images in the process of Ho et al. (arXiv 2006.11239, equation 4),
+The training loss, the scores and the step loss add noise as in Ho et al. (arXiv 2006.11239, equation 4),
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    abar_t = prod_(s <= t) (1 - beta_s),    t = 0, ..., T - 1 an integer,
 
-with the model's own betas, and the model predicts eps, x_0 or v. A scheduler of Diffusers stands for that process if it has
-these betas and gives the model such x_t as they are. Schedulers of continuous noise levels scale the model's input and have
-timesteps between integers; those of flow matching or of distilled models stand for another process. Their configurations look
-alike, and loading one into another class succeeds without a word, so that only the class tells: `TRAINABLE_SCHEDULERS` and
-`REFUSED_SCHEDULERS` name every scheduler of Diffusers 0.42 (a test walks over them), and what neither names is refused.
+with the betas of the model, which predicts eps, x_0 or v. A Diffusers scheduler is supported if it has these betas and passes
+x_t to the model without scaling. Schedulers with continuous noise levels scale the input and have fractional timesteps; those
+of flow matching or distilled models use another process. Their configurations look alike and load into other classes without
+an error, so that the class decides. `TRAINABLE_SCHEDULERS` and `REFUSED_SCHEDULERS` contain all schedulers of Diffusers 0.42
+(checked by a test); other schedulers are not supported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import one_line
 
 __all__ = ["REFUSED_SCHEDULERS", "TRAINABLE_SCHEDULERS", "check_scheduler_class", "training_process"]
 
-# Samplers of one process: with the same betas they add the same noise (tests/test_diffusion_process.py)
+# Samplers of the same process: with the same betas they add the same noise (tests/diffusion/test_process.py)
 TRAINABLE_SCHEDULERS = (
     "DDPMScheduler",
     "DDPMParallelScheduler",
@@ -35,12 +35,12 @@ TRAINABLE_SCHEDULERS = (
 )
 
 _SIGMAS = "it has continuous noise levels"
-_FLOW = "it is one of flow matching"
-_DISTILLED = "it samples from distilled models, which noise prediction would undo"
-_TOKENS = "it is one of discrete tokens"
+_FLOW = "it is for flow matching"
+_DISTILLED = "it is for distilled models, which noise prediction would undo"
+_TOKENS = "it is for discrete tokens"
 _OTHER = "its process is not that of a DDPM"
-_INVERSE = "it adds noise to images and makes none"
-# Why each of the others is refused, by class
+_INVERSE = "it inverts images and does not sample"
+# Reason for each scheduler that is not supported
 REFUSED_SCHEDULERS = {
     **dict.fromkeys(
         [
@@ -83,7 +83,7 @@ REFUSED_SCHEDULERS = {
     **dict.fromkeys(["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"], _INVERSE),
 }
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# What makes up a process in the configuration of a scheduler
+# Entries of a scheduler's configuration that define the process
 _PROCESS = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     "rescale_betas_zero_snr",
@@ -91,35 +91,33 @@ _PROCESS = (
 
 
 def check_scheduler_class(name: str, *bases: str) -> None:
-    """Refuse a scheduler by its class alone, whatever its configuration.
+    """Check the class of a scheduler.
 
     Args:
-        name: Of the class.
-        bases: Names of the classes that it inherits from.
+        name: Name of the class.
+        bases: Names of its base classes.
 
     Raises:
-        ValueError: It is not one of `TRAINABLE_SCHEDULERS`, and inherits from none.
+        ValueError: Neither the class nor a base class is in `TRAINABLE_SCHEDULERS`.
     """
     if not any(known in TRAINABLE_SCHEDULERS for known in (name, *bases)):
-        reason = next(
-            (REFUSED_SCHEDULERS[known] for known in (name, *bases) if known in REFUSED_SCHEDULERS), "it is not known"
-        )
+        reason = next((REFUSED_SCHEDULERS[known] for known in (name, *bases) if known in REFUSED_SCHEDULERS), "it is unknown")
         supported = ", ".join(known.removesuffix("Scheduler") for known in TRAINABLE_SCHEDULERS)
         raise ValueError(f"scheduler={name} is not supported, {reason}; supported (each with Scheduler): {supported}")
 
 
 def training_process(scheduler) -> DDPMScheduler:
-    """The process that a scheduler's model was trained in, as a scheduler that adds its noise.
+    """The training process of a scheduler's model, as a scheduler that adds its noise.
 
     Args:
-        scheduler: Of a trained pipeline.
+        scheduler: Scheduler of a trained pipeline.
 
     Returns:
-        A `DDPMScheduler` with the same timesteps, betas and `prediction_type`, for `add_noise` and `get_velocity`: some
-        samplers add noise only at the timesteps that they were last set to.
+        A `DDPMScheduler` with the same timesteps, betas and `prediction_type`, for `add_noise` and `get_velocity`. Some
+        samplers only add noise at their current timesteps.
 
     Raises:
-        ValueError: The scheduler is not one of `TRAINABLE_SCHEDULERS`, or its configuration is that of another process.
+        ValueError: The scheduler is not in `TRAINABLE_SCHEDULERS`, or its configuration defines another process.
     """
     check_scheduler_class(*(kind.__name__ for kind in type(scheduler).__mro__))
     config = scheduler.config
@@ -141,13 +139,13 @@ def training_process(scheduler) -> DDPMScheduler:
     try:
         process = DDPMScheduler(**{name: config[name] for name in _PROCESS if name in config})
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"the betas of the scheduler cannot be made: {one_line(error)}") from error
+        raise ValueError(f"the betas of the scheduler cannot be computed: {one_line(error)}") from error
     _check_noise_levels(process, scheduler)
     return process
 
 
 def _check_noise_levels(process: DDPMScheduler, scheduler) -> None:
-    """Refuse betas that are none, or of which the scheduler makes others."""
+    """Check that betas are valid, and that the scheduler has the corresponding noise levels."""
     betas, abar, steps = process.betas, process.alphas_cumprod, process.config.num_train_timesteps
     if len(betas) != steps:
         raise ValueError(f"trained_betas of the scheduler has {len(betas)} values, not num_train_timesteps={steps}")

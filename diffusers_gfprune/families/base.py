@@ -1,24 +1,24 @@
-"""The protocol of a *family*: everything about one architecture that the rest of the package needs to know.
+"""The protocol of a *family*: all properties of one architecture that the package uses.
 
-A family is one module in `families/`, and one small class in `remote/`, the pruned class, which is saved with every pruned
-model. All other modules see a model as a `torch.nn.Module` with named layers, and ask `lookup.family_of(model)` for:
+A family consists of a module in `families/` and a small class in `remote/`, the pruned class, which is saved with every pruned
+model. All other modules treat a model as a `torch.nn.Module` with named layers, and use `lookup.family_of(model)` for:
 
-| what | where |
+| property | members |
 |---|---|
 | the dense and the pruned class | `dense_class`, `pruned_class` |
-| the pipelines it lives in, and its name there | `pipelines`, `component` |
+| the pipelines of the model, and its component name | `pipelines`, `component` |
 | which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_timesteps` |
-| inputs for a trace or a measurement | `example_inputs`, `tracing_size` |
-| how the model is called | `predict`, `check_conditioning` |
+| inputs for tracing and measuring | `example_inputs`, `tracing_size` |
+| calling the model | `predict`, `check_conditioning` |
 | layers that are never pruned | `boundary`, `never_pruned` |
 | attention blocks | `attentions` |
 | residual blocks | `residual_blocks` |
 | blocks whose outputs distillation compares | `block_outputs` |
 
-The pruned class itself knows which static attributes follow the widths of layers (`Upsample2D.channels`, ...), since it must
-work where this package is not installed.
+The pruned class itself updates static attributes that depend on layer widths (`Upsample2D.channels`, ...), since it must work
+without this package.
 
-Every check raises a `ValueError` with the argument's name, its value and what would be right.
+Every check raises a `ValueError` with the argument's name, its value and the accepted values.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ __all__ = ["Family"]
 
 
 class Family(ABC):
-    """What is known of one architecture. It has no state: there is one object of each family, in `lookup.FAMILIES`.
+    """Properties of one architecture. Families have no state: `lookup.FAMILIES` has one object for each.
 
     Attributes:
-        dense_class: The stock class.
+        dense_class: The class in Diffusers.
         pruned_class: Its subclass in `remote/`. Models of other subclasses belong to the family, too.
-        attention_class: Of the modules that are attentions.
-        component: Name of the model in its pipelines.
-        pipelines: Names of the pipelines that can be pruned.
-        boundary: Layers with a side that is never narrowed, since it meets what is not the model's: 0 for the input channels,
-            1 for the output channels.
+        attention_class: Class of attention modules.
+        component: Component name of the model in its pipelines.
+        pipelines: Names of the supported pipelines.
+        boundary: Layers with a side that is never pruned, since it is an input or output of the model: 0 for the input
+            channels, 1 for the output channels.
     """
 
     dense_class: ClassVar[type[ModelMixin]]
@@ -57,31 +57,31 @@ class Family(ABC):
     boundary: ClassVar[Mapping[str, int]]
 
     def is_pruned(self, model: nn.Module) -> bool:
-        """Whether a model is pruned already; a repository's own copy of the pruned class counts."""
+        """Whether a model is already pruned, with this class or a repository's copy of it."""
         return type(model).__name__ == self.pruned_class.__name__
 
     # --- configurations ---
 
     @abstractmethod
     def check_arguments(self, config: Mapping[str, Any]) -> None:
-        """Refuse arguments of the dense class that could not be built, would compute no number, or would allocate without
-        bound. Nothing is built before.
+        """Check arguments of the dense class before the model is built: they must be valid, give finite outputs and limit
+        memory.
 
         Args:
-            config: All arguments of the dense class, by name, as a config.json of unknown origin has them.
+            config: All arguments of the dense class, by name, from an untrusted config.json.
         """
 
     @abstractmethod
     def check_supported(self, config: Mapping[str, Any]) -> None:
-        """Refuse a configuration that can be built, but not pruned."""
+        """Check that a valid configuration can be pruned."""
 
     @abstractmethod
     def check_trainable(self, config: Mapping[str, Any]) -> None:
-        """Refuse a configuration that no training loss of the package suits. Messages complete "the model has ..."."""
+        """Check that the package has a training loss for a configuration. Messages complete "the model has ..."."""
 
     @abstractmethod
     def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
-        """Refuse a model that cannot embed some timestep of a process with `num_train_timesteps` (>= 1)."""
+        """Check that a model can embed all timesteps of a process with `num_train_timesteps` (>= 1)."""
 
     # --- inputs and outputs ---
 
@@ -95,31 +95,31 @@ class Family(ABC):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> ModelInputs:
-        """Inputs of a forward, for tracing, counting and timing: zeros, with conditioning where the model wants some.
+        """Inputs of zeros for tracing, counting and timing, with conditioning if the model needs it.
 
         Args:
-            model: Dense, masked or pruned.
-            height: Of the sample.
-            width: Of the sample.
-            batch_size: Samples (>= 1).
-            device: Where the inputs lie.
-            dtype: Of the sample, and of floating-point conditioning.
+            model: The dense, masked or pruned model.
+            height: Height of the sample.
+            width: Width of the sample.
+            batch_size: Number of samples (>= 1).
+            device: Device of the inputs.
+            dtype: Dtype of the sample, and of floating-point conditioning.
         """
 
     @abstractmethod
     def tracing_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width of a small sample that every layer gets something of."""
+        """Height and width of a small sample for which no layer has an empty input."""
 
     @abstractmethod
     def check_conditioning(self, model: nn.Module, conditioning: Mapping[str, Tensor], size: int) -> None:
-        """Refuse conditioning that the model does not take, or that is missing, for `size` samples."""
+        """Check that conditioning for `size` samples is complete and supported by the model."""
 
     def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
-        """What the model predicts: noise, samples or velocities, in the dtype and shape of `inputs.sample`.
+        """Predictions of the model: noise, samples or velocities, in the dtype and shape of `inputs.sample`.
 
         Args:
             model: A model of the family, or a wrapper with the same arguments.
-            inputs: On the model's device, the sample in its dtype.
+            inputs: Inputs on the model's device, with the sample in the model's dtype.
         """
         return model(inputs.sample, inputs.timesteps, **inputs.conditioning).sample
 
@@ -131,14 +131,14 @@ class Family(ABC):
 
     def attentions(self, model: nn.Module) -> dict[str, nn.Module]:
         """Attention blocks by name, in the model's order: each has linear layers `to_q`, `to_k`, `to_v` and `to_out[0]`, and
-        a number of `heads`."""
+        an attribute `heads`."""
         return {name: module for name, module in model.named_modules() if isinstance(module, self.attention_class)}
 
     @abstractmethod
     def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Blocks that add to the stream, by name, in the model's order: each has a `dropout`."""
+        """Residual blocks by name, in the model's order: each has a `dropout`."""
 
     @abstractmethod
     def block_outputs(self, model: nn.Module) -> dict[str, str]:
-        """Blocks whose outputs are compared in distillation, in the order that they run in: by name of the block, the name of
-        the layer that its output channels come from."""
+        """Blocks whose outputs are compared in distillation, in execution order: the name of the layer that produces the
+        output channels, by block name."""

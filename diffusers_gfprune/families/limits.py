@@ -1,6 +1,6 @@
-"""What arguments of a model may be, where a config comes from the Hub: a table of them, and the check.
+"""Limits for the arguments of a model whose config comes from the Hub.
 
-A config that could not be built, would compute no number, or would allocate without bound is refused by name.
+The check raises for arguments that are invalid, give non-finite outputs, or allocate too much memory.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ __all__ = ["MAX_WIDTH", "ConfigLimits", "check_sample_size", "is_int", "refuse"]
 
 MAX_WIDTH = 2**16  # channels of a layer
 MAX_SIDE = 2**14  # pixels of an image
-MAX_SAMPLE_VALUES = 2**30  # of an image, in all
+MAX_SAMPLE_VALUES = 2**30  # total values of an image
 
 
 def is_int(value) -> bool:
-    """Whether a value of a config is an integer, which a boolean is not."""
+    """Whether a value of a config is an integer; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def refuse(name: str, value, wanted: str) -> NoReturn:
-    """Raise the `ValueError` of an argument that must be something else."""
+    """Raise a `ValueError` for an argument with a wrong value."""
     raise ValueError(f"{name}={reprlib.repr(value)} must be {wanted}")
 
 
 @dataclass(frozen=True)
 class ConfigLimits:
-    """What each argument of a dense model may be.
+    """Accepted values for each argument of a dense model.
 
     Attributes:
-        integers: The smallest and the largest value.
-        numbers: The same, of integers or floating-point numbers.
-        choices: One of these.
-        lists: Arguments with 1 to 16 such values.
+        integers: Minimum and maximum of integer arguments.
+        numbers: Minimum and maximum of arguments that are integers or floating-point numbers.
+        choices: Accepted values of other arguments.
+        lists: Arguments that are lists of 1 to 16 such values.
         optional: Arguments that may be None.
     """
 
@@ -47,9 +47,12 @@ class ConfigLimits:
     optional: frozenset[str]
 
     def check(self, config: Mapping) -> None:
-        """Refuse the first argument that is not in the tables, by name and value; `sample_size` is left out.
+        """Check all arguments except `sample_size`.
 
-        An argument that they do not know, of a later Diffusers, must be plain JSON.
+        Arguments without limits, such as those of a later Diffusers, must be plain JSON values.
+
+        Raises:
+            ValueError: For the first argument with a wrong value.
         """
         for name, value in config.items():
             if name in self.lists:
@@ -70,7 +73,7 @@ class ConfigLimits:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
                 refuse(name, value, f"a number from {low:g} to {high:g}")
         elif name in self.choices:
-            prefix = "UNetRes" if name in self.lists and isinstance(value, str) else ""  # as Diffusers once named its blocks
+            prefix = "UNetRes" if name in self.lists and isinstance(value, str) else ""  # prefix of blocks in old Diffusers
             plain = value.removeprefix(prefix) if prefix else value
             if not any(type(plain) is type(choice) and plain == choice for choice in self.choices[name]):
                 refuse(name, value, f"one of {', '.join(map(str, self.choices[name]))}")
@@ -83,12 +86,12 @@ class ConfigLimits:
 
 
 def check_sample_size(size, channels: int, multiple: int) -> None:
-    """Refuse a `sample_size` that no memory has, or that the levels of a model cannot halve.
+    """Check that a `sample_size` is not too large and can be halved at each level of the model.
 
     Args:
-        size: One side, two, or None.
-        channels: Of a sample.
-        multiple: That both sides must be of.
+        size: One side, both sides, or None.
+        channels: Number of channels of a sample.
+        multiple: Both sides must be multiples of this.
     """
     sides = size if isinstance(size, (list, tuple)) else [size, size]
     fits = len(sides) == 2 and all(is_int(side) and 1 <= side <= MAX_SIDE and side % multiple == 0 for side in sides)

@@ -1,4 +1,4 @@
-"""Which family a model belongs to. One more architecture is one more entry here."""
+"""The registry of families. A new architecture is added here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def family_of(model: nn.Module) -> Family:
     """The family of a model, dense, masked or pruned.
 
     Raises:
-        ValueError: It belongs to none.
+        ValueError: The model does not belong to a supported family.
     """
     for family in FAMILIES:
         if isinstance(model, family.dense_class):
@@ -29,10 +29,10 @@ def family_of(model: nn.Module) -> Family:
 
 
 def family_named(class_name: str) -> Family:
-    """The family with a dense or pruned class of that name.
+    """The family with a dense or pruned class of the given name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The name does not belong to a supported family.
     """
     for family in FAMILIES:
         if class_name in (family.dense_class.__name__, family.pruned_class.__name__):

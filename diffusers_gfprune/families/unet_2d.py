@@ -20,16 +20,16 @@ from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, refuse
 __all__ = ["LIMITS", "UNet2DFamily"]
 
 MAX_LAYERS_PER_BLOCK = 64
-MAX_LAYERS = 256  # of all blocks on the way down
+MAX_LAYERS = 256  # in all down blocks
 
-# What each argument of `UNet2DModel` may be. Blocks are those that can be pruned.
+# Accepted values for each argument of `UNet2DModel`, limited to blocks that can be pruned.
 LIMITS = ConfigLimits(
     integers={
         "in_channels": (1, MAX_WIDTH),
         "out_channels": (1, MAX_WIDTH),
         "block_out_channels": (1, MAX_WIDTH),
         "layers_per_block": (1, MAX_LAYERS_PER_BLOCK),
-        "downsample_padding": (0, 1),  # anything else changes the size of images
+        "downsample_padding": (0, 1),  # other values change the size of images
         "attention_head_dim": (1, MAX_WIDTH),
         "norm_num_groups": (1, MAX_WIDTH),
         "attn_norm_num_groups": (1, MAX_WIDTH),
@@ -39,7 +39,7 @@ LIMITS = ConfigLimits(
     },
     numbers={
         "freq_shift": (0, MAX_WIDTH),
-        "mid_block_scale_factor": (1e-3, 1e3),  # of a division
+        "mid_block_scale_factor": (1e-3, 1e3),  # a divisor
         "dropout": (0, 1),
         "norm_eps": (1e-12, 1),  # added to a variance, in single precision
     },
@@ -84,7 +84,7 @@ class UNet2DFamily(Family):
         widths, groups, shift = config["block_out_channels"], config["norm_num_groups"], config["freq_shift"]
         for name in ("down_block_types", "up_block_types"):
             if len(config[name]) != len(widths):
-                refuse(name, config[name], f"as many as block_out_channels, {len(widths)}")
+                refuse(name, config[name], f"a list with {len(widths)} entries, as block_out_channels")
         if len(widths) * config["layers_per_block"] > MAX_LAYERS:
             most = f"at most {MAX_LAYERS // len(widths)} in {len(widths)} blocks"
             refuse("layers_per_block", config["layers_per_block"], most)
@@ -95,9 +95,9 @@ class UNet2DFamily(Family):
             refuse("attn_norm_num_groups", groups, f"a divisor of {widths[-1]}, the last of block_out_channels")
         last = max(widths[0] // 2 - 1, 0)
         if config["time_embedding_type"] == "positional" and shift > last:  # frequencies are divided by the difference
-            refuse("freq_shift", shift, f"a number from 0 to {last}, for block_out_channels that start with {widths[0]}")
+            refuse("freq_shift", shift, f"a number from 0 to {last} for block_out_channels[0]={widths[0]}")
         if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
-            refuse("num_train_timesteps", None, 'an integer where time_embedding_type="learned"')
+            refuse("num_train_timesteps", None, 'an integer for time_embedding_type="learned"')
         check_sample_size(config["sample_size"], config["in_channels"], 2 ** (len(widths) - 1))
 
     def check_supported(self, config: Mapping[str, Any]) -> None:
@@ -155,9 +155,9 @@ class UNet2DFamily(Family):
             raise ValueError(f"the batch has {other[0]}, which a UNet2DModel does not take")
         if model.class_embedding is None:
             if labels is not None:
-                raise ValueError("the model is unconditional, the batch has class_labels: leave them out")
+                raise ValueError("the model is unconditional, but the batch has class_labels: leave them out")
         elif labels is None:
-            raise ValueError("the batch has no class_labels, which the model takes")
+            raise ValueError("the model needs class_labels, but the batch has none")
         elif config.class_embed_type == "identity":
             shape = (size, model.time_embedding.linear_2.out_features)
             if not labels.is_floating_point() or labels.shape != shape:
@@ -171,12 +171,12 @@ class UNet2DFamily(Family):
                 raise ValueError(f"class_labels have shape {shape}, not {(size,)}, with class_embed_type=timestep")
         else:
             count = config.num_class_embeds
-            check_integers("class_labels", labels, size, count, f"the model has num_class_embeds={count}, so that ")
+            check_integers("class_labels", labels, size, count, f"with num_class_embeds={count} of the model, ")
 
     # --- parts ---
 
     def never_pruned(self, config: Mapping[str, Any]) -> frozenset[str]:
-        # An embedding that comes from outside is added to the one of the time
+        # The external embedding is added to the time embedding
         outside = ["time_embedding.linear_2"] if config["class_embed_type"] == "identity" else []
         return frozenset({"conv_out", *outside})
 
@@ -191,7 +191,7 @@ class UNet2DFamily(Family):
 
 
 def _last_layer(block: nn.Module) -> str:
-    """Name, inside a block, of the convolution that it ends with. An attention after it adds to the same channels."""
+    """Name of the last convolution inside a block. A following attention adds to the same channels."""
     kind = next(kind for kind in ("downsamplers", "upsamplers", "resnets") if getattr(block, kind, None) is not None)
     layers = getattr(block, kind)
     return f"{kind}.{len(layers) - 1}.{'conv2' if hasattr(layers[-1], 'conv2') else 'conv'}"

@@ -1,1 +1,1 @@
-"""Budgets in measured time: times of layers, a model of time, and its calibration."""
+"""Latency budgets: layer times, the latency model and its calibration."""

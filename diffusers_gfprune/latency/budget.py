@@ -1,9 +1,9 @@
-"""Everything that a budget in time takes before the first step: table, planned models, and one result on every rank.
+"""Measurements for a latency budget before the first step, with the same result on every rank.
 
-    table of layer times  ->  ladders of widths  ->  models of planned widths, built and timed  ->  corrected model of time
+    table of layer times  ->  ladders of widths  ->  models of planned widths, built and timed  ->  corrected latency model
 
-Rank 0 measures, the others wait and get what it found as JSON, bit for bit. A run that goes on from a checkpoint is given what
-was found then, and measures nothing: another measurement would be other widths.
+Rank 0 measures; the other ranks wait and receive its result as JSON, bit for bit. A resumed run reads the result from its
+checkpoint instead, since a second measurement would lead to other widths.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = ["measured_latency_model", "model_of_widths"]
 def model_of_widths(
     unet: nn.Module, groups: Sequence[ChannelGroup], kept: np.ndarray, attention_unit: str = "head_dim"
 ) -> nn.Module:
-    """A compacted model that keeps the first units of each group: as fast as any of its widths, and of no other use.
+    """A compacted model that keeps the first units of each group, for timing only.
 
     Args:
-        unet: The dense model; it stays as it is.
+        unet: The dense model; it is not modified.
         groups: Its channel groups.
         kept: Channels that each group keeps, widths of its ladder, with shape `(groups,)`.
         attention_unit: As in `width_ladder`.
@@ -61,26 +61,26 @@ def measured_latency_model(
     seconds: float = 20.0,
     progress: str | None = None,
 ) -> tuple[LatencyModel, dict]:
-    """The model of time that a budget is planned with.
+    """Measure or load the latency model for planning a budget.
 
     Args:
-        unet: The dense model, without masks, on the device that is meant; it stays as it is.
+        unet: The dense model, without masks, on the target device; it is not modified.
         groups: Its channel groups.
-        ratio: Share of the dense time that is to be removed, in (0, 1).
-        setting: How forwards are run.
-        ladders_for: The widths that each group may have, which may depend on what they cost.
+        ratio: Share of the dense time to remove, in (0, 1).
+        setting: Settings of the forward passes.
+        ladders_for: Returns the possible widths of each group for a cost model.
         sample_size: Height and width in pixels (default: the model's).
         attention_unit: As in `width_ladder`.
-        found: What an earlier call returned as second value: nothing is measured then.
-        cache_dir: Where tables of layer times are kept (default: nowhere).
-        seconds: That a pair of models is timed for at most, beyond a few rounds (> 0).
-        progress: Text of a progress bar for the table, if any.
+        found: Second return value of an earlier call, which replaces the measurements.
+        cache_dir: Cache directory for layer times (default: no cache).
+        seconds: Time limit for a pair of models in seconds, beyond the minimum number of rounds (> 0).
+        progress: Text of the progress bar for the table, if any.
 
     Returns:
-        The model of time, and JSON values from which it is made again: `model`, and `calibration`, the measured models.
+        The latency model, and JSON values to restore it: `model`, and `calibration`, the measured models.
 
     Raises:
-        ValueError: `found` is of another model; or rank 0 could not measure, on every rank.
+        ValueError: `found` belongs to another model, or the measurement failed on rank 0; the latter on every rank.
     """
     model = LatencyModel(unet, groups, sample_size)
     cost = CostModel(unet, groups, sample_size, model.seconds)
@@ -104,6 +104,6 @@ def measured_latency_model(
 
     found = made_by_first_rank(measure) if found is None else dict(found)
     if "model" not in found:
-        raise ValueError("the measured times must have an entry model: they are damaged")
+        raise ValueError("the measured times are damaged: they must have an entry model")
     model.load_dict(found["model"])
     return model, found

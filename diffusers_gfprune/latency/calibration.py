@@ -1,18 +1,18 @@
-"""A budget in time that holds: measured models correct the predictions, and the result is measured, too.
+"""Calibration of latency budgets: measured models correct the predictions, and the result is measured, too.
 
-A table of layer times predicts which widths save time; what a whole model loses is up to a few percent more or less, and up to
-much more where a compiler joins layers. So models of planned widths are built and timed in turn with the dense one:
+A table of layer times predicts which widths save time. The saving of a whole model differs by a few percent, and by much more
+if a compiler fuses layers. Models of planned widths are therefore built and timed alternately with the dense model:
 
-1. the narrowest model that the ladders allow says how much of what the table does not explain is constant;
-2. widths planned for the ratio that is asked for are built and measured; the pair (predicted, measured) bends the prediction
-   (`Correction`), and widths are planned anew, until measurement and ratio agree.
+1. the narrowest model on the ladders determines the constant part of the time that the table does not explain;
+2. a model with the widths planned for the requested ratio is measured. The pair (predicted, measured) corrects the prediction
+   (`Correction`), and widths are planned again, until measurement and ratio agree.
 
-The measured share of a pair of models is a median over rounds, in each of which both are timed once, in alternating order:
+The measured share of a pair of models is a median over rounds. Each round times both models once, in alternating order:
 
     share = median_r (1 - t_small(r) / t_dense(r))        spread = 1.25 sigma / sqrt(rounds)
 
-with sigma from the quartiles of the rounds, which a few rounds of other load on the machine do not move. Rounds go on until
-the spread is small enough, or the time is up.
+Sigma is computed from the quartiles of the rounds and is therefore robust to a few rounds with other load on the machine.
+Rounds continue until the spread is small enough or the time limit is reached.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ __all__ = ["LATENCY_TOLERANCE", "LatencyCheck", "LatencyMeter", "TimePair", "cal
 
 logger = logging.getLogger(__name__)
 
-LATENCY_TOLERANCE = 0.05  # share of the dense time that a pruned model may be off, before the user is warned
-CLOSE_ENOUGH = 0.01  # the same, before widths are planned anew
-MODELS = 4  # of planned widths that are measured at most
-ROUNDS = (7, 3000)  # at least, at most
-SPREAD = 0.004  # of a measured share, at which no more rounds are needed
+LATENCY_TOLERANCE = 0.05  # error as a share of the dense time above which the user is warned
+CLOSE_ENOUGH = 0.01  # the same, above which widths are planned again
+MODELS = 4  # maximum number of measured models of planned widths
+ROUNDS = (7, 3000)  # minimum, maximum
+SPREAD = 0.004  # of a measured share, at which rounds stop
 
 
 @dataclass(frozen=True)
 class TimePair:
-    """Times of a dense and a small model, measured in turn.
+    """Times of a dense and a small model, measured alternately.
 
     Attributes:
         share: Share of the dense time that the small model saves; below 0 if it is slower.
         spread: Standard error of `share`.
-        dense_seconds: Median time of the dense forward.
-        seconds: Median time of the small forward.
-        rounds: In which both were timed once.
+        dense_seconds: Median time of the dense forward pass, in seconds.
+        seconds: Median time of the small forward pass, in seconds.
+        rounds: Number of rounds.
     """
 
     share: float
@@ -65,7 +65,7 @@ class TimePair:
 
 
 def _summary(rounds: Sequence[tuple[float, float]]) -> TimePair:
-    """Rounds of (dense, small) seconds as one finding."""
+    """Summarize rounds of (dense, small) seconds."""
     shares = [1 - small / dense for dense, small in rounds]
     low, _, high = statistics.quantiles(shares, n=4)
     sigma = (high - low) / 1.349  # of a normal distribution with these quartiles
@@ -79,14 +79,14 @@ def _summary(rounds: Sequence[tuple[float, float]]) -> TimePair:
 
 
 def time_pair(dense: Forward, small: Forward, device: torch.device, seconds: float, timer: Timer = seconds_of) -> TimePair:
-    """Time two forwards in turn, as the module docstring says.
+    """Time two forward passes alternately, as described in the module docstring.
 
     Args:
-        dense: The one that counts as 1.
-        small: The other.
-        device: Where both run.
-        seconds: After which no further round starts (> 0); a few are made in any case.
-        timer: Seconds of a call on a device.
+        dense: Forward pass of the dense model.
+        small: Forward pass of the small model.
+        device: Device of both.
+        seconds: Time limit in seconds, beyond the minimum number of rounds (> 0).
+        timer: Returns the seconds of a call on a device.
     """
     for forward in (dense, small) * 2:
         timer(forward, device)
@@ -106,12 +106,12 @@ class LatencyMeter:
     """Measures small models against one dense model.
 
     Args:
-        dense: The dense model, without masks, on the device that is meant. A copy is measured.
+        dense: The dense model, without masks, on the target device. A copy is measured.
         setting: Batch size, dtype, and whether models are compiled.
         sample_size: Height and width in pixels (default: the model's).
-        seconds: That a pair of models is timed for at most, beyond a few rounds (> 0).
+        seconds: Time limit for a pair of models in seconds, beyond the minimum number of rounds (> 0).
 
-    Use it as a context: compiled code of the dense model is kept from pair to pair, and dropped at the end.
+    Use it as a context: the compiled dense model is reused for all pairs, and released at the end.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class LatencyMeter:
 
     @torch.no_grad()
     def measure(self, small: nn.Module) -> TimePair:
-        """The time that `small`, a model for the same inputs on the same device, saves."""
+        """Measure the time that `small` saves. It must take the same inputs and be on the same device as the dense model."""
         if self._dense is None:
             _, _, self._dense = prepare_forward(self._model, self.setting, self._size, self._device)
         _, _, forward = prepare_forward(small, self.setting, self._size, self._device)
@@ -152,17 +152,17 @@ def calibrate(
     plan: Callable[[], np.ndarray],
     measure: Callable[[np.ndarray], TimePair],
 ) -> list[dict]:
-    """Correct a model of time by measured models, in place (see the module docstring).
+    """Correct a latency model by measured models, in place (see the module docstring).
 
     Args:
-        model: With its table, and without a correction.
-        ratio: Share of the dense time that is to be removed, in (0, 1).
-        narrowest: Fewest channels that each group may keep, with shape `(groups,)`.
-        plan: The widths that remove `ratio` according to `model` as it is then.
-        measure: Builds the model of some widths and times it.
+        model: The latency model, with its table and without a correction.
+        ratio: Share of the dense time to remove, in (0, 1).
+        narrowest: Minimum number of channels of each group, with shape `(groups,)`.
+        plan: Returns the widths that remove `ratio` according to the current `model`.
+        measure: Builds a model with the given widths and times it.
 
     Returns:
-        For every measured model `predicted` before it was measured, `measured`, `spread` and `rounds`.
+        For every measured model, `predicted` before the measurement, `measured`, `spread` and `rounds`.
     """
     found = []
 
@@ -180,25 +180,25 @@ def calibrate(
     model.correction = replace(model.correction, constant=model.explain(narrowest, pair.share))
     learn(narrowest, pair)
     if pair.share <= ratio:
-        return found  # out of reach: the budget says so
+        return found  # out of reach: the budget raises an error
     for _ in range(MODELS):
         kept = plan()
         pair = measured(kept)
         if abs(pair.share - ratio) <= max(CLOSE_ENOUGH, 2 * pair.spread):
-            break  # and nothing is learnt, so that these widths stay the ones that are planned
+            break  # without a further correction, so that these widths remain the plan
         learn(kept, pair)
     return found
 
 
 @dataclass(frozen=True)
 class LatencyCheck:
-    """What was asked for, what was expected and what was got, as shares of the dense time that are gone.
+    """Requested, predicted and measured savings, as shares of the dense time.
 
     Attributes:
-        setting: How both models were run.
-        asked: The ratio asked for.
-        predicted: By the calibrated model of time.
-        pair: The compacted model, measured against the dense one.
+        setting: Settings of the forward passes.
+        asked: The requested ratio.
+        predicted: Prediction of the calibrated latency model.
+        pair: Measurement of the compacted and the dense model.
     """
 
     setting: SpeedSetting
@@ -208,7 +208,7 @@ class LatencyCheck:
 
     @property
     def missed(self) -> bool:
-        """Whether the measurement is off by more than `LATENCY_TOLERANCE`."""
+        """Whether the measurement differs from the ratio by more than `LATENCY_TOLERANCE`."""
         return abs(self.pair.share - self.asked) > LATENCY_TOLERANCE
 
     def __str__(self) -> str:
@@ -219,10 +219,10 @@ class LatencyCheck:
         )
 
     def warn(self) -> None:
-        """Say aloud that the result is not what was asked for."""
+        """Log a warning if the budget was missed."""
         if self.missed:
-            logger.warning("%s: more than %.0f %% of the dense time off", self, 100 * LATENCY_TOLERANCE)
+            logger.warning("%s: the error is more than %.0f %% of the dense time", self, 100 * LATENCY_TOLERANCE)
 
     def to_dict(self) -> dict:
-        """JSON values: the attributes, and `words`, the check in one line."""
+        """JSON values: the attributes, and `words`, the text of the check."""
         return {**dataclasses.asdict(self), "words": str(self)}

@@ -1,15 +1,15 @@
 """Times of layers over their widths, as shares of the time of the dense forward.
 
-The idea of a table is HALP's (Shen et al., 2021, https://arxiv.org/abs/2110.10811). In round r of a workload w, each of its
-points is timed once; with t_w(i, o; r) the time from i to o channels and (I, O) the widest point,
+The table follows HALP (Shen et al., 2021, https://arxiv.org/abs/2110.10811). Each round r of a workload w times each of its
+points once. With t_w(i, o; r) the time from i to o channels and (I, O) the widest point,
 
     t_w(i, o)      =  median_r t_w(i, o; r) / t_w(I, O; r)  x  median_r t_w(I, O; r)
     share_w(i, o)  =  t_w(i, o) / sum_l t_w(l)(in_l, out_l)  x  median_s L(s) / T(s)
 
-where l are the layer calls of the dense forward, T(s) is the time of that forward in round s, and L(s) of all its layers, one
-after another. Ratios of times taken a moment apart meet the same load of the machine on both sides; but a short call, which
-nothing interrupts, must not be set against a long one, which something always does, so that L and T set the scale. One call at
-a time also finds weights where a forward finds them, outside of the cache if the model is large.
+where l are the layer calls of the dense forward pass, T(s) is the time of that pass in round s, and L(s) the time of all its
+layers in sequence. Both times of a ratio are taken shortly after each other, under the same load of the machine. Short calls
+are interrupted less often than long ones: they are not comparable, so that L and T set the scale. With one call at a time,
+weights are outside of the cache if the model is large, as in a forward pass.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ __all__ = ["Grid", "layer_shares", "machine_description", "measure_shares"]
 Timer = Callable[[Forward, torch.device], float]
 Point = tuple[int, int, int]  # index of a grid, input and output channels
 
-FORMAT = 1  # of what is cached; another one is measured again
-ROUNDS = (5, 25)  # at least, at most
-SECONDS = 2.0  # that the rounds of a workload may take beyond the least number of them
-DENSE_SECONDS = 15.0  # the same for the rounds with the dense forward
+FORMAT = 1  # of the cache; entries of other formats are measured again
+ROUNDS = (5, 25)  # minimum, maximum
+SECONDS = 2.0  # time limit for a workload, beyond the minimum number of rounds
+DENSE_SECONDS = 15.0  # the same for the dense forward pass
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a workload is timed.
+    """Widths at which a workload is timed.
 
     Attributes:
-        workload: What is timed.
+        workload: The workload.
         wide_in: Input channels in ascending order; `(0,)` if the workload is not two-sided.
         wide_out: Output channels in ascending order.
     """
@@ -55,13 +55,13 @@ class Grid:
     wide_out: tuple[int, ...]
 
     def describe(self) -> dict:
-        """JSON values that tell grids apart."""
+        """JSON values that identify the grid."""
         work = {"kind": type(self.workload).__name__, **dataclasses.asdict(self.workload)}
         return {"workload": work, "wide_in": self.wide_in, "wide_out": self.wide_out}
 
 
 def machine_description(device: torch.device) -> dict:
-    """What times depend on beside the model and its inputs, JSON values."""
+    """Machine and software settings that times depend on, as JSON values."""
     return {
         "device": device.type,
         "hardware": hardware_name(device),
@@ -80,16 +80,16 @@ def layer_shares(
     cache: JsonCache | None = None,
     progress: str | None = None,
 ) -> list[np.ndarray]:
-    """The table of the module docstring, measured unless it is in the cache.
+    """The table of the module docstring, from the cache or measured.
 
     Args:
-        unet: The dense model, without masks, on the device that is meant.
-        grids: What to measure.
-        calls: The layers of one dense forward.
-        setting: Batch size and dtype. Layers are timed by themselves, and so always eagerly.
+        unet: The dense model, without masks, on the target device.
+        grids: The grids to measure.
+        calls: The layers of one dense forward pass.
+        setting: Batch size and dtype. Layers are timed individually and always eagerly.
         sample_size: Height and width in pixels (default: the model's).
-        cache: Where tables are kept (default: nowhere).
-        progress: Text of a progress bar, if any.
+        cache: Cache for tables (default: no cache).
+        progress: Text of the progress bar, if any.
 
     Returns:
         For each grid, shares of the dense time with shape `(len(wide_in), len(wide_out))`.
@@ -102,7 +102,7 @@ def layer_shares(
         "batch_size": setting.batch_size,
         "dtype": setting.dtype,
         "sample_size": size,
-        # Of what the forward has beside the layers; private entries say where it was loaded from
+        # For the rest of the forward pass; private entries contain the source of the model
         "config": {name: value for name, value in unet.config.items() if not name.startswith("_")},
         "grids": [grid.describe() for grid in grids],
         "calls": [list(point) for point in calls],
@@ -134,12 +134,12 @@ def measure_shares(
     """Measure the table of the module docstring.
 
     Args:
-        dense: A forward of the dense model.
-        grids: What to measure.
-        calls: The layers of that forward, each a point of its grid.
-        inputs: Makes the layers' inputs.
-        timer: Seconds of a call on a device.
-        progress: Text of a progress bar, if any.
+        dense: Forward pass of the dense model.
+        grids: The grids to measure.
+        calls: The layers of that forward pass, each a point of its grid.
+        inputs: Creates the inputs of layers.
+        timer: Returns the seconds of a call on a device.
+        progress: Text of the progress bar, if any.
 
     Returns:
         For each grid, shares of the dense time with shape `(len(wide_in), len(wide_out))`.
@@ -167,8 +167,8 @@ def measure_shares(
 
 
 def _rounds(calls: Sequence[Forward], device: torch.device, timer: Timer, seconds: float) -> list[list[float]]:
-    """Times of calls in rounds: as many rounds as fit into some seconds, within the limits for their number."""
-    for call in calls:  # warm-up: kernels are chosen, memory is allocated
+    """Time calls in rounds until the time limit, within the minimum and maximum number of rounds."""
+    for call in calls:  # warm-up: selects kernels and allocates memory
         timer(call, device)
     rounds: list[list[float]] = []
     least, most = ROUNDS

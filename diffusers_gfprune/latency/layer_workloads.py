@@ -1,11 +1,11 @@
-"""What a forward consists of: the calls of its layers, each with the workload that it is at any width.
+"""Layer calls of a forward pass, with their workloads.
 
-A workload is a layer without its widths: a 3x3 convolution over 16x16 positions, a linear layer over 256 tokens. Layers of one
-workload take the same time at the same widths, so that one surface t(in, out) of measured times serves all of them. There are
-four kinds. A norm counts with the SiLU behind it, and attention's linear layers by themselves: what is left of attention are
-its two products, softmax between them. Additions, concatenations and the time embedding's activations are no workloads.
+A workload is a layer without its widths: a 3x3 convolution over 16x16 positions, or a linear layer over 256 tokens. Layers
+with the same workload and widths take the same time, so that one surface t(in, out) of measured times covers all of them. The
+four kinds are convolutions, linear layers (also those of attention), norms with the SiLU that follows, and the two products of
+attention with the softmax between them. Additions, concatenations and activations of the time embedding are not workloads.
 
-The calls are recorded in one forward on the meta device, on a copy without memory.
+The calls are recorded in one forward pass of a copy on the meta device.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Forward = Callable[[], object]
 
 
 class Inputs:
-    """Random inputs of layers, all in one piece of memory, since thousands of layers are timed one after another.
+    """Random inputs of layers in one shared buffer, since thousands of layers are timed.
 
     Args:
-        batch: Samples (>= 1).
-        device: Where the layers run.
-        dtype: Of inputs and weights.
+        batch: Batch size (>= 1).
+        device: Device of the layers.
+        dtype: Dtype of inputs and weights.
     """
 
     def __init__(self, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -40,7 +40,7 @@ class Inputs:
         self._memory = torch.empty(0, **self.options)
 
     def values(self, *shape: int) -> Tensor:
-        """Normal random values with shape `(batch, *shape)`, which no two callers may change."""
+        """Normal random values with shape `(batch, *shape)`. They are shared and must not be modified."""
         count = self.batch * math.prod(shape)
         if count > len(self._memory):
             self._memory = torch.randn(count, **self.options)
@@ -49,14 +49,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A `nn.Conv2d` that is not grouped.
+    """An `nn.Conv2d` with `groups=1`.
 
     Attributes:
-        side: Height and width of its input in pixels.
+        side: Height and width of the input in pixels.
         kernel: Height and width of the kernel.
-        stride: Vertically and horizontally.
-        padding: Vertically and horizontally.
-        bias: Whether it has one.
+        stride: Vertical and horizontal stride.
+        padding: Vertical and horizontal padding.
+        bias: Whether the layer has a bias.
     """
 
     side: tuple[int, int]
@@ -68,7 +68,7 @@ class Convolution:
     two_sided = True
 
     def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward with random weights, from `wide_in` to `wide_out` channels."""
+        """A forward pass with random weights, from `wide_in` to `wide_out` channels."""
         layer = nn.Conv2d(wide_in, wide_out, self.kernel, self.stride, self.padding, bias=self.bias, **inputs.options)
         x = inputs.values(wide_in, *self.side)
         return lambda: layer(x)
@@ -76,12 +76,12 @@ class Convolution:
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A `nn.Linear`.
+    """An `nn.Linear`.
 
     Attributes:
-        tokens: Rows of its input for each sample; 0 where the input has shape `(batch, features)`.
-        transposed: Whether its input lies in memory with the features before the tokens, which takes a copy more.
-        bias: Whether it has one.
+        tokens: Number of tokens per sample; 0 if the input has shape `(batch, features)`.
+        transposed: Whether features come before tokens in memory, which requires a copy.
+        bias: Whether the layer has a bias.
     """
 
     tokens: int
@@ -91,7 +91,7 @@ class LinearLayer:
     two_sided = True
 
     def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward with random weights, from `wide_in` to `wide_out` features."""
+        """A forward pass with random weights, from `wide_in` to `wide_out` features."""
         layer = nn.Linear(wide_in, wide_out, bias=self.bias, **inputs.options)
         if self.transposed:
             x = inputs.values(wide_in, self.tokens).transpose(1, 2)
@@ -102,12 +102,12 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Norm:
-    """A `nn.GroupNorm`, whose groups keep their size when channels go.
+    """An `nn.GroupNorm`, whose groups keep their size when channels are pruned.
 
     Attributes:
-        shape: Of what it normalizes, without batch and channels: `(height, width)`, or `(tokens,)`.
-        group_size: Channels in a group.
-        silu: Whether a SiLU comes behind it.
+        shape: Shape of the input without batch and channels: `(height, width)`, or `(tokens,)`.
+        group_size: Number of channels per group.
+        silu: Whether a SiLU follows.
     """
 
     shape: tuple[int, ...]
@@ -117,7 +117,7 @@ class Norm:
     two_sided = False
 
     def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward over the multiple of the group's size that is nearest to `wide_out` channels; `wide_in` is not used."""
+        """A forward pass with the multiple of the group size nearest to `wide_out` channels; `wide_in` is not used."""
         groups = max(1, round(wide_out / self.group_size))
         layer = nn.GroupNorm(groups, groups * self.group_size, **inputs.options)
         x = inputs.values(groups * self.group_size, *self.shape)
@@ -130,8 +130,8 @@ class AttentionProducts:
     """softmax(q k^T / sqrt(d)) v between the linear layers of an attention.
 
     Attributes:
-        tokens: Of each sample.
-        heads: That all channels together are divided into; narrower ones have narrower heads.
+        tokens: Number of tokens per sample.
+        heads: Number of heads; with fewer channels, heads are narrower.
     """
 
     tokens: int
@@ -140,7 +140,7 @@ class AttentionProducts:
     two_sided = False
 
     def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward with `wide_out` channels in all heads together, at least one in each; `wide_in` is not used."""
+        """A forward pass with `wide_out` channels in all heads together, at least one per head; `wide_in` is not used."""
         x = inputs.values(self.tokens, self.heads, max(1, round(wide_out / self.heads))).transpose(1, 2)
 
         def run() -> Tensor:
@@ -155,15 +155,15 @@ Workload = Convolution | LinearLayer | Norm | AttentionProducts
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer in a forward.
+    """One call of a layer in a forward pass.
 
     Attributes:
-        module: Name of the module whose weight has the widths: input channels along dimension 1 if the workload is
-            two-sided, output channels along dimension 0. For the products of an attention, that is its `to_q`.
-        workload: What is computed.
-        wide_in: Input channels in the dense model; 0 if the workload is not two-sided.
-        wide_out: Output channels in the dense model.
-        positions: Output pixels or tokens of a sample.
+        module: Name of the module whose weight has the widths: output channels along dimension 0, and input channels along
+            dimension 1 if the workload is two-sided. For the products of attention, it is `to_q`.
+        workload: The workload.
+        wide_in: Number of input channels in the dense model; 0 if the workload is not two-sided.
+        wide_out: Number of output channels in the dense model.
+        positions: Number of output pixels or tokens per sample.
     """
 
     module: str
@@ -174,7 +174,7 @@ class LayerCall:
 
 
 def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> list[LayerCall]:
-    """The layer calls of one forward, in order.
+    """Record the layer calls of one forward pass, in order.
 
     Args:
         unet: A model of any family; only its configuration is read.

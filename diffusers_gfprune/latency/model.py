@@ -1,4 +1,4 @@
-"""The time of a forward as a function of how many channels each group keeps, from a table of measured layer times.
+"""Time of a forward pass as a function of the number of channels that each group keeps, from measured layer times.
 
 With n the vector of kept channels, w(l) the workload of layer call l, and shares of the dense time from `layer_times`,
 
@@ -6,11 +6,11 @@ With n the vector of kept channels, w(l) the workload of layer call l, and share
     r(n)      = layers(n) + rest (c + (1 - c) volume(n))          rest = 1 - layers(dense)
     removed(n) = f(1 - r(n))
 
-The rest is what the table does not know: additions, concatenations, the interpreter. A share c of it is constant, the other
-goes with the activations that convolutions write. f is a monotone correction by measured models (`latency_calibration`).
+The rest is not in the table: additions, concatenations, the interpreter. A share c of it is constant; the remainder is
+proportional to the activations that convolutions write. f is a monotone correction by measured models (`calibration`).
 
 Between the points of a table, shares are interpolated linearly along both widths. Convolutions compute channels in blocks of a
-vector register or a tile, and take as long for 33 channels as for 48 where a block has 16: their widths are rounded up first.
+vector register or a tile: with blocks of 16, 33 channels take as long as 48. Their widths are therefore rounded up first.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ __all__ = ["Correction", "LatencyModel", "plan_grids"]
 BLOCKS = {
     "cpu": 16,
     "cuda": 8,
-}  # channels that a convolution computes together; a row of 33 takes as long as one of 48 on a CPU
-FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the largest width, where a layer is timed
-SAME = 0.02  # predictions that are this close are of one model, as far as a correction is concerned
+}  # channels that a convolution computes together
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the largest width at which a layer is timed
+SAME = 0.02  # a correction treats predictions closer than this as equal
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What measured models say about predictions.
+    """Correction of predictions by measured models.
 
     Attributes:
         constant: c of the module docstring, in [0, 1].
-        pairs: Predicted (1 - r) and measured shares of the dense time that models have lost.
-        dense_seconds: Measured time of the dense forward.
+        pairs: Predicted (1 - r) and measured shares of the dense time that models save.
+        dense_seconds: Measured time of the dense forward pass in seconds.
     """
 
     constant: float = 1.0
@@ -52,15 +52,15 @@ class Correction:
     dense_seconds: float = 1.0
 
     def __call__(self, predicted: float) -> float:
-        """f: piecewise linear and monotone through (0, 0) and the pairs, in proportion beyond the last.
+        """f: piecewise linear and monotone through (0, 0) and the pairs, proportional beyond the last pair.
 
-        Pairs with nearly the same prediction count as one, their mean; and so do neighbours that are not in order.
+        Pairs with nearly the same prediction, and neighbours that are not in order, are replaced by their mean.
 
         Args:
-            predicted: Share of the dense time that is removed, without correction.
+            predicted: Predicted share of the dense time that is removed, without correction.
 
         Returns:
-            The share that a measurement would find, in [0, 1].
+            The corrected share, in [0, 1].
         """
         x, y = self._knots
         if predicted > x[-1]:
@@ -69,7 +69,7 @@ class Correction:
 
     @property
     def _knots(self) -> tuple[list[float], list[float]]:
-        # Blocks of pairs: sum of measurements, and predictions. Pool adjacent violators (isotonic regression).
+        # Isotonic regression by pooling adjacent violators. A block has the sum of measurements, and the predictions.
         blocks: list[tuple[float, list[float]]] = []
         for predicted, measured in sorted(pair for pair in self.pairs if pair[0] > SAME):
             blocks.append((max(measured, 0.0), [predicted]))
@@ -84,21 +84,21 @@ class Correction:
 
 
 def plan_grids(calls: Sequence[LayerCall], groups: Sequence[ChannelGroup], device_type: str) -> tuple[list[Grid], list[int]]:
-    """Where the layers of a model are timed, so that every width they may get lies between two points.
+    """Choose the widths at which layers are timed. All possible widths lie between two points.
 
     Args:
-        calls: Of the dense model.
+        calls: Layer calls of the dense model.
         groups: Its channel groups.
         device_type: `"cpu"` or `"cuda"`.
 
     Returns:
-        The grids, and for each call the index of its own.
+        The grids, and the index of the grid for each call.
     """
     shares = group_shares(groups)
     widths: dict[tuple, tuple[set[int], set[int]]] = {}
     keys = []
     for call in calls:
-        # A width that never changes is a table of its own: three channels of an image are no point between others
+        # Constant widths have separate tables: the three channels of an image are not on a curve with other widths
         fixed_in = call.wide_in if (call.module, 1) not in shares or not call.workload.two_sided else None
         fixed_out = call.wide_out if (call.module, 0) not in shares else None
         keys.append((call.workload, fixed_in, fixed_out))
@@ -116,7 +116,7 @@ def plan_grids(calls: Sequence[LayerCall], groups: Sequence[ChannelGroup], devic
 
 
 def _axis(widths: set[int], step: int, fixed: bool) -> tuple[int, ...]:
-    """Widths to be timed: those of dense layers, and multiples of a step below them."""
+    """Widths to time: those of dense layers, and smaller multiples of `step`."""
     largest = max(widths)
     if fixed:
         return (largest,)
@@ -128,17 +128,20 @@ def _axis(widths: set[int], step: int, fixed: bool) -> tuple[int, ...]:
 
 
 class LatencyModel:
-    """Times of every pruned version of a model.
+    """Predicts the time of every pruned version of a model.
 
     Args:
         unet: The dense model; only its configuration and device are read.
         groups: Its channel groups.
-        sample_size: Height and width of the forward in pixels (default: the model's).
+        sample_size: Height and width in pixels (default: the model's).
 
     Attributes:
-        grids: What `layer_shares` is to measure.
-        calls: The layers of one dense forward among them.
-        correction: By measured models.
+        grids: The grids for `layer_shares`.
+        calls: The layers of one dense forward pass, as points of the grids.
+        correction: Correction by measured models.
+
+    Raises:
+        ValueError: The model is on a device other than a CPU or a CUDA GPU.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class LatencyModel:
         self.correction = Correction()
         self._tables: list[np.ndarray] = []
 
-        # Calls of one table with the same widths are one row that counts several times
+        # Calls of a table with the same widths are one row with a count
         shares, nothing = group_shares(groups), np.zeros(len(self.dense))
         rows: dict[tuple, list] = {}
         self._volume0, self._volume = 0.0, np.zeros(len(self.dense))
@@ -176,7 +179,7 @@ class LatencyModel:
         self._grid_of_row = [key[0] for key in rows]
         self._count = np.array([row[2] for row in rows.values()], dtype=float)
 
-        # For every width that a layer may have, the point of its table below it, and how far it is to the next
+        # For every possible width of a layer, the index of the table point below it, and the fraction to the next point
         places, starts, size = [], {}, 0
         for index, grid in enumerate(self.grids):
             for side, axis in enumerate((grid.wide_in, grid.wide_out)):
@@ -194,23 +197,23 @@ class LatencyModel:
         self._stride = np.array([shapes[key[0]][1] for key in rows])
 
     def set_shares(self, tables: Sequence[np.ndarray]) -> None:
-        """Take measured times over.
+        """Set the measured times.
 
         Args:
-            tables: What `layer_shares` gave for `grids`.
+            tables: Output of `layer_shares` for `grids`.
 
         Raises:
-            ValueError: They are of other grids.
+            ValueError: The tables belong to other grids.
         """
         shapes = [(len(grid.wide_in), len(grid.wide_out)) for grid in self.grids]
         if [np.shape(table) for table in tables] != shapes:
-            raise ValueError("the table of layer times must be of this model's grids: measure it again")
+            raise ValueError("the table of layer times must match the grids of this model: measure it again")
         self._tables = [np.asarray(table, dtype=float) for table in tables]
-        # The last point along each axis is there twice, so that each has a next one
+        # The last point along each axis is repeated, so that every point has a next one
         self._flat = np.concatenate([np.pad(table, (0, 1), mode="edge").ravel() for table in self._tables])
         self._scale, self._rest = 1.0, 0.0
         layers = self._layers(self.dense)
-        # Layers that take longer by themselves than in the forward, where inputs lie in the cache
+        # Single layers can take longer than in the forward pass, where inputs are in the cache
         self._scale, self._rest = 1 / max(layers, 1.0), max(1 - layers, 0.0)
 
     def _layers(self, kept: np.ndarray) -> float:
@@ -232,25 +235,25 @@ class LatencyModel:
         return (self._volume0 + float(self._volume @ kept)) / (self._volume0 + float(self._volume @ self.dense))
 
     def predicted(self, kept: np.ndarray) -> float:
-        """1 - r(n): share of the dense time that is removed, without correction, in [0, 1] up to noise of the table."""
+        """1 - r(n): share of the dense time that is removed, without correction; in [0, 1] up to noise of the table."""
         kept = np.asarray(kept, dtype=np.int64)
         constant = self.correction.constant
         return 1 - self._layers(kept) - self._rest * (constant + (1 - constant) * self._relative_volume(kept))
 
     def removed(self, kept: np.ndarray) -> float:
-        """Share of the dense time that a measurement would find removed, in [0, 1].
+        """Corrected share of the dense time that is removed, in [0, 1].
 
         Args:
-            kept: Channels that each group keeps, integers with shape `(groups,)`.
+            kept: Number of channels that each group keeps, integers with shape `(groups,)`.
         """
         return self.correction(self.predicted(kept))
 
     def seconds(self, kept: np.ndarray) -> float:
-        """Time of a forward with `kept` channels in each group, in seconds, for a `CostModel`."""
+        """Time of a forward pass in seconds with `kept` channels in each group, for a `CostModel`."""
         return self.correction.dense_seconds * (1 - self.removed(kept))
 
     def explain(self, kept: np.ndarray, measured: float) -> float:
-        """The constant c with which the prediction for `kept` is a measured share, or the nearest in [0, 1] to it."""
+        """The constant c for which the prediction for `kept` equals a measured share, clamped to [0, 1]."""
         volume = self._relative_volume(np.asarray(kept, dtype=np.int64))
         room = self._rest * (1 - volume)
         left = 1 - measured - self._layers(np.asarray(kept, dtype=np.int64)) - self._rest * volume
@@ -258,7 +261,7 @@ class LatencyModel:
 
     @property
     def shares_by_kind(self) -> dict[str, float]:
-        """Shares of the dense time that kinds of layers have, and `rest`; they sum to 1."""
+        """Shares of the dense time by kind of layer, and `rest`; they sum to 1."""
         found: dict[str, float] = {}
         for share, grid in zip(self._row_shares(self.dense), self._grid_of_row):
             kind = type(self.grids[grid].workload).__name__
@@ -266,15 +269,15 @@ class LatencyModel:
         return {**found, "rest": self._rest}
 
     def to_dict(self) -> dict:
-        """Table and correction as JSON values, for checkpoints: floats keep every bit."""
+        """Table and correction as JSON values, for checkpoints; floats are exact."""
         correction = {**self.correction.__dict__, "pairs": [list(pair) for pair in self.correction.pairs]}
         return {"shares": [table.tolist() for table in self._tables], "correction": correction}
 
     def load_dict(self, values: Mapping) -> None:
-        """Take over what `to_dict` gave for the same model.
+        """Load the output of `to_dict` for the same model.
 
         Raises:
-            ValueError: The table is damaged or of another model.
+            ValueError: The table is damaged or belongs to another model.
         """
         try:
             tables = [np.array(table, dtype=float) for table in values["shares"]]
@@ -287,7 +290,7 @@ class LatencyModel:
 
 
 def _places(axis: tuple[int, ...], block: int) -> np.ndarray:
-    """Where widths 0, 1, ..., axis[-1] lie among the points of an axis, as indices with fractions."""
+    """Positions of widths 0, 1, ..., axis[-1] among the points of an axis, as fractional indices."""
     if len(axis) == 1:
         return np.zeros(axis[0] + 1)
     widths = np.arange(axis[-1] + 1)

@@ -1,1 +1,1 @@
-"""Training losses: noise prediction, the teacher, and what block outputs and Jacobians add."""
+"""Training losses: noise prediction, distillation, block outputs and Jacobian matching."""

@@ -1,17 +1,16 @@
-"""Block outputs of student and teacher, channel by channel.
+"""Distance between block outputs of student and teacher.
 
-The output of every block (`Family.block_outputs`) is a stretch of the residual stream. Channels of the pruned
-model are channels of the dense one: masked, it has all of them, scaled by their masks m; compacted, it has the kept ones, in
-their order. The distance is
+The output of every block (`Family.block_outputs`) is part of the residual stream. The masked student has all channels of the
+dense model, scaled by their masks m; the compacted student has the kept channels in the same order. The distance is
 
     1/|blocks| sum_b  |f_b - m_b * F_b|^2 / |m_b * F_b|^2        f: student, F: teacher, * per channel
 
-for every image, then its mean over images. Blocks and noise levels weigh alike that way, and the mean over a large batch is
-the mean over its parts. A masked channel is m_c times what its layers make, so m_c F_c is what it should be: were the target
-F_c, weights would grow against a falling mask. With binary masks only kept channels count, before compaction and after it.
+for every image, then the mean over images. All blocks and noise levels therefore have the same weight, and the mean over a
+large batch is the mean over its parts. A masked channel is m_c times the output of its layers, so that its target is m_c F_c:
+with the target F_c, weights would grow to compensate a falling mask. With binary masks only kept channels contribute, before
+and after compaction.
 
-Distilling block outputs is the feature loss of BK-SDM (Kim et al., https://arxiv.org/abs/2305.15798), which has
-neither masks nor the denominator.
+BK-SDM (Kim et al., https://arxiv.org/abs/2305.15798) uses the same loss without masks and denominator.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ __all__ = ["BlockOutputDistance", "feature_channels"]
 
 
 def feature_channels(unet: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Which channel group the output of each block is made of.
+    """Channel group of each block's output.
 
     Args:
         unet: The dense model.
         groups: Its channel groups.
 
     Returns:
-        By block name, the name of the group and where each of its channels lies in the block's output.
+        By block name, the name of the group, and the positions of its channels in the block's output.
 
     Raises:
-        ValueError: The channels of a block's output are not those of one group.
+        ValueError: The output of a block does not consist of the channels of one group.
     """
     modules = dict(unet.named_modules())
     table = slices_by_dimension(groups)
@@ -47,7 +46,7 @@ def feature_channels(unet: nn.Module, groups: Sequence[ChannelGroup]) -> dict[st
     for name, producer in family_of(unet).block_outputs(unet).items():
         width, parts = modules[producer].out_channels, table.get((producer, "weight", 0), [])
         if len(parts) != 1 or sorted(parts[0][1].positions) != list(range(width)):
-            raise ValueError(f"the {width} channels that {name} puts out are in {len(parts)} channel groups, not all in one")
+            raise ValueError(f"the {width} output channels of {name} are in {len(parts)} channel groups, not in one")
         ((group, piece),) = parts
         channels[name] = group.name, piece.positions
     return channels
@@ -58,13 +57,13 @@ class BlockOutputDistance:
 
     Args:
         unet: The dense model.
-        channel_masks: The masks of the student, which follow the pruning; after compaction, those it was compacted by.
+        channel_masks: The current masks of the student; after compaction, the masks of the compaction.
     """
 
     def __init__(self, unet: nn.Module, channel_masks: ChannelMasks) -> None:
         self.channel_masks = channel_masks
         self.channels = feature_channels(unet, tuple(channel_masks.groups.values()))
-        # Where channel i of a block's output lies in its group.
+        # Index in its group of channel i of a block's output.
         self.sources = {name: torch.tensor(positions).argsort() for name, (_, positions) in self.channels.items()}
         self._key: tuple | None = None
         self._masks: dict[str, Tensor] = {}
@@ -83,18 +82,18 @@ class BlockOutputDistance:
         return self._masks[name]
 
     def target(self, name: str, output: Tensor, channels: int) -> Tensor:
-        """What a student of `channels` channels should have at the end of a block.
+        """Target of a block's output for a student with `channels` channels.
 
         Args:
-            name: The block.
+            name: Name of the block.
             output: The teacher's output, with shape `(batch, dense channels, height, width)`.
-            channels: Channels of the student's output.
+            channels: Number of channels of the student's output.
 
         Returns:
             The target with shape `(batch, channels, height, width)`.
 
         Raises:
-            ValueError: The student is neither dense nor compacted by these masks.
+            ValueError: The student is neither masked nor compacted with these masks.
         """
         mask = self._mask(name, output.device)
         if channels == output.shape[1]:
@@ -107,11 +106,11 @@ class BlockOutputDistance:
         return output.index_select(1, kept)
 
     def __call__(self, features: Mapping[str, Tensor], teacher_features: Mapping[str, Tensor]) -> Tensor:
-        """The distance.
+        """Compute the distance.
 
         Args:
-            features: The student's output of each block, with shape `(batch, channels, height, width)`.
-            teacher_features: The teacher's, of the same images.
+            features: Block outputs of the student, each with shape `(batch, channels, height, width)`.
+            teacher_features: Block outputs of the teacher for the same images.
 
         Returns:
             A float32 scalar.

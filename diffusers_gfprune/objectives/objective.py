@@ -1,15 +1,15 @@
-"""What the pruned model is trained on: noise, and what the dense model (the teacher) makes of the same noisy images.
+"""Training loss of the pruned model: noise prediction, and distillation from the dense model (the teacher).
 
     L = (1 - w) |e - target|^2 + w |e - E|^2 + w_f D_f + w_s D_s
 
 e is the student's prediction, E the teacher's, w `distillation_weight`; squares are means over images, channels and pixels.
-The teacher's prediction is the mean that noise is drawn around: a target of the same kind with less variance.
+The teacher's prediction approximates the mean of the noise given the noisy image: the same target with less variance.
 
 - D_f, `feature_distillation_weight`: relative distance of block outputs, see `distillation_features.py`.
 - D_s, `sensitivity_matching_weight`: distance between the responses to a small change of the noisy input, see
   `jacobian_matching.py`.
 
-Each is a mean over images, so that a batch may be split over processes, and 0 for a student that is the teacher.
+Each distance is a mean over images, so that a batch can be split over processes, and 0 if the student equals the teacher.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ __all__ = ["ExtraForwards", "NoisePrediction", "Objective", "ObjectiveArguments"
 
 @dataclass
 class ObjectiveArguments:
-    """What the loss is made of."""
+    """Options of the training loss."""
 
     _argument_group_name = "objective"
 
     distillation_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight w of the dense model's noise prediction as the target, in [0, 1]; the noise has 1 - w."},
+        metadata={"help": "Weight w of the dense model's noise prediction as target, in [0, 1]; the noise has weight 1 - w."},
     )
     feature_distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the relative distance to the dense model's block outputs (>= 0)."}
+        default=0.0, metadata={"help": "Weight of the relative distance to block outputs of the dense model (>= 0)."}
     )
     sensitivity_matching_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of second-order matching, (|Jv|^2 - |J_T v|^2)^2 (>= 0; IGSM, on 32x32 RGB images: 0.05 with "
-            "distillation_weight 0.5)."
+            "help": "Weight of second-order Jacobian matching, (|Jv|^2 - |J_T v|^2)^2 (>= 0; IGSM on 32x32 RGB images: 0.05 "
+            "with distillation_weight 0.5)."
         },
     )
     jacobian_step: float | None = field(
         default=None,
         metadata={
-            "help": "Finite-difference step of matching, in standard deviations of the noise (> 0; default: 0.01 "
+            "help": "Finite-difference step of Jacobian matching, in standard deviations of the noise (> 0; default: 0.01 "
             "in fp32, 0.1 in fp16, 0.3 in bf16)."
         },
     )
@@ -66,10 +66,10 @@ class ObjectiveArguments:
             raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1]")
         for name in ("feature_distillation_weight", "sensitivity_matching_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative, and finite")
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
         if self.jacobian_step is not None:
             if not 0 < self.jacobian_step < math.inf:
-                raise ValueError(f"jacobian_step={self.jacobian_step} must be greater than 0, and finite")
+                raise ValueError(f"jacobian_step={self.jacobian_step} must be finite and greater than 0")
             if not self.needs_directions:
                 raise ValueError(f"jacobian_step={self.jacobian_step} needs sensitivity_matching_weight")
 
@@ -85,50 +85,50 @@ class ObjectiveArguments:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the dense model runs in every step."""
+        """Whether every step runs the dense model."""
         return self.distillation_weight > 0 or self.needs_features or self.needs_directions
 
 
 class ExtraForwards(NamedTuple):
-    """What an objective adds to one training step on the same batch.
+    """Additional cost of an objective per training step on the same batch.
 
     Attributes:
-        teacher: Forwards of the dense model, without a backward.
-        student: Forwards of the student, each with its backward.
+        teacher: Forward passes of the dense model, without backward.
+        student: Forward passes of the student, each with a backward.
     """
 
     teacher: float
     student: float
 
     def dense_forwards(self, student_cost: float = 1.0) -> float:
-        """All of it in forwards of the dense model, a backward counted as two forwards.
+        """Total cost in forward passes of the dense model; a backward counts as two forward passes.
 
         Args:
-            student_cost: A forward of the student, in forwards of the dense model.
+            student_cost: Cost of a forward pass of the student, relative to the dense model.
         """
         return self.teacher + 3 * self.student * student_cost
 
 
 def extra_forwards(arguments: ObjectiveArguments) -> ExtraForwards:
-    """What the objective costs beyond a plain training step, for the estimate of a run's time."""
+    """Cost of the objective beyond a plain training step, for time estimates."""
     points = 2 if arguments.needs_directions else 1
     return ExtraForwards(teacher=float(points * arguments.needs_teacher), student=float(points - 1))
 
 
 class _Wanted:
-    """What the hooks of a `NoisePrediction` are to do in the forward that runs."""
+    """State of the hooks of a `NoisePrediction` for the current forward pass."""
 
     def __init__(self) -> None:
         self.features = False
         self.outputs: dict[str, Tensor] = {}
-        # Images in a batch whose halves share their dropout. It stays after the forward: with gradient checkpointing, layers
-        # run again in the backward.
+        # Size of a batch whose halves share their dropout. It is kept after the forward, since gradient checkpointing runs
+        # layers again in the backward.
         self.paired = 0
 
 
 def _keep_output(wanted: _Wanted, name: str, module: nn.Module, args: tuple, output) -> None:
     if wanted.features:
-        wanted.outputs[name] = output[0] if isinstance(output, tuple) else output  # down blocks return their skips as well
+        wanted.outputs[name] = output[0] if isinstance(output, tuple) else output  # down blocks also return skips
 
 
 def _drop_alike(wanted: _Wanted, module: nn.Dropout, args: tuple, output: Tensor) -> Tensor | None:
@@ -140,17 +140,17 @@ def _drop_alike(wanted: _Wanted, module: nn.Dropout, args: tuple, output: Tensor
 
 
 class NoisePrediction(nn.Module):
-    """A UNet whose forward returns the prediction as a plain tensor, and block outputs if wanted.
+    """A UNet whose forward returns the prediction as a plain tensor, and optionally block outputs.
 
-    It is what Accelerate wraps, casts and compiles for training; the UNet inside stays as it is, for scoring, averaging and
-    saving. Everything that a loss needs comes out of one forward, as distributed wrappers require.
+    Accelerate wraps, casts and compiles this module for training. The UNet inside is not modified, for scoring, averaging and
+    saving. One forward returns all inputs of the loss, as distributed wrappers require.
 
-    Its blocks and dropouts get a hook each where one may be needed, which does nothing in any other forward. Hooks are there
-    from the start because a compiler does not look for new ones.
+    Hooks on blocks and dropouts are registered at construction, since a compiler does not detect new hooks. They are inactive
+    unless the forward needs them.
 
     Args:
         unet: A model of any family, dense, masked or compacted.
-        features: Whether block outputs can be asked for.
+        features: Whether the forward can return block outputs.
     """
 
     def __init__(self, unet: nn.Module, features: bool = False) -> None:
@@ -178,15 +178,14 @@ class NoisePrediction(nn.Module):
             timesteps: Integers with shape `(batch,)`.
             conditioning: As in `ModelInputs`, for conditional models.
             return_features: Whether to return block outputs as well.
-            pairs: Whether the two halves of the batch are to be compared image by image: dropout takes the same values from
-                both then.
+            pairs: Whether the two halves of the batch are compared image by image, and share their dropout.
 
         Returns:
-            The prediction, of the shape of `sample`; with `return_features` also the output of each block by name, with
+            The prediction, with the shape of `sample`; with `return_features` also the output of each block by name, with
             shape `(batch, channels of the block, ...)`.
 
         Raises:
-            ValueError: Block outputs are wanted of a wrapper that was made without `features`.
+            ValueError: `return_features` is set, but the wrapper was created without `features`.
         """
         if return_features and not self.has_features:
             raise ValueError("return_features=True needs NoisePrediction(unet, features=True)")
@@ -205,11 +204,11 @@ class Objective:
     Args:
         arguments: Weights of the terms.
         noise_scheduler: A Diffusers scheduler with `add_noise`.
-        teacher: The dense model, on the device that batches come on. It is put into evaluation mode and gets no gradients.
+        teacher: The dense model, on the device of the batches. It is set to evaluation mode, without gradients.
         channel_masks: The student's masks, for block outputs: the `channel_masks` of the masked model, also after compaction.
 
     Raises:
-        ValueError: A term needs what is not given.
+        ValueError: An argument that a term needs is missing.
     """
 
     def __init__(
@@ -239,12 +238,12 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the dense model runs in every step; if not, it may stay on another device."""
+        """Whether every step runs the dense model; otherwise it may be on another device."""
         return self.arguments.needs_teacher
 
     @property
     def needs_features(self) -> bool:
-        """Whether the student has to be a `NoisePrediction` with `features=True`."""
+        """Whether the student must be a `NoisePrediction` with `features=True`."""
         return self.arguments.needs_features
 
     @property
@@ -255,20 +254,19 @@ class Objective:
     def __call__(
         self, model: nn.Module, batch: DiffusionBatch, directions: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, under the caller's autocast.
+        """Compute the loss, under the caller's autocast.
 
         Args:
-            model: The student, a `NoisePrediction` or a wrapper of one.
+            model: The student, a `NoisePrediction` or a wrapper of it.
             batch: The images, on the model's device.
-            directions: Where matching is on, Gaussian noise like that of the batch, and independent of it.
+            directions: For Jacobian matching, Gaussian noise with the shape of the batch's noise, independent of it.
 
         Returns:
-            The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`; `distillation` whenever
-            the teacher runs; `features` and `sensitivity` where they have a weight. Nothing is synchronized
-            with the device.
+            The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`; `distillation` if the
+            teacher runs; `features` and `sensitivity` if they have a weight. The device is not synchronized.
 
         Raises:
-            ValueError: `directions` are needed and not there.
+            ValueError: `directions` are needed but missing.
         """
         size = len(batch)
         if self.needs_directions:
@@ -289,12 +287,12 @@ class Objective:
             terms["features"] = self.block_output_distance(own, theirs)
         if self.needs_directions:
             terms["sensitivity"] = sensitivity_distance(prediction, teacher_prediction, step_lengths)
-        # A term without a weight stays out of the graph: its backward would cost, and 0 x inf would not be 0.
+        # A term without a weight stays out of the graph: its backward would take time, and 0 x inf is not 0.
         loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0)
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _predict(self, model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Prediction in float32, and block outputs where they are compared."""
+        """Prediction in float32, and block outputs if they are compared."""
         prediction = model(*inputs, return_features=self.needs_features, pairs=self.needs_directions)
         if not self.needs_features:
             return prediction.float(), {}

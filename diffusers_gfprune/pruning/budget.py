@@ -1,24 +1,24 @@
 """Budgets: from scores and a target cost to the units that each group keeps.
 
-A group offers a ladder of widths, in channels: the sums of its units that are multiples of `channel_multiple` (and of the
-heads, inside attention), down to a floor, and its dense width. Three ways of walking down the ladders until the share `ratio`
-of the dense cost is gone:
+The possible widths of a group form a ladder: its dense width, and the sums of its units that are multiples of
+`channel_multiple` (inside attention also of the heads), down to a floor. There are three ways to remove the share `ratio` of
+the dense cost:
 
 - group: every group keeps the same share of its channels, found by bisection;
-- sensitivity: a group loses the more, the more cost that saves and the less the group matters;
-- global: the lowest-scored unit of all goes first, one after another.
+- sensitivity: a group loses more if this saves more cost and if its scores are lower;
+- global: the lowest-scored units of all groups are removed first.
 
 All end with single steps of single groups towards the target, so that it is met to within one unit of one group.
 
-Widths by sensitivity. Let S_g be the sum of the scores' absolute values in group g, W_g the cost of the whole group, and
-S_g x_g^(1 + 1/beta) the damage of removing a share x_g of it: the last channels of a group are dearer than the first, which a
-plain sum of scores, the case beta -> infinity, does not know. The least damage for sum_g W_g x_g = ratio sum_g W_g is at
+Widths by sensitivity. Let S_g be the sum of absolute scores in group g, W_g the cost of the whole group, and
+S_g x_g^(1 + 1/beta) the damage of removing a share x_g of it. The last channels of a group cause more damage than the first; a
+plain sum of scores, the case beta -> infinity, ignores this. The damage for sum_g W_g x_g = ratio sum_g W_g is minimal at
 
     x_g  =  lambda (W_g / S_g)^beta
 
-with lambda found by bisection; beta = 0 is the same share for all. The further the sums of a criterion spread, the smaller it
-should be: 0.3 is for sums in the metric of predictions, those in the metric of weights and of other criteria spread over about
-half as many decades (benchmarks/README.md has them, and other exponents).
+with lambda found by bisection; beta = 0 is the same share for all. The exponent should be smaller for criteria whose sums
+spread further: 0.3 suits sums in the metric of predictions. Sums in the metric of weights spread over about half as many
+decades (measurements, also of other exponents: benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ __all__ = [
 
 BUDGET_TOLERANCE = 0.01  # share of the dense cost
 ATTENTION_UNITS = ("head_dim", "heads")
-# Channels that kernels take at a time: CPUs with AVX-512; tensor cores in float32 (TF32), and in half precision, whose tiles
-# of 64 channels an H100 gains by (benchmarks/README.md)
+# Channels that kernels process together: CPUs with AVX-512; tensor cores in float32 (TF32); tensor cores in half precision,
+# where an H100 gains from tiles of 64 channels (benchmarks/README.md)
 HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8, "cuda, half precision": 64}
-# Widths that a group must have, beside its dense one, for blocks to be worth it: with four, the digits model loses too much
+# Minimum number of widths below the dense one for a block size; with four, the digits model loses too much accuracy
 ALIGNED_WIDTHS = 5
 _SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
 
 
 def _reachable(sizes: Mapping[int, int]) -> list[int]:
-    """Sums of any of the units, of which there are so many of each size, in ascending order."""
+    """All sums of units, given the number of units of each size, in ascending order."""
     sums = {0}
     for size, count in sizes.items():
         sums = {total + size * number for total in sums for number in range(count + 1)}
@@ -68,13 +68,13 @@ def _reachable(sizes: Mapping[int, int]) -> list[int]:
 def width_ladder(
     group: ChannelGroup, channel_multiple: int = 1, min_keep_ratio: float = 0.0, attention_unit: str = "head_dim"
 ) -> list[int]:
-    """Widths that a group may have, the dense one first.
+    """Possible widths of a group, the dense one first.
 
     Args:
         group: The channel group.
-        channel_multiple: Kept channels are a multiple of this (>= 1), or all.
-        min_keep_ratio: Share of the channels that is always kept, in [0, 1].
-        attention_unit: Inside attention, `"head_dim"` shrinks all heads alike, `"heads"` removes whole heads.
+        channel_multiple: Widths below the dense one are multiples of this (>= 1).
+        min_keep_ratio: Minimum share of channels to keep, in [0, 1].
+        attention_unit: Inside attention, `"head_dim"` shrinks all heads equally, `"heads"` removes whole heads.
 
     Returns:
         Widths in descending order, each >= 1 and a sum of whole units (and the fixed channels).
@@ -91,10 +91,10 @@ def width_ladder(
 
 
 def hardware_multiple(device: str, dtype: str = "float32") -> int:
-    """Channels that a device's kernels take at a time; 1 where that is not known.
+    """Number of channels that kernels of a device process together; 1 if unknown.
 
     Args:
-        device: A type of device, as PyTorch names it.
+        device: PyTorch's device type.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
     """
     half = device == "cuda" and dtype != "float32"
@@ -104,14 +104,13 @@ def hardware_multiple(device: str, dtype: str = "float32") -> int:
 def aligned_ladder(group: ChannelGroup, block: int, min_keep_ratio: float, attention_unit: str) -> list[int]:
     """`width_ladder` for kernels that compute channels in blocks.
 
-    Full blocks are best, both for the layers that write the channels and for those that read them beside others. Where units
-    hit too few of such widths for a group to lose what its scores say, it gets the largest width of each number of blocks: of
-    units of ten nobody should keep five, since 50 channels take as long as 60 where a block has 16. Where these are too few,
-    too, blocks of half the size are tried, of a quarter, ...
+    Full blocks are fastest, both for layers that write the channels and for layers that read them with others. If the sums of
+    units give too few such widths, the ladder has the largest width for each number of blocks: with units of 10 channels and
+    blocks of 16, 60 channels take the same time as 50. If these are also too few, the block size is halved, repeatedly.
 
     Args:
         group: The channel group.
-        block: Channels of a block (`hardware_multiple`), a power of two.
+        block: Channels per block (`hardware_multiple`), a power of two.
         min_keep_ratio: As in `width_ladder`.
         attention_unit: As in `width_ladder`.
     """
@@ -129,17 +128,17 @@ def aligned_ladder(group: ChannelGroup, block: int, min_keep_ratio: float, atten
 
 
 def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:
-    """Refuse a budget that no widths on the ladders meet.
+    """Check that the ladders can meet a budget.
 
     Raises:
-        ValueError: More is asked for than can be removed.
+        ValueError: The ratio is larger than the share that can be removed.
     """
     most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
     if ratio > most + BUDGET_TOLERANCE:
         raise ValueError(
-            f"ratio={ratio:g} of {target} cannot be removed: at most {most:.3f} can, with the floor and channel multiple "
-            f"asked for (min_keep_ratio, channel_multiple), and norm groups that go as a whole"
-            + ("; a larger latency_batch_size has less time that no width changes" if target == "latency" else "")
+            f"ratio={ratio:g} of {target} cannot be removed: the maximum is {most:.3f} with the given min_keep_ratio and "
+            f"channel_multiple, since norm groups are removed as a whole"
+            + ("; with a larger latency_batch_size more can be removed" if target == "latency" else "")
         )
 
 
@@ -150,7 +149,7 @@ def _nearest(ladder: Sequence[int], width: float) -> int:
 def _polish(
     cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], rungs: list[int], moves: int = 500
 ) -> np.ndarray:
-    """Take the single steps that bring the removed share closest to `ratio`, until none helps."""
+    """Take single steps that bring the removed share closer to `ratio`, until none does."""
 
     def kept(candidate: Sequence[int]) -> np.ndarray:
         return np.array([ladder[rung] for ladder, rung in zip(ladders, candidate)])
@@ -176,7 +175,7 @@ def _polish(
 def _nearer_end(
     cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], ends: Sequence[list[int]]
 ) -> np.ndarray:
-    """Of the polished widths on either side of the target, the nearer: where single steps are long, one can get stuck."""
+    """Polish the widths on both sides of the target and return the nearer ones: large steps can stall on one side."""
     polished = [_polish(cost, target, ratio, ladders, rungs) for rungs in ends]
     return min(polished, key=lambda kept: abs(cost.removed(target, kept) - ratio))
 
@@ -188,7 +187,7 @@ def allocate_per_group(cost: CostModel, target: str, ratio: float, ladders: Sequ
         cost: The cost model.
         target: One of `TARGETS`.
         ratio: Share of the dense cost to remove, in [0, 1].
-        ladders: Widths that each group may have (`width_ladder`).
+        ladders: Possible widths of each group (`width_ladder`).
 
     Returns:
         Kept channels of each group, int64 with shape `(groups,)`.
@@ -204,22 +203,22 @@ def allocate_by_sensitivity(
     scores: Sequence[Tensor],
     exponent: float,
 ) -> np.ndarray:
-    """Widths that remove `ratio` of the cost where that costs much and matters little.
+    """Widths that remove `ratio` of the cost, more from groups with high cost and low scores.
 
     Args:
         cost: The cost model.
         target: One of `TARGETS`.
         ratio: Share of the dense cost to remove, in [0, 1].
-        ladders: Widths that each group may have (`width_ladder`).
-        scores: Scores of each group's units, on one scale for all groups, each with shape `(num_units,)`.
-        exponent: beta >= 0 of the module's text; 0 is `allocate_per_group`.
+        ladders: Possible widths of each group (`width_ladder`).
+        scores: Scores of each group's units, on the same scale for all groups, each with shape `(num_units,)`.
+        exponent: beta of the module docstring (>= 0); 0 is equal to `allocate_per_group`.
 
     Returns:
         Kept channels of each group, int64 with shape `(groups,)`.
     """
     sensitivity = np.array([float(score.double().abs().sum()) for score in scores])
     saved = cost.marginal(target, cost.dense) * cost.dense
-    # A group of zeros goes down to its floor first, but shares stay finite.
+    # A group of zeros reaches its floor first, but shares stay finite.
     gain = saved / np.maximum(sensitivity, _SMALLEST * sensitivity.max() if sensitivity.any() else 1.0)
     proportions = np.maximum((gain / gain.max()) ** exponent, _SMALLEST)
     return _allocate_in_proportion(cost, target, ratio, ladders, proportions)
@@ -228,7 +227,7 @@ def allocate_by_sensitivity(
 def _allocate_in_proportion(
     cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], proportions: np.ndarray
 ) -> np.ndarray:
-    """Widths that remove `ratio` of the cost, with removed shares in given proportions > 0 as far as the ladders go."""
+    """Widths that remove `ratio` of the cost, with removed shares in given proportions (> 0) as far as ladders allow."""
 
     def rungs_at(scale: float) -> list[int]:
         return [
@@ -245,7 +244,7 @@ def _allocate_in_proportion(
 
 
 def _by_channel(group: ChannelGroup, scores: Tensor) -> np.ndarray:
-    """Scores shared out among the channels of their units, in ascending order; fixed channels come last."""
+    """Scores divided equally among the channels of each unit, in ascending order; fixed channels are last."""
     each = torch.repeat_interleave(scores.double().cpu() / group.unit_sizes, group.unit_sizes)
     return np.concatenate([np.sort(each.numpy()), np.full(len(group.fixed), np.inf)])
 
@@ -257,13 +256,13 @@ def allocate_global(
     ladders: Sequence[Sequence[int]],
     scores: Sequence[Tensor],
 ) -> np.ndarray:
-    """Widths that remove `ratio` of the cost by taking the lowest-scored units of all groups first.
+    """Widths that remove `ratio` of the cost, the lowest-scored units of all groups first.
 
     Args:
         cost: The cost model.
         target: One of `TARGETS`.
         ratio: Share of the dense cost to remove, in [0, 1].
-        ladders: Widths that each group may have (`width_ladder`).
+        ladders: Possible widths of each group (`width_ladder`).
         scores: Comparable scores of each group's units, each with shape `(num_units,)`.
 
     Returns:
@@ -290,19 +289,19 @@ def allocate_global(
 
 
 def select_units(group: ChannelGroup, scores: Tensor, keep: int, attention_unit: str = "head_dim") -> Tensor:
-    """Keep the units of a group with the highest sum of scores; among equals, the first.
+    """Select the units of a group with the highest sum of scores; among equal scores, the first.
 
     Args:
         group: The channel group.
-        scores: With shape `(num_units,)`.
-        keep: Channels to keep, a width of the group's ladder.
+        scores: Scores with shape `(num_units,)`.
+        keep: Number of channels to keep, a width of the group's ladder.
         attention_unit: As in `width_ladder`.
 
     Returns:
         True for kept units, with shape `(num_units,)`.
 
     Raises:
-        ValueError: Scores are not finite, or no units add up to so many channels.
+        ValueError: Scores are not finite, or no set of units has `keep` channels.
     """
     if not torch.isfinite(scores).all():
         raise ValueError(f"scores of {group.name} are not finite")
@@ -321,10 +320,10 @@ def select_units(group: ChannelGroup, scores: Tensor, keep: int, attention_unit:
 
 
 def _best_units(group: ChannelGroup, scores: Tensor, keep: int) -> Tensor:
-    """Of all sets of units with `keep` channels, the one with the highest sum of scores.
+    """The set of units with `keep` channels and the highest sum of scores.
 
-    Of the units of one size, the highest-scored are in it, so that it is enough to know how many of each size: all widths
-    are built up size by size, each with its best sum so far.
+    It contains the highest-scored units of each size, so that only their numbers are unknown. Dynamic programming over sizes
+    finds the best sum for every width.
     """
     best: dict[int, tuple[float, list[Tensor]]] = {len(group.fixed): (0.0, [])}
     for size in sorted(set(group.unit_sizes.tolist()), reverse=True):

@@ -1,26 +1,26 @@
-"""Channel groups and their units: which slices of which weights live or die together.
+"""Channel groups and their units: slices of weights that are kept or removed together.
 
 Removing an output channel of a layer removes the matching input channel of every layer that reads it, the matching affine
 parameters of a norm in between, and, across a residual addition, the same channel of every layer that adds to the stream.
-For a convolution, a norm and a linear layer in a row, with 4 channels between them:
+For example, for a convolution, a norm and a linear layer with 4 channels between them:
 
     conv.weight  (4, in, k, k)   rows 0, 1, 2, 3     output      group "conv": num_channels = 4
     conv.bias    (4,)            items 0, 1, 2, 3    output
     norm.weight  (4,)            items 0, 1, 2, 3    norm        nn.GroupNorm(2, 4): units = ((0, 1), (2, 3))
     linear.weight (out, 4)       columns 0, 1, 2, 3  input
 
-A `ChannelGroup` is that table. Concatenated skips appear as positions with an offset, a scale-shift time projection as two
-slices of one parameter, attention's q, k and v as one group with `heads` heads.
+A `ChannelGroup` holds this table. Concatenated skips appear as positions with an offset, a scale-shift time projection as two
+slices of one parameter, and attention's q, k and v as one group with `heads` heads.
 
-What is pruned is a **unit**. Join two channels where some norm has them in one of its groups; the connected components are the
-units. Without a unit, every norm lacks whole groups and computes the others as before: the norms that are left are native, and
-the statistics of what stays do not change. The same holds while a unit is masked, since a factor on a whole norm group cancels
-in its normalization. Channels that meet no norm are units of one. On the configurations of google/ddpm-cifar10-32 and of the
-256-pixel LSUN and CelebA-HQ models units have 4 to 48 channels.
+Pruning removes **units**. Two channels are connected if a norm has them in the same group; the connected components are the
+units. Removing a unit removes whole groups of every norm. The remaining norms are native, and the statistics of the other
+groups do not change. The same holds while a unit is masked, since a factor on a whole norm group cancels in its normalization.
+Channels without a norm are units of one channel. In the configurations of google/ddpm-cifar10-32 and of the 256-pixel LSUN and
+CelebA-HQ models, units have 4 to 48 channels.
 
-A norm over a concatenation may have a group that takes channels of both branches. What such a group joins are channels of two
-channel groups, which could only go together; they are few (0.3 % of the channels of google/ddpm-cifar10-32, 0.4 % of those
-of the LSUN models), and are always kept (`fixed`).
+A group of a norm over a concatenation may contain channels of both branches. Such channels belong to two channel groups that
+could only be pruned together. They are few (0.3 % of the channels of google/ddpm-cifar10-32, 0.4 % of those of the LSUN
+models) and are always kept (`fixed`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GroupSlice:
         module: Name of the module that owns the parameter.
         parameter: `"weight"` or `"bias"`.
         dim: Dimension of the parameter that runs over channels.
-        positions: Where each channel of the group lies along `dim`, one integer per channel.
+        positions: Index of each channel of the group along `dim`.
         role: `"output"` (the module produces the channels), `"norm"` (it normalizes them) or `"input"` (it reads them).
     """
 
@@ -66,16 +66,16 @@ class GroupSlice:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels with the same places in the network, which are kept or removed unit by unit.
+    """Channels that occur at the same places in the network, and are kept or removed unit by unit.
 
     Attributes:
         name: Name of the first module that produces the channels.
-        num_channels: Channels in the dense model.
-        slices: Every slice of every parameter.
+        num_channels: Number of channels in the dense model.
+        slices: All slices of parameters.
         units: The channels of each unit, in ascending order.
-        fixed: Channels that are in no unit, and always kept.
-        heads: Attention heads that the channels are divided into, in order; 1 outside attention.
-        attention: Name of the attention that the channels are inside of, if any; units are single channels then.
+        fixed: Channels outside all units, which are always kept.
+        heads: Number of attention heads that the channels are divided into, in order; 1 outside attention.
+        attention: Name of the attention block that contains the channels, if any. Its units are single channels.
     """
 
     name: str
@@ -88,24 +88,24 @@ class ChannelGroup:
 
     @property
     def num_units(self) -> int:
-        """Units in the dense model."""
+        """Number of units in the dense model."""
         return len(self.units)
 
     @cached_property
     def unit_sizes(self) -> Tensor:
-        """Channels of each unit, int64 with shape `(num_units,)`."""
+        """Number of channels in each unit, int64 with shape `(num_units,)`."""
         return torch.tensor([len(unit) for unit in self.units], dtype=torch.int64)
 
     @cached_property
     def unit_of(self) -> Tensor:
-        """The unit of each channel, int64 with shape `(num_channels,)`; `num_units` for fixed channels."""
+        """Index of the unit of each channel, int64 with shape `(num_channels,)`; `num_units` for fixed channels."""
         index = torch.full((self.num_channels,), self.num_units)
         for number, unit in enumerate(self.units):
             index[list(unit)] = number
         return index
 
     def per_channel(self, values: Tensor) -> Tensor:
-        """Values of units, with shape `(num_units,)`, for each channel, with shape `(num_channels,)`; 1 for fixed ones."""
+        """Expand values of units, with shape `(num_units,)`, to channels, with shape `(num_channels,)`; 1 for fixed ones."""
         return torch.cat([values, values.new_ones(1)])[self.unit_of.to(values.device)]
 
     def unit_sums(self, values: Tensor) -> Tensor:
@@ -114,10 +114,10 @@ class ChannelGroup:
         return sums.index_add_(-1, self.unit_of.to(values.device), values)[..., :-1]
 
     def per_unit(self, values: Tensor) -> Tensor:
-        """Values of channels, with shape `(num_channels,)`, that are one for each unit, with shape `(num_units,)`.
+        """Reduce values of channels, with shape `(num_channels,)`, to units, with shape `(num_units,)`.
 
         Raises:
-            ValueError: Values have another shape, are NaN, differ within a unit, or are not 1 for a fixed channel.
+            ValueError: Values have a wrong shape, are NaN, differ within a unit, or are not 1 for a fixed channel.
         """
         if values.shape != (self.num_channels,):
             raise ValueError(f"mask of {self.name} has shape {tuple(values.shape)}, not ({self.num_channels},)")
@@ -129,8 +129,8 @@ class ChannelGroup:
                 different = values[list(unit)].unique().tolist()
                 if len(different) > 1:
                     raise ValueError(
-                        f"mask of {self.name} has {different} for channels {list(unit)}, which norms have in one group: they "
-                        f"take one value"
+                        f"mask of {self.name} has {different} for channels {list(unit)}, which share a norm group: they "
+                        f"must be equal"
                     )
             raise ValueError(f"mask of {self.name} must be 1 for channels {list(self.fixed)}, which are never pruned")
         return found
@@ -139,7 +139,7 @@ class ChannelGroup:
 def slices_by_dimension(
     groups: Sequence[ChannelGroup],
 ) -> dict[tuple[str, str, int], list[tuple[ChannelGroup, GroupSlice]]]:
-    """Groups and their slices along each dimension of each parameter, by `(module, parameter, dim)`, in the groups' order."""
+    """Groups and their slices by `(module, parameter, dim)`, in the order of the groups."""
     table: dict[tuple[str, str, int], list[tuple[ChannelGroup, GroupSlice]]] = defaultdict(list)
     for group in groups:
         for piece in group.slices:
@@ -161,7 +161,7 @@ def _slices(module_name: str, module: nn.Module, kind: str, positions: tuple[int
 
 
 def _unit_labels(components: Components, modules: dict[str, nn.Module]) -> np.ndarray:
-    """The unit of each channel of the network, by its label; channels of the same unit have the same number."""
+    """The unit of each channel of the network, indexed by the channel's label."""
     first, second = [], []
     for place in components.places:
         module = modules[place[0]]
@@ -176,8 +176,8 @@ def _unit_labels(components: Components, modules: dict[str, nn.Module]) -> np.nd
 def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
     """Find every group of prunable channels of a dense model.
 
-    Output channels of the model are in no group, nor are channels that outside values are added to (`Family.never_pruned`).
-    Input channels, and the sinusoids of the time projection, are never pruned.
+    Output channels of the model, and channels to which external values are added (`Family.never_pruned`), are in no group.
+    Input channels and the sinusoids of the time projection are never pruned.
 
     Args:
         unet: The dense model; its weights are neither read nor changed.
@@ -186,8 +186,8 @@ def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
         The groups, in the order of the model's modules.
 
     Raises:
-        ValueError: The configuration has a block that cannot be pruned, the model is of no family, or pruned, or its
-            parameters are not those of its configuration.
+        ValueError: The configuration has a block that cannot be pruned, the model is of an unknown family or already pruned,
+            or its parameters do not match its configuration.
     """
     family, twin = family_of(unet), meta_twin(unet)
     modules, attentions = dict(twin.named_modules()), family.attentions(twin)
@@ -195,7 +195,7 @@ def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
     never = family.never_pruned(twin.config)
     fixed_places = {index for index, (name, side) in enumerate(components.places) if name in never and side == "out"}
 
-    # Channels with the same places, in the same multiplicity, form a group.
+    # Channels with the same places, with the same multiplicity, form a group.
     channels_of: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
     for label, places, indices in components.split():
         channels_of[() if fixed_places.intersection(places) else places].append((label, indices))
@@ -236,7 +236,7 @@ def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
         )
     order = {name: index for index, name in enumerate(modules)}
     groups.sort(key=lambda group: order[group.name])
-    # Two groups that start in one module (a residual over a concatenation) need two names.
+    # Two groups may start in the same module (a residual over a concatenation): their names are numbered.
     seen: dict[str, int] = defaultdict(int)
     unique = []
     for group in groups:

@@ -1,14 +1,14 @@
-"""Compaction: a masked model becomes one of its family's pruned class, of the size that its binary masks leave.
+"""Compaction: convert a model with binary masks to a smaller model of its family's pruned class.
 
-Every parameter is indexed along the dimensions that run over channels. Norms lose whole groups and compute the others as
-before (`channel_groups`): they have fewer groups of the same size, which `norm_group_sizes` lists. One thing more is needed
-for the same outputs. In attention, with `d` channels in a head of which `d'` are kept, scaled dot-product attention would
-divide by sqrt(d') where the dense model divides by sqrt(d), so sqrt(d'/d) is folded into `to_q`:
+Every parameter is indexed along its channel dimensions. Norms lose whole groups and compute the others as before
+(`channel_groups`); `norm_group_sizes` lists the sizes of the remaining groups. Attention needs a correction: if `d'` of `d`
+channels in a head are kept, scaled dot-product attention divides by sqrt(d'), but the dense model divides by sqrt(d). The
+factor sqrt(d'/d) is therefore folded into `to_q`:
 
     q k^T / sqrt(d) = (sqrt(d'/d) q) k^T / sqrt(d')
 
-A `CompactionPlan` holds the indices and factors by parameter name, and carries optimizer state (`optimizer_state`) and
-averaged weights across.
+A `CompactionPlan` holds the indices and factors by parameter name. It also converts optimizer state (`optimizer_state`) and
+averaged weights.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ __all__ = ["CompactionPlan", "carry_ema", "carry_optimizer", "check_ema", "compa
 
 @dataclass
 class CompactionPlan:
-    """What is kept of every parameter.
+    """The kept part of every parameter.
 
     Attributes:
-        kept: For a parameter name and dimension, the kept indices, int64; all are kept where there is no entry.
-        factors: Factor that a parameter is multiplied by (1 where there is no entry).
+        kept: Kept indices, int64, by parameter name and dimension; without an entry, all are kept.
+        factors: Factor of a parameter, by name; without an entry, it is 1.
         layer_channels: Table of the small model's configuration.
         norm_group_sizes: Table of the small model's configuration.
         attention_heads: Table of the small model's configuration.
@@ -52,8 +52,8 @@ class CompactionPlan:
 
         Args:
             name: Name of the parameter in the dense model.
-            tensor: The parameter, or something of its shape that goes with it.
-            power: How the tensor scales with the parameter: 1 for weights, -1 for gradients, ...
+            tensor: The parameter, or a tensor of the same shape such as its optimizer state.
+            power: Power with which the tensor scales with the parameter: 1 for weights, -1 for gradients, ...
 
         Returns:
             A new, contiguous tensor.
@@ -66,7 +66,7 @@ class CompactionPlan:
 
 
 def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapping[str, Tensor]) -> CompactionPlan:
-    """Work out what binary masks keep.
+    """Compute the compaction plan from binary masks.
 
     Args:
         unet: The dense or masked model.
@@ -77,7 +77,7 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
         The plan.
 
     Raises:
-        ValueError: A mask is not binary, or leaves what no smaller model could have (see `check_mask`).
+        ValueError: A mask is not binary or cannot be compacted (see `check_mask`).
     """
     plan = CompactionPlan()
     modules = dict(unet.named_modules())
@@ -128,14 +128,14 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
 
 
 def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
-    """Build the small model. The masked model is left as it is.
+    """Build the small model. The masked model is not modified.
 
     Args:
         unet: The masked model.
-        plan: Of `plan_compaction` for it.
+        plan: Output of `plan_compaction` for this model.
 
     Returns:
-        A model with the device, dtypes, mode and gradient checkpointing of the masked one, and the same outputs.
+        A model with the same outputs, device, dtypes, mode and gradient checkpointing as the masked one.
     """
     tables = {
         "layer_channels": plan.layer_channels,
@@ -155,16 +155,16 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> None:
-    """Make an optimizer of the masked model go on with the small one, state and all, in place.
+    """Move an optimizer from the masked model to the small one, with its state, in place.
 
     Args:
-        optimizer: Adam, AdamW, SGD, bitsandbytes' 8-bit Adam or AdamW (see `optimizer_state`).
+        optimizer: Adam, AdamW, SGD, or bitsandbytes' 8-bit Adam or AdamW (see `optimizer_state`).
         unet: The masked model, whose parameters the optimizer holds.
         small: The compacted model.
-        plan: The plan it was compacted by.
+        plan: The plan of the compaction.
 
     Raises:
-        ValueError: The optimizer holds other parameters, or state that is not known to carry over.
+        ValueError: The optimizer holds other parameters or unknown state.
     """
     names = {parameter: name for name, parameter in dense_parameters(unet).items()}
     state, param_groups = {}, []
@@ -172,7 +172,7 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
         moved = []
         for old in param_group["params"]:
             if old not in names:
-                raise ValueError(f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not the model's")
+                raise ValueError(f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not in the model")
             name = names[old]
             new = small.get_parameter(name)
             moved.append(new)
@@ -180,7 +180,7 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
             if kept:
                 state[new] = kept
         param_groups.append(moved)
-    # Only now is something changed, so that an error above leaves the optimizer whole.
+    # The optimizer is changed only now, so that an error above leaves it intact.
     for param_group, moved in zip(optimizer.param_groups, param_groups):
         param_group["params"] = moved
     optimizer.state.clear()
@@ -188,14 +188,14 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
 
 
 def check_ema(ema, unet: nn.Module) -> None:
-    """Refuse an `EMAModel` of another model, whose tensors its own methods would match by position, and broadcast.
+    """Check that an `EMAModel` belongs to the model: its methods match tensors by position and broadcast shapes.
 
     Raises:
-        ValueError: It has another number of parameters than the model, or one has another shape.
+        ValueError: The number of parameters or a shape differs from the model.
     """
     parameters = dense_parameters(unet)
     if len(ema.shadow_params) != len(parameters):
-        raise ValueError(f"ema has {len(ema.shadow_params)} parameters, the model {len(parameters)}")
+        raise ValueError(f"ema has {len(ema.shadow_params)} parameters, but the model has {len(parameters)}")
     for (name, parameter), shadow in zip(parameters.items(), ema.shadow_params):
         if shadow.shape != parameter.shape:
             shapes = f"shape {tuple(shadow.shape)} in ema, and {tuple(parameter.shape)} in the model"
@@ -203,22 +203,22 @@ def check_ema(ema, unet: nn.Module) -> None:
 
 
 def carry_ema(ema, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> None:
-    """Make a Diffusers `EMAModel` of the masked model average the small one, in place.
+    """Move a Diffusers `EMAModel` from the masked model to the small one, in place.
 
-    `EMAModel` knows parameters by position only; here they are matched by name.
+    `EMAModel` stores parameters by position; here they are matched by name.
 
     Args:
-        ema: The average, whose `shadow_params` are in the order of `unet.parameters()`.
+        ema: The average, with `shadow_params` in the order of `unet.parameters()`.
         unet: The masked model.
         small: The compacted model.
-        plan: The plan it was compacted by.
+        plan: The plan of the compaction.
 
     Raises:
-        ValueError: The average is of another model.
+        ValueError: The average belongs to another model.
     """
     check_ema(ema, unet)
     names = list(dense_parameters(unet))
     averaged = {name: plan.take(name, shadow) for name, shadow in zip(names, ema.shadow_params)}
     ema.shadow_params = [averaged[name] for name, _ in small.named_parameters()]
-    if ema.model_cls is not None:  # what its save_pretrained builds
+    if ema.model_cls is not None:  # used by its save_pretrained
         ema.model_cls, ema.model_config = type(small), small.config

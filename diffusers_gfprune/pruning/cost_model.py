@@ -1,12 +1,13 @@
-"""Cost of a model as a function of how many channels each group keeps, without building it.
+"""Cost of a model as a function of the number of channels that each group keeps, without building the model.
 
-With n the vector of kept channels, every width is linear in n, and every cost a sum of products of widths:
+Let n be the vector of kept channels. Every width is linear in n, and every cost is a sum of products of widths:
 
     in_l(n)  = a_l + A_l n          out_l(n) = b_l + B_l n
     MACs(n)  = sum_l positions_l area_l in_l out_l  +  sum_attentions 2 tokens^2 inner(n)
     parameters(n) = sum_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms channels(n)
 
-so that a candidate costs microseconds, and budgets can be searched. Seconds are no such sum: they come from a `LatencyModel`.
+A candidate takes microseconds, which makes a search for budgets possible. Latency is not of this form: a `LatencyModel`
+predicts it.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from .channel_groups import ChannelGroup
 
 __all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "group_shares"]
 
-COUNTED_TARGETS = ("macs", "params", "channels")  # the others are measured
+COUNTED_TARGETS = ("macs", "params", "channels")  # latency is measured
 TARGETS = (*COUNTED_TARGETS, "latency")
 LATENCY_STEP = 32  # channels
 
 
 def group_shares(groups: Sequence[ChannelGroup]) -> dict[tuple[str, int], np.ndarray]:
-    """How often the channels of each group lie along a dimension of a weight: rows of A and B of the module docstring.
+    """How often each group occurs along a dimension of a weight: rows of A and B in the module docstring.
 
     Args:
         groups: The channel groups of a model.
 
     Returns:
-        By module name and dimension of its weight (0 or 1), an array of shape `(groups,)`; dimensions that no group has part
-        in have none.
+        Arrays of shape `(groups,)` by module name and dimension of its weight (0 or 1); dimensions without a group are left
+        out.
     """
     shares: dict[tuple[str, int], np.ndarray] = {}
     for index, group in enumerate(groups):
@@ -51,9 +52,9 @@ class CostModel:
     Args:
         unet: The dense (or masked) model; only shapes are read.
         groups: Its channel groups.
-        sample_size: Height and width that MACs are counted for (default: the model's).
-        seconds: Time of a forward as a function of kept channels, an array of shape `(groups,)`, such as
-            `LatencyModel.seconds`: what the target `"latency"` is.
+        sample_size: Height and width in pixels for counting MACs (default: the model's).
+        seconds: Time of a forward pass as a function of kept channels, an array of shape `(groups,)`, such as
+            `LatencyModel.seconds`. It is the cost of the target `"latency"`.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class CostModel:
         self._macs, self._area, self._bias = (np.array([r[k] for r in rows], dtype=float) for k in (2, 3, 4))
         self._attention = linear_macs
         self._norm0, self._norm = sum(n[0] for n in norms), sum((n[1] for n in norms), np.zeros(len(self.groups)))
-        # Parameters outside the layers above (random Fourier features) do not change.
+        # Parameters of other layers (random Fourier features) do not change.
         counted = self.parameters(self.dense)
         self._other = sum(p.numel() for p in unet.parameters()) - counted
 
@@ -106,30 +107,30 @@ class CostModel:
         return self._in0 + self._in @ kept, self._out0 + self._out @ kept
 
     def macs(self, kept: np.ndarray) -> float:
-        """MACs of one forward at batch 1 with `kept` channels in each group, an array of shape `(groups,)`."""
+        """MACs of a forward pass at batch size 1 with `kept` channels in each group, an array of shape `(groups,)`."""
         wide_in, wide_out = self._widths(kept)
         return float(self._macs @ (wide_in * wide_out) + self._attention @ kept)
 
     def parameters(self, kept: np.ndarray) -> float:
-        """Parameters with `kept` channels in each group."""
+        """Number of parameters with `kept` channels in each group."""
         wide_in, wide_out = self._widths(kept)
         products = self._area @ (wide_in * wide_out) + self._bias @ wide_out
         return float(products + 2 * (self._norm0 + self._norm @ kept) + self._other)
 
     def channels(self, kept: np.ndarray) -> float:
-        """Channels that are left in all groups together."""
+        """Total number of kept channels."""
         return float(np.sum(kept))
 
     def cost(self, target: str, kept: np.ndarray) -> float:
-        """The cost that `target` (one of `TARGETS`) names.
+        """The cost for `target`, one of `TARGETS`.
 
         Raises:
-            ValueError: There is no such target, or the model does not know times.
+            ValueError: The target is unknown, or it is `"latency"` and `seconds` is not set.
         """
         if target not in TARGETS:
             raise ValueError(f"target={target} must be one of {', '.join(TARGETS)}")
         if target == "latency" and self.seconds is None:
-            raise ValueError("target=latency must have measured times: pass seconds, such as those of a LatencyModel")
+            raise ValueError("target=latency needs measured times: pass seconds, such as those of a LatencyModel")
         costs = {"macs": self.macs, "params": self.parameters, "channels": self.channels, "latency": self.seconds}
         return costs[target](kept)
 
@@ -140,8 +141,8 @@ class CostModel:
     def marginal(self, target: str, kept: np.ndarray) -> np.ndarray:
         """Cost of the last channel of each group, an array of shape `(groups,)`.
 
-        Kernels compute in blocks, so that a single channel less takes all of a block's time or none of it off: for
-        `"latency"`, the cost is the mean over as many channels as a block or two have.
+        Kernels compute in blocks, so that removing a single channel saves the time of a whole block or nothing. For
+        `"latency"`, the cost is therefore the mean over `LATENCY_STEP` channels.
         """
         base = self.cost(target, kept)
         lengths = np.minimum(LATENCY_STEP, np.maximum(kept - 1, 1)) if target == "latency" else np.ones_like(kept)

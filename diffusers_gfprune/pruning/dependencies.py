@@ -1,12 +1,12 @@
-"""Which channels of a UNet depend on each other, as Torch-Pruning traces them.
+"""Dependencies between the channels of a UNet, traced with Torch-Pruning.
 
-A channel of a module is an *element* (module, side, index), with side `"out"` for what a module produces and `"in"` for what
-it reads. Two elements depend on each other if one cannot be removed without the other. `trace_components` gives the classes
+A channel of a module is an *element* (module, side, index), with side `"out"` for outputs of the module and `"in"` for its
+inputs. Two elements depend on each other if one cannot be removed without the other. `trace_components` returns the classes
 of this relation: each class is one channel of the network, with all of its places.
 
-Torch-Pruning's DepGraph (Fang et al., CVPR 2023, https://arxiv.org/abs/2301.12900) traces the relation; this module is the
-only one that knows it. The trace runs on a twin without memory (the meta device), so that it costs a fraction of a second for
-a model of any size, and leaves the model alone, whatever its device, dtype or hooks.
+Torch-Pruning's DepGraph (Fang et al., CVPR 2023, https://arxiv.org/abs/2301.12900) traces the relation; only this module uses
+it. The trace runs on a copy on the meta device. It takes a fraction of a second for models of any size and does not depend on
+the model's device, dtype or hooks.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..families.lookup import family_of
 __all__ = ["Components", "join", "meta_twin", "trace_components"]
 
 
-# --- a twin without memory ---------------------------------------------------------------------------------------------
+# --- a copy on the meta device -----------------------------------------------------------------------------------------
 
 
 def _settings(module: nn.Module | None) -> dict[str, object]:
-    """What a module computes with beside its parameters: its kind, heads, groups, eps, strides, ..."""
+    """Settings of a module besides its parameters: its class, heads, groups, eps, strides, ..."""
     states = ("training", "gradient_checkpointing")
     public = {} if module is None else {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in states}
     plain = {key: value for key, value in public.items() if isinstance(value, (bool, int, float, str, tuple))}
@@ -39,23 +39,23 @@ def _settings(module: nn.Module | None) -> dict[str, object]:
 
 
 def _check_settings(name: str, found: dict, wanted: dict) -> None:
-    """Refuse a module that computes otherwise than its configuration says, by which the pruned model is built."""
+    """Check a module against the configuration, from which the pruned model is built."""
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise ValueError(f"the model does not match its config: {name}.{key}={found.get(key)!r} should be {value!r}")
+            raise ValueError(f"the model does not match its config: {name}.{key}={found.get(key)!r} must be {value!r}")
 
 
 def meta_twin(unet: nn.Module) -> nn.Module:
-    """A model of the same configuration on the meta device.
+    """A model with the same configuration on the meta device.
 
     Raises:
-        ValueError: The model is of no family, is pruned already, has a block that cannot be pruned, or is not what its
-            configuration says.
+        ValueError: The model is of an unknown family, is already pruned, has a block that cannot be pruned, or does not match
+            its configuration.
     """
     family = family_of(unet)
     if family.is_pruned(unet):
         raise ValueError(
-            f"the model is pruned already ({type(unet).__name__}): prune the dense model to the smaller budget instead"
+            f"the model is already pruned ({type(unet).__name__}): prune the dense model to the smaller budget instead"
         )
     family.check_supported(unet.config)
     with torch.device("meta"):
@@ -63,17 +63,17 @@ def meta_twin(unet: nn.Module) -> nn.Module:
     theirs = {name: tuple(p.shape) for name, p in unet.named_parameters()}
     for name, parameter in twin.named_parameters():
         if theirs.pop(name, None) != tuple(parameter.shape):
-            raise ValueError(f"the model does not match its config: {name} should have shape {tuple(parameter.shape)}")
+            raise ValueError(f"the model does not match its config: {name} must have shape {tuple(parameter.shape)}")
     if theirs:
         raise ValueError(f"the model does not match its config: it has an additional parameter {next(iter(theirs))}")
     modules = dict(unet.named_modules())
     for name, module in twin.named_modules():
-        if name and not isinstance(module, nn.Dropout):  # settings of the model itself are its config
+        if name and not isinstance(module, nn.Dropout):  # the model itself is described by its config
             _check_settings(name, _settings(modules.get(name)), _settings(module))
     for name, module in family.attentions(twin).items():
         if module.heads < 1:
             raise ValueError(
-                f"attention_head_dim={unet.config.attention_head_dim} leaves {name} ({module.query_dim} channels) no head"
+                f"attention_head_dim={unet.config.attention_head_dim} gives {name} ({module.query_dim} channels) zero heads"
             )
     return twin
 
@@ -86,9 +86,9 @@ class Components:
     """Channels of a network, each with all of its places.
 
     Attributes:
-        places: Module and side of every kind of place, in the order of the model's modules.
+        places: All pairs of module and side, in the order of the model's modules.
         offsets: First element of each place; element `offsets[p] + i` is channel `i` at place `p`.
-        labels: Channel of the network that each element is, int64 with shape `(elements,)`; -1 for none.
+        labels: Network channel of each element, int64 with shape `(elements,)`; -1 for none.
     """
 
     places: list[tuple[str, str]]
@@ -101,9 +101,9 @@ class Components:
         return self.labels[self.offsets[index] : self.offsets[index + 1]]
 
     def split(self) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-        """For each channel of the network: its label, its places, and the channel's index at each of them.
+        """Label, places, and index at each place, for every channel of the network.
 
-        Places are in the order of `places`, then of the index: a channel may be at a place more than once.
+        Places are sorted in the order of `places`, then by index: a channel may occur at a place more than once.
         """
         known = np.flatnonzero(self.labels >= 0)
         order = known[np.argsort(self.labels[known], kind="stable")]
@@ -138,14 +138,14 @@ def _width(module: nn.Module, side: str) -> int:
 
 
 def trace_components(family: Family, twin: nn.Module) -> Components:
-    """The channels of a network.
+    """Trace the channels of a network.
 
     Args:
-        family: Of the model.
+        family: Family of the model.
         twin: A dense model on the meta device (`meta_twin`).
 
     Raises:
-        ValueError: A module is of a kind that cannot be pruned.
+        ValueError: A module has a type that cannot be pruned.
     """
     import torch_pruning as tp
     from torch_pruning.dependency import index_mapping
@@ -163,15 +163,15 @@ def trace_components(family: Family, twin: nn.Module) -> Components:
     order = {name: index for index, name in enumerate(names.values())}
     pairs: list[tuple[str, tuple[str, str], list[int], list[int]]] = []  # root module, target place, roots, indices
     seen: dict[str, set[int]] = {}
-    # Torch-Pruning works out the offsets of concatenations and splits before every group, since pruning a group changes them.
-    # Nothing is pruned here: once is enough, and takes most of the time.
+    # Torch-Pruning recomputes the offsets of concatenations and splits for every group, since pruning changes them. This takes
+    # most of the time. Nothing is pruned here, so that once is enough.
     index_mapping.update_index_mapping(graph)
     with mock.patch.object(index_mapping, "update_index_mapping"):
         for module in graph.module2node:
             if not isinstance(module, (nn.Conv2d, nn.Linear)):
                 continue
             width = _width(module, "out")
-            if len(seen.get(names[module], ())) == width:  # a group holds all of its coupled modules: nothing new here
+            if len(seen.get(names[module], ())) == width:  # its group has been traced from a coupled module
                 continue
             pruner = graph.get_pruner_of_module(module)
             for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width))):

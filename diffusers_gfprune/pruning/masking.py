@@ -4,18 +4,18 @@ Every weight and bias `w` that produces a masked channel is read as
 
     w_eff = m ⊙ w          m in [0, 1], one value per unit of channels, broadcast over the other dimensions of w
 
-through `torch.nn.utils.parametrize`. With m = 1 nothing changes. With m = 0 the channels of a unit are zero everywhere, and
-readers of them need no mask: their input is zero. Every value between is a continuous path from the one to the other.
+through `torch.nn.utils.parametrize`. With m = 1 nothing changes. With m = 0 the channels of a unit are zero everywhere. Layers
+that read them need no mask, since their input is zero. Values in between interpolate continuously.
 
-Norms stay what they are, `nn.GroupNorm`, since a unit is made of whole norm groups (`channel_groups`): for such a group x,
+Norms remain `nn.GroupNorm`, since a unit consists of whole norm groups (`channel_groups`). For such a group x,
 
     GN(m x) = gamma (m x - m mean) / sqrt(m^2 var + eps) + beta          -> GN(x) for eps -> 0
 
-so that a mask changes what other groups compute not at all, and what its own groups compute by its factor on gamma and beta.
+so that a mask does not change the output of other groups, and scales its own groups through gamma and beta only.
 
-There is one stored mask per channel group, a buffer of the `ChannelMasks` module that `attach` adds to the model as
-`channel_masks`; parametrizations hold a reference to it. Weights keep their names with
-`.parametrizations.<weight>.original` in between, and their order.
+Each channel group has one stored mask, a buffer of the `ChannelMasks` module that `attach` adds to the model as
+`channel_masks`; parametrizations hold a reference to it. Weights keep their order, and their names with
+`.parametrizations.<weight>.original` inserted.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ MASKS_MODULE = "channel_masks"
 
 
 def check_mask(group: ChannelGroup, mask: Tensor) -> None:
-    """Refuse a mask that no smaller model could have.
+    """Check that a mask corresponds to a smaller model.
 
     Args:
         group: The channel group.
         mask: Values in [0, 1] with shape `(num_units,)`.
 
     Raises:
-        ValueError: Wrong shape, values outside [0, 1], no channel left, or heads left with different numbers of channels.
+        ValueError: The shape is wrong, values are outside [0, 1], no channel is left, or heads have different sizes.
     """
     if mask.shape != (group.num_units,):
         raise ValueError(f"mask of {group.name} has shape {tuple(mask.shape)}, not ({group.num_units},)")
@@ -55,14 +55,14 @@ def check_mask(group: ChannelGroup, mask: Tensor) -> None:
         raise ValueError(f"mask of {group.name} leaves none of its {group.num_channels} channels")
     widths = left[left > 0].unique().tolist()
     if group.attention is not None and len(widths) > 1:
-        raise ValueError(f"mask of {group.name} leaves heads with {widths} channels: heads are removed whole or shrunk alike")
+        raise ValueError(f"mask of {group.name} leaves heads with {widths} channels: all heads must have the same size")
 
 
 class ChannelMasks(nn.Module):
     """The masks of a model, one buffer per channel group.
 
     Args:
-        groups: The channel groups; all masks start as ones.
+        groups: The channel groups; all masks are initialized to 1.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup]) -> None:
@@ -70,13 +70,13 @@ class ChannelMasks(nn.Module):
         self.groups = {group.name: group for group in groups}
         for group in groups:
             self.register_buffer(self._key(group.name), torch.ones(group.num_units))
-        self.version = 0  # of the values, for what is computed from them
-        self.all_ones = True  # spares a model without a masked channel the products
+        self.version = 0  # of the values, for caches
+        self.all_ones = True  # skips the products if no channel is masked
         self.register_load_state_dict_post_hook(lambda module, _: module._refresh())
 
     @staticmethod
     def _key(name: str) -> str:
-        return name.replace(".", "/")  # buffers may not have dots in their names
+        return name.replace(".", "/")  # names of buffers must not contain dots
 
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[self._key(name)]
@@ -86,15 +86,18 @@ class ChannelMasks(nn.Module):
         return {name: self[name].detach().clone() for name in self.groups}
 
     def set(self, masks: Mapping[str, Tensor], check: bool = True) -> None:
-        """Replace some or all masks; nothing changes if one of them is refused.
+        """Replace some or all masks.
 
         Args:
-            masks: By group name.
-            check: Whether to refuse what could not be compacted (see `check_mask`).
+            masks: Masks by group name, each with shape `(num_units,)`.
+            check: Whether to check that masks can be compacted (see `check_mask`).
+
+        Raises:
+            ValueError: A group does not exist or a check fails. No mask is changed.
         """
         for name, mask in masks.items() if check else ():
             if name not in self.groups:
-                raise ValueError(f"{name} is no channel group; groups are {', '.join(list(self.groups)[:3])}, ...")
+                raise ValueError(f"{name} is not a channel group; groups are {', '.join(list(self.groups)[:3])}, ...")
             check_mask(self.groups[name], torch.as_tensor(mask))
         with torch.no_grad():
             for name, mask in masks.items():
@@ -107,7 +110,7 @@ class ChannelMasks(nn.Module):
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside, the model runs as if every mask were one."""
+        """Context in which the model runs with all masks set to 1."""
         before, self.all_ones = self.all_ones, True
         try:
             yield
@@ -116,20 +119,20 @@ class ChannelMasks(nn.Module):
 
 
 class MaskVector(nn.Module):
-    """The mask along one dimension of a parameter, put together from the masks of its groups.
+    """The mask along one dimension of a parameter, concatenated from the masks of its groups.
 
     Args:
         masks: The stored masks.
-        parts: A group, and the position of each of its channels, for every slice of the parameter.
-        length: Size of the dimension; positions that no group has count as 1, as fixed channels do.
+        parts: For every slice of the parameter, its group and the position of each channel.
+        length: Size of the dimension. Positions outside all groups, and fixed channels, have mask 1.
     """
 
     def __init__(self, masks: ChannelMasks, parts: Sequence[tuple[ChannelGroup, tuple[int, ...]]], length: int) -> None:
         super().__init__()
-        self.owner = (masks,)  # a tuple, so that the masks are not registered (and saved) once per parameter
+        self.owner = (masks,)  # a tuple, so that the masks are not registered as a submodule of every parameter
         self.names = [group.name for group, _ in parts]
         units = sum(group.num_units for group, _ in parts)
-        source = torch.full((length,), units)  # where in the masks of all parts, and a 1 after them, each value is
+        source = torch.full((length,), units)  # index of each value in the masks of all parts, followed by a 1
         offset = 0
         for group, positions in parts:
             source[list(positions)] = torch.where(group.unit_of < group.num_units, group.unit_of + offset, units)
@@ -140,12 +143,12 @@ class MaskVector(nn.Module):
 
     @property
     def all_ones(self) -> bool:
-        """Whether the model runs as if nothing were masked."""
+        """Whether the model runs with all masks set to 1."""
         return self.owner[0].all_ones
 
     @property
     def version(self) -> int:
-        """Of the values."""
+        """Version of the mask values."""
         return self.owner[0].version
 
     def forward(self) -> Tensor:
@@ -164,7 +167,7 @@ class ChannelMask(nn.Module):
     Args:
         vector: The mask along `dim`.
         dim: Dimension of the parameter that runs over channels.
-        ndim: Dimensions of the parameter.
+        ndim: Number of dimensions of the parameter.
     """
 
     def __init__(self, vector: MaskVector, dim: int, ndim: int) -> None:
@@ -174,7 +177,7 @@ class ChannelMask(nn.Module):
         self.kept: tuple | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # one graph for all masks: what is computed of them is part of it
+        if torch.compiler.is_compiling():  # one graph for all mask values, including the factor
             return weight * self._factor(weight)
         if self.vector.all_ones:
             return weight
@@ -189,11 +192,11 @@ class ChannelMask(nn.Module):
 
 
 def _refuse_to_save(*args, **kwargs):
-    raise ValueError("the model is masked, and would be saved under names that do not load: compact() or detach() it first")
+    raise ValueError("a masked model cannot be saved, since its parameter names do not load: compact() or detach() it first")
 
 
 def dense_name(name: str) -> str:
-    """Name of a parameter of the masked model in the dense one."""
+    """Convert the name of a parameter of the masked model to its name in the dense model."""
     parts = name.split(".")
     if "parametrizations" not in parts:
         return name
@@ -202,25 +205,25 @@ def dense_name(name: str) -> str:
 
 
 def dense_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters of a masked (or dense) model under their dense names, in the model's order."""
+    """Parameters of a masked (or dense) model by their dense names, in the model's order."""
     return {dense_name(name): parameter for name, parameter in unet.named_parameters()}
 
 
 def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
-    """Put masks, all ones, on a dense model in place. Parameters stay the same objects.
+    """Attach masks of ones to a dense model in place. Parameters stay the same objects.
 
     Args:
         unet: The dense model.
         groups: Its channel groups.
 
     Returns:
-        The masks, which the model now holds as `unet.channel_masks`.
+        The masks, which are also `unet.channel_masks`.
 
     Raises:
-        ValueError: The model has masks already.
+        ValueError: The model already has masks.
     """
     if hasattr(unet, MASKS_MODULE):
-        raise ValueError("the model has channel masks already: detach them first")
+        raise ValueError("the model already has channel masks: detach them first")
     masks = ChannelMasks(groups)
     modules = dict(unet.named_modules())
     for (module_name, parameter_name, dim), pieces in slices_by_dimension(groups).items():
@@ -239,7 +242,7 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
 
 
 def detach(unet: nn.Module) -> None:
-    """Take masks off again: the same model, parameter objects, names and order as before `attach`."""
+    """Remove the masks. Parameter objects, names and order are the same as before `attach`."""
     for module in list(unet.modules()):
         if not parametrize.is_parametrized(module):
             continue

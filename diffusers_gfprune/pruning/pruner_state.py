@@ -1,19 +1,18 @@
-"""What decides how a pruning run goes on, in a form that can be written down: tensors by flat name, and values for JSON.
+"""Serializable state of a pruning run: tensors by flat name, and values for JSON.
 
-    tensors   masks/<group>        mask as it is on the model, float32 in [0, 1]
+    tensors   masks/<group>        current mask of the model, float32 in [0, 1]
               kept/<group>         units kept by the last ranking, bool
               scores/<group>       averaged scores, float32                                after the first ranking
-              path_start/<group>   masks at the step at which the last ranking was made    while masks move
-              path_goal/<group>    masks at the step that it aims at                       while masks move
+              path_start/<group>   masks at the step of the last ranking                   while masks move
+              path_goal/<group>    masks at the goal step of the last ranking              while masks move
     values    groups               number of units by group name
               path                 {"start_step", "goal_step"}, or null
               history              list of `MaskUpdate.to_dict()`
               finished, by_hand    bool
-              latency              measured times that a budget in time was planned with (`latency_budget`), or null
+              latency              measured times for a latency budget (`latency.budget`), or null
 
-where all tensors have the shape `(num_units,)`. Group names hold dots, never a slash. Tensors are for safetensors and
-values for JSON, both of which give back every number bit for bit. Schedule and options are not in it: they follow from the
-configuration.
+All tensors have the shape `(num_units,)`. Group names contain dots, but no slashes. Tensors are stored as safetensors, values
+as JSON, which restore every number bit for bit. Schedule and options are not stored: they follow from the configuration.
 """
 
 from __future__ import annotations
@@ -32,19 +31,20 @@ __all__ = ["MaskPath", "MaskUpdate", "PrunerState"]
 
 @dataclass(frozen=True)
 class MaskUpdate:
-    """What one ranking did.
+    """The changes of one ranking.
 
     Attributes:
         step: Training step.
         phase: `"soft"` or `"hard"`.
-        sparsity: Share of the target's dense cost that the kept units leave out, in [0, 1].
-        mask_value: p_t that pruned units get, at once or, with `interpolate_masks`, by the next ranking; in [0, 1].
-        kept_units: Units that get mask 1, likewise.
-        revived_units: Units that were pruned after the last ranking and are kept now.
-        newly_pruned_units: Units that were kept after the last ranking and are pruned now.
-        kept_channels: Channels of the kept units, and those that are always kept.
-        macs: MACs of the model that the kept units would make.
-        params: Parameters of that model.
+        sparsity: Share of the target's dense cost that is removed, in [0, 1].
+        mask_value: p_t, the mask value of pruned units, in [0, 1]. With `interpolate_masks`, masks reach it at the next
+            ranking.
+        kept_units: Number of units with mask 1, likewise.
+        revived_units: Number of kept units that were pruned in the previous ranking.
+        newly_pruned_units: Number of pruned units that were kept in the previous ranking.
+        kept_channels: Number of channels in kept units, including fixed channels.
+        macs: MACs of the model that consists of the kept units.
+        params: Number of parameters of that model.
     """
 
     step: int
@@ -65,7 +65,7 @@ class MaskUpdate:
 
 @dataclass(frozen=True)
 class MaskPath:
-    """The straight line on which masks move from one ranking to the next.
+    """Linear interpolation of masks between two rankings.
 
     Attributes:
         start_step: Step of the ranking.
@@ -80,7 +80,7 @@ class MaskPath:
     goals: dict[str, Tensor]
 
     def at(self, step: int) -> dict[str, Tensor]:
-        """Masks at `step`; from `goal_step` on `goals` themselves, not by arithmetic: compaction needs zeros and ones."""
+        """Masks at `step`. From `goal_step` on exactly `goals`, since compaction needs exact zeros and ones."""
         if step >= self.goal_step:
             return self.goals
         share = (step - self.start_step) / (self.goal_step - self.start_step)
@@ -89,16 +89,16 @@ class MaskPath:
 
 @dataclass
 class PrunerState:
-    """All that a `GradientFlowPruner` remembers from step to step.
+    """State of a `GradientFlowPruner`.
 
     Attributes:
-        masks: By group name, float32 with shape `(num_units,)`.
+        masks: Masks by group name, float32 with shape `(num_units,)`.
         kept: Units kept by the last ranking, bool.
         scores: Averaged scores, None before the first ranking.
-        path: Where masks move, None while they hold.
-        history: One entry for each ranking.
+        path: Interpolation of masks, None while masks are constant.
+        history: One entry per ranking.
         finished: Whether masks are frozen.
-        by_hand: Whether masks were set by hand since the last ranking.
+        by_hand: Whether masks were set explicitly since the last ranking.
         latency: `GradientFlowPruner.latency`.
     """
 
@@ -112,7 +112,7 @@ class PrunerState:
     latency: dict | None = None
 
     def to_dict(self) -> dict:
-        """`{"tensors": {flat name: tensor on the CPU}, "values": what JSON takes}`."""
+        """`{"tensors": {flat name: tensor on the CPU}, "values": JSON values}`."""
         families = {"masks": self.masks, "kept": self.kept, "scores": self.scores or {}}
         if self.path is not None:
             families |= {"path_start": self.path.starts, "path_goal": self.path.goals}
@@ -134,14 +134,14 @@ class PrunerState:
 
     @classmethod
     def from_dict(cls, state: Mapping, groups: Iterable[ChannelGroup]) -> PrunerState:
-        """Read what `to_dict` wrote.
+        """Read the output of `to_dict`.
 
         Args:
             state: `{"tensors": ..., "values": ...}`; its tensors are copied.
-            groups: Channel groups of the model that it is for.
+            groups: Channel groups of the model.
 
         Raises:
-            ValueError: It is of other groups, or incomplete, or its parts do not fit together.
+            ValueError: The state has other groups, is incomplete, or is inconsistent.
         """
         sizes = {group.name: group for group in groups}
         try:
@@ -149,7 +149,7 @@ class PrunerState:
             theirs, path, history = values["groups"], values["path"], _read_history(values["history"])
             flags = {name: values[name] for name in ("finished", "by_hand")}
         except (KeyError, TypeError) as error:
-            raise ValueError(f"the pruner's state is incomplete or of another form: {error!r}") from error
+            raise ValueError(f"the pruner's state is incomplete or malformed: {error!r}") from error
         _check_groups(theirs, sizes)
         wanted = {"masks": torch.float32, "kept": torch.bool}
         wanted |= {"scores": torch.float32} if history else {}
@@ -159,19 +159,19 @@ class PrunerState:
             for family, dtype in wanted.items()
         }
         if tensors:
-            raise ValueError(f"the pruner's state has {len(tensors)} tensors too many, such as {next(iter(tensors))}")
+            raise ValueError(f"the pruner's state has {len(tensors)} unexpected tensors, such as {next(iter(tensors))}")
         masks, kept = found["masks"], found["kept"]
         moving = _read_path(path, found["path_start"], found["path_goal"]) if path else None
         for name, group in sizes.items():
             goal = moving.goals[name] if moving else masks[name]
             check_mask(group, goal)
             if (goal[kept[name]] != 1).any():
-                raise ValueError(f"kept/{name} of the pruner's state does not fit its masks: kept units have mask 1")
+                raise ValueError(f"kept/{name} of the pruner's state does not match its masks: kept units must have mask 1")
         count = sum(int(flags.sum()) for flags in kept.values())
         expected = history[-1].kept_units if history else sum(group.num_units for group in sizes.values())
         if count != expected and not flags["by_hand"]:
-            raise ValueError(f"the pruner's state keeps {count} units, its history says {expected}")
-        # Checkpoints of earlier versions knew no times
+            raise ValueError(f"the pruner's state keeps {count} units, but its history has {expected}")
+        # Checkpoints of earlier versions have no latency
         return cls(masks, kept, found.get("scores"), moving, history, **flags, latency=values.get("latency"))
 
 
@@ -179,15 +179,15 @@ def _check_groups(theirs: Mapping[str, int], groups: Mapping[str, ChannelGroup])
     for name in [*groups, *theirs]:
         if name not in groups or name not in theirs:
             where = "the model" if name in groups else "the state"
-            raise ValueError(f"the pruner's state is of another model: only {where} has channel group {name}")
+            raise ValueError(f"the pruner's state belongs to another model: only {where} has channel group {name}")
         if theirs[name] != groups[name].num_units:
             raise ValueError(
-                f"the pruner's state is of another model: {name} has {theirs[name]} units there, {groups[name].num_units} here"
+                f"the pruner's state belongs to another model: {name} has {theirs[name]} units, not {groups[name].num_units}"
             )
 
 
 def _read_tensor(tensors: dict[str, Tensor], family: str, group: ChannelGroup, dtype: torch.dtype) -> Tensor:
-    """Take one tensor out of the flat names."""
+    """Remove one tensor from the flat names and check it."""
     name = f"{family}/{group.name}"
     if name not in tensors:
         raise ValueError(f"the pruner's state has no {name}")
@@ -198,7 +198,7 @@ def _read_tensor(tensors: dict[str, Tensor], family: str, group: ChannelGroup, d
             f"({group.num_units},)"
         )
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} of the pruner's state holds NaN or infinity")
+        raise ValueError(f"{name} of the pruner's state contains NaN or infinity")
     if family in ("masks", "path_start", "path_goal") and not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(f"{name} of the pruner's state has values from {tensor.min():g} to {tensor.max():g}, outside [0, 1]")
     return tensor.detach().cpu().clone()

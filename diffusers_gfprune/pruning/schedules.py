@@ -1,4 +1,4 @@
-"""Pure schedules: training step -> phase, share of the target s_t that is pruned, mask value p_t of the pruned channels.
+"""Schedules: training step -> phase, pruned share s_t of the target, mask value p_t of pruned channels.
 
 With N = soft_steps, M = end_steps and f = t / N (arXiv 2501.09464, section III-B: linear s_t and p_t):
 
@@ -11,10 +11,9 @@ With N = soft_steps, M = end_steps and f = t / N (arXiv 2501.09464, section III-
     exponential  rise(f) = (1 - exp(-5 f)) / (1 - exp(-5))
     cubic        rise(f) = 1 - (1 - f)^3                             (Zhu and Gupta, arXiv 1710.01878, equation 1)
 
-As published, masks jump at every ranking and hold in between: late in the soft phase, a channel that is picked then falls
-from 1 to nearly 0 at once. With `interpolate`, a ranking says where each mask will be at the *next* one, and masks move
-there in a straight line: every channel, picked late or coming back, moves continuously, and the one ranked last before N
-reaches a binary mask at N.
+As published, masks change at rankings only: a channel pruned late in the soft phase falls from 1 to nearly 0 at once. With
+`interpolate`, a ranking defines the masks at the *next* ranking, and masks are interpolated linearly until then. All masks
+change continuously, and the last ranking before N leads to binary masks at N.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ def rise(shape: str, fraction: float) -> float:
 
     Args:
         shape: One of `SCHEDULES`.
-        fraction: Where on the curve; values outside [0, 1] count as the nearer end.
+        fraction: Position on the curve, clamped to [0, 1].
 
     Returns:
         A value in [0, 1], exactly 0 at 0 and 1 at 1.
 
     Raises:
-        ValueError: No such shape.
+        ValueError: The shape is unknown.
     """
     if shape not in _SHAPES:
         raise ValueError(f"schedule={shape} must be one of {', '.join(SCHEDULES)}")
@@ -53,7 +52,7 @@ def rise(shape: str, fraction: float) -> float:
 
 @dataclass(frozen=True)
 class PruningSchedule:
-    """When masks change, and to what.
+    """Schedule of rankings, sparsity and mask values.
 
     Attributes:
         soft_steps: N, the first step of the hard phase (>= 0).
@@ -61,7 +60,7 @@ class PruningSchedule:
         update_interval: Steps between two rankings (>= 1).
         sparsity_schedule: Shape of s_t.
         mask_schedule: Shape of 1 - p_t.
-        interpolate: Whether masks of the soft phase move in a straight line from ranking to ranking.
+        interpolate: Whether masks of the soft phase are interpolated linearly between rankings.
     """
 
     soft_steps: int
@@ -84,10 +83,9 @@ class PruningSchedule:
         return 1.0 - rise(self.mask_schedule, step / self.soft_steps) if step < self.soft_steps else 0.0
 
     def update_steps(self) -> list[int]:
-        """Every step at which channels are ranked.
+        """All steps at which channels are ranked.
 
-        With `interpolate`, the soft phase ranks at its beginnings (0, not N, where the last goal is reached); else N is one
-        of them, whatever the interval.
+        With `interpolate`, they include 0, but not N, where the last goal is reached. Otherwise they include N.
         """
         if self.interpolate and self.soft_steps > 0:
             soft = range(0, self.soft_steps, self.update_interval)
@@ -107,7 +105,7 @@ class PruningSchedule:
         return step < self.end_steps and (step - self.soft_steps) % self.update_interval == 0
 
     def goal_step(self, step: int) -> int:
-        """The step whose s_t and p_t a ranking at `step` aims at: the next ranking or N with `interpolate`, else itself."""
+        """The step whose s_t and p_t a ranking at `step` uses: with `interpolate` the next ranking or N, else `step`."""
         if self.interpolate and step < self.soft_steps:
             return min(step + self.update_interval, self.soft_steps)
         return step

@@ -1,1 +1,1 @@
-"""Scores of units: the criteria, and the derivatives that they take."""
+"""Scores of units: criteria and derivatives of the loss."""

@@ -1,8 +1,8 @@
-"""ScoringContext: what a criterion sees, and the tools it is written with.
+"""ScoringContext: inputs and helper methods of a criterion.
 
-Losses and gradients belong to *global* batches. Where several processes score together, `batches` are this rank's rows of
-them (the same number on every rank), and what sums gradients (`gradients`, `mean_gradient`, `summed_gradients`) returns means
-over ranks. A criterion made of these needs to know nothing of processes; one that takes losses itself sees this rank's.
+Gradients refer to *global* batches. With several processes, `batches` are this rank's rows of them (the same number on every
+rank), and `gradients`, `mean_gradient` and `summed_gradients` return means over ranks. A criterion that only uses these
+methods does not depend on the number of processes. Losses are those of this rank.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Scores = dict[str, Tensor]
 
 
 def check_batch(unet: nn.Module, noise_scheduler, batch: DiffusionBatch) -> None:
-    """Refuse a calibration batch that is not one of this model.
+    """Check that a calibration batch fits the model.
 
     Args:
         unet: The model.
-        noise_scheduler: The process that it was trained in.
+        noise_scheduler: The scheduler that adds the noise.
         batch: The batch.
 
     Raises:
-        ValueError: A tensor has another shape, dtype or range than the model takes, or labels are missing, or are too many.
+        ValueError: A tensor has a wrong shape, dtype or range, or class labels are missing or not supported.
     """
     batch.check(unet.config.in_channels, noise_scheduler.config.num_train_timesteps)
     family_of(unet).check_conditioning(unet, batch.conditioning, len(batch))
@@ -42,15 +42,15 @@ def check_batch(unet: nn.Module, noise_scheduler, batch: DiffusionBatch) -> None
 
 @dataclass
 class ScoringContext:
-    """What a criterion sees.
+    """Inputs of a criterion.
 
     Attributes:
         unet: The model, in evaluation mode, with float32 weights.
         groups: Its channel groups.
-        batches: Calibration batches; of several processes, each has its rows of every batch.
+        batches: Calibration batches; with several processes, the rows of this rank.
         noise_scheduler: The Diffusers scheduler that adds the noise.
         config: All options.
-        parameters: Every parameter with a slice in a group, by dense name.
+        parameters: Parameters with a slice in a group, by dense name.
     """
 
     unet: nn.Module
@@ -66,24 +66,24 @@ class ScoringContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(iter(self.parameters.values())).device
 
     def loss(self, batch: DiffusionBatch, sample_weights: Tensor | None = None) -> Tensor:
-        """Noise-prediction loss of a batch, a scalar: the mean of errors times `sample_weights (batch,)`, on this rank."""
+        """Loss of a batch on this rank: the mean of sample losses times `sample_weights`, with shape `(batch,)`; a scalar."""
         errors = self.sample_losses(batch)
         return errors.mean() if sample_weights is None else (errors * sample_weights).mean()
 
     def predictions(self, batch: DiffusionBatch) -> Tensor:
-        """What the model predicts of a batch's noisy images, float32, of their shape.
+        """Predictions for the noisy images of a batch, float32 with the shape of the images.
 
         Raises:
-            ValueError: It predicts something of another shape.
+            ValueError: The prediction has another shape.
         """
         inputs = batch.to(self.device).inputs(self.noise_scheduler, self.unet.dtype)
         found = family_of(self.unet).predict(self.unet, inputs).float()
         if found.shape != inputs.sample.shape:
-            raise ValueError(f"the model predicts shape {tuple(found.shape)}, its target has {tuple(inputs.sample.shape)}")
+            raise ValueError(f"the prediction has shape {tuple(found.shape)}, its target has {tuple(inputs.sample.shape)}")
         return found
 
     def sample_losses(self, batch: DiffusionBatch) -> Tensor:
@@ -93,17 +93,17 @@ class ScoringContext:
         return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
 
     def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
-        """Gradient of a scalar by parameter name: the mean over ranks, or with `create_graph` this rank's alone."""
+        """Gradient of a scalar by parameter name: the mean over ranks, or with `create_graph` that of this rank."""
         found = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=create_graph)
         if not create_graph and world_size() > 1:
-            found = [gradient.clone() for gradient in found]  # autograd's own may be a view, or somebody else's, too
+            found = [gradient.clone() for gradient in found]  # autograd may return views or shared tensors
             mean_over_ranks(found)
         return dict(zip(self.parameters, found))
 
     def summed_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Gradient of a sum of scalars by parameter name, added up in place as they come, then the mean over ranks.
+        """Gradient of a sum of scalars by parameter name, accumulated in place, then the mean over ranks.
 
-        Autograd adds into `.grad`, so that no second set of gradients is ever held; a user's own `.grad` is put back.
+        Autograd accumulates into `.grad`, which avoids a second set of gradients; existing values of `.grad` are restored.
         """
         parameters = list(self.parameters.values())
         held = [parameter.grad for parameter in parameters]
@@ -130,7 +130,7 @@ class ScoringContext:
         """Sum per-weight contributions over the slices of each unit.
 
         Args:
-            contributions: A tensor of its parameter's shape for each name in `parameters`.
+            contributions: For each name in `parameters`, a tensor with the parameter's shape.
             aggregation: `"signed"` (sum), `"abs"` (absolute value of the sum) or `"sum_abs"` (sum of absolute values).
 
         Returns:

@@ -1,11 +1,11 @@
-"""Hessian-vector products at the price of a few more passes: double backward of convolution and SiLU.
+"""Efficient Hessian-vector products: double backward of convolution and SiLU.
 
-Autograd differentiates twice by composing elementwise operations for activations, each of which keeps its result, and turns
-convolutions inside out (the batch becomes channels). Here the second derivative of both is written down, in terms of native
-kernels. Group norms are left to autograd: scoring k batches takes 3.2 times as long as k plain steps then, 2.2 with a second
-derivative of theirs (digits model, batch 64, CPU).
+For second derivatives, autograd composes elementwise operations for activations and stores each result, and swaps batch and
+channels of convolutions. Here the second derivatives of both use native kernels. Group norms are left to autograd: scoring k
+batches then takes 3.2 times as long as k training steps, or 2.2 times with an explicit second derivative of group norms
+(digits model, batch 64, CPU).
 
-Notation: `dy` is the gradient of the output, `u` the vector that the first backward's result is multiplied by.
+Notation: `dy` is the gradient of the output, `u` the vector that multiplies the result of the first backward.
 
 Convolution, with `S = <u_x, dx> + <u_w, dw> + <u_b, db>`, is bilinear in `(x, w)`:
 
@@ -103,7 +103,7 @@ class _Conv2dBackward(Function):
         return d_grad, d_x, d_w, None, None
 
 
-# --- in place of the native ones ---------------------------------------------------------------------------------------
+# --- replacement of the native operations ------------------------------------------------------------------------------
 
 
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -121,8 +121,7 @@ _LEAN = {torch.conv2d: _conv2d, F.silu: _silu}
 
 
 class LeanDoubleBackward(TorchFunctionMode):
-    """Context in which convolutions and SiLUs can be differentiated twice at low cost. Values stay the same, to
-    float rounding."""
+    """Context in which convolutions and SiLUs have an efficient double backward. Values agree up to float rounding."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         lean = _LEAN.get(func)

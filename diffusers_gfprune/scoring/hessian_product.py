@@ -1,14 +1,14 @@
-"""Hessian-gradient products H g, matrix-free, of the mean loss over calibration batches.
+"""Matrix-free Hessian-gradient products H g of the mean loss over calibration batches.
 
 Exact (Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6, 1994), with v = g held constant:
 
     H g = d(g . v) / d theta
 
-By central differences of gradients along g, which needs first derivatives only, to second order in the step h:
+By central differences of gradients along g, which need first derivatives only, to second order in the step h:
 
     H g = (grad L(theta + h g) - grad L(theta - h g)) / 2h + O(h^2)
 
-Over several processes v and H are those of the global batches: v is reduced before it is multiplied by, the product after.
+With several processes, v and H refer to the global batches: v is averaged over ranks before the product, the product after it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def exact_product(context: ScoringContext, batches: Sequence[DiffusionBatch]) ->
 
     Args:
         context: The model, in `scoring_mode`.
-        batches: Those that H and g are means over.
+        batches: Batches over which H and g are averaged.
 
     Returns:
-        A new tensor of its parameter's shape by name.
+        New tensors by parameter name, with the shapes of the parameters.
     """
     vector = context.mean_gradient(batches) if len(batches) > 1 else None
 
     def directional_derivatives() -> Iterator[Tensor]:
         for batch in batches:
             gradient = context.gradients(context.loss(batch) / len(batches), create_graph=True)
-            # The gradient of one batch on one rank is v itself; elsewhere it is one part of it.
+            # With one batch on one rank, the gradient is v itself; otherwise it is a part of v.
             along = vector or {name: g.detach() for name, g in gradient.items()}
             if vector is None and world_size() > 1:
                 along = {name: g.clone() for name, g in along.items()}
@@ -52,16 +52,16 @@ def exact_product(context: ScoringContext, batches: Sequence[DiffusionBatch]) ->
     return context.summed_gradients(directional_derivatives())
 
 
-# Length of the step relative to the weights. The gradient is a steep direction: truncation errors show long before eps^(1/3),
-# the textbook step.
+# Length of the step relative to the weights. The loss is steep along the gradient: truncation errors dominate far below the
+# textbook step eps^(1/3).
 FINITE_DIFFERENCE_STEPS = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
 def _halves(batches: Sequence[DiffusionBatch]) -> list[tuple[DiffusionBatch, float]]:
-    """Each batch in two parts, with the weights that make their losses sum to the mean loss.
+    """Split each batch into halves, with weights such that their losses sum to the mean loss.
 
-    Differences hold two more copies of the weights than a training step does; half a batch at a time, they fit where
-    training fits, and sums of gradients do not notice.
+    Finite differences hold two more copies of the weights than a training step. With half batches they need no more memory
+    than training. Sums of gradients are the same.
     """
     return [
         (part, len(part) / (len(batch) * len(batches))) for batch in batches for part in batch.split((len(batch) + 1) // 2)
@@ -70,14 +70,14 @@ def _halves(batches: Sequence[DiffusionBatch]) -> list[tuple[DiffusionBatch, flo
 
 @torch.no_grad()
 def difference_product(context: ScoringContext, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
-    """H g by central differences. Weights are put back bit for bit.
+    """H g by central differences. Weights are restored bit for bit.
 
     Args:
         context: The model, in `scoring_mode`.
-        batches: Those that H and g are means over.
+        batches: Batches over which H and g are averaged.
 
     Returns:
-        A new tensor of its parameter's shape by name.
+        New tensors by parameter name, with the shapes of the parameters.
     """
     with torch.enable_grad():
         vector = context.mean_gradient(batches)
@@ -95,7 +95,7 @@ def difference_product(context: ScoringContext, batches: Sequence[DiffusionBatch
                 for name, parameter in context.parameters.items():
                     if sign > 0:
                         parameter.data.add_(vector.pop(name), alpha=step)
-                    else:  # the mirror image, rounding included
+                    else:  # the mirrored point, including its rounding
                         parameter.data.copy_(2 * saved[name] - parameter.data)
             for part, weight in _halves(batches):
                 yield context.loss(part) * (sign * weight / (2 * step))

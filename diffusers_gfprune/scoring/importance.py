@@ -1,11 +1,11 @@
-"""Importance: calibration batches in, one score per unit of channels out. The lowest scores are pruned.
+"""Importance scores of units from calibration batches. The units with the lowest scores are pruned.
 
 With weights theta, noise-prediction loss L, gradient g = dL/dtheta, Hessian H, and sums over the slices of all channels of a
 unit c:
 
     gradient-flow           E |df/dm_c|^2       the squared gradient norm that removing c causes, in the metric of
                                                 predictions f (`natural_flow`)
-    gradient-flow-weights   sum_c theta (H g)   the same in the metric of weights, arXiv 2501.09464; the argument is GraSP's
+    gradient-flow-weights   sum_c theta (H g)   the same in the metric of weights, arXiv 2501.09464; derived as in GraSP
                                                 (Wang et al., arXiv 2002.07376): removing c changes ||g||^2 by
                                                 -2 theta_c . (H g)_c to first order
     taylor                  | sum_c theta g |   Molchanov et al., arXiv 1906.10771
@@ -14,8 +14,8 @@ unit c:
     magnitude               sum_c theta^2       Li et al., arXiv 1608.08710, with the squared L2 norm
     random                  uniform in [0, 1)
 
-A criterion is a function from a `ScoringContext` to scores by group name, with a record (`criteria.Criterion`);
-`register_criterion` adds your own:
+A criterion is a function that maps a `ScoringContext` to scores by group name, with a record (`criteria.Criterion`).
+`register_criterion` adds a criterion:
 
     @register_criterion("my-criterion")
     def my_criterion(context):
@@ -42,12 +42,12 @@ from .natural_flow import prediction_changes
 
 __all__ = ["ScoringContext", "normalize_scores", "score_units"]
 
-# Of criteria that look at no image
+# For criteria that do not use images
 WEIGHTS_ONLY = {"derivatives": 0, "needs_batches": False, "passes": 0.0}
 
 
 def _check_batches(batches: Sequence[DiffusionBatch], criterion: Criterion) -> None:
-    """Refuse batches that ranks have different shapes of, before one waits for another."""
+    """Check that batches have the same shapes on all ranks, before ranks wait for each other."""
     shapes = [size for batch in batches for column in batch.tensors() for size in column.shape]
     check_identical({"shapes of calibration batches": torch.tensor([len(batches), *shapes])})
     if criterion.needs_batches and len(batches) == 0:
@@ -55,13 +55,13 @@ def _check_batches(batches: Sequence[DiffusionBatch], criterion: Criterion) -> N
 
 
 def _check_finite(scores: Mapping[str, Tensor]) -> None:
-    """Refuse scores that are not finite on any rank, on all of them."""
+    """Check that scores are finite on every rank; errors are raised on all ranks."""
     broken = torch.tensor([[not bool(torch.isfinite(values).all()) for values in scores.values()]])
     for name, is_broken in zip(scores, gather_rows(broken).any(dim=0).tolist()):
         if is_broken:
             raise ValueError(
-                f"scores of {name} are not finite: the weights (did training diverge?) or the calibration images hold NaN "
-                f"or infinity"
+                f"scores of {name} are not finite: the weights (did training diverge?) or the calibration images contain "
+                f"NaN or infinity"
             )
 
 
@@ -72,26 +72,24 @@ def score_units(
     noise_scheduler,
     config: GFPruneConfig,
 ) -> Scores:
-    """Score every unit by `config.criterion`. Weights, masks, gradients and mode of the model are left as they were.
+    """Score all units with `config.criterion`. Weights, masks, gradients and mode of the model are not changed.
 
-    Scores are computed in float32 (float64 if the weights are), whatever precision the model is trained in; a model with
-    half-precision weights is copied for that.
-
-    With several processes, all of them score together, and each passes its rows of every batch.
+    Scores are computed in float32 (float64 for float64 weights), independently of the training precision. A model with
+    half-precision weights is copied. With several processes, all must call this, each with its rows of every batch.
 
     Args:
         unet: The dense or masked model.
         groups: Its channel groups.
         batches: Calibration batches (see `ScoringContext`).
         noise_scheduler: The Diffusers scheduler that adds the noise.
-        config: Criterion and its options.
+        config: The criterion and its options.
 
     Returns:
         Scores by group name, float32 with shape `(num_units,)`; the same on every rank.
 
     Raises:
-        ValueError: No such criterion, no batches, batches of other shapes on another rank, or scores that are not finite or
-            not the same on every rank; the last three on all ranks.
+        ValueError: The criterion is unknown, batches are missing, shapes of batches differ between ranks, or scores are not
+            finite or differ between ranks. The last three are raised on all ranks.
     """
     criterion = find_criterion(config.criterion)
     _check_batches(batches, criterion)
@@ -113,13 +111,13 @@ def score_units(
 
 
 def normalize_scores(scores: Scores) -> Scores:
-    """Make scores of different groups comparable: those of a group are divided by their mean absolute value.
+    """Make scores of different groups comparable: divide the scores of each group by their mean absolute value.
 
     Args:
-        scores: By group name.
+        scores: Scores by group name.
 
     Returns:
-        New scores; a group of zeros stays as it is.
+        New scores; a group of zeros is unchanged.
     """
     tiny = torch.finfo(torch.float32).tiny
     return {name: values / values.abs().mean().clamp_min(tiny) for name, values in scores.items()}
@@ -136,7 +134,7 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
     "gradient-flow",
     title="gradient flow",
     derivatives=1,
-    keeps_activations=True,  # outputs that checkpointing computes again are not those that a hook has seen
+    keeps_activations=True,  # hooks do not see the outputs that checkpointing recomputes
     ranking="sensitivity",
     passes=2.0,
     memory=1.7,
@@ -173,12 +171,12 @@ def _taylor(context: ScoringContext) -> Scores:
 
 @register_criterion("diff-pruning", title="Diff-Pruning", derivatives=1)
 def _diff_pruning(context: ScoringContext) -> Scores:
-    # Of all ranks, in the order of the global batches: one rank alone would draw the line elsewhere.
+    # From all ranks, in the order of the global batches: a single rank would find another threshold.
     timesteps = torch.cat([gather_rows(batch.timesteps).cpu() for batch in context.batches])
     with torch.no_grad():
         losses = torch.cat([gather_rows(context.sample_losses(batch)).cpu() for batch in context.batches])
-    # Timesteps in ascending order; from the first whose loss falls under the threshold on, none counts. Each bucket of
-    # neighbouring timesteps has one loss, the mean over its samples.
+    # Timesteps in ascending order are skipped from the first one whose loss is below the threshold. Losses are means over
+    # buckets of neighbouring timesteps.
     order = timesteps.argsort(stable=True)
     bucket_losses = [bucket.mean().item() for bucket in losses[order].chunk(min(20, len(order)))]
     last, largest = timesteps[order[-1]].item(), 0.0

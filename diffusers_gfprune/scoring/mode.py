@@ -1,7 +1,7 @@
-"""The state a model is scored in, whatever it is trained in: float32 without TF32 or autocast, evaluation mode, eager.
+"""Mode of a model during scoring: float32 without TF32 or autocast, evaluation mode, eager.
 
-Scores are small differences of large sums, and rankings of neighbours hang on their last digits. So training may run in
-bfloat16, compiled and checkpointed; scoring does not. All is put back afterwards, after errors too.
+Scores are small differences of large sums, and rankings depend on their last digits. Training may run in bfloat16, compiled
+and with gradient checkpointing; scoring does not. All settings are restored afterwards, also after errors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["ieee_float32", "scoring_mode"]
 
 
 def _older_flags() -> tuple[str, bool] | None:
-    """Flags that torch has for it since long; None where it refuses to read them, as it does after newer ones were set."""
+    """The older TF32 flags of torch; None if torch refuses to read them, as it does after the newer ones were set."""
     try:
         torch.backends.cuda.matmul.allow_tf32  # noqa: B018
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -32,21 +32,21 @@ def _older_flags() -> tuple[str, bool] | None:
 
 def _set_older_flags(matmul: str, convolution: bool) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are newer ones
+        warnings.simplefilter("ignore")  # deprecation of the older flags
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = convolution
 
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Inside, products of float32 matrices and convolutions are computed in float32, not in TF32 or bfloat16."""
+    """Context in which float32 matrix products and convolutions use float32, not TF32 or bfloat16."""
     backends = torch.backends
     owners = ()
     if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
         owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
     before, older = [owner.fp32_precision for owner in owners], _older_flags()
     try:
-        if older is not None:  # both kinds, since torch raises where they contradict each other
+        if older is not None:  # both kinds of flags, since torch raises if they contradict each other
             _set_older_flags("highest", False)
         for owner in owners:
             owner.fp32_precision = "ieee"
@@ -60,7 +60,7 @@ def ieee_float32() -> Iterator[None]:
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Inside, the model runs the forward it had before Accelerate wrapped it in autocast."""
+    """Context in which the model uses its forward without the autocast wrapper of Accelerate."""
     wrapped = vars(model).get("forward")
     original = vars(model).get("_original_forward")
     if wrapped is None or original is None:
@@ -75,10 +75,10 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Inside, activations are kept, not computed again.
+    """Context without gradient checkpointing.
 
-    A graph that is differentiated twice holds them anyway: the nodes of the first backward keep what was computed again. And
-    that is computed without `LeanDoubleBackward`, to other intermediate results than before, which torch refuses.
+    With two derivatives, checkpointing does not save memory: nodes of the first backward keep the recomputed activations.
+    Besides, torch recomputes them without `LeanDoubleBackward` and raises because the saved tensors differ.
     """
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:
@@ -92,7 +92,7 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, frozen parameters have gradients, too."""
+    """Context in which frozen parameters have gradients, too."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -115,11 +115,11 @@ def scoring_mode(
 
     Args:
         unet: The dense or masked model, not wrapped by an engine.
-        parameters: Those that get gradients, frozen or not.
-        dense: Whether masks count as ones.
-        differentiate: How often losses are differentiated inside: 0, 1 or 2. What is differentiated twice goes without fused
-            attention and gradient checkpointing.
-        keep_activations: Whether to go without gradient checkpointing in any case.
+        parameters: Parameters that get gradients, including frozen ones.
+        dense: Whether to set all masks to 1.
+        differentiate: Order of the derivatives of losses: 0, 1 or 2. For 2, fused attention and gradient checkpointing are
+            disabled.
+        keep_activations: Whether to disable gradient checkpointing in any case.
     """
     masks = getattr(unet, MASKS_MODULE, None)
     twice = differentiate > 1

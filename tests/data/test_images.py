@@ -65,7 +65,7 @@ def test_greyscale_stored_in_colour_fits_a_greyscale_model_and_colour_does_not(m
     grey = noise_image(8, 8)
     pixels = decoder()(encoded(encode(grey.convert("P") if mode == "P" else grey.convert("RGB").convert(mode), "tiff")))
     torch.testing.assert_close(pixels, tensor(grey), atol=1e-6, rtol=0)
-    with pytest.raises(BrokenImage, match=f"row 5 of column image: mode {mode} is in colour where greyscale"):
+    with pytest.raises(BrokenImage, match=f"row 5 of column image: mode {mode} is in colour, but the model is greyscale"):
         decoder()(encoded(encode(noise_image(8, 8, "RGB").convert(mode), "tiff")))
 
 

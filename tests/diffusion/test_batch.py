@@ -54,9 +54,9 @@ def test_the_memory_format_is_that_of_images_and_noise() -> None:
 def test_batches_of_another_model_are_refused() -> None:
     BATCH.check(1, 1000)
     for change, message in (
-        ({"clean": CLEAN[0]}, r"clean images have shape \(1, 2, 2\), the model takes in_channels=1"),
-        ({"noise": NOISE[:2]}, r"noise has shape \(2, 1, 2, 2\), clean images have \(3, 1, 2, 2\)"),
-        ({"timesteps": TIMESTEPS + 1}, "timesteps are from 1 to 1000; they must be integers from 0 to 999"),
+        ({"clean": CLEAN[0]}, r"clean images have shape \(1, 2, 2\), but the model has in_channels=1"),
+        ({"noise": NOISE[:2]}, r"noise has shape \(2, 1, 2, 2\), but clean images have \(3, 1, 2, 2\)"),
+        ({"timesteps": TIMESTEPS + 1}, "timesteps range from 1 to 1000; they must be integers from 0 to 999"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(BATCH, **change).check(1, 1000)

@@ -58,8 +58,8 @@ def test_arguments_win_over_the_convention(arguments: tuple, expected: LabelDrop
         ((None, None, 0.1), "label_dropout=0.1 needs a class-conditional model"),
         ((11, 11), "null_label=11 must be from 0 to 10"),
         ((11, -1), "null_label=-1 must be from 0 to 10"),
-        ((11, 3, None, 10), "null_label=3 is a class of the data, which has 10"),
-        ((10, None, 0.1, 10), "label_dropout=0.1 needs null_label: .*num_class_embeds=10 of the model and 10 classes"),
+        ((11, 3, None, 10), "null_label=3 must not be one of the 10 classes"),
+        ((10, None, 0.1, 10), "label_dropout=0.1 needs null_label: .*num_class_embeds=10 and 10 classes"),
         ((10, None, 0.1, None), "needs null_label: .* an unknown number of classes"),
         ((11, None, 1.0, 10), r"label_dropout=1.0 must be in \[0, 1\)"),
     ],
@@ -186,7 +186,7 @@ def test_one_call_takes_a_null_label() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(plain.unet.parameters(), other.unet.parameters()) if a.shape == b.shape)
     with pytest.raises(ValueError, match="class_labels has null_label=3, which no image may have"):
         pipe.prune(images(), class_labels=labels, null_label=3, **options)
-    with pytest.raises(ValueError, match="null_label=9 needs class_labels of the images"):
+    with pytest.raises(ValueError, match="null_label=9 needs class_labels for the images"):
         pipe.prune(images(), null_label=9, **options)
     with pytest.raises(ValueError, match="label_dropout=0.5 needs null_label"):
         pipe.prune(images(), class_labels=labels, label_dropout=0.5, **options)

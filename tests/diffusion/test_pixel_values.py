@@ -81,7 +81,7 @@ def test_colour_of_every_kind_has_its_right_value(images, values: np.ndarray, sc
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([Image.fromarray(GREY), Image.fromarray(COLOUR)], r"images\[1\]: mode RGB is in colour where greyscale"),
+        ([Image.fromarray(GREY), Image.fromarray(COLOUR)], r"images\[1\]: mode RGB is in colour, but the model is greyscale"),
         (UNIT[None], r"images\[0\]: an array of shape \(8, 8, 3\) is in colour"),
         ([Image.fromarray(DEEP.astype(np.int32))], r"images\[0\]: mode I .* has no known range"),
         ([Image.fromarray(GREY.astype(np.float32))], r"mode F .* has values from [0-9]+ to 2[0-9]+, not in \[0, 1\]"),

@@ -148,12 +148,12 @@ def labels_for(unet: UNet2DModel, kind: str) -> torch.Tensor | None:
             r"class_labels have shape \(2,\), torch.int64; .*identity.*floating point with shape \(2, 64\)",
         ),
         ("class-identity", "matrix", r"class_labels have shape \(2, 3\)"),
-        ("class-identity", "none", "the batch has no class_labels"),
+        ("class-identity", "none", "the model needs class_labels"),
         ("class-embedding", "floats", "class_labels have dtype torch.float32; .*num_class_embeds=10.* integers from 0 to 9"),
-        ("class-embedding", "range", "class_labels are from 0 to 10; .* integers from 0 to 9"),
-        ("class-embedding", "none", "the batch has no class_labels"),
+        ("class-embedding", "range", "class_labels range from 0 to 10; .* integers from 0 to 9"),
+        ("class-embedding", "none", "the model needs class_labels"),
         ("class-timestep", "matrix", r"class_labels have shape \(2, 3\)"),
-        ("base", "integers", "the model is unconditional, the batch has class_labels"),
+        ("base", "integers", "the model is unconditional, but the batch has class_labels"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(architecture: str, labels: str, message: str) -> None:
@@ -170,11 +170,11 @@ def test_labels_that_do_not_fit_are_refused(architecture: str, labels: str, mess
     ("change", "message"),
     [
         ({"timesteps": torch.tensor([1.5, 2.5])}, "timesteps have dtype torch.float32; they must be integers from 0 to 49"),
-        ({"timesteps": torch.tensor([1, 50])}, "timesteps are from 1 to 50; they must be integers from 0 to 49"),
+        ({"timesteps": torch.tensor([1, 50])}, "timesteps range from 1 to 50; they must be integers from 0 to 49"),
         ({"timesteps": torch.tensor([1])}, r"timesteps have shape \(1,\), not \(2,\)"),
-        ({"noise": torch.zeros(2, 1, 4, 4)}, r"noise has shape \(2, 1, 4, 4\), clean images have \(2, 1, 8, 8\)"),
+        ({"noise": torch.zeros(2, 1, 4, 4)}, r"noise has shape \(2, 1, 4, 4\), but clean images have \(2, 1, 8, 8\)"),
         ({"clean": torch.zeros(0, 1, 8, 8)}, r"shape \(0, 1, 8, 8\): a calibration batch needs at least one image"),
-        ({"clean": torch.zeros(2, 3, 8, 8), "noise": torch.zeros(2, 3, 8, 8)}, "3 channels, the model takes in_channels=1"),
+        ({"clean": torch.zeros(2, 3, 8, 8), "noise": torch.zeros(2, 3, 8, 8)}, "3 channels, but the model has in_channels=1"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(change: dict, message: str) -> None:

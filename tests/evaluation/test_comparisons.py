@@ -171,7 +171,7 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a/samples.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="a/samples.safetensors cannot be read"):
         compare(tmp_path, "a")
-    with pytest.raises(ValueError, match="holds .*a, which this run reads"):
+    with pytest.raises(ValueError, match="contains .*a, which this run reads"):
         compare(tmp_path, "a", more=("--output_dir", str(tmp_path), "--overwrite_output_dir"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 

@@ -89,7 +89,7 @@ def test_what_are_no_images_of_one_kind_is_refused(tmp_path: Path) -> None:
         (encode(np.zeros((8, 8), np.uint8)), "003.png has 8x8 pixels, others have 6x4"),
         (
             encode(np.eye(6, 4, dtype=np.uint8)[..., None] * np.uint8([9, 0, 0])),
-            "003.png: mode RGB is in colour where greyscale",
+            "003.png: mode RGB is in colour, but the model is greyscale",
         ),
         (b"no image", "003.png cannot be read: cannot identify"),
     ):

@@ -130,7 +130,8 @@ def test_error_on_the_main_process_ends_all(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert [line for line in said.splitlines() if line.startswith("evaluate.py: error")] == [
-        f"evaluate.py: error: output_dir={tmp_path / 'out'} exists: name another folder, or pass --overwrite_output_dir"
+        f"evaluate.py: error: output_dir={tmp_path / 'out'} already exists: choose another folder, or pass "
+        f"--overwrite_output_dir"
     ]
 
 

@@ -177,7 +177,7 @@ def test_tokens_are_not_pushed(server: HubServer, run: Path, name: str, secret: 
         report = json.loads((run / name).read_text())
         (run / name).write_text(json.dumps({**report, "note": secret}))
         update_card(run, "x")
-    with pytest.raises(ValueError, match=f"{name} holds an access token"):
+    with pytest.raises(ValueError, match=f"{name} contains an access token"):
         push_folder(run, REPO)
     assert server.requests == []
 
@@ -187,7 +187,7 @@ def test_paths_of_this_machine_are_not_pushed(server: HubServer, run: Path, path
     report = json.loads((run / "pruning_report.json").read_text())
     report["arguments"]["cache_dir"] = path
     (run / "pruning_report.json").write_text(json.dumps(report))
-    with pytest.raises(ValueError, match="pruning_report.json names the path"):
+    with pytest.raises(ValueError, match="pruning_report.json contains the path"):
         push_folder(run, REPO)
     assert server.requests == []
 
@@ -207,10 +207,10 @@ BROKEN = {
     "no weights": (lambda run: (run / WEIGHTS).unlink(), "has no weights"),
     "a dense model": (
         lambda run: (run / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}'),
-        "holds no pruned model",
+        "does not contain a pruned model",
     ),
     "truncated weights": (lambda run: damage(run / WEIGHTS), "is damaged"),
-    "a report that is no JSON": (lambda run: (run / "pruning_report.json").write_text("{"), "is no JSON"),
+    "a report that is no JSON": (lambda run: (run / "pruning_report.json").write_text("{"), "is not valid JSON"),
     "a report without its fields": (lambda run: (run / "pruning_report.json").write_text("{}"), "lacks"),
 }
 
@@ -227,7 +227,7 @@ def test_what_is_no_finished_run_is_refused(server: HubServer, run: Path, how: s
 
 @pytest.mark.parametrize("repo_id", ["two words", "a/b/c", "a--b", "-a"])
 def test_names_that_are_no_repository(server: HubServer, run: Path, repo_id: str) -> None:
-    with pytest.raises(ValueError, match=f"repo_id={repo_id} is no repository name"):
+    with pytest.raises(ValueError, match=f"repo_id={repo_id} is not a valid repository name"):
         push_folder(run, repo_id)
     assert server.requests == []
 
@@ -236,13 +236,13 @@ def test_names_that_are_no_repository(server: HubServer, run: Path, repo_id: str
 
 LFS, COMMIT = "/storage/models/.*", "/api/models/.*/commit/.*"
 FAULTS = {
-    "server error while creating": (lambda s: s.fail("POST", "/api/repos/create"), "answered 500"),
-    "server error while uploading": (lambda s: s.fail("PUT", LFS, times=99), "answered 500"),
-    "server error in the commit": (lambda s: s.fail("POST", COMMIT), "answered 500"),
+    "server error while creating": (lambda s: s.fail("POST", "/api/repos/create"), "returned status 500"),
+    "server error while uploading": (lambda s: s.fail("PUT", LFS, times=99), "returned status 500"),
+    "server error in the commit": (lambda s: s.fail("POST", COMMIT), "returned status 500"),
     "connection lost while uploading": (lambda s: s.drop("PUT", LFS, after_bytes=1000, times=99), "connection failed"),
     "connection lost in the commit": (lambda s: s.drop("POST", COMMIT, after_bytes=100), "connection failed"),
     "answer to the commit lost": (lambda s: s.drop("POST", COMMIT, after_bytes=None), "connection failed"),
-    "disk of the server full": (lambda s: s.disk_full(), "no room left"),
+    "disk of the server full": (lambda s: s.disk_full(), "no storage left"),
 }
 
 
@@ -270,9 +270,9 @@ def test_failed_push_leaves_the_run_whole_and_says_how_to_go_on(server: HubServe
     ("token", "repo", "message"),
     [
         ("hf_unknown", REPO, "token is missing, wrong or expired"),
-        (OTHER, REPO, "may not write there"),
-        (READ, REPO, "may not write there"),
-        (READ, "alice/existing", "may not write there"),
+        (OTHER, REPO, "does not have write access"),
+        (READ, REPO, "does not have write access"),
+        (READ, "alice/existing", "does not have write access"),
     ],
 )
 def test_tokens_that_do_not_do(server: HubServer, run: Path, token: str, repo: str, message: str) -> None:

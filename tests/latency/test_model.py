@@ -140,7 +140,7 @@ def test_grids_hold_every_width(groups: list[ChannelGroup]) -> None:
 def test_a_budget_in_time_is_met(groups: list[ChannelGroup]) -> None:
     """`CostModel` takes seconds from the model of time, and widths are found as for any other target."""
     unet, model = build("three-levels"), bilinear_model(groups, scale=6 * SCALE)
-    with pytest.raises(ValueError, match="target=latency must have measured times"):
+    with pytest.raises(ValueError, match="target=latency needs measured times"):
         CostModel(unet, groups).removed("latency", model.dense)
     cost = CostModel(unet, groups, seconds=model.seconds)
     ladders = [width_ladder(group, 1, 0.1) for group in groups]

@@ -60,7 +60,7 @@ def test_pruned_channels_are_those_of_the_blocks_group(name):
 def test_output_without_a_group_is_refused():
     producer = "up_blocks.1.resnets.1.conv2"
     groups = [group for group in traced() if not any(piece.module == producer for piece in group.slices)]
-    with pytest.raises(ValueError, match="the 16 channels that up_blocks.1 puts out are in 0 channel groups, not all in one"):
+    with pytest.raises(ValueError, match="the 16 output channels of up_blocks.1 are in 0 channel groups, not in one"):
         feature_channels(build(), groups)
 
 

@@ -320,7 +320,7 @@ def test_a_model_with_another_width_than_its_config_is_refused():
     """Somebody else's surgery left the config behind."""
     unet = build()
     unet.conv_in = nn.Conv2d(1, 12, 3, padding=1)
-    with pytest.raises(ValueError, match=r"conv_in\.weight should have shape \(16, 1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"conv_in\.weight must have shape \(16, 1, 3, 3\)"):
         trace_channel_groups(unet)
 
 

@@ -164,7 +164,7 @@ def _uneven_heads() -> Tensor:
         (CONV1, torch.ones(3), r"shape \(3,\), not \(4,\)"),
         (CONV1, torch.ones(4, 1), r"shape \(4, 1\), not \(4,\)"),
         (CONV1, torch.ones(()), r"shape \(\), not \(4,\)"),
-        ("conv_inn", torch.ones(4), "conv_inn is no channel group"),
+        ("conv_inn", torch.ones(4), "conv_inn is not a channel group"),
     ],
     ids=["empty", "uneven-heads", "above", "below", "nan", "infinite", "short", "two-dims", "scalar", "unknown"],
 )

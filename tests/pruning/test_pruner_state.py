@@ -224,8 +224,8 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "a mask is missing": (tensor("masks/conv_in", lambda t: None), "has no masks/conv_in"),
     "scores are missing": (tensor("scores/conv_in", lambda t: None), "has no scores/conv_in"),
     "a path is missing": (tensor("path_goal/conv_in", lambda t: None), "has no path_goal/conv_in"),
-    "one too many": (lambda s: s["tensors"].update(other=torch.ones(1)), "1 tensors too many, such as other"),
-    "path is not expected": (value(lambda v: v.update(path=None)), "tensors too many"),
+    "one too many": (lambda s: s["tensors"].update(other=torch.ones(1)), "1 unexpected tensors, such as other"),
+    "path is not expected": (value(lambda v: v.update(path=None)), "unexpected tensors"),
     "shape": (tensor("masks/conv_in", lambda t: t[:-1]), r"masks/conv_in .* shape \(7,\), not .*\(8,\)"),
     "dtype": (tensor("kept/conv_in", lambda t: t.float()), "kept/conv_in .* is torch.float32.* not torch.bool"),
     "NaN": (tensor("masks/conv_in", lambda t: t * float("nan")), "masks/conv_in .* NaN or infinity"),
@@ -233,11 +233,11 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "above one": (tensor("masks/conv_in", lambda t: t * 2), r"masks/conv_in .* outside \[0, 1\]"),
     "below zero": (tensor("path_start/conv_in", lambda t: t - 1.5), r"path_start/conv_in .* outside \[0, 1\]"),
     "no channel left": (tensor("path_goal/conv_in", lambda t: t * 0), "leaves none of its 32 channels"),
-    "kept without a mask": (tensor("kept/conv_in", lambda t: ~t), "kept/conv_in .* does not fit its masks"),
-    "count": (value(lambda v: v["history"][-1].update(kept_units=3)), "keeps .* units, its history says 3"),
-    "no values": (lambda s: s.pop("values"), "incomplete or of another form: KeyError"),
-    "no history": (value(lambda v: v.pop("history")), "incomplete or of another form: KeyError"),
-    "history of another version": (value(lambda v: v["history"][-1].update(flops=1)), "incomplete or of another form"),
+    "kept without a mask": (tensor("kept/conv_in", lambda t: ~t), "kept/conv_in .* does not match its masks"),
+    "count": (value(lambda v: v["history"][-1].update(kept_units=3)), "keeps .* units, but its history has 3"),
+    "no values": (lambda s: s.pop("values"), "incomplete or malformed: KeyError"),
+    "no history": (value(lambda v: v.pop("history")), "incomplete or malformed: KeyError"),
+    "history of another version": (value(lambda v: v["history"][-1].update(flops=1)), "incomplete or malformed"),
     "order of history": (value(lambda v: v["history"].reverse()), "history .* in the order of their steps"),
     "history of words": (value(lambda v: v["history"][-1].update(sparsity="half")), "history .* must be mask updates"),
     "phase": (value(lambda v: v["history"][-1].update(phase="late")), "history .* must be mask updates"),
@@ -245,7 +245,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
     "path of words": (value(lambda v: v.update(path="there")), "path=there"),
     "another group": (value(lambda v: v["groups"].update(other=3)), "only the state has channel group other"),
     "one group less": (value(lambda v: v["groups"].pop("conv_in")), "only the model has channel group conv_in"),
-    "another width": (value(lambda v: v["groups"].update(conv_in=4)), "conv_in has 4 units there, 8 here"),
+    "another width": (value(lambda v: v["groups"].update(conv_in=4)), "conv_in has 4 units, not 8"),
 }
 
 
@@ -267,7 +267,7 @@ def test_damaged_state_is_refused(twins: tuple, damage: str):
 def test_state_of_another_architecture_is_refused(twins: tuple):
     """By the first group that differs."""
     other = GradientFlowPruner(build("two-layers"), config(), SCHEDULER)
-    with pytest.raises(ValueError, match="of another model: conv_in has 0 units there, 8 here"):
+    with pytest.raises(ValueError, match="belongs to another model: conv_in has 0 units, not 8"):
         twins[0].load_state_dict(other.state_dict())
 
 

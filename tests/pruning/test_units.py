@@ -144,7 +144,7 @@ def test_values_of_units_and_of_channels():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1, 1, 0, 1, 1, 1, 1], r"conv has \[0.0, 1.0\] for channels \[0, 2\], which norms have in one group"),
+        ([1, 1, 0, 1, 1, 1, 1], r"conv has \[0.0, 1.0\] for channels \[0, 2\], which share a norm group"),
         ([1, 1, 1, 1, 0, 0, 0.5], r"conv has \[0.0, 0.5\] for channels \[4, 5, 6\]"),
         ([0, 1, 0, 0, 1, 1, 1], r"conv must be 1 for channels \[3\], which are never pruned"),
         ([1, float("nan"), 1, 1, 1, 1, 1], "conv has values that are NaN"),

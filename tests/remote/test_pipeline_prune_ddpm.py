@@ -149,7 +149,7 @@ def test_greyscale_goes_with_every_model_and_colour_with_those_in_colour():
     assert dense_pipeline("rgb").prune(pil_images(1), ratio=0.3, criterion="taylor").unet.config.in_channels == 3
     in_colour = [image.convert("RGB") for image in pil_images(1)]
     assert dense_pipeline().prune(in_colour, ratio=0.3, criterion="taylor").unet.config.in_channels == 1
-    with pytest.raises(ValueError, match=r"images\[0\]: mode RGB is in colour where greyscale"):
+    with pytest.raises(ValueError, match=r"images\[0\]: mode RGB is in colour, but the model is greyscale"):
         dense_pipeline().prune(pil_images(3), ratio=0.3)
 
 
@@ -238,7 +238,7 @@ def test_budgets_and_options_that_cannot_be_met_are_refused(options: dict, messa
 
 def test_a_pruned_pipeline_is_not_pruned_again():
     """Its channels are ragged: the dense model is to be pruned to the smaller budget."""
-    with pytest.raises(ValueError, match="pruned already"):
+    with pytest.raises(ValueError, match="already pruned"):
         pruned_pipeline().prune(tensor_images(), ratio=0.3)
 
 

@@ -342,7 +342,7 @@ def test_registered_function_is_used(trained: Setting, monkeypatch: pytest.Monke
 def test_name_of_a_criterion_is_not_taken_twice(name: str) -> None:
     """A second function of one name would silently change results."""
     before = criteria()
-    with pytest.raises(ValueError, match=f"criterion {name} is registered already"):
+    with pytest.raises(ValueError, match=f"criterion {name} is already registered"):
         register_criterion(name)(lambda context: {})
     assert criteria() == before
 
@@ -406,5 +406,5 @@ def test_nan_images_are_refused(trained: Setting) -> None:
     """The same, with the fault in the calibration images."""
     clean, noise, timesteps = trained.batches[0]
     broken = Setting(trained.unet, trained.groups, [(clean * float("nan"), noise, timesteps)], trained.scheduler)
-    with pytest.raises(ValueError, match="calibration images hold NaN"):
+    with pytest.raises(ValueError, match="calibration images contain NaN"):
         broken.scores()

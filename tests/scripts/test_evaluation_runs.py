@@ -245,7 +245,7 @@ def test_nothing_is_overwritten(world: Path, tmp_path: Path, no_sampling) -> Non
     arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--num_images", 70)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="out exists: name another folder"):
+    with pytest.raises(ValueError, match="out already exists: choose another folder"):
         run(tmp_path, *arguments)
     with pytest.raises(ValueError, match="is no evaluation, it holds thesis.txt: name another folder"):
         run(tmp_path, *arguments, "--overwrite_output_dir")
@@ -282,10 +282,10 @@ def test_earlier_evaluation_can_be_replaced(world: Path, tmp_path: Path) -> None
         (["--features", "dinov2", "--dinov2_model", "{rgb}"], "dinov2_model=.*rgb cannot be loaded as DINOv2"),
         (["--model", "{broken}"], "model=.*broken: the weight conv_out.bias holds values that are not finite"),
         (["--model", "{missing}"], "model=.*missing is not a folder"),
-        (["--revision", "v1"], "model=.* is a folder, and has no revision=v1"),
+        (["--revision", "v1"], "model=.* is a folder: revision=v1 applies"),
         (
             ["--reference_model", "{rgb}", "--reference_revision", "v1"],
-            "reference_model=.*rgb is a folder, and has no revision=v1",
+            "reference_model=.*rgb is a folder: revision=v1 applies",
         ),
         (["--step_loss_timesteps", "1001"], "step_loss_timesteps=1001 must be at most the 1000 timesteps"),
         (["--dataset_name", "{missing}"], "dataset_name=.*missing is not a folder"),

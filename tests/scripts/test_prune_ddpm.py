@@ -250,7 +250,7 @@ BAD_INPUT = {
     "scores to check of predictions": (["--check_scores"], "needs criterion=gradient-flow-weights, not gradient-flow"),
     "scores to check of magnitude": (["--check_scores", "--criterion", "magnitude"], "not magnitude, which takes no Hessian"),
     "phases out of order": (["--soft_fraction", "0.5"], "soft_fraction=0.5 and hard_fraction=0.2"),
-    "no repository name": (["--push_to_hub", "--hub_model_id", "two words"], "hub_model_id=two words is no repository name"),
+    "no repository name": (["--push_to_hub", "--hub_model_id", "two words"], "hub_model_id=two words is not a valid"),
     "a repository without a push": (["--hub_model_id", "alice/x"], "hub_model_id=alice/x needs --push_to_hub"),
     "nothing saved to push": (["--push_to_hub", "--hub_strategy", "every_save"], "hub_strategy=every_save needs"),
 }
@@ -283,7 +283,7 @@ def test_bad_arguments_end_in_one_clear_line(name: str, tmp_path: Path) -> None:
 
 
 BAD_MODELS = {
-    "pickle": (pickled_teacher, "pickles never are"),
+    "pickle": (pickled_teacher, "not pickles"),
     "truncated": (truncated_teacher, "cannot be loaded"),
     "missing weight": (teacher_without_a_weight, "conv_out.bias"),
     "nan": (nan_teacher, "not finite"),

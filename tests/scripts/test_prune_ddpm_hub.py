@@ -66,7 +66,7 @@ def test_run_is_pushed_whole(pushed) -> None:
 
 def test_saved_models_are_pushed_on_the_way_and_a_failure_does_not_stop_the_run(pushed) -> None:
     server, _, run = pushed
-    assert "push to alice/digits failed: the server answered 500; training goes on" in run.stderr
+    assert "push to alice/digits failed: the server returned status 500; training goes on" in run.stderr
     commits = [request.status for request in server.requests if request.method == "POST" and "/commit/" in request.path]
     assert commits == [500, 200, 200, 200]  # after steps 3, 6 and 9, and at the end
 
@@ -90,7 +90,7 @@ def test_push_that_fails_at_the_end_leaves_the_run_whole(run_quickly, tmp_path: 
         run = run_quickly(server, "--push_to_hub", "--hub_model_id", "alice/digits", token=WRITE)
         assert run.returncode == 1
         last = run.stderr.splitlines()[-1]
-        assert last.startswith("prune_ddpm.py: error: push to alice/digits failed: the server answered 500.")
+        assert last.startswith("prune_ddpm.py: error: push to alice/digits failed: the server returned status 500.")
         assert set(contents(tmp_path / "run")) == RUN_FILES
         again = shlex.split(last.partition("try again: ")[2])
         assert again == ["python", "-m", "diffusers_gfprune.hub", "push", str(tmp_path / "run"), "alice/digits"]
@@ -102,9 +102,9 @@ def test_push_that_fails_at_the_end_leaves_the_run_whole(run_quickly, tmp_path: 
         (
             ["--push_to_hub", "--hub_model_id", "alice/read-only"],
             READ,
-            "push_to_hub to alice/read-only cannot work: .*may not write",
+            "push_to_hub to alice/read-only cannot work: .*write access",
         ),
-        (["--push_to_hub", "--hub_model_id", "bob/x"], WRITE, "push_to_hub to bob/x cannot work: .*may not write"),
+        (["--push_to_hub", "--hub_model_id", "bob/x"], WRITE, "push_to_hub to bob/x cannot work: .*write access"),
         (["--push_to_hub"], None, "push_to_hub to run cannot work: .*token"),
     ],
 )

@@ -119,7 +119,7 @@ def test_changed_settings_are_listed(whole_run: tuple[Path, Path], tmp_path: Pat
 
 def test_checkpoints_of_a_run_that_did_not_end_are_not_overwritten(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
     place(whole_run[1], tmp_path / "run", 3)
-    with pytest.raises(ValueError, match="holds checkpoints of a run that did not end: go on with --resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="contains checkpoints of an unfinished run: resume with --resume_from_checkpoint"):
         run_here(tmp_path / "run")
     assert len(list((tmp_path / "run.training").glob("checkpoint-*"))) == 3
 

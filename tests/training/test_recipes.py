@@ -78,7 +78,7 @@ def test_parser_converts_the_values(recipe) -> None:
 
 
 def test_range_of_a_value_is_checked_as_on_the_command_line(recipe) -> None:
-    with pytest.raises(ValueError, match=re.escape("ratio=1.5 must lie between 0 and 1")):
+    with pytest.raises(ValueError, match=re.escape("ratio=1.5 must be between 0 and 1")):
         parse(recipe("ratio: 1.5"))
 
 
