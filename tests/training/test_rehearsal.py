@@ -112,7 +112,7 @@ def test_timing_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.
         raise ValueError("no clock")
 
     monkeypatch.setattr(trials, "measure_speed", fails)
-    with pytest.raises(ValueError, match="speed cannot be measured \(no clock\): pass --speed_batch_sizes 0"):
+    with pytest.raises(ValueError, match=r"speed cannot be measured \(no clock\): pass --speed_batch_sizes 0"):
         run(tmp_path, write(tmp_path / "model", DDPMScheduler()), "--eval_images", 0)
 
 
