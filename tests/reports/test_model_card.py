@@ -147,9 +147,9 @@ def test_evaluation_results_are_what_the_client_reads(files):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- dataset: {id: org/x, task_id: fid}\n  value: .nan\n", "value=nan of fid .* is no finite number"),
+        ("- dataset: {id: org/x, task_id: fid}\n  value: .nan\n", "value=nan of fid .* must be a finite number"),
         ("- dataset: {id: org/x, task_id: fid}\n  value: high\n", "value='high' of fid"),
-        ("- dataset: {id: 'no id', task_id: fid}\n  value: 1\n", "dataset='no id' of the evaluation results is no Hub id"),
+        ("- dataset: {id: 'no id', task_id: fid}\n  value: 1\n", "dataset='no id' of the evaluation results must be a Hub id"),
         ("- dataset: {id: org/x}\n  value: 1\n", "cannot be read: KeyError.'task_id'."),
         ("- 3\n", "cannot be read"),
         ("{", "cannot be read"),
@@ -260,7 +260,7 @@ def test_results_of_an_evaluation_have_no_card(files):
     results, report = files
     figures = {"name": "small", "quality": {}}
     evaluation = {"format_version": 4, "kind": "evaluation", "model": figures, "evaluation": {}, "command": ""}
-    with pytest.raises(ValueError, match="results.json has kind=evaluation: a card takes that of a pruning run"):
+    with pytest.raises(ValueError, match="results.json has kind=evaluation, which must be pruning run"):
         render_card(evaluation, report, "me/model")
 
 

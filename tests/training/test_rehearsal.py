@@ -138,7 +138,7 @@ def test_what_cannot_be_compiled_is_said_and_no_reason_to_stop(monkeypatch: pyte
 def test_the_card_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendered from made-up figures, from what the run says of its origin."""
     monkeypatch.setattr(prune_ddpm, "describe_dataset", lambda *args: {"name": "x", "hub_id": "not an id"})
-    with pytest.raises(ValueError, match="'not an id' in the card's metadata is no Hub id"):
+    with pytest.raises(ValueError, match="'not an id' in the card's metadata must be a Hub id"):
         run(tmp_path, write(tmp_path / "model", DDPMScheduler()), "--eval_images", 2)
 
 
