@@ -227,12 +227,12 @@ def test_speed_is_a_ratio_with_its_interval(files):
     card = render_card(*files, "me/model")
     prose = " ".join(card.split())
     gains = "no difference (0.97 to 1.04) at batch 1, eager; 1.32 times as fast (1.28 to 1.35) at batch 16, eager. "
-    assert f"Speed of a forward against the dense model's, on abacus (2 threads): {gains}" in prose
+    assert f"Speed of a forward pass compared with the dense model, on abacus (2 threads): {gains}" in prose
     assert "| latency, batch 1, eager | 10.00 ms | 9.90 ms | no difference (0.97 to 1.04) |\n" in card
     assert "| latency, batch 16, eager | 160.00 ms | 121.21 ms | 1.32 times as fast (1.28 to 1.35) |\n" in card
     failed = "dense not measured: InvalidCxxCompiler: none of a/b works"
     assert f"| latency, batch 16, compiled | - | - | {failed} |\n| step loss" in card
-    assert "float32, on abacus (2 threads)." in prose and "its 95% confidence interval" in prose
+    assert "float32, on abacus (2 threads)." in prose and "with its 95% confidence interval" in prose
 
 
 def test_run_without_speed(files):
@@ -248,7 +248,7 @@ def test_results_of_an_earlier_version_have_one_latency(files):
     for name, latency in (("dense", 16.0), ("pruned", 12.0)):
         results[name]["latency"] = {"latency_ms": latency, **setting}
     card = render_card(results, report, "me/model")
-    assert "| latency of a forward | 16.00 ms | 12.00 ms | -25.0% |\n| step loss" in card
+    assert "| latency of a forward pass | 16.00 ms | 12.00 ms | -25.0% |\n| step loss" in card
     assert "- Latency: median, batch 16, float32, on\n  abacus (2 threads).\n- Step loss" in card
     for name in ("dense", "pruned"):
         results[name]["latency"] = None
