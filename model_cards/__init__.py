@@ -1,1 +1,1 @@
-"""The template of model cards, and the cards of runs that happened."""
+"""The template of model cards, and the model cards of finished runs."""

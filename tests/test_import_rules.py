@@ -181,7 +181,7 @@ def test_import_registers_the_package_with_diffusers() -> None:
     registered = diffusers.pipelines.diffusers_gfprune
     assert registered.GFPrunedUNet2DModel is diffusers_gfprune.GFPrunedUNet2DModel
     assert registered.PruneDDPMPipeline is diffusers_gfprune.PruneDDPMPipeline
-    with pytest.raises(ValueError, match="GradientFlowPruner is no class"):
+    with pytest.raises(ValueError, match="GradientFlowPruner is not a model class"):
         getattr(registered, "GradientFlowPruner")  # noqa: B009
     assert registered.ModelMixin is diffusers.ModelMixin  # Diffusers looks it up there
 

@@ -4,9 +4,8 @@
         --dataset_name uoft-cs/cifar10 --num_images 50000 --timestep_spacing quadratic
     accelerate launch training/evaluate.py --compare runs/a-evaluation runs/b-evaluation
 
-Writes `results.json`, pictures and a table into `--output_dir`. Samples and features are made in shards that are kept, by as
-many processes as there are: after an interruption the same command goes on where it was, and the next evaluation with the
-same dense model or data finds them made.
+Writes `results.json`, pictures and a table into `--output_dir`. The processes divide samples and features into shards, which
+are cached. After an interruption the same command resumes; later evaluations with the same dense model or data reuse them.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ from diffusers_gfprune.reports.results import EVALUATION, ModelFigures, Results,
 from diffusers_gfprune.run_folder import RunFolder, write_json
 
 SAMPLES_FILE = "samples.safetensors"
-# All that an evaluation or a comparison leaves in its folder
+# All files that an evaluation or a comparison writes
 FILES = {"results.json", "samples.png", "step_loss.png", "table.md", "comparison.png", SAMPLES_FILE}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate as the command line says."""
+    """Run an evaluation or a comparison."""
     args = parse_evaluate_arguments(argv)
     cache_dir = Path(args.output.evaluation_cache_dir or default_cache_dir())
     folder = RunFolder(args.output_dir, args.output.overwrite_output_dir, args.inputs)
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.end_training()
         return
 
-    # 1. models, data, networks: everything that can be wrong is found here
+    # 1. models, data, networks: all inputs are checked here
     inputs = main_first(accelerator, lambda: load_inputs(args, accelerator.device))
     cache = TensorCache(cache_dir)
     samples = make_samples(inputs, cache)
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     with folder if main_process else nullcontext():
-        # 2. samples and features, shared out among processes
+        # 2. samples and features, divided among processes
         figures = []
         if main_process:
             folder.prepare(nn.Identity())  # no model is saved
@@ -105,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
             unit="image",
             disable=not main_process,
         ) as bar:
-            real.make(*share, bar.update)  # first, since what is wrong with real images should be said early
+            real.make(*share, bar.update)  # first, to report errors in real images early
             samples.make(*share, bar.update)
-        # A process that failed has said why and ended, and the launcher ends those that wait for it here.
+        # A failed process has printed its error and exited; the launcher ends the processes that wait here.
         accelerator.wait_for_everyone()
         accelerator.end_training()
         if not main_process:
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             update = RunUpdate(Path(args.model.model), results, folder.staging / "samples.png")
         try:
             if update is not None:
-                update.apply()  # before the results are there, so that the same command repeats what was cut off
+                update.apply()  # before publishing, so that the same command can repeat an interrupted update
             folder.publish()
         except BaseException:
             if update is not None:
@@ -134,20 +133,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
-    """Refuse to write where something else lies, or nothing can be kept.
+    """Check that the output folder holds no other files and that the cache is writable.
 
     Raises:
-        ValueError: The output folder may not be written, or the cache cannot be.
+        ValueError: The output folder holds other files, or a folder cannot be written.
     """
     if any(folder.training.glob("*")):
-        raise ValueError(f"output_dir={folder.path} is that of a training run, see {folder.training}: name another folder")
+        raise ValueError(f"output_dir={folder.path} belongs to a training run, see {folder.training}: choose another folder")
     folder.check()
     if folder.overwrite and folder.path.exists():
         foreign = (
             sorted(path.name for path in folder.path.iterdir() if path.name not in FILES) if folder.path.is_dir() else ["it"]
         )
         if foreign:
-            raise ValueError(f"output_dir={folder.path} is no evaluation, it holds {foreign[0]}: name another folder")
+            raise ValueError(f"output_dir={folder.path} is not an evaluation, it holds {foreign[0]}: choose another folder")
     if cache_dir is None:
         return
     cache_dir = cache_dir.absolute()
@@ -162,7 +161,7 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
 
 
 def make_samples(inputs: Inputs, cache: TensorCache) -> Samples:
-    """Where samples come from; nothing is sampled here."""
+    """Create the sources of samples, without sampling."""
     if inputs.folder_images is not None:
         shape = (inputs.folder_images.channels, *inputs.folder_images.size)
         return Samples(
@@ -182,18 +181,19 @@ def measure(
     real: RealFeatures,
     figures: list[ModelFigures],
 ) -> Results:
-    """All results, once samples and features are there.
+    """Compute all results from the samples and features.
 
     Args:
-        args: The command line.
-        accelerator: Of this process.
-        inputs: What is evaluated.
-        samples: Made.
-        real: Made.
-        figures: Of the models, as far as they take no samples; completed here.
+        args: Command-line arguments.
+        accelerator: Accelerator of this process.
+        inputs: Inputs of the evaluation.
+        samples: Computed samples.
+        real: Computed features of real images.
+        figures: Figures of the models that need no samples; the others are added here.
     """
     if accelerator.num_processes > 1 and any(samples.unsampled()):
-        print(f"warning: samples of other processes are not in {samples.sources[0].cache.folder}: made again", file=sys.stderr)
+        folder = samples.sources[0].cache.folder
+        print(f"warning: samples of other processes are not in {folder} and are drawn again", file=sys.stderr)
     if inputs.folder_images is not None:
         figures = [ModelFigures(name=str(portable(args.model.images_dir)))]
     quality = Quality(inputs.settings, inputs.networks, real.features(), kernel=True)
@@ -202,7 +202,7 @@ def measure(
             measured.quality |= quality.distances(samples.features(source))
         figures[0].quality |= samples.similarities()
     if inputs.models and args.cost.speed_settings():
-        # Speed-ups are over the dense model, which therefore comes first
+        # Speed-ups are relative to the first model, so the dense model comes first
         unets = {name: unet for name, (unet, _) in reversed(inputs.models.items())}
         for entry in measure_speed(unets, args.cost.speed_settings(), progress="speed"):
             figures[list(inputs.models).index(entry.pop("model"))].speed.append(entry)
@@ -216,7 +216,7 @@ def measure(
 
 
 def write_files(folder: Path, results: Results, samples: Samples) -> str:
-    """Results, pictures and the table, which is returned, too."""
+    """Write results, pictures and the table; return the table."""
     write_json(folder / "results.json", results.to_dict())
     shown = samples.shown()
     if shown:
@@ -237,10 +237,10 @@ def write_files(folder: Path, results: Results, samples: Samples) -> str:
 
 
 def compare(args: EvaluateArguments, folder: RunFolder) -> None:
-    """A table of earlier evaluations, and their samples above each other.
+    """Write a table of earlier evaluations, and a picture of their samples.
 
     Raises:
-        ValueError: One is missing or damaged, or they differ in what figures depend on.
+        ValueError: An evaluation is missing or damaged, or their settings differ.
     """
     results = [read_evaluation(name) for name in args.model.compare]
     differing = differing_settings(results)
@@ -261,10 +261,10 @@ def compare(args: EvaluateArguments, folder: RunFolder) -> None:
 
 
 def read_evaluation(name: str) -> Results:
-    """Results of a folder that `--compare` names.
+    """Results in a folder given by `--compare`.
 
     Raises:
-        ValueError: There are none, they cannot be read, or a pruning run left them.
+        ValueError: There are none, they cannot be read, or they are those of a pruning run.
     """
     if not (Path(name) / "results.json").exists():
         raise ValueError(f"compare={name} holds no results.json: run evaluate.py on the model first")
@@ -275,7 +275,7 @@ def read_evaluation(name: str) -> Results:
 
 
 def sample_rows(names: Sequence[str], results: Sequence[Results]) -> list[tuple[str, Tensor]]:
-    """Titles and samples in [0, 1] of the evaluations that kept some, the common reference model first."""
+    """Titles and samples in [0, 1] of the evaluations that saved samples, the common reference model first."""
     rows, reference = [], common_reference(results)
     for name, result in zip(names, results):
         path = Path(name) / SAMPLES_FILE
@@ -294,7 +294,7 @@ def sample_rows(names: Sequence[str], results: Sequence[Results]) -> list[tuple[
 
 
 def stop(number: int, frame: object) -> None:
-    """End on a signal, with nothing half-written left behind."""
+    """Exit on a signal, so that context managers remove incomplete files."""
     sys.exit(128 + number)
 
 
@@ -304,5 +304,5 @@ if __name__ == "__main__":
         with one_line_errors(PROGRAM, ERRORS):
             main()
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: stopped; the same command goes on where it was", file=sys.stderr)
+        print(f"{PROGRAM}: stopped; the same command resumes the evaluation", file=sys.stderr)
         sys.exit(130)

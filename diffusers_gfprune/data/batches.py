@@ -1,22 +1,21 @@
-"""Which images a run sees when, and with which crop, noise and timestep: all of it a function of the seed and of numbers.
+"""Order of the images, and their crops, noise and timesteps, as a function of the seed and the batch number.
 
-Nothing here has a state that a checkpoint would have to save. With W processes of B images each, a global batch has
-G = W·B images. Training batch k is made of the draws
+Nothing here has a state that a checkpoint must save. With W processes of B images each, a global batch has G = W·B images.
+Training batch k consists of the draws
 
     d = k·G, ..., k·G + G - 1          of which rank r makes the r-th block of B
 
-and crop, flip, noise and timestep of draw d come from a random generator seeded by (seed, d). With n images on the disk,
-b = ⌊n / G⌋ batches make an epoch (the remainder is left out), and batch k is number k mod b in the permutation of epoch
-⌊k / b⌋, which is seeded by (seed, epoch). So a batch is the same however many processes share it, however many workers load
-it, and wherever a run resumes.
+and crop, flip, noise and timestep of draw d come from a random generator seeded by (seed, d). With n images on disk, an epoch
+has b = ⌊n / G⌋ batches (the remainder is left out), and batch k is number k mod b in the permutation of epoch ⌊k / b⌋, which
+is seeded by (seed, epoch). A batch therefore does not depend on the number of processes or workers, or on where a run resumes.
 
-Streams have no such order: which images a rank meets also depends on the number of processes and workers, which share out
-the shards. With these unchanged, a stream resumes with exactly the same batches too.
+Streams are different: the images of a rank also depend on the numbers of processes and workers, which divide the shards. If
+these are unchanged, a resumed stream also gives exactly the same batches.
 
-Calibration batches are a function of (seed, step), with timesteps spread evenly over the noise levels: of g images, number
-j gets t = ⌊(j + u) T / g⌋ with u uniform in [0, 1), which lowers the variance of the scores. Where labels are dropped
-(`class_labels`), number j of all batches drops its label if {u + j (√5 - 1) / 2} < p, with one u for a ranking: numbers that
-are evenly spread, so that every ranking sees the null label in its share, and at noise levels of all kinds.
+Calibration batches are a function of (seed, step). Their timesteps are spread evenly: image j of g gets t = ⌊(j + u) T / g⌋
+with u uniform in [0, 1), which lowers the variance of the scores. If labels are dropped (`class_labels`), image j of all
+batches drops its label if {u + j (√5 - 1) / 2} < p, with one u per ranking. This sequence is evenly spread, so every ranking
+has the right share of null labels, at all noise levels.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from .sources import ImageRows, ImageStream
 __all__ = ["BrokenImages", "calibration_batches", "train_dataloader"]
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-# With the names of images that could not be read
+# A batch and the names of unreadable images
 TrainingBatch = tuple[DiffusionBatch, list[str]]
 READ_ERRORS = (ValueError, OSError, *NETWORK_ERRORS)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What went wrong in a worker. (An exception would arrive with the traceback of the worker as its message.)"""
+    """An error in a worker. (An exception would arrive with the worker's traceback as its message.)"""
 
     message: str
 
@@ -70,7 +69,7 @@ def _check_rank(rank: int, world_size: int) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all training batches of a process have in common."""
+    """Common settings of all training batches of a process."""
 
     batch_size: int
     seed: int
@@ -80,14 +79,14 @@ class _Plan:
     world_size: int
 
     def make(self, images: ImageRows | ImageStream, number: int, encoded: Sequence[EncodedImage]) -> TrainingBatch:
-        """This process's rows of global batch `number`."""
+        """Rows of this process in global batch `number`."""
         first = (number * self.world_size + self.rank) * self.batch_size
         examples = [read_example(images, image, self.seed, DRAW, first + row) for row, image in enumerate(encoded)]
         return stack_examples(examples, [example.time for example in examples], self.num_train_timesteps)
 
 
 class _RowBatches(Dataset):
-    """Batches by their number, of images on the disk."""
+    """Batches of images on disk, by number."""
 
     def __init__(self, images: ImageRows, plan: _Plan) -> None:
         self.images, self.plan = images, plan
@@ -116,7 +115,7 @@ class _RowBatches(Dataset):
 
 
 class _From:
-    """The numbers from `first` on, from there again at every iteration."""
+    """A sampler of the numbers from `first` on."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -128,10 +127,11 @@ class _From:
 class _StreamBatches(IterableDataset):
     """Batches of a stream, in the order of their numbers if workers take turns.
 
-    Shards are dealt into as many groups as there are readers (ranks times workers), and a reader takes a group per epoch:
-    always its own if all groups have equally many shards, else the next one each time, so that no shard is read more often
-    than another in the long run. A stream with fewer shards than ranks is read whole by every rank, which takes every
-    so many-th image; where images are files of their own, whose paths cost nothing, so does every worker.
+    Shards are divided into as many groups as there are readers (ranks times workers), and each reader reads one group per
+    epoch. It is always the same group if all groups have equally many shards. Otherwise readers rotate through the groups, so
+    that all shards are read equally often in the long run. If a stream has fewer shards than ranks, every rank reads the whole
+    stream and skips the images of the other ranks. If images are separate files, whose paths are cheap to read, workers do
+    the same.
     """
 
     def __init__(self, images: ImageStream, plan: _Plan, num_workers: int) -> None:
@@ -147,19 +147,19 @@ class _StreamBatches(IterableDataset):
         else:
             raise ValueError(
                 f"dataloader_num_workers={num_workers} must be at most "
-                f"{shards if plan.world_size > shards else shards // plan.world_size}: workers share out shards, and the "
+                f"{shards if plan.world_size > shards else shards // plan.world_size}: workers divide the shards, and the "
                 f"stream has {shards} for {plan.world_size} process{'es' if plan.world_size > 1 else ''}"
             )
         self.stride = readers // self.num_groups
         self.turn = 0 if shards % self.num_groups == 0 else 1
-        self.cycle = self.num_groups if self.turn else 1  # epochs until a reader is back at its first group
+        self.cycle = self.num_groups if self.turn else 1  # epochs until a reader returns to its first group
 
     def __iter__(self) -> Iterator[TrainingBatch | _Failure | None]:
         plan, info = self.plan, get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         given = len(range(worker, plan.first_batch, num_workers))
         if worker < plan.first_batch % num_workers:
-            yield None  # workers take turns from the first one on, but this one's next batch belongs to the second round
+            yield None  # workers take turns from worker 0 on, but this worker's next batch belongs to the second round
         try:
             images = self._images(worker, num_workers, given * plan.batch_size)
             for number in itertools.count(worker + given * num_workers, num_workers):
@@ -168,9 +168,9 @@ class _StreamBatches(IterableDataset):
             yield _Failure.of(error)
 
     def _images(self, worker: int, num_workers: int, skip: int) -> Iterator[EncodedImage]:
-        """All images of a reader, epoch after epoch, but for the first `skip`.
+        """All images of a reader, epoch after epoch, except the first `skip`.
 
-        All cycles are equally long, so that no more than two are read (not decoded) for what is skipped.
+        All cycles are equally long, so at most two are read (not decoded) to skip images.
         """
         offset, first_group = divmod(self.plan.rank * num_workers + worker, self.num_groups)
 
@@ -185,8 +185,8 @@ class _StreamBatches(IterableDataset):
                     yield image
                 if idle == self.cycle:
                     raise ValueError(
-                        f"dataloader_num_workers={num_workers}: there are no images for worker {worker} of process "
-                        f"{self.plan.rank} in its share of the stream"
+                        f"dataloader_num_workers={num_workers} is too large: worker {worker} of process {self.plan.rank} has "
+                        f"no images in its share of the stream"
                     )
 
         images = epochs(range(self.cycle))
@@ -199,7 +199,7 @@ class _StreamBatches(IterableDataset):
 
 
 class _BatchLoader(DataLoader):
-    """A `DataLoader` whose data sets give whole batches, nothing where it is not their turn, or a failure."""
+    """A `DataLoader` of data sets that yield whole batches, None if it is not their turn, or a failure."""
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         batches = super().__iter__()
@@ -208,7 +208,7 @@ class _BatchLoader(DataLoader):
         while True:
             batch = next(batches)
             if isinstance(batch, _Failure):
-                del batches  # ends the workers now, and not whenever the error is forgotten
+                del batches  # end the workers now, not when the exception is garbage collected
                 raise ValueError(batch.message)
             if batch is not None:
                 yield batch
@@ -229,25 +229,25 @@ def train_dataloader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Training batches of one process, without end. Iterating draws nothing from any global generator.
+    """An infinite loader of training batches for one process. It uses no global random generator.
 
-    Each comes as a pair:
+    Each item is a pair:
 
     - a `DiffusionBatch`: images and noise, float32 with shape `(batch_size, channels, height, width)`; timesteps, int64 with
       shape `(batch_size,)`, uniform in [0, num_train_timesteps); `class_labels` alike, if the model is class conditional;
-    - names of images that could not be read, each replaced by another one. More than ten such in a row end the iteration with
-      a `ValueError`, as does a label that the model does not have.
+    - names of unreadable images, each of which was replaced by another image. More than ten in a row raise a `ValueError`, as
+      does a label that the model does not have.
 
     Args:
         images: The training images.
-        batch_size: Images per batch of this process.
-        seed: Decides, together with the number of a batch, what is in it.
-        num_train_timesteps: Timesteps of the diffusion process.
-        first_batch: Number of the first batch that is wanted: the batches from there on are the same as if those before had
-            been loaded too. A stream reads past the images of those, without decoding them.
-        num_workers: Processes that load images (0: load in this one). A stream gives other batches for other numbers.
+        batch_size: Number of images per batch of this process.
+        seed: Seed; it determines a batch together with the batch number.
+        num_train_timesteps: Number of timesteps of the diffusion process.
+        first_batch: Number of the first batch. Skipping batches does not change the later ones. A stream reads the skipped
+            images without decoding them.
+        num_workers: Number of processes that load images (0: load in this process). Batches of a stream depend on it.
         rank: Number of this process.
-        world_size: How many processes share a global batch.
+        world_size: Number of processes that share a global batch.
 
     Raises:
         ValueError: There are too few images for one global batch, too few shards for the workers, or a number is out of range.
@@ -262,7 +262,7 @@ def train_dataloader(
         "num_workers": num_workers,
         "worker_init_fn": obey_only_parent,
         "pin_memory": torch.cuda.is_available(),
-        "generator": torch.Generator(),  # of the workers' seeds, which nothing here uses
+        "generator": torch.Generator(),  # for the workers' seeds, which are not used here
     }
     if isinstance(images, ImageStream):
         return _BatchLoader(_StreamBatches(images, plan, num_workers), **common)
@@ -281,18 +281,18 @@ def calibration_batches(
     world_size: int = 1,
     broken: BrokenImages | None = None,
 ) -> list[DiffusionBatch]:
-    """Batches that scores are taken on: a function of `seed` and `step`, with evenly spread timesteps.
+    """Batches for computing scores. They are a function of `seed` and `step`, with evenly spread timesteps.
 
     Args:
-        images: The training images, from which each batch takes different ones.
-        num_batches: How many batches (>= 1).
-        batch_size: Images of a batch on each process (fewer if there are not that many).
-        num_train_timesteps: Timesteps of the diffusion process.
+        images: The training images.
+        num_batches: Number of batches (>= 1).
+        batch_size: Number of images in a batch on each process (fewer if there are not enough images).
+        num_train_timesteps: Number of timesteps of the diffusion process.
         seed: Seed of the run.
-        step: Step at which the ranking is made.
-        rank: Number of this process, which gets its block of every global batch and decodes only that.
-        world_size: How many processes share a global batch, in blocks of equal size.
-        broken: Counts images that could not be read and were replaced.
+        step: Step of the ranking.
+        rank: Number of this process, which decodes only its own block of every global batch.
+        world_size: Number of processes that share a global batch, in blocks of equal size.
+        broken: Counts unreadable images that were replaced.
 
     Returns:
         Batches: images and noise, float32 with shape `(n, channels, height, width)`, timesteps, int64 with shape `(n,)`, and
@@ -330,7 +330,7 @@ def calibration_batches(
 def _row_blocks(
     images: ImageRows, num_batches: int, batch_size: int, seed: int, step: int, rank: int, world_size: int
 ) -> Iterator[list[EncodedImage]]:
-    """This process's block of every calibration batch."""
+    """Block of this process in every calibration batch."""
     size = min(batch_size, images.num_images // world_size)
     for number in range(num_batches):
         generator = random_generator(seed, CALIBRATION, step, number)
@@ -341,12 +341,12 @@ def _row_blocks(
 def _stream_blocks(
     images: ImageStream, num_batches: int, batch_size: int, seed: int, step: int, rank: int, world_size: int
 ) -> Iterator[list[EncodedImage]]:
-    """As `_row_blocks`, in the order of passes over the stream that are made for this step."""
+    """As `_row_blocks`, in the order of shuffled passes over the stream for this step."""
     passes = (images.shuffled(random_generator(seed, CALIBRATION, step, number)) for number in itertools.count())
     stream, wanted = next(passes), batch_size * world_size
     for _ in range(num_batches):
         batch = list(itertools.islice(stream, wanted))
-        if len(batch) < wanted:  # the end: begin again, and if a whole pass is too short, that is all there is
+        if len(batch) < wanted:  # end of the stream: start a new pass, which may itself be shorter than a batch
             stream = next(passes)
             batch = list(itertools.islice(stream, wanted))
         size = len(batch) // world_size

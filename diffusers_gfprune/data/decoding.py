@@ -1,10 +1,10 @@
-"""From an encoded image to a training tensor, and what becomes of images that cannot be read.
+"""Decoding of images into training tensors, and handling of unreadable images.
 
-Images are decoded here, one by one, and not by `datasets`: there, one broken file ends a stream or a loading process.
-Preprocessing is that of Diffusers' `train_unconditional.py`: scaled so that the image just covers the model's size
-(bilinear), cropped at random or at the centre, flipped left to right if asked, scaled to [-1, 1]. Modes are those of
-`diffusers_gfprune.pixel_values`. Images that are smaller than the model's are misfits, unless the whole set is small
-(`adapt_decoder`): then they are enlarged, as that script does it.
+Images are decoded here one by one, because with `datasets` one broken file ends a stream or a loading process. Preprocessing
+is that of Diffusers' `train_unconditional.py`: images are resized to just cover the model's size (bilinear), cropped at random
+or at the centre, optionally flipped left to right, and scaled to [-1, 1]. Modes are those of
+`diffusers_gfprune.diffusion.pixel_values`. Images smaller than the model's size do not fit, unless the whole data set is small
+(`adapt_decoder`); then they are enlarged, as in that script.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ __all__ = ["BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWO
 
 logger = logging.getLogger(__name__)
 
-# What the Hub's client raises, after many attempts of its own
+# Errors of the Hub's client after its own retries
 NETWORK_ERRORS = (ConnectionError, TimeoutError, HTTPError)
 
 
 class BrokenImage(ValueError):
-    """An image that cannot be read, or does not fit the model."""
+    """An image cannot be read, or does not fit the model."""
 
 
 class BrokenImages:
-    """The broken images that a run has met, each counted once.
+    """Broken images of a run, each counted once.
 
     Args:
-        limit: More than so many are an error (0: the first one is).
-        names: Those met before, as `to_list` gave them.
+        limit: Maximum number of broken images.
+        names: Images counted before, as returned by `to_list`.
 
     Raises:
-        ValueError: `names` are too many.
+        ValueError: There are more `names` than the limit.
     """
 
     def __init__(self, limit: int, names: Iterable[str] = ()) -> None:
@@ -60,13 +60,13 @@ class BrokenImages:
         """Count images.
 
         Args:
-            names: What each is called: its path or its row.
+            names: Path or row of each image.
 
         Returns:
-            Those that were not counted before.
+            Names that were not counted before.
 
         Raises:
-            ValueError: There are now more than the limit.
+            ValueError: The limit is exceeded.
         """
         new = [name for name in dict.fromkeys(names) if name not in self._names]
         self._names.update(dict.fromkeys(new))
@@ -79,7 +79,7 @@ class BrokenImages:
         return new
 
     def to_list(self) -> list[str]:
-        """Their names, in the order in which they were met."""
+        """Names in the order in which they were added."""
         return list(self._names)
 
 
@@ -87,9 +87,9 @@ class EncodedImage(NamedTuple):
     """A row of a data set, not decoded yet.
 
     Attributes:
-        encoded: Bytes and path, of which one may be None; None if the row has no image.
-        label: Class label, None unless the model is class conditional.
-        position: Row number, or shard number and row number in the shard for a stream.
+        encoded: Bytes and path, one of which may be None; None if the row has no image.
+        label: Class label; None unless the model is class conditional.
+        position: Row number; for a stream, shard number and row number in the shard.
     """
 
     encoded: dict | None
@@ -103,7 +103,7 @@ class EncodedImage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the image is called in messages: its file if it has one of its own, else its row."""
+        """Name of the image in messages: its file if it has one, else its row."""
         if self.is_path:
             return self.encoded["path"]
         row = f"row {self.position[-1]}"
@@ -114,15 +114,15 @@ class ImageDecoder:
     """Decodes images for a model.
 
     Args:
-        column: Name of the column of images, for messages.
-        feature: Its type.
+        column: Name of the image column, for messages.
+        feature: Type of the column.
         unet_config: Configuration of the model: `sample_size`, `in_channels` (1: greyscale, 3: RGB), `num_class_embeds`.
         center_crop: Crop at the centre, not at random.
         random_flip: Flip half of the images left to right.
-        label_dropout: How labels are dropped; None: the model has no null label.
+        label_dropout: Rule for dropping labels; None: the model has no null label.
 
     Attributes:
-        enlarge: Scale images up that are smaller than the model's, which else do not fit it.
+        enlarge: Whether to enlarge images that are smaller than the model's size. Otherwise they do not fit the model.
     """
 
     def __init__(
@@ -144,45 +144,45 @@ class ImageDecoder:
 
     @property
     def null_label(self) -> int | None:
-        """What stands for no label, if the model knows such a label."""
+        """The null label, if the model has one."""
         return None if self.label_dropout is None else self.label_dropout.null_label
 
     def dropped(self, label: int | None, uniform: float) -> int | None:
-        """The label that a model is trained with, after a random number in [0, 1) has decided whether it is dropped."""
+        """The label, or the null label if a random number in [0, 1) decides to drop it."""
         return label if self.label_dropout is None or label is None else self.label_dropout.one(label, uniform)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a decoded image: `(channels, height, width)`."""
+        """Shape of a decoded image: `(channels, height, width)`."""
         return (self.channels, *self.size)
 
     def open(self, image: EncodedImage) -> Image.Image:
-        """Decode an image as it is, in the mode that the data set names, if any.
+        """Decode an image, and convert it to the mode in the data set's features, if any.
 
         Raises:
-            BrokenImage: It cannot be read.
-            ValueError: It cannot be fetched: there may be nothing wrong with it.
+            BrokenImage: The image cannot be read.
+            ValueError: The image cannot be downloaded, so it may be intact.
         """
         if image.encoded is None:
-            raise self._broken(image, "there is none")
+            raise self._broken(image, "there is no image")
         try:
             picture = self.feature.decode_example(image.encoded)
             return picture if self.mode is None or is_deep(picture) else picture.convert(self.mode)
         except NETWORK_ERRORS as error:
-            raise ValueError(f"{image.name} cannot be fetched: {one_line(error)}") from error
-        except Exception as error:  # broken bytes make Pillow raise anything
+            raise ValueError(f"{image.name} cannot be downloaded: {one_line(error)}") from error
+        except Exception as error:  # Pillow raises many types for broken files
             raise self._broken(image, one_line(error)) from error
 
     def is_small(self, picture: Image.Image) -> bool:
-        """Whether an image would have to be enlarged for the model."""
+        """Whether an image is smaller than the model's size."""
         return picture.height < self.size[0] or picture.width < self.size[1]
 
     def fitted(self, image: EncodedImage, picture: Image.Image) -> Image.Image:
-        """An image with the model's channels (`with_channels`), of any size that will do.
+        """Convert an image to the model's channels (`with_channels`), and check its size and label.
 
         Raises:
-            BrokenImage: It does not fit the model.
-            ValueError: Its label is none of the model's.
+            BrokenImage: The image does not fit the model.
+            ValueError: The label is not one of the model's.
         """
         if self.is_small(picture) and not self.enlarge:
             wanted = f"the model's sample_size={self.size[0]}x{self.size[1]}"
@@ -196,19 +196,19 @@ class ImageDecoder:
         return picture
 
     def __call__(self, image: EncodedImage, uniforms: Sequence[float] | None = None) -> Tensor:
-        """Decode, scale and crop an image.
+        """Decode, resize and crop an image.
 
         Args:
             image: The image.
-            uniforms: Three random numbers in [0, 1) that place the crop (from the top, from the left) and decide the flip.
-                Without them the image is cropped at the centre and not flipped.
+            uniforms: Three random numbers in [0, 1): position of the crop from the top and from the left, and flip. Without
+                them the image is cropped at the centre and not flipped.
 
         Returns:
             float32 with shape `(channels, height, width)` in [-1, 1].
 
         Raises:
             BrokenImage: The image cannot be read or does not fit the model.
-            ValueError: Its label is none of the model's, or it cannot be fetched.
+            ValueError: The label is not one of the model's, or the image cannot be downloaded.
         """
         picture = _cover_resize(self.fitted(image, self.open(image)), self.size)
         if uniforms is None or self.center_crop:
@@ -223,28 +223,30 @@ class ImageDecoder:
 
     def _check_label(self, image: EncodedImage) -> None:
         if not isinstance(image.label, int) or not 0 <= image.label < self.num_classes:
-            raise ValueError(f"label {image.label} of {image.name} is none of the model's num_class_embeds={self.num_classes}")
+            raise ValueError(
+                f"label {image.label} of {image.name} must be at least 0 and less than num_class_embeds={self.num_classes}"
+            )
         if image.label == self.null_label:
-            raise ValueError(f"label {image.label} of {image.name} is null_label={self.null_label}, which no image may have")
+            raise ValueError(f"label {image.label} of {image.name} must not be null_label={self.null_label}")
 
     def _broken(self, image: EncodedImage, reason: str) -> BrokenImage:
         return BrokenImage(f"{image.name} of column {self.column}: {reason}")
 
 
 def adapt_decoder(decoder: ImageDecoder, images: Sequence[EncodedImage], max_broken_images: int) -> None:
-    """An early look at a few images of a data set: do they fit the model, and is the whole set smaller than its images?
+    """Check a few images of a data set, and decide whether the set is smaller than the model's size.
 
-    They are looked at one by one, up to the first one that fits. If all that can be read are smaller than the model's, the set
-    counts as small: images are enlarged from now on. If a single one of them is not, images that are smaller are misfits,
-    like all others that do not fit, and it does not matter where they stand. A function of the images alone.
+    The images are checked one by one, up to the first one that fits. If all readable ones are smaller than the model's size,
+    the set is small, and images are enlarged from now on. Otherwise smaller images do not fit. The result depends only on the
+    images.
 
     Args:
-        decoder: Its `enlarge` is set.
-        images: A few of the data set, always the same ones.
-        max_broken_images: More misfits than this are an error.
+        decoder: The decoder, whose `enlarge` is set.
+        images: A fixed selection of images from the data set.
+        max_broken_images: Maximum number of images that do not fit.
 
     Raises:
-        ValueError: None of them fits, more than `max_broken_images` do not, or one has a label that the model lacks.
+        ValueError: No image fits, more than `max_broken_images` do not fit, or a label is not one of the model's.
     """
     looked: list[tuple[EncodedImage, Image.Image | BrokenImage]] = []
     for image in images:
@@ -256,19 +258,19 @@ def adapt_decoder(decoder: ImageDecoder, images: Sequence[EncodedImage], max_bro
     misfits = {image.name: misfit for image, found in looked if (misfit := _misfit(decoder, image, found)) is not None}
     if len(misfits) == len(looked):
         last = list(misfits.values())[-1]
-        raise ValueError(f"none of the {len(looked)} images that were looked at fits the model, the last one: {last}")
+        raise ValueError(f"none of the {len(looked)} checked images fits the model, the last one: {last}")
     BrokenImages(max_broken_images).add(misfits)
     picture = next(found for image, found in looked if image.name not in misfits)
     if decoder.enlarge:
         logger.warning(
-            "the images are smaller (%dx%d pixels and the like) than the model's sample_size=%dx%d: they are enlarged, as "
-            "Diffusers' train_unconditional.py does it",
+            "the images (such as one of %dx%d pixels) are smaller than the model's sample_size=%dx%d: they are enlarged, as "
+            "in Diffusers' train_unconditional.py",
             *(picture.height, picture.width, *decoder.size),
         )
     if (reason := unused_range(picture)) is not None:
         logger.warning(reason)
     if decoder.channels == 3 and is_greyscale(picture):
-        logger.warning("images have mode %s: they are converted to RGB, which the model takes", picture.mode)
+        logger.warning("images have mode %s: they are converted to RGB for the model", picture.mode)
 
 
 def _opened(decoder: ImageDecoder, image: EncodedImage) -> Image.Image | BrokenImage:
@@ -279,7 +281,7 @@ def _opened(decoder: ImageDecoder, image: EncodedImage) -> Image.Image | BrokenI
 
 
 def _misfit(decoder: ImageDecoder, image: EncodedImage, found: Image.Image | BrokenImage) -> BrokenImage | None:
-    """Why an image is not one for the model, if it is not."""
+    """The reason why an image does not fit the model, if it does not."""
     if isinstance(found, BrokenImage):
         return found
     try:
@@ -290,7 +292,7 @@ def _misfit(decoder: ImageDecoder, image: EncodedImage, found: Image.Image | Bro
 
 
 def _cover_resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale an image so that it just covers `size` (height, width), keeping its aspect ratio."""
+    """Resize an image so that it just covers `size` (height, width), keeping its aspect ratio."""
     scale = max(size[0] / picture.height, size[1] / picture.width)
     target = [max(size[0], round(picture.height * scale)), max(size[1], round(picture.width * scale))]
     return F.resize(picture, target, interpolation=InterpolationMode.BILINEAR)

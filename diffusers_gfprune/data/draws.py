@@ -1,8 +1,8 @@
-"""One image of a batch with all that is random about it: crop, flip, noise and time.
+"""One image of a batch with its random crop, flip, noise and time.
 
-They are a function of the seed and of a few numbers (say, the number of the draw in the run), so that nothing random has a
-state. Generators are NumPy's, seeded through `SeedSequence`, which makes unrelated streams of neighbouring numbers. A CPU
-generator of PyTorch takes only 32 bits of its seed: among some 65,000 draws the first two would be the same.
+These are a function of the seed and a few numbers (such as the number of the draw in the run), so no random state must be
+saved. Generators are NumPy's, seeded through `SeedSequence`, which gives independent streams for consecutive numbers. A CPU
+generator of PyTorch uses only 32 bits of its seed, so two of about 65,000 draws would be the same.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .sources import ImageRows, ImageStream
 
 __all__ = ["Example", "random_generator", "read_example", "stack_examples"]
 
-# What a generator is for
+# Purpose of a generator
 ORDER, DRAW, REPLACEMENT, CALIBRATION, CALIBRATION_LABELS = range(5)
 MAX_REPLACEMENTS = 10
 
 
 def random_generator(seed: int, *key: int) -> np.random.Generator:
-    """A random generator that is a function of a seed and any number of non-negative integers, all bits of them."""
-    words = [word for number in key for word in (number & 0xFFFFFFFF, number >> 32)]  # as many for any number
+    """A random generator seeded by all bits of a seed and any number of non-negative integers."""
+    words = [word for number in key for word in (number & 0xFFFFFFFF, number >> 32)]  # two words for every number
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=words))
 
 
 @dataclass
 class Example:
-    """An image with all that is random about it; `time` is uniform in [0, 1)."""
+    """An image with its noise; `time` is uniform in [0, 1)."""
 
     pixel_values: Tensor
     class_label: int | None
@@ -45,9 +45,9 @@ class Example:
 def read_example(
     images: ImageRows | ImageStream, image: EncodedImage, seed: int, *key: int, drop: float | None = None
 ) -> Example:
-    """Decode an image, or another one in its place, with the random numbers of (seed, key).
+    """Decode an image, or a replacement if it is broken, with the random numbers of (seed, key).
 
-    The last of these, or `drop` in its place, decides whether the label is dropped, if labels are.
+    If labels are dropped, the last random number, or `drop` if given, decides whether this label is.
     """
     generator = random_generator(seed, *key)
     *uniforms, time = generator.random(4)
@@ -67,7 +67,7 @@ def read_example(
 def stack_examples(
     examples: Sequence[Example], times: Iterable[float], num_train_timesteps: int
 ) -> tuple[DiffusionBatch, list[str]]:
-    """A batch, with timesteps at `times`, which are shares of `num_train_timesteps`, and names of images that are broken."""
+    """A batch with timesteps at `times`, given as shares of `num_train_timesteps`, and the names of broken images."""
     timesteps = [min(int(time * num_train_timesteps), num_train_timesteps - 1) for time in times]
     conditioning = {}
     if examples[0].class_label is not None:

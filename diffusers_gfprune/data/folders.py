@@ -1,11 +1,11 @@
-"""Local folders: which files in them count, which splits they hold, and names that `datasets` would take for patterns.
+"""Loading of local folders: their files and splits, and names that `datasets` would treat as patterns.
 
-- Hidden files, and everything in hidden folders (`.ipynb_checkpoints`, `__MACOSX`), are left out everywhere.
-- Image files are one split, all of them, whatever they are called. Only where every image lies in a folder that is named as a
-  split, and there are folders for training and for validation or test (`train/`, `test/`), are these the splits: that is a
-  layout that `datasets` documents, while its reading splits from file names takes parts of a set for the whole.
-- Folders written by `save_to_disk` are read as such.
-- Of everything else (parquet files, a README that lists data files) `datasets` knows best, and is asked.
+- Hidden files, and everything in hidden folders (`.ipynb_checkpoints`, `__MACOSX`), are ignored.
+- All image files form one split, regardless of their names. Folders define splits only if every image lies in a folder with
+  the name of a split, and there are folders for training and for validation or test (`train/`, `test/`). `datasets`
+  documents this layout. It would also derive splits from file names, and then load only part of a set.
+- Folders written by `save_to_disk` are loaded as such.
+- Everything else (parquet files, a README that lists data files) is loaded by `datasets`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ SPLIT_OF_FOLDER = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# What `save_to_disk` writes beside the data, of a `Dataset` or a `DatasetDict`
+# Files that `save_to_disk` writes for a `Dataset` or a `DatasetDict`
 SAVED = ("state.json", "dataset_dict.json")
 
 
 def visible_files(folder: str | Path) -> list[Path]:
-    """All files in a folder and in the folders in it, in the order of their paths, but for hidden ones.
+    """All files in a folder and its subfolders, without hidden ones, in the order of their paths.
 
-    Hidden is what `datasets` leaves out: whatever has a name that begins with a dot, folders whose names begin with two
-    underscores, and all that is in them. Links to folders are followed, unless they lead back to where they lie.
+    As in `datasets`, hidden are names that begin with a dot, folders whose names begin with two underscores, and everything
+    in them. Links to folders are followed, unless they lead to a parent folder.
 
     Raises:
         OSError: A folder cannot be read.
@@ -72,14 +72,14 @@ def load_folder(
     """The splits of a local folder.
 
     Args:
-        folder: Its path.
-        config_name: Which configuration, where a README in the folder lists several.
-        images_only: Read nothing but image files, and what `save_to_disk` wrote.
-        cache_dir: Where `datasets` keeps what it prepares.
-        streaming: Read them as streams.
+        folder: Path of the folder.
+        config_name: Name of the configuration, if a README in the folder lists several.
+        images_only: Read only image files and folders written by `save_to_disk`.
+        cache_dir: Cache folder of `datasets`.
+        streaming: Read the splits as streams.
 
     Raises:
-        ValueError: There is nothing of the kind in it, or it is not clear which files belong to which split.
+        ValueError: The folder has no such files, or the splits of the files are ambiguous.
     """
     root = Path(os.path.abspath(folder))
     if any((root / name).is_file() for name in SAVED):
@@ -88,18 +88,18 @@ def load_folder(
     files = visible_files(root)
     nested = next((path for path in (root, *files) if "::" in str(path)), None)
     if nested is not None:
-        raise ValueError(f"{nested} has '::' in its path, which `datasets` takes for the inside of an archive: rename it")
+        raise ValueError(f"{nested} has '::' in its path, which `datasets` treats as a path inside an archive: rename it")
     options = {"cache_dir": cache_dir, "streaming": streaming}
     listed = [] if images_only else _listed_configs(root)
     if not listed:
         has_images = any(_is_image(path) or path.suffix == ".zip" for path in files)
         if images_only and not has_images:
-            raise ValueError("there are no image files in it (a folder of parquet files is given as dataset_name)")
+            raise ValueError("there are no image files in it (pass a folder of parquet files as dataset_name)")
         kind = _kind([path for path in files if path.name not in FILES_TO_IGNORE])
         if has_images and (images_only or kind in ("imagefolder", "text")):  # text: captions
             _refuse_config(config_name, "of image files")
             return _load_image_files(files, options)
-    if has_magic(str(root)) or root.suffix == ".py":  # as the old scripts of data sets had
+    if has_magic(str(root)) or root.suffix == ".py":  # `datasets` treats names ending in .py as loading scripts
         return _load_by_patterns(root, files, listed, config_name, options)
     splits = datasets.load_dataset(str(root), config_name, **options)
     if not listed:
@@ -109,23 +109,23 @@ def load_folder(
 
 
 def _warn_of_left_out(root: Path, files: Sequence[Path], used: Collection[Path]) -> None:
-    """`datasets` reads no files that stand beside those of splits and have none in their names."""
+    """Warn of files that `datasets` ignores, because other files have the name of a split and these do not."""
     kind = _kind(list(used))
     left_out = [path for path in files if path.resolve() not in used and kind is not None and _kind([path]) == kind]
     if left_out:
         logger.warning(
-            "%d files of %s are in no split and are not read, such as %s: a README can list the files of each split",
+            "%d files of %s are not in a split and are not read, such as %s: a README can list the files of each split",
             *(len(left_out), root, left_out[0].relative_to(root)),
         )
 
 
 def _refuse_config(config_name: str | None, kind: str) -> None:
     if config_name is not None:
-        raise ValueError(f"dataset_config_name={config_name} does not go with a folder {kind}, which has no configurations")
+        raise ValueError(f"dataset_config_name={config_name} cannot be used with a folder {kind}: it has no configurations")
 
 
 def _load_saved(root: Path, streaming: bool) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
-    """What `save_to_disk` wrote: Arrow tables and JSON."""
+    """Splits written by `save_to_disk`."""
     saved = datasets.load_from_disk(str(root))
     splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
     splits = {name: rows.with_format(None) for name, rows in splits.items()}  # columns may have been saved as tensors
@@ -140,20 +140,20 @@ def _is_image(path: Path) -> bool:
 
 
 def _data_files(paths: Sequence[Path]) -> DataFilesList:
-    """Files as `datasets` takes them without looking for patterns in their names; it knows by their times what has changed."""
+    """Files in the form that `datasets` does not search for patterns. It detects changes by time and size."""
     states = [os.stat(path) for path in paths]
     return DataFilesList([str(path) for path in paths], [(str(s.st_mtime_ns), str(s.st_size)) for s in states])
 
 
 def _kind(paths: Sequence[Path]) -> str | None:
-    """Which module of `datasets` reads most of some files."""
+    """The module of `datasets` that reads most of the given files."""
     return infer_module_for_data_files_list(_data_files(paths))[0]
 
 
 def _load_image_files(files: Sequence[Path], options: dict) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Image files with what comes with them: class folders, metadata files, archives."""
+    """Splits of image files, with class folders, metadata files and archives."""
     splits = _split_folders(files)
-    # Folders of splits are no classes
+    # Folders of splits are not classes
     direct = any(path.parent.name.lower() in SPLIT_OF_FOLDER for paths in splits.values() for path in paths if _is_image(path))
     data_files = DataFilesDict({name: _data_files(paths) for name, paths in splits.items()})
     no_labels = {"drop_labels": True} if len(splits) > 1 and direct else {}
@@ -161,13 +161,13 @@ def _load_image_files(files: Sequence[Path], options: dict) -> datasets.DatasetD
 
 
 def _split_folders(files: Sequence[Path]) -> dict[str, Sequence[Path]]:
-    """Files of each split, if every image lies in the folder (or archive) of one; else all of them, as training images."""
+    """Files of each split if every image lies in the folder (or archive) of a split; else all files, as training images."""
     images = [path for path in files if _is_image(path) or path.suffix == ".zip"]
     top = Path(os.path.commonpath([path.parent for path in images]))
     splits: dict[str, list[Path]] = {}
     for path in files:
         name = path.relative_to(top).parts[0] if path.is_relative_to(top) else ""
-        if path.parent == top:  # a file has no split by its name; an archive stands for a folder
+        if path.parent == top:  # the name of a file does not define a split; an archive counts as a folder
             name = path.stem if path.suffix == ".zip" else ""
         if name.lower() in SPLIT_OF_FOLDER:
             splits.setdefault(SPLIT_OF_FOLDER[name.lower()], []).append(path)
@@ -178,25 +178,25 @@ def _split_folders(files: Sequence[Path]) -> dict[str, Sequence[Path]]:
     if strays:
         raise ValueError(
             f"there are folders of splits in {top} ({', '.join(sorted(splits))}), and {len(strays)} images outside of them, "
-            f"such as {strays[0].relative_to(top)}: move these, or name a folder without splits"
+            f"such as {strays[0].relative_to(top)}: move these, or pass a folder without splits"
         )
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 
 def _listed_configs(root: Path) -> list[dict]:
-    """Configurations with data files of their own in the README of a folder."""
+    """Configurations that list data files in the README of a folder."""
     readme = root / "README.md"
     try:
         configs = (metadata_load(readme) or {}).get("configs") if readme.is_file() else None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"what stands first in its README.md is not YAML: {one_line(error)}") from error
+        raise ValueError(f"the header of its README.md is not valid YAML: {one_line(error)}") from error
     return [config for config in configs or [] if isinstance(config, dict) and "data_files" in config]
 
 
 def _load_by_patterns(
     root: Path, files: Sequence[Path], listed: Sequence[dict], config_name: str | None, options: dict
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """As `load_dataset` reads a folder, which would take the brackets in this one's name for a pattern."""
+    """Load a folder as `load_dataset` does, which would treat brackets in its name as a pattern."""
     names = {path.relative_to(root).as_posix(): path for path in files if path.name not in FILES_TO_IGNORE}
 
     def matching(pattern: str) -> list[str]:

@@ -1,9 +1,9 @@
-"""Images for training: which ones, and whether they fit the model.
+"""Loading of training and held-out images, and checks that they fit the model.
 
-Both scripts load their images here, so that a pruned model sees what its dense parent saw: anything that
-`datasets.load_dataset` takes, from the disk or as a stream. The channels come from the model (1: greyscale, 3: RGB), the
-resolution from its `sample_size`. Local folders are read in `image_folders`, splits are chosen by `image_splits`; decoding is
-in `image_decoding`, order and batches in `batches`.
+All scripts load their images here, so a pruned model is trained on the same images as its dense parent. Images can be
+anything that `datasets.load_dataset` reads, from disk or as a stream. Channels (1: greyscale, 3: RGB) and resolution
+(`sample_size`) are those of the model. `folders` reads local folders, `splits` chooses splits, `decoding` decodes images, and
+`batches` makes batches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["DataArguments", "load_images"]
 
 logger = logging.getLogger(__name__)
 
-# What `datasets` raises
+# Errors of `datasets`
 LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException),
     *NETWORK_ERRORS,
@@ -49,23 +49,23 @@ LOAD_ERRORS = (
 
 @dataclass
 class DataArguments:
-    """Which images to train on."""
+    """Training and held-out images."""
 
     _argument_group_name = "data"
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Images: a data set id on the Hub, or a local folder, which `load_dataset` reads (parquet) or "
-            "`save_to_disk` wrote."
+            "help": "Data set of images: an id on the Hub, or a local folder, readable by `load_dataset` (parquet) or written "
+            "by `save_to_disk`."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Images: a local folder of image files. All but hidden ones are used, whatever they are called; only "
-            "sub-folders train/ with validation/ or test/ are splits."
+            "help": "Local folder of image files. All except hidden files are used, with any names; only sub-folders train/ "
+            "with validation/ or test/ define splits."
         },
     )
     train_split_name: str | None = field(
@@ -74,19 +74,19 @@ class DataArguments:
     validation_split_name: str | None = field(
         default=None,
         metadata={
-            "help": "Split to hold out images of (default: validation or test, if it has the labels that the model needs, "
-            "else the training split, which then gives some of its images)."
+            "help": "Split to take held-out images from (default: validation or test, if it has the labels that the model "
+            "needs, else the training split, which then loses these images)."
         },
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the images as a stream, for a data set that does not fit on the disk."}
+        default=False, metadata={"help": "Read the images as a stream, for a data set that does not fit on disk."}
     )
     shuffle_buffer_size: int = field(
         default=1000,
-        metadata={"help": "With --streaming: images, not decoded, that each loading process holds to draw from (>= 1)."},
+        metadata={"help": "With --streaming: number of encoded images in each loading process's shuffle buffer (>= 1)."},
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the images (default: the first column of type Image)."}
+        default=None, metadata={"help": "Column of images (default: the first column of type Image)."}
     )
     label_column: str | None = field(
         default=None, metadata={"help": "Column of class labels, for conditional models (default: the first ClassLabel)."}
@@ -94,19 +94,20 @@ class DataArguments:
     null_label: int | None = field(
         default=None,
         metadata={
-            "help": "Label that stands for no label, for classifier-free guidance (default: the last one, if the model knows "
-            "one label more than the data set has classes)."
+            "help": "Label that means 'no label', for classifier-free guidance (default: the last one, if the model has one "
+            "label more than the data set has classes)."
         },
     )
     label_dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the labels that the null label replaces in training and scoring, in [0, 1) (default: 0.1 where "
-            "there is a null label)."
+            "help": "Share of the labels replaced by the null label in training and scoring, in [0, 1) (default: 0.1 if there "
+            "is a null label)."
         },
     )
     resolution: int | None = field(
-        default=None, metadata={"help": "Checked against the model's sample_size, in pixels: images are scaled to that."}
+        default=None,
+        metadata={"help": "Expected sample_size of the model in pixels, only checked: images are resized to the model's."},
     )
     center_crop: bool = field(
         default=False, metadata={"help": "Crop non-square images at the centre instead of at random places."}
@@ -114,24 +115,24 @@ class DataArguments:
     random_flip: bool = field(default=False, metadata={"help": "Flip half of the images left to right."})
     validation_images: int = field(
         default=256,
-        metadata={"help": "Held-out images for the step loss (>= 1), of the validation split (see --validation_split_name)."},
+        metadata={"help": "Number of held-out images for the step loss (>= 1), from the split of --validation_split_name."},
     )
     max_broken_images: int = field(
         default=100,
         metadata={
-            "help": "Images that cannot be read or do not fit the model (in colour for a greyscale model; smaller, unless the "
-            "whole set is: then it is enlarged) are replaced by others and counted; more than this are an error (0: the "
-            "first one is)."
+            "help": "Maximum number of broken images, which are replaced by others (>= 0). Broken are images that cannot be "
+            "read, colour images for a greyscale model, and images smaller than the model's (unless all are: then they are "
+            "enlarged)."
         },
     )
     dataloader_num_workers: int = field(
         default=0,
         metadata={
-            "help": "Processes that load images, for each training process (0: load in that). With --streaming they share "
-            "out its shards, and another number gives other batches."
+            "help": "Number of processes that load images for each training process (0: load in the training process). With "
+            "--streaming they divide the shards, so batches depend on this number."
         },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded data sets are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded data sets."})
 
     def __post_init__(self) -> None:
         for name in ("shuffle_buffer_size", "validation_images"):
@@ -156,21 +157,21 @@ def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStre
     """Training and held-out images for a model.
 
     Args:
-        args: Where the images are and how they are cropped.
+        args: Source and preprocessing of the images.
         unet_config: Configuration of the model: size, channels (1: greyscale, 3: RGB), and whether it is class conditional.
 
     Returns:
-        The training images, with a `summary` for the plan, and the held-out ones (centre crop, no flip) in memory: pixel
+        The training images, with a `summary` for the plan, and the held-out images (centre crop, no flip) in memory: pixel
         values, float32 with shape `(n, channels, height, width)` in [-1, 1], and class labels, int64 with shape `(n,)`, or
-        None. Held-out images are the first ones of the validation or test split, or of the one that is asked for. Without
-        these they are taken from the training images, which are then without them: at random from a data set on the disk, the
-        first ones of a stream. A split without the labels that the model needs, as the test splits of many data sets, is
-        passed over with a warning.
+        None. Held-out images are the first ones of the requested split, or of the validation or test split. If there is none,
+        they are removed from the training images: at random from a data set on disk, the first ones of a stream. A split
+        without the labels that the model needs, such as the test splits of many data sets, is skipped with a warning.
 
-        If a set is smaller than the model's images it is enlarged, with a warning; `adapt_decoder` has the rule.
+        If all images are smaller than the model's size, they are enlarged with a warning (see `adapt_decoder`).
 
     Raises:
-        ValueError: No such data, split or column, images that do not fit the model, too few of them, too many broken ones.
+        ValueError: Data, split or column do not exist, images do not fit the model, or there are too few or too many broken
+            images.
     """
     _check_model(args, unet_config)
     _check_source(args)
@@ -181,7 +182,7 @@ def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStre
     candidates = held_out_candidates(splits, args.validation_split_name, train_name, source)
     train_rows = splits[train_name]
     if train_rows.features is None:
-        raise ValueError(f"{source} does not tell its columns before it is read: load it without streaming")
+        raise ValueError(f"{source} has unknown columns until it is read: load it without streaming")
     if not args.streaming and len(train_rows) == 0:
         raise ValueError(f"{source} has no training images")
     image_column = _column(train_rows, args.image_column, datasets.Image, "image_column")
@@ -215,7 +216,7 @@ def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStre
         held_out_rows = None if held_out_name == train_name else _not_decoded(splits[held_out_name], columns, feature)
     make_sources = _stream_sources if args.streaming else _row_sources
     train, held_out, first = make_sources(args, source, rows, held_out_rows, decoder, label_column)
-    if decoder.null_label is not None and isinstance(train, ImageRows):  # labels of a stream are looked at as they come
+    if decoder.null_label is not None and isinstance(train, ImageRows):  # labels of a stream are checked as they are read
         with _in_split(train_name):
             check_labels(train.rows.unique(label_column), decoder.null_label, f"column {label_column}")
     with _in_split(train_name):
@@ -238,7 +239,7 @@ def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStre
 def _labelled_split(
     args: DataArguments, source: str, splits, candidates: Sequence[str], train_name: str, label_column: str | None
 ) -> str:
-    """The first candidate for held-out images whose images have labels, if the model needs these."""
+    """The first candidate split for held-out images; if the model needs labels, the first one with labels."""
     for name in candidates:
         if name == train_name or label_column is None:
             return name
@@ -249,7 +250,7 @@ def _labelled_split(
         lacking = f"split {name} has no class labels in column {label_column}"
         if args.validation_split_name is not None:
             raise ValueError(f"validation_split_name={name}: {lacking} of {source}, and the model needs them")
-        logger.warning("%s of %s, and the model needs them: other images are held out", lacking, source)
+        logger.warning("%s of %s, but the model needs them: another split is used for held-out images", lacking, source)
     return train_name
 
 
@@ -264,7 +265,7 @@ def _has_labels(rows, column: str, count: int) -> bool:
 
 @contextmanager
 def _in_split(name: str) -> Iterator[None]:
-    """Errors name the split in which they are found."""
+    """Add the name of the split to errors."""
     try:
         yield
     except ValueError as error:
@@ -274,7 +275,7 @@ def _in_split(name: str) -> Iterator[None]:
 def _row_sources(
     args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
 ) -> tuple[ImageRows, Iterable[EncodedImage], Iterable[EncodedImage]]:
-    """Training images, held-out ones, and a few of all images of the training split to look at."""
+    """Training images, held-out images, and a few images of the training split to check."""
     count = args.validation_images
     spread = np.linspace(0, len(rows) - 1, min(len(rows), ImageStream.num_spares)).astype(int)
     first = ImageRows(rows, decoder, label_column, spread).in_order()
@@ -292,7 +293,7 @@ def _row_sources(
 def _stream_sources(
     args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
 ) -> tuple[ImageStream, Iterable[EncodedImage], Iterable[EncodedImage]]:
-    """As `_row_sources`; the images to look at are the first ones."""
+    """As `_row_sources`; the images to check are the first ones."""
     count, common = args.validation_images, (decoder, label_column, args.shuffle_buffer_size)
     with _one_line(source):
         train = ImageStream(rows, *common, num_held_out=0 if held_out_rows is not None else count)
@@ -307,7 +308,7 @@ def _stream_sources(
 
 
 def _decode_all(images: Iterable[EncodedImage], decoder: ImageDecoder, max_broken_images: int) -> tuple[Tensor, Tensor | None]:
-    """Pixel values and class labels of all images that fit the model."""
+    """Pixel values and class labels of the images that fit the model."""
     pixels, labels, broken, reason = [], [], BrokenImages(max_broken_images), None
     for image in images:
         try:
@@ -320,7 +321,7 @@ def _decode_all(images: Iterable[EncodedImage], decoder: ImageDecoder, max_broke
         found = f"none of {len(broken)} fits the model, the last one: {reason}" if broken else "there are none"
         raise ValueError(f"there are no held-out images: {found}")
     if broken:
-        logger.warning("%d held-out images are left out, the last one: %s", len(broken), reason)
+        logger.warning("%d held-out images do not fit the model and are left out, the last one: %s", len(broken), reason)
     return torch.stack(pixels), None if labels[0] is None else torch.tensor(labels)
 
 
@@ -329,9 +330,9 @@ def _check_model(args: DataArguments, unet_config) -> None:
     if args.resolution is not None and size != (args.resolution, args.resolution):
         raise ValueError(f"resolution={args.resolution} but the model was built for sample_size={size[0]}x{size[1]}")
     if channels not in (1, 3):
-        raise ValueError(f"in_channels={channels} of the model: images have 1 (greyscale) or 3 (RGB) channels")
+        raise ValueError(f"in_channels={channels} of the model must be 1 (greyscale) or 3 (RGB)")
     if unet_config.class_embed_type is not None:
-        raise ValueError(f"class_embed_type={unet_config.class_embed_type}: this script knows class labels only")
+        raise ValueError(f"class_embed_type={unet_config.class_embed_type} must be None: only class labels are supported")
 
 
 def _check_source(args: DataArguments) -> None:
@@ -355,19 +356,19 @@ def _load_splits(args: DataArguments) -> dict[str, datasets.Dataset | datasets.I
 
 
 def _not_decoded(rows, columns: list[str], feature: datasets.Image):
-    """Some columns of a split, the first of which are images that stay as they are."""
-    if isinstance(rows, datasets.IterableDataset):  # which may have been set up to decode in threads
+    """Some columns of a split; images, in the first column, are not decoded."""
+    if isinstance(rows, datasets.IterableDataset):  # it may have been set to decode in threads
         return rows.decode(False).select_columns(columns)
     return rows.select_columns(columns).cast_column(columns[0], datasets.Image(mode=feature.mode, decode=False))
 
 
 @contextmanager
 def _one_line(source: str) -> Iterator[None]:
-    """Whatever `datasets` raises, as one line."""
+    """Raise errors of `datasets` as a ValueError of one line."""
     try:
         yield
     except LOAD_ERRORS as error:
-        chain = [error] if error.__cause__ is None else [error, error.__cause__]  # which often says more
+        chain = [error] if error.__cause__ is None else [error, error.__cause__]  # the cause often has the details
         reasons = [first_line(each) for each in chain]
         raise ValueError(f"{source} cannot be loaded: {': '.join(dict.fromkeys(reasons))}") from error
 
@@ -377,9 +378,11 @@ def _column(rows, wanted: str | None, kind: type, argument: str) -> str | None:
         if wanted not in rows.column_names:
             raise ValueError(f"{argument}={wanted} is not a column of the data set, which has {rows.column_names}")
         if kind is datasets.Image and not isinstance(rows.features[wanted], datasets.Image):
-            raise ValueError(f"{argument}={wanted} holds no images")
+            raise ValueError(f"{argument}={wanted} must be a column of images")
         return wanted
     found = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
     if len(found) > 1:
-        logger.warning("%s=%s is taken of the columns %s: name another one if it is not right", argument, found[0], found)
+        logger.warning(
+            "%s=%s is used, the first of the columns %s: pass another one if it is wrong", argument, found[0], found
+        )
     return found[0] if found else None

@@ -1,13 +1,13 @@
-"""Where training images come from: rows of a data set on the disk, or a stream.
+"""Sources of training images: rows of a data set on disk, or a stream.
 
-Both give `EncodedImage`s and leave it to `batches` which ones are wanted. What they share:
+Both yield `EncodedImage`s; `batches` selects them. Their common interface:
 
-- `num_images`: how many there are, None for a stream;
+- `num_images`: number of images, None for a stream;
 - `in_order()`: all images, from the first on;
-- `spare(generator)`: a random image, to stand in for a broken one;
+- `spare(generator)`: a random image, to replace a broken one;
 - `head(count)`: the first images as a tensor;
-- `decoder`: the `ImageDecoder` that makes tensors of them;
-- `summary`: where they come from and how many there are, for the plan (set by `load_images`).
+- `decoder`: the `ImageDecoder` of the images;
+- `summary`: source and number of images, for the plan (set by `load_images`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["ImageRows", "ImageStream"]
 
 
 class ImageRows:
-    """Images of a data set on the disk, of which any can be had at once.
+    """Images of a data set on disk, with random access.
 
     Args:
-        rows: The data set, with its images not decoded.
-        decoder: Decodes them.
-        label_column: Column of class labels, None if the model is not class conditional.
-        order: Which rows count, and in which order, with shape `(num_images,)`.
+        rows: The data set, with encoded images.
+        decoder: Decoder of the images.
+        label_column: Column of class labels; None if the model is not class conditional.
+        order: Row numbers of the images, in order, with shape `(num_images,)`.
     """
 
     summary: DataSummary | None = None
@@ -44,7 +44,7 @@ class ImageRows:
 
     @property
     def num_images(self) -> int:
-        """How many there are."""
+        """Number of images."""
         return len(self.order)
 
     def __getitem__(self, index: int) -> EncodedImage:
@@ -58,11 +58,11 @@ class ImageRows:
         return (self[index] for index in range(self.num_images))
 
     def spare(self, generator: np.random.Generator) -> EncodedImage:
-        """A random image, to stand in for a broken one."""
+        """A random image, to replace a broken one."""
         return self[int(generator.integers(self.num_images))]
 
     def head(self, count: int) -> Tensor:
-        """The first `count` images that can be read (fewer if there are fewer), cropped at the centre, never flipped.
+        """The first `count` readable images (fewer if there are fewer), cropped at the centre, not flipped.
 
         Returns:
             float32 with shape `(count, channels, height, width)` in [-1, 1].
@@ -71,17 +71,17 @@ class ImageRows:
 
 
 class ImageStream:
-    """Images of a data set that is read as it is needed, shard by shard.
+    """Images of a data set that is read on demand, shard by shard.
 
-    The library is asked for whole shards in their own order only: its shuffling differs between its versions, and a resumed
-    run must meet the same images. Order of shards and shuffle buffer are made here.
+    Shards and images are shuffled here, not by `datasets`, whose shuffling differs between versions: a resumed run must see
+    the same images.
 
     Args:
-        rows: The data set, with its images not decoded.
-        decoder: Decodes them.
-        label_column: Column of class labels, None if the model is not class conditional.
-        shuffle_buffer_size: Images among which the next one is drawn.
-        num_held_out: So many of the first images are in `held_out` and nowhere else.
+        rows: The data set, with encoded images.
+        decoder: Decoder of the images.
+        label_column: Column of class labels; None if the model is not class conditional.
+        shuffle_buffer_size: Number of images in the shuffle buffer.
+        num_held_out: Number of first images that are moved to `held_out`.
     """
 
     summary: DataSummary | None = None
@@ -111,7 +111,7 @@ class ImageStream:
 
     @property
     def are_paths(self) -> bool:
-        """Whether rows are only paths of image files, so that passing over one costs nothing."""
+        """Whether rows are only paths of image files, which are cheap to skip."""
         return all(image.is_path for image in self.spares)
 
     def in_order(self) -> Iterator[EncodedImage]:
@@ -119,12 +119,12 @@ class ImageStream:
         return self._read(range(self.start[0], self.rows.num_shards))
 
     def shuffled(self, generator: np.random.Generator, group: int = 0, num_groups: int = 1) -> Iterator[EncodedImage]:
-        """One pass: the shards of a group in random order, their images through the shuffle buffer.
+        """One pass over a group of shards in random order, with their images drawn from a shuffle buffer.
 
         Args:
-            generator: Decides the order, alone.
-            group: Which shards: every `num_groups`-th from this one on.
-            num_groups: How many groups there are, at most `num_shards`.
+            generator: Random generator, which alone determines the order.
+            group: Number of the group: every `num_groups`-th shard from this one on.
+            num_groups: Number of groups, at most `num_shards`.
         """
         shards = np.arange(self.start[0], self.rows.num_shards)[group::num_groups]
         buffer: list[EncodedImage] = []
@@ -138,7 +138,7 @@ class ImageStream:
         yield from (buffer[chosen] for chosen in generator.permutation(len(buffer)))
 
     def spare(self, generator: np.random.Generator) -> EncodedImage:
-        """A random one of the first images, to stand in for a broken one."""
+        """A random one of the first images, to replace a broken one."""
         return self.spares[int(generator.integers(len(self.spares)))]
 
     def head(self, count: int) -> Tensor:
@@ -149,7 +149,7 @@ class ImageStream:
         return chain.from_iterable(map(self._read_shard, shards))
 
     def _read_shard(self, shard: int) -> Iterator[EncodedImage]:
-        # Plain iteration would share out even a single shard among the workers of a DataLoader; `iter` does not.
+        # Plain iteration would divide even a single shard among the workers of a DataLoader; `iter` does not.
         row = 0
         for columns in self.rows.shard(self.rows.num_shards, shard).iter(batch_size=64):
             images = columns[self.decoder.column]

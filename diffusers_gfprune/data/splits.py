@@ -1,4 +1,4 @@
-"""Which split of a data set trains and which one is held out, and what the plan of a run says of that."""
+"""Choice of the training split and the held-out split, and their summary for the plan of a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["DataSummary", "held_out_candidates", "train_split"]
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Where the images of a run come from and how many there are; None is an unknown number, of a stream.
+    """Source and numbers of images of a run. A number is None if it is unknown, as for a stream.
 
     Attributes:
-        source: The argument that named the data set, and its value.
-        splits: Images of every split.
-        train: The split that trains.
-        held_out: The split that is held out, in part or whole; the same as `train` if images of that are held out.
-        num_train: Training images.
-        num_held_out: Held-out images, as far as they can be used.
-        enlarged: Whether the set is smaller than the model's images, and is scaled up.
-        label_dropout: How labels are dropped, if the model has a null label.
+        source: Argument that named the data set, and its value.
+        splits: Number of images of every split.
+        train: Name of the training split.
+        held_out: Name of the split of the held-out images, which may be the training split.
+        num_train: Number of training images.
+        num_held_out: Number of usable held-out images.
+        enlarged: Whether images are smaller than the model's size, and enlarged.
+        label_dropout: Rule for dropping labels, if the model has a null label.
     """
 
     source: str
@@ -35,7 +35,7 @@ class DataSummary:
     label_dropout: LabelDropout | None = None
 
     def lines(self) -> list[str]:
-        """Two lines for a plan, and a third one on dropped labels."""
+        """Two lines for the plan, and a third one about dropped labels, if any."""
         total = None if None in self.splits.values() else sum(self.splits.values())
         names = ", ".join(name if count is None else f"{name} ({count:,})" for name, count in self.splits.items())
         held_out = f"{self.num_held_out:,} held-out images of {self.held_out}"
@@ -60,7 +60,7 @@ def _number(count: int | None) -> str:
 
 
 def train_split(splits: Collection[str], wanted: str | None, source: str) -> str:
-    """The split to train on: the one that is asked for, else `train`, else the first one.
+    """The split to train on: the requested one, else `train`, else the first one.
 
     Raises:
         ValueError: There is no such split.
@@ -71,9 +71,9 @@ def train_split(splits: Collection[str], wanted: str | None, source: str) -> str
 
 
 def held_out_candidates(splits: Collection[str], wanted: str | None, train: str, source: str) -> list[str]:
-    """Splits to hold out images of, the best one first: the one that is asked for, else `validation` and `test`.
+    """Splits to take held-out images from, in order of preference: the requested one, else `validation`, `test` and `train`.
 
-    The training split, which stands last, is shared out.
+    If it is the training split, its images are divided.
 
     Raises:
         ValueError: There is no such split.

@@ -1,4 +1,4 @@
-"""What an evaluation is made of; `training/evaluate.py` is its script. Needs the extra `training`."""
+"""Parts of an evaluation; `training/evaluate.py` is its script. Needs the extra `training`."""
 
 from ..extras import check_extra
 

@@ -19,33 +19,35 @@ __all__ = ["EvaluateArguments", "parse_evaluate_arguments"]
 
 FEATURES = ("auto", "none", "inception", "efflite0", "dinov2", "pixels")
 DINOV2 = "facebook/dinov2-large"
-# Samples of a model where no number is given: what published figures take
+# Default number of samples of each model, as for published figures
 NUM_IMAGES = 50_000
 
 
 @dataclass
 class ModelArguments:
-    """What is evaluated."""
+    """The model or the images to evaluate."""
 
     _argument_group_name = "model"
 
     model: str | None = field(
         default=None, metadata={"help": "Pipeline to evaluate, dense or pruned: a Hub id or a local folder."}
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it on the Hub."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of model on the Hub."})
     reference_model: str | None = field(
-        default=None, metadata={"help": "Dense pipeline that it is compared with, sample by sample from the same noise."}
+        default=None, metadata={"help": "Dense pipeline to compare the model with, sample by sample from the same noise."}
     )
-    reference_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it on the Hub."})
+    reference_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of reference_model on the Hub."}
+    )
     images_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of generated images, all of one size, to evaluate in place of a model."},
+        metadata={"help": "Folder of generated images of one size, to evaluate instead of a model."},
     )
     compare: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders that earlier evaluations left: print their table, draw their samples, and stop."},
+        metadata={"help": "Result folders of earlier evaluations: print a table of them, draw their samples, and stop."},
     )
-    dtype: str = field(default="float32", metadata={"help": "Number type of the models.", "choices": list(DTYPES)})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the models.", "choices": list(DTYPES)})
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "images_dir", "compare") if getattr(self, name)]
@@ -60,7 +62,7 @@ class ModelArguments:
 
 @dataclass
 class OutputArguments:
-    """Where results go."""
+    """Where results are written."""
 
     _argument_group_name = "output"
 
@@ -73,54 +75,54 @@ class OutputArguments:
     dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
     update_model_card: bool = field(
         default=False,
-        metadata={"help": "Write the figures into the results.json and the card of the pruning run in --model, too."},
+        metadata={"help": "Also write the figures into results.json and the model card of the pruning run in --model."},
     )
     evaluation_cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that keeps samples and features, so that an interrupted evaluation goes on and the next one of "
-            "the same dense model or data is short (default: beside the Hub's cache)."
+            "help": "Folder that keeps samples and features. An interrupted evaluation resumes from it, and later evaluations "
+            "with the same dense model or data reuse it (default: next to the Hub's cache)."
         },
     )
 
 
 @dataclass
 class SampleArguments:
-    """How samples are drawn and judged."""
+    """How samples are drawn and compared."""
 
     _argument_group_name = "samples"
 
     num_images: int | None = field(
         default=None,
         metadata={
-            "help": "Samples of each model (>= 2; 0: none are drawn; default: 50,000), or so many of the first images of "
-            "images_dir (default: all)."
+            "help": "Number of samples of each model (>= 2; 0: no sampling; default: 50,000), or number of first images of "
+            "images_dir to use (default: all)."
         },
     )
-    num_inference_steps: int = field(default=100, metadata={"help": "DDIM steps (>= 1)."})
+    num_inference_steps: int = field(default=100, metadata={"help": "Number of DDIM steps (>= 1)."})
     timestep_spacing: str = field(
         default="leading",
         metadata={
-            "help": "How DDIM spaces its timesteps: evenly as Diffusers does, or quadratic, as papers do on CIFAR-10.",
+            "help": "How DDIM spaces its timesteps: evenly as in Diffusers, or quadratic, as in papers on CIFAR-10.",
             "choices": list(TIMESTEP_SPACINGS),
         },
     )
-    eta: float = field(default=0.0, metadata={"help": "Share of DDPM's noise in each step, in [0, 1]; 0 is deterministic."})
-    seed: int = field(default=1234, metadata={"help": "Seed of the samples' noise (>= 0)."})
-    eval_batch_size: int = field(default=128, metadata={"help": "Samples in one forward (>= 1)."})
+    eta: float = field(default=0.0, metadata={"help": "Share of DDPM's noise in each step, in [0, 1]; 0: deterministic."})
+    seed: int = field(default=1234, metadata={"help": "Seed for the samples' noise (>= 0)."})
+    eval_batch_size: int = field(default=128, metadata={"help": "Number of samples in one forward pass (>= 1)."})
     features: list[str] = field(
         default_factory=lambda: ["auto"],
         metadata={
-            "help": "Feature networks of the distances, several if you like: inception (FID, KID), efflite0, dinov2, pixels, "
-            "none; auto: inception if its weights can be had, else efflite0."
+            "help": "One or more feature networks for the distances: inception (FID, KID), efflite0, dinov2, pixels, none; "
+            "auto: inception if its weights are available, else efflite0."
         },
     )
     inception_weights: str | None = field(
         default=None, metadata={"help": "Inception's TorchScript file inception-2015-12-05.pt (default: downloaded)."}
     )
-    dinov2_model: str = field(default=DINOV2, metadata={"help": "DINOv2: a Hub id or a local folder."})
+    dinov2_model: str = field(default=DINOV2, metadata={"help": "DINOv2 model: a Hub id or a local folder."})
     num_reference_images: int | None = field(
-        default=None, metadata={"help": "Real images, from the first training image on (>= 2; default: all)."}
+        default=None, metadata={"help": "Number of real images: the first training images (>= 2; default: all)."}
     )
 
     def __post_init__(self) -> None:
@@ -142,7 +144,7 @@ class SampleArguments:
         self.settings()
 
     def settings(self) -> SamplingSettings:
-        """How samples are drawn."""
+        """Settings of the sampler."""
         return SamplingSettings(
             num_images=NUM_IMAGES if self.num_images is None else max(1, self.num_images),
             num_inference_steps=self.num_inference_steps,
@@ -159,7 +161,7 @@ class CostArguments(SpeedArguments):
 
     _argument_group_name = "cost"
 
-    step_loss_timesteps: int = field(default=16, metadata={"help": "Timesteps of the grid of the step loss (>= 1)."})
+    step_loss_timesteps: int = field(default=16, metadata={"help": "Number of timesteps of the step loss (>= 1)."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,28 +200,28 @@ class EvaluateArguments:
                 "features=none without --reference_model leaves nothing to measure on samples: add --num_images 0"
             )
         if self.data.streaming and s.num_reference_images is None and s.num_images != 0 and s.features != ["none"]:
-            raise ValueError("streaming=True needs --num_reference_images: a stream does not say how many images it has")
+            raise ValueError("streaming=True needs --num_reference_images: the number of images in a stream is unknown")
         if self.output.update_model_card:
             self._check_update()
 
     def _refuse(self, argument: str, groups: list, allowed: tuple[str, ...]) -> None:
-        """Arguments that would go unheard are an error."""
+        """Raise an error for arguments that would be ignored."""
         for group in groups:
             for value in fields(group):
                 default = value.default_factory() if callable(value.default_factory) else value.default
                 if value.name not in (argument, *allowed) and getattr(group, value.name) != default:
-                    raise ValueError(f"{value.name}={getattr(group, value.name)} does not go with --{argument}")
+                    raise ValueError(f"{value.name}={getattr(group, value.name)} cannot be combined with --{argument}")
 
     def _refuse_training(self) -> None:
         for name in ("random_flip", "shuffle_buffer_size", "dataloader_num_workers", "label_dropout"):
             value = getattr(self.data, name)
             if value != DataArguments.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={value} is for training: an evaluation reads real images in order, as they are")
+                raise ValueError(f"{name}={value} is for training only: an evaluation reads real images in order, unchanged")
 
     def _check_update(self) -> None:
         m = self.model
         if m.model is None or m.reference_model is None:
-            raise ValueError("update_model_card=True needs --model and --reference_model: a card shows dense beside pruned")
+            raise ValueError("update_model_card=True needs --model and --reference_model: a card compares dense and pruned")
         if self.samples.num_images == 0 or self.samples.features == ["none"]:
             raise ValueError("update_model_card=True needs samples and --features: their figures replace those on the card")
         for name in ("results.json", "pruning_report.json"):
@@ -228,14 +230,14 @@ class EvaluateArguments:
 
     @property
     def inputs(self) -> tuple[str | None, ...]:
-        """Paths, among other names, that are read."""
+        """Paths and names that are read."""
         m, data, s = self.model, self.data, self.samples
         named = (data.dataset_name, data.train_data_dir, data.cache_dir, s.inception_weights, s.dinov2_model)
         return (m.model, m.reference_model, m.images_dir, *m.compare, *named, self.output.evaluation_cache_dir)
 
     @property
     def output_dir(self) -> str:
-        """Where results go."""
+        """Folder for results."""
         if self.output.output_dir is not None:
             return self.output.output_dir
         name = "comparison" if self.model.compare else Path(self.model.model or self.model.images_dir).resolve().name
@@ -246,7 +248,7 @@ def parse_evaluate_arguments(argv: list[str] | None = None) -> EvaluateArguments
     """Read the command line.
 
     Raises:
-        ValueError: A value is out of its range, or values do not go together.
+        ValueError: A value is out of its range, or values contradict each other.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(

@@ -1,9 +1,9 @@
-"""The figures of an evaluation in the results and on the card of the pruning run that made the model.
+"""Writes the figures of an evaluation into the results and the model card of a pruning run.
 
-The run's `results.json` stays that of a run: cost and speed are those that the run measured, figures of samples and the step
-loss become those of the evaluation, with all that they depend on. Everything is made beside the run and then moved into it,
-so that a failure leaves the run as it was. The evaluation's own folder appears after that, so that after a kill the same
-command does what is left.
+In the run's `results.json`, cost and speed stay as the run measured them. Sample quality and step loss, with all settings that
+they depend on, are replaced by those of the evaluation. The new files are written to a temporary folder and then moved into
+the run, so a failure leaves the run unchanged. The evaluation's own folder is published last, so the same command can be
+repeated after an interruption.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ __all__ = ["RunUpdate", "check_run", "merged_run_results"]
 
 # Metrics that an evaluation replaces
 SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
-# In this order: the card tells of the others
+# In this order: the card refers to the others
 REPLACED = (PICTURES["samples"], "results.json", EVAL_RESULTS, "README.md")
 
 
 def is_frechet(metric: str) -> bool:
-    """Whether a metric is a Fréchet distance, which is what a card shows of distances."""
+    """Whether a metric is a Fréchet distance, the only kind of distance that a card shows."""
     return metric == "fid" or metric.startswith("fd_")
 
 
 def check_run(run: Path, inputs: Inputs) -> None:
-    """Find out before long work whether figures of these models can go into a run.
+    """Check, before long work, that a run can take the figures of these models.
 
     Raises:
-        ValueError: The run cannot be read or written, has no card to be made, or is one of other models.
+        ValueError: The run cannot be read or written, its card cannot be rendered, or its models are others.
     """
     try:
         measured, report = read_results(run), json.loads((run / "pruning_report.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"update_model_card=True: {run} is no pruning run whose card can be made: {error}") from error
+        raise ValueError(f"update_model_card=True: {run} is not a pruning run with complete results: {error}") from error
     if measured.kind != PRUNING_RUN:
         raise ValueError(f"update_model_card=True: {run} holds results of an {measured.kind}, not of a {PRUNING_RUN}")
     render_card(measured, report, run.resolve().name)
@@ -66,17 +66,17 @@ def _check_same(measured: ModelFigures, argument: str, parameters: int | None, m
 
 
 def merged_run_results(measured: Results, results: Results) -> Results:
-    """Results of a pruning run with its step loss and figures of samples replaced by those of an evaluation.
+    """Results of a pruning run, with step loss and sample quality replaced by those of an evaluation.
 
     Args:
-        measured: Of the run.
-        results: Of an evaluation of the pruned model, with the dense model as reference.
+        measured: Results of the run.
+        results: Results of an evaluation of the pruned model, with the dense model as reference.
 
     Raises:
         ValueError: There is no reference model, or the models are not those of the run.
     """
     if results.reference_model is None:
-        raise ValueError("results of an evaluation without reference_model do not go into a run's results")
+        raise ValueError("reference_model=None: results of a run can only be updated by an evaluation with a reference model")
     figures = {}
     for argument in ("model", "reference_model"):
         of_run, measured_now = getattr(measured, argument), getattr(results, argument)
@@ -99,7 +99,7 @@ def merged_run_results(measured: Results, results: Results) -> Results:
 
 
 def card_repository(run: Path) -> str:
-    """The repository that a run's card names in its examples, or the name of the run."""
+    """The repository in the examples of a run's card, or the name of the run."""
     readme = run / "README.md"
     text = readme.read_text("utf-8") if readme.is_file() else ""
     named = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', text)
@@ -107,15 +107,15 @@ def card_repository(run: Path) -> str:
 
 
 class RunUpdate:
-    """New results, samples and card of a run, made in a hidden folder in it, for `apply` to move to their places.
+    """New results, samples and card of a run. They are written to a hidden folder of the run; `apply` moves them into place.
 
     Args:
         run: The run's folder.
-        results: Of the evaluation.
-        picture: Samples of the dense model above those of the pruned one.
+        results: Results of the evaluation.
+        picture: PNG file with samples of the dense model above those of the pruned one.
 
     Raises:
-        ValueError: The card cannot be made; the run is as it was.
+        ValueError: The card cannot be rendered; the run is unchanged.
     """
 
     def __init__(self, run: Path, results: Results, picture: Path) -> None:
@@ -130,14 +130,14 @@ class RunUpdate:
                     shutil.copyfile(run / name, self.fresh / name)
             shutil.copyfile(picture, self.fresh / PICTURES["samples"])
             if (run / "README.md").is_file() and not is_as_rendered((run / "README.md").read_text("utf-8")):
-                print(f"warning: {run / 'README.md'} was edited by hand and keeps its text and figures", file=sys.stderr)
+                print(f"warning: {run / 'README.md'} was edited, so its text and figures are kept", file=sys.stderr)
             update_card(self.fresh, card_repository(run))
         except BaseException:
             self.discard()
             raise
 
     def apply(self) -> None:
-        """Replace the run's files, each whole."""
+        """Replace the run's files, each one atomically."""
         earlier = self.fresh / "earlier"
         earlier.mkdir()
         for name in REPLACED:
@@ -149,11 +149,11 @@ class RunUpdate:
             if (self.fresh / name).is_file():
                 (self.run / name).parent.mkdir(exist_ok=True)
                 os.replace(self.fresh / name, self.run / name)
-            else:  # nothing of an evaluation goes to the Hub's collection
+            else:  # this evaluation has no results for the Hub's collection
                 (self.run / name).unlink(missing_ok=True)
 
     def undo(self) -> None:
-        """Bring back what `apply` replaced, and remove what was made."""
+        """Restore the files that `apply` replaced, and remove the temporary folder."""
         for name in self._replaced:
             if (self.fresh / "earlier" / name).is_file():
                 os.replace(self.fresh / "earlier" / name, self.run / name)
@@ -162,5 +162,5 @@ class RunUpdate:
         self.discard()
 
     def discard(self) -> None:
-        """Remove what was made."""
+        """Remove the temporary folder."""
         shutil.rmtree(self.fresh, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Evaluations beside each other: what they differ in, and a table of their figures.
+"""Comparison of evaluations: the settings in which they differ, and a table of their figures.
 
-Figures may be compared only where everything that they depend on is the same: `differing_settings` says what is not.
+Figures are comparable only if everything that they depend on is the same. `differing_settings` lists what is not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MACHINE = ("device", "hardware", "threads", "sample_size")
 
 
 def differing_settings(results: Sequence[Results]) -> list[str]:
-    """Settings in which evaluations differ so that their figures cannot be compared, each with all values."""
+    """Differing settings that make figures incomparable, each with the values of all evaluations."""
     settings = [_flat({k: v for k, v in result.evaluation.items() if k not in FREE}) for result in results]
     differing = []
     for name in dict.fromkeys(name for one in settings for name in one):
@@ -30,7 +30,7 @@ def differing_settings(results: Sequence[Results]) -> list[str]:
 
 
 def differing_machines(results: Sequence[Results]) -> dict[str, list]:
-    """Versions, hardware and the like in which evaluations differ, which is no reason not to compare them, with all values."""
+    """Differing versions and hardware, with the values of all evaluations. Figures stay comparable."""
     settings = [_flat({k: v for k, v in result.evaluation.items() if k in FREE}) for result in results]
     names = dict.fromkeys(name for one in settings for name in one)
     values_by_name = {name: [one.get(name) for one in settings] for name in names}
@@ -38,7 +38,7 @@ def differing_machines(results: Sequence[Results]) -> dict[str, list]:
 
 
 def _flat(values: Mapping, prefix: str = "") -> dict:
-    """Nested settings under names with dots, so that only what differs need be told."""
+    """Nested settings under names with dots, so that only the differing entry is reported."""
     flat = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -46,7 +46,7 @@ def _flat(values: Mapping, prefix: str = "") -> dict:
 
 
 def common_reference(results: Sequence[Results]) -> ModelFigures | None:
-    """The reference model, where all evaluations have the same one."""
+    """The reference model, if all evaluations have the same one."""
     references = [result.reference_model for result in results]
     if any(reference is None for reference in references):
         return None
@@ -54,15 +54,15 @@ def common_reference(results: Sequence[Results]) -> ModelFigures | None:
 
 
 def reference_title(reference: ModelFigures) -> str:
-    """What the reference model is called beside the others, one of which may have its name."""
+    """Title of the reference model, which tells it from an evaluated model of the same name."""
     return f"{reference.name} (reference)"
 
 
 def comparison_table(results: Sequence[Results]) -> str:
-    """A Markdown table, a row a model, the common reference model first; `-` where something was not measured.
+    """A Markdown table with one row per model, the common reference model first; `-` marks missing figures.
 
-    Latency is there where all models were timed alike on the same machine, and how many times as fast as the reference model
-    they are where they were timed beside it.
+    Latencies are shown if all models were timed with the same settings on the same machine, and speed-ups if the models were
+    also timed next to the reference model.
     """
     rows = [(result.model.name, result.model) for result in results]
     reference = common_reference(results)
@@ -96,9 +96,9 @@ def comparison_table(results: Sequence[Results]) -> str:
 
 
 def _timed_alike(figures: Sequence[ModelFigures], speedups: bool) -> dict[str, list[str]]:
-    """Columns of all models' latencies and, if the first is what they were timed beside, speed-ups.
+    """Columns of all models' latencies and, if the first model is their common reference, speed-ups.
 
-    A column's name says no more of a setting than distinguishes it.
+    A column's name has only the part of a setting that varies.
     """
     timed_by_setting: dict[tuple, list[dict]] = {}
     for first in figures[0].speed:

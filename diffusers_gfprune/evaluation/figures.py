@@ -1,4 +1,4 @@
-"""What an evaluation says: its plan, figures of a model that take no samples, and all that figures depend on."""
+"""Descriptions of an evaluation: its plan, figures of a model that need no samples, and the settings behind the figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .trials import try_sampling
 
 __all__ = ["describe_evaluation", "describe_model", "describe_plan", "warn_of_few"]
 
-# What figures depend on besides the packages of a run
+# Packages that figures depend on, in addition to those of a run
 PACKAGES = ("clean-fid", "numpy", "pillow", "scikit-image", "scipy", "torchvision", "transformers")
 SIMILARITIES = {
     "ssim_to_dense": "scikit-image, uniform window of 7x7 pixels, mean over images",
@@ -39,10 +39,10 @@ SIMILARITIES = {
 
 
 def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, real: RealFeatures, processes: int) -> str:
-    """What the evaluation will do, and how long sampling may take.
+    """The plan of the evaluation, with an estimate of the sampling time.
 
     Raises:
-        ValueError: A model does not run.
+        ValueError: A model fails to run.
     """
     settings, lines, count, seconds = inputs.settings, ["plan:"], inputs.num_images, 0.0
     missing = samples.unsampled() if inputs.models else []
@@ -63,7 +63,7 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
             f"{settings.num_inference_steps} steps ({settings.timestep_spacing}), eta {settings.eta:g}, seed {settings.seed}"
         )
         lines.append(f"  {'samples':16} {count:,} of each model: DDIM, {drawn}")
-        left = f"{sum(missing):,} of {count * len(inputs.models):,} are to be made"
+        left = f"{sum(missing):,} of {count * len(inputs.models):,} remain to be drawn"
         shared = f" by {processes} processes" if processes > 1 else ""
         lines.append(f"  {'':16} {left}{shared}, in about {format_duration(seconds / processes)}")
     lines += [f"  {title:16} {line}" for title, line in zip(("data", ""), inputs.images.summary.lines())]
@@ -74,22 +74,22 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
 
 
 def warn_of_few(inputs: Inputs, real: RealFeatures) -> None:
-    """A covariance takes more images than it has dimensions."""
+    """Warn if there are fewer images than a covariance has dimensions."""
     fewest = min(inputs.num_images, real.count)
     for network in inputs.networks:
         if network.dimensions is not None and fewest <= network.dimensions:
             print(
-                f"warning: {fewest:,} images are few for {network.title} on {network.dimensions:,} features: it will be far "
-                f"above what more would give, so compare it with nothing but the same number of images",
+                f"warning: {fewest:,} images are few for {network.title} on {network.dimensions:,} features: it is biased far "
+                f"upwards, so compare it only with figures of the same number of images",
                 file=sys.stderr,
             )
 
 
 def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> ModelFigures:
-    """What can be said about a model without samples.
+    """Figures of a model that need no samples.
 
     Raises:
-        ValueError: Its loss is not finite.
+        ValueError: The model's loss is not finite.
     """
     unet, scheduler = inputs.models[argument]
     name = getattr(args.model, argument)
@@ -101,7 +101,7 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
     met = [int((step_loss.timesteps == timestep).sum()) for timestep in losses]
     mean = math.fsum(loss * count for loss, count in zip(losses.values(), met)) / sum(met)
     if not math.isfinite(mean):
-        raise ValueError(f"{argument}={name}: its step loss in {args.model.dtype} is {mean}, not a finite number")
+        raise ValueError(f"{argument}={name}: the step loss in {args.model.dtype} must be finite, not {mean}")
     return ModelFigures(
         name=str(portable(name)),
         revision=describe_base_model(name, revision)["revision"],
@@ -118,14 +118,14 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
 
 
 def _finite(value: object) -> object:
-    """A value of a configuration as JSON has it: DPM-Solver's `lambda_min_clipped` is minus infinity."""
+    """A configuration value as valid JSON: DPM-Solver's `lambda_min_clipped` is minus infinity."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_evaluation(
     args: EvaluateArguments, inputs: Inputs, real: RealFeatures, quality: Quality, accelerator: Accelerator
 ) -> dict:
-    """Everything that figures depend on, once they are there."""
+    """Everything that the measured figures depend on."""
     images, labels = inputs.held_out
     held_out = {"images": images} if labels is None else {"images": images, "labels": labels}
     fingerprint = tensors_fingerprint(held_out) if inputs.models else None
@@ -135,7 +135,7 @@ def describe_evaluation(
         "num_images": inputs.num_images,
         "sample_size": list(spatial_size(inputs.config)),
         "channels": inputs.config.in_channels,
-        "classes": inputs.config.num_class_embeds,  # sampled in turn, but for null_label
+        "classes": inputs.config.num_class_embeds,  # sampled in turn, except null_label
         "dtype": args.model.dtype,
         "dataset": {
             **describe_dataset(args.data.dataset_name, args.data.train_data_dir),

@@ -1,4 +1,4 @@
-"""What an evaluation reads: models, data, feature networks, a folder of images. Everything that can be wrong is found here."""
+"""Inputs of an evaluation: models, data, feature networks, a folder of images. All of them are checked here."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 
 
 class FolderImages:
-    """Generated images that lie in a folder and the folders in it, but for hidden ones, in the order of their paths.
+    """Generated images in a folder and its subfolders, without hidden ones, in the order of their paths.
 
-    The first one decides between greyscale and colour; modes are those of `diffusers_gfprune.diffusion.pixel_values`.
+    The first image decides between greyscale and colour; modes are those of `diffusers_gfprune.diffusion.pixel_values`.
 
     Args:
         folder: The folder.
-        wanted: So many of the first images (None: all).
-        resolution: Their height and width in pixels, to be checked.
+        wanted: Number of first images to use (None: all).
+        resolution: Expected height and width in pixels (None: not checked).
 
     Raises:
-        ValueError: There are too few of them, they differ in size, or one cannot be read.
+        ValueError: There are too few images, they differ in size, or one cannot be read.
     """
 
     def __init__(self, folder: str, wanted: int | None = None, resolution: int | None = None) -> None:
         self.folder = Path(folder)
         self.paths = [path for path in visible_files(self.folder) if path.suffix.lower() in SUFFIXES][:wanted]
         if len(self.paths) < (wanted or 2):
-            raise ValueError(f"images_dir={folder} holds {len(self.paths)} images, too few: {wanted or 2} are needed")
+            raise ValueError(f"images_dir={folder} holds {len(self.paths)} images, but must hold at least {wanted or 2}")
         self._digests: dict[range, str] = {}
         first = self._open(self.paths[0])
         self.channels, self.size = 1 if is_greyscale(first) else 3, (first.height, first.width)
@@ -59,7 +59,7 @@ class FolderImages:
             raise ValueError(
                 f"resolution={resolution} but images of images_dir={folder} have {first.height}x{first.width} pixels"
             )
-        for path in self.paths:  # headers only, unless it takes the pixels to know whether an image fits
+        for path in self.paths:  # headers only, unless pixels decide whether an image fits
             image = self._open(path)
             if (image.height, image.width) != self.size:
                 raise ValueError(
@@ -74,7 +74,7 @@ class FolderImages:
 
     @property
     def config(self) -> SimpleNamespace:
-        """Stands for the configuration of a model that makes such images."""
+        """Stands in for the configuration of a model that generates such images."""
         return SimpleNamespace(in_channels=self.channels, sample_size=self.size, num_class_embeds=None, class_embed_type=None)
 
     def read(self, span: range) -> Tensor:
@@ -82,7 +82,7 @@ class FolderImages:
         return torch.stack([self._pixels(self.paths[number]) for number in span])
 
     def digest(self, span: range) -> str:
-        """Hash of what the files of images hold."""
+        """Hash of the contents of image files."""
         if span in self._digests:
             return self._digests[span]
         digest = hashlib.sha256()
@@ -95,7 +95,7 @@ class FolderImages:
         try:
             with Image.open(path) as image:
                 return image
-        except Exception as error:  # broken files make Pillow raise anything
+        except Exception as error:  # Pillow raises many types for broken files
             raise self._broken(path, error) from error
 
     def _pixels(self, path: Path) -> Tensor:
@@ -116,18 +116,18 @@ class FolderImages:
 
 @dataclass
 class Inputs:
-    """What an evaluation reads.
+    """Inputs of an evaluation.
 
     Attributes:
-        models: UNet and scheduler of `model` and, if there is one, `reference_model`; empty for a folder of images.
-        folder_images: The images of a folder, where these are evaluated.
-        config: Configuration of the model, or what stands for it.
+        models: UNet and scheduler of `model` and, if given, `reference_model`; empty for a folder of images.
+        folder_images: Images of the evaluated folder; None if models are evaluated.
+        config: Configuration of the model, or a stand-in for it.
         images: Real images.
         held_out: Images in [-1, 1] for the step loss, and their labels, if any.
         networks: Feature networks of the distances.
-        num_images: Samples of each model, or images of the folder.
-        settings: How models are sampled, as their timesteps allow.
-        changes: What is not as the command line says, a line each.
+        num_images: Number of samples of each model, or of images in the folder.
+        settings: Settings of the sampler, fitted to the models' timesteps.
+        changes: Changes to the requested settings, one line each.
     """
 
     models: dict[str, tuple[nn.Module, object]]
@@ -142,10 +142,10 @@ class Inputs:
 
 
 def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
-    """Read everything.
+    """Load and check all inputs.
 
     Raises:
-        ValueError: Something is missing, damaged, or does not go with the rest.
+        ValueError: An input is missing, damaged, or does not match the others.
     """
     s, models, folder_images = args.samples, _load_models(args, device), None
     if args.model.images_dir is not None:
@@ -167,15 +167,15 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     networks = _load_networks(args, device, config, [count, *available]) if count else []
     settings, changes = replace(s.settings(), null_label=images.decoder.null_label), ()
     if models:
-        settings, changes = settings.fitted(models["model"][1])  # models that are compared have the same timesteps
+        settings, changes = settings.fitted(models["model"][1])  # both models have the same number of timesteps
     return Inputs(models, folder_images, config, images, held_out, networks, count, settings, changes if count else ())
 
 
 def recorded_settings(name: str, revision: str | None = None) -> dict:
-    """What the results of the run that made a model say of their settings; empty where there are none.
+    """Settings in the `results.json` of the run that trained a model; empty if there is none.
 
     Args:
-        name: Of the model: a Hub id or a local folder.
+        name: Hub id or local folder of the model.
         revision: Branch, tag or commit on the Hub.
     """
     with suppress(ValueError, *HUB_ERRORS):
@@ -185,7 +185,7 @@ def recorded_settings(name: str, revision: str | None = None) -> dict:
 
 
 def _with_null_label(args: EvaluateArguments, config) -> DataArguments:
-    """The data's arguments, with the null label that the run of the model has recorded, if none is given."""
+    """The data arguments, with the null label recorded by the model's run if none is given."""
     m = args.model
     if m.model is None or config.num_class_embeds is None or args.data.null_label is not None:
         return args.data
@@ -214,7 +214,7 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tup
     if len(models) == 2:
         makes = [_makes(unet, scheduler) for unet, scheduler in models.values()]
         if makes[0] != makes[1]:
-            raise ValueError(f"reference_model={m.reference_model} makes {makes[1]}, the model {makes[0]}")
+            raise ValueError(f"reference_model={m.reference_model} generates {makes[1]}, but the model {makes[0]}")
     return models
 
 
@@ -226,13 +226,13 @@ def _makes(unet: nn.Module, scheduler) -> str:
 
 
 def _load_networks(args: EvaluateArguments, device: torch.device, config, counts: Sequence[int]) -> list[FeatureNetwork]:
-    """Feature networks; `counts` are the numbers of images that they will see."""
+    """Feature networks; `counts` are the numbers of generated and real images."""
     s = args.samples
     if s.features == ["none"]:
         return []
     height, width = spatial_size(config)
     values = config.in_channels * height * width
     if "pixels" in s.features and min(counts) <= values:
-        raise ValueError(f"features=pixels needs more than {values} images, generated and real, not {min(counts)}")
+        raise ValueError(f"features=pixels needs more than {values} images, both generated and real, not {min(counts)}")
     options = {"inception_weights": s.inception_weights, "dinov2_model": s.dinov2_model, "device": device}
     return [feature_network(name, **options) for name in s.features]

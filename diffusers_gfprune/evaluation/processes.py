@@ -1,7 +1,7 @@
-"""Processes that evaluate together: they start together, one goes first where that saves work, and they fail together.
+"""Coordination of several evaluation processes: the main process can work first, and all processes fail together.
 
-An error in one process alone would leave the others waiting for it. So wherever processes meet, they tell each other whether
-they got there; if one did not, it says why, once, and all end.
+An error in a single process would leave the others waiting for it. Processes therefore exchange whether they succeeded at
+every synchronization point. If one failed, its error is printed once and all processes exit.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from ..errors import USER_ERRORS, one_line
 
 __all__ = ["ERRORS", "PROGRAM", "main_first", "make_accelerator", "together"]
 
-# Errors that one line explains
+# Errors that are reported in one line
 ERRORS = (*USER_ERRORS, torch.OutOfMemoryError)
 PROGRAM = "evaluate.py"
-# One process may be days slower than another; one that died is noticed by its closed connection.
+# One process may be days slower than another; a dead process is detected by its closed connection.
 TIMEOUT = timedelta(days=14)
 
 T = TypeVar("T")
 
 
 def make_accelerator(timeout: timedelta = TIMEOUT, **options) -> Accelerator:
-    """Accelerate, for several processes with or without a GPU.
+    """Create an `Accelerator` for several processes, with or without a GPU.
 
     Args:
-        timeout: How long processes wait for each other.
+        timeout: Time that processes wait for each other.
         options: Further arguments of `Accelerator`.
 
     Raises:
-        ValueError: It does not see the processes that were launched.
+        ValueError: The `Accelerator` sees another number of processes than were launched.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        # Accelerate would take several processes without a GPU for as many runs of their own.
+        # Otherwise Accelerate treats several processes without a GPU as separate runs.
         cpu=processes > 1 and not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         **options,
@@ -55,10 +55,10 @@ def make_accelerator(timeout: timedelta = TIMEOUT, **options) -> Accelerator:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """A step that every process takes; if one fails, all end, and the first one that failed says why.
+    """Run a step in every process. If one fails, all exit, and the first one that failed prints its error.
 
     Raises:
-        SystemExit: Another process failed, or this one among several.
+        SystemExit: A process failed, and there are several.
     """
     if accelerator.num_processes == 1:
         yield
@@ -73,12 +73,12 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         return
     if int(failed.nonzero()[0]) == accelerator.process_index:
         print(said, file=sys.stderr, flush=True)
-    accelerator.wait_for_everyone()  # a launcher that sees one end may kill the others, before they have spoken
+    accelerator.wait_for_everyone()  # when one process exits, a launcher may kill the others before they print
     raise SystemExit(1)
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns in each process, done by the main process first: it downloads, the others find it done."""
+    """Run `work` in the main process first, which downloads, then in the others; return each process's own result."""
     for turn in (True, False):
         with together(accelerator):
             if accelerator.is_main_process is turn:

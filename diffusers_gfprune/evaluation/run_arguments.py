@@ -1,4 +1,4 @@
-"""Arguments of what a run measures: quality along the way and at its end, and settings of speed, which evaluations share."""
+"""Arguments for the measurements of a run: sample quality and speed. Evaluations share those for speed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["EvaluationArguments", "SpeedArguments"]
 
 @dataclass
 class SpeedArguments:
-    """What speed is measured with: every combination of these lists."""
+    """Settings for measuring speed: every combination of these lists."""
 
     speed_batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 16], metadata={"help": "Batch sizes that speed is measured at (0: it is not measured)."}
+        default_factory=lambda: [1, 16], metadata={"help": "Batch sizes to measure speed at (0: speed is not measured)."}
     )
     speed_dtypes: list[str] = field(
-        default_factory=lambda: ["float32"], metadata={"help": f"Number types of it: {', '.join(DTYPES)}."}
+        default_factory=lambda: ["float32"], metadata={"help": f"Dtypes to measure speed in: {', '.join(DTYPES)}."}
     )
     speed_modes: list[str] = field(
-        default_factory=lambda: ["eager"], metadata={"help": "Modes of it: eager, compiled, several if you like."}
+        default_factory=lambda: ["eager"], metadata={"help": "Modes to measure speed in: eager, compiled, or both."}
     )
     speed_memory_formats: list[str] = field(
         default_factory=lambda: ["contiguous"],
-        metadata={"help": "Memory formats of it: contiguous, channels_last, several if you like."},
+        metadata={"help": "Memory formats to measure speed in: contiguous, channels_last, or both."},
     )
 
     def __post_init__(self) -> None:
@@ -35,10 +35,10 @@ class SpeedArguments:
         self.speed_settings()
 
     def speed_settings(self) -> list[SpeedSetting]:
-        """What speed is measured with, nothing if it is not measured.
+        """Settings to measure speed in; empty if speed is not measured.
 
         Raises:
-            ValueError: A word is none of those that there are, or a list is empty.
+            ValueError: A value is not one of the choices, or a list is empty.
         """
         if self.speed_batch_sizes == [0]:
             return []
@@ -50,31 +50,33 @@ class SpeedArguments:
 
 @dataclass
 class EvaluationArguments(SpeedArguments):
-    """What is measured, during the run and at its end."""
+    """Measurements during the run and at its end."""
 
     _argument_group_name = "evaluation"
 
-    validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images (>= 1)."})
+    validation_steps: int = field(
+        default=500, metadata={"help": "Steps between measurements of the step loss on held-out images (>= 1)."}
+    )
     eval_steps: int = field(
         default=0,
         metadata={
-            "help": "Steps between two measurements of samples (Fréchet distance, SSIM), with averaged weights if there are "
-            "any (0: at the end only)."
+            "help": "Steps between measurements of sample quality (Fréchet distance, SSIM), with averaged weights if EMA is "
+            "used (0: at the end only)."
         },
     )
     eval_images: int = field(
-        default=1000, metadata={"help": "Samples of either model for the Fréchet distance and SSIM (0: no sampling)."}
+        default=1000, metadata={"help": "Samples of each model for the Fréchet distance and SSIM (0: no sampling)."}
     )
     eval_features: str = field(
         default="auto",
         metadata={
             "help": "Features of the Fréchet distance: raw pixels, EfficientNet-Lite0, Inception (FID) or DINOv2; auto: "
-            "pixels for images of up to 1,024 values, else none. A FID for a paper takes evaluate.py and many images.",
+            "pixels for images of up to 1,024 values, else none. Use evaluate.py with many images for a FID to publish.",
             "choices": ["auto", "none", "pixels", "efflite0", "inception", "dinov2"],
         },
     )
     eval_reference_images: int = field(
-        default=10_000, metadata={"help": "Training images that samples are compared with, at most (>= 2)."}
+        default=10_000, metadata={"help": "Maximum number of training images that samples are compared with (>= 2)."}
     )
     inception_weights: str | None = field(
         default=None, metadata={"help": "Inception's TorchScript file, for eval_features=inception (default: downloaded)."}
@@ -83,15 +85,17 @@ class EvaluationArguments(SpeedArguments):
         default=None,
         metadata={"help": "Folder that keeps samples of the dense model and features of real images for later runs."},
     )
-    eval_batch_size: int = field(default=128, metadata={"help": "Samples in one forward (>= 1)."})
-    ddim_num_inference_steps: int = field(default=100, metadata={"help": "DDIM steps of these samples (>= 1)."})
+    eval_batch_size: int = field(default=128, metadata={"help": "Number of samples in one forward pass (>= 1)."})
+    ddim_num_inference_steps: int = field(default=100, metadata={"help": "Number of DDIM steps for these samples (>= 1)."})
     timestep_spacing: str = field(
         default="leading", metadata={"help": "How DDIM spaces its timesteps.", "choices": list(TIMESTEP_SPACINGS)}
     )
-    eval_seed: int = field(default=1234, metadata={"help": "Seed of the samples' noise (>= 0)."})
+    eval_seed: int = field(default=1234, metadata={"help": "Seed for the samples' noise (>= 0)."})
     speed_modes: list[str] = field(
         default_factory=lambda: ["eager", "compiled"],
-        metadata={"help": "Modes of it: eager, compiled (half a minute or more for either model and each batch size)."},
+        metadata={
+            "help": "Modes to measure speed in: eager, compiled (takes half a minute or more per model and batch size)."
+        },
     )
 
     def __post_init__(self) -> None:

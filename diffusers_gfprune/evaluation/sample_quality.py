@@ -1,10 +1,9 @@
-"""What samples are measured with: features of real images, and the dense model's samples, each made once and kept.
+"""References for sample quality: features of real images and samples of the dense model, each computed once and cached.
 
-Real images are read in shards, so that a data set of any size is measured in bounded memory; features are kept by what the
-image files hold, so that a file that has changed is seen, and one that has not is not even decoded.
+Real images are read in shards, so memory is bounded for a data set of any size. Features are cached by the content of the
+image files: changed files are detected, and unchanged ones are not decoded again.
 
-Long evaluations on many images are for `evaluate.py`; `SampleQuality` is what a pruning run shows of how it gets on
-(`--eval_steps`) and of what came out.
+`SampleQuality` measures during a pruning run (`--eval_steps`) and at its end; `evaluate.py` is for evaluations on many images.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ __all__ = [
     "shard_size",
 ]
 
-# A covariance over pixels takes more images than pixels to be estimated, and cubic time to be taken the root of.
+# A covariance of pixels needs more images than pixels, and its square root takes cubic time.
 MAX_PIXEL_DIMENSIONS = 1024
-# Images in a shard: at most, and so that they take no more than 64 MiB in float32
+# Limits of a shard: images, and values (64 MiB in float32)
 SHARD_IMAGES, SHARD_VALUES = 256, 2**24
 BATCH_SIZE = 128
-# What features are made with
+# Packages that features depend on
 FEATURE_PACKAGES = (
     *("clean-fid", "diffusers-gfprune", "efficientnet-lite-pytorch"),
     *("pillow", "torch", "torchvision", "transformers"),
@@ -56,14 +55,14 @@ FEATURE_PACKAGES = (
 
 
 def shard_size(shape: Sequence[int]) -> int:
-    """Images of a shape `(channels, height, width)` that are made, or read, and kept at a time."""
+    """Number of images of a shape `(channels, height, width)` in one shard."""
     return max(1, min(SHARD_IMAGES, SHARD_VALUES // math.prod(shape)))
 
 
 def sampling_settings(args: EvaluationArguments, null_label: int | None = None) -> SamplingSettings:
-    """How a run draws its samples, of all labels but the null label."""
+    """Sampling settings of a run. The null label is not sampled."""
     return SamplingSettings(
-        num_images=max(1, args.eval_images),  # none are drawn where none are wanted
+        num_images=max(1, args.eval_images),  # with 0, nothing is sampled
         num_inference_steps=args.ddim_num_inference_steps,
         timestep_spacing=args.timestep_spacing,
         seed=args.eval_seed,
@@ -73,7 +72,7 @@ def sampling_settings(args: EvaluationArguments, null_label: int | None = None) 
 
 
 def model_identity(unet: nn.Module, scheduler) -> dict:
-    """What the samples of a model depend on besides the settings, as JSON values."""
+    """Everything that samples of a model depend on, except the sampling settings, as JSON values."""
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     return {
         "weights": tensors_fingerprint(unet.state_dict()),
@@ -87,30 +86,30 @@ def model_identity(unet: nn.Module, scheduler) -> dict:
 
 
 def dense_samples(cache: TensorCache, settings: SamplingSettings, unet: nn.Module, scheduler, progress: str | None) -> Tensor:
-    """Samples of a model in [0, 1], from the cache if they are there."""
+    """Samples of a model in [0, 1], from the cache if available."""
     key = {**model_identity(unet, scheduler), **settings.identity()}
     cached = cache.get("samples", key, lambda: {"images": to_uint8(settings.sample(unet, scheduler, progress=progress))})
     return cached["images"].float() / 255
 
 
 def feature_identity(network: FeatureNetwork) -> dict:
-    """What features depend on besides the images, as JSON values."""
+    """Everything that features depend on, except the images, as JSON values."""
     return {**network.identity(), "versions": installed_versions(*FEATURE_PACKAGES)}
 
 
 class RealFeatures:
-    """Features of real images, shard by shard, which several processes may share out.
+    """Features of real images in shards, which several processes can divide among them.
 
     Args:
-        images: Real images, cropped at the centre and never flipped. Those that cannot be read are left out.
-        networks: Make the features.
-        cache: Keeps them.
-        wanted: So many of the first images (>= 2; None: all of them, which takes a data set that can be counted).
-        max_broken: More images than this that cannot be read are an error; None: any number is borne.
+        images: Real images, cropped at the centre and never flipped. Unreadable images are left out.
+        networks: Feature networks.
+        cache: Cache of the features.
+        wanted: Number of first images to use (>= 2; None: all, which needs a data set of known length).
+        max_broken: Maximum number of unreadable images; None: no limit.
 
     Attributes:
-        count: How many images are wanted, and there as far as that is known.
-        fingerprint: Hash of what the files of all images hold, once `features` has seen them.
+        count: Number of images to read, at most the length of the data set if it is known.
+        fingerprint: Hash of the content of all image files, set by `features`.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class RealFeatures:
         self._made: dict[int, Shard] = {}
 
     def work(self, process: int = 0, processes: int = 1) -> int:
-        """What `make` will tell `advance` in all; of a stream, at most."""
+        """Total of the numbers that `make` passes to `advance`; an upper bound for a stream."""
         if self.images.num_images is None:
             return self.count * len(self.networks) if process == 0 else 0
         size = shard_size(self.images.decoder.shape)
@@ -135,15 +134,15 @@ class RealFeatures:
         return sum(min(size, self.count - start) for start in starts) * len(self.networks)
 
     def make(self, process: int = 0, processes: int = 1, advance: Callable[[int], object] | None = None) -> None:
-        """Make one process's share: every `processes`-th shard, or all of them from a stream, which the first process reads.
+        """Compute one process's share: every `processes`-th shard. The first process reads all shards of a stream.
 
         Args:
-            process: Which one this is.
-            processes: How many there are.
-            advance: Told of each shard how many features it has had.
+            process: Number of this process.
+            processes: Number of processes.
+            advance: Called for each shard with the number of extracted features.
 
         Raises:
-            ValueError: Too many images cannot be read.
+            ValueError: Too many images are unreadable.
         """
         for number, images in self._shards(process, processes) if self.networks else ():
             self._made[number] = self._features(images)
@@ -152,13 +151,13 @@ class RealFeatures:
                 advance(len(images) * len(self.networks))
 
     def features(self) -> dict[str, Tensor]:
-        """All of them, in order; what other processes made comes from the cache.
+        """Features of all images, in order. Those of other processes are read from the cache.
 
         Returns:
-            By name of the network, float32 with shape `(m, d)`.
+            Features by network name, float32 with shape `(m, d)`.
 
         Raises:
-            ValueError: Too many images cannot be read, or fewer than two can.
+            ValueError: Too many images are unreadable, or fewer than two are readable.
         """
         if self.images.num_images is None and not self._made:
             self.make()
@@ -172,9 +171,7 @@ class RealFeatures:
         for network in self.networks:
             rows = [shard.features[network.name] for shard in shards if len(shard.features[network.name])]
             if sum(map(len, rows)) < 2:
-                raise ValueError(
-                    f"{sum(map(len, rows))} real images that can be read are too few: a distance takes 2 at least"
-                )
+                raise ValueError(f"{sum(map(len, rows))} readable real images are too few: a distance needs at least 2")
             features[network.name] = torch.cat(rows)
         return features
 
@@ -189,10 +186,10 @@ class RealFeatures:
 
     def _features(self, images: Sequence[EncodedImage]) -> Shard:
         decoder = self.images.decoder
-        pixels = functools.cache(lambda: _pixels(images, decoder))  # once for all networks, if at all
+        pixels = functools.cache(lambda: _pixels(images, decoder))  # decoded once for all networks, only if needed
         digest = _digest(images) or hashlib.sha256(pixels().numpy().tobytes()).hexdigest()
         key = {"real": digest, "count": len(images), "shape": list(decoder.shape)}
-        if decoder.enlarge:  # the same files are misfits in a set of larger ones
+        if decoder.enlarge:  # in a set of larger images, these files do not fit the model
             key["enlarged"] = True
 
         def make(network: FeatureNetwork) -> dict[str, Tensor]:
@@ -212,7 +209,7 @@ class RealFeatures:
 
 
 class Shard(NamedTuple):
-    """Images that were read together, unreadable ones included, and features of the others by name of the network."""
+    """Number of images in a shard, unreadable ones included; hash of their files; features of the others by network name."""
 
     count: int
     digest: str
@@ -220,7 +217,7 @@ class Shard(NamedTuple):
 
 
 def _pixels(images: Sequence[EncodedImage], decoder: ImageDecoder) -> Tensor:
-    """Those that can be read: uint8 with shape `(n, channels, height, width)`."""
+    """The readable images: uint8 with shape `(n, channels, height, width)`."""
     pixels = []
     for image in images:
         with contextlib.suppress(BrokenImage):
@@ -229,7 +226,7 @@ def _pixels(images: Sequence[EncodedImage], decoder: ImageDecoder) -> Tensor:
 
 
 def _digest(images: Sequence[EncodedImage]) -> str | None:
-    """Hash of the images' files; None if one of them is not on this machine."""
+    """Hash of the image files; None if one of them is not a local file."""
     digest = hashlib.sha256()
     for image in images:
         encoded = image.encoded or {"bytes": b"", "path": None}
@@ -242,18 +239,18 @@ def _digest(images: Sequence[EncodedImage]) -> str | None:
 
 
 class SampleQuality:
-    """Samples of the pruned model against real images and the dense model's samples.
+    """Compares samples of the pruned model with real images and with samples of the dense model.
 
     Args:
-        args: The command line.
-        dense: The dense model; it samples once, when it is first compared with.
-        scheduler: Of the model, as it was saved.
+        args: Evaluation arguments.
+        dense: The dense model. It samples once, at the first measurement.
+        scheduler: Scheduler of the saved model.
         images: Training images.
-        device: Where the models are.
+        device: Device of the models.
 
     Attributes:
-        settings: How samples are drawn, as the model's timesteps allow.
-        changes: What is not as the command line says, a line each.
+        settings: Settings of the sampler, fitted to the model's timesteps.
+        changes: Changes to the requested settings, one line each.
     """
 
     def __init__(self, args: EvaluationArguments, dense: nn.Module, scheduler, images, device: torch.device) -> None:
@@ -275,7 +272,7 @@ class SampleQuality:
 
     @functools.cached_property
     def quality(self) -> Quality:
-        """Made when it is first asked for: the dense model samples, real images are read."""
+        """Created at first use: the dense model samples and real images are read."""
         home = next(self.dense.parameters()).device
         samples = dense_samples(
             self.cache, self.settings, self.dense.to(self.device).eval(), self.scheduler, progress="sampling (dense)"

@@ -1,7 +1,7 @@
-"""Samples, features and similarities in shards: each is made once, by one process, and kept, so that nothing is lost.
+"""Samples, features and similarities in shards. Each shard is computed once, by one process, and cached.
 
-A shard is a span of image numbers. What it holds is a function of the model, the sampler's settings, and these numbers (see
-`diffusers_gfprune.evaluation.sampling`), whatever process makes it; asking for more images later adds shards to those there.
+A shard is a span of image numbers. Its content depends only on the model, the sampler's settings and these numbers (see
+`diffusers_gfprune.metrics.sampling`), not on the process. A larger number of images later only adds shards.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .sample_quality import feature_identity, model_identity, shard_size
 
 __all__ = ["ImageSource", "Samples", "folder_source", "model_source", "shards"]
 
-# Samples that are kept for pictures, also of later comparisons
+# Number of samples kept for pictures, including those of later comparisons
 SHOWN = 64
 Advance = Callable[[int], object]
 
 
 def shards(num_images: int, shape: Sequence[int]) -> list[range]:
-    """Spans of image numbers that make up so many images of a shape `(channels, height, width)`."""
+    """Divide image numbers into shards, for images of a shape `(channels, height, width)`."""
     size = shard_size(shape)
     return [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
@@ -40,10 +40,11 @@ class ImageSource:
 
     Args:
         name: Key of its images in files.
-        describe: What the images of a span depend on, JSON values.
-        make: Images of a span, uint8 with shape `(n, channels, height, width)`; tells its second argument of every batch.
-        cache: Keeps images and features.
-        keep: Whether images are kept, not only features.
+        describe: Returns what the images of a span depend on, as JSON values.
+        make: Returns the images of a span, uint8 with shape `(n, channels, height, width)`. It calls its second argument with
+            the number of images of every batch.
+        cache: Cache of images and features.
+        keep: Whether to cache images as well as features.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class ImageSource:
         keep: bool = True,
     ) -> None:
         self.name, self.describe, self.make, self.cache, self.keep = name, describe, make, cache, keep
-        self._last: tuple[range, Tensor] | None = None  # several features of a shard are taken in a row
+        self._last: tuple[range, Tensor] | None = None  # all networks process a shard in a row
 
     def images(self, shard: range, advance: Advance = _nothing) -> Tensor:
-        """Images of a shard: uint8."""
+        """Images of a shard, uint8 with shape `(n, channels, height, width)`."""
         if self._last is None or self._last[0] != shard:
             if self.keep:
                 made = self.cache.get("samples", self.describe(shard), lambda: {"images": self.make(shard, advance)})["images"]
@@ -76,7 +77,7 @@ class ImageSource:
         return self.cache.get("features", self._features_key(network, shard), make)["features"]
 
     def shown(self, shard: range) -> Tensor:
-        """The first images of a shard, for pictures: uint8."""
+        """The first images of a shard for pictures, uint8."""
         key = {**self.describe(shard), "shown": SHOWN}
         return self.cache.get("shown", key, lambda: {"images": self.images(shard)[:SHOWN].clone()})["images"]
 
@@ -84,15 +85,15 @@ class ImageSource:
         return {**self.describe(shard), "network": feature_identity(network)}
 
     def has_images(self, shard: range) -> bool:
-        """Whether the images of a shard need not be made."""
+        """Whether the images of a shard are cached, or not generated at all."""
         return not self.keep or _there(self.cache, "samples", self.describe(shard))
 
     def has_features(self, network, shard: range) -> bool:
-        """Whether features of a shard are there already."""
+        """Whether features of a shard are cached."""
         return _there(self.cache, "features", self._features_key(network, shard))
 
     def forget_images(self, spans: Sequence[range]) -> None:
-        """Remove kept images, which may take gigabytes, once all that is wanted of them is known."""
+        """Remove cached images, which may take gigabytes, once all figures are computed."""
         for shard in spans:
             path = self.cache.path("samples", self.describe(shard))
             if path is not None:
@@ -105,7 +106,7 @@ def _there(cache: TensorCache, kind: str, key: dict) -> bool:
 
 
 def model_source(name: str, unet: nn.Module, scheduler, settings: SamplingSettings, cache: TensorCache) -> ImageSource:
-    """Samples of a model."""
+    """Source of a model's samples."""
     drawn = {key: value for key, value in settings.identity().items() if key != "num_images"}
     identity = {**model_identity(unet, scheduler), **drawn}
 
@@ -121,7 +122,7 @@ def model_source(name: str, unet: nn.Module, scheduler, settings: SamplingSettin
 
 
 def folder_source(name: str, images: FolderImages, cache: TensorCache) -> ImageSource:
-    """Images that are there already."""
+    """Source of the images in a folder."""
     return ImageSource(
         name,
         lambda shard: {"files": images.digest(shard), "count": len(shard)},
@@ -132,28 +133,28 @@ def folder_source(name: str, images: FolderImages, cache: TensorCache) -> ImageS
 
 
 class Samples:
-    """All samples of an evaluation: of one source, or of a model and of the reference model that it is compared with.
+    """All samples of an evaluation: those of one source, or of a model and its reference model.
 
     Args:
-        sources: One or two.
+        sources: One or two sources.
         networks: Feature networks.
-        spans: The shards.
+        spans: Shards.
     """
 
     def __init__(self, sources: Sequence[ImageSource], networks: Sequence, spans: Sequence[range]) -> None:
         self.sources, self.networks, self.spans = list(sources), list(networks), list(spans)
-        # Where nothing can be kept, nothing is made twice all the same
+        # Avoid computing anything twice if the cache cannot be written
         self._made: dict[tuple, Tensor] = {}
         self._paired: dict[range, dict[str, Tensor]] = {}
         self._shown: dict[str, Tensor] = {}
 
     def make(self, process: int = 0, processes: int = 1, advance: Advance = _nothing) -> None:
-        """Make one process's share, every `processes`-th shard, of all that is wanted.
+        """Compute one process's share: every `processes`-th shard.
 
         Args:
-            process: Which one this is.
-            processes: How many there are.
-            advance: Told of every batch how many images were sampled, or had features taken.
+            process: Number of this process.
+            processes: Number of processes.
+            advance: Called for every batch with the number of images that were sampled, or whose features were extracted.
         """
         for shard in self.spans[process::processes]:
             for source in self.sources:
@@ -164,7 +165,7 @@ class Samples:
                 self._shown = {source.name: source.shown(shard) for source in self.sources}
 
     def unsampled(self, process: int = 0, processes: int = 1) -> list[int]:
-        """How many images of each source are still to be sampled in a process's share."""
+        """Number of images of each source that a process still has to sample."""
         missing = [0] * len(self.sources)
         for shard in self.spans[process::processes]:
             paired = len(self.sources) < 2 or _there(self.sources[0].cache, "similarities", self._pair_key(shard))
@@ -174,7 +175,7 @@ class Samples:
         return missing
 
     def work(self, process: int = 0, processes: int = 1) -> int:
-        """What `make` will tell `advance` in all."""
+        """Total of the numbers that `make` passes to `advance`."""
         lacking = [
             len(shard)
             for shard in self.spans[process::processes]
@@ -185,7 +186,7 @@ class Samples:
         return sum(self.unsampled(process, processes)) + sum(lacking)
 
     def features(self, source: ImageSource) -> dict[str, Tensor]:
-        """Features of all samples of a source by name of the network, float32 with shape `(n, d)`."""
+        """Features of all samples of a source, by network name; float32 with shape `(n, d)`."""
 
         def of(network, shard: range) -> Tensor:
             made = self._made.get((source.name, network.name, shard))
@@ -194,10 +195,10 @@ class Samples:
         return {network.name: torch.cat([of(network, shard) for shard in self.spans]) for network in self.networks}
 
     def similarities(self) -> dict[str, float | None]:
-        """Mean SSIM of all pairs, and PSNR of the mean squared error in dB (None where there is no difference at all).
+        """Mean SSIM of all pairs, and PSNR of the mean squared error in dB (None if all pairs are equal).
 
         Returns:
-            `psnr_to_dense` and, unless images are too small for it, `ssim_to_dense`; empty where there is no reference model.
+            `psnr_to_dense` and, unless images are too small, `ssim_to_dense`; empty without a reference model.
         """
         if len(self.sources) < 2 or not self.spans:
             return {}
@@ -209,7 +210,7 @@ class Samples:
         return similarities
 
     def shown(self) -> dict[str, Tensor]:
-        """The first images of each source, for pictures: uint8 by name of the source; empty where there are no samples."""
+        """The first images of each source for pictures, uint8 by source name; empty without samples."""
         if self.spans and not self._shown:
             self._shown = {source.name: source.shown(self.spans[0]) for source in self.sources}
         return self._shown
@@ -218,7 +219,7 @@ class Samples:
         return {"source": self.sources[0].describe(shard), "reference": self.sources[1].describe(shard)}
 
     def _pair(self, shard: range, advance: Advance = _nothing) -> dict[str, Tensor]:
-        """SSIM and squared error of each pair of a shard, float64 with shape `(n,)`; no SSIM where images are too small."""
+        """SSIM and squared error of each pair of a shard, float64 with shape `(n,)`; no SSIM if images are too small."""
         if len(self.sources) < 2:
             return {}
 
@@ -232,10 +233,7 @@ class Samples:
         return self.sources[0].cache.get("similarities", self._pair_key(shard), make)
 
     def forget_images(self) -> None:
-        """Remove the model's images; those of a reference model serve the next evaluation.
-
-        A model that is evaluated alone may be the reference model of the next one.
-        """
+        """Remove the model's images. Those of a reference model, or of a model evaluated alone, are kept for reuse."""
         if len(self.sources) == 2 and self.spans:
             key = self._pair_key(self.spans[0])
             if key["source"] != key["reference"]:

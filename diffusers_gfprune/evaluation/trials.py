@@ -1,4 +1,4 @@
-"""Trials of what an evaluation does: one step of sampling, features of two images, one timed forward, a compiled function."""
+"""Trials before long work: one sampling step, features of two images, one timed forward pass, a compiled function."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..metrics.speed import SpeedSetting, measure_speed, portable_error, seconds
 
 __all__ = ["describe_speed", "try_features", "try_sampling", "try_speed"]
 
-# Values of the images in a trial on a CPU, where more of them only take longer
+# Maximum number of pixel values in a trial on a CPU, where larger trials only take longer
 TRIAL_VALUES = 2**14
 
 
 def _trial_batch(unet: nn.Module, batch_size: int) -> int:
-    """Images of a trial: as many as are wanted on a GPU, whose memory may not do."""
+    """Batch size of a trial: the full one on a GPU, to test its memory."""
     if next(unet.parameters()).device.type != "cpu":
         return batch_size
     values = unet.config.in_channels * math.prod(spatial_size(unet))
@@ -33,20 +33,20 @@ def _trial_batch(unet: nn.Module, batch_size: int) -> int:
 
 @torch.no_grad()
 def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSettings) -> float:
-    """Take the first step of sampling, and time its forward.
+    """Run the first sampling step, and time its forward pass.
 
     Args:
-        argument: What the model was given as, for messages.
-        unet: The model, where it is and in its dtype.
-        scheduler: Of the model.
-        settings: How it is to be sampled.
+        argument: Argument that named the model, for messages.
+        unet: The model, on its device and in its dtype.
+        scheduler: Scheduler of the model.
+        settings: Settings of the sampler.
 
     Returns:
-        Seconds that a forward takes for each image.
+        Seconds per image of a forward pass.
 
     Raises:
-        ValueError: The sampler cannot be made; or the forward fails, say because the memory or the number type does not do; or
-            the model, or the sampler's step, gives values that are not finite.
+        ValueError: The sampler cannot be created, the forward pass fails (for example, out of memory or because of the
+            dtype), or the model or the sampler's step gives values that are not finite.
     """
     parameter = next(unet.parameters())
     sampler = make_sampler(scheduler, settings.num_inference_steps, settings.timestep_spacing)
@@ -66,7 +66,7 @@ def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSe
             finite = bool(prediction.isfinite().all())
     except RuntimeError as error:
         where = f"of {batch_size} images in {dtype} on {parameter.device.type}"
-        raise ValueError(f"{argument}: a forward {where} fails: {first_line(error)}") from error
+        raise ValueError(f"{argument}: a forward pass {where} fails: {first_line(error)}") from error
     if not finite:
         raise ValueError(f"{argument} predicts values that are not finite in {dtype}")
     if not sampler.step(prediction, timestep, noise).prev_sample.isfinite().all():
@@ -75,7 +75,7 @@ def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSe
 
 
 def try_features(networks: Sequence[FeatureNetwork], shape: tuple[int, int, int]) -> None:
-    """Take features of two images of a shape `(channels, height, width)` by every network.
+    """Extract features of two random images of a shape `(channels, height, width)` with every network.
 
     Raises:
         ValueError: A network fails.
@@ -89,19 +89,19 @@ def try_features(networks: Sequence[FeatureNetwork], shape: tuple[int, int, int]
 
 
 def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[dict], list[str]]:
-    """Time a forward in every number type and memory format, and compile a function if models are to be compiled.
+    """Time a forward pass in every dtype and memory format, and compile a function if models are to be compiled.
 
-    What fails is no reason not to start: at the end, too, it is a row that says why.
+    A failure does not stop the run: the measurement at the end reports it in a row, too.
 
     Args:
-        unet: The dense model, where it is.
-        settings: In which speed is to be measured at the end.
+        unet: The dense model, on its device.
+        settings: Settings in which speed is measured at the end.
 
     Returns:
-        Rows as `measure_speed` has them, and what was tried, in words.
+        Rows as in `measure_speed`, and a description of each trial.
 
     Raises:
-        ValueError: Nothing can be timed on the model's device.
+        ValueError: Speed cannot be measured on the model's device.
     """
     batch_size = _trial_batch(unet, max(setting.batch_size for setting in settings))
     kinds = dict.fromkeys((setting.dtype, setting.channels_last) for setting in settings)
@@ -109,8 +109,8 @@ def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[d
     try:
         rows = measure_speed({"dense": unet}, trials, repeats=1, warmup=1)
     except ValueError as error:
-        raise ValueError(f"speed cannot be measured, --speed_batch_sizes 0 leaves it out: {error}") from error
-    tried = [f"a timed forward{_failure(row.get('error'))}" for row in rows]
+        raise ValueError(f"speed cannot be measured ({error}): pass --speed_batch_sizes 0 to skip it") from error
+    tried = [f"a timed forward pass{_failure(row.get('error'))}" for row in rows]
     if any(setting.compiled for setting in settings):
         tried.append(f"a compiled function{_failure(_compilation_error(next(unet.parameters()).device))}")
     return rows, tried
@@ -121,7 +121,7 @@ def _failure(error: str | None) -> str:
 
 
 def _compilation_error(device: torch.device) -> str | None:
-    """Why nothing can be compiled here, in one line. A whole model would take half a minute."""
+    """Why compilation fails on this machine, in one line. A small function is compiled: a model would take half a minute."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except (RuntimeError, ImportError) as error:
@@ -130,7 +130,7 @@ def _compilation_error(device: torch.device) -> str | None:
 
 
 def describe_speed(settings: Sequence[SpeedSetting]) -> str:
-    """What will be timed at the end, in one line of the plan."""
+    """Line of the plan about the timings at the end."""
     lists = [
         ("batch", dict.fromkeys(str(setting.batch_size) for setting in settings)),
         *(("", dict.fromkeys(getattr(s, name) for s in settings)) for name in ("dtype", "mode", "memory_format")),

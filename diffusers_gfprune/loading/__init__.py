@@ -1,1 +1,1 @@
-"""Loading of pruned repositories: registration with Diffusers, and checks of configurations and weights."""
+"""Loading of pruned models: registration with Diffusers, and checks of configurations and weights."""

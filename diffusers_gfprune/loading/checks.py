@@ -1,7 +1,7 @@
-"""The checks by which an installed package loads pruned models of repositories that nobody has to trust.
+"""Checks with which the installed package loads pruned models from untrusted repositories.
 
-`LoadingChecks`, in the file of the pruned class, says when each is called; `diffusers_gfprune` puts these in its place on
-import.
+`LoadingChecks`, in the file of the pruned class, defines when each check is called. `diffusers_gfprune` replaces it by these
+checks on import.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["PackageChecks"]
 
 
 class PackageChecks(LoadingChecks):
-    """Everything in config.json and in the files of weights.
+    """Checks of config.json and of the weight files.
 
     Args:
-        family: Of the models.
+        family: Family of the models.
     """
 
     def __init__(self, family: Family) -> None:

@@ -1,7 +1,7 @@
-"""What a config.json may hold: a JSON object, and in it the three tables of a pruned model.
+"""Checks of config.json: it must be a JSON object with valid tables of a pruned model.
 
-A config comes from the Hub. Tables that do not narrow the dense model are refused before anything is allocated; arguments of
-the dense model are for its family to check (`families`).
+A config may come from an untrusted repository. Tables that do not narrow the dense model are rejected before memory is
+allocated. Arguments of the dense model are checked by its family (`families`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_PARAMETERS = 2**33  # of the dense model
 
 
 def check_config_file(path: str | os.PathLike) -> None:
-    """Refuse a config.json that is no JSON object, by a ValueError. One that is no JSON is left to who reads it."""
+    """Raise a ValueError if a config.json is not a JSON object. Invalid JSON is left to Diffusers' own error."""
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
@@ -29,28 +29,28 @@ def check_config_file(path: str | os.PathLike) -> None:
         config = None
     except ValueError:
         return
-    if not isinstance(config, dict):  # Diffusers would take a string for the name of another repository
-        raise ValueError("config.json must hold a JSON object, of a depth that can be read")
+    if not isinstance(config, dict):  # Diffusers would treat a string as the name of another repository
+        raise ValueError("config.json must hold a JSON object that is not nested too deeply")
     if not isinstance(config.get("quantization_config", {}), (dict, type(None))):
         refuse("quantization_config", config["quantization_config"], "a JSON object")
 
 
 def check_tables(family: Family, skeleton: nn.Module, tables: Mapping[str, object]) -> None:
-    """Refuse tables that do not narrow the dense model. Whether the widths fit together is for the pruned model to prove.
+    """Check that tables narrow the dense model. The pruned model itself checks that the widths fit together.
 
     Args:
-        family: Of the model.
+        family: Family of the model.
         skeleton: The dense model, on the meta device.
         tables: `layer_channels`, `norm_group_sizes` and `attention_heads`, by name.
 
     Raises:
-        ValueError: The first entry that is wrong, by name and value.
+        ValueError: An entry is wrong; the message has the name and value of the first one.
     """
     modules = dict(skeleton.named_modules())
     weights = (getattr(module, name, None) for module in modules.values() for name in ("weight", "bias"))
     count = sum(tensor.numel() for tensor in weights if tensor is not None)
     if count > MAX_PARAMETERS:
-        raise ValueError(f"the config asks for {count:,} parameters, more than {MAX_PARAMETERS:,}")
+        raise ValueError(f"the config describes {count:,} parameters, but must not have more than {MAX_PARAMETERS:,}")
     for table, entries in tables.items():
         if not isinstance(entries, Mapping) or not all(isinstance(key, str) for key in entries):
             raise ValueError(f"{table} must map module names to numbers, got {type(entries).__name__}")
@@ -62,14 +62,14 @@ def check_tables(family: Family, skeleton: nn.Module, tables: Mapping[str, objec
     attentions = family.attentions(skeleton)
     for name in tables["attention_heads"]:
         if name not in attentions:
-            raise ValueError(f"attention_heads names {name!r}, which is no attention")
+            raise ValueError(f"attention_heads names {name!r}, which is not an attention")
     for name, module in attentions.items():
         _, inner = layers.get(f"{name}.to_q", (None, module.to_q.out_features))
         _check_heads(name, module, inner, tables["attention_heads"].get(name, module.heads))
 
 
 def _dense_channels(module: nn.Module | None) -> tuple[int, int] | None:
-    """Input and output channels of a layer that the table may narrow."""
+    """Input and output channels of a layer that the table can narrow, else None."""
     if isinstance(module, nn.Conv2d):
         return module.in_channels, module.out_channels
     if isinstance(module, nn.Linear):
@@ -80,10 +80,10 @@ def _dense_channels(module: nn.Module | None) -> tuple[int, int] | None:
 
 
 def _check_layer(name: str, module: nn.Module | None, channels, fixed: int | None) -> None:
-    """`fixed` is the side that is never narrowed, if there is one."""
+    """`fixed` is the side that is never narrowed (0: input, 1: output), if there is one."""
     dense = _dense_channels(module)
     if dense is None:
-        raise ValueError(f"layer_channels names {name!r}, which is no convolution, linear layer or embedding")
+        raise ValueError(f"layer_channels names {name!r}, which is not a convolution, linear layer or embedding")
     if not isinstance(channels, (list, tuple)) or len(channels) != 2 or not all(map(is_int, channels)):
         raise ValueError(f"layer_channels[{name!r}]={channels!r} must be two integers: input and output channels")
     for value, bound in zip(channels, dense):
@@ -96,7 +96,7 @@ def _check_layer(name: str, module: nn.Module | None, channels, fixed: int | Non
 
 def _check_norm(name: str, module: nn.Module | None, sizes) -> None:
     if not isinstance(module, nn.GroupNorm):
-        raise ValueError(f"norm_group_sizes names {name!r}, which is no group norm")
+        raise ValueError(f"norm_group_sizes names {name!r}, which is not a group norm")
     if not isinstance(sizes, (list, tuple)) or not sizes or not all(map(is_int, sizes)):
         raise ValueError(f"norm_group_sizes[{name!r}]={sizes!r} must be a list of integers")
     largest = module.num_channels // module.num_groups
@@ -107,9 +107,9 @@ def _check_norm(name: str, module: nn.Module | None, sizes) -> None:
 
 
 def _check_heads(name: str, attention: nn.Module, inner: int, heads) -> None:
-    """`inner` is the number of channels that the queries have left."""
+    """`inner` is the number of kept query channels."""
     if attention.heads < 1:
-        raise ValueError(f"attention_head_dim leaves {name} ({attention.query_dim} channels) no head")
+        raise ValueError(f"attention_head_dim leaves no head for {name} ({attention.query_dim} channels)")
     head_dim = attention.inner_dim // attention.heads
     if not is_int(heads) or not 1 <= heads <= attention.heads or inner % heads or inner // heads > head_dim:
         raise ValueError(

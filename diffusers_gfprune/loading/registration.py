@@ -1,10 +1,10 @@
-"""What makes Diffusers find the classes of this package, so that no code of a repository is needed to load a pruned model.
+"""Registration of this package's classes with Diffusers, so that pruned models load without running code of a repository.
 
-Two places of Diffusers 0.42 know them then, and both have a test that fails when Diffusers changes there:
+The classes are registered in two places of Diffusers 0.42, each with a test that fails if Diffusers changes there:
 
-- its pipeline modules, among which the library names in `model_index.json` are resolved (Diffusers imports nothing that a
-  repository merely names);
-- `AutoModel`, which asks for trust wherever `config.json` names a file of the repository (`auto_map`), needed or not.
+- its pipeline modules, in which it looks up the library names of `model_index.json` (it does not import other packages that a
+  repository names);
+- `AutoModel`, which requires trust if `config.json` names a file of the repository (`auto_map`), even if it is not needed.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ SOURCES = ("pretrained_model_or_path", "pretrained_model_name_or_path_or_dict")
 
 
 class _NotThere(AttributeError, ValueError):
-    """A class that a repository cannot name."""
+    """A repository names a class that is not registered."""
 
 
 class _Registered(ModuleType):
-    """What a repository may name in model_index.json, and nothing else of this package."""
+    """A module with only those classes that a repository may name in model_index.json."""
 
     def __getattr__(self, name: str):
-        raise _NotThere(f"{name} is no class of diffusers_gfprune that a repository can name: it has {', '.join(self.models)}")
+        raise _NotThere(f"{name} is not a model class of diffusers_gfprune, which has {', '.join(self.models)}")
 
 
 def register(model_classes: Sequence[type[ModelMixin]], pipeline_classes: Sequence[type]) -> None:
-    """Make Diffusers load repositories of pruned models with these classes. Doing so again changes nothing.
+    """Make Diffusers load repositories of pruned models with these classes. Repeated calls have no effect.
 
     Args:
-        model_classes: Those that `config.json` and `model_index.json` name.
-        pipeline_classes: Those that `model_index.json` may name.
+        model_classes: Model classes that `config.json` and `model_index.json` may name.
+        pipeline_classes: Pipeline classes that `model_index.json` may name.
     """
     pipelines.diffusers_gfprune = _Registered("diffusers_gfprune")
     pipelines.diffusers_gfprune.models = tuple(model.__name__ for model in model_classes)
-    for found in (*model_classes, *pipeline_classes, ModelMixin):  # the last one Diffusers looks up itself
+    for found in (*model_classes, *pipeline_classes, ModelMixin):  # Diffusers itself looks up ModelMixin
         setattr(pipelines.diffusers_gfprune, found.__name__, found)
     for name in ("from_pretrained", "from_config"):
         method = getattr(AutoModel, name).__func__
@@ -51,7 +51,7 @@ def register(model_classes: Sequence[type[ModelMixin]], pipeline_classes: Sequen
 
 
 def _with_classes(method, model_classes: Sequence[type[ModelMixin]]):
-    """A method of `AutoModel` that leaves repositories of some classes to them, and everything else to Diffusers."""
+    """A method of `AutoModel` that loads the given classes with their own methods, and everything else with Diffusers."""
     classes = {model.__name__: model for model in model_classes}
 
     @functools.wraps(method)
@@ -71,10 +71,10 @@ def _with_classes(method, model_classes: Sequence[type[ModelMixin]]):
 
 
 def _config(source, model: type[ModelMixin], hub_arguments: Mapping) -> Mapping | None:
-    """A config, or the one in a folder or a repository, if there is one."""
+    """The config: `source` itself, or the one in a folder or repository; None if there is none."""
     if isinstance(source, (str, os.PathLike)):
         try:
             return model.load_config(source, **hub_arguments)
-        except (OSError, ValueError):  # Diffusers will say what is wrong
+        except (OSError, ValueError):  # Diffusers reports the error
             return None
     return source if isinstance(source, Mapping) else None

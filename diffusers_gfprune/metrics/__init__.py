@@ -1,1 +1,1 @@
-"""What is measured: MACs, speed, samples, their quality and step losses."""
+"""Measurements: MACs, speed, samples and their quality, step losses."""

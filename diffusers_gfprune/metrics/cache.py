@@ -1,7 +1,7 @@
-"""Results of long computations that are asked for again and again: features of a data set, samples of a dense model.
+"""Caches of expensive results, such as features of a data set or samples of a dense model.
 
-An entry is one safetensors file, named by a hash of everything it depends on, and holding that description, too. It is there
-completely or not at all; one that is damaged or describes something else is made again.
+An entry is one file, named by a hash of everything it depends on. The file also holds this description. Entries are written
+atomically. A damaged entry, or one with another description, is computed again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["JsonCache", "TensorCache", "default_cache_dir", "tensors_fingerprint
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 over the bytes of tensors, in hexadecimal: tells two models of one architecture apart."""
+    """CRC-32 of the bytes of tensors, in hexadecimal. It distinguishes models of one architecture."""
     crc = 0
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous().flatten()
@@ -34,15 +34,15 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def default_cache_dir() -> Path:
-    """Beside what the Hub's client keeps."""
+    """Folder next to the cache of the Hub's client."""
     return Path(constants.HF_HOME) / "diffusers_gfprune"
 
 
 class TensorCache:
-    """Tensors by description.
+    """Cache of tensors.
 
     Args:
-        folder: Where entries lie; None: nothing is kept.
+        folder: Folder of the entries; None: nothing is cached.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -53,12 +53,12 @@ class TensorCache:
         return None if self.folder is None else self.folder / f"{kind}-{_digest(key)}.safetensors"
 
     def get(self, kind: str, key: Mapping, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of an entry, made if they are not there.
+        """The tensors of an entry, computed if they are not cached.
 
         Args:
             kind: First word of the file's name.
-            key: All that the tensors depend on, JSON values.
-            make: Computes them.
+            key: Everything that the tensors depend on, as JSON values.
+            make: Computes the tensors.
 
         Returns:
             Tensors by name, on the CPU.
@@ -83,10 +83,10 @@ class TensorCache:
 
 
 class JsonCache:
-    """JSON values by description.
+    """Cache of JSON values.
 
     Args:
-        folder: Where entries lie; None: nothing is kept.
+        folder: Folder of the entries; None: nothing is cached.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -97,16 +97,16 @@ class JsonCache:
         return None if self.folder is None else self.folder / f"{kind}-{_digest(key)}.json"
 
     def get(self, kind: str, key: Mapping, make: Callable[[], dict], fits: Callable[[dict], bool]) -> dict:
-        """The values of an entry, made if they are not there.
+        """The values of an entry, computed if they are not cached.
 
         Args:
             kind: First word of the file's name.
-            key: All that the values depend on, JSON values.
-            make: Computes them.
-            fits: Whether values that were read are as `make` would make them; a KeyError or so is a no.
+            key: Everything that the values depend on, as JSON values.
+            make: Computes the values.
+            fits: Whether cached values have the form that `make` returns; a KeyError or similar error counts as False.
 
         Returns:
-            What `make` returned, now or earlier.
+            The values, from the cache or from `make`.
         """
         path = self.path(kind, key)
         if path is not None and path.exists():
@@ -125,7 +125,7 @@ class JsonCache:
 
 
 def _keep(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file whole, if there is room; without it, work goes on all the same."""
+    """Write a file atomically. If that fails, warn and continue."""
     fresh = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def _keep(path: Path, write: Callable[[str], object]) -> None:
         os.replace(fresh, path)
         fresh = None
     except (OSError, SafetensorError) as error:
-        print(f"warning: {path} cannot be kept: {error}", file=sys.stderr)
+        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
     finally:
         if fresh is not None:
             Path(fresh).unlink(missing_ok=True)

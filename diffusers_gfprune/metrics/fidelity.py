@@ -1,10 +1,10 @@
-"""How close samples are to real images, and to the dense model's samples.
+"""Distances of samples to real images, and similarity to the dense model's samples.
 
 - Fréchet distance between Gaussians fitted to features (Heusel et al., arXiv 1706.08500), by clean-fid's function:
 
       d^2 = ||mu_1 - mu_2||^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 
-  of a network (see `features`), or raw pixels in [0, 1] ("FD-pixels"), which suits images of a few hundred pixels only.
+  of a network (see `features`), or raw pixels in [0, 1] ("FD-pixels"), suitable only for images of a few hundred pixels.
 - Kernel distance between features, by clean-fid's function.
 - SSIM (Wang et al., 2004) and PSNR between pairs of samples from the same noise, by scikit-image.
 """
@@ -29,7 +29,7 @@ __all__ = [
 
 
 SSIM_WINDOW = 7  # pixels along each side
-# Features whose standard deviation over the reference is below this are the same everywhere, up to rounding.
+# Features with a standard deviation below this over the reference are constant up to rounding.
 CONSTANT = 1e-3
 
 
@@ -37,15 +37,15 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features.
 
     Args:
-        features: With shape `(n, d)`, n >= 2.
-        reference: With shape `(m, d)`, m >= 2. With fewer vectors than dimensions the covariance is singular; the distance is
-            defined, and far above what more vectors would give.
+        features: Features with shape `(n, d)`, n >= 2.
+        reference: Features with shape `(m, d)`, m >= 2. With fewer vectors than dimensions the covariance is singular; the
+            distance is still defined, but biased far upwards.
 
     Returns:
         The squared distance d^2 >= 0 (up to rounding), computed in float64.
 
     Raises:
-        ValueError: Fewer than two vectors, or vectors of different lengths.
+        ValueError: There are fewer than two vectors, or their lengths differ.
     """
     from cleanfid.fid import frechet_distance as distance
 
@@ -57,11 +57,11 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def feature_moments(features: Tensor, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased covariance of feature vectors, summed in float64 over deviations from the mean.
+    """Mean and unbiased covariance of feature vectors, accumulated in float64 from deviations from the mean.
 
     Args:
-        features: With shape `(n, d)`.
-        chunk: Vectors that are held in float64 at a time.
+        features: Features with shape `(n, d)`.
+        chunk: Number of vectors converted to float64 at a time.
 
     Returns:
         Arrays of shape `(d,)` and `(d, d)`.
@@ -82,14 +82,14 @@ def kernel_distance(
 ) -> float:
     """Kernel distance (KID on Inception features; Binkowski et al., arXiv 1801.01401), by clean-fid's function.
 
-    Unlike the Fréchet distance it has no bias that shrinks with the number of images.
+    Unlike the Fréchet distance, it has no bias that depends on the number of images.
 
     Args:
-        features: With shape `(n, d)`.
-        reference: With shape `(m, d)`.
-        num_subsets: Random subsets that it is the mean of.
-        subset_size: Vectors in each, at most.
-        seed: Of the choice of subsets.
+        features: Features with shape `(n, d)`.
+        reference: Features with shape `(m, d)`.
+        num_subsets: Number of random subsets to average over.
+        subset_size: Maximum number of vectors in a subset.
+        seed: Seed for the choice of subsets.
 
     Returns:
         The squared maximum mean discrepancy, which may be slightly negative.
@@ -107,17 +107,17 @@ def kernel_distance(
 def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
     """Fréchet distance between raw pixels, over the pixels that vary in the reference.
 
-    A pixel that is the same in every reference image (a corner that is always black) would make its covariance singular.
+    A pixel that is constant in the reference (such as an always black corner) would make the covariance singular.
 
     Args:
-        images: In [0, 1] with shape `(images, channels, height, width)`; more images than pixels.
-        reference: Likewise, of the same size.
+        images: Images in [0, 1] with shape `(images, channels, height, width)`; more images than pixels.
+        reference: Images of the same range and size.
 
     Returns:
         The squared distance d^2 >= 0 (up to rounding).
 
     Raises:
-        ValueError: Fewer images than pixel values, whose covariance would be singular.
+        ValueError: There are not more images than pixel values, so the covariance would be singular.
     """
     varies = reference.flatten(1).double().std(dim=0) > CONSTANT
     pixels = [batch.flatten(1)[:, varies] for batch in (images, reference)]
@@ -128,7 +128,7 @@ def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
 
 
 def ssim_to_reference(images: Tensor, reference: Tensor) -> float:
-    """Mean structural similarity of pairs of images in [0, 1], window 7x7, each with shape `(n, channels, H, W)`."""
+    """Mean structural similarity, window 7x7, of pairs of images in [0, 1] with shape `(n, channels, height, width)`."""
     return float(np.mean(ssim_of_pairs(images, reference)))
 
 
@@ -146,5 +146,5 @@ def psnr_to_reference(images: Tensor, reference: Tensor) -> float | None:
 
 
 def psnr(squared_error: float) -> float | None:
-    """Peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1]; None where there is no error at all."""
+    """Peak signal-to-noise ratio in dB of a mean squared error of values in [0, 1]; None if the error is zero."""
     return None if squared_error == 0 else float(-10 * np.log10(squared_error))

@@ -1,8 +1,8 @@
-"""The size of a model: parameters, multiply-accumulates (MACs), bytes of its weights; its speed is in `speed`.
+"""The size of a model: parameters, multiply-accumulates (MACs), bytes of its weights. Speed is in `speed`.
 
-MACs are those of one forward at batch 1: convolutions (output positions x kernel area x input x output channels), linear
-layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels). Norms,
-activations and additions are not counted, as is usual in this field.
+MACs are those of one forward pass at batch size 1: convolutions (output positions x kernel area x input x output channels),
+linear layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels).
+Norms, activations and additions are not counted, as is usual in this field.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ __all__ = [
 
 
 def spatial_size(unet: object, sample_size: int | tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width in pixels that a model works on.
+    """Height and width in pixels of a model's images.
 
     Args:
         unet: A model of any family, or its configuration.
         sample_size: Overrides the model's own `sample_size`.
 
     Raises:
-        ValueError: Neither is given.
+        ValueError: Neither the model nor the argument gives a size.
     """
     size = sample_size if sample_size is not None else getattr(unet, "config", unet).sample_size
     if size is None:
-        raise ValueError("the model's config has sample_size=None: pass sample_size to say what size to count for")
+        raise ValueError("the model's config has sample_size=None: pass sample_size, the height and width in pixels")
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trained values. Masked parameters count whole, until the model is compacted."""
+    """Number of trainable values. Masked values are counted until the model is compacted."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_tokens(x: torch.Tensor) -> int:
-    """Tokens of each sample, with shape `(batch, channels, height, width)` or `(batch, tokens, channels)`, in an attention."""
+    """Number of tokens per sample of an attention input, `(batch, channels, height, width)` or `(batch, tokens, channels)`."""
     return x.shape[1] if x.ndim == 3 else x[0, 0].numel()
 
 
 def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
-    """Output positions of every convolution and linear layer, and tokens of every attention, in one forward at batch 1.
+    """Output positions of every convolution and linear layer, and tokens of every attention, at batch size 1.
 
-    The forward runs on the meta device, on a copy without memory, so that it costs milliseconds at any size.
+    The forward pass runs on a copy on the meta device, which takes milliseconds for any model size.
     """
     family, (height, width) = family_of(unet), spatial_size(unet, sample_size)
     with torch.device("meta"):
@@ -85,14 +85,11 @@ def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None =
 
 
 def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> int:
-    """MACs of one forward at batch 1 (see the module docstring).
+    """MACs of one forward pass at batch size 1 (see the module docstring).
 
     Args:
         unet: A model of any family, dense or pruned.
         sample_size: Height and width in pixels (default: the model's).
-
-    Returns:
-        Multiply-accumulates.
     """
     total = 0
     modules, attentions = dict(unet.named_modules()), family_of(unet).attentions(unet)
@@ -106,7 +103,7 @@ def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None
 
 
 def hardware_name(device: torch.device) -> str:
-    """What computes: the name of the GPU or of the processor."""
+    """Name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -116,13 +113,13 @@ def hardware_name(device: torch.device) -> str:
 
 
 def uses_tf32(device: torch.device) -> bool:
-    """Whether float32 products or convolutions may be made in TensorFloat-32, as PyTorch does with convolutions by default."""
+    """Whether float32 products or convolutions may use TensorFloat-32, which is PyTorch's default for convolutions."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
 
 
 def weight_file_bytes(unet: nn.Module) -> int:
-    """Bytes of the weights as a safetensors file."""
+    """Size of the weights as a safetensors file, in bytes."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in unet.state_dict().items()}
     return len(safetensors.torch.save(tensors, metadata={"format": "pt"}))

@@ -1,7 +1,7 @@
-"""How good the samples of a model are: distances to real images, similarity to the dense model's, always measured alike.
+"""Sample quality: distances to real images and similarity to the dense model's samples.
 
-`Quality` holds what stays the same from one measurement to the next (settings of the sampler, features of the real images,
-samples of the dense model), so that curves over training, results of a run and later evaluations are one measure.
+`Quality` holds everything that stays the same between measurements (settings of the sampler, features of the real images,
+samples of the dense model). Curves over training, results of a run and later evaluations are therefore comparable.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
 __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
 
 PIXELS = "pixels"
-# Of every kernel distance: the mean over subsets of up to so many vectors, drawn from this seed
+# Arguments of every kernel distance
 KERNEL = {"num_subsets": 100, "subset_size": 1000, "seed": 0}
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How samples are drawn.
+    """Settings of the sampler.
 
     Attributes:
-        num_images: Samples (>= 1).
-        num_inference_steps: DDIM steps (>= 1).
+        num_images: Number of samples (>= 1).
+        num_inference_steps: Number of DDIM steps (>= 1).
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
         eta: Share of DDPM's noise in each step, in [0, 1]; 0 is deterministic.
-        seed: Of the noise (>= 0).
-        batch_size: Images in one forward (>= 1); no sample depends on it.
-        null_label: Label of a conditional model that is no class: nothing is sampled with it.
+        seed: Seed for the noise (>= 0).
+        batch_size: Number of images in one forward pass (>= 1). Samples do not depend on it.
+        null_label: Null label of a conditional model, which is not sampled.
     """
 
     num_images: int = 1000
@@ -65,14 +65,14 @@ class SamplingSettings:
             raise ValueError(f"seed={self.seed} must not be negative")
 
     def identity(self) -> dict:
-        """What samples depend on, as JSON values that go into result files."""
+        """Everything that samples depend on, except the model, as JSON values for result files."""
         values = {name: value for name, value in asdict(self).items() if name != "batch_size"}
         if self.null_label is None:
             del values["null_label"]
         return {"sampler": "DDIM", **values}
 
     def fitted(self, scheduler) -> tuple[SamplingSettings, tuple[str, ...]]:
-        """Settings that a model can be sampled with, and what had to be changed for it, a line each (see `fit_spacing`)."""
+        """Settings fitted to a model's scheduler, and the changes, one line each (see `fit_spacing`)."""
         spacing = fit_spacing(scheduler, self.num_inference_steps, self.timestep_spacing)
         fitted = replace(self, num_inference_steps=spacing.num_inference_steps, timestep_spacing=spacing.timestep_spacing)
         return fitted, spacing.changes
@@ -80,7 +80,7 @@ class SamplingSettings:
     def sample(
         self, unet: nn.Module, scheduler, first: int = 0, count: int | None = None, progress: str | None = None
     ) -> Tensor:
-        """Samples number `first` to `first + count - 1` of a model (default: all of them), with its classes in turn.
+        """Samples number `first` to `first + count - 1` of a model (default: all), cycling through its classes.
 
         Returns:
             Images in [0, 1], float32 with shape `(count, channels, height, width)`.
@@ -103,18 +103,18 @@ class SamplingSettings:
 
 
 def kernel_metric(metric: str) -> str:
-    """Name of the kernel distance on the features of a Fréchet distance: `kid` for `fid`, `kd_x` for `fd_x`."""
+    """Name of the kernel distance on the same features as a Fréchet distance: `kid` for `fid`, `kd_x` for `fd_x`."""
     return "kid" if metric == "fid" else metric.replace("fd_", "kd_", 1)
 
 
 def extract_features(network, images: Tensor, batch_size: int = 128, advance: Callable[[int], object] | None = None) -> Tensor:
-    """Features of images, by batches.
+    """Features of images, computed in batches.
 
     Args:
-        network: One of `features`.
-        images: With shape `(n, channels, height, width)`, n >= 1: uint8, or float in [0, 1], which is rounded to 8 bits.
-        batch_size: Images that go through it at once.
-        advance: Told of each batch how many images it has had.
+        network: A `FeatureNetwork`.
+        images: Images with shape `(n, channels, height, width)`, n >= 1: uint8, or float in [0, 1] (rounded to 8 bits).
+        batch_size: Number of images in a batch.
+        advance: Called for each batch with its number of images.
 
     Returns:
         float32 on the CPU, with shape `(n, d)`.
@@ -131,11 +131,11 @@ class Quality:
     """Measures samples.
 
     Args:
-        settings: How samples are drawn; nothing is sampled here.
+        settings: Settings of the sampler. Nothing is sampled here.
         networks: Feature networks of the distances.
-        reference: Features of real images, by name of the network, each with shape `(m, d)`.
-        dense_samples: Samples of the dense model in [0, 1], of the same numbers; None: no similarity is measured.
-        kernel: Whether kernel distances are measured, too.
+        reference: Features of real images by network name, each with shape `(m, d)`.
+        dense_samples: Samples of the dense model in [0, 1], with the same numbers; None: no similarity is measured.
+        kernel: Whether kernel distances are also measured.
     """
 
     def __init__(
@@ -150,13 +150,10 @@ class Quality:
         self.dense_samples, self.kernel = dense_samples, kernel
 
     def distances(self, features: Mapping[str, Tensor]) -> dict[str, float]:
-        """Distances of features of samples to those of the real images.
+        """Distances, by metric, between features of samples and of real images.
 
         Args:
-            features: By name of the network, each with shape `(n, d)`.
-
-        Returns:
-            By metric.
+            features: Features by network name, each with shape `(n, d)`.
         """
         distances = {}
         for network in self.networks:
@@ -171,8 +168,8 @@ class Quality:
         """SSIM and PSNR to the dense model's samples.
 
         Returns:
-            `ssim_to_dense` (not for images smaller than its window of 7 pixels) and `psnr_to_dense` in dB, None where there is
-            no difference at all. Empty without samples of the dense model.
+            `ssim_to_dense` (not for images smaller than its window of 7 pixels) and `psnr_to_dense` in dB (None if all
+            images are equal). Empty without samples of the dense model.
         """
         if self.dense_samples is None:
             return {}
@@ -183,7 +180,7 @@ class Quality:
         return similarities
 
     def measure(self, samples: Tensor) -> dict[str, float | None]:
-        """All that can be said about samples in [0, 1], by metric."""
+        """Distances and similarities of samples in [0, 1], by metric."""
         return {**self._distances_of(samples), **self.similarities(samples)}
 
     def measure_dense(self) -> dict[str, float]:
@@ -194,7 +191,7 @@ class Quality:
         return self.distances({network.name: extract_features(network, samples) for network in self.networks})
 
     def describe(self) -> dict[str, dict]:
-        """For result files: title, features and number of real images of every distance, by metric; subsets of kernel ones."""
+        """Title, features, number of real images and kernel arguments of each distance, by metric, for result files."""
         described = {}
         for network in self.networks:
             depends = {"features": network.description, "reference_images": len(self.reference[network.name])}

@@ -1,19 +1,19 @@
-"""Samples to measure a model by: image number i is a function of the model, the seed and i, and of nothing else.
+"""Sampling for measurements: image number i depends only on the model, the sampler's settings, the seed and i.
 
-DDIM (Song et al., arXiv 2010.02502, equation 12) goes down a sequence of timesteps t_S > ... > t_1,
+DDIM (Song et al., arXiv 2010.02502, equation 12) steps through a falling sequence of timesteps t_S > ... > t_1,
 
     x_(s-1) = sqrt(abar_(s-1)) x0 + sqrt(1 - abar_(s-1) - sigma^2) eps + sigma z,    sigma = eta sigma_DDPM
 
-with x0 and eps predicted at t_s, and z fresh noise; eta = 0 is deterministic, so that two models that start from the same
-noise can be compared image by image. Timesteps are spaced evenly (`"leading"`, `"trailing"`, `"linspace"`, as in Diffusers) or
-as squares, denser where there is little noise (`"quadratic"`: t_s = (sqrt(0.8 T) (s - 1) / (S - 1))^2, the setting of Song et
+with x0 and eps predicted at t_s, and z fresh noise. With eta = 0 sampling is deterministic, so two models that start from the
+same noise can be compared image by image. Timesteps are spaced evenly (`"leading"`, `"trailing"`, `"linspace"`, as in
+Diffusers) or as squares, denser at low noise (`"quadratic"`: t_s = (sqrt(0.8 T) (s - 1) / (S - 1))^2, the setting of Song et
 al. for CIFAR-10, appendix D.2, and of the diffusion pruning papers).
 
-Leading spacing goes up from 0 in gaps of T // S. Where S does not divide T, it may end far below T (501 of 1,000 steps have
-gaps of 1 and end at timestep 500), and sampling would start from noise that the model takes for a half denoised image.
-`fit_spacing` finds what can be sampled instead; `make_sampler` refuses what cannot come out right.
+Leading spacing takes timesteps from 0 upwards in steps of T // S. If S does not divide T, it may end far below T (501 of 1,000
+steps have gaps of 1 and end at timestep 500). Sampling would then start from noise at a timestep of half-denoised images.
+`fit_spacing` finds valid timesteps instead; `make_sampler` raises an error.
 
-Images are rounded to 8 bits, as files would hold them: what is measured is what is seen.
+Images are rounded to 8 bits, as in image files.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ __all__ = [
 ]
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
-# Share of the timesteps that leading spacing must span: it is 1 where the number of steps divides them. After 0.9 of the
-# linear schedule of Ho et al., 1.7 % of the image is left.
+# Minimum share of the timesteps that leading spacing must span; it spans all if their number is divisible by the steps.
+# After 0.9 of the linear schedule of Ho et al., 1.7 % of the image is left.
 LEADING_SHARE = 0.9
-# Beta schedules that DDIMScheduler makes itself
+# Beta schedules that DDIMScheduler implements
 DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-# The share of the timesteps that a quadratic sequence reaches up to (Song et al.'s code)
+# Share of the timesteps that quadratic spacing spans (from Song et al.'s code)
 QUADRATIC_SHARE = 0.8
 
 
 class Spacing(NamedTuple):
-    """Timesteps that can be sampled.
+    """Number and spacing of timesteps for sampling.
 
     Attributes:
-        num_inference_steps: How many.
+        num_inference_steps: Number of timesteps.
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
-        changes: What is not as it was asked for, a line each.
+        changes: Changes to the requested settings, one line each.
     """
 
     num_inference_steps: int
@@ -68,7 +68,7 @@ class Spacing(NamedTuple):
 
 
 def _leading_misses(num_train_timesteps: int, num_inference_steps: int, steps_offset: int) -> str | None:
-    """What is wrong with the timesteps of leading spacing, if anything is."""
+    """The problem with the timesteps of leading spacing, if there is one."""
     gap = num_train_timesteps // num_inference_steps
     first = (num_inference_steps - 1) * gap + steps_offset
     starts = f"would start at timestep {first} of {num_train_timesteps}"
@@ -80,37 +80,37 @@ def _leading_misses(num_train_timesteps: int, num_inference_steps: int, steps_of
 
 
 def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> Spacing:
-    """What can be sampled in place of what was asked for, where that is not possible.
+    """Replace requested timesteps that cannot be sampled by valid ones.
 
     Args:
-        scheduler: Of the model, with T timesteps.
-        num_inference_steps: S as asked for (>= 1): at most T of them are taken.
-        timestep_spacing: One of `TIMESTEP_SPACINGS`. Leading spacing that would leave out the noisiest timesteps, or go past
-            the last one, becomes trailing.
+        scheduler: Scheduler of the model, with T timesteps.
+        num_inference_steps: Requested number of steps S (>= 1), limited to T.
+        timestep_spacing: One of `TIMESTEP_SPACINGS`. Leading spacing is replaced by trailing spacing if it would leave out
+            the noisiest timesteps or exceed the last one.
     """
     changes = []
     num_train_timesteps, steps_offset = scheduler.config.num_train_timesteps, scheduler.config.get("steps_offset", 0)
     if num_inference_steps > num_train_timesteps:
         changes.append(
             f"num_inference_steps={num_inference_steps} is more than the {num_train_timesteps} timesteps that the model was "
-            f"trained with: samples take {num_train_timesteps}"
+            f"trained with: {num_train_timesteps} are used"
         )
         num_inference_steps = num_train_timesteps
     if timestep_spacing == "leading" and (wrong := _leading_misses(num_train_timesteps, num_inference_steps, steps_offset)):
         changes.append(
-            f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: samples take trailing spacing"
+            f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: trailing spacing is used"
         )
         timestep_spacing = "trailing"
     return Spacing(num_inference_steps, timestep_spacing, tuple(changes))
 
 
 class SpacedDDIMScheduler(DDIMScheduler):
-    """DDIM that also knows quadratic spacing, and where every step goes to the next timestep of the sequence.
+    """DDIM with quadratic spacing, in which every step goes to the next timestep of the sequence.
 
-    Diffusers goes down by T // S whatever the spacing. That is the next timestep with leading spacing, and with trailing
-    spacing where S divides T; with linspace it is another one.
+    Diffusers always steps down by T // S. That is the next timestep for leading spacing, and for trailing spacing if S
+    divides T, but not for linspace.
 
-    `timestep_spacing="quadratic"` is an argument of `set_timesteps`, since the configuration does not know the word.
+    Quadratic spacing is an argument of `set_timesteps`, since the configuration does not allow this value.
     """
 
     def set_timesteps(
@@ -119,10 +119,10 @@ class SpacedDDIMScheduler(DDIMScheduler):
         """Choose the timesteps.
 
         Args:
-            num_inference_steps: How many. With quadratic spacing the lowest squares round to the same timesteps, which are
-                taken once: `len(self.timesteps)` is then somewhat smaller, and the samples are the same.
-            device: Where the timesteps lie.
-            quadratic: Space them as squares, whatever the configuration says.
+            num_inference_steps: Number of timesteps. With quadratic spacing the lowest squares round to the same timesteps,
+                which are used once: `len(self.timesteps)` is then slightly smaller, and the samples are the same.
+            device: Device of the timesteps.
+            quadratic: Space the timesteps quadratically and ignore the configured spacing.
         """
         super().set_timesteps(num_inference_steps, device)
         if quadratic:
@@ -141,15 +141,13 @@ class SpacedDDIMScheduler(DDIMScheduler):
         eta: float = 0.0,
         variance_noise: Tensor | None = None,
     ) -> DDIMSchedulerOutput:
-        """One step, to the timestep that follows in the sequence; `DDIMScheduler.step` always goes down by the same number.
-
-        Arguments are as there.
+        """One step to the next timestep of the sequence. The arguments are those of `DDIMScheduler.step`.
 
         Raises:
-            ValueError: `eta` is positive and there is no `variance_noise`.
+            ValueError: `eta` is positive and `variance_noise` is None.
         """
         if eta > 0 and variance_noise is None:
-            raise ValueError(f"variance_noise=None: eta={eta} needs it")
+            raise ValueError(f"variance_noise=None must be a tensor of noise with eta={eta}")
         timestep = int(timestep)
         previous = self.previous[timestep]
         abar = self.alphas_cumprod[timestep]
@@ -188,15 +186,15 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def make_sampler(scheduler, num_inference_steps: int, timestep_spacing: str = "leading") -> SpacedDDIMScheduler:
-    """DDIM for a trained model, set to its timesteps.
+    """DDIM for a trained model, with its timesteps set.
 
     Args:
-        scheduler: Of the model (see `diffusion_process`): DDIM takes its configuration, and its betas, over.
-        num_inference_steps: S (>= 1, at most the model's timesteps).
+        scheduler: Scheduler of the model (see `diffusion.process`). DDIM takes over its configuration and betas.
+        num_inference_steps: Number of steps S (>= 1, at most the model's timesteps).
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
 
     Raises:
-        ValueError: The scheduler cannot be sampled by DDIM, or not with these timesteps.
+        ValueError: DDIM cannot sample with this scheduler, or not with these timesteps.
     """
     if timestep_spacing not in TIMESTEP_SPACINGS:
         raise ValueError(f"timestep_spacing={timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
@@ -204,11 +202,11 @@ def make_sampler(scheduler, num_inference_steps: int, timestep_spacing: str = "l
     steps = process.config.num_train_timesteps
     if not 1 <= num_inference_steps <= steps:
         raise ValueError(
-            f"num_inference_steps={num_inference_steps} must be from 1 to the {steps} timesteps of the model's training"
+            f"num_inference_steps={num_inference_steps} must be from 1 to {steps}, the timesteps the model was trained with"
         )
     offset = scheduler.config.get("steps_offset", 0)
     if timestep_spacing == "leading" and (wrong := _leading_misses(steps, num_inference_steps, offset)):
-        raise ValueError(f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: take trailing")
+        raise ValueError(f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: use trailing")
     quadratic = timestep_spacing == "quadratic"
     options: dict = {} if quadratic else {"timestep_spacing": timestep_spacing}
     if process.config.trained_betas is None and process.config.beta_schedule not in DDIM_BETA_SCHEDULES:
@@ -221,8 +219,8 @@ def make_sampler(scheduler, num_inference_steps: int, timestep_spacing: str = "l
             "rescale_betas_zero_snr=True" if process.config.rescale_betas_zero_snr else f"beta_end={process.config.beta_end}"
         )
         raise ValueError(
-            f"timestep_spacing={timestep_spacing} starts at timestep {first}, where {cause} of the scheduler leaves nothing "
-            f"but noise, from which prediction_type=epsilon makes no image: take leading, with at most {steps // 2} steps"
+            f"timestep_spacing={timestep_spacing} starts at timestep {first}, where {cause} of the scheduler leaves only "
+            f"noise, which prediction_type=epsilon cannot denoise: use leading with at most {steps // 2} steps"
         )
     return ddim
 
@@ -243,27 +241,27 @@ def sample_images(
     eta: float = 0.0,
     first: int = 0,
 ) -> Tensor:
-    """Sample with DDIM. Two models given the same seed start from the same noise, and images do not depend on the batch size.
+    """Sample with DDIM. Models sampled with the same seed start from the same noise; images do not depend on the batch size.
 
     Args:
         unet: Noise-prediction model.
-        scheduler: Its scheduler, whose configuration DDIM takes over.
-        num_images: How many (>= 1).
+        scheduler: Scheduler of the model; DDIM takes over its configuration.
+        num_images: Number of images (>= 1).
         size: Height and width in pixels.
-        num_inference_steps: DDIM steps (>= 1; see `make_sampler`).
-        seed: Of the noise (>= 0).
-        batch_size: Images in one forward (>= 1).
-        class_labels: With shape `(num_images,)`, for conditional models.
-        progress: Text of a progress bar, if any.
+        num_inference_steps: Number of DDIM steps (>= 1; see `make_sampler`).
+        seed: Seed for the noise (>= 0).
+        batch_size: Number of images in one forward pass (>= 1).
+        class_labels: Labels with shape `(num_images,)`, for conditional models.
+        progress: Label of a progress bar; None: no bar.
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
-        eta: Share of the noise of DDPM that is added in each step, in [0, 1].
+        eta: Share of DDPM's noise in each step, in [0, 1].
         first: Number of the first image.
 
     Returns:
         Images in [0, 1], in steps of 1/255, float32 on the CPU, with shape `(num_images, channels, height, width)`.
 
     Raises:
-        ValueError: An argument is out of its range, the scheduler is of another process, or samples are not finite.
+        ValueError: An argument is out of its range, the scheduler is not supported, or samples are not finite.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must be in [0, 1]")
@@ -283,9 +281,9 @@ def sample_images(
                 prediction = family.predict(unet, ModelInputs(x.to(parameter.dtype), timestep, conditioning)).float()
                 fresh = _noise(shape, generators).to(parameter.device) if eta > 0 else None
                 x = ddim.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample
-            if not torch.isfinite(x).all():  # 8 bits would make black pixels of it
+            if not torch.isfinite(x).all():  # rounding to 8 bits would turn them into black pixels
                 raise ValueError(
-                    f"samples {numbers.start} to {numbers.stop - 1} are not finite: the model's weights, or its dtype"
+                    f"samples {numbers.start} to {numbers.stop - 1} are not finite: check the model's weights and dtype"
                 )
             images.append(to_uint8(x / 2 + 0.5).float().cpu() / 255)
     return torch.cat(images)

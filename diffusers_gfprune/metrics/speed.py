@@ -1,19 +1,18 @@
-"""Speed and memory of models side by side: latency, throughput and peak memory of one forward.
+"""Speed and memory of several models: latency, throughput and peak memory of one forward pass.
 
-All models of a setting are timed in interleaved rounds (A B A B ...), so that other load on the machine meets all alike. With
-t_m(r) the seconds of model m in round r, and n the batch size,
+All models of a setting are timed in interleaved rounds (A B A B ...), so that other load on the machine affects all equally.
+With t_m(r) the seconds of model m in round r, and n the batch size,
 
     latency = median_r t_m(r)        throughput = n / latency        speed-up = median_r t_first(r) / t_m(r)
 
-The speed-up is a median of ratios, not a ratio of medians: both times of a ratio were taken a moment apart. How sure it is,
-and what may be said of it, is in `speedup`.
+The speed-up is a median of ratios, not a ratio of medians, because the two times of a ratio are measured directly after each
+other. `speedup` computes its confidence interval.
 
-Peak memory is counted, not sampled, and has the same definition everywhere: the bytes of the weights and of the arguments,
-plus the most that one forward, after the warm-up, has allocated at a time on top of what was held when it started. On CUDA
-the allocator keeps that count. On a CPU no counter exists, so it is summed up from the allocations and releases that PyTorch's
-profiler records in order; these are all that PyTorch makes, those inside of kernels and of compiled code too, while scratch
-space that a library allocates by itself is missing. The resident size of the process, which `benchmarks/cost.py` takes, needs
-a process for each figure and contains whatever else that process has loaded.
+Peak memory is counted, not sampled, and has the same definition on all devices: the bytes of the weights and of the arguments,
+plus the maximum that one forward pass, after the warm-up, allocates in addition. On CUDA the allocator counts it. On a CPU it
+is summed from the allocations and releases recorded by PyTorch's profiler. These include kernels and compiled code, but not
+scratch memory that other libraries allocate. The resident size of the process, used in `benchmarks/cost.py`, needs a process
+for each figure and contains everything else that the process has loaded.
 """
 
 from __future__ import annotations
@@ -58,16 +57,16 @@ SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class SpeedSetting:
-    """How a forward is run.
+    """Settings of a forward pass.
 
     Attributes:
-        batch_size: Samples in it (>= 1).
-        dtype: Of weights and samples, one of `DTYPES`.
+        batch_size: Number of samples (>= 1).
+        dtype: Dtype of weights and samples, one of `DTYPES`.
         compiled: Whether `torch.compile` compiles the whole model, for these shapes.
-        channels_last: Whether weights and samples lie in memory with their channels last.
+        channels_last: Whether weights and samples use the channels-last memory format.
 
     Raises:
-        ValueError: One of them is none of these.
+        ValueError: A value is not allowed.
     """
 
     batch_size: int
@@ -90,7 +89,7 @@ class SpeedSetting:
         return MODES[self.compiled]
 
     def describe(self) -> str:
-        """Batch size, dtype and mode in words: `batch 16, float32, eager`."""
+        """Batch size, dtype and mode as text: `batch 16, float32, eager`."""
         return f"batch {self.batch_size}, {self.dtype}, {self.mode}"
 
     @property
@@ -105,16 +104,16 @@ def parse_settings(
     modes: Iterable[str] = ("eager",),
     memory_formats: Iterable[str] = ("contiguous",),
 ) -> list[SpeedSetting]:
-    """Every combination of what a command line lists, the last list varying fastest.
+    """Every combination of the given lists, the last list varying fastest.
 
     Args:
-        batch_sizes: Samples in a forward (each >= 1).
-        dtypes: Of `DTYPES`, or `fp32`, `bf16`, `fp16` for short.
-        modes: Of `MODES`.
-        memory_formats: Of `MEMORY_FORMATS`.
+        batch_sizes: Batch sizes (each >= 1).
+        dtypes: Values from `DTYPES`, or `fp32`, `bf16`, `fp16` for short.
+        modes: Values from `MODES`.
+        memory_formats: Values from `MEMORY_FORMATS`.
 
     Raises:
-        ValueError: A word or a number is none of these, or a list is empty.
+        ValueError: A value is not allowed, or a list is empty.
     """
     words = {"batch_sizes": list(batch_sizes), "dtypes": [SHORT_DTYPES.get(dtype, dtype) for dtype in dtypes]}
     words |= {"modes": list(modes), "memory_formats": list(memory_formats)}
@@ -139,37 +138,37 @@ def measure_speed(
     warmup: int = 3,
     progress: str | None = None,
 ) -> list[dict]:
-    """Time models side by side, in every setting.
+    """Time models in interleaved rounds, in every setting.
 
-    The forwards are those of copies, in evaluation mode and without gradients; the given models and the global random state
-    stay as they are. All copies of a setting are on the device at once. `float32` is what `torch.backends` makes of it, which
-    may be TF32 in convolutions. Compilation drops what `torch.compile` has compiled before in this process.
+    Copies of the models are timed, in evaluation mode and without gradients. The given models and the global random state are
+    unchanged. All copies of a setting are on the device at once. `float32` follows `torch.backends`, and may mean TF32 in
+    convolutions. Compilation discards everything that `torch.compile` compiled before in this process.
 
     Args:
-        models: By name, all on one device: a CPU or a CUDA device. The first is what the others are compared with.
-        settings: What to measure.
+        models: Models by name, all on one device: a CPU or a CUDA device. The others are compared with the first.
+        settings: Settings to measure.
         sample_size: Height and width in pixels (default: each model's own).
-        repeats: Rounds, in each of which every model is timed once (>= 1).
-        warmup: Forwards of each model before that (>= 1), in which it is compiled and fills its caches.
-        progress: Text of a progress bar, if any.
+        repeats: Number of rounds (>= 1); each times every model once.
+        warmup: Number of forward passes of each model before timing (>= 1), in which it is compiled and fills its caches.
+        progress: Label of a progress bar; None: no bar.
 
     Returns:
-        A dict for each setting and model, in this order of nesting:
+        A dict for each setting and model, models varying fastest:
 
-        - `model`, its name; `batch_size`, `dtype`, `mode` and `memory_format`, the setting; `sample_size`, `[height, width]`;
-        - `latency_ms`, the median of one forward; `samples_per_second` at that latency;
-        - `speedup`, how many times as fast as the first model (see the module docstring): 1.0 for that one itself, `None` if
-          it failed; `speedup_interval`, `[low, high]`, the confidence interval of it (see `speedup.median_interval`): `None`
-          for the first model, and where there are too few rounds;
-        - `peak_memory_bytes`, weights, buffers, arguments, and the most that one forward allocates (see the module docstring);
-          not what the model made in its first forward and cached outside of its buffers;
-        - `device`, `"cpu"` or `"cuda"`; `hardware`, the name of it; `threads` of PyTorch on the CPU.
+        - `model`, the name; `batch_size`, `dtype`, `mode` and `memory_format`, the setting; `sample_size`, `[height, width]`;
+        - `latency_ms`, the median time of one forward pass; `samples_per_second` at that latency;
+        - `speedup` over the first model (see the module docstring): 1.0 for the first model, `None` if the first model
+          failed; `speedup_interval`, `[low, high]`, its confidence interval (see `speedup.median_interval`): `None` for the
+          first model and with too few rounds;
+        - `peak_memory_bytes`: weights, buffers, arguments, and the maximum that one forward pass allocates (see the module
+          docstring), without values that the model cached outside of its buffers in its first forward pass;
+        - `device`, `"cpu"` or `"cuda"`; `hardware`, its name; `threads` of PyTorch on the CPU.
 
-        Where the machine cannot do it (no compiler, an operation that lacks the dtype, too little memory), `error` is there
-        instead of the figures: one line that says why, without folders of this machine.
+        If a model cannot run (no compiler, an operation without this dtype, too little memory), `error` replaces the figures:
+        the reason in one line, without local folders.
 
     Raises:
-        ValueError: There is no model, no setting, no round or no warm-up; the models' devices differ or are of another kind;
+        ValueError: There are no models, settings, rounds or warm-up passes; the models' devices differ or are not supported;
             a model has no size and none is given.
     """
     _validate(models, settings, repeats, warmup)
@@ -201,9 +200,10 @@ def _validate(models: Mapping[str, nn.Module], settings: Sequence[SpeedSetting],
 
 @contextlib.contextmanager
 def compilation(setting: SpeedSetting, models: int) -> Iterator[None]:
-    """A clean compiler for several models in one setting.
+    """Reset the compiler before and after measuring several models in one setting.
 
-    Compiled code of earlier settings would count as recompilations of this one, and keep their models alive."""
+    Otherwise code of earlier settings counts as recompilations of this one, and keeps their models alive.
+    """
     if not setting.compiled:
         yield
         return
@@ -211,7 +211,7 @@ def compilation(setting: SpeedSetting, models: int) -> Iterator[None]:
 
     torch._dynamo.reset()
     try:
-        # All models share the code of one `forward`, and each is a compilation of it.
+        # All models share the code of one `forward`, so each counts as a recompilation.
         with torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, models)):
             yield
     finally:
@@ -220,7 +220,7 @@ def compilation(setting: SpeedSetting, models: int) -> Iterator[None]:
 
 @dataclass
 class _Runner:
-    """A copy of a model that is ready to be timed, or the reason why there is none."""
+    """A copy of a model that is ready to be timed, or the error that occurred."""
 
     forward: Callable[[], object] | None = None
     peak_memory: int = 0
@@ -228,12 +228,12 @@ class _Runner:
     error: str | None = None
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Run `action` unless something failed before; note what fails now, and give the copy back."""
+        """Run `action` unless an earlier one failed; on failure, record the error and release the copy."""
         if self.error is not None:
             return
         try:
             action()
-        except (RuntimeError, ImportError) as error:  # of the device, its allocator, Dynamo, Inductor
+        except (RuntimeError, ImportError) as error:  # from the device, its allocator, Dynamo or Inductor
             self.error = portable_error(error)
             self.forward = None
 
@@ -270,7 +270,7 @@ def _measure_setting(
             row["error"] = runner.error
         else:
             median = statistics.median(runner.seconds)
-            # The first model may have failed in a later round
+            # The first model may have failed after some rounds
             ratios = [] if first.error is not None else [a / b for a, b in zip(first.seconds, runner.seconds)]
             row |= {
                 "latency_ms": 1000 * median,
@@ -286,7 +286,7 @@ def _measure_setting(
 def _prepare(
     runner: _Runner, model: nn.Module, setting: SpeedSetting, size: tuple[int, int], warmup: int, device: torch.device
 ) -> None:
-    """Copy the model, warm the copy up, and count its memory."""
+    """Copy the model, warm up the copy, and count its memory."""
     twin, inputs, runner.forward = prepare_forward(model, setting, size, device)
     for _ in range(warmup):
         runner.forward()
@@ -297,39 +297,39 @@ def _prepare(
 def prepare_forward(
     model: nn.Module, setting: SpeedSetting, size: tuple[int, int], device: torch.device
 ) -> tuple[nn.Module, dict[str, Tensor], Callable[[], object]]:
-    """A forward that is ready to be timed, without gradients around it.
+    """Prepare a forward pass for timing; the caller disables gradients.
 
     Args:
-        model: On `device`; it stays as it is.
-        setting: How the forward is run.
+        model: A model on `device`; it is unchanged.
+        setting: Settings of the forward pass.
         size: Height and width in pixels.
-        device: Where it runs.
+        device: Device to run on.
 
     Returns:
-        A copy of the model in evaluation mode, its arguments, and a function that calls the one with the other.
+        A copy of the model in evaluation mode, its arguments, and a function that calls the copy with them.
     """
     dtype = getattr(torch, setting.dtype)
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
-    # Any later setting starts from the given model, not from a copy that was rounded for an earlier one.
+    # Copy the given model for every setting: a copy in another dtype has rounded weights.
     twin = copy.deepcopy(model).eval()
-    nn.Module.to(twin, dtype=dtype, memory_format=memory_format)  # that of Diffusers does the same, and warns of float32
+    nn.Module.to(twin, dtype=dtype, memory_format=memory_format)  # Diffusers' `to` does the same, but warns about float32
     family = family_of(twin)
     inputs = family.example_inputs(twin, *size, setting.batch_size, device, dtype)
     noise = torch.randn(inputs.sample.shape, generator=torch.Generator().manual_seed(0))
     inputs = inputs._replace(sample=noise.to(device=device, dtype=dtype).contiguous(memory_format=memory_format))
-    # The whole model or nothing: where Dynamo gives up on a part, that part would run eagerly under the name of compiled.
+    # fullgraph: otherwise parts that Dynamo cannot compile would run eagerly and be reported as compiled.
     function = torch.compile(twin, fullgraph=True, dynamic=False) if setting.compiled else twin
     return twin, inputs, lambda: family.predict(function, inputs)
 
 
 def portable_error(error: Exception) -> str:
-    """What an error says first, of at most 300 characters. Files keep their names and lose their folders: results travel."""
+    """First line of an error, at most 300 characters, without local folders in paths, since results are published."""
     reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", first_line(error) if str(error).strip() else "no message")
     return f"{type(error).__name__}: {reason}"[:300]
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, until the device is done."""
+    """Seconds of one call, including the device's work."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -341,13 +341,13 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory of tensors, of which several may share one."""
+    """Bytes of the tensors' storages; shared ones are counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def _allocated_at_most(forward: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that a call has allocated at a time, its result among them, on top of what is held already."""
+    """Peak number of bytes that a call allocates, including its result, in addition to those already held."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -365,7 +365,7 @@ def _allocated_at_most(forward: Callable[[], object], device: torch.device) -> i
 
 @contextlib.contextmanager
 def _quiet_profiler() -> Iterator[None]:
-    """Its library reads its log level from the environment, and otherwise reports an error where there is no GPU."""
+    """Set the log level of the profiler's library, which otherwise logs an error without a GPU."""
     name = "KINETO_LOG_LEVEL"
     unset = name not in os.environ
     os.environ.setdefault(name, "99")

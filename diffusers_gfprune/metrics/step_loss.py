@@ -3,8 +3,8 @@
     L(theta) = mean over images x, grid timesteps t of  || eps - eps_theta(sqrt(abar_t) x + sqrt(1 - abar_t) eps, t) ||^2
 
 Ho et al., "Denoising Diffusion Probabilistic Models", equation 14, https://arxiv.org/abs/2006.11239. Noise and timesteps
-are drawn once from `seed`, so that two evaluations differ only by the model: a curve of this loss over training shows
-jumps that the training loss hides in its noise.
+are drawn once from `seed`, so evaluations differ only by the model. A curve of this loss over training shows jumps that are
+hidden by the noise of the training loss.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class StepLoss:
 
     Args:
         images: Held-out images in [-1, 1], with shape `(images, channels, height, width)`.
-        noise_scheduler: Of the model (see `diffusion_process`); its timesteps span the grid.
+        noise_scheduler: Scheduler of the model (see `diffusion.process`); its timesteps span the grid.
         class_labels: Labels with shape `(images,)`, for conditional models.
-        grid: Number of timesteps (>= 1; at most those there are), spread evenly. Every timestep meets as many images as every
-            other (give or take one); with fewer than 1,024 images, each image is used at several timesteps.
-        seed: Seed of the noise.
-        batch_size: Images in one forward.
+        grid: Number of evenly spread timesteps (>= 1; limited to the scheduler's). The numbers of images per timestep differ
+            by at most one. With fewer than 1,024 images, each image is used at several timesteps.
+        seed: Seed for the noise.
+        batch_size: Number of images in one forward pass.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class StepLoss:
         steps = noise_scheduler.config.num_train_timesteps
         grid = min(grid, steps)
         timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
-        # Repetition r of image i takes timestep i + r * grid // repeats of the grid, round and round.
+        # Repetition r of image i uses timestep (i + r * grid // repeats) mod grid of the grid.
         number = max(1, len(images))
         repeats = max(min(grid, 1024 // number), -(-grid // number))
         self.images = images
-        self.image_of = torch.arange(len(images)).repeat(repeats)  # image of each of the errors that are averaged
+        self.image_of = torch.arange(len(images)).repeat(repeats)  # image of each averaged error
         shifts = torch.arange(repeats) * grid // repeats
         index = torch.arange(len(images)).repeat(repeats) + shifts.repeat_interleave(len(images))
         self.timesteps = timesteps[index % grid]
@@ -65,21 +65,21 @@ class StepLoss:
         self.batch_size = batch_size
 
     def with_label(self, label: int) -> StepLoss:
-        """The same loss with one label in place of all, such as the null label."""
+        """The same loss with one label for all images, such as the null label."""
         other = copy.copy(self)
         other.class_labels = torch.full((len(self.images),), label, dtype=torch.long)
         return other
 
     def __call__(self, model: nn.Module) -> float:
-        """Mean squared error of `model`, in evaluation mode for the time being."""
+        """Mean squared error of `model`, run in evaluation mode."""
         errors = self._errors(model)
         return math.fsum(errors.tolist()) / len(errors)
 
     def by_timestep(self, model: nn.Module) -> dict[int, float]:
-        """Mean squared error of `model` at each timestep of the grid, each over its own images.
+        """Mean squared error of `model` at each timestep of the grid, over the images of that timestep.
 
         Returns:
-            Errors by timestep, rising. Their mean is the step loss wherever all timesteps meet as many images.
+            Errors by timestep, in ascending order. Their mean is the step loss if all timesteps have equally many images.
         """
         errors = self._errors(model)
         grid = sorted(set(self.timesteps.tolist()))
@@ -99,7 +99,7 @@ class StepLoss:
         return torch.cat(errors)
 
     def _batch(self, chunk: slice) -> DiffusionBatch:
-        """Some of the images, each as often as it has a timestep."""
+        """A batch of pairs of an image and a timestep."""
         chosen = self.image_of[chunk]
         labels = {} if self.class_labels is None else {"class_labels": self.class_labels[chosen]}
         return DiffusionBatch(self.images[chosen], self.noise[chunk], self.timesteps[chunk], labels)

@@ -1,1 +1,1 @@
-"""Files shipped byte for byte inside saved repositories: they import the standard library, torch and Diffusers only."""
+"""Files that are copied unchanged into saved models: they import only the standard library, torch and Diffusers."""

@@ -1,4 +1,4 @@
-"""PruneDDPMPipeline: `DDPMPipeline` for dense and pruned models, with one-call pruning where the package is installed."""
+"""PruneDDPMPipeline: `DDPMPipeline` for dense and pruned models, with one-shot pruning if the package is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline
 
 __all__ = ["PruneDDPMPipeline"]
 
-# What a pruning run leaves beside the model, and what therefore goes where the model goes
+# Files of a pruning run that are copied and uploaded with the model
 REPORT = "pruning_report.json"
 EVAL_RESULTS = ".eval_results/diffusers_gfprune.yaml"
 COMPANIONS = (REPORT, "results.json", "README.md", EVAL_RESULTS, "samples.png", "widths.png", "pruning.png")
@@ -23,22 +23,22 @@ MODEL = ("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "
 WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_model*.safetensors.index*.json")
 
 
-# Pipelines of a UNet2DModel that works on pixels, and a scheduler
+# Pipelines that consist of a pixel-space UNet2DModel and a scheduler
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "PruneDDPMPipeline")
 COMPONENTS = ("unet", "scheduler")
 
 
 def check_pipeline_index(index: Mapping) -> str:
-    """Refuse a pipeline that is another one than its UNet and its scheduler make.
+    """Check that a pipeline consists of a UNet and a scheduler.
 
     Args:
         index: Content of `model_index.json`.
 
     Returns:
-        The name of its class.
+        The name of the pipeline's class.
 
     Raises:
-        ValueError: It is of another class, lacks a component, or has others, as latent models have.
+        ValueError: The class is not supported, a component is missing, or there are others, as in latent diffusion models.
     """
     name = index.get("_class_name")
     if name not in PIPELINES:
@@ -49,12 +49,12 @@ def check_pipeline_index(index: Mapping) -> str:
         raise ValueError(f"its {name} has no component {missing[0]}")
     other = [key for key in components if key not in COMPONENTS]
     if other:
-        raise ValueError(f"its {name} has a component {other[0]}, where {' and '.join(COMPONENTS)} alone are supported")
+        raise ValueError(f"its {name} has a component {other[0]}; only {' and '.join(COMPONENTS)} are supported")
     return name
 
 
 def rename_in_card(card: str, repo_id: str) -> str:
-    """The card with `repo_id` in its examples, where it had the repository that it was made for."""
+    """The card with `repo_id` as the repository in its examples."""
     earlier = re.search(r'from_pretrained\("([^"]+)", trust_remote_code=True\)', card)
     return card if earlier is None else card.replace(f'from_pretrained("{earlier[1]}"', f'from_pretrained("{repo_id}"')
 
@@ -64,8 +64,8 @@ class PruneDDPMPipeline(DDPMPipeline):
     Pipeline for unconditional image generation with a dense or a pruned UNet.
 
     Parameters:
-        unet ([`UNet2DModel`] or `GFPrunedUNet2DModel`): Denoises the image latents.
-        scheduler ([`SchedulerMixin`]): [`DDPMScheduler`] or [`DDIMScheduler`].
+        unet ([`UNet2DModel`] or `GFPrunedUNet2DModel`): A model that denoises images.
+        scheduler ([`SchedulerMixin`]): A [`DDPMScheduler`] or [`DDIMScheduler`].
     """
 
     _card: str | None = None
@@ -74,15 +74,15 @@ class PruneDDPMPipeline(DDPMPipeline):
         """Prune the UNet by gradient flow, in one shot and without training.
 
         Args:
-            images: Calibration images like those the model was trained on: a tensor in [-1, 1] with shape
+            images: Calibration images like the training images: a tensor in [-1, 1] with shape
                 `(images, channels, height, width)`, or a list of PIL images of the model's size.
-            **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`, and `batch_size` (default 32),
-                `class_labels` (with shape `(images,)`, for conditional models), `null_label` and `label_dropout` (of models
-                for classifier-free guidance: the label that stands for none, and the share of labels that it replaces,
-                default 0.1), and `seed` (of noise and timesteps, default 0).
+            **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`, and: `batch_size` (default 32);
+                `class_labels` with shape `(images,)`, for conditional models; `null_label` and `label_dropout`, for models
+                with classifier-free guidance: the label for "no label", and the share of labels that it replaces (default
+                0.1); `seed` for noise and timesteps (default 0).
 
         Returns:
-            A new pipeline with a `GFPrunedUNet2DModel`; this one is left as it was.
+            A new pipeline with a `GFPrunedUNet2DModel`; this one is unchanged.
 
         Raises:
             ImportError: The package `diffusers_gfprune` is not installed.
@@ -101,7 +101,7 @@ class PruneDDPMPipeline(DDPMPipeline):
     def load_config(cls, *args, **kwargs):
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
-        check_pipeline_index(index)  # Diffusers would drop a component that this class does not know, with a warning
+        check_pipeline_index(index)  # Diffusers would only warn and drop an unknown component
         return loaded
 
     @functools.wraps(DDPMPipeline.save_pretrained)
@@ -110,7 +110,7 @@ class PruneDDPMPipeline(DDPMPipeline):
         target = os.path.join(save_directory, "pipeline.py")
         if not (os.path.exists(target) and os.path.samefile(__file__, target)):
             shutil.copyfile(__file__, target)
-        # Weights loaded from a run are saved with its card and report, unless the folder has others.
+        # A model loaded from a run is saved with its card and report, unless the folder has others.
         source = self.config.get("_name_or_path") or ""
         if os.path.isfile(os.path.join(source, REPORT)) and not os.path.exists(os.path.join(save_directory, REPORT)):
             for name in COMPANIONS:
@@ -122,7 +122,7 @@ class PruneDDPMPipeline(DDPMPipeline):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _upload_folder(self, working_dir, repo_id, *args, **kwargs):
-        """Upload what belongs to a pruned pipeline, and nothing else that lies beside it."""
+        """Upload only the files that belong to a pruned pipeline."""
         with tempfile.TemporaryDirectory() as folder:
             for path in sorted(p for p in pathlib.Path(working_dir).rglob("*") if p.is_file()):
                 name = path.relative_to(working_dir).as_posix()
@@ -130,11 +130,11 @@ class PruneDDPMPipeline(DDPMPipeline):
                     copy = pathlib.Path(folder, name)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, copy)
-            if self._card is not None:  # Diffusers has just written a generic card over it
+            if self._card is not None:  # Diffusers has just replaced it by a generic card
                 pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
                 pathlib.Path(folder, "README.md").write_text(rename_in_card(self._card, repo_id), "utf-8")
             return super()._upload_folder(folder, repo_id, *args, **kwargs)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
-        # Stock Diffusers resolves `DDPMPipeline`, and knows nothing of this class; the samples are the same.
+        # Without this package, Diffusers can load only a `DDPMPipeline`; the samples are the same.
         DDPMPipeline(unet=self.unet, scheduler=self.scheduler).save_config(save_directory, push_to_hub, **kwargs)

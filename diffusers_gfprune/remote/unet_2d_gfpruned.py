@@ -1,18 +1,18 @@
-"""GFPrunedUNet2DModel: a `UNet2DModel` whose layers have the widths that pruning left.
+"""GFPrunedUNet2DModel: a `UNet2DModel` whose layers were narrowed by pruning.
 
-The configuration is that of the dense model plus three tables, so that `from_pretrained` builds the small model straight
-from `config.json`:
+The configuration is that of the dense model plus three tables, so `from_pretrained` builds the small model directly from
+`config.json`:
 
     layer_channels     {"down_blocks.0.resnets.0.conv1": [48, 24], ...}    input and output channels of a layer
     norm_group_sizes   {"down_blocks.0.resnets.0.norm2": [4, 4, 4, ...]}   channels in each norm group
-    attention_heads    {"down_blocks.1.attentions.0": 3}                   heads that are left
+    attention_heads    {"down_blocks.1.attentions.0": 3}                   number of kept heads
 
-A layer that a table does not name is as wide as in the dense model. A kept channel `c` stays in the norm group `g` that it
-was trained in (https://arxiv.org/abs/1803.08494): `y_c = gamma_c (x_c - mean_g) / sqrt(var_g + eps) + beta_c`. Groups of equal
-size are those of an `nn.GroupNorm`; others, which an earlier version of pruning left, those of a `RaggedGroupNorm`.
+Layers that are not in a table are as wide as in the dense model. A kept channel `c` stays in its norm group `g` of the dense
+model (https://arxiv.org/abs/1803.08494): `y_c = gamma_c (x_c - mean_g) / sqrt(var_g + eps) + beta_c`. Groups of equal size use
+`nn.GroupNorm`. Groups of unequal size, from earlier versions of pruning, use `RaggedGroupNorm`.
 
-This one file is the whole model: it travels inside saved folders as `diffusers_gfprune.py`, and imports nothing but the
-standard library, torch and Diffusers.
+This file is self-contained. It is saved with the model as `diffusers_gfprune.py`, and imports only the standard library, torch
+and Diffusers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["GFPrunedMixin", "GFPrunedUNet2DModel", "RaggedGroupNorm"]
 
 
 class RaggedGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` whose groups may differ in size: a native norm of each group.
+    """`nn.GroupNorm` with groups of any size: a native norm is applied to each group.
 
     Args:
         group_sizes: Channels in each group, in order (each >= 1).
@@ -51,11 +51,11 @@ class RaggedGroupNorm(nn.GroupNorm):
     """
 
     def __init__(self, group_sizes: Sequence[int], eps: float = 1e-5, device=None) -> None:
-        super().__init__(1, sum(group_sizes), eps, device=device)  # one group, by which any number of channels can be divided
+        super().__init__(1, sum(group_sizes), eps, device=device)  # one group, which divides any number of channels
         self.num_groups, self.group_sizes = len(group_sizes), tuple(group_sizes)
 
     def forward(self, input: Tensor) -> Tensor:
-        # (batch, channels, *) in groups; the native kernel takes statistics of half precision in float32
+        # (batch, channels, *) in groups; the native kernel computes statistics of half precision in float32
         groups = zip(*(tensor.split(self.group_sizes, dim) for tensor, dim in ((input, 1), (self.weight, 0), (self.bias, 0))))
         return torch.cat([F.group_norm(x, 1, gamma, beta, self.eps) for x, gamma, beta in groups], dim=1)
 
@@ -64,27 +64,27 @@ class RaggedGroupNorm(nn.GroupNorm):
 
 
 class LoadingChecks:
-    """The extension point of this file: what is refused of a repository, by a ValueError, and when. Here, nothing.
+    """Extension point for checks while loading a repository. They raise a ValueError; these ones do nothing.
 
-    Who runs the copy of this file in a repository trusts that repository. Who has the package need not: it runs no code of
-    repositories, and puts checks of its own into `checks` of the pruned class on import.
+    Users who run the copy of this file in a repository trust that repository. The installed package does not run code of
+    repositories, and sets `checks` of the pruned class to its own checks on import.
     """
 
     def config_file(self, path: str) -> None:
-        """Before `config.json` is read."""
+        """Called before `config.json` is read."""
 
     def arguments(self, dense: Mapping) -> None:
-        """Before anything is built: the arguments that are those of the dense class."""
+        """Called before the model is built, with the arguments of the dense class."""
 
     def tables(self, skeleton: nn.Module, tables: Mapping[str, Mapping]) -> None:
-        """Before the tables narrow the dense model, which is on the meta device."""
+        """Called before the tables narrow the dense model, which is on the meta device."""
 
     def weights(self, files: Sequence[str], dtype: torch.dtype, quantized: bool) -> None:
-        """Before weights are loaded: the files, what becomes of them, and whether they are quantized."""
+        """Called before weights are loaded, with their files, the dtype of the model, and whether they are quantized."""
 
 
 def _channels(layer: nn.Module) -> tuple[int, int]:
-    """Channels that a layer reads and writes."""
+    """Input and output channels of a layer."""
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels, layer.num_channels
     if isinstance(layer, nn.Embedding):
@@ -106,7 +106,7 @@ def _narrow_layer(layer: nn.Module, reads: int, writes: int) -> None:
 
 
 def _narrow(model: nn.Module, layer_channels: Mapping, norm_group_sizes: Mapping, attention_heads: Mapping) -> None:
-    """Give a dense model without memory the widths of the tables, in place: to make its layers anew takes much longer."""
+    """Narrow a dense model on the meta device in place, which is much faster than creating new layers."""
     modules = dict(model.named_modules())
     for name, channels in layer_channels.items():
         _narrow_layer(modules[name], *channels)
@@ -144,23 +144,23 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
 
 
 class GFPrunedMixin:
-    """What makes a stock class of Diffusers a pruned one: `class Pruned(GFPrunedMixin, Stock)`.
+    """Turns a class of Diffusers into a pruned one: `class Pruned(GFPrunedMixin, Stock)`.
 
-    The class has the dense configuration and the three tables, the widths that they say, and files that can be trusted. It
-    says in `check_widths` how channels go through its forward, and gets its constructor from `pruned_init(Stock)`.
+    The mixin loads and saves the model with the three tables and checks its files. The class describes in `check_widths` how
+    channels pass through its forward, and gets its constructor from `pruned_init(Stock)`.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"attentions\.\d+\.to_qkv\.(weight|bias)$"]  # copies, made by fuse_projections
-    _auto_class = "AutoModel"  # config.json then says where a trusting AutoModel finds this file
+    _auto_class = "AutoModel"  # config.json then names this file for AutoModel with trust_remote_code
     _card: str | None = None
     checks: LoadingChecks = LoadingChecks()
 
     def check_widths(self) -> None:
-        """Raise a `ValueError` where a layer does not read what the one before it writes, by `_through` and `_along`."""
-        raise NotImplementedError  # a forward on the meta device takes long, and a width of 1, which broadcasts, for any
+        """Raise a `ValueError` if the widths of consecutive layers do not match; uses `_through` and `_along`."""
+        raise NotImplementedError  # a forward on the meta device is slow, and accepts a width of 1, which broadcasts
 
     def _through(self, channels: int, *layers: nn.Module, to: int | None = None) -> int:
-        """From the channels that go into the first layer to those that come out of the last, which must be `to`."""
+        """Output channels of consecutive layers, given the input channels of the first; they must equal `to`, if given."""
 
         def refuse(layer: nn.Module, problem: str) -> None:
             name = next(name for name, module in self.named_modules() if module is layer)
@@ -169,14 +169,14 @@ class GFPrunedMixin:
         for layer in layers:
             reads, writes = _channels(layer)
             if reads != channels:
-                refuse(layer, f"reads {reads} channels where there are {channels}")
+                refuse(layer, f"has {reads} input channels, but must have {channels}")
             channels = writes
         if to not in (None, channels):
-            refuse(layers[-1], f"writes {channels} channels where {to} are wanted")
+            refuse(layers[-1], f"has {channels} output channels, but must have {to}")
         return channels
 
     def _along(self, embedding: int, channels: int, *blocks: nn.Module | None) -> int:
-        """The same along blocks, which read a time embedding with so many channels."""
+        """Output channels of consecutive blocks with a time embedding of `embedding` channels."""
         for block in filter(None, blocks):
             if isinstance(block, ResnetBlock2D):
                 hidden = self._through(channels, block.norm1, block.conv1)
@@ -209,10 +209,10 @@ class GFPrunedMixin:
             raise ValueError("use_safetensors=False, use_flashpack=True: pruned models are loaded from safetensors only")
         device_map = kwargs.get("device_map")
         if not isinstance(device_map, Mapping) or "disk" not in device_map.values():
-            kwargs.pop("offload_state_dict", None)  # Diffusers reads such weights back only beside others that stay on disk
+            kwargs.pop("offload_state_dict", None)  # Diffusers reloads such weights only if others stay on disk
         wants_info, name = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
         model, info = super().from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
-        # Diffusers only warns here, and leaves such weights random.
+        # Diffusers only warns, and leaves such weights randomly initialized.
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := sorted(map(str, info[problem])):
                 problem = problem.replace("_", " ")
@@ -226,7 +226,7 @@ class GFPrunedMixin:
         return super()._load_pretrained_model(model, state_dict, files, *args, **kwargs)
 
     def to_json_string(self) -> str:
-        # Where this copy was loaded from is nobody's business, and often a path.
+        # Do not publish where this copy was loaded from, which is often a local path.
         content = {key: value for key, value in json.loads(super().to_json_string()).items() if key != "_name_or_path"}
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
@@ -237,11 +237,11 @@ class GFPrunedMixin:
             raise ValueError("safe_serialization=False: pruned models are saved as safetensors only")
         folder = pathlib.Path(save_directory)
         if given.get("is_main_process", True) and not folder.is_file():
-            # Before the weights, so that an upload which the base class starts holds this file too.
+            # Before the weights, so that an upload by the base class includes this file.
             folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(shutil.SameFileError):
                 shutil.copyfile(__file__, folder / "diffusers_gfprune.py")
-            # Diffusers leaves the index of an earlier, sharded save behind, and would load by it.
+            # Diffusers does not remove the index of an earlier, sharded save, and would load by it.
             variant = f".{given['variant']}" if given.get("variant") else ""
             (folder / f"diffusion_pytorch_model.safetensors.index{variant}.json").unlink(missing_ok=True)
         card = folder / "README.md"
@@ -249,13 +249,13 @@ class GFPrunedMixin:
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _upload_folder(self, working_dir, *args, **kwargs):
-        if self._card is not None:  # Diffusers has just written a generic card over it
+        if self._card is not None:  # Diffusers has just replaced it by a generic card
             pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
         return super()._upload_folder(working_dir, *args, **kwargs)
 
 
 def pruned_init(dense_class: type):
-    """The constructor of a pruned class: it takes the arguments of the dense one before the tables."""
+    """The constructor of a pruned class. It takes the arguments of the dense class, then the tables."""
 
     def __init__(
         self,
@@ -271,16 +271,16 @@ def pruned_init(dense_class: type):
         tables = {"layer_channels": layer_channels, "norm_group_sizes": norm_group_sizes, "attention_heads": attention_heads}
         tables = {name: {} if table is None else table for name, table in tables.items()}
         self.checks.arguments(dense)
-        device = nn.Linear(1, 1).weight.device  # where weights go now: a device context, or meta while loading
+        device = nn.Linear(1, 1).weight.device  # the current default device, or meta while loading
         with torch.device("meta"):  # 1. the dense skeleton, without memory
             dense_class.__init__(self, **dense)
         self.checks.tables(self, tables)
-        _narrow(self, **tables)  # 2. the widths that are left
-        self.check_widths()  # 3. proof that they fit together
+        _narrow(self, **tables)  # 2. the widths of the pruned model
+        self.check_widths()  # 3. check that they fit together
         if device.type != "meta":
             _materialize(self, device)  # 4. fresh weights
 
-    # As Diffusers' configuration reads the arguments
+    # Diffusers' configuration reads the arguments from this signature
     signature = inspect.signature(dense_class.__init__)
     own = [p for p in inspect.signature(__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
     own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own]
@@ -290,17 +290,17 @@ def pruned_init(dense_class: type):
 
 class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
     r"""
-    A [`UNet2DModel`] with the widths that gradient-flow pruning left (arXiv 2501.09464).
+    A [`UNet2DModel`] with layers narrowed by pruning (gradient flow: arXiv 2501.09464).
 
-    Takes every argument of [`UNet2DModel`], with the values of the dense model, and:
+    It takes all arguments of [`UNet2DModel`], with the values of the dense model, and:
 
     Parameters:
         layer_channels (`dict[str, tuple[int, int]]`, *optional*): Input and output channels of narrowed layers.
         norm_group_sizes (`dict[str, list[int]]`, *optional*): Channels in each group of narrowed group norms.
-        attention_heads (`dict[str, int]`, *optional*): Heads left in attentions that lost some.
+        attention_heads (`dict[str, int]`, *optional*): Kept heads of attentions with fewer heads.
 
     Raises:
-        ValueError: The widths do not fit together. Nothing is allocated before that is known.
+        ValueError: The widths do not fit together. They are checked before memory is allocated.
     """
 
     _no_split_modules = ["ResnetBlock2D", "Attention"]
@@ -319,7 +319,7 @@ class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
         def pairs(block: nn.Module) -> Iterator[tuple[ResnetBlock2D, Attention | None]]:
             return zip_longest(block.resnets, getattr(block, "attentions", ()))
 
-        # 2. down: what a layer writes is also read on the way up
+        # 2. down: the output of every layer is also a skip connection to the up blocks
         skips = [channels := self._through(self.config.in_channels, self.conv_in)]
         for block in self.down_blocks:
             for layers in [*pairs(block), *((sampler,) for sampler in block.downsamplers or ())]:
@@ -335,15 +335,15 @@ class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
         self._through(channels, self.conv_norm_out, self.conv_out, to=self.config.out_channels)
 
 
-# Saved pipelines name the library of a component by its class's module: this package, whose file travels with them.
+# Saved pipelines name the library of a component by its class's module: this package, whose file is saved with them.
 GFPrunedUNet2DModel.__module__ = "diffusers_gfprune"
 
-# Every pipeline of Diffusers that takes a UNet2DModel: `from_pipe` passes a component on only if its very class is in the
-# annotation of the argument.
+# All pipelines of Diffusers with a UNet2DModel: `from_pipe` keeps a component only if its exact class is in the annotation
+# of the argument.
 for _name in (
     *("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "KarrasVePipeline", "LDMPipeline"),
     *("LDMSuperResolutionPipeline", "PNDMPipeline", "RePaintPipeline", "ScoreSdeVePipeline"),
 ):
-    with contextlib.suppress(AttributeError, RuntimeError):  # a Diffusers without it, or without what it needs
+    with contextlib.suppress(AttributeError, RuntimeError):  # this Diffusers lacks it, or its dependencies are missing
         _init = getattr(diffusers, _name).__init__
         _init.__annotations__["unet"] = typing.get_type_hints(_init)["unet"] | GFPrunedUNet2DModel  # a union holds it once

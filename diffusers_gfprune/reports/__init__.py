@@ -1,1 +1,1 @@
-"""What a run leaves to read: plots, provenance and the model card."""
+"""Reports of a run: results, plots, provenance and the model card."""

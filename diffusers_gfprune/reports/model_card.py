@@ -1,8 +1,7 @@
-"""Model cards: `results.json` and `pruning_report.json` in, a README for the Hub out.
+"""Model cards: a README for the Hub, rendered from `results.json` and `pruning_report.json`.
 
-Every figure on the card is read from these two files; the template (`model_cards/template.md.jinja`) has none of its own, and
-a field that it asks for and the files lack is an error. `check_card` looks at what the Hub's own client does not: licence ids,
-tags, task, figures that are not finite.
+All figures on the card are read from these two files. The template is `model_cards/template.md.jinja`; a missing field is an
+error. `check_card` checks what the Hub's client does not: licence ids, tags, task, and that figures are finite.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ LICENSES = frozenset(
 
 
 def _revived(update: Mapping) -> int:
-    """Units that came back at a ranking; reports of before units counted channels."""
+    """Units that were revived at a ranking; older reports count channels."""
     return update["revived_channels"] if "revived_channels" in update else update["revived_units"]
 
 
@@ -77,14 +76,14 @@ def _share_removed(dense: float, pruned: float) -> float:
 
 
 def _link(entry: Mapping, kind: str) -> str:
-    """A source as Markdown: a link where it is on the Hub."""
+    """A source as Markdown: a link if it is on the Hub, else its name."""
     if entry["hub_id"] is None:
         return f"`{entry['name']}`"
     return f"[{entry['hub_id']}](https://huggingface.co/{kind}{entry['hub_id']})"
 
 
 def _distances(results: Results) -> list[dict]:
-    """Distances to real images that were measured, with their features."""
+    """Measured distances to real images, with their features."""
     return [
         {
             "id": name.replace("_", "-"),
@@ -106,7 +105,7 @@ def _similarities(results: Results) -> list[dict]:
     return [
         {"id": name, "title": title, "pruned": results.model.quality[key]}
         for key, (name, title) in titles.items()
-        if results.model.quality.get(key) is not None  # small images have no SSIM, equal ones no PSNR
+        if results.model.quality.get(key) is not None  # no SSIM for small images, no PSNR for equal ones
     ]
 
 
@@ -125,7 +124,7 @@ def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardDa
         for metric in metrics
     ]
     options = {}
-    # Its own place on the Hub, or what a model from elsewhere was made of
+    # The base model's Hub id, or the Hub ids of the models that a local base model was made from
     if (base_model := base["hub_id"] or base.get("derived_from")) is not None:
         options = {"base_model": base_model, "base_model_relation": "finetune"}
     if dataset["hub_id"] is not None:
@@ -149,39 +148,39 @@ FILTERS = {
 
 
 def _strict(form: Callable[[object], str]) -> Callable[[object], str]:
-    """A filter that says which field is missing, where formatting would only say that something is."""
+    """A filter whose error names a missing field, which formatting alone does not."""
 
     def checked(value: object) -> str:
-        str(value)  # raises where it is undefined
+        str(value)  # raises if it is undefined
         return form(value)
 
     return checked
 
 
 def _speeds(dense: ModelFigures, pruned: ModelFigures) -> tuple[list[dict], float | None]:
-    """A line for each setting; results of format version 1 and 2 have one latency without a ratio, and its share removed."""
+    """A line for each setting; for results of format versions 1 and 2, which have one latency only, its removed share."""
     if pruned.speed and not {"speedup", "error"} & pruned.speed[0].keys():
         return [], _share_removed(dense.speed[0]["latency_ms"], pruned.speed[0]["latency_ms"])
     return compare_speeds(dense.speed, pruned.speed), None
 
 
 def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mapping[str, str] | None = None) -> str:
-    """The card of a run.
+    """Render the card of a run.
 
     Args:
-        results: Of a pruning run.
+        results: Results of a pruning run.
         report: Content of `pruning_report.json`.
-        repo_id: Where the model will be, for the loading examples.
-        pictures: Files beside the card, by what they show: `"samples"`, `"widths"`, `"pruning"`.
+        repo_id: Repository of the model, for the loading examples.
+        pictures: Picture files in the card's folder, by content: `"samples"`, `"widths"`, `"pruning"`.
 
     Returns:
         Markdown with a YAML header.
 
     Raises:
-        ValueError: A field is missing, or what came out is no valid card.
+        ValueError: A field is missing, or the rendered card is not valid.
     """
     if results.kind != PRUNING_RUN:
-        raise ValueError(f"results.json has kind={results.kind}: a card takes that of a {PRUNING_RUN}")
+        raise ValueError(f"results.json has kind={results.kind}, which must be {PRUNING_RUN} for a card")
     shown = {"samples": None, "widths": None, "pruning": None, **(pictures or {})}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters.update({name: _strict(form) for name, form in FILTERS.items()})
@@ -234,18 +233,18 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
 
 
 def render_eval_results(results: Results, report: Mapping) -> str | None:
-    """The results as the Hub collects them for data sets, `.eval_results/*.yaml`.
+    """Evaluation results in the Hub's format for data sets, `.eval_results/*.yaml`.
 
-    Distances to the images of a data set on the Hub, with the metric (`fid`, `fd-efflite0`) as the task. The Hub shows such a
-    result beside others where the data set is registered as a benchmark that has this task. Similarity to the dense model is
-    no result on a data set, and stays on the card.
+    They are distances to the images of a data set on the Hub, with the metric (`fid`, `fd-efflite0`) as the task. The Hub
+    lists them if the data set is registered as a benchmark with this task. Similarity to the dense model is not a result on a
+    data set and is left out.
 
     Args:
-        results: Of a pruning run.
+        results: Results of a pruning run.
         report: Content of `pruning_report.json`.
 
     Returns:
-        YAML, or None where there is nothing to say.
+        YAML, or None if there are no such results.
 
     Raises:
         ValueError: A field is missing, or a figure is not finite.
@@ -267,13 +266,13 @@ def render_eval_results(results: Results, report: Mapping) -> str | None:
 
 
 def check_eval_results(text: str) -> None:
-    """Refuse results that the Hub would not read.
+    """Check that the Hub can read evaluation results.
 
     Args:
         text: Content of a file in `.eval_results`.
 
     Raises:
-        ValueError: It is no YAML list of results, names no data set, or has a value that is no finite number.
+        ValueError: The text is not a YAML list of results, lacks a data set, or has a value that is not a finite number.
     """
     try:
         entries = parse_eval_result_entries(yaml.safe_load(text))
@@ -281,19 +280,19 @@ def check_eval_results(text: str) -> None:
         raise ValueError(f"the evaluation results cannot be read: {' '.join(repr(error).split())}") from error
     for entry in entries:
         if not isinstance(entry.dataset_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.dataset_id):
-            raise ValueError(f"dataset={entry.dataset_id!r} of the evaluation results is no Hub id")
+            raise ValueError(f"dataset={entry.dataset_id!r} of the evaluation results must be a Hub id")
         number = isinstance(entry.value, (int, float)) and not isinstance(entry.value, bool)
         if not number or not math.isfinite(entry.value):
-            raise ValueError(f"value={entry.value!r} of {entry.task_id} in the evaluation results is no finite number")
+            raise ValueError(f"value={entry.value!r} of {entry.task_id} in the evaluation results must be a finite number")
 
 
 def _seal(card: str) -> str:
-    """A comment by which an edited card is told from one as it was rendered."""
+    """A comment with a hash of the card, which reveals later edits."""
     return f"<!-- rendered by diffusers-gfprune, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
 
 
 def is_as_rendered(card: str) -> bool:
-    """Whether nobody has edited a card since `render_card` made it."""
+    """Whether a card is unchanged since `render_card` rendered it."""
     body, newline, seal = card.removesuffix("\n").rpartition("\n")
     return bool(newline) and seal == _seal(body)
 
@@ -307,38 +306,38 @@ def _numbers(value: object) -> list[float]:
 
 
 def check_card(card: str) -> None:
-    """Refuse a card that the Hub would show wrongly, or not at all.
+    """Check that the Hub can show a card correctly.
 
     Args:
         card: Markdown with a YAML header.
 
     Raises:
         ValueError: The header does not parse, or has an unknown licence, task or library, malformed tags, a base model or data
-            set that is no Hub id, figures that are not finite, or a `model-index` that says nothing.
+            set that is not a Hub id, figures that are not finite, or an empty `model-index`.
     """
     try:
         parsed = ModelCard(card, ignore_metadata_errors=False)
-    except Exception as error:  # the client raises what its YAML parser raises
+    except Exception as error:  # the client passes on any error of its YAML parser
         raise ValueError(f"the card's metadata cannot be read: {one_line(error)}") from error
     header = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
-    data = yaml.safe_load(header[1]) if header else None  # as written: the client turns what it does not expect into lists
+    data = yaml.safe_load(header[1]) if header else None  # as written: the client converts unexpected values to lists
     if not isinstance(data, dict):
         raise ValueError("the card has no metadata")
     if not isinstance(data.get("license"), str) or data["license"] not in LICENSES:
-        raise ValueError(f"license={data.get('license')!r} of the card is none that the Hub knows")
+        raise ValueError(f"license={data.get('license')!r} of the card must be a licence id of the Hub")
     for name, wanted in (("library_name", "diffusers"), ("pipeline_tag", PIPELINE_TAG)):
         if data.get(name) != wanted:
             raise ValueError(f"{name}={data.get(name)!r} of the card must be {wanted!r}")
     tags = data.get("tags")
     if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
-        raise ValueError(f"tags={tags!r} of the card must be words")
+        raise ValueError(f"tags={tags!r} of the card must be a list of words")
     ids = [data.get(name) or [] for name in ("base_model", "datasets")]  # one id, or several
     for hub_id in [hub_id for named in ids for hub_id in (named if isinstance(named, list) else [named])]:
         if not isinstance(hub_id, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
-            raise ValueError(f"{hub_id!r} in the card's metadata is no Hub id")
+            raise ValueError(f"{hub_id!r} in the card's metadata must be a Hub id")
     if not all(math.isfinite(number) for number in _numbers(data)):
         raise ValueError("the card's metadata holds a figure that is not finite")
     if "model-index" in data and not parsed.data.eval_results:
-        raise ValueError("the card's model-index holds no result")
+        raise ValueError("the card's model-index has no results")
     if re.search(r"(?<![\w-])(nan|inf)(?![\w-])", parsed.text):
         raise ValueError("the card shows a figure that is not finite")

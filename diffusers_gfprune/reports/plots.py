@@ -1,4 +1,4 @@
-"""Pictures of a run: the sample grid, and the pruning curves with their phases."""
+"""Pictures of a run: samples, pruning curves with their phases, widths, step losses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 1
     Args:
         path: PNG file.
         dense: Images in [0, 1] with shape `(n, channels, height, width)`.
-        pruned: Likewise.
-        columns: Pairs side by side.
-        rows: Rows of pairs.
+        pruned: Images of the same range and shape.
+        columns: Number of pairs in a row.
+        rows: Number of rows of pairs.
     """
     columns = min(columns, len(dense))
     strips = []
@@ -38,20 +38,20 @@ def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 1
 
 
 def _grid(images: Sequence[Tensor], columns: int) -> Tensor:
-    """Images side by side, small ones enlarged to 48 pixels or more."""
+    """A grid of images, with small ones enlarged to about 48 pixels."""
     scale = max(1, 48 // images[0].shape[-1])
     enlarged = [image.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for image in images]
     return make_grid(enlarged, nrow=columns, padding=2, pad_value=0.5)
 
 
 def save_sample_rows(path: Path, rows: Sequence[Tensor], titles: Sequence[str] = (), columns: int = 16) -> None:
-    """Samples of several models, a row each; a column is made from the same noise.
+    """Samples of several models, one row each; the images of a column start from the same noise.
 
     Args:
         path: PNG file.
         rows: Images in [0, 1], each with shape `(n, channels, height, width)`.
-        titles: Written above the rows, if given.
-        columns: Samples shown of each model.
+        titles: Titles above the rows, if given.
+        columns: Number of samples of each model.
     """
     columns = min(columns, *(len(row) for row in rows))
     if not titles:
@@ -67,11 +67,11 @@ def save_sample_rows(path: Path, rows: Sequence[Tensor], titles: Sequence[str] =
 
 
 def plot_step_loss(path: Path, losses: Mapping[str, Mapping[str, float]]) -> None:
-    """Step loss over timesteps, and its ratio to that of the last model given.
+    """Step loss over timesteps, and its ratio to that of the last model.
 
     Args:
         path: PNG file.
-        losses: Loss by timestep, by name of the model; a dense reference last.
+        losses: Losses by timestep, by model name; a dense reference comes last.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
     reference = list(losses.values())[-1]
@@ -124,7 +124,7 @@ def plot_pruning(path: Path, report: dict) -> None:
     for axis in axes.flat[6 + len(quality) :]:
         axis.set_visible(False)
     for index, axis in enumerate(axes.flat):
-        early = index < 4  # what happens only while pruning is shown up to shortly after it
+        early = index < 4  # curves of the pruning phases end shortly after them
         axis.set_xlim(0, max(1, 1.25 * end) if early and end else None)
         axis.axvspan(0, soft, color="tab:blue", alpha=0.08)
         axis.axvspan(soft, end, color="tab:orange", alpha=0.10)
@@ -134,7 +134,7 @@ def plot_pruning(path: Path, report: dict) -> None:
 
 
 def plot_widths(path: Path, report: dict) -> None:
-    """Channels of every group, kept in front of dense.
+    """Channels of every group: kept ones in front of those of the dense model.
 
     Args:
         path: PNG file.

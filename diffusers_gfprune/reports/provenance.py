@@ -1,4 +1,4 @@
-"""Where a run came from, in words that travel: base model, data set and command, without paths of this machine or tokens."""
+"""Provenance of a run for publication: base model, data set and command, without local paths or tokens."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SECRETS = ("--hub-token",)
 
 
 def portable(value: object) -> object:
-    """A path of this machine as its last part; everything else, relative paths downwards included, as it is."""
+    """The last part of a local path. Other values, including relative paths below the current folder, are unchanged."""
     if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts):
         return Path(value).name
     return value
 
 
 def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") -> str:
-    """The command of a run, one argument a line, ready for a shell."""
+    """The command of a run for a shell, one argument per line, without tokens."""
     parts: list[str] = []
     skip = False
     for word in argv:
         name, equals, value = word.partition("=")
-        if skip or name.replace("_", "-") in SECRETS:  # either spelling is an argument
+        if skip or name.replace("_", "-") in SECRETS:  # both spellings are accepted arguments
             skip = not skip and not equals
             continue
         word = f"{name}={portable(value)}" if equals and name.startswith("--") else str(portable(word))
@@ -50,20 +50,20 @@ def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") ->
 
 
 def _known_license(license: object) -> str | None:
-    """A licence as the Hub spells it; None for what it does not know."""
+    """A licence id in the Hub's spelling; None if the Hub does not know it."""
     return license.lower() if isinstance(license, str) and license.lower() in LICENSES else None
 
 
 def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[str, str | None]:
-    """Name, Hub id, commit and licence of the dense model, as far as they can be known. Call it once the model is loaded.
+    """Name, Hub id, commit and licence of the dense model, as far as they are known. The model must be loaded before.
 
     Args:
         name_or_path: A Hub id or a local folder.
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        `name`, and `hub_id`, `revision` and `license`, which are None where they are unknown. A folder that is not on the Hub
-        has `derived_from`, too, where it says for certain which models there it was made of.
+        `name`, and `hub_id`, `revision` and `license`, which are None if unknown. A local folder also has `derived_from` if
+        its files identify the models on the Hub that it was made from.
     """
     source = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
     if os.path.isdir(name_or_path):
@@ -79,7 +79,7 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
         origins = _origins(Path(name_or_path), data.get("base_model"))
         return {**source, "derived_from": origins} if origins else source
     source["hub_id"] = name_or_path
-    # Files that were loaded lie in a folder named by their commit, while a branch may have moved on since.
+    # The loaded files are in a folder named by their commit. A branch may have changed since.
     cached = try_to_load_from_cache(name_or_path, "model_index.json", revision=revision)
     if isinstance(cached, str):
         source["revision"] = Path(cached).parent.name
@@ -93,9 +93,9 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
 
 
 def _origins(folder: Path, base_model: object) -> list[str]:
-    """Models on the Hub that a saved pipeline comes from: those on its card, or the one whose files it was loaded from.
+    """Models on the Hub that a saved pipeline was made from: those on its card, or the one that it was loaded from.
 
-    Diffusers writes where a model was loaded from; a path in the Hub's cache is certain, a bare name might be a folder.
+    Diffusers saves where a model was loaded from. A path in the Hub's cache is reliable; a bare name may be a local folder.
     """
     named = base_model if isinstance(base_model, list) else [base_model]
     named = [name for name in named if isinstance(name, str) and HUB_ID.fullmatch(name)]
@@ -116,20 +116,20 @@ def _origins(folder: Path, base_model: object) -> list[str]:
 
 
 def describe_dataset(dataset_name: str | None, train_data_dir: str | None) -> dict[str, str | None]:
-    """Name and, where it is there, Hub id of the images."""
+    """Name and, if available, Hub id of the data set."""
     if dataset_name is not None and not os.path.exists(dataset_name) and HUB_ID.fullmatch(dataset_name):
         return {"name": dataset_name, "hub_id": dataset_name}
     return {"name": str(portable(dataset_name or train_data_dir)), "hub_id": None}
 
 
 def package_versions(*more: str) -> dict[str, str | None]:
-    """Versions of Python, of what decides a result, and of more packages (see `installed_versions`)."""
+    """Versions of Python, of the packages that affect results, and of more packages (see `installed_versions`)."""
     names = ("diffusers-gfprune", "torch", "diffusers", "accelerate", "datasets", "huggingface_hub", "torch-pruning")
     return {"python": platform.python_version(), **installed_versions(*names, *more)}
 
 
 def installed_versions(*packages: str) -> dict[str, str | None]:
-    """Installed versions of packages, by name; None for those that are not there."""
+    """Installed versions of packages, by name; None if a package is not installed."""
     return {name: _version(name) for name in packages}
 
 

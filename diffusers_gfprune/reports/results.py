@@ -1,15 +1,15 @@
-"""`results.json`: what was measured on a model and on its reference, and all that these figures depend on.
+"""`results.json`: figures of a model and its reference model, and everything that they depend on.
 
-A pruning run and an evaluation write the same file. They differ in the names of the two models (`ROLES`): a run compares
-`pruned` with `dense`, an evaluation compares `model` with `reference_model`.
+Pruning runs and evaluations write the same file, with different names of the two models (`ROLES`): a run compares `pruned`
+with `dense`, an evaluation compares `model` with `reference_model`.
 
     {"format_version": 4, "kind": "pruning run",
      "dense":  {"name": "dense", "parameters": 1201761, "macs": 28967936, ..., "quality": {"fd_pixels": 0.05}, "speed": [...]},
      "pruned": {...},
      "evaluation": {"sampler": "DDIM", "num_images": 1000, "seed": 1234, ...}}
 
-`read_results` reads every format version. In versions 1 to 3 of a run the metrics stood beside the costs of a model, and
-`speed` beside the models; in versions 1 and 2 a model had one `latency` in place of it.
+`read_results` reads every format version. In versions 1 to 3 of a run, metrics are stored next to the costs of a model, and
+`speed` next to the models; in versions 1 and 2 a model has a single `latency` instead.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ TYPES = {
 
 @dataclass
 class ModelFigures:
-    """What was measured on one model; None where it was not.
+    """Figures of one model; None if not measured.
 
     Attributes:
         name: Hub id, or last part of a path; `dense` or `pruned` in a run.
         revision: Commit on the Hub.
         weights: CRC-32 of the weights, in hexadecimal.
-        ema: Whether the weights are averaged; None if nothing says so.
-        parameters: Trained values.
-        macs: Multiply-accumulates of one forward at batch 1.
-        weight_file_bytes: Of the weights as safetensors.
+        ema: Whether the weights are an exponential moving average; None if unknown.
+        parameters: Number of trainable values.
+        macs: Multiply-accumulates of one forward pass at batch size 1.
+        weight_file_bytes: Size of the weights as safetensors, in bytes.
         step_loss: Mean squared error of the noise prediction on held-out images.
-        step_loss_by_timestep: The same by timestep.
+        step_loss_by_timestep: Step loss by timestep.
         quality: Distances and similarities by metric, such as `fid`, `kid`, `fd_efflite0`, `ssim_to_dense`.
-        speed: One entry a setting: the rows of `metrics.speed.measure_speed` without `model`.
-        scheduler: Configuration of the noise scheduler that the model was trained with, which sampling follows.
-        step_loss_null_label: The same with the null label in place of all labels, where the model has one.
+        speed: One entry per setting: the rows of `metrics.speed.measure_speed` without `model`.
+        scheduler: Configuration of the noise scheduler of training, which is also used for sampling.
+        step_loss_null_label: Step loss with the null label for all images, if the model has one.
     """
 
     name: str
@@ -82,7 +82,7 @@ class ModelFigures:
         """From JSON values.
 
         Raises:
-            ValueError: A field is unknown or of another type.
+            ValueError: A field is unknown or has another type.
             TypeError: `name` is missing.
         """
         unknown = sorted({*values} - {f.name for f in fields(cls)})
@@ -106,12 +106,12 @@ class Results:
 
     Attributes:
         kind: `PRUNING_RUN` or `EVALUATION`.
-        model: Figures of the pruned model, or of the one that was evaluated.
+        model: Figures of the pruned or evaluated model.
         reference_model: Figures of the dense model; None in an evaluation without one.
-        evaluation: What the figures depend on: sampler, steps, spacing, seed, number of images, feature networks, data,
-            number type, device, versions.
+        evaluation: Everything that the figures depend on: sampler, steps, spacing, seed, number of images, feature networks,
+            data, dtype, device, versions.
         command: Command line of an evaluation; that of a run is in `pruning_report.json`.
-        latency_budget: What a run with `target=latency` was asked for and what it got.
+        latency_budget: Requested and reached latency of a run with `target=latency`.
     """
 
     kind: str
@@ -135,7 +135,7 @@ class Results:
         """From JSON values of any format version.
 
         Raises:
-            ValueError: They are no results, or a field is missing or malformed.
+            ValueError: The values are not results, or a field is missing or malformed.
         """
         version, kind = values.get("format_version"), values.get("kind", PRUNING_RUN)
         if kind not in ROLES or version not in range(1, FORMAT_VERSION + 1):
@@ -160,14 +160,14 @@ class Results:
 
 
 def _typed(kind: type | tuple[type, ...], name: str, value: object):
-    """The value, if it is of its kind; a truth value is no number."""
+    """The value, if it has the given type; a bool does not count as a number."""
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{name}={value!r}")
     return value
 
 
 def _upgraded(values: Mapping) -> dict:
-    """Results of a run in format version 1 to 3, in the form of version 4."""
+    """Convert results of a run from format version 1 to 3 into version 4."""
     known = {f.name for f in fields(ModelFigures)}
     upgraded = dict(values)
     for role in ROLES[PRUNING_RUN]:
@@ -186,10 +186,10 @@ def read_results(path: str | Path) -> Results:
     """Read `results.json` of a run or an evaluation, of any format version.
 
     Args:
-        path: The file, or the folder that it lies in.
+        path: The file, or its folder.
 
     Raises:
-        ValueError: It is missing, or cannot be read.
+        ValueError: The file is missing or cannot be read.
     """
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     try:

@@ -246,7 +246,7 @@ def test_too_many_broken_images_in_a_row(kind: str, num_workers: int, tmp_path: 
 def test_wrong_label_in_the_middle_is_one_clear_line(num_workers: int, tmp_path: Path) -> None:
     images = make_images(tmp_path, "rows", unet_config(classes=4))
     images.decoder.num_classes = 3
-    with pytest.raises(ValueError, match=r"^label 3 of row \d+ is none of the model's num_class_embeds=3$"):
+    with pytest.raises(ValueError, match=r"^label 3 of row \d+ must be at least 0 and less than num_class_embeds=3$"):
         take(images, 6, num_workers=num_workers)
 
 

@@ -152,19 +152,19 @@ def test_parquet_with_pictures_beside_it_is_parquet(tmp_path: Path, cache: str) 
     (tmp_path / "b/README.md").write_text("# Pictures\n")
     train, held_out, _ = read(tmp_path / "b", cache, "dataset_name")
     assert sorted(train + held_out) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="dataset_config_name=x does not go with a folder of image files"):
+    with pytest.raises(ValueError, match="dataset_config_name=x cannot be used with a folder of image files"):
         read(tmp_path / "b", cache, "dataset_name", dataset_config_name="x")
 
 
 def test_folder_without_images_is_one_line(tmp_path: Path, cache: str) -> None:
     write_parquet(tmp_path, [images(1, 2, 3, 4)])
     with pytest.raises(
-        ValueError, match=r"train_data_dir=.* cannot be loaded: there are no image files in it \(a folder of parq"
+        ValueError, match=r"train_data_dir=.* cannot be loaded: there are no image files in it \(pass a folder of parq"
     ):
         read(tmp_path, cache)
     (tmp_path / "README.md").write_text("---\nconfigs: [a: b: c\n---\n")
     with pytest.raises(
-        ValueError, match="dataset_name=.* cannot be loaded: what stands first in its README.md is not YAML: while"
+        ValueError, match="dataset_name=.* cannot be loaded: the header of its README.md is not valid YAML: while"
     ):
         read(tmp_path, cache, "dataset_name")
     with pytest.raises(ValueError, match="dataset_name=.*parquet is not a folder"):
@@ -202,7 +202,8 @@ def test_files_that_are_in_no_split_are_said(name: str, tmp_path: Path, cache: s
         assert list(read(tmp_path / name, cache, "dataset_name")[2].splits) == ["train", "test"]
     (record,) = caplog.records
     assert (
-        f"1 files of {tmp_path / name} are in no split and are not read, such as extra-00000-of-00001" in record.getMessage()
+        f"1 files of {tmp_path / name} are not in a split and are not read, such as extra-00000-of-00001"
+        in record.getMessage()
     )
 
 
@@ -259,5 +260,5 @@ def test_what_save_to_disk_wrote(argument: str, streaming: bool, tmp_path: Path,
     *numbers, summary, labels, held_out_labels = read(tmp_path / "splits", cache, argument, classes=4, streaming=streaming)
     assert numbers == [[0, 1, 2, 3, 4, 5], [4, 5]] and summary.held_out == "test"
     assert labels == [0, 1, 2, 3, 0, 1] and held_out_labels == [0, 1]
-    with pytest.raises(ValueError, match="dataset_config_name=x does not go with a folder written by save_to_disk"):
+    with pytest.raises(ValueError, match="dataset_config_name=x cannot be used with a folder written by save_to_disk"):
         read(tmp_path / "splits", cache, argument, dataset_config_name="x")

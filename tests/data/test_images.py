@@ -141,14 +141,16 @@ def test_image_that_cannot_be_fetched_is_not_broken(monkeypatch: pytest.MonkeyPa
 
     decode = decoder()
     monkeypatch.setattr(decode.feature, "decode_example", disconnected)
-    with pytest.raises(ValueError, match="^row 5 cannot be fetched: Server Disconnected$") as error:
+    with pytest.raises(ValueError, match="^row 5 cannot be downloaded: Server Disconnected$") as error:
         decode(encoded(numbered(1)))
     assert not isinstance(error.value, BrokenImage)
 
 
 @pytest.mark.parametrize("label", [4, -1, None, 1.0])
 def test_label_that_the_model_does_not_have_is_an_error(label) -> None:
-    with pytest.raises(ValueError, match=f"label {label} of row 5 is none of the model's num_class_embeds=4") as error:
+    with pytest.raises(
+        ValueError, match=f"label {label} of row 5 must be at least 0 and less than num_class_embeds=4"
+    ) as error:
         decoder(classes=4)(encoded(numbered(1), label))
     assert not isinstance(error.value, BrokenImage)
 
@@ -231,7 +233,7 @@ def test_validation_split_and_labels(streaming: bool, tmp_path: Path) -> None:
     assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 2]
     assert numbers_of(train.head(100)) == [0, 1, 2, 3, 4, 5]
     assert [image.label for image in train.in_order()] == [0, 1, 2, 3, 0, 1]
-    with pytest.raises(ValueError, match="label 1 of row 1.* is none of the model's num_class_embeds=1"):
+    with pytest.raises(ValueError, match="label 1 of row 1.* must be at least 0 and less than num_class_embeds=1"):
         load(folder, unet_config(classes=1), streaming=streaming, validation_images=3)
 
 
@@ -246,7 +248,8 @@ def test_misfits_are_alike_wherever_they_stand(
     with caplog.at_level(logging.WARNING):
         images, (held_out, _) = load(folder, streaming=streaming, validation_images=3)
     assert numbers_of(held_out) == [9, 8]
-    assert "1 held-out images are left out, the last one: row 0" in caplog.text and "enlarged" not in caplog.text
+    assert "1 held-out images do not fit the model and are left out, the last one: row 0" in caplog.text
+    assert "enlarged" not in caplog.text
     assert numbers_of(images.head(99)) == list(range(31)) and not images.decoder.enlarge
     assert images.summary.num_held_out == 2
     batches = train_dataloader(images, 8, seed=0, num_train_timesteps=10)
@@ -260,7 +263,7 @@ def test_misfits_are_alike_wherever_they_stand(
 def test_data_of_misfits_only(streaming: bool, tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "data", [[TRUNCATED, COLOUR] * 20])
     write_parquet(folder, [[numbered(9)]], split="test")
-    with pytest.raises(ValueError, match="none of the 32 images that were looked at fits the model, the last one: row"):
+    with pytest.raises(ValueError, match="none of the 32 checked images fits the model, the last one: row"):
         load(folder, streaming=streaming)
     (tmp_path / "other").mkdir()
     other = write_parquet(tmp_path / "other/data", [[numbered(1)] * 4])
@@ -280,8 +283,8 @@ def test_set_that_is_smaller_than_the_model_is_enlarged(
     with caplog.at_level(logging.WARNING):
         images, (held_out, _) = load(folder, streaming=streaming, validation_images=1 if streaming else 6)
     assert [r.getMessage() for r in caplog.records if "held-out" not in r.getMessage()] == [
-        "the images are smaller (4x6 pixels and the like) than the model's sample_size=8x8: they are enlarged, as Diffusers' "
-        "train_unconditional.py does it"
+        "the images (such as one of 4x6 pixels) are smaller than the model's sample_size=8x8: they are enlarged, as in "
+        "Diffusers' train_unconditional.py"
     ]
     assert images.summary.enlarged and "all are scaled up to the model's size" in images.summary.lines()[1]
     pixels = torch.cat([held_out, images.head(99)])
@@ -300,7 +303,7 @@ def test_greyscale_images_for_a_colour_model_are_said(tmp_path: Path, caplog: py
         train, (pixels, _) = load(grey, unet_config(channels=3))
     assert pixels.shape == (2, 3, 8, 8) and train.head(9).shape == (4, 3, 8, 8)
     assert [record.getMessage() for record in caplog.records] == [
-        "images have mode L: they are converted to RGB, which the model takes"
+        "images have mode L: they are converted to RGB for the model"
     ]
 
 
@@ -328,8 +331,8 @@ def test_choice_among_several_columns_is_said(tmp_path: Path, caplog: pytest.Log
         train, (_, labels) = load(tmp_path / "data", unet_config(classes=2))
     assert max(numbers_of(train.head(9))) < 9 and labels.tolist() == [0, 0]
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        "image_column=image is taken of the columns ['image', 'mask']",
-        "label_column=fine is taken of the columns ['fine', 'coarse']",
+        "image_column=image is used, the first of the columns ['image', 'mask']",
+        "label_column=fine is used, the first of the columns ['fine', 'coarse']",
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):

@@ -67,9 +67,13 @@ def test_split_without_labels_is_passed_over_with_a_warning(
 @pytest.mark.parametrize("streaming", [False, True])
 def test_label_that_the_model_lacks_is_an_error_that_names_the_split(streaming: bool, tmp_path: Path) -> None:
     folder = write(tmp_path / "data", {"train": [0, 1], "test": [1, -1]})
-    with pytest.raises(ValueError, match="^split test: label -1 of row 1.* is none of the model's num_class_embeds=2"):
+    with pytest.raises(
+        ValueError, match="^split test: label -1 of row 1.* must be at least 0 and less than num_class_embeds=2"
+    ):
         load(folder, unet_config(classes=2), streaming=streaming)
-    with pytest.raises(ValueError, match="^split train: label 1 of row [0-9].* is none of the model's num_class_embeds=1"):
+    with pytest.raises(
+        ValueError, match="^split train: label 1 of row [0-9].* must be at least 0 and less than num_class_embeds=1"
+    ):
         load(folder, unet_config(classes=1), streaming=streaming, validation_split_name="train")
 
 

@@ -150,7 +150,7 @@ def test_an_image_with_the_null_label_is_refused() -> None:
     """Where the data set does not tell its classes; where it does, the null label is none of them."""
     source = conditional(label_dropout=0.25)
     source.decoder.label_dropout = LabelDropout(3, 0.25)
-    with pytest.raises(ValueError, match="label 3 of row .* is null_label=3, which no image may have"):
+    with pytest.raises(ValueError, match="label 3 of row .* must not be null_label=3"):
         drawn(source, 3)
 
 

@@ -92,7 +92,7 @@ def test_edited_card_keeps_its_text(arguments: list, tmp_path: Path, capsys: pyt
     readme.write_text(text)
     run(tmp_path, *arguments)
     assert readme.read_text() == text
-    assert "README.md was edited by hand and keeps its text and figures" in capsys.readouterr().err
+    assert "README.md was edited, so its text and figures are kept" in capsys.readouterr().err
     assert json.loads((tmp_path / "small/results.json").read_text())["evaluation"]["seed"] == 7
 
 

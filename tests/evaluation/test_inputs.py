@@ -77,10 +77,10 @@ def test_digest_is_of_what_the_files_hold(tmp_path: Path) -> None:
 
 def test_what_are_no_images_of_one_kind_is_refused(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "x", 1, 2, 3))
-    with pytest.raises(ValueError, match="x holds 3 images, too few: 5 are needed"):
+    with pytest.raises(ValueError, match="x holds 3 images, but must hold at least 5"):
         FolderImages(folder, wanted=5)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds 0 images, too few: 2 are needed"):
+    with pytest.raises(ValueError, match="empty holds 0 images, but must hold at least 2"):
         FolderImages(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="resolution=8 but images of images_dir=.*x have 6x4 pixels"):
         FolderImages(folder, resolution=8)

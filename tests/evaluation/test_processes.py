@@ -73,7 +73,7 @@ def test_two_processes_give_the_figures_of_one(whole: dict, tmp_path: Path) -> N
     printed, said = (process := start(tmp_path, launcher=LAUNCH)).communicate()
     assert process.returncode == 0, said
     assert printed.count("plan:") == 1 and printed.count("saved: ") == 1
-    assert "600 of 600 are to be made by 2 processes" in printed
+    assert "600 of 600 remain to be drawn by 2 processes" in printed
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["evaluation"]["num_processes"] == 2
     assert figures(results) == figures(whole)

@@ -158,7 +158,7 @@ def test_unreadable_images_are_left_out_up_to_a_limit(tmp_path: Path, small_shar
 def test_too_few_readable_images(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x", [[*numbered(1), *[b"broken"] * 3]])
     write_parquet(tmp_path / "x", [numbered(2)], split="validation")
-    with pytest.raises(ValueError, match="1 real images that can be read are too few"):
+    with pytest.raises(ValueError, match="1 readable real images are too few"):
         RealFeatures(load(tmp_path / "x")[0], [Network()], TensorCache(None)).features()
 
 

@@ -258,7 +258,7 @@ def without_a_tensor(files: dict[str, bytes], _: Path) -> None:
     files["unet/diffusion_pytorch_model.safetensors"] = save(tensors, {"format": "pt"})
 
 
-NO_CLASS = "is no class of diffusers_gfprune that a repository can name"
+NO_CLASS = "is not a model class of diffusers_gfprune"
 HOSTILE = {
     "pickled weights": (pickled_weights, "file named diffusion_pytorch_model.safetensors"),
     "huge width": (config_with(layer_channels__conv_in=[1, 10**9]), "must be from 1 to the dense [1, 8]"),

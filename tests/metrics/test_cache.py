@@ -75,7 +75,7 @@ def test_no_room_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     (tmp_path / "file").write_text("in the way")
     make = Counting()
     assert "x" in TensorCache(tmp_path / "file" / "cache").get("features", KEY, make)
-    assert "cannot be kept" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_fingerprints_tell_weights_apart() -> None:

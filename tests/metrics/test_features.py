@@ -265,7 +265,7 @@ def test_copy_of_clean_fid_is_used(inception_file: Path, home: Path, capsys) -> 
     home.mkdir(parents=True)
     (home / INCEPTION_FILE).write_bytes(b"damaged")
     assert feature_network("auto").identity() == known
-    assert "is passed over" in capsys.readouterr().err
+    assert "is skipped" in capsys.readouterr().err
     copy.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be downloaded"):
         feature_network("inception")
@@ -277,7 +277,7 @@ def test_copy_of_clean_fid_is_used(inception_file: Path, home: Path, capsys) -> 
 def test_auto_takes_efflite0_where_there_is_no_inception(home: Path, capsys) -> None:
     """And says that it is no FID."""
     assert feature_network("auto").name == "efflite0"
-    assert "FD-EffLite0, which is no FID" in capsys.readouterr().err
+    assert "FD-EffLite0 is used instead, which is not comparable with FID" in capsys.readouterr().err
 
 
 def test_auto_takes_what_was_named(inception_file: Path, home: Path) -> None:

@@ -180,7 +180,7 @@ def test_the_interval_of_a_median_by_hand() -> None:
         (0.91, (0.88, 0.94), "0.91 times as fast (0.88 to 0.94)"),
         (1.01, (0.97, 1.04), "no difference (0.97 to 1.04)"),
         (1.02, (1.004, 1.04), "no difference (1.00 to 1.04)"),  # as it is printed
-        (1.3, None, "1.30 times as fast (too few rounds to say how surely)"),
+        (1.3, None, "1.30 times as fast (too few rounds for a confidence interval)"),
     ],
 )
 def test_a_speedup_in_words(speedup: float, interval: tuple | None, words: str) -> None:

@@ -76,12 +76,12 @@ def test_the_valid_tables_that_hostile_ones_are_made_of():
         ({"layer_channels": {f"{RESNET}.conv1": "88"}}, "two integers"),
         ({"layer_channels": {f"{RESNET}.conv1": None}}, "two integers"),
         ({"layer_channels": {f"{RESNET}.conv1": {"0": 16, "1": 8}}}, "two integers"),
-        ({"layer_channels": {"nowhere": [16, 8]}}, "'nowhere', which is no convolution"),
-        ({"layer_channels": {"": [16, 8]}}, "'', which is no convolution"),
-        ({"layer_channels": {RESNET: [16, 8]}}, "which is no convolution"),
-        ({"layer_channels": {f"{RESNET}.norm1": [16, 8]}}, "which is no convolution"),
-        ({"layer_channels": {f"{RESNET}.conv1.weight": [16, 8]}}, "which is no convolution"),
-        ({"layer_channels": {"__class__": [16, 8]}}, "which is no convolution"),
+        ({"layer_channels": {"nowhere": [16, 8]}}, "'nowhere', which is not a convolution"),
+        ({"layer_channels": {"": [16, 8]}}, "'', which is not a convolution"),
+        ({"layer_channels": {RESNET: [16, 8]}}, "which is not a convolution"),
+        ({"layer_channels": {f"{RESNET}.norm1": [16, 8]}}, "which is not a convolution"),
+        ({"layer_channels": {f"{RESNET}.conv1.weight": [16, 8]}}, "which is not a convolution"),
+        ({"layer_channels": {"__class__": [16, 8]}}, "which is not a convolution"),
         ({"in_channels": 3, "layer_channels": {"conv_in": [2, 16]}}, "changes 3 channels that are never pruned"),
         ({"out_channels": 3, "layer_channels": {"conv_out": [16, 2]}}, "changes 3 channels that are never pruned"),
         ({"num_class_embeds": 10, "layer_channels": {"class_embedding": [9, 64]}}, "changes 10 channels"),
@@ -100,13 +100,13 @@ def test_the_valid_tables_that_hostile_ones_are_made_of():
         ({"norm_group_sizes": {"conv_norm_out": [4, 4, 4, 3]}}, "do not fit together"),
         ({"layer_channels": narrowed(), "norm_group_sizes": {f"{RESNET}.norm2": [2, 2, 2, 1]}}, "do not fit together"),
         ({"layer_channels": narrowed(), "norm_group_sizes": {f"{RESNET}.norm2": [3, 3, 3]}}, "do not fit together"),
-        ({"norm_group_sizes": {"nowhere": [4]}}, "'nowhere', which is no group norm"),
-        ({"norm_group_sizes": {"conv_in": [4]}}, "'conv_in', which is no group norm"),
+        ({"norm_group_sizes": {"nowhere": [4]}}, "'nowhere', which is not a group norm"),
+        ({"norm_group_sizes": {"conv_in": [4]}}, "'conv_in', which is not a group norm"),
         *[({"attention_heads": {ATTENTION: heads}}, "attention_heads") for heads in HOSTILE_INTEGERS],
         ({"attention_heads": {ATTENTION: 5}}, "from 1 to 4"),
         ({"attention_heads": {ATTENTION: 3}}, "divide 32 channels"),
-        ({"attention_heads": {"nowhere": 1}}, "'nowhere', which is no attention"),
-        ({"attention_heads": {"conv_in": 1}}, "'conv_in', which is no attention"),
+        ({"attention_heads": {"nowhere": 1}}, "'nowhere', which is not an attention"),
+        ({"attention_heads": {"conv_in": 1}}, "'conv_in', which is not an attention"),
         *[
             ({table: value}, f"{table} must map module names")
             for table in ("layer_channels", "norm_group_sizes", "attention_heads")
@@ -321,7 +321,7 @@ def test_a_shard_index_cannot_name_a_pickle(pickled: tuple[Path, Path]):
     weight_map = dict.fromkeys(pruned().state_dict(), "diffusion_pytorch_model.bin")
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin is no safetensors file"):
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin is not a safetensors file"):
         GFPrunedUNet2DModel.from_pretrained(folder)
     assert not marker.exists()
 

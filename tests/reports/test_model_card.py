@@ -147,9 +147,9 @@ def test_evaluation_results_are_what_the_client_reads(files):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- dataset: {id: org/x, task_id: fid}\n  value: .nan\n", "value=nan of fid .* is no finite number"),
+        ("- dataset: {id: org/x, task_id: fid}\n  value: .nan\n", "value=nan of fid .* must be a finite number"),
         ("- dataset: {id: org/x, task_id: fid}\n  value: high\n", "value='high' of fid"),
-        ("- dataset: {id: 'no id', task_id: fid}\n  value: 1\n", "dataset='no id' of the evaluation results is no Hub id"),
+        ("- dataset: {id: 'no id', task_id: fid}\n  value: 1\n", "dataset='no id' of the evaluation results must be a Hub id"),
         ("- dataset: {id: org/x}\n  value: 1\n", "cannot be read: KeyError.'task_id'."),
         ("- 3\n", "cannot be read"),
         ("{", "cannot be read"),
@@ -227,12 +227,12 @@ def test_speed_is_a_ratio_with_its_interval(files):
     card = render_card(*files, "me/model")
     prose = " ".join(card.split())
     gains = "no difference (0.97 to 1.04) at batch 1, eager; 1.32 times as fast (1.28 to 1.35) at batch 16, eager. "
-    assert f"Speed of a forward against the dense model's, on abacus (2 threads): {gains}" in prose
+    assert f"Speed of a forward pass compared with the dense model, on abacus (2 threads): {gains}" in prose
     assert "| latency, batch 1, eager | 10.00 ms | 9.90 ms | no difference (0.97 to 1.04) |\n" in card
     assert "| latency, batch 16, eager | 160.00 ms | 121.21 ms | 1.32 times as fast (1.28 to 1.35) |\n" in card
     failed = "dense not measured: InvalidCxxCompiler: none of a/b works"
     assert f"| latency, batch 16, compiled | - | - | {failed} |\n| step loss" in card
-    assert "float32, on abacus (2 threads)." in prose and "its 95% confidence interval" in prose
+    assert "float32, on abacus (2 threads)." in prose and "with its 95% confidence interval" in prose
 
 
 def test_run_without_speed(files):
@@ -248,7 +248,7 @@ def test_results_of_an_earlier_version_have_one_latency(files):
     for name, latency in (("dense", 16.0), ("pruned", 12.0)):
         results[name]["latency"] = {"latency_ms": latency, **setting}
     card = render_card(results, report, "me/model")
-    assert "| latency of a forward | 16.00 ms | 12.00 ms | -25.0% |\n| step loss" in card
+    assert "| latency of a forward pass | 16.00 ms | 12.00 ms | -25.0% |\n| step loss" in card
     assert "- Latency: median, batch 16, float32, on\n  abacus (2 threads).\n- Step loss" in card
     for name in ("dense", "pruned"):
         results[name]["latency"] = None
@@ -260,7 +260,7 @@ def test_results_of_an_evaluation_have_no_card(files):
     results, report = files
     figures = {"name": "small", "quality": {}}
     evaluation = {"format_version": 4, "kind": "evaluation", "model": figures, "evaluation": {}, "command": ""}
-    with pytest.raises(ValueError, match="results.json has kind=evaluation: a card takes that of a pruning run"):
+    with pytest.raises(ValueError, match="results.json has kind=evaluation, which must be pruning run"):
         render_card(evaluation, report, "me/model")
 
 

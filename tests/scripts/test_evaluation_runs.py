@@ -247,13 +247,13 @@ def test_nothing_is_overwritten(world: Path, tmp_path: Path, no_sampling) -> Non
     (tmp_path / "out/thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="out already exists: choose another folder"):
         run(tmp_path, *arguments)
-    with pytest.raises(ValueError, match="is no evaluation, it holds thesis.txt: name another folder"):
+    with pytest.raises(ValueError, match="is not an evaluation, it holds thesis.txt: choose another folder"):
         run(tmp_path, *arguments, "--overwrite_output_dir")
     assert (tmp_path / "out/thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="holds .*dense, which this run reads"):
         run(tmp_path, *arguments, "--output_dir", world, "--overwrite_output_dir")
     (tmp_path / "new.training/checkpoint-5").mkdir(parents=True)
-    with pytest.raises(ValueError, match="new is that of a training run"):
+    with pytest.raises(ValueError, match="new belongs to a training run"):
         run(tmp_path, *arguments, "--output_dir", tmp_path / "new", "--overwrite_output_dir")
     assert (tmp_path / "new.training/checkpoint-5").is_dir()
     with pytest.raises(ValueError, match="evaluation_cache_dir=.*inside must not be in output_dir"):
@@ -274,9 +274,9 @@ def test_earlier_evaluation_can_be_replaced(world: Path, tmp_path: Path) -> None
     [
         (
             ["--reference_model", "{rgb}"],
-            "reference_model=.*rgb makes 8x8 images of 3 channels in 1000 timesteps, the model 8x8",
+            "reference_model=.*rgb generates 8x8 images of 3 channels in 1000 timesteps, but the model 8x8",
         ),
-        (["--num_images", "64"], "features=pixels needs more than 64 images, generated and real, not 64"),
+        (["--num_images", "64"], "features=pixels needs more than 64 images, both generated and real, not 64"),
         (["--num_images", "70", "--num_reference_images", "60"], "features=pixels needs more than 64 .* not 60"),
         (["--features", "inception", "--inception_weights", "nowhere"], "inception_weights=nowhere must be the path"),
         (["--features", "dinov2", "--dinov2_model", "{rgb}"], "dinov2_model=.*rgb cannot be loaded as DINOv2"),

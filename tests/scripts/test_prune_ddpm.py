@@ -232,7 +232,7 @@ BAD_INPUT = {
     "batch larger than data": (["--train_batch_size", "5000"], "train_batch_size=5000"),
     "no such column": (["--image_column", "picture"], "image_column=picture"),
     "unknown schedule": (["--lr_scheduler", "foo"], "invalid choice: 'foo'"),
-    "column without images": (["--image_column", "label"], "image_column=label holds no images"),
+    "column without images": (["--image_column", "label"], "image_column=label must be a column of images"),
     "output over the model": (["--output_dir", str(TEACHER), "--overwrite_output_dir"], "which this run reads"),
     "no such recipe": (["--recipe", "cifar11"], "recipe=cifar11 is neither a file nor one of the recipes shipped"),
     "no such checkpoint": (
