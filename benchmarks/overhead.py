@@ -35,7 +35,7 @@ from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
-from diffusers_gfprune.training.run import run_accelerator, run_identity, run_settings
+from diffusers_gfprune.training.run_setup import run_accelerator, run_identity, run_settings
 from diffusers_gfprune.training.state import TrainingState
 from diffusers_gfprune.training.tracking import Tracking
 

@@ -37,7 +37,7 @@ from diffusers_gfprune.training.checkpointing import Checkpoints
 from diffusers_gfprune.training.finishing import finish, prepared_repository, save_model
 from diffusers_gfprune.training.rehearsal import rehearse_run
 from diffusers_gfprune.training.reporting import describe_plan, measure_step_losses
-from diffusers_gfprune.training.run import (
+from diffusers_gfprune.training.run_setup import (
     Run,
     estimate_run,
     make_batches,

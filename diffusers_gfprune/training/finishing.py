@@ -16,7 +16,7 @@ from ..reports.results import Results
 from ..run_folder import RunFolder, write_json
 from .arguments import Arguments
 from .reporting import measure_step_losses, pruning_report, results
-from .run import Run
+from .run_setup import Run
 from .state import TrainingState
 
 __all__ = ["finish", "prepared_repository", "save_model"]

@@ -19,7 +19,7 @@ from ..interruption import Interruption, StoppedBySignal, asked_to_stop
 from .arguments import Arguments
 from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
 from .diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
-from .run import Run, run_settings
+from .run_setup import Run, run_settings
 from .state import TrainingState
 from .tracking import PHASE_NAMES, Tracking
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from diffusers_gfprune.training.run import check_distributed_type
+from diffusers_gfprune.training.run_setup import check_distributed_type
 from helpers.resume import TEACHER, assert_same_result, run_here, start, wait_for_checkpoint
 
 # On machines without a GPU, processes talk over gloo.
