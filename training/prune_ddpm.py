@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         accelerator.wait_for_everyone()
         state = TrainingState(args, accelerator, unet, pruner, checkpoint)
         if checkpoint is not None:
-            accelerator.print(f"going on from {checkpoint.path.name}")
+            accelerator.print(f"resuming from {checkpoint.path.name}")
         step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels, batch_size=args.evaluation.eval_batch_size)
         dense.to(accelerator.device)
         null_label = images.decoder.null_label

@@ -177,7 +177,7 @@ def main() -> None:
             state.restore(checkpoint)
         except (KeyError, TypeError, RuntimeError) as error:  # whole, but not made by a run like this
             raise ValueError(f"{checkpoint.path} does not fit this run: {error!r}") from error
-        accelerator.print(f"going on from {checkpoint.path.name}")
+        accelerator.print(f"resuming from {checkpoint.path.name}")
     elif main_process:
         folder.check()
     dataloader = train_dataloader(

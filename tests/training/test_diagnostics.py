@@ -91,7 +91,7 @@ def test_flapping_by_hand():
     ]
     (diagnosis,) = diagnose(updates, [], PAPER)
     assert str(diagnosis) == (
-        "masks flap: at 2 of the last 2 rankings more than 20% of the pruned units came back (up to 60%): raise "
+        "masks flap: at 2 of the last 2 rankings more than 20% of the pruned units were revived (up to 60%): raise "
         "--calibration_batches, --score_decay (now 0) or --revival_margin (now 0)"
     )
 
@@ -304,5 +304,5 @@ def test_comparisons_that_cannot_be_made(pruner: GradientFlowPruner):
         compare_with_magnitude(unranked, batches())
     unranked.step(0, batches())
     unranked.detach()
-    with pytest.raises(ValueError, match="no masks any more"):
+    with pytest.raises(ValueError, match="the model has no masks"):
         compare_with_magnitude(unranked, batches())

@@ -129,11 +129,11 @@ def test_order_of_presets(recipe) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1e-4", "line 1: learning_rat is no argument; did you mean learning_rate?"),
-        ("use_ema: true\nqqq: 1", "line 2: qqq is no argument"),
+        ("learning_rat: 1e-4", "line 1: learning_rat is not an argument; did you mean learning_rate?"),
+        ("use_ema: true\nqqq: 1", "line 2: qqq is not an argument"),
         ("use_ema: true\nlearning_rate: 1\nuse_ema: false", "line 3: use_ema is given twice"),
         ("use_ema: true\nuse-ema: true", "line 2: use_ema is given twice"),
-        ("training:\n  use_ema: true", "line 1: training is no argument"),
+        ("training:\n  use_ema: true", "line 1: training is not an argument"),
         ("learning_rate:\n  peak: 1", "line 1: learning_rate must be a single value, not a mapping"),
         ("learning_rate: [1, 2]", "line 1: learning_rate must be a single value, not a sequence"),
         ("[1, 2]: 3", "line 1: the name of an argument must be a single word"),
