@@ -1,4 +1,4 @@
-"""extras.py: a plain install loads and prunes; what it lacks is said in one line."""
+"""extras.py: a plain install loads and prunes; missing packages are reported in one line."""
 
 from __future__ import annotations
 

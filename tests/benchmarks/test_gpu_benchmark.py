@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: rows of three models, side by side, and what it says of a machine without a GPU."""
+"""benchmarks/gpu.py: rows of three models, and the error on a machine without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/study*.py, approximation.py and sensitivity.py: settings are valid, runs are kept, the whole machinery works."""
+"""benchmarks/study*.py, approximation.py and sensitivity.py: settings are valid, results are kept, and all scripts run."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_iterations_are_told_at_the_end_of_either_phase() -> None:
 
 
 def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
-    """40 masked steps at 1.25 and 10 at 1 each with the teacher's 0.5, and one ranking of 8, by hand."""
+    """40 masked steps at 1.25 and 10 at 1 each with the teacher's 0.5, and one ranking of 8."""
     run = results_of("two-phase", 0, 0.9)
     run["phases"]["hard_end_step"] = 40
     own = {"compacted": 1.0, "ranking": 8.0, "teacher": 0.5}

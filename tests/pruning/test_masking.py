@@ -1,4 +1,4 @@
-"""Masks are free while they are ones, a continuous path to the pruned model, and come off without a trace."""
+"""Masks have no effect while they are ones, lead continuously to the pruned model, and can be removed completely."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_suspended_masks_come_back():
 
 
 def test_as_dict_gives_copies():
-    """Whoever reads masks cannot change them by accident."""
+    """Masks cannot be changed accidentally through the copies."""
     unet, masks = masked()
     before = run(unet)
     for mask in masks.as_dict().values():
@@ -353,7 +353,7 @@ def test_fixed_channels_alone_are_accepted():
 
 
 def test_masks_of_other_kinds_are_taken():
-    """Booleans, lists and half precision say the same."""
+    """Booleans, lists and half precision are equivalent."""
     unet, masks = masked(seed=None)
     pattern = [True, False] * 2
     masks.set({CONV1: torch.tensor(pattern).float()})

@@ -1,4 +1,4 @@
-"""Importance: gradient-flow scores predict what they claim to, the others have known answers, and scoring leaves no trace."""
+"""Importance: gradient-flow scores predict loss changes, other scores have known answers, and scoring has no side effects."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_scoring_leaves_no_trace(trained: Setting, criterion: str, score_at: str
 
 
 def test_mode_is_restored_after_an_error(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever catches the error goes on training with masks on."""
+    """Training can continue with masks after the error."""
     monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
 
     @register_criterion("failing")
@@ -240,7 +240,7 @@ def test_every_variant_scores_differently(trained: Setting, option: str, values:
 
 
 def test_absolute_value_of_the_sum_is_that_of_the_signed_score(trained: Setting) -> None:
-    """Signed <= abs <= sum_abs, as their definitions say."""
+    """Signed <= abs <= sum_abs, by definition."""
     signed, absolute, sums = (
         trained.scores(**{**PAPER, "aggregation": aggregation}) for aggregation in ("signed", "abs", "sum_abs")
     )
@@ -287,7 +287,7 @@ def test_score_at_matters_only_where_masks_are_not_ones(trained: Setting, criter
 
 
 class TwoChannels(Toy):
-    """x -> sum_c b_c (a_c x + d_c), with two channels in between: small enough to do by hand."""
+    """x -> sum_c b_c (a_c x + d_c), with two channels in between: small enough for known answers."""
 
     def __init__(self, a: tuple[float, float], b: tuple[float, float], d: tuple[float, float] | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The script pushes what it made to a Hub that the real client speaks to, as users start it and in this process."""
+"""prune_ddpm.py pushes its result to a test Hub with the real client, through the launcher and in this process."""
 
 from __future__ import annotations
 

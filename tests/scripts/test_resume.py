@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint end where an uninterrupted run ends, bit for bit, in every phase."""
+"""Runs that resume from a checkpoint are bit-identical to uninterrupted runs, in every phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training/checkpointing.py: checkpoints are whole or not there, and damage done later is seen."""
+"""training/checkpointing.py: checkpoints are written atomically, and later damage is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--help` of prune_ddpm.py is short and complete in itself, `--help_all` has every argument."""
+"""`--help` of prune_ddpm.py shows the essential arguments, `--help_all` all of them."""
 
 from __future__ import annotations
 

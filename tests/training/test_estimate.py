@@ -1,4 +1,4 @@
-"""training/estimate.py: what is counted on fake tensors is what real steps and rankings hold; time is measured in time."""
+"""training/estimate.py: bytes counted on fake tensors match real steps and rankings; timing respects its limit."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_timing_stops_where_memory_would_not_do() -> None:
     assert max(step.sizes) == 4
 
 
-# --- what is said ------------------------------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------------------------
 
 
 def an_estimate(batch_size: int = 8, weights: int = GIB, activations: int = 8 * GIB) -> StepEstimate:

@@ -1,4 +1,4 @@
-"""training/recipes.py: a recipe is a command line in a file, and what is given by name wins."""
+"""training/recipes.py: a recipe is a command line in a file, and the command line overrides it."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_recipes_that_are_shipped() -> None:
 
 
 def test_digits_is_what_make_prune_passes() -> None:
-    """The Makefile and the recipe must not drift apart, whichever way the Makefile says it."""
+    """The Makefile and the recipe must stay consistent."""
     lines = (ROOT / "Makefile").read_text().partition("\nprune:")[2].partition("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(lines.partition("training/prune_ddpm.py")[2].replace("$(ARGS)", ""))
     from_make, from_recipe = parse_arguments(words).to_dict(), parse_arguments(["--recipe", "digits"]).to_dict()
