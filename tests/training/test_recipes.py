@@ -167,7 +167,7 @@ def test_missing_recipe_lists_those_shipped(tmp_path: Path) -> None:
     for name in ("imagenet", str(tmp_path), str(tmp_path / "none.yaml")):
         with pytest.raises(ValueError) as error:
             expand_recipe([f"--recipe={name}"], KNOWN)
-        assert str(error.value).endswith(f"shipped: {', '.join(shipped_recipes())}")
+        assert str(error.value).endswith(f"shipped recipe: {', '.join(shipped_recipes())}")
 
 
 def test_unreadable_recipe(tmp_path: Path) -> None:
