@@ -1,10 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
-# CPU threads of one process (Accelerate alone would use one)
+# CPU threads per process (Accelerate's default is one)
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
-# More arguments for `make prune`, such as ARGS="--overwrite_output_dir"
+# Additional arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
 .PHONY: help install prune test test-slow test-faults quality style docs teacher cifar10-teacher benchmark study study-quick clean
@@ -12,14 +12,14 @@ ARGS ?=
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-install: $(VENV)/.installed ## create .venv and install the package with what it needs
+install: $(VENV)/.installed ## create .venv and install the package with its dependencies
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
 
-prune: install ## prune the digits DDPM that ships with the repository (about seven minutes on two cores)
+prune: install ## prune the digits DDPM of this repository (about seven minutes on two cores)
 	$(LAUNCH) training/prune_ddpm.py --recipe digits $(ARGS)
 
 test: install ## run the tests
@@ -28,7 +28,7 @@ test: install ## run the tests
 test-slow: install ## run the tests that take longer than a minute
 	$(VENV)/bin/python -m pytest -m slow
 
-test-faults: install ## kill a run at twenty random moments and more, and see it end the same (about twelve minutes)
+test-faults: install ## kill runs at random times and check that resumed runs end the same (about twelve minutes)
 	$(VENV)/bin/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_several_processes.py
 
 quality: install ## check style
@@ -39,14 +39,14 @@ style: install ## fix style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-docs: $(VENV)/.docs-installed ## build the documentation, strictly (seconds), into build/docs/
+docs: $(VENV)/.docs-installed ## build the documentation into build/docs/, with warnings as errors (seconds)
 	$(VENV)/bin/mkdocs build --strict
 
 $(VENV)/.docs-installed: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
 
-teacher: install ## train the digits DDPM again (about half an hour on two cores), into runs/digits-teacher
+teacher: install ## train the digits DDPM (about half an hour on two cores), into runs/digits-teacher
 	$(VENV)/bin/python training/digits/make_digits.py
 	$(LAUNCH) training/train_ddpm.py --model_config training/digits/unet_config.json \
 		--dataset_name training/digits --max_train_steps 8000 --output_dir runs/digits-teacher
@@ -56,15 +56,15 @@ cifar10-teacher: install ## train the scaled-down CIFAR-10 DDPM of the study (tw
 		--dataset_name uoft-cs/cifar10 --random_flip --train_batch_size 64 --max_train_steps 16000 --learning_rate 5e-4 \
 		--validation_images 1024 --output_dir runs/cifar10-teacher --resume_from_checkpoint latest $(ARGS)
 
-benchmark: install ## measure what pruning, checkpoints, tracking and dropped labels cost, into benchmarks/results/
+benchmark: install ## measure the cost of pruning, checkpoints, tracking and label dropout, into benchmarks/results/
 	$(VENV)/bin/python benchmarks/cost.py
 	$(VENV)/bin/python benchmarks/overhead.py
 	$(VENV)/bin/python benchmarks/label_dropout.py --write
 
-# More arguments for `make study`, such as STUDY="--jobs 2 --part main"
+# Additional arguments for `make study`, such as STUDY="--jobs 2 --part main"
 STUDY ?=
 
-study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cores; goes on where it stopped), into benchmarks/results/study/
+study: install ## compare pruning methods on digits and CIFAR-10 (a day on two cores; resumable), into benchmarks/results/study/
 	$(VENV)/bin/python benchmarks/approximation.py
 	$(VENV)/bin/python benchmarks/sensitivity.py --dataset digits
 	$(VENV)/bin/python benchmarks/sensitivity.py --dataset cifar10
@@ -73,7 +73,7 @@ study: install ## when gradient flow wins: digits and CIFAR-10 (a day on two cor
 	$(VENV)/bin/python benchmarks/study_time.py
 	$(VENV)/bin/python benchmarks/study_report.py --write
 
-study-quick: install ## the machinery of the study at reduced size (under ten minutes), into runs/study-quick/
+study-quick: install ## run the study at reduced size (under ten minutes), into runs/study-quick/
 	$(VENV)/bin/python benchmarks/study.py --quick --jobs 2
 	$(VENV)/bin/python benchmarks/study_time.py --repeats 1 --results runs/study-quick/results --output runs/study-quick/times.json
 	$(VENV)/bin/python benchmarks/study_report.py --results runs/study-quick/results --pictures runs/study-quick/pictures \

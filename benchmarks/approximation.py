@@ -1,14 +1,14 @@
-"""The argument that gradient flow rests on, measured: -2 theta_c . (H g)_c against what removing a unit does to ||g||^2.
+"""Accuracy of the first-order approximation of gradient flow: -2 theta_c . (H g)_c against the change of ||g||^2.
 
-    python benchmarks/approximation.py              into benchmarks/results/approximation.json and a picture (ten minutes)
+    python benchmarks/approximation.py              writes benchmarks/results/approximation.json and a picture (ten minutes)
 
-arXiv 2501.09464 scores a unit by the first-order change of the squared gradient norm when its weights go to zero. Here
-weights of single units are taken a share a of the way, theta_c -> (1 - a) theta_c, and
+arXiv 2501.09464 scores a unit by the first-order change of the squared gradient norm when its weights go to zero. Here the
+weights of single units are scaled by a share a, theta_c -> (1 - a) theta_c, and
 
     predicted(a) = -2 a theta_c . (H g)_c        measured(a) = ||g(theta_c -> (1 - a) theta_c)||^2 - ||g||^2
 
-are compared over units of all groups, on one set of calibration batches: for the trained digits DDPM, and for the same
-network before training. Then the lowest-scored share of the units of every group is removed at once, as pruning does.
+are compared over units of all groups, on the same calibration batches, for the trained digits DDPM and for the same network
+before training. Then the lowest-scored share of the units of every group is removed at once, as in pruning.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Measure:
 
     Args:
         unet: The model.
-        scheduler: Adds the noise.
+        scheduler: The scheduler that adds the noise.
         batches: Calibration batches.
     """
 
@@ -78,7 +78,7 @@ class Measure:
 
     @torch.no_grad()
     def _scale(self, units: Iterable[tuple[ChannelGroup, int]], factor: float) -> None:
-        # Each weight once, also where two units meet
+        # Scale each weight once, even if two units share it
         masks: dict[str, Tensor] = {}
         for group, unit in units:
             for piece in group.slices:
@@ -89,7 +89,7 @@ class Measure:
             self.parameters[name][mask] *= factor
 
     def change(self, units: list[tuple[ChannelGroup, int]], share: float) -> tuple[float, float]:
-        """What scaling units by 1 - share does to ||g||^2 and to the loss."""
+        """Changes of ||g||^2 and of the loss when units are scaled by 1 - share."""
         kept = copy.deepcopy({name: p.detach() for name, p in self.parameters.items()})
         before = self.loss()
         self._scale(units, 1 - share)
@@ -101,7 +101,7 @@ class Measure:
 
 
 def single_units(measure: Measure, count: int) -> dict:
-    """Predicted and measured changes for units one at a time."""
+    """Predicted and measured changes of single units."""
     everything = [(group, unit) for group in measure.groups for unit in range(group.num_units)]
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [everything[index] for index in order[:count]]
@@ -122,7 +122,7 @@ def single_units(measure: Measure, count: int) -> dict:
 
 
 def many_units(measure: Measure) -> list[dict]:
-    """Predicted and measured changes for the lowest-scored units of every group together."""
+    """Predicted and measured changes when the lowest-scored units of every group are removed together."""
     rows = []
     for share in tqdm(REMOVED, desc="units together"):
         chosen = []
@@ -136,7 +136,7 @@ def many_units(measure: Measure) -> list[dict]:
 
 
 def plot(path: Path, results: dict) -> None:
-    """Predicted against measured changes, by how far the weights went."""
+    """Plot predicted against measured changes, by share."""
     names, shares = list(results["models"]), ("0.01", "0.1", "1.0")
     figure, axes = plt.subplots(len(names), 3, figsize=(10.5, 3.3 * len(names)), squeeze=False, constrained_layout=True)
     for row, name in zip(axes, names):
@@ -161,8 +161,8 @@ def plot(path: Path, results: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--units", type=int, default=50, help="Units that are taken one at a time.")
-    parser.add_argument("--batches", type=int, default=4, help="Calibration batches of 64 images.")
+    parser.add_argument("--units", type=int, default=50, help="Number of single units.")
+    parser.add_argument("--batches", type=int, default=4, help="Number of calibration batches of 64 images.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/approximation.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "benchmarks/pictures/approximation.png")
     args = parser.parse_args(argv)

@@ -1,11 +1,10 @@
-"""What pruning costs and what it brings, as ratios from one run: steps and forwards of masked, compacted and dense models,
-Torch-Pruning's model at the same MACs, scoring, tracing, loading.
+"""Cost and speed-up of pruning, as ratios: steps and forwards of masked, compacted and dense models, scoring, loading.
 
-    python benchmarks/cost.py                     everything, into benchmarks/results/cost.json (about ten minutes)
+    python benchmarks/cost.py                     writes benchmarks/results/cost.json (about ten minutes)
 
-Times are medians of interleaved pairs (A B A B ...), so that a change of the machine's speed meets both sides; ratios are
-medians of the ratios of the pairs. Peak memory is the largest resident set of a process of its own, less what the process
-held before it built the model (Linux).
+Torch-Pruning's model at the same MACs is included. Times are medians of interleaved pairs (A B A B ...), so that changes of
+the machine's speed affect both sides. Ratios are medians of the ratios of the pairs. Peak memory is the largest resident set
+of a separate process, minus its resident set before it built the model (Linux).
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def paired(first: Callable[[], object], second: Callable[[], object], repeats: i
 
 
 def half_masked(unet: UNet2DModel, **options) -> GradientFlowPruner:
-    """Masks at half the MACs, by magnitude: binary, as in the hard phase."""
+    """A pruner with binary masks at half the MACs, by magnitude, as in the hard phase."""
     config = GFPruneConfig.from_preset("one-shot", **{"total_steps": 1, "ratio": 0.5, "criterion": "magnitude", **options})
     pruner = GradientFlowPruner(unet, config)
     pruner.step(0, [])
@@ -97,7 +96,7 @@ def measure_masked_step(model: str, batch: int) -> dict[str, float]:
 
 
 def scorer(unet: UNet2DModel, batches, hvp: str = "none", hessian_batches: str = "each") -> Callable[[], object]:
-    """Scores by gradient flow: in the metric of predictions, which takes no Hessian, or in that of weights."""
+    """A function that computes gradient-flow scores: in the metric of predictions, without a Hessian, or of weights."""
     options = {} if hvp == "none" else {"criterion": "gradient-flow-weights", "hvp": hvp, "hessian_batches": hessian_batches}
     config = GFPruneConfig(**options)
     pruner = GradientFlowPruner(unet, config)
@@ -122,10 +121,9 @@ def measure_compacted_step(model: str, batch: int) -> dict[str, float]:
 
 
 def measure_compacted_forward(model: str, batch: int, compiled: bool) -> dict[str, float]:
-    """Speed-up of the compacted forward against what its MACs promise, and against what is in reach.
+    """Speed-up of the compacted forward, against the ratio of MACs and against the reachable speed-up.
 
-    What does not shrink with the widths, such as the launch of every operation, is taken from the same layers with 8 channels
-    each: a model without MACs would still need that long.
+    The time that does not depend on widths, such as launching operations, is measured on the same layers with 8 channels each.
     """
     dense = build(model).eval()
     pruner = half_masked(copy.deepcopy(dense))
@@ -157,7 +155,7 @@ def measure_compacted_forward(model: str, batch: int, compiled: bool) -> dict[st
 
 
 def measure_rival_forward(model: str, batch: int) -> dict[str, float]:
-    """A forward of Torch-Pruning's model against one of ours with as many MACs."""
+    """A forward of Torch-Pruning's model against one of ours with equal MACs."""
     dense = build(model).eval()
     rival = torch_pruning_model(dense, count_macs(dense) / 2).eval()
     removed = 1 - count_macs(rival) / count_macs(dense)
@@ -171,7 +169,7 @@ def measure_rival_forward(model: str, batch: int) -> dict[str, float]:
 
 
 def measure_setup(model: str) -> dict[str, float]:
-    """Seconds for tracing, units and attaching, and for compaction, medians of five; loading against a stock pipeline."""
+    """Seconds for tracing, units and attaching, and for compaction (medians of five), and loading against a stock pipeline."""
     attaching, compacting = [], []
     for _ in range(5):
         unet = build(model)
@@ -186,7 +184,7 @@ def measure_setup(model: str) -> dict[str, float]:
         compacting.append(time.perf_counter() - start)
     found = {"trace_attach_seconds": statistics.median(attaching), "compaction_seconds": statistics.median(compacting)}
     with tempfile.TemporaryDirectory() as folder:
-        # A stock model with about as many parameters has the same share of every width
+        # A stock model with about as many parameters: the same share of every width
         groups, share = dense_config(unet)["norm_num_groups"], math.sqrt(count_parameters(small) / count_parameters(unet))
         widths = [max(1, round(share * width / groups)) * groups for width in unet.config.block_out_channels]
         stock = UNet2DModel(**{**dense_config(unet), "block_out_channels": widths})
@@ -202,10 +200,10 @@ def measure_setup(model: str) -> dict[str, float]:
 
 
 def peak_memory(model: str, what: str) -> float:
-    """MiB that this process needs at most for training steps (`plain`) or for scoring after them, above its start."""
+    """Peak memory of this process in MiB above its start, for training steps (`plain`) or for scoring."""
 
     def resident() -> float:
-        # Not getrusage: its peak outlives exec, and would start at that of the parent.
+        # getrusage is not used: its peak survives exec and would include the parent's.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
@@ -215,7 +213,7 @@ def peak_memory(model: str, what: str) -> float:
     if what == "plain":
         Trainer(unet, batches).steps()
     else:
-        # A run that scores also holds its optimizer state, as the plain step does.
+        # A run that scores also holds optimizer state, as the plain step does.
         trainer = Trainer(unet, batches[:1])
         for parameter in unet.parameters():
             trainer.optimizer.state[parameter] = {
@@ -233,7 +231,7 @@ def memory_in_process(model: str, what: str) -> float:
 
 
 def measure_steps_and_forwards(model: str) -> dict[str, object]:
-    """All that takes training steps or forwards."""
+    """All measurements of training steps and forwards."""
     rows: dict[str, object] = {
         "masked_step": {batch: measure_masked_step(model, batch) for batch in STEP_BATCH_SIZES[model]},
         "compacted_forward": [
@@ -253,7 +251,7 @@ def measure_steps_and_forwards(model: str) -> dict[str, object]:
 
 
 def table(found: dict) -> str:
-    """Markdown: what was asked for, and what was measured."""
+    """Markdown table of targets and measured values."""
     lines = ["| | wanted (digits / CIFAR-10) | digits teacher | CIFAR-10 configuration |", "|---|---|---|---|"]
 
     def row(title: str, wanted: str, value: Callable[[dict], str]) -> None:
@@ -338,13 +336,13 @@ def main() -> None:
         return
 
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-    # Models that are not measured now keep what was measured on the same machine.
+    # Other models keep their earlier values if they are from the same machine.
     found: dict[str, dict] = json.loads(args.output.read_text()) if args.output.exists() else {}
     found = {**found, "machine": machine} if found.get("machine") == machine else {"machine": machine}
     for model in args.models:
         rows = found[model] = {"batch_size": BATCH_SIZES.get(model), "scoring_batches": SCORING_BATCHES.get(model)}
         rows["setup"] = measure_setup(model)
-        if model != "deep":  # of this one only how long it takes to find its units, and to load it
+        if model != "deep":  # for this model, only tracing, compaction and loading are measured
             rows |= measure_steps_and_forwards(model)
         print(model, json.dumps(rows, indent=2))
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,17 @@
 """Speed on a GPU of the dense, the masked and the compacted model: training steps and forwards, in fp32 and bf16.
 
-    python benchmarks/gpu.py                                into benchmarks/results/gpu.json
+    python benchmarks/gpu.py                                writes benchmarks/results/gpu.json
     python benchmarks/gpu.py --modes eager graph compiled   compiled models, too (minutes, most of them compilation)
-    python benchmarks/gpu.py --channel_multiple 64          widths that tensor cores' tiles are full of
-    python benchmarks/gpu.py --table                        the table of that file
+    python benchmarks/gpu.py --channel_multiple 64          widths that fill the tiles of tensor cores
+    python benchmarks/gpu.py --table                        prints the table of that file
 
 The model is the configuration of google/ddpm-cifar10-32 with random weights, pruned to half its MACs with widths that are
-multiples of 8, unless it is told others; masked means all its channels, with those at zero that half the MACs cost, as in
-the hard phase. A training step is forward, backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast; a
-forward has weights in the dtype itself. Eager is how scripts run by default: the CPU sends each operation to the GPU, and
-may be the slower of the two. A CUDA graph is the same work, recorded and sent in one go, so that the GPU alone counts (with
-the AdamW that can be recorded). Times are medians of interleaved rounds (A B C A B C ...), speed-ups medians of the rounds'
-ratios. fp32 is what PyTorch makes of it by default: TF32 in convolutions.
+multiples of `--channel_multiple`. The masked model has all channels, with the pruned ones at zero, as in the hard phase. A
+training step is forward, backward, clipping and AdamW, with weights in fp32 and, for bf16, autocast. A forward has weights in
+the dtype itself. Eager is the default of the scripts: the CPU launches each operation and may be slower than the GPU. A CUDA
+graph records the same work and launches it at once, so that only the GPU's time counts (with a capturable AdamW). Times are
+medians of interleaved rounds (A B C A B C ...), speed-ups medians of the rounds' ratios. fp32 uses PyTorch's default: TF32 in
+convolutions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PARTS = ("forwards", "steps")
 
 
 def three_models(device: torch.device, channel_multiple: int = 8) -> tuple[dict[str, nn.Module], float]:
-    """Dense, masked and compacted, on a device, by name; and the share of MACs that is removed."""
+    """The dense, masked and compacted model on a device, by name, and the removed share of MACs."""
     dense = build("cifar10")
     masked = copy.deepcopy(dense)
     half_masked(masked, channel_multiple=channel_multiple)
@@ -56,10 +56,10 @@ def three_models(device: torch.device, channel_multiple: int = 8) -> tuple[dict[
 
 
 def replayed(action: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """What an action does on the GPU, as a CUDA graph."""
+    """Capture an action in a CUDA graph, and return a function that replays it."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # a graph cannot hold what is only done at first: compilation, optimizer states
+    with torch.cuda.stream(stream):  # warm-up: a graph cannot capture compilation and new optimizer states
         for _ in range(3):
             action()
     torch.cuda.current_stream(device).wait_stream(stream)
@@ -67,7 +67,7 @@ def replayed(action: Callable[[], object], device: torch.device) -> Callable[[],
     with torch.cuda.graph(graph, stream=stream):
         action()
 
-    def replay(owner=action) -> None:  # of weights and optimizer states, whose memory the graph goes on using
+    def replay(owner=action) -> None:  # `owner` keeps weights and optimizer states alive for the graph
         graph.replay()
 
     return replay
@@ -78,7 +78,7 @@ def callable_of(unet: nn.Module, mode: str) -> Callable:
 
 
 def step_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, mode: str) -> Callable[[], None]:
-    """One training step, as a function that does it again at every call."""
+    """A function that runs one training step per call."""
     noisy, noise, timesteps = batch
     optimizer = torch.optim.AdamW(unet.train().parameters(), lr=1e-5, capturable=mode == "graph")
     forward = callable_of(unet, mode)
@@ -96,7 +96,7 @@ def step_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, mode: 
 
 
 def forward_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, mode: str) -> Callable[[], None]:
-    """One forward without gradients, likewise."""
+    """A function that runs one forward without gradients per call."""
     noisy, _, timesteps = batch
     noisy = noisy.to(getattr(torch, dtype))
     model = callable_of(copy.deepcopy(unet).eval().to(noisy.dtype), mode)
@@ -109,7 +109,7 @@ def forward_of(unet: nn.Module, batch: tuple[torch.Tensor, ...], dtype: str, mod
 
 
 def measure(models: dict[str, nn.Module], make: Callable, batch_size: int, dtype: str, mode: str, repeats: int) -> list[dict]:
-    """A row for each model, of what `make` makes of it: `step_of` or `forward_of`."""
+    """Time the function that `make` (`step_of` or `forward_of`) returns for each model; one row per model."""
     device = next(models["dense"].parameters()).device
     torch.compiler.reset()
     batch = tuple(tensor.to(device) for tensor in batches_for(models["dense"], batch_size, 1)[0])
@@ -132,7 +132,7 @@ def measure(models: dict[str, nn.Module], make: Callable, batch_size: int, dtype
 
 
 def table(found: dict) -> str:
-    """Markdown: samples per second, and how many times as fast as the dense model."""
+    """Markdown table of samples per second and speed-ups over the dense model."""
     lines = ["| | batch | dense | masked | compacted |", "|---|---|---|---|---|"]
     short = {"float32": "fp32", "bfloat16": "bf16"}
     for what, title in (("steps", "training step"), ("forwards", "forward")):
@@ -151,7 +151,7 @@ def table(found: dict) -> str:
 
 
 def save(found: dict, output: Path) -> None:
-    """Write a file that is complete or not there."""
+    """Write a file atomically."""
     output.parent.mkdir(parents=True, exist_ok=True)
     complete = output.with_suffix(".tmp")
     complete.write_text(json.dumps(found, indent=1) + "\n")
@@ -160,12 +160,12 @@ def save(found: dict, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train_batch_size", type=int, default=128, help="Images of a training step.")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256], help="Samples of a forward.")
+    parser.add_argument("--train_batch_size", type=int, default=128, help="Number of images per training step (>= 1).")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256], help="Number of samples per forward (>= 1).")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager", "graph"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="What to measure.")
-    parser.add_argument("--channel_multiple", type=int, default=8, help="Widths of the pruned models are multiples of it.")
-    parser.add_argument("--repeats", type=int, default=20, help="Rounds.")
+    parser.add_argument("--channel_multiple", type=int, default=8, help="Widths of pruned models are multiples of this.")
+    parser.add_argument("--repeats", type=int, default=20, help="Number of rounds (>= 1).")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--table", action="store_true", help="Print the table of an existing file and stop.")
@@ -178,9 +178,9 @@ def main() -> None:
         if min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={args.device}: there is no CUDA device here")
+        raise ValueError(f"device={args.device}: no CUDA device is available")
     if "graph" in args.modes and not args.device.startswith("cuda"):
-        raise ValueError(f"modes={args.modes}: a graph wants a CUDA device, got device={args.device}")
+        raise ValueError(f"modes={args.modes}: a graph needs a CUDA device, got device={args.device}")
     device = torch.device(args.device)
     models, removed = three_models(device, args.channel_multiple)
     found: dict = {
@@ -191,7 +191,7 @@ def main() -> None:
         "forwards": [],
     }
     inference = {name: models[name] for name in ("dense", "compacted")}
-    partial = args.output.with_suffix(".partial.json")  # what is measured so far: compilation takes long, and may be stopped
+    partial = args.output.with_suffix(".partial.json")  # results so far, in case a long compilation is stopped
     save(found, partial)
     for mode in args.modes:
         for dtype, size in itertools.product(DTYPES, args.batch_sizes if "forwards" in args.parts else ()):
@@ -207,5 +207,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of the device or of the compiler
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: from the device or the compiler
         sys.exit(f"gpu.py: error: {one_line(error)}")

@@ -1,15 +1,15 @@
-"""Does a pruned model keep its null label? With and without dropping labels while it is pruned and trained.
+"""Loss of a pruned model with the null label, with and without label dropout during pruning and fine-tuning.
 
     python benchmarks/label_dropout.py
 
-A class-conditional DDPM of the digits with 11 labels, the last of which replaces 15 % of the labels in its training, is pruned
-to half of its MACs with labels alone (`--label_dropout 0`) and with 10 % of them dropped, the default of `prune_ddpm.py`. What
-counts is how far the step loss on held-out images rises with labels and with the null label,
+A class-conditional DDPM of the digits has 11 labels; the last one replaces 15 % of the labels in training. It is pruned to
+half of its MACs without label dropout (`--label_dropout 0`) and with 10 %, the default of `prune_ddpm.py`. The measure is the
+rise of the step loss on held-out images, with labels and with the null label,
 
     rise = loss of the pruned model / loss of the dense model - 1.
 
-Results go to `benchmarks/results/label_dropout.json`, and with `--write` the table goes to `benchmarks/README.md`. Models are
-kept in `runs/label-dropout`, and not made again.
+Results are written to `benchmarks/results/label_dropout.json`. `--write` updates the table in `benchmarks/README.md`. Models
+are kept in `runs/label-dropout` and reused.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def script(name: str, *words: object) -> None:
     """Run a training script on one thread.
 
     Raises:
-        subprocess.CalledProcessError: It fails.
+        subprocess.CalledProcessError: The script fails.
     """
     command = [sys.executable, f"training/{name}", *map(str, words)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
 
 
 def train(folder: Path, steps: int) -> Path:
-    """The dense model, with 15 % of its labels dropped."""
+    """Train the dense model with 15 % of its labels dropped, unless it exists; returns its folder."""
     model = folder / "dense"
     if not model.exists():
         config = json.loads((ROOT / "training/digits/unet_config.json").read_text()) | MODEL
@@ -58,7 +58,7 @@ def train(folder: Path, steps: int) -> Path:
 
 
 def prune(model: Path, folder: Path, share: float, seed: int, steps: int) -> dict:
-    """Results of a run that drops a share of the labels."""
+    """Prune with a share of the labels dropped, unless the run exists; returns its results."""
     run = folder / f"{share:g}-seed{seed}"
     if not run.exists():
         words = ("--max_train_steps", steps, "--label_dropout", share, "--seed", seed, "--target", "macs", "--ratio", 0.5)
@@ -71,20 +71,20 @@ def prune(model: Path, folder: Path, share: float, seed: int, steps: int) -> dic
 
 
 def rises(results: dict) -> dict[str, float]:
-    """By how much either loss has risen."""
+    """Relative rise of both losses."""
     dense, pruned = results["dense"], results["pruned"]
     return {name: pruned[name] / dense[name] - 1 for name in ("step_loss", "step_loss_null_label")}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Does a pruned model keep its null label?")
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_steps", type=int, default=2500, help="steps of the dense model (>= 1)")
     parser.add_argument("--prune_steps", type=int, default=500, help="steps of each pruning run (>= 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the pruning runs")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/label-dropout", help="where models are kept")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where results go")
-    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/label-dropout", help="folder of the models")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file of the results")
+    parser.add_argument("--write", action="store_true", help="update the table in benchmarks/README.md")
     args = parser.parse_args(argv)
     for name in ("train_steps", "prune_steps"):
         if getattr(args, name) < 1:
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table, a row a share: means over seeds."""
+    """A Markdown table with a row per share: means over seeds."""
     lines = [
         "| `--label_dropout` | seeds | rise with labels | rise with the null label | ratio |",
         "|---|---:|---:|---:|---:|",

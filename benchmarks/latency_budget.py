@@ -1,12 +1,12 @@
-"""Asks for 40 % less time of a forward, and measures what comes out; and what a budget of 40 % of the MACs would have given.
+"""Measured latency with a budget of 40 % of the forward time, compared with a budget of 40 % of the MACs.
 
-    python benchmarks/latency_budget.py           everything, into benchmarks/results/latency_budget.json (about ten minutes)
-    python benchmarks/latency_budget.py --table   Markdown of what is there
+    python benchmarks/latency_budget.py           writes benchmarks/results/latency_budget.json (about ten minutes)
+    python benchmarks/latency_budget.py --table   prints the table of that file
 
-Every case is a model and a batch size. The pruner plans the same share of every group, as far as ladders go (ranking by
-group); in the case `digits-magnitude-16`, magnitudes choose the widths (global ranking). The measured share is a median over
-interleaved rounds of the dense and the pruned model, with its standard error. Where 40 % cannot be removed, because even the
-narrowest model takes longer, the case asks for half of what can, and says so. `models.py` has the models.
+A case is a model of `models.py` and a batch size. The pruner plans the same share of every group, as far as width ladders
+allow (ranking by group); in the case `digits-magnitude-16`, magnitudes choose the widths (global ranking). The measured share
+is a median over interleaved rounds of the dense and the pruned model, with its standard error. If 40 % cannot be removed,
+because even the narrowest model takes longer, the budget is half of the largest possible share; the table shows this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from diffusers_gfprune.latency.layer_times import machine_description
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIO = 0.4
-CHECK_SECONDS = 60.0  # that a result is measured for, beyond a few rounds, if other load on the machine makes it spread
+CHECK_SECONDS = 60.0  # limit on a measurement that is extended because of other load on the machine
 # model, batch size, whether magnitudes choose widths
 CASES = {
     "digits-1": ("digits", 1, False),
@@ -44,7 +44,7 @@ CASES = {
 
 
 def make_pruner(unet: UNet2DModel, case: tuple[str, int, bool], backend: str, target: str, ratio: float, cache_dir: Path):
-    """A pruner that has pruned a copy of the model, in one shot."""
+    """A pruner that has pruned a copy of the model in one shot."""
     _, batch_size, by_magnitude = case
     config = GFPruneConfig.from_preset(
         "one-shot",
@@ -62,7 +62,7 @@ def make_pruner(unet: UNet2DModel, case: tuple[str, int, bool], backend: str, ta
 
 
 def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
-    """Ask for a share of the time, then for the same share of the MACs, and measure both."""
+    """Prune by a share of the time and by the same share of the MACs, and measure both."""
     unet, ratio, most = build(case[0]).eval(), RATIO, None
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -89,7 +89,7 @@ def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
 
 
 def table(found: dict) -> str:
-    """Markdown: a line for each case."""
+    """Markdown table with a row for each case."""
     lines = [
         "| model and batch | asked | measured | MACs then | `--target macs` at the same ratio | table and calibration |",
         "|---|---|---|---|---|---|",
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--backend", choices=["eager", "compile"], default="eager")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    parser.add_argument("--threads", type=int, help="number of PyTorch threads (default: PyTorch's)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/latency_budget.json")
     parser.add_argument("--table", action="store_true", help="print the table of an existing file and stop")
     args = parser.parse_args()
@@ -119,7 +119,7 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     machine = {**machine_description(torch.device("cpu")), "python": platform.python_version()}
-    # Cases that are not measured now keep what was measured on the same machine
+    # Other cases keep their earlier values if they are from the same machine
     found = json.loads(args.output.read_text()) if args.output.exists() else {}
     found = found if found.get("machine") == machine else {"machine": machine, "cases": {}}
     for name in args.cases:

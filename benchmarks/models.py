@@ -1,4 +1,4 @@
-"""Models that benchmarks run on: the digits teacher, two configurations with random weights, and what Torch-Pruning makes."""
+"""Models of the benchmarks: the digits teacher, two configurations with random weights, and Torch-Pruning's pruned models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CIFAR10 = {
     "freq_shift": 1,
     "norm_eps": 1e-6,
 }
-# Many small layers, as high-resolution models of small budgets have them
+# Many small layers, as in high-resolution models with small budgets
 DEEP = {
     "sample_size": 128,
     "layers_per_block": 4,
@@ -51,7 +51,7 @@ def build(model: str) -> UNet2DModel:
 
 
 def dense_config(unet: UNet2DModel) -> dict:
-    """Its arguments, without the private entries, one of which says that values given by hand are defaults."""
+    """Constructor arguments of a model, without private entries; one of those marks explicit values as defaults."""
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
@@ -62,9 +62,9 @@ def batches_for(unet: UNet2DModel, batch: int, count: int) -> list[tuple[torch.T
 
 
 def torch_pruning_model(dense: UNet2DModel, macs: float) -> UNet2DModel:
-    """Torch-Pruning's own pruner, by magnitude, at the uniform ratio whose MACs are nearest to those asked for.
+    """Prune with Torch-Pruning's pruner, by magnitude, at the uniform ratio whose MACs are nearest to `macs`.
 
-    Its norms keep their number of groups and its heads theirs, so that not every ratio can be built.
+    Norms keep their number of groups and attentions their number of heads, so not every ratio can be reached.
     """
     heads = {}
     for module in dense.modules():

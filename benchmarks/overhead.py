@@ -1,14 +1,14 @@
-"""What a run costs beyond plain training steps: masks and scores, the teacher, checkpoints, trackers. Ratios from one run.
+"""Overhead of a run over plain training steps: masks and scores, the teacher, checkpoints, trackers.
 
-    python benchmarks/overhead.py                 both recipes, into benchmarks/results/overhead.json (about ten minutes)
+    python benchmarks/overhead.py                 writes benchmarks/results/overhead.json for both recipes (about ten minutes)
 
-Pieces are measured in interleaved pairs with plain dense training steps on the same images, as in `cost.py`, and put together
-for the recipes' lengths and intervals:
+Parts are measured in interleaved pairs with plain dense training steps on the same images, as in `cost.py`, and combined for
+the recipes' lengths and intervals:
 
     pruning part    masked step + rankings x calibration batches x scoring / steps of phases 1 and 2
     whole run       the same over phases 1 and 2, then compacted steps to the end; one-shot pruning ranks once instead
-    checkpoints     time to save one, of the masked model with its moments and average / time of the steps between two
-    tracking        time to log one point (and a ranking's) to tensorboard / time of the steps between two
+    checkpoints     time to save the masked model with moments and average / time of the steps between checkpoints
+    tracking        time to log a point (and a ranking) to tensorboard / time of the steps between points
 
 in units of one dense training step. A CIFAR-10 step at the recipe's batch size is extrapolated from fewer images.
 """
@@ -35,7 +35,7 @@ from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
-from diffusers_gfprune.training.run import run_accelerator, run_identity, run_settings
+from diffusers_gfprune.training.run_setup import run_accelerator, run_identity, run_settings
 from diffusers_gfprune.training.state import TrainingState
 from diffusers_gfprune.training.tracking import Tracking
 
@@ -50,7 +50,7 @@ BATCH_SIZES, REPEATS, SCORING_BATCHES = (
 
 
 class Distilled(Trainer):
-    """Training steps that also take a forward of the dense model."""
+    """Training steps with an additional forward of the dense model."""
 
     def __init__(self, unet: UNet2DModel, batches, teacher: UNet2DModel) -> None:
         super().__init__(unet, batches)
@@ -64,7 +64,7 @@ class Distilled(Trainer):
 
 
 def median_seconds(function: Callable[[int], object], repeats: int = 5) -> float:
-    """Median time of a function, which is told how often it was called."""
+    """Median time of a function in seconds; its argument is the index of the call."""
     times = []
     for index in range(repeats):
         start = time.perf_counter()
@@ -74,7 +74,7 @@ def median_seconds(function: Callable[[int], object], repeats: int = 5) -> float
 
 
 def measure_steps(model: str, hvp: str) -> dict[str, float]:
-    """Ratios to a plain dense step on the same images; `hvp` as for `cost.scorer`."""
+    """Ratios to a plain dense step on the same images; `hvp` as in `cost.scorer`."""
     dense, size, repeats = build(model), BATCH_SIZES[model], REPEATS[model]
     batches = batches_for(dense, size, 1)
     several = batches_for(dense, size, SCORING_BATCHES[model])
@@ -96,7 +96,7 @@ def measure_steps(model: str, hvp: str) -> dict[str, float]:
 
 
 def measure_state(model: str, words: list[str]) -> dict[str, float]:
-    """Seconds to save a checkpoint, its size, and seconds to log a point and a ranking."""
+    """Seconds to save a checkpoint, its size in MiB, and seconds to log a point and a ranking."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*words, "--output_dir", f"{folder}/run", "--mixed_precision", "no", "--report_to", "tensorboard"]
         args = parse_arguments(words)
@@ -106,7 +106,7 @@ def measure_state(model: str, words: list[str]) -> dict[str, float]:
         dense = copy.deepcopy(unet)
         pruner = GradientFlowPruner(unet, args.pruning.config(args.training.max_train_steps))
         state = TrainingState(args, accelerator, unet, pruner)
-        for parameter in unet.parameters():  # what a step makes
+        for parameter in unet.parameters():  # as after a backward
             parameter.grad = torch.randn_like(parameter)
         state.optimizer.step()
         checkpoints = Checkpoints(run_folder.training, args.checkpoints.checkpoints_total_limit)
@@ -129,7 +129,7 @@ def measure_state(model: str, words: list[str]) -> dict[str, float]:
 
 
 def put_together(recipe: str, words: list[str], steps: dict[str, float], state: dict[str, float]) -> dict[str, float]:
-    """The shares and sums of the module's docstring, for a recipe."""
+    """The ratios of the module's docstring for a recipe."""
     args = parse_arguments(words)
     config, t = args.pruning.config(args.training.max_train_steps), args.training
     schedule, total = config.schedule(), t.max_train_steps
@@ -157,7 +157,7 @@ def put_together(recipe: str, words: list[str], steps: dict[str, float], state: 
 
 
 def table(found: dict) -> str:
-    """Markdown."""
+    """Markdown table."""
     rows = [
         ("pruning part (phases 1 and 2, scoring included) / as many dense steps", "≤ 1.35", "pruning_part", "{:.2f}"),
         ("one ranking, in dense steps", "", "one_ranking_in_steps", "{:.0f}"),
@@ -185,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-        # Models that are not measured now keep what was measured on the same machine.
+        # Other models keep their earlier values if they are from the same machine.
         found: dict[str, dict] = json.loads(args.output.read_text()) if args.output.exists() else {}
         found = {**found, "machine": machine} if found.get("machine") == machine else {"machine": machine}
         for model in args.models:

@@ -1,20 +1,19 @@
-"""Do scores tell the damage that pruning does, to one group of channels or another, and to one unit of a group or another?
+"""Do scores predict the damage of pruning, between groups of channels and between units of a group?
 
     python benchmarks/sensitivity.py --dataset digits
     python benchmarks/sensitivity.py --dataset cifar10 --dataset_name uoft-cs/cifar10
 
-Widths by sensitivity (`--ranking sensitivity`, `pruning/budget.py`) take the sum S_g of absolute scores in a group
-as what the group is worth. Here half of the channels of one group at a time is masked, four random halves in turn, and
+Widths by sensitivity (`--ranking sensitivity`, `pruning/budget.py`) use the sum S_g of absolute scores in a group as its
+sensitivity. Here half of the channels of one group at a time is masked, for four random halves, and
 
     damage_g = mean of (eps_masked(x_t, t) - eps_dense(x_t, t))^2
 
 on images that were not scored is compared with S_g of each criterion over all groups of a trained model. Halves are random,
-not what a criterion chose. The yardstick is what gradient flow in the metric of predictions estimates
-(`scoring/natural_flow.py`), and no other criterion does: what is asked is how well each tells the damage, whatever it was made
-for. Which units of a group go is another question: single units are masked, and their damage is compared with their scores,
-group by group.
+not chosen by a criterion. Only gradient flow in the metric of predictions estimates this damage (`scoring/natural_flow.py`);
+other criteria were designed for other quantities. Within groups, single units are masked, and their damage is compared with
+their scores.
 
-Results go to `benchmarks/results/sensitivity/<dataset>.json`, and a picture of all data sets to `benchmarks/pictures`.
+Results are written to `benchmarks/results/sensitivity/<dataset>.json`, a picture of all data sets to `benchmarks/pictures`.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RESULTS = ROOT / "benchmarks/results/sensitivity"
 PICTURE = ROOT / "benchmarks/pictures/sensitivity.png"
-# Random halves of a group; units masked alone; units that a group must have for a rank correlation
+# Random halves per group; single units masked per group; minimum units of a group for a rank correlation
 HALVES, UNITS, HANDFUL = 4, 16, 4
 
 
 def predictor(pruner: GradientFlowPruner, batch: DiffusionBatch) -> Callable[[], Tensor]:
-    """Predicts noise on a batch, with the masks as they are then."""
+    """A function that predicts noise on a batch with the current masks."""
     inputs = batch.inputs(pruner.noise_scheduler)
     pruner.unet.eval()
     return lambda: family_of(pruner.unet).predict(pruner.unet, inputs)
@@ -66,13 +65,13 @@ def predictor(pruner: GradientFlowPruner, batch: DiffusionBatch) -> Callable[[],
 
 @torch.no_grad()
 def damages(pruner: GradientFlowPruner, batch: DiffusionBatch, halves: int = HALVES) -> dict[str, float]:
-    """Mean squared change of the noise prediction without half of the channels of a group, by group name, over some draws."""
+    """Mean squared change of the noise prediction without half of a group's channels, over random halves, by group name."""
     predict = predictor(pruner, batch)
     masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}
     dense = predict()
     for group in tqdm(pruner.groups, desc="channel groups"):
         ladder = width_ladder(group)
-        if len(ladder) == 1:  # one unit, which is never pruned
+        if len(ladder) == 1:  # groups of one unit are never pruned
             continue
         half = min(ladder[1:], key=lambda width: abs(width - group.num_channels / 2))
         changes = []
@@ -86,7 +85,7 @@ def damages(pruner: GradientFlowPruner, batch: DiffusionBatch, halves: int = HAL
 
 @torch.no_grad()
 def unit_damages(pruner: GradientFlowPruner, batch: DiffusionBatch, units: int = UNITS) -> dict[str, dict]:
-    """The same without single units of a group, up to so many drawn at random: damage by unit, by group name."""
+    """The same without single units, at most `units` of each group, drawn at random: damage by unit, by group name."""
     predict = predictor(pruner, batch)
     masks, generator, found = pruner.unet.channel_masks, torch.Generator().manual_seed(0), {}
     dense = predict()
@@ -100,7 +99,7 @@ def unit_damages(pruner: GradientFlowPruner, batch: DiffusionBatch, units: int =
 
 
 def within_groups(scores: dict[str, Tensor], damage: dict[str, dict]) -> float:
-    """Spearman correlation of scores and damage of units, the mean over groups of at least `HANDFUL` units."""
+    """Spearman correlation of scores and damage of units; mean over groups of at least `HANDFUL` units."""
     correlations = [
         spearmanr(scores[name][list(units)].numpy(), list(units.values())).statistic
         for name, units in damage.items()
@@ -110,7 +109,7 @@ def within_groups(scores: dict[str, Tensor], damage: dict[str, dict]) -> float:
 
 
 def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = UNITS) -> dict:
-    """Sums of scores and damages of all groups of a data set's model, and how they correlate."""
+    """Sums of scores and damages of all groups of a data set's model, and their correlations."""
     args = parse_arguments([*BASE[dataset], *words])
     unet, scheduler, *_ = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
     images, _ = load_images(args.data, unet.config)
@@ -147,7 +146,7 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = U
 
 
 def plot(path: Path, found: dict[str, dict]) -> None:
-    """Summed scores against damage, a row of pictures a data set."""
+    """Plot summed scores against damage, with a row per data set."""
     shown = [name for name in SCORES if name != "random"]
     figure, axes = plt.subplots(
         len(found), len(shown), figsize=(2.7 * len(shown), 2.7 * len(found)), squeeze=False, constrained_layout=True
@@ -155,7 +154,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
     for row, (dataset, results) in zip(axes, found.items()):
         for axis, criterion in zip(row, shown):
             sums = results["summed_scores"][criterion]
-            damage = results["damage"]  # of the groups that have a choice of units
+            damage = results["damage"]  # of groups with more than one unit
             axis.scatter([sums[name] for name in damage], list(damage.values()), s=10)
             axis.set_xscale("log")
             axis.set_yscale("log")
@@ -173,8 +172,8 @@ def plot(path: Path, found: dict[str, dict]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=DATASETS, required=True)
-    parser.add_argument("--halves", type=int, default=HALVES, help="Random halves that damage is averaged over.")
-    parser.add_argument("--units", type=int, default=UNITS, help="Units of a group that are masked alone (>= 2).")
+    parser.add_argument("--halves", type=int, default=HALVES, help="Number of random halves per group (>= 1).")
+    parser.add_argument("--units", type=int, default=UNITS, help="Number of single units to mask per group (>= 4).")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options, words = parser.parse_known_args(argv)

@@ -1,13 +1,12 @@
-"""The study: when gradient flow wins. Runs every setting of `study_settings.py` and keeps its results.
+"""The study: runs every setting of `study_settings.py` and keeps its results.
 
-    python benchmarks/study.py --dataset digits                     what is missing, three seeds each
+    python benchmarks/study.py --dataset digits                     missing runs, three seeds each
     python benchmarks/study.py --dataset digits --part main --jobs 2
     python benchmarks/study.py --dataset cifar10 --dataset_name uoft-cs/cifar10
     python benchmarks/study.py --quick                              everything at reduced size, in runs/study-quick
 
-Each run leaves one JSON file in `benchmarks/results/study/<dataset>/`; one that is there is not made again (it is an error, if
-other arguments made it), and a run that was killed goes on from its checkpoint. `study_report.py` makes tables and pictures of
-these files.
+Each run writes one JSON file to `benchmarks/results/study/<dataset>/`. Existing files are kept; a file from other arguments is
+an error. A killed run resumes from its checkpoint. `study_report.py` makes tables and pictures from these files.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"
 RUNS = ROOT / "runs/study"
 QUICK = ROOT / "runs/study-quick"
-# One setting of every kind and part, and a run in seconds
+# One setting of every kind and part, with runs of seconds
 QUICK_SETTINGS = (
     *("two-phase", "one-shot-diff-pruning", "one-shot-magnitude", "paper", "scratch", "torch-pruning"),
     *("two-phase-30", "phases-5-10", "p-cosine", "iterations", "no-revival", "ranking-global"),
@@ -44,23 +43,23 @@ QUICK_ARGUMENTS = (
     *("--eval_images", "80", "--ddim_num_inference_steps", "5", "--validation_images", "64", "--ema_max_decay", "0.9"),
 )
 FORMAT_VERSION = 1
-# Arguments of a run that change nothing of its results
+# Arguments that do not affect the results of a run
 MACHINE = (
     *("--evaluation_cache_dir", "--speed_batch_sizes", "--resume_from_checkpoint", "--checkpointing_steps"),
-    "--latency_batch_size",  # of runs that were made when this was the argument
+    "--latency_batch_size",  # in older runs
     *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps"),
 )
-# What was `--flow_metric`, of one criterion, is two criteria
+# Older runs have `--flow_metric` instead of two criteria
 FLOW_METRICS = {"predictions": "gradient-flow", "weights": "gradient-flow-weights"}
 
 
 def result_file(dataset: str, setting: Setting, seed: int, results: Path = RESULTS) -> Path:
-    """Where the results of a run lie."""
+    """Results file of a run."""
     return results / dataset / f"{setting.name}-seed{seed}.json"
 
 
 def record(setting: Setting, dataset: str, seed: int, results: Results, report: dict) -> dict:
-    """What is kept of a run: its results, curves and rankings, and how it was made."""
+    """Content of a results file: results, curves, rankings and provenance."""
     curves = report.get("curves", {})
     names = ("quality_steps", "quality", "validation_steps", "validation_loss", "compaction")
     shown = ("step", "phase", "sparsity", "mask_value", "revived_units", "newly_pruned_units")
@@ -84,14 +83,14 @@ def record(setting: Setting, dataset: str, seed: int, results: Results, report: 
 
 
 def figures(model: ModelFigures) -> dict:
-    """Costs, losses and metrics of a model on one level."""
+    """Costs, losses and metrics of a model as a flat dictionary."""
     names = ("parameters", "macs", "weight_file_bytes", "step_loss", "step_loss_null_label")
     measured = {name: value for name in names if (value := getattr(model, name)) is not None}
     return {**measured, **model.quality}
 
 
 def commit() -> str | None:
-    """What is checked out here, marked where files have changed since; None where that cannot be known."""
+    """The checked-out commit, marked as dirty if files have changed; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
     return found.stdout.strip() or None if found is not None else None
@@ -101,12 +100,12 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
     """Arguments of a run of `training/prune_ddpm.py`."""
     steps = curve_steps or setting.curve_steps or CURVE_STEPS[dataset]
     curves = ("--eval_steps", str(steps)) if setting.curves else ()
-    seeds = ("--seed", str(seed), "--pruning_seed", str(seed))  # random choices differ from seed to seed
+    seeds = ("--seed", str(seed), "--pruning_seed", str(seed))  # random choices depend on the seed, too
     return [*BASE[dataset], *setting.arguments, *setting.own.get(dataset, ()), *curves, *seeds, *extra]
 
 
 def words_of_today(words: list[str]) -> list[str]:
-    """Arguments of a run that was made earlier, under the names that they have now."""
+    """Arguments of an older run under their current names."""
     found = list(words)
     if "--flow_metric" in found:
         index = found.index("--flow_metric")
@@ -115,13 +114,13 @@ def words_of_today(words: list[str]) -> list[str]:
 
 
 def made_by(command: str, words: list[str]) -> bool:
-    """Whether a run's command line, as its report keeps it, says the same as these arguments, but for those of `MACHINE`."""
+    """Whether the command line in a run's report has the same values as these arguments, except for those of `MACHINE`."""
     given = shlex.split(command.replace("\\\n", " "))[3:]  # accelerate launch SCRIPT
     return _meaning(words_of_today(given)) == _meaning(words)
 
 
 def _meaning(words: list[str]) -> dict:
-    """Values of all arguments, given or from the recipe."""
+    """Values of all arguments, explicit or from the recipe."""
     kept, skipped = [], False
     for word in words:
         skipped = word in MACHINE if word.startswith("--") else skipped
@@ -133,7 +132,7 @@ def _meaning(words: list[str]) -> dict:
 
 
 def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) -> None:
-    """One run, unless its results are there."""
+    """Make one run, unless its results exist."""
     target = result_file(dataset, setting, seed, options.results)
     name = f"{dataset}, {setting.title}, seed {seed}"
     curve_steps = 10 if options.quick else None
@@ -141,7 +140,7 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
         words = arguments_of(setting, dataset, seed, options.extra, curve_steps)
         if not made_by(json.loads(target.read_text())["command"], words):
             print(
-                f"*** {name}: {target} was made with other arguments; remove it to make it again", file=sys.stderr, flush=True
+                f"*** {name}: {target} was made with other arguments; remove it to repeat the run", file=sys.stderr, flush=True
             )
             options.failed.append(name)
         return
@@ -180,17 +179,17 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what it does not know goes to the runs."""
+    """Parse the command line; unknown arguments are passed to the runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=DATASETS)
-    parser.add_argument("--quick", action="store_true", help="Everything at reduced size, to see that it works.")
-    parser.add_argument("--folder", type=Path, default=QUICK, help="Where --quick puts its results and runs.")
+    parser.add_argument("--quick", action="store_true", help="Run everything at reduced size, as a test.")
+    parser.add_argument("--folder", type=Path, default=QUICK, help="Folder of results and runs of --quick.")
     parser.add_argument("--part", nargs="+", choices=sorted({s.part for s in SETTINGS.values()}), help="Parts (default: all).")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="Settings by name (default: all of the parts).")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="Names of settings (default: all of the parts).")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run.")
-    parser.add_argument("--dataset_name", help="Images, where the recipe's are not to be had under their Hub id.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of simultaneous runs.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run.")
+    parser.add_argument("--dataset_name", help="Data set to use instead of the recipe's.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=RUNS)
     options, options.extra = parser.parse_known_args(argv)
@@ -206,7 +205,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing."""
+    """Make all missing runs."""
     options = parse(argv)
     teacher = TEACHERS[options.dataset]
     if not (ROOT / teacher).is_dir():
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         and (options.settings is None or setting.name in options.settings)
         and (options.part is None or setting.part in options.part)
     ]
-    # Scratch takes the widths of the default, which are therefore made first
+    # Scratch uses the widths of the default setting, which runs first
     work = [(s, seed) for late in (False, True) for seed in options.seeds for s in chosen if (s.kind == "scratch") == late]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda item: run(item[0], options.dataset, item[1], options), work))

@@ -1,15 +1,15 @@
-"""Baselines of the study that `prune_ddpm.py` does not make: trained from scratch, and pruned by Torch-Pruning itself.
+"""Baselines of the study that `prune_ddpm.py` does not provide: training from scratch, and pruning by Torch-Pruning.
 
     python benchmarks/study_baselines.py --baseline torch-pruning --results DIR --recipe digits --seed 0 --output_dir DIR
 
-- `scratch`: random weights in the widths that the default setting chose with the same seed, of its results in `--results`.
-- `torch-pruning`: Torch-Pruning's own pruner, run the way Diff-Pruning's `ddpm_prune.py` runs it (Fang et al., arXiv
-  2305.10924): gradients summed over the timesteps in order until the loss falls under a twentieth of the largest, Taylor
-  importance of single weights, one uniform pruning ratio for all layers, attention by heads, output convolution left alone,
-  static attributes of the samplers mended. The ratio is the one whose MACs come nearest to the budget asked for.
+- `scratch`: random weights in the widths that the default setting chose with the same seed, from its results in `--results`.
+- `torch-pruning`: Torch-Pruning's pruner with the settings of Diff-Pruning's `ddpm_prune.py` (Fang et al., arXiv 2305.10924):
+  gradients summed over the timesteps in order until the loss falls below a twentieth of the largest, Taylor importance of
+  single weights, one uniform pruning ratio for all layers, attention by heads, output convolution not pruned, attributes of
+  samplers corrected. The ratio is the one whose MACs are nearest to the budget.
 
-Everything after that is the same as in a pruning run: images, order, noise, loss, optimizer, schedule, average, evaluation.
-The arguments are those of `prune_ddpm.py`.
+All the rest is the same as in a pruning run: images, order, noise, loss, optimizer, schedule, average, evaluation. The
+arguments are those of `prune_ddpm.py`.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ LOSS_THRESHOLD = 0.05  # Diff-Pruning's
 
 
 def attention_scales(unet: nn.Module) -> dict[str, float]:
-    """1 / sqrt(d) of every attention, with d the channels of a head as they are."""
+    """1 / sqrt(d) of every attention, where d is the current number of channels per head."""
     found = {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
     return {name: (m.to_q.out_features / m.heads) ** -0.5 for name, m in found.items()}
 
 
 def accumulate_gradients(unet: nn.Module, noise_scheduler, images: torch.Tensor, labels, seed: int) -> int:
-    """Sum gradients of the loss over timesteps 0, 1, 2, ... until it is small; one batch of images, as in `ddpm_prune.py`.
+    """Sum gradients of the loss on one batch over timesteps 0, 1, 2, ... until it is small, as in `ddpm_prune.py`.
 
     Returns:
-        Timesteps that went in.
+        Number of timesteps.
     """
     unet.eval().zero_grad()
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def accumulate_gradients(unet: nn.Module, noise_scheduler, images: torch.Tensor,
 
 
 def prune_once(unet: nn.Module, example: dict, ratio: float) -> nn.Module:
-    """A copy of a UNet with gradients, pruned by Torch-Pruning at one uniform ratio."""
+    """Prune a copy of a UNet that has gradients, by Torch-Pruning at one uniform ratio."""
     small = copy.deepcopy(unet)
     for mine, theirs in zip(small.parameters(), unet.parameters()):
         mine.grad = None if theirs.grad is None else theirs.grad.clone()
@@ -110,7 +110,7 @@ def prune_once(unet: nn.Module, example: dict, ratio: float) -> nn.Module:
 
 
 def torch_pruning(args: Arguments, unet: nn.Module, noise_scheduler, images, step_loss: StepLoss) -> tuple[nn.Module, dict]:
-    """Torch-Pruning's result nearest to the budget, and what happened on the way."""
+    """Torch-Pruning's model nearest to the budget, and a report of the pruning."""
     dense_macs = count_macs(unet)
     batch = images.head(args.pruning.calibration_batch_size or args.training.train_batch_size)
     timesteps = accumulate_gradients(unet, noise_scheduler, batch, None, args.run.seed)
@@ -144,16 +144,16 @@ def torch_pruning(args: Arguments, unet: nn.Module, noise_scheduler, images, ste
 
 
 def with_widths(unet: nn.Module, widths: dict[str, int], seed: int = 0) -> GFPrunedUNet2DModel:
-    """A model of a dense one's architecture with random weights.
+    """A pruned model with random weights.
 
     Args:
-        unet: The dense model.
-        widths: Channels of each group, as results of the study name them; of results from before units, the nearest width
-            that units allow is taken.
-        seed: Of the weights.
+        unet: The dense model, for the architecture.
+        widths: Channels of each group, as in results of the study. Widths that units do not allow, in older results, are
+            replaced by the nearest width.
+        seed: Seed of the weights.
     """
     pruner = GradientFlowPruner(copy.deepcopy(unet), GFPruneConfig(total_steps=1, criterion="random"))
-    # Which units are kept does not matter where weights are random
+    # With random weights, it does not matter which units are kept
     masks = {}
     for group in pruner.groups:
         wanted = widths.get(group.name, group.num_channels)
@@ -166,7 +166,7 @@ def with_widths(unet: nn.Module, widths: dict[str, int], seed: int = 0) -> GFPru
 
 
 def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.Module, dict]:
-    """Random weights in the widths of the default setting of the same seed."""
+    """A model with random weights in the widths of the default setting with the same seed."""
     path = results_folder / f"two-phase-seed{args.run.seed}.json"
     if not path.is_file():
         raise ValueError(f"results={results_folder} holds no {path.name}: run the setting two-phase first")
@@ -174,7 +174,7 @@ def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.
 
 
 def fine_tune(args: Arguments, student: nn.Module, objective: Objective, noise_scheduler, images) -> nn.Module:
-    """Train as `prune_ddpm.py` does after compaction, for all steps of the run; the averaged weights come back."""
+    """Train as `prune_ddpm.py` does after compaction, for all steps of the run; returns the averaged weights."""
     t = args.training
     student.train().requires_grad_(True)
     model = NoisePrediction(student)
@@ -208,7 +208,7 @@ def fine_tune(args: Arguments, student: nn.Module, objective: Objective, noise_s
 
 
 def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module | None] | None = None) -> None:
-    """Make a baseline; arguments as those of `prune_ddpm.main`."""
+    """Run a baseline; arguments as in `prune_ddpm.main`."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--baseline", choices=("scratch", "torch-pruning"), required=True)

@@ -1,10 +1,10 @@
-"""Tables and pictures of the study, from the results that `study.py` left.
+"""Tables and pictures of the study, from the results of `study.py`.
 
-    python benchmarks/study_report.py                       tables on the terminal
-    python benchmarks/study_report.py --write               tables into README.md and benchmarks/README.md, too
+    python benchmarks/study_report.py                       prints the tables
+    python benchmarks/study_report.py --write               also updates README.md and benchmarks/README.md
 
-Time is put together from the steps that `study_time.py` measured, for runs that it knows: those of the study share a machine.
-A table in a document stands between two comments, `<!-- study: NAME -->` and `<!-- end -->`; what is between them is replaced.
+Times are computed from the measurements of `study_time.py`, for the settings that it measured. Tables in a document are
+between two comments, `<!-- study: NAME -->` and `<!-- end -->`; the text between them is replaced.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def load(dataset: str, results: Path = RESULTS) -> Found:
 
 
 def spread(values: Sequence[float], digits: int | None = None) -> str:
-    """Mean, and sample standard deviation where there are several; with two decimals from 1 on, else with four."""
+    """Mean, and sample standard deviation of several values; by default with two decimals from 1 on, else with four."""
     digits = decimals(statistics.mean(values)) if digits is None else digits
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; nothing of one value."""
+    """Sample standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def decimals(value: float) -> int:
-    """How many a figure has in tables."""
+    """Number of decimals in tables."""
     return 2 if abs(value) >= 1 else 4
 
 
@@ -74,7 +74,7 @@ def figure(run: Run, dataset: str, column: str, which: str = "pruned") -> float 
 
 
 def main_table(found: Found, dataset: str, names: Sequence[str]) -> str:
-    """A Markdown table of the named settings that have results, in that order."""
+    """A Markdown table of the named settings that have results, in the given order."""
     first = next(iter(found.values()))[0]
     distance = first["evaluation"]["distances"][DISTANCE[dataset]]["title"]
     titles = [distance if name == "distance" else title for name, title in COLUMNS.items()]
@@ -98,16 +98,16 @@ def dense_distance(runs: Sequence[Run], dataset: str) -> float:
     """The dense model's distance in runs that are shown together.
 
     Raises:
-        ValueError: They measured it in different ways.
+        ValueError: The distances differ.
     """
     found = [figure(run, dataset, "distance", "dense") for run in runs]
     if max(found) > 1.01 * min(found):  # the last digits differ from machine to machine
-        raise ValueError(f"runs of {dataset} have dense distances from {min(found):.4g} to {max(found):.4g}: keep them apart")
+        raise ValueError(f"runs of {dataset} have dense distances from {min(found):.4g} to {max(found):.4g}: show them apart")
     return found[0]
 
 
 def approximation_table(path: Path) -> str:
-    """How well the first-order approximation tells the change of the gradient norm."""
+    """A table of how well the first-order approximation predicts the change of the gradient norm."""
     models = json.loads(path.read_text())["models"]
     lines = [
         "| model | a | correlation | rank correlation | same sign | measured / predicted (median) |",
@@ -133,7 +133,7 @@ def approximation_table(path: Path) -> str:
 
 
 def sensitivity_table(folder: Path) -> str:
-    """How well summed scores tell the damage of pruning a group alone, and scores that of single channels of a group."""
+    """A table of how well summed scores predict the damage of pruning a group, and scores that of single channels."""
     lines = [
         "| model | criterion | groups: correlation of logarithms | rank correlation | decades | channels: rank correlation |",
         "|---" * 6 + "|",
@@ -149,7 +149,7 @@ def sensitivity_table(folder: Path) -> str:
 
 
 def revival_table(found: Found, dataset: str) -> str:
-    """How many units came back, and whether that helped; of runs before units, how many channels."""
+    """A table of revived units and sample quality; older runs count channels."""
     lines = [
         "| setting | seeds | rankings | came back, per run | of all ranked out | distance | SSIM to dense |",
         "|---" * 7 + "|",
@@ -170,7 +170,7 @@ def revival_table(found: Found, dataset: str) -> str:
 
 
 def iterations_table(found: Found, dataset: str) -> str:
-    """Quality at the end of either phase, where all of a run is these phases."""
+    """A table of quality at the end of each phase, for runs without fine-tuning."""
     lines = [
         "| schedules | seeds | distance at N | at M | SSIM to dense at N | at M |",
         "|---" * 6 + "|",
@@ -195,7 +195,7 @@ def of_part(part: str) -> list[str]:
 
 
 def peer_table(found: Found, dataset: str) -> str:
-    """What Torch-Pruning's own pruner did to the model."""
+    """A table of the models pruned by Torch-Pruning."""
     lines = [
         "| data | seed | asked for | MACs removed | step loss before | right after pruning | attention scale |",
         "|---|---|---|---|---|---|---|",
@@ -211,7 +211,7 @@ def peer_table(found: Found, dataset: str) -> str:
 
 
 def time_table(data: dict[str, Found], times: dict) -> str:
-    """How long runs take, and what of it their rankings do, in dense training steps."""
+    """A table of the time of runs and of their rankings, in dense training steps."""
     lines = ["| data | setting | steps | time of a run | of it, rankings |", "|---" * 5 + "|"]
     for dataset, found in data.items():
         for name in times[dataset]["settings"]:
@@ -241,22 +241,22 @@ ITERATIONS = {name: (SETTINGS[name].title, colour) for name, colour in zip(of_pa
 
 
 def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric along a run, its end included."""
+    """Steps and values of a metric during a run, including its end."""
     key = DISTANCE[dataset] if metric == "distance" else metric
     curves = run["curves"]
     return [*curves["quality_steps"], run["steps"]], [*curves["quality"][key], run["pruned"][key]]
 
 
 def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | None = None) -> None:
-    """Quality over steps, or over time, a row of pictures a data set; bands are standard deviations, dashed lines one seed.
+    """Plot quality over steps or time, with a row per data set. Bands are standard deviations; dashed lines have one seed.
 
-    Where a curve starts far off, as one does whose channels are masked in a hurry, its first point is out of the picture.
+    The first point of a curve does not affect the axis limits and may lie outside of the picture.
 
     Args:
-        path: Where the picture goes.
-        data: Runs by data set; those that have none of the settings shown are left out.
+        path: File of the picture.
+        data: Runs by data set; data sets without any of the shown settings are left out.
         shown: Title and colour by setting.
-        times: What `study_time.py` found, for quality over time.
+        times: Results of `study_time.py`, for quality over time.
     """
     data = {dataset: found for dataset, found in data.items() if any(name in found for name in shown)}
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
@@ -298,7 +298,7 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
 
 
 def plot_budgets(path: Path, data: dict[str, Found]) -> None:
-    """Quality over the share of MACs removed; bars are standard deviations, hollow points one seed."""
+    """Plot quality over the removed share of MACs. Bars are standard deviations; hollow points have one seed."""
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
@@ -338,7 +338,7 @@ def _save(figure_, path: Path) -> None:
     plt.close(figure_)
 
 
-# Rows of the main table that those of a part are to be compared with
+# Rows of other parts to compare the rows of a part with
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
     "budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
@@ -348,7 +348,7 @@ BESIDE = {
 
 
 def tables(data: dict[str, Found]) -> dict[str, str]:
-    """Every table of the documents, by name."""
+    """All tables of the documents, by name."""
     made: dict[str, Callable[[Found, str], str]] = {
         "rivals": lambda found, dataset: main_table(found, dataset, RIVALS),
         **{
@@ -366,12 +366,12 @@ def write(document: Path, made: dict[str, str]) -> None:
     """Replace the tables of a document.
 
     Raises:
-        ValueError: It has a place for a table that is not there.
+        ValueError: The document names an unknown table.
     """
     text = document.read_text()
     unknown = {*re.findall(r"<!-- study: (.+?) -->", text)} - {*made}
     if unknown:
-        raise ValueError(f"{document.name} has a place for {', '.join(sorted(unknown))}, which is no table")
+        raise ValueError(f"{document.name} has a place for {', '.join(sorted(unknown))}, which is not a table")
     for name, table in made.items():
         marks = re.escape(f"<!-- study: {name} -->"), re.escape("<!-- end -->")
         text = re.sub(rf"({marks[0]}\n).*?({marks[1]})", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
@@ -381,8 +381,8 @@ def write(document: Path, made: dict[str, str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="Replace the tables of the documents.")
-    parser.add_argument("--times", type=Path, default=TIMES, help="What study_time.py wrote.")
+    parser.add_argument("--write", action="store_true", help="Update the tables of the documents.")
+    parser.add_argument("--times", type=Path, default=TIMES, help="Results of study_time.py.")
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     args = parser.parse_args(argv)
     data = {dataset: found for dataset in DATASETS if (found := load(dataset, args.results))}

@@ -1,10 +1,10 @@
-"""One run of the study: a script with its arguments, and what the teacher predicts kept for the runs after it.
+"""One run of the study: runs a script and caches the teacher's predictions for later runs.
 
     python benchmarks/study_run.py --teacher_cache runs/study/cache training/prune_ddpm.py --recipe digits --output_dir DIR
 
-Runs of one seed train on the same noisy images step by step, whatever they prune, and so ask the dense model the same
-questions: its answers, a quarter of a run's time, are kept in files named by what was asked. What comes from a file is what
-the model would say, bit for bit; only the seconds in a run's curves are not those of a run by itself (`study_time.py`).
+Runs of the same seed train on the same noisy images step by step, whatever they prune, so the dense model makes the same
+predictions. These take a quarter of a run's time and are cached by a hash of their inputs. Results are bit-identical; only the
+seconds in a run's curves differ from those of a run without the cache (see `study_time.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffusers_gfprune.objectives.objective import Objective
 
 __all__ = ["RememberedTeacher", "remembered"]
 
-# Modules that have a `main`, by the path of the script
+# Modules with a `main`, by path of the script
 SCRIPTS = {
     "training/prune_ddpm.py": "diffusers_gfprune.scripts.prune_ddpm",
     "benchmarks/study_baselines.py": "study_baselines",
@@ -34,17 +34,17 @@ SCRIPTS = {
 
 
 class RememberedTeacher(nn.Module):
-    """A frozen model whose predictions are kept.
+    """A frozen model with cached predictions.
 
     Args:
         teacher: A `NoisePrediction` of the dense model, in evaluation mode.
-        cache: Where predictions are kept.
+        cache: Cache of the predictions.
     """
 
     def __init__(self, teacher: nn.Module, cache: TensorCache) -> None:
         super().__init__()
         self.teacher, self.cache = teacher, cache
-        # Threads decide in which order sums are taken, and so the last bit.
+        # The number of threads affects the order of sums, and so the last bit.
         self.identity = {
             "teacher": tensors_fingerprint(teacher.state_dict()),
             "torch": torch.__version__,
@@ -62,7 +62,7 @@ class RememberedTeacher(nn.Module):
 
 
 def remembered(folder: Path, objective: Objective) -> nn.Module | None:
-    """The teacher of a loss, with its predictions kept in a folder if it is compared by these alone, on the CPU."""
+    """The teacher of a loss, with predictions cached in a folder if the loss uses only these, on the CPU."""
     teacher = objective.teacher
     if teacher is None or objective.needs_features or objective.needs_directions:
         return teacher
@@ -71,11 +71,11 @@ def remembered(folder: Path, objective: Objective) -> nn.Module | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a script with its teacher's predictions kept."""
+    """Run a script with cached predictions of the teacher."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--teacher_cache", type=Path, required=True, help="Folder of the predictions that are kept.")
+    parser.add_argument("--teacher_cache", type=Path, required=True, help="Folder of the cached predictions.")
     parser.add_argument("script", choices=SCRIPTS)
-    parser.add_argument("words", nargs=argparse.REMAINDER, help="Its arguments.")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="Arguments of the script.")
     options = parser.parse_args(argv)
     script = importlib.import_module(SCRIPTS[options.script])
     script.main(options.words, teacher=functools.partial(remembered, options.teacher_cache.resolve()))

@@ -1,19 +1,19 @@
-"""What the study compares: every setting is the default run of a data set with a few arguments changed.
+"""Settings of the study: each is the default run of a data set with a few changed arguments.
 
 Parts of the study:
 
-    main        criteria in one shot and progressively, with the dense model as teacher and without
+    main        criteria, one-shot and progressive, with the dense model as teacher and without
     budget      the main rivals at 30 % and 70 % of the MACs removed
-    widths      which share of its channels each group loses, by whose scores
-    metric      gradient norms measured in weights, as published, in place of predictions
-    phases      how long the two phases are, and what each is for
+    widths      the share of channels that each group loses, by criterion
+    metric      gradient norms in weights, as published, instead of predictions
+    phases      length and effect of the two phases
     schedules   shapes of s_t and p_t
     iterations  the same, with sample quality at every ranking until masks freeze
-    revival     whether channels may come back
-    scores      what arXiv 2501.09464 leaves open about the score
+    revival     whether pruned channels may be revived
+    scores      options of the score that arXiv 2501.09464 leaves open
 
-The last five ask what is inside the two phases. They run on the digits, for a third of the steps: short runs are affordable in
-numbers, and differ more, since fine-tuning evens out much of what pruning did.
+The last five study the two phases. They run on the digits, for a third of the steps: more short runs are affordable, and they
+differ more, since long fine-tuning reduces the differences.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "SCORES", "SETTINGS", 
 
 DATASETS = ("digits", "cifar10")
 
-# Arguments of every run of a data set, and steps between two points of the curves.
+# Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves.
 BASE = {
     "digits": ("--recipe", "digits"),
     "cifar10": ("--recipe", "benchmarks/cifar10/prune.yaml"),
@@ -35,10 +35,10 @@ BASE = {
 TEACHERS = {"digits": "training/digits/teacher", "cifar10": "benchmarks/cifar10/teacher"}
 CURVE_STEPS = {"digits": 250, "cifar10": 200}
 
-# Titles of those that are compared in full
+# Titles of the criteria that are compared in full
 CRITERIA = {name: find_criterion(name).title for name in ("random", "magnitude", "taylor", "diff-pruning", "gradient-flow")}
 
-# Titles of those whose scores are compared with the damage they are to tell
+# Titles of the criteria whose scores are compared with damage
 SCORES = {**CRITERIA, "gradient-flow-weights": find_criterion("gradient-flow-weights").title}
 
 
@@ -47,15 +47,15 @@ class Setting:
     """One row of a table.
 
     Attributes:
-        name: Of its result files.
+        name: Name in its result files.
         title: In tables.
         part: Of the study.
         arguments: Of `training/prune_ddpm.py`, after those of `BASE`.
         curves: Whether sample quality is measured along the way, too.
         curve_steps: Steps between two points of these curves; None: those of the data set.
-        datasets: Where it is run.
-        own: Of one data set, further arguments.
-        kind: `"prune"`: the script; `"scratch"` and `"torch-pruning"`: `study_baselines.py`, for models of other origin.
+        datasets: Data sets that it is run on.
+        own: Further arguments by data set.
+        kind: `"prune"` runs `prune_ddpm.py`; `"scratch"` and `"torch-pruning"` run `study_baselines.py`.
     """
 
     name: str
@@ -69,16 +69,16 @@ class Setting:
     kind: str = "prune"
 
 
-ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # one ranking can afford more images
-UNIFORM = ("--ranking", "group")  # as all rivals are published: the same share of every group
+ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # a single ranking can use more images
+UNIFORM = ("--ranking", "group")  # the same share of every group, as in all published rivals
 WEIGHTS = ("--criterion", "gradient-flow-weights")
-STEEPER = ("--sensitivity_exponent", "0.5")  # for sums that spread less than the default's
+STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
-# Rankings at every tenth of the soft phase, which is the default of the script; both recipes rank less often
+# Rankings at every tenth of the soft phase, the default of the script; both recipes rank less often
 TENTHS = {"digits": ("--update_interval", "15"), "cifar10": ("--update_interval", "6")}
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
-OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # where what happens at rankings is the question
+OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # for settings that differ at rankings
 
 
 def _main() -> list[Setting]:
@@ -175,7 +175,7 @@ SHAPES = (
 
 
 def _schedules() -> list[Setting]:
-    # All of the run is phases 1 and 2, at one learning rate; fewer samples, since they are drawn at every ranking
+    # The whole run is phases 1 and 2, at a constant learning rate; fewer samples, since they are drawn at every ranking
     phases = ("--soft_fraction", "0.5", "--hard_fraction", "1", "--lr_scheduler", "constant")
     iterations = (*("--max_train_steps", "200", "--update_interval", "20"), *phases)
     iterations += ("--eval_images", "500", "--ddim_num_inference_steps", "20")

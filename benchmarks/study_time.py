@@ -1,16 +1,16 @@
-"""How long the steps of the study's runs take: the time axis of its curves, scoring and masking included.
+"""Time of the steps of the study's runs, including scoring and masking, for the time axis of its curves.
 
-    python benchmarks/study_time.py               both data sets, into benchmarks/results/study_time.json (a few minutes)
+    python benchmarks/study_time.py               writes benchmarks/results/study_time.json for both data sets (a few minutes)
 
-The study's runs share a machine, so that their own clocks say little. Here the pieces that a run is made of are measured in
-interleaved pairs with plain dense training steps on the same images, one CPU thread as in the study,
+The study's runs share a machine, so their own clocks are not reliable. Here the parts of a run are measured in interleaved
+pairs with plain dense training steps on the same images, on one CPU thread as in the study,
 
     masked      a training step with masks
-    compacted   a training step of the model in the widths that a setting left (first seed)
+    compacted   a training step of the model in the final widths of a setting (first seed)
     teacher     a forward of the dense model
     scoring     one calibration batch for one criterion, gradient flow in either metric
 
-and `seconds` puts a run together from them, in units of one dense training step:
+and `seconds` adds them up for a run, in units of one dense training step:
 
     t(k) = sum over steps < k of (masked or compacted + teacher) + sum over rankings before k of batches x scoring
 """
@@ -38,13 +38,13 @@ from diffusers_gfprune.scoring.importance import score_units
 from diffusers_gfprune.training.arguments import parse_arguments
 
 OUTPUT = ROOT / "benchmarks/results/study_time.json"
-# Settings whose quality is drawn over time
+# Settings whose quality is plotted over time
 TIMED = ("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "two-phase-noise", "paper")
 BATCH_SIZE = 64
 
 
 def measure(dataset: str, results: Path, repeats: int) -> dict:
-    """Ratios to a plain dense step, of the pieces of all settings that have results."""
+    """Ratios to a plain dense step for the parts of all settings that have results."""
     dense = UNet2DModel.from_pretrained(ROOT / TEACHERS[dataset] / "unet", use_safetensors=True)
     batches = batches_for(dense, BATCH_SIZE, 1)
     several = [DiffusionBatch.of(batch) for batch in batches]
@@ -62,7 +62,7 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
 
     found = {"masked": ratio(Trainer(masked, batches).steps), "teacher": ratio(ask_teacher), "settings": {}}
     scoring: dict[str, float] = {"magnitude": 0.0}
-    compacted: dict[tuple, float] = {}  # settings that ended with the same widths take the same time
+    compacted: dict[tuple, float] = {}  # settings with the same final widths take the same time
     for name in TIMED:
         path = results / dataset / f"{name}-seed0.json"
         if not path.is_file():
@@ -88,9 +88,9 @@ def seconds(run: dict, step: int, pieces: dict) -> float:
     """Time of a run until a step, in dense training steps.
 
     Args:
-        run: Its results, as `study.py` keeps them.
-        step: Training steps done (>= 0).
-        pieces: What `measure` found for its data set.
+        run: Results of the run, as kept by `study.py`.
+        step: Number of completed training steps (>= 0).
+        pieces: Result of `measure` for its data set.
     """
     own = pieces["settings"][run["setting"]]
     masked = min(step, run["phases"]["hard_end_step"])
@@ -101,9 +101,9 @@ def seconds(run: dict, step: int, pieces: dict) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="Of the study, for widths.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the study's results, for widths.")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--repeats", type=int, default=9, help="Pairs that each piece is measured in (>= 1).")
+    parser.add_argument("--repeats", type=int, default=9, help="Number of pairs per measurement (>= 1).")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise ValueError(f"repeats={args.repeats} must be at least 1")

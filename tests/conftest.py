@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread per process (tests run in parallel), nothing from the network."""
+"""Settings of all tests: one thread per process (tests run in parallel), no network access."""
 
 from __future__ import annotations
 

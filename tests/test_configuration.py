@@ -1,4 +1,4 @@
-"""GFPruneConfig: what is out of range is refused by name, presets are what they say, fractions become steps."""
+"""GFPruneConfig: invalid values are refused by name, presets have their values, fractions become steps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ INVALID = [
 
 @pytest.mark.parametrize(("name", "value"), INVALID)
 def test_invalid_field_is_refused_by_name_and_value(name: str, value) -> None:
-    """Whoever reads the error must know which argument to change, and what it was."""
+    """The error names the argument and its value."""
     with pytest.raises(ValueError) as error:
         GFPruneConfig(**{name: value})
     assert f"{name}={value}" in str(error.value)
@@ -69,14 +69,14 @@ def test_every_field_with_choices_has_an_invalid_value_above() -> None:
 
 @pytest.mark.parametrize("field", [f for f in fields(GFPruneConfig) if "choices" in f.metadata], ids=lambda f: f.name)
 def test_every_choice_is_accepted(field) -> None:
-    """The choices shown in the help text are those that validation knows."""
+    """The choices in the help text are those of the validation."""
     for choice in field.metadata["choices"]:
         assert getattr(GFPruneConfig(**{field.name: choice}), field.name) == choice
     assert getattr(GFPruneConfig(), field.name) in field.metadata["choices"]
 
 
 def test_widths_are_chosen_by_scores_that_tell_how_much_a_group_matters() -> None:
-    """Sums of squared weights, say, do not; whoever asks for it gets it all the same."""
+    """Sums of squared weights, for example, do not, but can be requested explicitly."""
     assert GFPruneConfig().ranking == GFPruneConfig(criterion="gradient-flow-weights").ranking == "sensitivity"
     assert GFPruneConfig(criterion="magnitude").ranking == "group"
     assert GFPruneConfig(criterion="magnitude", ranking="sensitivity").ranking == "sensitivity"
@@ -115,7 +115,7 @@ def test_equal_fractions_are_accepted() -> None:
 
 
 def test_every_field_has_help_text() -> None:
-    """The command line is made from the fields; one without help would be an argument nobody understands."""
+    """The command line is made from the fields; each needs a help text."""
     for field in fields(GFPruneConfig):
         text = field.metadata.get("help", "")
         assert len(text) > 10 and text.endswith("."), field.name

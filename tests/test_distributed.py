@@ -1,6 +1,6 @@
-"""Two processes with B rows each score and prune as one with 2B rows, and refuse what differs; functions have known answers.
+"""Two processes with B rows each score and prune as one with 2B rows, and refuse differing inputs.
 
-All of the comparisons read what one run of `distributed_worker.py` in two processes wrote, and one in a single process.
+All comparisons use the files of one run of `distributed_worker.py` in two processes and one in a single process.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def test_the_group_that_differs_is_named(runs: tuple[Result, Result, Result]) ->
 
 
 def test_means_over_two_ranks(runs: tuple[Result, Result, Result]) -> None:
-    """By hand: of any dtype, shape and memory format, and without overflow in half precision."""
+    """Known answers for any dtype, shape and memory format, without overflow in half precision."""
     for result in runs[1:]:
         means = [result.tensors[f"mean/{index}"] for index in range(4)]
         expected = [torch.full((5,), 1.5), torch.full((2, 3), 1.5, dtype=torch.float64)]

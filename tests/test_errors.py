@@ -1,4 +1,4 @@
-"""errors.py: what a program says when it fails is one line."""
+"""errors.py: a failing program prints one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""extras.py: a plain install loads and prunes; what it lacks is said in one line."""
+"""extras.py: a plain install loads and prunes; missing packages are reported in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ print(type(pipe.prune(torch.rand(4, 1, 8, 8) * 2 - 1, ratio=0.3).unet).__name__)
 
 
 def test_training_says_what_to_install() -> None:
-    done = run("import diffusers_gfprune.training.run")
+    done = run("import diffusers_gfprune.training.run_setup")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("ImportError: accelerate, ")
     assert done.stderr.splitlines()[-1].endswith("not installed: pip install 'diffusers-gfprune[training]'")

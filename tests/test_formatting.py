@@ -1,4 +1,4 @@
-"""formatting.py: durations and sizes change their unit where the next one is easier to read."""
+"""formatting.py: units of durations and sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports run one way (DESIGN.md, section 4), so that shipped files stand alone and parts can be read one by one."""
+"""Imports have one direction, so that shipped files are self-contained and parts can be read separately."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_imports_go_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize("package", sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()))
 def test_packages_are_shallow(package: str) -> None:
-    """Whoever reads a module has few others of its package to know."""
+    """Modules depend on few other modules of their package."""
     imports = {parts(path): our_imports(path) for path in (PACKAGE / package).rglob("*.py")}
 
     def level(module: tuple[str, ...]) -> int:
@@ -154,7 +154,7 @@ def test_packages_are_shallow(package: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """Whoever loads a pruned pipeline needs neither data sets nor training."""
+    """Loading a pruned pipeline needs neither data sets nor training."""
     code = (
         f"import sys, {OURS}; print(*(name for name in sys.modules if name.startswith('{OURS}.')), 'datasets' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""interruption.py: the first signal is noted, the second is not waited for."""
+"""interruption.py: the first signal is recorded, the second has its usual effect."""
 
 from __future__ import annotations
 

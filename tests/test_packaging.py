@@ -1,4 +1,4 @@
-"""setup.cfg: every package and every file that an installed package needs is in it."""
+"""setup.cfg: it lists all packages and files of an installation."""
 
 from __future__ import annotations
 

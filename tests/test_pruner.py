@@ -1,4 +1,4 @@
-"""The life of a pruning run: rankings when due, masks as the schedule says, a budget met, a small model that trains on."""
+"""A complete pruning run: scheduled rankings and masks, a met budget, and a compacted model that trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers.pruners import SCHEDULER, Script, batches, config, falling, images,
 
 @pytest.mark.parametrize("interpolate", [False, True], ids=["jumps", "interpolated"])
 def test_whole_life(interpolate: bool):
-    """Soft, hard, compaction, fine-tuning, with AdamW and an average: nothing is lost on the way."""
+    """Soft, hard, compaction, fine-tuning, with AdamW and an average: no state is lost."""
     unet = build("fine-units").train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     pruner = GradientFlowPruner(
@@ -50,7 +50,7 @@ def test_whole_life(interpolate: bool):
     assert 1 - count_macs(small) / dense_macs == pytest.approx(0.5, abs=0.01)
     assert (count_macs(small), count_parameters(small)) == (last.macs, last.params)
 
-    # No sudden loss of information, and training goes on where it was.
+    # No sudden loss of information, and training continues.
     assert step_loss(small) == pytest.approx(masked_loss, rel=1e-4)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert all(ours is theirs for ours, theirs in zip(held, small.parameters(), strict=True))
@@ -91,7 +91,7 @@ def test_published_masks_jump_at_rankings_and_hold_in_between():
     [(1, list(range(10)) + list(range(11, 20))), (3, [0, 3, 6, 9, 13, 16, 19]), (5, [0, 5, 15]), (20, [0])],
 )
 def test_interpolated_masks_move_in_straight_lines(interval: int, rankings: list[int]):
-    """Each ranking says where masks are at the next one, and they arrive there: no mask falls faster than p_t."""
+    """Each ranking sets the masks of the next one, and they reach them: no mask falls faster than p_t."""
     pruner = GradientFlowPruner(
         build("fine-units"), config(update_interval=interval, interpolate_masks=True, mask_schedule="linear")
     )
@@ -228,7 +228,7 @@ def test_batches_are_asked_for_only_when_due():
 
 
 def test_nothing_changes_once_finished():
-    """A training loop that goes on calling `step` must not move the masks that were compacted."""
+    """Further calls of `step` must not change the compacted masks."""
     pruner = GradientFlowPruner(build("fine-units"), one_shot(ratio=0.4))
     pruner.step(0, [])
     assert pruner.finished

@@ -1,4 +1,4 @@
-"""Budgets, masks set by hand, compaction and the way back, through the pruner."""
+"""Budgets, explicit masks, compaction and its inverse, through the pruner."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_channel_multiple(ranking: str, multiple: int):
 
 @pytest.mark.parametrize(("multiple", "warned"), [(1, False), (32, True)])
 def test_a_budget_that_the_multiple_cannot_meet_is_said_aloud(multiple: int, warned: bool, caplog):
-    """The nearest is taken, but nobody should believe that it is what was asked for."""
+    """The nearest budget is used, with a warning."""
     with caplog.at_level(logging.WARNING, logger="diffusers_gfprune"):
         pruner = GradientFlowPruner(build("fine-units"), one_shot(target="channels", ratio=0.02, channel_multiple=multiple))
     update = pruner.step(0, [])
@@ -72,7 +72,7 @@ def test_heads_are_removed_whole_when_asked():
 def test_rankings_that_compare_groups(scripted: list[Script]):
     """Two groups that cost the same, of 32 channels. Global, where scores of a group are relative to their mean: the one whose
     importance lies in a quarter of its units goes down to its floor, the one whose units are alike stays whole. By
-    sensitivity: the share that each loses is in a proportion that scores and exponent say."""
+    sensitivity: the share that each loses is determined by scores and exponent."""
     worthless, precious = "down_blocks.1.resnets.0.conv1", "mid_block.resnets.0.conv1"
 
     def scores(name: str, units: int) -> Tensor:
@@ -96,7 +96,7 @@ def test_rankings_that_compare_groups(scripted: list[Script]):
 
 
 def test_widths_by_sensitivity_stand_once_the_budget_is_met(scripted: list[Script]):
-    """Sensitivities that drift change widths on the way to the budget; after it, units only swap within their groups."""
+    """Sensitivities that drift change widths until the budget is met; after it, units only swap within their groups."""
 
     def drifting(seed: int) -> Script:
         generator = torch.Generator().manual_seed(seed)
@@ -181,7 +181,7 @@ def test_a_ranking_without_batches_is_refused():
     assert not pruner.finished
 
 
-# --- masks by hand, compaction, the way back ---------------------------------------------------------------------------
+# --- explicit masks, compaction and its inverse --------------------------------------------------------------------------
 
 
 def test_masks_by_hand_then_compact():
@@ -257,7 +257,7 @@ def test_soft_masks_are_not_compacted():
 
 
 def test_a_refused_average_leaves_the_optimizer_whole():
-    """`compact` carries both or neither: an optimizer of a model that nobody holds would train nothing."""
+    """`compact` carries both or neither: an optimizer of an unused model would train nothing."""
     unet = build("fine-units")
     optimizer = torch.optim.AdamW(unet.parameters())
     pruner = GradientFlowPruner(unet, one_shot(ratio=0.4))

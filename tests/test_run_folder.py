@@ -1,4 +1,4 @@
-"""run_folder.py: runs appear whole or not at all."""
+"""run_folder.py: runs are published completely or not at all."""
 
 from __future__ import annotations
 

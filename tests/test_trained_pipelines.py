@@ -1,4 +1,4 @@
-"""trained_pipelines.py: pipelines load in every layout, or are refused by name; what was loaded is what is saved."""
+"""trained_pipelines.py: pipelines load in every layout, or are refused by name; saving preserves them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_broken_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
-    """It would be read as it is, and its results would name a commit that nobody looked at."""
+    """The revision would have no effect, and results would name an unused commit."""
     with pytest.raises(ValueError, match=f"={tmp_path} is a folder: revision=v9 applies to Hub repositories only"):
         load_dense_pipeline(str(tmp_path), "v9")
 

@@ -4,8 +4,8 @@
         --dataset_name uoft-cs/cifar10 --target macs --ratio 0.5 --max_train_steps 100000 --output_dir runs/cifar10
 
 The method is that of Wan et al., arXiv 2501.09464: soft pruning with a falling mask value up to step N, hard pruning up to
-step M, then the model is compacted and goes on training at its small size. `--dry_run` prints the plan. A run that was stopped
-or killed goes on with `--resume_from_checkpoint latest` as if nothing had happened.
+step M, then the model is compacted and fine-tuned at its small size. `--dry_run` prints the plan. A run that was stopped or
+killed resumes with `--resume_from_checkpoint latest` and gives the same result as without the interruption.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from diffusers_gfprune.training.checkpointing import Checkpoints
 from diffusers_gfprune.training.finishing import finish, prepared_repository, save_model
 from diffusers_gfprune.training.rehearsal import rehearse_run
 from diffusers_gfprune.training.reporting import describe_plan, measure_step_losses
-from diffusers_gfprune.training.run import (
+from diffusers_gfprune.training.run_setup import (
     Run,
     estimate_run,
     make_batches,
@@ -62,13 +62,13 @@ from diffusers_gfprune.training.tracking import Tracking
 
 
 def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module | None] | None = None) -> None:
-    """Prune as the command line says.
+    """Run the script.
 
     Args:
-        argv: Its words (default: those of this process).
-        teacher: From the training loss to what it asks in place of its own teacher, for studies that make many runs.
+        argv: Command line arguments (default: those of this process).
+        teacher: Function of the training loss that returns a replacement for its teacher, for studies of many runs.
     """
-    # 1. arguments, model, data: everything that can be wrong is found here
+    # 1. arguments, model, data; errors are found here, before training
     args = parse_arguments(argv)
     inputs = (args.model.pretrained_model_name_or_path, args.data.dataset_name, args.data.train_data_dir)
     folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir, inputs)
@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         pipeline = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
         unet, noise_scheduler = pipeline.unet, pipeline.process
         images, (held_out_images, held_out_labels) = load_images(args.data, unet.config)
-    # With the null label and the share that were found, for checkpoints and the report
+    # Add the detected null label and label dropout, for checkpoints and the report
     args = dataclasses.replace(args, data=args.data.with_labels(images.decoder.label_dropout))
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
-    make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # there are enough images
+    make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
     identity = run_identity(args, dense)
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
@@ -110,14 +110,14 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         return
     repo_id = prepared_repository(args) if args.hub.push_to_hub and main_process else None
 
-    # 2. what trains, what it is measured by
+    # 2. training state, losses and teacher
     with folder if main_process else contextlib.nullcontext():
         if main_process:
             folder.prepare(dense, resuming=checkpoint is not None)
         accelerator.wait_for_everyone()
         state = TrainingState(args, accelerator, unet, pruner, checkpoint)
         if checkpoint is not None:
-            accelerator.print(f"going on from {checkpoint.path.name}")
+            accelerator.print(f"resuming from {checkpoint.path.name}")
         step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels, batch_size=args.evaluation.eval_batch_size)
         dense.to(accelerator.device)
         null_label = images.decoder.null_label
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         if objective.needs_teacher and args.precision.torch_compile != "no":
             objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
         if not objective.needs_teacher:
-            dense.to("cpu")  # until it is sampled from beside the pruned one
+            dense.to("cpu")  # until it is sampled beside the pruned model
         run = Run(
             args=args,
             accelerator=accelerator,
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         )
         tracking = Tracking(args, accelerator, folder, sample_quality)
 
-        # 3. train and prune; 4. measure, save, show
+        # 3. train and prune; 4. measure, save, plot
         with Interruption() as interruption:
             train(run, state, tracking, interruption)
         accelerator.end_training()
@@ -160,14 +160,14 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
 
 
 def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Interruption) -> None:
-    """The training loop, from wherever `state` stands to the last step, with the model compacted at its end."""
+    """The training loop, from the step of `state` to the last step. The model is compacted at its end at the latest."""
     args, accelerator = run.args, run.accelerator
     total, every = args.training.max_train_steps, args.checkpoints.checkpointing_steps
     broken = BrokenImages(args.data.max_broken_images, state.broken)
     first = state.step * args.training.gradient_accumulation_steps
     batches = iter(make_batches(args, accelerator, run.images, run.pipeline.process, first))
     while state.step < total:
-        # 3a. masks, and compaction once they freeze
+        # 3a. masks, and compaction when they freeze
         seed_everything(args.run.seed, state.step, accelerator.process_index)
         ranked = update_masks(run, state, tracking, broken)
         tracking.enter_phase(state)
@@ -202,14 +202,14 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
             save_checkpoint(run, state)
         stop_if_asked(run, state, interruption, tracking)
     tracking.close()
-    if not state.compacted:  # masks freeze at the very end of the run
+    if not state.compacted:  # masks freeze at the end of the run
         update_masks(run, state, tracking, broken)
     validate(run, state, tracking)
     report_broken_images(run, broken)
 
 
 def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: BrokenImages) -> bool:
-    """Bring masks to where the schedule wants them, look for failures, and compact the model once masks freeze.
+    """Set masks by the schedule, look for failures after a ranking, and compact the model when masks freeze.
 
     Returns:
         Whether channels were ranked.
@@ -223,7 +223,7 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
         return used
 
     if state.pruner.schedule.is_update(state.step):
-        validate(run, state, tracking)  # once before masks change, once after: jumps are to be seen
+        validate(run, state, tracking)  # before and after masks change, to detect jumps
     clock = time.perf_counter()
     update = state.pruner.step(state.step, calibration)
     if update is not None:
@@ -245,14 +245,14 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
 
 
 def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenImages):
-    """Forward, backward and update, over as many batches as make a step.
+    """Forward, backward and update, over `gradient_accumulation_steps` batches.
 
     Returns:
-        Loss and its terms, means over these batches, and the gradient norm: detached scalars, on the device.
+        Loss and its terms, as means over these batches, and the gradient norm: detached scalars on the device.
     """
     accelerator, t = run.accelerator, run.args.training
     losses, terms = [], []
-    torch.compiler.cudagraph_mark_step_begin()  # gradients of the last step, in a CUDA graph's memory, are done with
+    torch.compiler.cudagraph_mark_step_begin()  # gradients in a CUDA graph's memory may be overwritten
     for _ in range(t.gradient_accumulation_steps):
         with explained_worker_death(run, state):
             batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)
@@ -276,7 +276,7 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
 
 
 def validate(run: Run, state: TrainingState, tracking: Tracking) -> None:
-    """A point of the curve of held-out losses, on the main process."""
+    """Measure and log the held-out loss, on the main process."""
     if not run.accelerator.is_main_process:
         return
     loss = run.step_loss(state.unet)
@@ -286,7 +286,7 @@ def validate(run: Run, state: TrainingState, tracking: Tracking) -> None:
 
 
 def measure_quality(run: Run, state: TrainingState, tracking: Tracking) -> None:
-    """A point of the curves of sample quality, on the main process, with averaged weights if there are any."""
+    """Measure and log sample quality, on the main process, with averaged weights if there are any."""
     if not run.accelerator.is_main_process:
         return
     with state.averaged() as unet:

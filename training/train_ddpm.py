@@ -1,14 +1,14 @@
-"""Train a small dense DDPM from scratch: it made the two teachers of this repository (`make teacher`, `make cifar10-teacher`).
+"""Train a small dense DDPM from scratch, as for the two teachers here (`make teacher`, `make cifar10-teacher`).
 
     accelerate launch --quiet training/train_ddpm.py --model_config training/digits/unet_config.json \
         --dataset_name training/digits --output_dir runs/digits-teacher --max_train_steps 8000
 
-The loss is the simple noise-prediction loss of Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the weights that
-are saved are their exponential moving average. For anything larger than a toy, use Diffusers' `train_unconditional.py`: what
-it writes can be pruned here.
+The loss is the simple noise-prediction loss of Ho et al., https://arxiv.org/abs/2006.11239, equation 14. The exponential
+moving average of the weights is saved. For larger models, use Diffusers' `train_unconditional.py`; its pipelines can be pruned
+here.
 
-Until it is done, a run keeps checkpoints in `<output_dir>.training`; `--resume_from_checkpoint latest` goes on from the newest
-sound one, to the same weights as without the interruption.
+Checkpoints are kept in `<output_dir>.training` until the run ends. `--resume_from_checkpoint latest` resumes from the newest
+undamaged one and gives the same weights as without the interruption.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
 from diffusers_gfprune.training.named_state import check_tensors, load_optimizer_state, optimizer_tensors
 from diffusers_gfprune.training.state import seed_everything
 
-# The newest one, and the one before should that be damaged
+# The newest, and the one before it in case that is damaged
 CHECKPOINTS_KEPT = 2
-# Of weights, batches, noise, timesteps and dropout
+# For weights, batches, noise, timesteps and dropout
 SEED = 0
 WEIGHT_DECAY, EMA_MAX_DECAY, MAX_GRAD_NORM = 1e-6, 0.9995, 1.0
 
@@ -59,14 +59,14 @@ class TrainArguments:
 
     model_config: str = field(metadata={"help": "JSON file with the arguments of `UNet2DModel`."})
     output_dir: str = field(metadata={"help": "Folder for the pipeline."})
-    train_batch_size: int = field(default=128, metadata={"help": "Images per step (>= 1)."})
-    max_train_steps: int = field(default=8000, metadata={"help": "Optimizer steps (>= 1)."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW, which falls as a cosine."})
+    train_batch_size: int = field(default=128, metadata={"help": "Number of images per step and process (>= 1)."})
+    max_train_steps: int = field(default=8000, metadata={"help": "Number of optimizer steps (>= 1)."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW, with cosine decay."})
     lr_warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
-    validation_steps: int = field(default=500, metadata={"help": "Steps between two step losses on held-out images."})
-    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between two checkpoints (>= 1)."})
+    validation_steps: int = field(default=500, metadata={"help": "Steps between measurements of the held-out loss (>= 1)."})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints (>= 1)."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint of this run, or `latest`: the newest, or the start if there is none."}
+        default=None, metadata={"help": "A checkpoint of this run, or `latest` (starts from the beginning if there is none)."}
     )
 
     def __post_init__(self) -> None:
@@ -104,8 +104,8 @@ class DenseTraining:
         """Write a checkpoint.
 
         Args:
-            checkpoints: Where.
-            identity: What makes the run this run.
+            checkpoints: Checkpoints of the run.
+            identity: Values that must not change when the run is resumed.
             broken: Images that could not be read so far.
         """
         tensors = {
@@ -121,7 +121,7 @@ class DenseTraining:
         checkpoints.save(self.step, identity, {}, tensors, values)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same run.
+        """Restore the state of a checkpoint.
 
         Raises:
             ValueError: It holds tensors of another model.
@@ -158,7 +158,7 @@ def main() -> None:
     try:
         unet = family_named("UNet2DModel").dense_class.from_config(json.loads(Path(args.model_config).read_text()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        raise ValueError(f"model_config={args.model_config} makes no UNet2DModel: {error}") from error
+        raise ValueError(f"model_config={args.model_config} is not a valid UNet2DModel config: {error}") from error
     if unet.config.sample_size is None:
         raise ValueError(f"model_config={args.model_config} has no sample_size")
     noise_scheduler = DDPMScheduler()
@@ -175,9 +175,9 @@ def main() -> None:
         checkpoints.check_identity(checkpoint, identity)
         try:
             state.restore(checkpoint)
-        except (KeyError, TypeError, RuntimeError) as error:  # whole, but not made by a run like this
+        except (KeyError, TypeError, RuntimeError) as error:  # complete, but from a run of another kind
             raise ValueError(f"{checkpoint.path} does not fit this run: {error!r}") from error
-        accelerator.print(f"going on from {checkpoint.path.name}")
+        accelerator.print(f"resuming from {checkpoint.path.name}")
     elif main_process:
         folder.check()
     dataloader = train_dataloader(
@@ -224,7 +224,7 @@ def main() -> None:
                         print(f"stopped after step {state.step}, saved; --resume_from_checkpoint latest", file=sys.stderr)
                     raise StoppedBySignal(asked)
 
-        # 3. save the averaged weights and show samples
+        # 3. save the averaged weights and a grid of samples
         if broken:
             print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
         if main_process:
@@ -249,7 +249,7 @@ def training_step(args: TrainArguments, state: DenseTraining, batch: DiffusionBa
 
 
 def save(pipeline: DDPMPipeline, folder: RunFolder, shown: SamplingSettings) -> None:
-    """Leave the pipeline and a grid of samples, with all classes in turn."""
+    """Save the pipeline and a grid of samples that cycles through the classes."""
     pipeline.unet.eval()
     pipeline.save_pretrained(folder.staging)
     samples = shown.sample(pipeline.unet, pipeline.scheduler, progress="sampling")

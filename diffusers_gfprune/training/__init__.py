@@ -1,4 +1,4 @@
-"""What a pruning run is made of; `training/prune_ddpm.py` is its loop. Needs the extra `training`."""
+"""Parts of a pruning run; its loop is in `training/prune_ddpm.py`. Needs the extra `training`."""
 
 from ..extras import check_extra
 

@@ -1,7 +1,7 @@
 """Command line of `prune_ddpm.py`: dataclasses whose fields become arguments, grouped by phase.
 
-The pruning group is `GFPruneConfig` itself, so that the library and the script cannot drift apart. `--preset` changes
-defaults; what is given by name still wins.
+The pruning group is `GFPruneConfig` itself, so that library and script stay consistent. `--preset` changes defaults;
+arguments given explicitly take precedence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .recipes import expand_recipe
 
 __all__ = ["Arguments", "parse_arguments"]
 
-# The method as published has no teacher; with one, the samples of pruned models come out nearer to the dense model's (README).
+# The published method has no teacher. With one, samples of the pruned model are closer to the dense model's (README).
 SCRIPT_PRESETS = {**PRESETS, "paper": {**PRESETS["paper"], "distillation_weight": 0.0}}
 
 
@@ -42,13 +42,13 @@ class ModelArguments:
 
 @dataclass
 class OutputArguments:
-    """The run."""
+    """Output, preset and seed of the run."""
 
     _argument_group_name = "run"
 
     recipe: str | None = field(
         default=None,
-        metadata={"help": "YAML file with arguments, or the name of one in training/recipes; what is given by name wins."},
+        metadata={"help": "YAML file with arguments, or the name of one in training/recipes. The command line overrides it."},
     )
     output_dir: str = field(default="runs/ddpm-gfpruned", metadata={"help": "Folder for the pruned pipeline."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir if it exists."})
@@ -56,16 +56,16 @@ class OutputArguments:
     preset: str = field(
         default="default",
         metadata={
-            "help": "Defaults of the pruning arguments: the best measured here, those of the paper, or one-shot pruning "
+            "help": "Defaults of the pruning arguments: the best in our benchmarks, those of the paper, or one-shot pruning "
             "followed by fine-tuning.",
             "choices": list(SCRIPT_PRESETS),
         },
     )
     save_model_steps: int = field(
         default=0,
-        metadata={"help": "Steps of fine-tuning between two saves of the pipeline as it is (0: only at the end)."},
+        metadata={"help": "Save the pipeline every so many fine-tuning steps (0: only at the end)."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of batches, noise, timesteps and calibration images."})
+    seed: int = field(default=0, metadata={"help": "Seed for batches, noise, timesteps and calibration images."})
 
     def __post_init__(self) -> None:
         if self.save_model_steps < 0:
@@ -74,10 +74,10 @@ class OutputArguments:
 
 @dataclass
 class PruningArguments(GFPruneConfig):
-    """How channels are chosen and when."""
+    """Which channels are pruned, and when."""
 
     total_steps: int = field(default=1, init=False)  # max_train_steps on the command line
-    calibration_batches: int = field(default=8, metadata={"help": "Batches that scores are taken on at each ranking (>= 1)."})
+    calibration_batches: int = field(default=8, metadata={"help": "Number of calibration batches for each ranking (>= 1)."})
     calibration_batch_size: int | None = field(
         default=None, metadata={"help": "Images in a calibration batch, per process (>= 1; default: train_batch_size)."}
     )
@@ -98,19 +98,19 @@ class PruningArguments(GFPruneConfig):
             )
 
     def on_device(self, device: str) -> PruningArguments:
-        """The same with `target_device=auto` resolved: models are loaded on the CPU, and move to where they train later."""
+        """A copy with `target_device=auto` set to the training device; models are loaded on the CPU and moved later."""
         known = self.target_device == "auto" and device in DEVICES
         return dataclasses.replace(self, target_device=device) if known else self
 
     def config(self, total_steps: int) -> GFPruneConfig:
-        """The library's configuration for a run of `total_steps`."""
+        """The `GFPruneConfig` of a run of `total_steps`."""
         names = [f.name for f in dataclasses.fields(GFPruneConfig) if f.name != "total_steps"]
         return GFPruneConfig(total_steps=total_steps, **{name: getattr(self, name) for name in names})
 
 
 @dataclass
 class HubArguments:
-    """Sharing the result."""
+    """Upload to the Hub."""
 
     _argument_group_name = "hub"
 
@@ -120,12 +120,12 @@ class HubArguments:
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private."})
     hub_token: str | None = field(
-        default=None, metadata={"help": "Access token (default: that of `hf auth login`, or HF_TOKEN)."}
+        default=None, metadata={"help": "Access token (default: HF_TOKEN, or the token saved by `hf auth login`)."}
     )
     hub_strategy: str = field(
         default="end",
         metadata={
-            "help": "When to push: at the end, or after every saved model as well.",
+            "help": "When to push: at the end only, or also after every saved model.",
             "choices": ["end", "every_save"],
         },
     )
@@ -154,16 +154,16 @@ class Arguments:
     tracking: TrackingArguments
     evaluation: EvaluationArguments
     hub: HubArguments
-    words: list[str]  # of the command line
+    words: list[str]  # the command line
 
     def __post_init__(self) -> None:
         if self.hub.hub_strategy == "every_save" and not (self.hub.push_to_hub and self.run.save_model_steps):
             raise ValueError("hub_strategy=every_save needs --push_to_hub and --save_model_steps")
         if self.training.use_8bit_adam and self.precision.channels_last:
-            raise ValueError("use_8bit_adam=True does not go with channels_last=True: its moments follow the order of memory")
+            raise ValueError("use_8bit_adam=True cannot be used with channels_last=True: its moments follow the memory order")
 
     def to_dict(self) -> dict:
-        """Every value by argument name, for the report; no access token."""
+        """All values by argument name, for the report, without the access token."""
         groups = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "words"]
         values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
         del values["hub_token"]
@@ -177,10 +177,10 @@ GROUPS = (
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Read the command line, and the recipe that it names.
+    """Parse the command line and the recipe that it names.
 
     Raises:
-        ValueError: A value is out of its range, or the recipe cannot be read.
+        ValueError: A value is out of range, or the recipe cannot be read.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(

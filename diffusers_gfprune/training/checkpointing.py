@@ -1,13 +1,13 @@
-"""Checkpoints: the whole state of a run as safetensors and JSON, there complete or not at all.
+"""Checkpoints: the complete state of a run as safetensors and JSON, written atomically.
 
     checkpoint-<step>/
         checkpoint.json      format, identity of the run, settings, size and CRC-32 of every other file
         state.json           numbers: step, history, curves, position in the data
         <part>.safetensors   tensors: model, optimizer, ema, pruner
 
-A checkpoint is written under a hidden name, flushed to the disk and then renamed, so that a process killed at any instant
-leaves either none or a whole one. What happens to it later (a copy cut short, a full disk, a flipped bit) shows in the
-checksums, and the checkpoint before it is taken instead. Nothing is ever unpickled.
+A checkpoint is written under a hidden name, flushed to disk and then renamed: a process killed at any time leaves a complete
+checkpoint or none. Later damage (an incomplete copy, a full disk, a flipped bit) is detected by checksums, and the previous
+checkpoint is used instead. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or is damaged."""
+    """A checkpoint cannot be written, or is damaged."""
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        path: Its folder.
-        step: Training steps done.
-        identity: What makes the run this run and no other, JSON values by name.
-        settings: What may be changed when a run goes on, JSON values by argument name.
-        tensors: By part and name, on the CPU.
-        values: Everything else, JSON.
+        path: Folder of the checkpoint.
+        step: Number of completed training steps.
+        identity: Values that must not change when the run is resumed, JSON values by name.
+        settings: Values that may change when the run is resumed, JSON values by argument name.
+        tensors: Tensors by part and name, on the CPU.
+        values: All other state, JSON.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Checkpoint:
 
 
 def _flush(path: Path) -> None:
-    """Make sure that a file or folder is on the disk, not only in memory."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -76,7 +76,7 @@ def _crc32(path: Path) -> int:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors takes them: contiguous, on the CPU, none sharing memory with another."""
+    """Tensors as safetensors requires them: contiguous, on the CPU, without shared memory."""
     packed, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -89,7 +89,7 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:
-    """One line for every name whose value differs, with both values."""
+    """One line for each name whose value differs, with both values."""
     names = sorted({*before, *now}, key=str)
     return [f"{n} was {before.get(n)}, is {now.get(n)}" for n in names if before.get(n) != now.get(n)]
 
@@ -98,8 +98,8 @@ class Checkpoints:
     """The checkpoints of a run, in one folder.
 
     Args:
-        folder: Where they lie; made when the first is saved.
-        total_limit: How many are kept, newest first (0: all of them).
+        folder: Folder of the checkpoints, created when the first is saved.
+        total_limit: Number of newest checkpoints to keep (0: all).
     """
 
     def __init__(self, folder: Path, total_limit: int = 0) -> None:
@@ -115,20 +115,20 @@ class Checkpoints:
     def save(
         self, step: int, identity: Mapping, settings: Mapping, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping
     ) -> Path:
-        """Write the checkpoint of a step, and remove the oldest beyond the limit once it is there.
+        """Write the checkpoint of a step, then remove the oldest checkpoints beyond the limit.
 
         Args:
-            step: Training steps done.
-            identity: JSON values that a run must share to go on from here.
+            step: Number of completed training steps.
+            identity: JSON values that must not change when the run is resumed.
             settings: JSON values that may change.
-            tensors: By part (a file name without ending) and name.
-            values: Everything else, JSON.
+            tensors: Tensors by part (the file name without its extension) and name.
+            values: All other state, JSON.
 
         Returns:
-            Its folder.
+            The folder of the checkpoint.
 
         Raises:
-            CheckpointError: It cannot be written, say because the disk is full. Earlier ones are as they were.
+            CheckpointError: It cannot be written, for example because the disk is full. Earlier checkpoints are unchanged.
         """
         path = self.folder / f"checkpoint-{step}"
         fresh = self.folder / f".{path.name}.saving"
@@ -149,7 +149,7 @@ class Checkpoints:
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
             for written in (*fresh.iterdir(), fresh):
                 _flush(written)
-            self._remove(path)  # of the same step, from before a resume
+            self._remove(path)  # the same step, saved before a resume
             os.replace(fresh, path)
             _flush(self.folder)
         except BaseException as error:
@@ -163,7 +163,7 @@ class Checkpoints:
         return path
 
     def _remove(self, path: Path) -> None:
-        """Remove a checkpoint; half of one never stands under its name."""
+        """Remove a checkpoint. It is renamed first, so that no incomplete checkpoint has its name."""
         if path.exists():
             leaving = path.with_name(f".{path.name}.removing")
             shutil.rmtree(leaving, ignore_errors=True)
@@ -171,7 +171,7 @@ class Checkpoints:
             shutil.rmtree(leaving, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove all checkpoints, and what a killed process left half-written."""
+        """Remove all checkpoints, including incomplete ones of a killed process."""
         for path in self.paths():
             self._remove(path)
         for left in self.folder.glob(".checkpoint-*") if self.folder.is_dir() else ():
@@ -181,7 +181,7 @@ class Checkpoints:
         """Read a checkpoint.
 
         Raises:
-            CheckpointError: A file is missing, shorter than it was, or changed, or the format is another one.
+            CheckpointError: A file is missing, truncated or changed, or the format version differs.
         """
         try:
             manifest = json.loads((path / MANIFEST).read_text())
@@ -201,30 +201,30 @@ class Checkpoints:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def find(self, which: str, warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Checkpoint | None:
-        """The checkpoint to go on from.
+        """Load the checkpoint to resume from.
 
         Args:
             which: `"latest"`, the name of a checkpoint in the folder, or a path.
-            warn: Told about every damaged checkpoint that is passed over.
+            warn: Called with a message for each damaged checkpoint that is skipped.
 
         Returns:
-            The checkpoint; None if `"latest"` was asked for and there is none at all.
+            The checkpoint; None for `"latest"` if there are no checkpoints.
 
         Raises:
-            CheckpointError: The one asked for is missing or damaged, or all of them are.
+            CheckpointError: The requested checkpoint is missing or damaged, or all checkpoints are damaged.
         """
         if which != "latest":
             path = self.folder / which if (self.folder / which).is_dir() else Path(which)
             if not path.is_dir():
                 known = ", ".join(path.name for path in self.paths()) or "none"
-                raise CheckpointError(f"resume_from_checkpoint={which} is no checkpoint; {self.folder} holds {known}")
+                raise CheckpointError(f"resume_from_checkpoint={which} is not a checkpoint; {self.folder} holds {known}")
             return self.load(path)
         paths = self.paths()
         for path in paths:
             try:
                 return self.load(path)
             except CheckpointError as error:
-                warn(f"warning: {error}; looking for the checkpoint before it")
+                warn(f"warning: {error}; trying the previous checkpoint")
         if paths:
             raise CheckpointError(f"resume_from_checkpoint=latest: all {len(paths)} checkpoints in {self.folder} are damaged")
         return None
@@ -234,7 +234,7 @@ class Checkpoints:
         """Refuse a checkpoint of another run.
 
         Raises:
-            ValueError: Something differs, all of which is named.
+            ValueError: Values differ; the message lists them.
         """
         differing = changed_settings(checkpoint.identity, json.loads(json.dumps(dict(identity))))
         if differing:

@@ -1,13 +1,13 @@
-"""Diagnostics: does pruning by gradient flow do what it should? Each known failure has a measure, a threshold and a remedy.
+"""Detection of known failures of pruning by gradient flow. Each has a measure, a threshold and a remedy.
 
     Hg is wrong           scores by double backward and by finite differences rank units differently
-    no gain               on the same batches, the loss without the units that the criterion gives up is no lower than
-                          without as many that magnitude gives up
-    p_t falls too fast    the held-out loss rises from ranking to ranking faster than training repairs it
-    masks flap            a large share of the pruned units comes back at every ranking: scores are noise
+    no gain               on the same batches, the loss without the units that the criterion removes is not lower than
+                          without as many units removed by magnitude
+    p_t falls too fast    the held-out loss rises from ranking to ranking faster than training recovers
+    masks flap            a large share of the pruned units is revived at every ranking: scores are noise
 
-The first two are measured on calibration batches, the others read off what a run records anyway. `diagnose` is a pure function
-of all of it.
+The first two are measured on calibration batches. The others use values that every run records. `diagnose` is a pure function
+of these inputs.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ from ..scoring.mode import scoring_mode
 
 __all__ = ["Diagnosis", "check_hessian_gradient_product", "compare_with_magnitude", "diagnose"]
 
-HANDFUL = 16  # of units: two neighbours that change places in a group of 8 take a rank correlation to 0.976, of 16 to 0.997
+# Units. Swapping two neighbours lowers the rank correlation of a group of 8 to 0.976, of 16 to 0.997.
+HANDFUL = 16
 
-# Thresholds lie between what was seen on the digits DDPM that ships with this project (half of the MACs, 1,500 steps, some
-# seeds) in runs with the default options, which lose nothing on the way, and as published (`--preset paper`), which do.
+# Thresholds lie between the values measured on the digits DDPM of this project (half of the MACs, 1,500 steps, several seeds)
+# in runs with the default options, which keep the quality, and in published runs (`--preset paper`), which lose it.
 #
-# Held-out loss right after a ranking, relative to the lowest since the ranking before: default, up to +9 % and once +11 %;
-# published, +35 % to +456 % at all rankings but the first. One jump like that costs more than the steps to the next ranking
-# repair; small rises are the price of a smaller model, unless they go on.
+# Held-out loss right after a ranking, relative to the lowest since the previous ranking: default, up to +9 % and once +11 %;
+# published, +35 % to +456 % at all rankings but the first. Training does not recover from such a jump before the next ranking;
+# small rises are expected of a smaller model, unless they repeat.
 LARGE_RISE, RISE, RISES = 0.25, 0.10, 3
-# Channels that came back at a ranking, as a share of those pruned before it: default, up to 2 %; published, 70 % to 100 %.
-# Two of the last five rankings, so that a run that has settled is not reproached with its beginning.
+# Units revived at a ranking, as a share of those pruned before it: default, up to 2 %; published, 70 % to 100 %.
+# Two of the last five rankings, so that a run that has settled is not judged by its beginning.
 REVIVED_SHARE, FLAPS, LAST_RANKINGS = 0.2, 2, 5
-# Smallest rank correlation of a group, scores by double backward and by differences: 0.9996 or more, in either run. What
-# counts is who is kept: at 0.99, about 4 of 100 units would be chosen otherwise at half of them (arccos(0.99) / pi).
-# Products that lack the second derivative of group norms just come to that.
+# Smallest rank correlation of a group between scores by double backward and by differences: 0.9996 or more in both kinds of
+# runs. At 0.99, about 4 of 100 units change sides when half are kept (arccos(0.99) / pi). Products without the second
+# derivative of group norms just reach that value.
 RANK_CORRELATION = 0.99
 
 
@@ -58,21 +59,21 @@ def check_hessian_gradient_product(
     noise_scheduler,
     config: GFPruneConfig,
 ) -> dict:
-    """Gradient-flow scores by double backward beside those by finite differences, on the same batches.
+    """Compare gradient-flow scores by double backward with those by finite differences, on the same batches.
 
-    The two share no derivative formula of second order, so that they agree only where both are right.
+    The two share no second-order derivative formula, so they agree only if both are correct.
 
     Args:
-        unet: The dense or masked model; it is left as it was.
-        groups: Its channel groups.
+        unet: The dense or masked model; it is not changed.
+        groups: Channel groups of the model.
         batches: Calibration batches, as for `score_units`.
         noise_scheduler: The Diffusers scheduler that adds the noise.
-        config: Options of the scores, apart from `criterion` and `hvp`.
+        config: Options of the scores; `criterion` and `hvp` are ignored.
 
     Returns:
-        `rank_correlation`, the smallest Spearman correlation of a group with at least 16 units (all units together if
-        there is none), in [-1, 1]; `group`, which that is (or None); `relative_error`, `|exact - difference| / |exact|` over
-        all units of all groups.
+        `rank_correlation`, the smallest Spearman correlation of a group with at least 16 units (of all units together if
+        no group is that large), in [-1, 1]; `group`, the name of that group (or None); `relative_error`,
+        `|exact - difference| / |exact|` over all units of all groups.
     """
     exact, difference = (
         score_units(unet, groups, batches, noise_scheduler, replace(config, criterion="gradient-flow-weights", hvp=hvp))
@@ -90,7 +91,7 @@ def check_hessian_gradient_product(
 
 
 def _rank_correlation(first: Tensor, second: Tensor) -> float:
-    if first.equal(second):  # constants too, such as zeros where nothing is learnt
+    if first.equal(second):  # includes constants, such as zeros where nothing is learned
         return 1.0
     if first.min() == first.max() or second.min() == second.max():
         return 0.0
@@ -99,26 +100,27 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[DiffusionBatch]) -> dict[str, float]:
-    """Noise-prediction loss if pruning ended now: without the units that the pruner's scores give up, and without those
-    that magnitude gives up, with the same share of every group, at the full budget of either and with no training in between.
+    """Noise-prediction loss if pruning ended now, with units chosen by the pruner's scores and by magnitude.
+
+    Both choices meet the full budget with the same share of every group. The model is not trained in between.
 
     Args:
-        pruner: After a ranking; its masks are left as they are. The earlier in the run, the fairer: later on, the weights have
-            got used to the masks that the pruner chose.
-        batches: Calibration batches; of several processes, this rank's rows.
+        pruner: The pruner after a ranking; its masks are not changed. Comparisons early in the run are fairer, since weights
+            adapt to the masks that the pruner chose.
+        batches: Calibration batches; with several processes, this rank's rows.
 
     Returns:
         `loss_dense`, `loss_criterion`, `loss_magnitude`: means over batches and ranks, >= 0.
 
     Raises:
-        ValueError: Nothing was ranked yet, there are no batches, or masks are off the model.
+        ValueError: Units were not ranked yet, there are no batches, or the model has no masks.
     """
     if len(batches) == 0:
-        raise ValueError("batches is empty: a comparison needs calibration batches")
+        raise ValueError("batches is empty; the comparison needs calibration batches")
     if pruner.scores is None:
-        raise ValueError("units were not ranked yet: compare after the first update")
+        raise ValueError("units were not ranked yet; compare after the first update")
     if not hasattr(pruner.unet, MASKS_MODULE):
-        raise ValueError("the model has no masks any more: compare before detach()")
+        raise ValueError("the model has no masks; compare before detach()")
     unet, groups, config = pruner.unet, pruner.groups, replace(pruner.config, criterion="magnitude")
     magnitude = score_units(unet, groups, [], pruner.noise_scheduler, config)
     magnitude = {name: values.cpu() for name, values in magnitude.items()}
@@ -136,7 +138,7 @@ def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[Diffusi
             unet.channel_masks.set({group: mask.float() for group, mask in masks.items()})
             losses[name] = _mean_loss(context)
     finally:
-        unet.channel_masks.set(before, check=False)  # heads may differ on the way
+        unet.channel_masks.set(before, check=False)  # heads may differ during pruning
     return losses
 
 
@@ -147,16 +149,16 @@ def _mean_loss(context: ScoringContext) -> float:
     return loss.item()
 
 
-# --- what it means -----------------------------------------------------------------------------------------------------
+# --- diagnosis ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A known failure, found.
+    """A known failure that was detected.
 
     Attributes:
         kind: `"masks-fall-too-fast"`, `"masks-flap"`, `"no-gain-over-magnitude"` or `"wrong-hessian-product"`.
-        message: One line: what was seen, and the remedy in terms of the command line's arguments.
+        message: One line with the measured values and the remedy in command-line arguments.
     """
 
     kind: str
@@ -177,18 +179,18 @@ def diagnose(
     comparison: Mapping[str, float] | None = None,
     hessian_check: Mapping | None = None,
 ) -> list[Diagnosis]:
-    """Known failures that a run shows, so far.
+    """Detect known failures in a run so far.
 
     Args:
-        history: Its mask updates, or their dictionaries.
-        validation: Steps and held-out losses in the order in which they were measured, among them one at every ranking, after
-            masks were set and before weights moved. Where masks jump (`interpolate_masks=False`), measure before that as well.
+        history: Mask updates of the run, or their dictionaries.
+        validation: Steps and held-out losses in the order of measurement, including one at every ranking, after masks are set
+            and before weights change. If masks jump (`interpolate_masks=False`), include one before each ranking, too.
         config: Options of the run.
-        comparison: Of `compare_with_magnitude`, if it was made.
-        hessian_check: Of `check_hessian_gradient_product`, if it was made.
+        comparison: Result of `compare_with_magnitude`, if available.
+        hessian_check: Result of `check_hessian_gradient_product`, if available.
 
     Returns:
-        What was found, in the order of causes: scores, masks that they lead to, losses that these lead to.
+        Failures in causal order: scores, masks, losses.
     """
     updates = [MaskUpdate(**update) if isinstance(update, Mapping) else update for update in history]
     found = (
@@ -207,7 +209,7 @@ def _wrong_product(check: Mapping | None, config: GFPruneConfig) -> tuple[str, s
     return "wrong-hessian-product", (
         f"Hessian-gradient products by double backward and by finite differences rank the units of "
         f"{check['group'] or 'the model'} differently (rank correlation {check['rank_correlation']:.3f}, should be "
-        f"{RANK_CORRELATION} or more): use --hvp {other} and see whether masks get calmer"
+        f"{RANK_CORRELATION} or more): use --hvp {other} and check whether masks change less"
     )
 
 
@@ -226,8 +228,8 @@ def _no_gain(comparison: Mapping | None, check: Mapping | None, config: GFPruneC
     else:
         remedy = f"raise --calibration_batches, or try another --aggregation (now {config.aggregation})"
     return "no-gain-over-magnitude", (
-        f"no gain over magnitude: without the units that {config.criterion} gives up the loss is {ours:.4f}, without those "
-        f"that magnitude gives up {theirs:.4f}: {remedy}"
+        f"no gain over magnitude: the loss is {ours:.4f} without the units that {config.criterion} removes and "
+        f"{theirs:.4f} without those that magnitude removes: {remedy}"
     )
 
 
@@ -243,7 +245,7 @@ def _flapping(updates: Sequence[MaskUpdate], config: GFPruneConfig) -> tuple[str
         return None
     return "masks-flap", (
         f"masks flap: at {len(high)} of the last {len(shares)} rankings more than {REVIVED_SHARE:.0%} of the pruned units "
-        f"came back (up to {max(high):.0%}): raise --calibration_batches, --score_decay (now {config.score_decay:g}) or "
+        f"were revived (up to {max(high):.0%}): raise --calibration_batches, --score_decay (now {config.score_decay:g}) or "
         f"--revival_margin (now {config.revival_margin:g})"
     )
 
@@ -251,7 +253,7 @@ def _flapping(updates: Sequence[MaskUpdate], config: GFPruneConfig) -> tuple[str
 def _rising(
     updates: Sequence[MaskUpdate], validation: Sequence[tuple[int, float]], config: GFPruneConfig
 ) -> tuple[str, str] | None:
-    if config.soft_fraction == 0:  # one shot: the jump is what was asked for
+    if config.soft_fraction == 0:  # one-shot pruning: the jump is expected
         return None
     rises = _rises([update.step for update in updates], validation)
     step = max(rises, key=rises.get, default=None)
@@ -267,11 +269,11 @@ def _rising(
 
 
 def _rises(rankings: Sequence[int], validation: Sequence[tuple[int, float]]) -> dict[int, float]:
-    """By step, the loss after a ranking relative to the lowest since the ranking before (or the last one before the first)."""
-    last_at = {step: index for index, (step, _) in enumerate(validation)}  # of several at one step, the last
+    """Rise of the loss after each ranking, by step, over the lowest since the previous one (first: the last before it)."""
+    last_at = {step: index for index, (step, _) in enumerate(validation)}  # the last of several at one step
     marks = [last_at[step] for step in rankings if step in last_at]
     if marks and marks[-1] + 1 < len(validation):
-        marks.append(marks[-1] + 1)  # what the last ranking led to
+        marks.append(marks[-1] + 1)  # the effect of the last ranking
     starts = [marks[0] - 1, *marks[:-1]] if marks else []
     return {
         validation[mark][0]: validation[mark][1] / min(loss for _, loss in validation[start:mark]) - 1

@@ -1,4 +1,4 @@
-"""Help of a long command line on two screens: `--help` shows the arguments that matter, `--help_all` all of them."""
+"""Short and full help: `--help` shows the essential arguments, `--help_all` all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["ESSENTIAL", "EssentialHelp", "add_help_all"]
 
 HELP_ALL = ("--help_all", "--help-all")
 
-# What `--help` shows, by the names of the groups
+# Arguments in `--help`, by argument group
 ESSENTIAL = {
     "model": ("pretrained_model_name_or_path",),
     "run": ("recipe", "output_dir", "overwrite_output_dir", "dry_run", "preset", "seed"),
@@ -29,7 +29,7 @@ ESSENTIAL = {
 
 
 class EssentialHelp(argparse.HelpFormatter):
-    """Lists the arguments of `ESSENTIAL`, each under one spelling, with its default if it has one."""
+    """Lists the arguments of `ESSENTIAL`, each with one spelling and its default, if any."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -51,10 +51,10 @@ class EssentialHelp(argparse.HelpFormatter):
 
 
 def add_help_all(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Give a parser `--help_all`, and make its `--help` short.
+    """Add `--help_all` to a parser and shorten its `--help`.
 
     Args:
-        parser: Its formatter is replaced, unless the command line asks for all arguments.
+        parser: The parser; its formatter is replaced unless the command line contains `--help_all`.
         words: The command line.
     """
     parser.add_argument(*HELP_ALL, action="help", help="show all arguments and exit")

@@ -1,17 +1,16 @@
-"""What a run will take on this machine: seconds for a step, and bytes while training and while scoring, found in seconds.
+"""Estimate of time and memory of a run on this machine: seconds of a step, and bytes while training and scoring.
 
 With W bytes of weights and A(b) bytes of activations, which the forward of b images keeps for the backward, a step peaks at
 
     weights W + moments 2W (a quarter of that with 8 bits) + W + A(b)
 
-The third term is that of the gradients, which grow while activations are freed, or, as long as masks are on, that of the
-masked weights. Ranking channels by H g takes a multiple of such a peak in full precision. The multiples, and what convolution
-workspaces and the allocator add, are those measured for `benchmarks/README.md`. The average of the weights and the teacher
-come on top.
+The third term is that of the gradients, which grow while activations are freed, or, while masks are attached, that of the
+masked weights. Ranking channels by H g takes a multiple of this peak in full precision. The multiples, and the overhead of
+convolution workspaces and the allocator, were measured for `benchmarks/README.md`. Averaged weights and the teacher are added.
 
-A(b) is counted on fake tensors, which have shapes but no memory and no values: distinct storages that autograd saves, without
-those of parameters. It costs neither the time nor the memory of a forward, at any batch size. Time cannot be had this way: it
-is measured on few images, and extrapolated.
+A(b) is counted on fake tensors, which have shapes but no memory and no values: the distinct storages that autograd saves,
+except those of parameters. Counting takes neither the time nor the memory of a forward, at any batch size. Time is measured on
+few images and extrapolated.
 """
 
 from __future__ import annotations
@@ -37,24 +36,24 @@ from ..metrics.speed import seconds_of
 __all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "machine_memory", "memory_plan"]
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Resident size / counted bytes of a step on the CIFAR-10 model (1,028 of 926 MiB).
+# Resident size / counted bytes of a step on the CIFAR-10 model (1,028 / 926 MiB)
 WORKSPACE = 1.1
-# Peak of a scoring pass with products with the Hessian / peak of a step on as many images, by `hvp`
+# Peak of a scoring pass with Hessian-gradient products / peak of a step on as many images, by `hvp`
 HESSIAN_MEMORY = {"exact": 2.4, "finite-difference": 1.2}
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """What one step costs.
+    """Time and memory of one step.
 
     Attributes:
-        batch_size: Images in the step.
-        seconds: Forward and backward.
-        timed_batch_size: Images that were timed, of which the rest is extrapolated.
+        batch_size: Number of images in the step.
+        seconds: Time of forward and backward.
+        timed_batch_size: Number of images that were timed; `seconds` is extrapolated from them.
         weight_bytes: Size of all parameters.
-        activation_bytes: What the forward keeps for the backward, in the precision of training.
-        scoring_batch_size: Images of a calibration batch.
-        scoring_activation_bytes: What a forward of these keeps, in full precision.
+        activation_bytes: Activations that the forward keeps for the backward, in the training precision.
+        scoring_batch_size: Number of images in a calibration batch.
+        scoring_activation_bytes: Activations that the forward of a calibration batch keeps, in full precision.
     """
 
     batch_size: int
@@ -68,7 +67,7 @@ class StepEstimate:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run holds, in bytes, and the words for it.
+    """Memory of a run in bytes.
 
     Attributes:
         weights: Parameters.
@@ -76,10 +75,10 @@ class MemoryPlan:
         optimizer: Moments of AdamW.
         average: Averaged weights.
         teacher: The dense model.
-        training: All of it at the peak of a step.
-        scoring: All of it at the peak of a ranking.
-        free: What there is.
-        lines: What to print: one line, and advice in a second if it does not fit.
+        training: Total at the peak of a step.
+        scoring: Total at the peak of a ranking.
+        free: Available memory.
+        lines: Lines to print: a summary, and advice in a second line if the run does not fit.
     """
 
     weights: int
@@ -94,7 +93,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether there is enough."""
+        """Whether the run fits into the available memory."""
         return max(self.training, self.scoring) <= self.free
 
 
@@ -115,20 +114,20 @@ def count_activations(
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
 ) -> int:
-    """Bytes that a forward in training mode keeps for the backward, without running it.
+    """Count the bytes that a forward in training mode keeps for the backward, without running it.
 
     Args:
         unet: A model of any family; only its configuration is used.
-        batch_size: Images (>= 1).
-        device: What the forward would run on; kernels and autocast rules differ.
-        mixed_precision: `"no"`, `"fp16"` or `"bf16"`. Weights that autocast converts are counted.
-        gradient_checkpointing: Whether blocks keep their inputs only.
+        batch_size: Number of images (>= 1).
+        device: Device of the forward; kernels and autocast rules differ.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`. Copies of weights made by autocast are counted.
+        gradient_checkpointing: Whether blocks keep only their inputs.
     """
     device = torch.device(device)
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage()._cdata, tensor)  # the tensor is kept, so that no address is used twice
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)  # keep the tensor, so that its address is not reused
         return tensor
 
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), torch.device(device):
@@ -147,10 +146,10 @@ def count_activations(
 
 
 def _time(step: Callable[[int], float], batch_size: int, fits: Callable[[int], bool], time_limit: float) -> tuple[float, int]:
-    """Seconds for `batch_size` images, from as many as can be timed within `time_limit` seconds, and how many these were.
+    """Seconds for `batch_size` images, extrapolated from as many as fit into `time_limit` seconds, and that number.
 
-    The number is doubled as long as the next run is expected to end in time. The last is repeated if there is time left, since
-    the first run of a shape pays for what is set up once.
+    The number is doubled while the next run is expected to end in time. The last run is repeated if time is left, since the
+    first run of a shape includes one-time setup.
     """
     size = 1
     spent = seconds = step(size)
@@ -173,7 +172,7 @@ def _time(step: Callable[[int], float], batch_size: int, fits: Callable[[int], b
 def _forward_backward(
     unet: nn.Module, noise_scheduler, batch_size: int, *, device: torch.device, mixed_precision: str, peaks: dict[int, int]
 ) -> float:
-    """Seconds of a forward and backward; on CUDA, `peaks[batch_size]` becomes the most bytes that it made."""
+    """Seconds of a forward and backward; on CUDA, sets `peaks[batch_size]` to the peak of allocated bytes."""
     cuda = device.type == "cuda"
     unet.zero_grad()
     family = family_of(unet)
@@ -208,20 +207,20 @@ def estimate_step(
     scoring_batch_size: int | None = None,
     time_limit: float = 5.0,
 ) -> StepEstimate:
-    """Estimate a training step, on a copy: the model, its gradients and mode, and global random states stay as they are.
+    """Estimate a training step on a copy of the model, which is not changed. Global random states are kept.
 
     Args:
         unet: The dense model, on any device.
         noise_scheduler: The Diffusers scheduler that adds the noise.
-        batch_size: Images in the step (>= 1).
-        device: Where training would run.
+        batch_size: Number of images in the step (>= 1).
+        device: Training device.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
-        gradient_checkpointing: Whether activations are computed again in the backward.
-        scoring_batch_size: Images of a calibration batch (default: `batch_size`).
-        time_limit: Seconds that timing may take, if a single image does not take longer.
+        gradient_checkpointing: Whether activations are recomputed in the backward.
+        scoring_batch_size: Number of images in a calibration batch (default: `batch_size`).
+        time_limit: Limit on the timing in seconds; a single image is always timed.
 
     Raises:
-        ValueError: Not even one image fits into the device's memory.
+        ValueError: A single image does not fit into the device's memory.
     """
     device = torch.device(device)
     scoring_batch_size = scoring_batch_size or batch_size
@@ -251,9 +250,9 @@ def estimate_step(
         finally:
             del twin, step
             if cuda:
-                torch.cuda.empty_cache()  # else it would count as taken
+                torch.cuda.empty_cache()  # otherwise cached memory would count as used
     weights = _weight_bytes(unet)
-    # Kernels may keep more than what is saved, which can be seen on CUDA only.
+    # Kernels may keep more than what autograd saves; this can be measured on CUDA only.
     excess = max(1.0, (peaks.get(timed, 0) - weights) / (activations * timed / batch_size))
     return StepEstimate(
         batch_size,
@@ -267,7 +266,7 @@ def estimate_step(
 
 
 def machine_memory(device: torch.device | str) -> int:
-    """Bytes that are free: on a GPU, of its memory; else what the operating system can give without swapping."""
+    """Free bytes: of a GPU's memory, or of the memory that the operating system can provide without swapping."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -287,19 +286,19 @@ def memory_plan(
     gradient_accumulation_steps: int = 1,
     device: torch.device | str = "cpu",
 ) -> MemoryPlan:
-    """Add up what a run needs at its two peaks, and say so.
+    """Add up the memory of a run at its two peaks: training and scoring.
 
     Args:
-        estimate: Of a step.
-        free_bytes: What the run may use on the device: what is free, and what it holds there already.
-        criterion: Name of what units are scored by.
-        hvp: How H g is computed, if the criterion takes it.
+        estimate: Estimate of a step.
+        free_bytes: Memory that the run may use on the device, including memory that it already holds.
+        criterion: Name of the scoring criterion.
+        hvp: How H g is computed, if the criterion uses it.
         use_8bit_adam: Whether moments have 8 bits.
         use_ema: Whether weights are averaged.
-        teacher: Whether the dense model lies on the device, too.
-        gradient_checkpointing: Whether it is on, so that it is no advice.
-        gradient_accumulation_steps: As it is, for the advice.
-        device: Where that is.
+        teacher: Whether the dense model is on the device, too.
+        gradient_checkpointing: Whether it is enabled, and therefore not advised.
+        gradient_accumulation_steps: Current value, for the advice.
+        device: Training device.
     """
     record = find_criterion(criterion)
     takes_hessian = record.derivatives == 2
@@ -346,7 +345,7 @@ def memory_plan(
         if fitting and fitting[-1] < estimate.scoring_batch_size:
             advice.append(f"calibration_batch_size={fitting[-1]}")
     if advice:
-        lines.append(f"{'':11}too little; what would help: {', '.join(advice)}")
+        lines.append(f"{'':11}too little; to reduce it: {', '.join(advice)}")
     elif max(trained, scored) > free_bytes:
-        lines.append(f"{'':11}too little, even for single images: it needs a larger device")
+        lines.append(f"{'':11}too little, even for single images; use a larger device")
     return MemoryPlan(weights, weights, optimizer, average, dense, trained, scored, free_bytes, tuple(lines))

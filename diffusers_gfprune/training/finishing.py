@@ -1,4 +1,4 @@
-"""The end of a run: measure, save, show, and share."""
+"""The end of a run: measure the models, save, plot and push."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ..reports.results import Results
 from ..run_folder import RunFolder, write_json
 from .arguments import Arguments
 from .reporting import measure_step_losses, pruning_report, results
-from .run import Run
+from .run_setup import Run
 from .state import TrainingState
 
 __all__ = ["finish", "prepared_repository", "save_model"]
 
 
 def prepared_repository(args: Arguments) -> str:
-    """The repository to push to, found to be there and writable before any long work.
+    """Create the repository to push to if needed, and check write access before training.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The repository cannot be created or written.
     """
     name = args.hub.hub_model_id or Path(args.run.output_dir).name
     try:
         return prepare_repo(name, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
     except HUB_ERRORS as error:
-        raise ValueError(f"push_to_hub to {name} cannot work: {reason(error)}") from error
+        raise ValueError(f"push_to_hub to {name} would fail: {reason(error)}") from error
 
 
 def save_model(run: Run, state: TrainingState) -> None:
-    """Save the pipeline as it is, and push it if that is wanted; a push that fails is no reason to stop."""
+    """Save the current pipeline, and push it with `hub_strategy=every_save`. A failed push does not stop the run."""
     args = run.args
     with state.averaged() as unet:
         run.folder.save(partial(run.pipeline.save, unet))
@@ -45,11 +45,11 @@ def save_model(run: Run, state: TrainingState) -> None:
         try:
             push_checkpoint(run.folder.staging, run.repo_id, token=args.hub.hub_token, commit_message=message)
         except (PushError, ValueError) as error:
-            tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
+            tqdm.write(f"warning: {error}; training continues", file=sys.stderr)
 
 
 def finish(run: Run, state: TrainingState) -> None:
-    """Write pipeline, results, report, card and pictures, and make the run folder appear."""
+    """Write pipeline, results, report, card and pictures, and publish the run folder."""
     args, folder = run.args, run.folder
     if state.ema is not None:
         state.ema.copy_to(state.unet.parameters())
@@ -75,7 +75,7 @@ def finish(run: Run, state: TrainingState) -> None:
 
 
 def print_results(measured: Results, folder: RunFolder) -> None:
-    """The figures that matter, dense beside pruned."""
+    """Print the main figures, dense beside pruned."""
     dense, pruned = measured.reference_model, measured.model
     costs = [("parameters", "parameters", "{:,}"), ("MACs", "macs", "{:,}"), ("step loss (held out)", "step_loss", "{:.4f}")]
     costs.append(("step loss, null label", "step_loss_null_label", "{:.4f}"))

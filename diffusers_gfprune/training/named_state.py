@@ -1,6 +1,6 @@
-"""State of an optimizer by parameter name, as checkpoints hold it: tensors apart from numbers.
+"""Optimizer state by parameter name, for checkpoints, with tensors and numbers kept separately.
 
-An entry is called `<key>/<parameter name>`, such as `exp_avg/conv_in.weight`.
+Entries are named `<key>/<parameter name>`, such as `exp_avg/conv_in.weight`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ __all__ = ["check_tensors", "load_optimizer_state", "optimizer_numbers", "optimi
 
 
 def check_tensors(source: object, part: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not those of the parameters; copying would broadcast them without a word.
+    """Check that tensors have the names and shapes of parameters; copying would silently broadcast.
 
     Args:
-        source: Where they come from, for the error.
-        part: Which they are, for the error.
-        tensors: By name.
-        parameters: What they belong to, by name.
+        source: Origin of the tensors, for the error.
+        part: Description of the tensors, for the error.
+        tensors: Tensors by name.
+        parameters: Parameters by name.
 
     Raises:
-        ValueError: A name is on one side only, or a shape differs.
+        ValueError: Names or shapes differ.
     """
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())
@@ -38,14 +38,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     """Tensors of an optimizer's state.
 
     Args:
-        optimizer: Bare, not as Accelerate wraps it.
-        parameters: All that it holds, by name.
+        optimizer: The PyTorch optimizer, not Accelerate's wrapper.
+        parameters: All its parameters by name.
     """
     return {name: value for name, value in _entries(optimizer, parameters) if isinstance(value, Tensor)}
 
 
 def optimizer_numbers(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, int | float]:
-    """Numbers of an optimizer's state (8-bit Adam counts steps in one)."""
+    """Numbers of an optimizer's state, such as the step count of 8-bit Adam."""
     return {name: value for name, value in _entries(optimizer, parameters) if isinstance(value, (int, float))}
 
 
@@ -65,7 +65,7 @@ def load_optimizer_state(
     """Replace an optimizer's state.
 
     Raises:
-        KeyError: An entry is of no parameter in `parameters`.
+        KeyError: An entry does not belong to any of `parameters`.
     """
     optimizer.state.clear()
     for source in (tensors, numbers):

@@ -1,4 +1,4 @@
-"""Command line of `prune_ddpm.py`, second part: optimization, precision, checkpoints, trackers."""
+"""Arguments of `prune_ddpm.py` for optimization, precision, checkpoints and trackers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TRACKERS = ["none", "tensorboard", "wandb", "trackio"]
 
 
 def _check(arguments: object, at_least: dict[int, tuple[str, ...]]) -> None:
-    """Refuse a value under its bound.
+    """Check lower bounds.
 
     Raises:
-        ValueError: There is one.
+        ValueError: A value is below its bound.
     """
     for bound, names in at_least.items():
         for name in names:
@@ -35,28 +35,26 @@ class TrainingArguments:
 
     _argument_group_name = "training"
 
-    max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps of the whole run (>= 1)."})
-    train_batch_size: int = field(default=64, metadata={"help": "Images per forward and process (>= 1)."})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Batches whose gradients make one optimizer step (>= 1)."}
-    )
+    max_train_steps: int = field(default=100_000, metadata={"help": "Number of optimizer steps of the whole run (>= 1)."})
+    train_batch_size: int = field(default=64, metadata={"help": "Number of images per forward and process (>= 1)."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Number of batches per optimizer step (>= 1)."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW (> 0)."})
     lr_scheduler: str = field(
-        default="constant", metadata={"help": "Schedule, by its name in Diffusers.", "choices": LR_SCHEDULERS}
+        default="constant", metadata={"help": "Learning rate schedule, by its name in Diffusers.", "choices": LR_SCHEDULERS}
     )
     lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up (>= 0)."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Decay of AdamW's first moment, in [0, 1)."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's second moment, in [0, 1)."})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW (>= 0)."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW (> 0)."})
-    use_8bit_adam: bool = field(default=False, metadata={"help": "AdamW with 8-bit moments, of bitsandbytes."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm (> 0)."})
+    use_8bit_adam: bool = field(default=False, metadata={"help": "Use the 8-bit AdamW of bitsandbytes."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm; larger gradients are clipped (> 0)."})
     dropout: float | None = field(
         default=None,
-        metadata={"help": "Dropout of the residual blocks while training, in [0, 1) (default: that of the model's config)."},
+        metadata={"help": "Dropout of the residual blocks in training, in [0, 1) (default: from the model's config)."},
     )
-    use_ema: bool = field(default=False, metadata={"help": "Average the weights; the average is what is sampled and saved."})
-    ema_max_decay: float = field(default=0.9999, metadata={"help": "Largest decay of the average, in [0, 1)."})
+    use_ema: bool = field(default=False, metadata={"help": "Average the weights; samples and saved models use the average."})
+    ema_max_decay: float = field(default=0.9999, metadata={"help": "Maximum decay of the averaged weights, in [0, 1)."})
 
     def __post_init__(self) -> None:
         _check(
@@ -80,7 +78,7 @@ class TrainingArguments:
 
 @dataclass
 class PrecisionArguments:
-    """Speed and memory. Scores, step losses and samples are taken in full precision whatever is chosen here."""
+    """Speed and memory of training. Scores, step losses and samples always use full precision."""
 
     _argument_group_name = "precision"
 
@@ -89,36 +87,36 @@ class PrecisionArguments:
         metadata={"help": "Precision of training (default: Accelerate's).", "choices": ["no", "fp16", "bf16"]},
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations again in the backward instead of keeping them."}
+        default=False, metadata={"help": "Recompute activations in the backward instead of keeping them."}
     )
-    allow_tf32: bool = field(default=False, metadata={"help": "TensorFloat-32 products in training, on GPUs that have them."})
+    allow_tf32: bool = field(default=False, metadata={"help": "Allow TensorFloat-32 in training on GPUs that support it."})
     torch_compile: str = field(
         default="no",
         metadata={
-            "help": "Compile the training forward and backward, and the teacher's forward; reduce-overhead runs them as CUDA "
+            "help": "Compile the training forward and backward, and the teacher's forward; reduce-overhead uses CUDA "
             "graphs on a GPU.",
             "choices": ["no", "default", "reduce-overhead"],
         },
     )
-    channels_last: bool = field(default=False, metadata={"help": "Keep images and weights in channels-last order."})
+    channels_last: bool = field(default=False, metadata={"help": "Use channels-last memory format for images and weights."})
 
 
 @dataclass
 class CheckpointArguments:
-    """What survives when the machine does not."""
+    """Saving and resuming the state of a run."""
 
     _argument_group_name = "checkpoints"
 
     checkpointing_steps: int = field(
         default=1000,
-        metadata={"help": "Steps between two checkpoints, in <output_dir>.training until the run is done (0: none)."},
+        metadata={"help": "Steps between checkpoints, kept in <output_dir>.training until the run ends (0: none)."},
     )
     checkpoints_total_limit: int = field(
-        default=2, metadata={"help": "Checkpoints that are kept (0: all); 2, so that a damaged one has one before it."}
+        default=2, metadata={"help": "Number of checkpoints to keep (0: all). With 2, a run survives a damaged checkpoint."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": '"latest" (the start, if there is none), the name of a checkpoint, or a path to one.'},
+        metadata={"help": '"latest" (starts from the beginning if there is none), a checkpoint name, or a path.'},
     )
 
     def __post_init__(self) -> None:
@@ -127,17 +125,17 @@ class CheckpointArguments:
 
 @dataclass
 class TrackingArguments:
-    """What is shown while the run goes on."""
+    """Curves and samples during training."""
 
     _argument_group_name = "tracking"
 
-    report_to: str = field(default="none", metadata={"help": "Where curves go while training.", "choices": TRACKERS})
-    tracker_project_name: str = field(default="diffusers-gfprune", metadata={"help": "Project of the run."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps that are averaged for a point of the loss curve (>= 1)."})
+    report_to: str = field(default="none", metadata={"help": "Tracker for the curves.", "choices": TRACKERS})
+    tracker_project_name: str = field(default="diffusers-gfprune", metadata={"help": "Project name in the tracker."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps averaged for a point of the loss curve (>= 1)."})
     sample_steps: int = field(
-        default=0, metadata={"help": "Steps between two grids of samples beside the dense model's (0: none)."}
+        default=0, metadata={"help": "Steps between grids of samples of the pruned and the dense model (0: none)."}
     )
-    num_samples: int = field(default=16, metadata={"help": "Samples in such a grid (>= 1)."})
+    num_samples: int = field(default=16, metadata={"help": "Number of samples in a grid (>= 1)."})
 
     def __post_init__(self) -> None:
         _check(self, {1: ("logging_steps", "num_samples"), 0: ("sample_steps",)})

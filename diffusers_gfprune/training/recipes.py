@@ -1,21 +1,20 @@
-"""Recipes: the command line of a whole run in one YAML file, `--recipe FILE` or `--recipe NAME` for those in `recipes/`.
+"""Recipes: the command line of a run in a YAML file, `--recipe FILE`, or `--recipe NAME` for those in `recipes/`.
 
-A recipe maps names of arguments to values, one a line:
+A recipe maps argument names to values, one per line:
 
     pretrained_model_name_or_path: google/ddpm-cifar10-32
     learning_rate: 2e-4
     use_ema: true
-    update_interval:        # nothing, or null: left at its default
+    update_interval:        # empty or null: the default
 
-`expand_recipe` turns it into words in front of the user's own, so that one parser reads, converts and checks both. What
-comes later wins:
+`expand_recipe` puts the recipe in front of the user's arguments, so that one parser reads, converts and checks both. Later
+values take precedence:
 
     defaults  <  preset  <  recipe  <  keys of a preset named on the command line  <  the rest of the command line
 
-There is one preset: that of the command line in place of the recipe's, if both name one. Values reach the parser as they are
-written: `2e-4`, which YAML 1.1 takes for text, is a number there, and `no`, which YAML takes for a truth value, is the name of
-a precision. Paths are relative to the working directory, as on the command line; one that starts with `{recipe_dir}` is
-relative to the folder of the recipe, wherever the package is installed.
+A preset on the command line replaces that of the recipe. Values are passed to the parser as written: `2e-4`, which YAML 1.1
+reads as text, is a number, and `no`, which YAML reads as a boolean, is the name of a precision. Paths are relative to the
+working directory, as on the command line. A path that starts with `{recipe_dir}` is relative to the recipe's folder.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ __all__ = ["expand_recipe", "read_recipe", "shipped_recipes"]
 FOLDER = Path(str(importlib.resources.files("diffusers_gfprune.scripts"))) / "recipes"
 RECIPE_DIR = "{recipe_dir}"
 NULL = "tag:yaml.org,2002:null"
-# A file that is shared is no place for a token, and a recipe names no other recipe.
+# Recipes are shared, so they must not contain tokens; and they cannot be nested.
 REFUSED = {
-    "hub_token": "a secret: log in with `hf auth login`, or set HF_TOKEN",
-    "recipe": "the name of another recipe: a recipe stands alone",
+    "hub_token": "a secret; log in with `hf auth login`, or set HF_TOKEN",
+    "recipe": "the name of another recipe; recipes cannot be nested",
 }
 
 
@@ -49,15 +48,15 @@ def shipped_recipes() -> list[str]:
 
 
 def _find(name: str) -> Path:
-    """The file of a recipe: a shipped name comes before a file that happens to be called like it."""
+    """The file of a recipe; shipped names take precedence over files of the same name."""
     path = FOLDER / f"{name}.yaml" if name in shipped_recipes() else Path(name)
     if not path.is_file():
-        raise ValueError(f"recipe={name} is neither a file nor one of the recipes shipped: {', '.join(shipped_recipes())}")
+        raise ValueError(f"recipe={name} is neither a file nor a shipped recipe: {', '.join(shipped_recipes())}")
     return path
 
 
 def _compose(name: str, path: Path) -> yaml.Node | None:
-    """The document as nodes, which keep the text of a value and both of two equal keys."""
+    """The document as nodes, which preserve the text of values and duplicate keys."""
     try:
         return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -70,7 +69,7 @@ def _compose(name: str, path: Path) -> yaml.Node | None:
 
 
 def _with_folder(value: str, folder: Path) -> str:
-    """A value, with `{recipe_dir}` as a path: inside the working directory a relative one, as a user would write it."""
+    """Replace `{recipe_dir}` by the folder, as a relative path if it is inside the working directory."""
     if not value.startswith(RECIPE_DIR):
         return value
     path = os.path.normpath(f"{folder.resolve()}/{value.removeprefix(RECIPE_DIR)}")
@@ -85,10 +84,10 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
         known: Names of all arguments, with underscores.
 
     Returns:
-        Values as they are written, by argument name with underscores; those left at their defaults (null) are absent.
+        Values as written, by argument name with underscores. Null values are left out.
 
     Raises:
-        ValueError: There is no such file, or it is not a flat YAML mapping of distinct known arguments that are no secret.
+        ValueError: The file does not exist, or is not a flat YAML mapping of distinct, known and non-secret arguments.
     """
     path = _find(name)
     document = _compose(name, path)
@@ -105,7 +104,7 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
         if argument not in known:
             near = difflib.get_close_matches(argument, known, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"{where}: {key.value} is no argument{hint}")
+            raise ValueError(f"{where}: {key.value} is not an argument{hint}")
         if argument in values:
             raise ValueError(f"{where}: {argument} is given twice")
         if not isinstance(value, yaml.ScalarNode):
@@ -117,22 +116,22 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
 def expand_recipe(
     words: Sequence[str], known: Collection[str], presets: Mapping[str, Mapping[str, object]] | None = None
 ) -> list[str]:
-    """Put the content of the recipe that a command line names in front of it.
+    """Put the content of a recipe in front of the command line that names it.
 
-    The result is for a parser that takes the last of several values and then makes the preset it finds its defaults, as
-    `parse_arguments` does. For the keys of a preset on the command line to come after the recipe, the recipe's values of them
-    are left out. `--recipe` itself stays among the words: the parser must know it.
+    The parser must use the last of several values, and take its defaults from the preset, as `parse_arguments` does. If the
+    command line names a preset, the recipe's values for the preset's keys are left out. `--recipe` itself is kept, so the
+    parser must accept it.
 
     Args:
         words: The command line, with `--recipe NAME` or `--recipe=NAME` at most once.
         known: Names of all arguments of the parser, with underscores.
-        presets: What each value of `--preset` sets, by argument name.
+        presets: Values that each `--preset` sets, by argument name.
 
     Returns:
-        `--name=value` for every value of the recipe, then `words` unchanged; only these without a recipe.
+        `--name=value` for every value of the recipe, then `words` unchanged; without a recipe, `words` alone.
 
     Raises:
-        ValueError: More than one recipe, or one that cannot be used (see `read_recipe`).
+        ValueError: There is more than one recipe, or it is not valid (see `read_recipe`).
     """
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--recipe", action="append", default=[])
@@ -141,7 +140,7 @@ def expand_recipe(
     if not given.recipe:
         return list(words)
     if len(given.recipe) > 1:
-        raise ValueError(f"recipe={', '.join(given.recipe)} names {len(given.recipe)} recipes: there can be one")
+        raise ValueError(f"recipe={', '.join(given.recipe)} names {len(given.recipe)} recipes; only one is allowed")
     replaced = (presets or {}).get(given.preset, {})
     recipe = read_recipe(given.recipe[0], known)
     return [*(f"--{name}={value}" for name, value in recipe.items() if name not in replaced), *words]

@@ -1,8 +1,8 @@
-"""The end of a run, tried at its start: what would fail after the last step fails before the first, in seconds.
+"""Rehearsal of the end of a run before training: errors after the last step are found before the first, in seconds.
 
-Sampling, features, timing, the card and the files of a run are all needed only at its end. Here each is made once, as small as
-it can be: one step of the sampler from pure noise, features of two images, one timed forward, a compiled function, a card from
-made-up figures, and a file of the size of the weights, which is deleted. `--dry_run` does the same.
+Sampling, features, timing, the card and the files of a run are needed only at its end. Each is tried once, at minimal size:
+one sampler step from pure noise, features of two images, one timed forward, a compiled function, a card with made-up figures,
+and a file of the size of the weights, which is deleted. `--dry_run` does the same.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ def rehearse_run(
     origin: dict,
     folder: RunFolder,
 ) -> list[str]:
-    """Try all that a pruning run does at its end.
+    """Try everything that a pruning run does at its end.
 
     Args:
         args: The command line.
-        pruner: Made, but not stepped yet.
-        sample_quality: With the dense model.
-        num_held_out: Held-out images.
+        pruner: The pruner before its first step.
+        sample_quality: Sample quality, with the dense model.
+        num_held_out: Number of held-out images.
         origin: `base_model`, `dataset` and `command` (see `provenance`).
-        folder: Of the run.
+        folder: Folder of the run.
 
     Returns:
-        What speed will be measured in, if it is, and what was tried, a line each.
+        Lines to print: the settings of the speed measurement, if any, and what was tried.
 
     Raises:
-        ValueError: Something would fail.
+        ValueError: A part would fail.
     """
     start, tried = time.perf_counter(), []
     dense, e = sample_quality.dense, args.evaluation
@@ -85,12 +85,12 @@ def rehearse_card(
     origin: dict,
     speed: Sequence[dict],
 ) -> None:
-    """Render the card of a run from figures that are made up, and look at it as a push would.
+    """Render the card of a run from made-up figures, and check it as a push does.
 
-    `speed` has rows of the dense model, which stand for the pruned one, too.
+    `speed` has rows of the dense model, which are used for the pruned model, too.
 
     Raises:
-        ValueError: The card would not be valid, or a push would refuse it.
+        ValueError: The card is not valid, or a push would refuse it.
     """
     dense, network = sample_quality.dense, sample_quality.network
     losses = {"step_loss": 1.0}

@@ -1,4 +1,4 @@
-"""What a run says: the plan before it, `results.json` and `pruning_report.json` after it."""
+"""Output of a run: the plan before training, `results.json` and `pruning_report.json` after it."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ CURVE_POINTS = 500
 def describe_plan(
     pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, device: torch.device, data: DataSummary
 ) -> str:
-    """What a run will do: widths, costs, data, steps, time, memory.
+    """Describe what a run will do: widths, costs, data, steps, time, memory.
 
     Args:
-        pruner: Made, but not stepped yet.
+        pruner: The pruner before its first step.
         args: The command line.
-        estimate: Of a dense training step.
-        device: Where the run will train.
-        data: Of the training images.
+        estimate: Estimate of a dense training step.
+        device: Training device.
+        data: Summary of the training images.
     """
     cost, schedule, config = pruner.cost, pruner.schedule, pruner.config
     total = config.total_steps
@@ -105,10 +105,10 @@ def describe_plan(
 
 
 def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate, end: int, rankings: int) -> float:
-    """Time of a run without its evaluation, from that of a dense step.
+    """Seconds of a run without its evaluation, from the time of a dense step.
 
-    As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, scoring on a batch
-    what the criterion's record says, and a compacted step what its MACs say.
+    As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, scoring a batch
+    takes the passes of the criterion's record, and a compacted step is proportional to its MACs.
     """
     config, t = pruner.config, args.training
     step = estimate.seconds * t.gradient_accumulation_steps
@@ -125,9 +125,9 @@ def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | 
     """Step losses of a model, as `results.json` names them.
 
     Args:
-        step_loss: On held-out images, with their labels.
+        step_loss: Step loss on held-out images, with their labels.
         unet: The model.
-        null_label: Of the model, if it has one.
+        null_label: Null label of the model, if any.
     """
     losses = {"step_loss": step_loss(unet)}
     if null_label is not None:
@@ -136,12 +136,12 @@ def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | 
 
 
 def model_figures(name: str, unet: nn.Module, step_losses: Mapping[str, float]) -> ModelFigures:
-    """What `results.json` says of a model without samples.
+    """Figures of a model in `results.json` that need no samples.
 
     Args:
         name: `"dense"` or `"pruned"`.
         unet: The model.
-        step_losses: Of `measure_step_losses`.
+        step_losses: Result of `measure_step_losses`.
     """
     return ModelFigures(
         name,
@@ -153,7 +153,7 @@ def model_figures(name: str, unet: nn.Module, step_losses: Mapping[str, float]) 
 
 
 def describe_evaluation(args: Arguments, unet: nn.Module, settings: SamplingSettings, num_held_out: int) -> dict:
-    """What the figures in `results.json` depend on."""
+    """Settings that the figures in `results.json` depend on."""
     parameter = next(unet.parameters())
     return {
         **settings.identity(),
@@ -181,13 +181,13 @@ def results(
     Args:
         args: The command line.
         dense: The dense model.
-        pruned: The pruned one.
+        pruned: The pruned model.
         sample_quality: Measures samples.
-        num_held_out: Images of the step losses.
-        step_losses: Of `measure_step_losses`, of either model.
+        num_held_out: Number of images of the step losses.
+        step_losses: Results of `measure_step_losses` for both models.
 
     Returns:
-        The results, and the samples of either model in [0, 1], if any were asked for.
+        The results, and the samples of both models in [0, 1], or None with `eval_images=0`.
     """
     models, settings = {"dense": dense, "pruned": pruned}, args.evaluation.speed_settings()
     figures = {name: model_figures(name, models[name], losses) for name, losses in zip(models, step_losses)}
@@ -206,7 +206,7 @@ def results(
 
 
 def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:
-    """s_t (as a share of the dense cost) and p_t over the steps of pruning, thinned out where there are very many."""
+    """s_t (as a share of the dense cost) and p_t over the pruning steps, subsampled in long runs."""
     schedule = pruner.schedule
     steps = list(range(0, schedule.end_steps, max(1, schedule.end_steps // CURVE_POINTS)))
     return {
@@ -225,15 +225,15 @@ def pruning_report(
     diagnostics: dict | None = None,
     broken: Sequence[str] = (),
 ) -> dict:
-    """The content of `pruning_report.json`: what was removed, when, and how training went.
+    """The content of `pruning_report.json`: removed channels, rankings and training curves.
 
     Args:
         args: The command line.
-        pruner: After the last step.
-        curves: Recorded along the run.
-        dense_step_loss: Of the base model.
+        pruner: The pruner after the last step.
+        curves: Curves recorded during the run.
+        dense_step_loss: Step loss of the base model.
         origin: `base_model`, `dataset` and `command` (see `provenance`).
-        diagnostics: What was found about known failures of the method.
+        diagnostics: Known failures of the method that were detected.
         broken: Images that could not be read.
     """
     return {

@@ -1,4 +1,4 @@
-"""What keeps a run from being lost: losses that are watched, checkpoints that are saved, signals that are obeyed in time."""
+"""Safeguards of a run: checks of losses and weights, checkpoints, and a clean stop on signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..interruption import Interruption, StoppedBySignal, asked_to_stop
 from .arguments import Arguments
 from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
 from .diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
-from .run import Run, run_settings
+from .run_setup import Run, run_settings
 from .state import TrainingState
 from .tracking import PHASE_NAMES, Tracking
 
@@ -35,13 +35,13 @@ __all__ = [
     "warn",
 ]
 
-# A prediction of zero has this mean squared error, since its target has variance 1: a model that does worse for so many steps
-# on end has come apart.
+# A prediction of zero has this mean squared error, since its target has variance 1. A model with a larger loss for so many
+# consecutive steps has diverged.
 TRIVIAL_LOSS, DIVERGED_STEPS = 1.0, 100
 
 
 def warn(accelerator: Accelerator, text: str) -> None:
-    """A line on standard error, above any progress bar, once for all processes."""
+    """Write a line to standard error, above any progress bar, on the main process only."""
     if accelerator.is_main_process:
         tqdm.write(text, file=sys.stderr)
 
@@ -49,10 +49,10 @@ def warn(accelerator: Accelerator, text: str) -> None:
 def find_checkpoint(
     args: Arguments, accelerator: Accelerator, checkpoints: Checkpoints, identity: Mapping
 ) -> Checkpoint | None:
-    """The checkpoint that the command line asks for, if there is one; says what has changed since.
+    """Load the checkpoint that the command line requests, if it exists, and warn about changed settings.
 
     Raises:
-        ValueError: It is damaged or of another run, or processes see different ones.
+        ValueError: It is damaged or belongs to another run, or processes found different checkpoints.
     """
     checkpoint = checkpoints.find(args.checkpoints.resume_from_checkpoint, warn=lambda text: warn(accelerator, text))
     step = -1 if checkpoint is None else checkpoint.step
@@ -60,27 +60,27 @@ def find_checkpoint(
     if len(set(steps)) > 1:
         raise ValueError(
             f"resume_from_checkpoint={args.checkpoints.resume_from_checkpoint}: processes found checkpoints of steps {steps} "
-            f"(-1: none); {checkpoints.folder} must be on a file system that all of them share"
+            f"(-1: none); {checkpoints.folder} must be on a file system shared by all processes"
         )
     if checkpoint is None:
         accelerator.print(f"no checkpoint in {checkpoints.folder}: starting from the beginning")
         return None
     checkpoints.check_identity(checkpoint, identity)
     for line in changed_settings(checkpoint.settings, run_settings(args, accelerator)):
-        warn(accelerator, f"warning: going on with another setting: {line}")
+        warn(accelerator, f"warning: resuming with a changed setting: {line}")
     return checkpoint
 
 
 def mean_recent_loss(run: Run, state: TrainingState) -> float:
-    """Mean of the losses since the last point of the curve, over all processes, which `state.recent` then holds one by one.
+    """Mean loss since the last point of the curve. Losses in `state.recent` are replaced by their means over processes.
 
     Raises:
-        ValueError: One of them is not finite.
+        ValueError: A loss is not finite.
     """
     device = run.accelerator.device
     losses = torch.stack([torch.as_tensor(loss, device=device, dtype=torch.float32) for loss in state.recent])
     losses = run.accelerator.reduce(losses, reduction="mean")
-    state.recent = losses.tolist()  # from here on the same on every process, as a checkpoint gives them back
+    state.recent = losses.tolist()  # now equal on every process, as after a resume
     finite = torch.isfinite(losses)
     if not finite.all():
         first = int((~finite).nonzero()[0])
@@ -88,39 +88,39 @@ def mean_recent_loss(run: Run, state: TrainingState) -> float:
         phase = PHASE_NAMES[state.pruner.schedule.phase(step)]
         raise ValueError(
             f"the loss is {losses[first].item()} at step {step} ({phase}): lower "
-            f"learning_rate={args.training.learning_rate:g}, or look for broken weights in "
+            f"learning_rate={args.training.learning_rate:g}, or check the weights of "
             f"{args.model.pretrained_model_name_or_path}{last_checkpoint(run, step)}"
         )
     return losses.mean().item()
 
 
 def check_divergence(run: Run, state: TrainingState) -> None:
-    """Stop a run whose loss has stayed over that of a prediction of zero.
+    """Stop a run that has diverged.
 
     Raises:
-        ValueError: It has.
+        ValueError: The loss was larger than that of a prediction of zero for `DIVERGED_STEPS` steps.
     """
     start = state.step - DIVERGED_STEPS
     points = [(s, loss) for s, loss in zip(state.curves.train_steps, state.curves.train_loss) if s > start]
     if start >= 0 and all(loss > TRIVIAL_LOSS for _, loss in points):
         raise ValueError(
-            f"the training loss was over {TRIVIAL_LOSS:g}, which is what predicting nothing gets, from step {start} to step "
+            f"the training loss was over {TRIVIAL_LOSS:g}, the loss of predicting zero, from step {start} to step "
             f"{state.step}: lower learning_rate={run.args.training.learning_rate:g}{last_checkpoint(run, start)}"
         )
 
 
 def last_checkpoint(run: Run, step: int) -> str:
-    """Words about the newest checkpoint from before a step, whose own holds the weights that went wrong in it."""
+    """Text that names the newest checkpoint before a step, since that of the step itself has the bad weights; may be empty."""
     good = [path for path in run.checkpoints.paths() if int(path.name.partition("-")[2]) < step]
     return f"; the last good checkpoint is {good[0]} (--resume_from_checkpoint {good[0].name})" if good else ""
 
 
 def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence[Tensor]]) -> None:
-    """After a ranking: measure what can be measured only once, at the first, and say what has gone wrong since the last.
+    """Detect known failures after a ranking, and warn about new ones. At the first ranking, also compare with magnitude.
 
     Args:
         run: The run.
-        state: Right after a ranking.
+        state: State right after a ranking.
         batches: Calibration batches of that ranking.
     """
     pruner, diagnostics = state.pruner, state.diagnostics
@@ -145,10 +145,10 @@ def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence
 
 @contextmanager
 def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
-    """Turn the error that the next batch raises once a loading process has died into one line.
+    """Turn the error that follows the death of a data loading process into one line.
 
     Raises:
-        ValueError: A loading process was killed, say for its memory.
+        ValueError: A loading process was killed, for example because memory ran out.
     """
     try:
         yield
@@ -156,14 +156,14 @@ def explained_worker_death(run: Run, state: TrainingState) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         where = last_checkpoint(run, state.step + 1)
-        raise ValueError(f"loading images failed, a loading process died: {one_line(error)}{where}") from error
+        raise ValueError(f"loading images failed because a loading process died: {one_line(error)}{where}") from error
 
 
 def save_checkpoint(run: Run, state: TrainingState) -> bool:
-    """Save everything. What cannot be saved is no reason to stop; what is broken is, and is not saved.
+    """Save a checkpoint. A failed write causes a warning; weights that are not finite are not saved and stop the run.
 
     Returns:
-        Whether a checkpoint of this step is there, as far as this process knows: the main one writes it.
+        Whether a checkpoint of this step exists; only the main process writes it and detects failures.
 
     Raises:
         ValueError: A loss or a weight is not finite.
@@ -181,17 +181,17 @@ def save_checkpoint(run: Run, state: TrainingState) -> bool:
     try:
         run.checkpoints.save(state.step, run.identity, settings, state.tensors(), state.values())
     except CheckpointError as error:
-        warn(run.accelerator, f"warning: {error}; training goes on{last_checkpoint(run, state.step)}")
+        warn(run.accelerator, f"warning: {error}; training continues{last_checkpoint(run, state.step)}")
         return False
     state.saved_step = state.step
     return True
 
 
 def stop_if_asked(run: Run, state: TrainingState, interruption: Interruption, tracking: Tracking) -> None:
-    """Save and leave, if any process was sent SIGTERM or SIGINT.
+    """Save a checkpoint and stop if any process received SIGTERM or SIGINT.
 
     Raises:
-        StoppedBySignal: One was.
+        StoppedBySignal: A process received one.
     """
     accelerator = run.accelerator
     asked = asked_to_stop(accelerator, interruption)
@@ -201,7 +201,7 @@ def stop_if_asked(run: Run, state: TrainingState, interruption: Interruption, tr
     saved = save_checkpoint(run, state)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    done = "saved" if saved else "which could not be saved"
+    done = "saved" if saved else "not saved"
     warn(
         accelerator,
         f"stopped by {signal.Signals(asked).name} after step {state.step}, {done}; --resume_from_checkpoint latest",
@@ -210,7 +210,7 @@ def stop_if_asked(run: Run, state: TrainingState, interruption: Interruption, tr
 
 
 def report_broken_images(run: Run, broken: BrokenImages) -> None:
-    """Say how many images could not be read."""
+    """Warn about images that could not be read."""
     names = broken.to_list()
     if names:
         warn(run.accelerator, f"warning: {len(names)} images could not be read and were left out, first {names[0]}")

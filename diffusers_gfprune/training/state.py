@@ -1,8 +1,8 @@
-"""What changes while a run trains: model, optimizer, average, masks, position, curves. Compacted, saved and restored whole.
+"""State of a run: model, optimizer, averaged weights, masks, step and curves, with compaction, saving and restoring.
 
-Everything random in a run is a function of seed, step and rank (see `batches` and `seed_everything`), so the step itself
-stands for the state of every generator on every rank, and for the position in the data. Tensors are saved under the names
-that parameters have in the dense model, never by position: masking and compaction change order and sizes, but no names.
+All randomness in a run is a function of seed, step and rank (see `batches` and `seed_everything`), so the step determines the
+state of all generators on every rank and the position in the data. Tensors are saved by the names that parameters have in the
+dense model: masking and compaction change order and sizes, but not names.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = ["Curves", "TrainingState", "seed_everything"]
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Seed all generators of this process for a step: what dropout draws does not depend on where the run was resumed."""
+    """Seed all generators of this process for a step, so that dropout does not depend on where the run was resumed."""
     set_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 @dataclass
 class Curves:
-    """What is recorded along the run."""
+    """Curves recorded during the run."""
 
     train_steps: list[int] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     validation_steps: list[int] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     quality_steps: list[int] = field(default_factory=list)
-    quality_seconds: list[float] = field(default_factory=list)  # of training and scoring until then, evaluation left out
+    quality_seconds: list[float] = field(default_factory=list)  # training and scoring until then, without evaluation
     quality: dict[str, list[float | None]] = field(default_factory=dict)
     compaction: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("soft", "hard", "finetune", "scoring"), 0.0))
@@ -65,7 +65,7 @@ def _make_optimizer(args: Arguments, unet: nn.Module) -> torch.optim.Optimizer:
 
 
 def _buffers(unet: nn.Module) -> dict[str, Tensor]:
-    """Saved buffers by dense name, masks left out."""
+    """Persistent buffers by dense name, without masks."""
     parameters = dense_parameters(unet)
     named = {dense_name(name): value for name, value in unet.state_dict().items() if not name.startswith(MASKS_MODULE)}
     return {name: value for name, value in named.items() if name not in parameters}
@@ -77,21 +77,21 @@ class TrainingState:
     Args:
         args: The command line.
         accelerator: Wraps model and optimizer.
-        unet: The masked model, which the pruner holds.
-        pruner: With masks attached.
-        checkpoint: Where to go on from, if not from the start.
+        unet: The masked model of the pruner.
+        pruner: The pruner, with masks attached.
+        checkpoint: Checkpoint to resume from, if any.
 
     Attributes:
-        step: Training steps done.
+        step: Number of completed training steps.
         saved_step: Step of the last checkpoint.
-        unet: The model itself, masked and then compacted: what is scored, measured, averaged and saved.
-        model: The same wrapped for training (autocast, several processes, compilation).
-        optimizer: As Accelerate wraps it.
-        lr_scheduler: Of the optimizer.
-        ema: The averaged weights, if asked for.
+        unet: The model, masked and later compacted; it is used for scoring, measuring, averaging and saving.
+        model: The same model wrapped for training (autocast, several processes, compilation).
+        optimizer: The optimizer, wrapped by Accelerate.
+        lr_scheduler: Learning rate schedule of the optimizer.
+        ema: The averaged weights, with `use_ema`.
         pruner: Masks and their history.
-        curves: What was recorded.
-        diagnostics: What was found about known failures of the method: `comparison`, `hessian_check`, `warnings`.
+        curves: Recorded curves.
+        diagnostics: Known failures of the method that were detected: `comparison`, `hessian_check`, `warnings`.
         recent: Losses since the last point of the loss curve.
         broken: Identifiers of images that could not be read.
     """
@@ -128,7 +128,7 @@ class TrainingState:
         if checkpoint is not None:
             try:
                 self._restore(checkpoint, base)
-            except (KeyError, TypeError, RuntimeError) as error:  # whole, but not made by a run like this
+            except (KeyError, TypeError, RuntimeError) as error:  # complete, but from a run of another kind
                 raise ValueError(f"{checkpoint.path} does not fit this run: {error!r}") from error
         self._wrap(base)
 
@@ -139,11 +139,11 @@ class TrainingState:
 
     @property
     def phase(self) -> str:
-        """`"soft"`, `"hard"` or `"finetune"`: what the next step belongs to."""
+        """Phase of the next step: `"soft"`, `"hard"` or `"finetune"`."""
         return "finetune" if self.pruner.finished else self.pruner.schedule.phase(self.step)
 
     def _adopt(self, unet: nn.Module) -> None:
-        """Make `unet` the model: on the device, in the memory format asked for, training."""
+        """Make `unet` the model: move it to the device, set its memory format and train mode."""
         self.unet = unet.to(self.accelerator.device).train().requires_grad_(True)
         if self.args.training.dropout is not None:
             for block in family_of(self.unet).residual_blocks(self.unet).values():
@@ -154,30 +154,30 @@ class TrainingState:
             self.unet.enable_gradient_checkpointing()
 
     def _wrap(self, base: torch.optim.Optimizer) -> None:
-        """Let Accelerate wrap model and optimizer.
+        """Wrap model and optimizer with Accelerate.
 
-        The UNet itself is not handed over: `prepare` replaces the forward of what it is given by one under autocast, for
-        scores and measurements too.
+        The UNet is not passed directly: `prepare` replaces the forward of its argument by one under autocast, which would
+        affect scores and measurements, too.
         """
-        self.accelerator.free_memory()  # forgets the wrappers from before compaction
+        self.accelerator.free_memory()  # drops the wrappers from before compaction
         features = self.args.objective.needs_features
         self.model = self.accelerator.prepare_model(NoisePrediction(self.unet, features=features))
-        # Placing the state again would move AdamW's step counters to the GPU, where reading them waits for it.
+        # Device placement would move AdamW's step counters to the GPU, where reading them synchronizes.
         self.optimizer = self.accelerator.prepare_optimizer(base, device_placement=False)
 
     def compact(self) -> None:
-        """Go on with the small model: optimizer state and average by name, wrappers anew."""
+        """Replace the model by the compacted one. Optimizer state and average are carried over; wrappers are recreated."""
         small = self.pruner.compact(optimizer=self.optimizer.optimizer, ema=self.ema)
-        self.pruner.unet.to("cpu")  # nothing asks for its weights any more; its masks stay of use
+        self.pruner.unet.to("cpu")  # its weights are not needed any more, its masks are
         self.pruner.unet.channel_masks.to(self.accelerator.device)
         self._adopt(small)
         self._lay_out(self.optimizer.optimizer)
         self._wrap(self.optimizer.optimizer)
 
     def _lay_out(self, base: torch.optim.Optimizer) -> None:
-        """Give optimizer state and average the device and memory format of their parameters.
+        """Move optimizer state and average to the device and memory format of their parameters.
 
-        Kernels walk memory in its order, and the last bit of a sum may depend on it: a resumed run must not differ there.
+        The last bit of a sum may depend on the memory format, in which a resumed run must not differ.
         """
 
         def like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class TrainingState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """Inside, the model has the averaged weights, if there is an average."""
+        """Context in which the model has the averaged weights, if there are any."""
         if self.ema is None:
             yield self.unet
             return
@@ -220,7 +220,7 @@ class TrainingState:
         return parts
 
     def values(self) -> dict:
-        """The rest of a checkpoint, JSON."""
+        """JSON values of a checkpoint."""
         scaler = self.accelerator.scaler
         return {
             "compacted_config": self._configuration() if self.compacted else None,
@@ -236,14 +236,14 @@ class TrainingState:
         }
 
     def _configuration(self) -> dict:
-        """What builds the compacted model again."""
+        """Configuration that rebuilds the compacted model."""
         return {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
 
     def _restore(self, checkpoint: Checkpoint, base: torch.optim.Optimizer) -> None:
-        """Take over what a checkpoint holds. Values are copied into tensors that the run made itself, aligned as it likes.
+        """Restore the state of a checkpoint. Weights are copied in place, which keeps their memory alignment.
 
         Raises:
-            ValueError: It holds other weights, or lacks something.
+            ValueError: The checkpoint holds other weights.
         """
         values, tensors = checkpoint.values, checkpoint.tensors
         targets = {**dense_parameters(self.unet), **_buffers(self.unet)}

@@ -1,11 +1,11 @@
-"""What is shown while a run goes on: curves in a tracker, a line a phase in the terminal, grids of samples.
+"""Progress of a run: curves in a tracker, a progress bar per phase in the terminal, grids of samples.
 
-Trackers are those of Accelerate. Names are grouped by the part before the slash, as trackers show them:
+Trackers are those of Accelerate. Trackers group names by the part before the slash:
 
     train/      loss and its terms, gradient norm, learning rate
-    pruning/    s_t, p_t, MACs, parameters, revived channels; pruning/sparsity/<group> the share of each group that is pruned
-    quality/    Fréchet distance and similarity to the dense model of samples
-    speed/      images per second over all processes, seconds to the end
+    pruning/    s_t, p_t, MACs, parameters, revived units; pruning/sparsity/<group> the pruned share of each group
+    quality/    Fréchet distance of samples, and their similarity to the dense model's
+    speed/      images per second over all processes, remaining seconds
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PHASE_NAMES = {"soft": "soft pruning", "hard": "hard pruning", "finetune": "fine
 
 
 class Tracking:
-    """Sends what happens to the terminal and to the tracker.
+    """Reports progress to the terminal and to the tracker.
 
     Args:
         args: The command line.
-        accelerator: With the tracker chosen in its `log_with`.
-        folder: Of the run; grids of samples go to its training folder.
-        sample_quality: How samples are drawn, and the dense model, which samples from the same noise.
+        accelerator: Accelerator whose `log_with` is the tracker.
+        folder: Folder of the run; grids of samples are saved in its training folder.
+        sample_quality: Settings of the samples, and the dense model, which samples from the same noise.
     """
 
     def __init__(self, args: Arguments, accelerator: Accelerator, folder: RunFolder, sample_quality: SampleQuality) -> None:
@@ -48,9 +48,9 @@ class Tracking:
         self.phase: str | None = None
         self.clock, self.clock_step = time.perf_counter(), 0
         if args.tracking.report_to != "none":
-            # One run of the script is one run of the tracker; a resumed one adds to the same folder.
+            # Each run of the script is one run of the tracker; a resumed run adds to the same folder.
             given = {name: portable(value) for name, value in args.to_dict().items() if value is not None}
-            # TensorBoard takes no lists
+            # TensorBoard does not accept lists
             config = {name: " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for name, v in given.items()}
             # Weights & Biases would write into the working directory
             logs = folder.training / "logs"
@@ -60,7 +60,7 @@ class Tracking:
             accelerator.init_trackers(args.tracking.tracker_project_name, config=config, init_kwargs=own)
 
     def enter_phase(self, state: TrainingState) -> None:
-        """A progress bar for the phase of the next step, if it is a new one."""
+        """Start a progress bar if the next step begins a new phase."""
         if state.phase == self.phase:
             return
         self.close()
@@ -77,12 +77,12 @@ class Tracking:
         self.clock, self.clock_step = time.perf_counter(), state.step
 
     def say(self, text: str) -> None:
-        """A line above the progress bar, once for all processes."""
+        """Print a line above the progress bar, on the main process only."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
     def log_training(self, state: TrainingState, loss: float, terms: dict[str, float], gradient_norm: float) -> None:
-        """A point of the training curves."""
+        """Log a point of the training curves."""
         args, schedule = self.args, state.pruner.schedule
         seconds = (time.perf_counter() - self.clock) / max(1, state.step - self.clock_step)
         self.clock, self.clock_step = time.perf_counter(), state.step
@@ -103,7 +103,7 @@ class Tracking:
             self.progress.set_postfix(loss=f"{loss:.4f}")
 
     def log_ranking(self, state: TrainingState, update: MaskUpdate) -> None:
-        """What a ranking did, group by group."""
+        """Log the result of a ranking, with the sparsity of each group."""
         widths = state.pruner.kept_channels()
         values = {
             f"pruning/sparsity/{group.name}": 1 - width / group.num_channels
@@ -120,11 +120,11 @@ class Tracking:
         self._log(values, state.step)
 
     def log_validation(self, step: int, loss: float) -> None:
-        """A step loss on held-out images."""
+        """Log a step loss on held-out images."""
         self._log({"validation/step_loss": loss}, step)
 
     def log_quality(self, step: int, measured: dict[str, float | None]) -> None:
-        """Distances and similarities of samples."""
+        """Log distances and similarities of samples."""
         self._log({f"quality/{name}": value for name, value in measured.items() if value is not None}, step)
 
     def _log(self, values: dict[str, float], step: int) -> None:
@@ -132,7 +132,7 @@ class Tracking:
             self.accelerator.log(values, step=step)
 
     def log_samples(self, state: TrainingState) -> None:
-        """A grid of samples beside the dense model's, always from the same noise, with averaged weights if there are any."""
+        """Save and log a grid of samples and the dense model's, always from the same noise, with averaged weights if any."""
         if not self.accelerator.is_main_process:
             return
         count = self.args.tracking.num_samples
@@ -161,12 +161,12 @@ class Tracking:
                 tracker.log({"samples": trackio.Image(str(path))}, step=state.step)
 
     def advance(self) -> None:
-        """One step of the phase is done."""
+        """Advance the progress bar by one step."""
         if self.progress is not None:
             self.progress.update()
 
     def close(self) -> None:
-        """End the progress bar."""
+        """Close the progress bar."""
         if self.progress is not None:
             self.progress.close()
             self.progress = None

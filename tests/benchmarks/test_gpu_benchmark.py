@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: rows of three models, side by side, and what it says of a machine without a GPU."""
+"""benchmarks/gpu.py: rows of three models, and the error on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_tables_of_the_document_are_those_of_the_results(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--device", "cuda:1"], "device=cuda:1: there is no CUDA device here"),
+        (["--device", "cuda:1"], "device=cuda:1: no CUDA device is available"),
         (["--repeats", "0"], "repeats=0 must be at least 1"),
         (["--train_batch_size", "-1"], "train_batch_size=-1 must be at least 1"),
         (["--channel_multiple", "0"], "channel_multiple=0 must be at least 1"),
         (["--batch_sizes", "4", "0"], r"batch_sizes=\[4, 0\] must be at least 1"),
-        (["--device", "cpu"], r"modes=\['eager', 'graph'\]: a graph wants a CUDA device, got device=cpu"),
+        (["--device", "cpu"], r"modes=\['eager', 'graph'\]: a graph needs a CUDA device, got device=cpu"),
     ],
 )
 def test_bad_arguments_are_refused(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

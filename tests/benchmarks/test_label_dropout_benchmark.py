@@ -1,4 +1,4 @@
-"""benchmarks/label_dropout.py: rises are those of the losses, and the document shows the table of the results beside it."""
+"""benchmarks/label_dropout.py: rises are computed from the losses, and the document has the table of the stored results."""
 
 from __future__ import annotations
 

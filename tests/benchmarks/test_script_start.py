@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ starts by itself, from an interpreter that has imported none of this repository."""
+"""Every script of benchmarks/ starts in a new interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/study*.py, approximation.py and sensitivity.py: settings are valid, runs are kept, the whole machinery works."""
+"""benchmarks/study*.py, approximation.py and sensitivity.py: settings are valid, results are kept, and all scripts run."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ def test_iterations_are_told_at_the_end_of_either_phase() -> None:
     dense, row = study_report.iterations_table(found, "digits").splitlines()[-2:]
     assert dense.split(" | ")[1:] == ["-", "0.0800", "0.0800", "1", "1 |"]
     assert row.split(" | ")[1:] == ["1", "0.0200", "0.0400", "0.4500", "0.9000 |"]
-    with pytest.raises(ValueError, match="runs of digits have dense distances from 0.03 to 0.08: keep them apart"):
+    with pytest.raises(ValueError, match="runs of digits have dense distances from 0.03 to 0.08: show them apart"):
         study_report.dense_distance([runs[0] for runs in found.values()], "digits")
 
 
 def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
-    """40 masked steps at 1.25 and 10 at 1 each with the teacher's 0.5, and one ranking of 8, by hand."""
+    """40 masked steps at 1.25 and 10 at 1 each with the teacher's 0.5, and one ranking of 8."""
     run = results_of("two-phase", 0, 0.9)
     run["phases"]["hard_end_step"] = 40
     own = {"compacted": 1.0, "ranking": 8.0, "teacher": 0.5}
@@ -210,7 +210,7 @@ def test_tables_are_replaced_where_they_are_marked(tmp_path: Path) -> None:
     for _ in range(2):  # again and again
         study_report.write(document, {"main digits": "| new |", "main cifar10": "| other |"})
     assert document.read_text() == "before\n<!-- study: main digits -->\n\n| new |\n\n<!-- end -->\nafter <!-- end -->\n"
-    with pytest.raises(ValueError, match="README.md has a place for main digits, which is no table"):
+    with pytest.raises(ValueError, match="README.md has a place for main digits, which is not a table"):
         study_report.write(document, {"main cifar10": "| other |"})
 
 

@@ -1,4 +1,4 @@
-"""data/batches.py: batches are a function of their number, whoever loads them and wherever a run resumes."""
+"""data/batches.py: batches depend only on their number, not on the loading process or on where a run resumes."""
 
 from __future__ import annotations
 

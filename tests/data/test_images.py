@@ -1,4 +1,4 @@
-"""data/images.py, sources.py and decoding.py: any image becomes the right tensor, or counts as broken."""
+"""data/images.py, sources.py and decoding.py: every image becomes the right tensor, or counts as broken."""
 
 from __future__ import annotations
 

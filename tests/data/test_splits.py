@@ -1,4 +1,4 @@
-"""data/splits.py and what images.py makes of it: which split trains, which one is held out, and who says so."""
+"""data/splits.py and data/images.py: which splits are used for training and held out."""
 
 from __future__ import annotations
 

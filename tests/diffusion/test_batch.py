@@ -1,4 +1,4 @@
-"""diffusion/batch.py: what a batch shows a model and wants of it."""
+"""diffusion/batch.py: inputs and targets of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""class_labels.py: which label is the null label, which are dropped, and what is sampled; in scores and results, too."""
+"""diffusion/class_labels.py: null labels, dropped labels and sampled labels, also in scores and results."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_both_losses_are_reported(finished: Path) -> None:
 
 @pytest.mark.parametrize("known", ["by the run", "by the evaluation"])
 def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) -> None:
-    """A run of an earlier version says nothing of it, and its card has to be made; losses of either are never mixed."""
+    """A run of an earlier version has no null label, and its card must be rendered; both losses are never mixed."""
     from diffusers_gfprune.evaluation.card import merged_run_results
     from diffusers_gfprune.reports.results import EVALUATION, ModelFigures, Results
 

@@ -1,4 +1,4 @@
-"""pixel_values.py and one_shot.images_to_tensor: what is accepted has its right value, the rest is refused in one line."""
+"""diffusion/pixel_values.py and one_shot.images_to_tensor: accepted images have the right values, others are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusion_process.py: every scheduler of Diffusers is known by name, and those that are accepted add the noise of a DDPM."""
+"""diffusion/process.py: every scheduler of Diffusers is known by name, and accepted ones add the noise of a DDPM."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_scheduler_of_diffusers_is_in_one_of_the_two_lists() -> None:
 @pytest.mark.parametrize("name", TRAINABLE_SCHEDULERS)
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "trained"])
 def test_accepted_schedulers_add_the_noise_of_their_process(name: str, betas: str) -> None:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, by the scheduler's own `add_noise`, and by hand."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, by the scheduler's `add_noise` and by this formula."""
     options = {"beta_schedule": betas} if betas != "trained" else {"trained_betas": torch.linspace(0.01, 0.2, 50).tolist()}
     scheduler = getattr(diffusers, name)(**BETAS, **options)
     process = training_process(scheduler)
@@ -64,7 +64,7 @@ def instance(name: str):
 
 @pytest.mark.parametrize("name", sorted(REFUSED_SCHEDULERS))
 def test_refused_schedulers_are_named_with_the_reason(name: str) -> None:
-    """By their class alone, whatever their configuration says."""
+    """By their class, independently of their configuration."""
     with pytest.raises(ValueError, match=f"scheduler={name} is not supported, {REFUSED_SCHEDULERS[name]}; supported.*DDPM, "):
         training_process(instance(name))
 

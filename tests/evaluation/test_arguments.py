@@ -1,4 +1,4 @@
-"""The command line of evaluate.py: what goes together, and one line about what does not."""
+"""The command line of evaluate.py: valid combinations, and one-line errors for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluation/card.py: the figures of an evaluation in the results and on the card of a pruning run, or nothing at all."""
+"""evaluation/card.py: results and card of a pruning run are both updated with the figures of an evaluation, or neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparisons of evaluations: refused where figures cannot be compared, and a table."""
+"""Comparisons of evaluations: a table, or an error if figures cannot be compared."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_only_what_figures_depend_on_must_be_the_same() -> None:
 
 
 def test_table() -> None:
-    """Numbers as they are read in papers; a dash where there is none; no speed-up that does not say how sure it is."""
+    """Numbers as in papers, a dash for missing values, and speed-ups with their uncertainty."""
     lines = comparison_table([results("a"), results("b", None)]).splitlines()
     quality = "| step loss | FID | KID | PSNR to dense (dB) | SSIM to dense | latency (ms), batch 1 |"
     head = f"| model | parameters | MACs | file {quality}"

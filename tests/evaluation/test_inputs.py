@@ -1,4 +1,4 @@
-"""evaluation_inputs.py: folders of images, and models that go together."""
+"""evaluation/inputs.py: folders of images, and compatible models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluate.py as processes of its own: killed and gone on with, shared out, and failing together."""
+"""evaluate.py in separate processes: killed and resumed, with shared work, and failing together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARGUMENTS = (
 
 
 def start(folder: Path, *arguments: object, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
-    """The script in processes of its own."""
+    """Start the script in separate processes."""
     common = ("--evaluation_cache_dir", folder / "cache", "--output_dir", folder / "out")
     command = [*launcher, "training/evaluate.py", *ARGUMENTS, *common, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -43,7 +43,7 @@ def figures(results: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Results of one process that nobody interrupts."""
+    """Results of one uninterrupted process."""
     folder, here = tmp_path_factory.mktemp("whole"), os.getcwd()
     os.chdir(ROOT)
     try:
@@ -106,7 +106,7 @@ accelerator.end_training()
 
 
 def test_processes_fail_together(tmp_path: Path) -> None:
-    """One line about it, whoever failed, and none of them left waiting."""
+    """One line of error for all of them, and none is left waiting."""
     script = tmp_path / "work.py"
     script.write_text(WORK)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

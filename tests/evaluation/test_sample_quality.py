@@ -1,4 +1,4 @@
-"""measuring.py: features of real images in shards, and what a pruning run measures samples with."""
+"""evaluation/sample_quality.py: features of real images in shards, and the sample quality of a pruning run."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_images_are_decoded_a_shard_at_a_time_and_once(tmp_path: Path, small_sha
 
 
 def test_processes_share_out_shards(tmp_path: Path, small_shards) -> None:
-    """What one made the other finds, and the figures are those of one."""
+    """Each process finds the other's shards, and the figures are those of a single process."""
     cache, images = TensorCache(tmp_path / "cache"), parquet(tmp_path / "x")
     networks = [Network(), Network()]
     shares = [RealFeatures(images, [network], cache) for network in networks]
@@ -128,7 +128,7 @@ def test_rows_and_stream_share_what_is_kept(tmp_path: Path, small_shards) -> Non
 
 
 def test_image_files_that_change_are_seen(tmp_path: Path, small_shards) -> None:
-    """Files are told by what they hold, not by their names."""
+    """Files are identified by their content, not by their names."""
     write_folder(tmp_path / "x/train", numbered(35))
     write_folder(tmp_path / "x/validation", numbered(2))
     images, cache, network = load(tmp_path / "x")[0], TensorCache(tmp_path / "cache"), Network()
@@ -176,7 +176,7 @@ def test_identity_of_a_model_is_in_its_weights_and_settings() -> None:
     assert all(model_identity(*other) != known for other in others)
 
 
-# Images of an unconditional model, which nobody reads
+# Images of an unconditional model, which are not read
 UNREAD = SimpleNamespace(decoder=SimpleNamespace(null_label=None))
 
 

@@ -1,4 +1,4 @@
-"""evaluation_samples.py: shards of samples, each made once by one process; sources here are numbers, not models."""
+"""evaluation/samples.py: shards of samples, each made once by one process; sources here are numbers, not models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One more architecture is one file in `families/` and one small class in `remote/`: nothing else names a model class."""
+"""A new architecture needs a file in `families/` and a small class in `remote/`: no other file names a model class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each of the processes of test_distributed.py does; with one process, what they are compared with.
+"""Work of each process of test_distributed.py; a run with one process is the reference.
 
     python distributed_worker.py RANK WORLD_SIZE FOLDER
 

@@ -1,4 +1,4 @@
-"""What tests of evaluate.py share: small models, images of noise, and the script in this process."""
+"""Helpers for tests of evaluate.py: small models, images of noise, and the script in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in a picture: the Matplotlib figures behind saved files, and cells of sample grids."""
+"""Content of pictures: the Matplotlib figures of saved files, and cells of sample grids."""
 
 from __future__ import annotations
 

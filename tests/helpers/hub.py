@@ -1,4 +1,4 @@
-"""A finished run to push: the model of the published format, with the results and the report of a run that happened."""
+"""A finished run to push: the model of the published format, with the results and the report of a real run."""
 
 from __future__ import annotations
 

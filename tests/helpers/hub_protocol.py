@@ -1,4 +1,4 @@
-"""The protocol of tests/hub_server.py: what the Hub answers to each request of the `huggingface_hub` client."""
+"""The protocol of helpers/hub_server.py: the Hub's responses to the requests of the `huggingface_hub` client."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Call:
 
 
 def _is_private(wanted: dict[str, Any]) -> bool:
-    """What a request says of visibility (version 1 of the client says it in another word)."""
+    """Visibility in a request (version 1 of the client uses another key)."""
     return wanted.get("visibility") == "private" or wanted.get("private") is True
 
 

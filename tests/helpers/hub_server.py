@@ -5,7 +5,7 @@
         server.use(monkeypatch, tmp_path, token=WRITE)  # this process
         assert server.files("alice/model")["config.json"] == b"{}"
 
-Everything is kept in memory. Repositories begin, as on the Hub, with a commit of their own that holds .gitattributes.
+Everything is kept in memory. Repositories begin, as on the Hub, with a commit that holds .gitattributes.
 Large files (by suffix, by size, or binary) go by Git LFS to a second origin, the "storage", whose URLs carry a
 signature; like the real one it refuses requests that bring a token along. Xet is never offered, but the client takes
 it for granted wherever `hf_xet` is installed: it must be told HF_HUB_DISABLE_XET=1 (both helpers do). Then
@@ -20,12 +20,12 @@ What the client does when something fails (no variable changes it):
   while uploading ..."), whose cause is the error of the request.
 - The rest of the API (whoami, create, validate-yaml, model info, commit, refs, tags, paths-info, delete) is asked
   once, and its error raised at once: a broken connection as an error of httpx2, not as HfHubHTTPError.
-- A download begins with a HEAD that is asked once. If it fails, a file in the cache is taken without a word, unless the
-  Hub said EntryNotFound or RevisionNotFound, or the connection broke half-way, which are raised. With nothing in the
+- A download begins with a HEAD that is asked once. If it fails, a file in the cache is used silently, unless the
+  Hub answered EntryNotFound or RevisionNotFound, or the connection broke half-way, which are raised. With nothing in the
   cache, one of these statuses, a timeout or a refused connection makes the client ask again, now with the five
   repetitions: one failure costs no time, and only `times=7` is final.
 - The GET of a file is repeated upon 408 and 429 only, other statuses are raised at once. After an answer that was cut
-  it goes on, after 1 s, with a Range from what it has written; it writes in pieces of 10 MB, so that smaller files
+  it continues, after 1 s, with a Range from the bytes written; it writes in pieces of 10 MB, so that smaller files
   start again.
 - `snapshot_download` answers errors of the API, but RevisionNotFound, from the cache, if that is complete.
 
@@ -221,7 +221,7 @@ class _Origin(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that went away."""
+        """Ignore clients that have disconnected."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 

@@ -1,4 +1,4 @@
-"""What tests/hub_server.py keeps: repositories with their commits, branches, tags and large files, all in memory."""
+"""The storage of helpers/hub_server.py: repositories with commits, branches, tags and large files, all in memory."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class Repository:
             commit = commit.parent
 
     def blob(self, revision: str, path: str) -> tuple[Commit, Blob]:
-        """A file at a revision; the error for a missing one says at which commit, for the client to remember."""
+        """A file at a revision; the error for a missing file has the commit, which the client caches."""
         commit = self.resolve(revision)
         if path not in commit.tree:
             error = HubError(404, "Entry not found", "EntryNotFound")
@@ -212,7 +212,7 @@ class Repository:
         return commit, commit.tree[path]
 
     def apply(self, branch: str, lines: list[dict[str, Any]], author: str) -> Commit:
-        """Commit what the lines of the client's request say, all of it or nothing."""
+        """Commit all operations in the lines of the client's request, or none."""
         if branch not in self.branches:
             raise revision_not_found(branch)
         head = self.branches[branch]

@@ -1,4 +1,4 @@
-"""What tests of the training images share: numbered images, which can be told apart after decoding, in files of all kinds."""
+"""Helpers for tests of training images: numbered images, which can be distinguished after decoding, in files of all kinds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Inception network that clean-fid downloads: its interface, and layers of a few weights."""
+"""A small replacement for the Inception network that clean-fid downloads, with the same interface."""
 
 from __future__ import annotations
 

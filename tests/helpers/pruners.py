@@ -1,4 +1,4 @@
-"""Options, images and a criterion under control, for the tests of the pruner."""
+"""Options, images and a controlled criterion, for tests of the pruner."""
 
 from __future__ import annotations
 

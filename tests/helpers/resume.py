@@ -1,4 +1,4 @@
-"""What tests of interrupted runs share: a short run through every phase, started in this process or as users start it."""
+"""Helpers for tests of interrupted runs: a short run through all phases, in this process or through the launcher."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_here(output_dir: Path, *arguments: object) -> None:
 
 
 def start(output_dir: Path, *arguments: object, launcher: tuple[str, ...] = (sys.executable,), **options) -> subprocess.Popen:
-    """The script in a process of its own."""
+    """Start the script in a separate process."""
     command = [*launcher, "training/prune_ddpm.py", *PHASES, "--output_dir", str(output_dir), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

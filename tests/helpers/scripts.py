@@ -1,4 +1,4 @@
-"""Scripts run without the seconds that a new interpreter takes to import everything; short runs of `prune_ddpm.py`."""
+"""Scripts in this process, without the seconds of imports in a new interpreter; short runs of `prune_ddpm.py`."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _imports_of_a_script(folder: str) -> Iterator[None]:
 def run_script(
     script: str | Path, *words: object, cwd: str | Path = ROOT, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script in this process as `python script words` does in one of its own, from `if __name__ == "__main__"` on.
+    """Run a script in this process as `python script words` runs it in a new one, including `if __name__ == "__main__"`.
 
     The script gets its own arguments, working directory, environment, `sys.path`, and modules of this repository's scripts (so
     that what a test has patched in these is not in effect). What differs is that all other modules are imported already: what
@@ -171,7 +171,7 @@ def plain_runs() -> Iterator[None]:
 
 
 def assert_one_error(run: subprocess.CompletedProcess[str], message: str) -> None:
-    """The script failed with one line on standard error that begins with its name and says what is wrong, no traceback."""
+    """The script failed with one line on standard error, which starts with its name, and no traceback."""
     assert run.returncode != 0
     assert "Traceback" not in run.stderr
     name = next(Path(word).name for word in run.args if word.endswith(".py"))

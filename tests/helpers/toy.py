@@ -1,4 +1,4 @@
-"""Models that are a `UNet2DModel` by name alone, so that whatever asks for a family takes them: small enough to do by hand."""
+"""Models that are a `UNet2DModel` by class name only, so that the family is found: small enough for known answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Toy(UNet2DModel):
-    """Layers and forward are those of a subclass; `config` is what a test sets."""
+    """Layers and forward come from a subclass; `config` is set by a test."""
 
     config = None
     dtype = torch.float32

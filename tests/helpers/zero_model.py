@@ -1,4 +1,4 @@
-"""A model whose outputs are known beforehand."""
+"""A model with known outputs."""
 
 from __future__ import annotations
 

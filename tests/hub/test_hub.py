@@ -1,4 +1,4 @@
-"""Pushing runs to a Hub that the real client speaks to: what goes, what stays, and what is said when it fails."""
+"""Pushing runs to a test Hub with the real client: uploaded files, kept files, and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    for module in (_http, file_download):  # nobody waits between attempts
+    for module in (_http, file_download):  # no waits between attempts
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
     with HubServer() as hub:
         hub.use(monkeypatch, tmp_path / "home", WRITE)
@@ -152,7 +152,7 @@ def test_public_repository_is_not_taken_for_private(server: HubServer, run: Path
 
 
 def test_checkpoint_is_pushed_without_results(server: HubServer, run: Path) -> None:
-    push_folder(run, REPO)  # of an earlier run, whose results say nothing of these weights
+    push_folder(run, REPO)  # from an earlier run with other weights
     push_checkpoint(run, REPO, commit_message="Step 5 of 10")
     assert set(on_hub(server)) == {name for name in PUSHED if "/" in name or name in ("model_index.json", "pipeline.py")}
 
@@ -192,7 +192,7 @@ def test_paths_of_this_machine_are_not_pushed(server: HubServer, run: Path, path
     assert server.requests == []
 
 
-# --- what is no run ----------------------------------------------------------------------------------------------------
+# --- folders without a run ---------------------------------------------------------------------------------------------
 
 
 def damage(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The same ways to load a pruned repository in interpreters of their own: with the package, and with nothing but Diffusers."""
+"""Loading a pruned repository in separate interpreters: with the package, and with Diffusers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What those who find a pruned repository do with it, with this package and (in another interpreter) without."""
+"""Loading a pruned repository from the Hub, with this package and (in another interpreter) without."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def test_stranger_keeps_the_code_and_the_layout(stranger: tuple[dict, Path], ser
     assert json.loads(saved["model_index.json"])["unet"] == ["diffusers_gfprune", "GFPrunedUNet2DModel"]
     pushed = hub_files(server, "alice/found")
     assert pushed["unet/diffusers_gfprune.py"] == code
-    # Whoever has the package loads what a stranger pushed, without its code
+    # With the package, a stranger's repository is loaded without running its code
     pipe = DiffusionPipeline.from_pretrained("alice/found")
     assert type(pipe.unet) is GFPrunedUNet2DModel
 

@@ -1,4 +1,4 @@
-"""tests/hub_server.py speaks to the real client: what is uploaded comes down again, and errors are the Hub's."""
+"""helpers/hub_server.py with the real client: uploads can be downloaded, and errors are the Hub's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CARD = b"---\nlicense: mit\nlibrary_name: diffusers\ntags:\n- pruned\n---\n# A m
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the client wanted to wait, which nobody waits."""
+    """The seconds that the client would have waited; waits are skipped."""
     seconds: list[float] = []
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=seconds.append))
@@ -336,7 +336,7 @@ def test_a_download_that_fails(
     server.add_repo(REPO, {"a.bin": content, "b.json": b"{}"})
     server.drop("GET", "/storage/", after_bytes=2500)
     assert Path(api.hf_hub_download(REPO, "a.bin")).read_bytes() == content
-    # It goes on after the pieces that it has written.
+    # It continues after the pieces that it has written.
     assert [request.status for request in server.requests if request.method == "GET"] == [200, 206]
     assert waits == [1]
     server.fail("HEAD", "b.json", 503)

@@ -1,4 +1,4 @@
-"""Budgets in time from end to end, with times that are made up: the pruner measures, plans, and goes on from a checkpoint."""
+"""Latency budgets from end to end with made-up times: the pruner measures, plans, and resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
-    """Though layers by themselves say something else; and the check says so in a line."""
+    """Even if the layer times predict something else; the check reports it in a line."""
     dense = build("three-levels")
     pruner = GradientFlowPruner(copy.deepcopy(dense), CONFIG)
     assert 2 <= machine.measured <= 5

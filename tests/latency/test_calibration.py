@@ -1,4 +1,4 @@
-"""latency_calibration.py: predictions bend to what is measured, and what is measured is believed as far as its spread goes."""
+"""latency/calibration.py: predictions are corrected by measurements, within the spread of the measurements."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_right_prediction_is_measured_once() -> None:
 
 
 def test_what_is_out_of_reach_is_found_at_once() -> None:
-    """Only the narrowest model is built, and the budget says how much can be removed at most."""
+    """Only the narrowest model is built, and the error names the largest possible reduction."""
     model, found = run(lambda x: 0.3 * x, 0.4)
     assert len(found) == 1
     assert model.removed(np.array([10])) == pytest.approx(0.27)

@@ -1,4 +1,4 @@
-"""evaluation/layer_times.py: tables from known times, and the cache of them."""
+"""latency/layer_times.py: tables from known times, and their cache."""
 
 from __future__ import annotations
 

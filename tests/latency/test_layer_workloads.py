@@ -1,4 +1,4 @@
-"""evaluation/layer_workloads.py: every layer of a forward is found, and can be run by itself at any width."""
+"""latency/layer_workloads.py: every layer of a forward is found, and can be run separately at any width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""latency_model.py: from tables with known entries to the time of a pruned model."""
+"""latency/model.py: the time of a pruned model from tables with known entries."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_convolutions_compute_whole_blocks(groups: list[ChannelGroup]) -> None:
         kept = model.dense.copy()
         kept[index] = width
         found[width] = model._layers(kept) - model._layers(model.dense)
-    norms = SCALE  # widths of norms are no blocks, and they take a unit for each channel
+    norms = SCALE  # widths of norms are not blocked, and each channel is a unit
     assert abs(found[33]) < 20 * 15 * norms
     assert abs(found[17] - found[32]) < 20 * 15 * norms < found[33] - found[32]
     assert found[17] - found[16] > 20 * 15 * norms
@@ -105,7 +105,7 @@ def test_corrections(pairs: tuple, answers: dict[float, float]) -> None:
 
 
 def test_what_is_saved_is_what_is_loaded(groups: list[ChannelGroup]) -> None:
-    """A run that goes on from a checkpoint must come to the same widths: through JSON, to the last bit."""
+    """A resumed run must choose the same widths: the state is bit-identical after JSON."""
     model = bilinear_model(groups)
     model.correction = Correction(0.3, ((0.4, 1 / 3), (0.7, 0.6)), dense_seconds=0.1 + 0.2)
     other = LatencyModel(build("three-levels"), groups)

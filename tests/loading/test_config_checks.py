@@ -1,4 +1,4 @@
-"""Every field of a pruned model's config, and every tensor of its files: what could not come out right is refused by name."""
+"""Every field of a pruned model's config and every tensor of its files: invalid values are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""registration.py: Diffusers finds the classes of this package, and leaves everything else as it was."""
+"""loading/registration.py: Diffusers finds the classes of this package, and nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluation/cache.py: made once, made again when it must be."""
+"""metrics/cache.py: values are made once, and again if the file is invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: every figure has a known answer somewhere, repeats exactly, and leaves the model as it was."""
+"""Metrics: every figure has a known answer, is reproducible, and does not change the model."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_unknown_spatial_size_is_refused(unet: UNet2DModel) -> None:
 
 
 def test_counting_leaves_the_model_alone(unet: UNet2DModel) -> None:
-    """Counting hooks go on a copy without memory."""
+    """Counting hooks are attached to a copy without memory."""
     assert count_macs(unet) > 0
     assert not any(module._forward_hooks for module in unet.modules())
     assert next(unet.parameters()).device.type == "cpu"

@@ -1,4 +1,4 @@
-"""evaluation/features.py: networks against the libraries they come from, on images whose content is known."""
+"""metrics/features.py: networks against their original libraries, on known images."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_copy_of_clean_fid_is_used(inception_file: Path, home: Path, capsys) -> 
 
 
 def test_auto_takes_efflite0_where_there_is_no_inception(home: Path, capsys) -> None:
-    """And says that it is no FID."""
+    """It warns that this is not FID."""
     assert feature_network("auto").name == "efflite0"
     assert "FD-EffLite0 is used instead, which is not comparable with FID" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""evaluation/quality.py: settings, and measurements put together from parts that have tests of their own."""
+"""metrics/quality.py: settings, and measurements combined from parts that are tested separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluation/sampling.py: image i is a function of model, seed and i; every spacing of timesteps against a known answer."""
+"""metrics/sampling.py: image i is a function of model, seed and i; every timestep spacing against a known answer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_each_sample_gets_its_label() -> None:
 
 
 def test_an_image_is_the_same_wherever_sampling_starts(unet: UNet2DModel) -> None:
-    """Shards of images that several processes sample are those that one would."""
+    """Several processes sample the same shards of images as one."""
     torch.testing.assert_close(draw(unet, 2, first=3), draw(unet)[3:], rtol=0, atol=1.001 / 255)
 
 

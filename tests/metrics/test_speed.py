@@ -1,4 +1,4 @@
-"""Speed and memory side by side: known answers on a model of a few lines, and the models that are really measured."""
+"""Speed and memory: known answers on a small model, and measurements of real models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOG: list[str] = []
 
 
 class Tiny(Toy):
-    """With the interface of a UNet, and memory that can be counted by hand: of n bytes of samples, 3 n at the peak."""
+    """A model with the interface of a UNet and known memory: 3 n bytes at the peak for n bytes of samples."""
 
     def __init__(self, name: str = "tiny", width: int = 10) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Tiny(Toy):
 
 
 class Logging(Tiny):
-    """Says when it runs, how, and on what."""
+    """Logs each run with its mode and inputs."""
 
     def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         LOG.append(self.name)
@@ -52,7 +52,7 @@ class Logging(Tiny):
 
 
 class Convolution(Tiny):
-    """Says what its weights and samples are, both of which have several channels and rows."""
+    """Logs its weights and samples, which have several channels and rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Wide(Tiny):
 
 
 def test_models_are_measured_side_by_side() -> None:
-    """A row for each setting and model says what it was measured with."""
+    """Each row has its setting and model."""
     rows = measure_speed({"dense": build("base"), "pruned": pruned("base")}, [EAGER, SpeedSetting(1, "bfloat16")], repeats=2)
     assert [(row["model"], row["batch_size"], row["dtype"]) for row in rows] == [
         ("dense", 2, "float32"),
@@ -336,7 +336,7 @@ def test_many_models_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_are_the_product_of_words() -> None:
-    """The last list varies fastest; short names of dtypes are understood; what is said twice is measured once."""
+    """The last list varies fastest; short names of dtypes are accepted; duplicates are measured once."""
     found = parse_settings([1, 8], ["fp32", "bf16", "float32"], ["eager", "compiled"], ["channels_last"])
     assert found == [
         SpeedSetting(1, "float32", False, True),

@@ -1,4 +1,4 @@
-"""objectives/distillation_features.py: which channels end a block, and the distance between block outputs."""
+"""objectives/distillation_features.py: output channels of blocks, and the distance between block outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def features(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def block_masks(unet: nn.Module, name: str) -> dict[str, Tensor]:
-    """The mask of each block's output, put together from the groups by hand."""
+    """The mask of each block's output, assembled from the groups explicitly."""
     found = {}
     for block, (group, positions) in feature_channels(build(name), traced(name)).items():
         found[block] = torch.full((len(positions),), -1.0)

@@ -1,4 +1,4 @@
-"""objectives/objective.py: the terms of the loss, what they need of models and batches, and what they cost."""
+"""objectives/objective.py: the terms of the loss, their inputs and their cost."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_dropout_does_not_drown_responses():
     _, off = found(NoisePrediction(unet.eval()), *batch())
     _, on = found(NoisePrediction(unet.train()), *batch())
     assert off["sensitivity"] == 0
-    assert 0 < on["sensitivity"] < 1  # with masks of their own, the ends would differ by far more than the step is long
+    assert 0 < on["sensitivity"] < 1  # with different masks, the ends would differ by far more than the step
 
 
 class NoSynchronization(TorchDispatchMode):

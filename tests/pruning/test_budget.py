@@ -1,4 +1,4 @@
-"""Budgets: ladders of widths, targets that are met, and the units that a width keeps."""
+"""Budgets: width ladders, targets, and the units that a width keeps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ladders_of(cost: CostModel, channel_multiple: int = 1, min_keep_ratio: float
 
 
 def single_steps(cost: CostModel) -> list[list[int]]:
-    """Ladders as if every channel were a unit, on which allocations can be told from the rounding to units."""
+    """Ladders as if every channel were a unit, to test allocation without the rounding to units."""
     return [list(range(width, 0, -1)) for width in cost.dense.tolist()]
 
 
@@ -109,7 +109,7 @@ def test_ladder_of_a_plain_group(channels: int, multiple: int, floor: float, exp
         (32, 4, 1, "heads", [32, 24, 16, 8]),  # one head of 8 channels at a time
         (32, 4, 8, "head_dim", [32, 24, 16, 8]),
         (24, 2, 8, "head_dim", [24, 16, 8]),
-        (24, 2, 8, "heads", [24]),  # lcm(8, 12) = 24: whole heads of 12 channels are no multiple of 8
+        (24, 2, 8, "heads", [24]),  # lcm(8, 12) = 24: whole heads of 12 channels are not multiples of 8
         (24, 3, 3, "heads", [24]),  # lcm(3, 8) = 24
         (8, 1, 1, "heads", [8]),  # the only head cannot go
         (8, 8, 1, "heads", [8, 7, 6, 5, 4, 3, 2, 1]),
@@ -131,7 +131,7 @@ def test_ladder_inside_attention(channels: int, heads: int, multiple: int, unit:
         (32, [12, 12], 8, 0.0, [32, 8]),
         (12, [2, 6], 1, 0.0, [12, 10, 6, 4]),  # 4 fixed channels, with the units of 2, of 6, of neither
         (10, [1, 2, 4], 1, 0.0, [10, 9, 8, 7, 6, 5, 4, 3]),
-        (9, [3, 2, 2, 2], 1, 0.0, [9, 7, 6, 5, 4, 3, 2]),  # 8 and 1 are no sums
+        (9, [3, 2, 2, 2], 1, 0.0, [9, 7, 6, 5, 4, 3, 2]),  # 8 and 1 are not sums
         (5, [], 1, 0.0, [5]),  # nothing but fixed channels
     ],
 )
@@ -278,7 +278,7 @@ def test_nothing_is_removed_at_ratio_zero() -> None:
     ],
 )
 def test_unreachable_budget_is_refused(target: str, options: dict) -> None:
-    """An impossible budget is an error that says what is possible, before any training."""
+    """An impossible budget is an error that names the possible range, before any training."""
     cost = cost_of("base")
     ladders = ladders_of(cost, **options)
     most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
@@ -323,7 +323,7 @@ def test_shares_follow_cost_over_sensitivity() -> None:
 
 
 def test_sensitivity_is_a_sum_of_absolute_values_on_any_scale() -> None:
-    """Signs and a common factor change nothing, exponent 0 ignores scores altogether, and zeros are no division by zero."""
+    """Signs and a common factor change nothing, exponent 0 ignores scores, and zeros do not cause a division by zero."""
     cost = cost_of("base")
     ladders, scores = ladders_of(cost), random_scores(cost)
     kept = allocate_by_sensitivity(cost, "macs", 0.5, ladders, scores, 0.5)
@@ -401,7 +401,7 @@ def test_units_of_unequal_size_have_the_highest_sum_of_all_sets() -> None:
         mask = select_units(group, scores, width)
         assert int(group.per_channel(mask).sum()) == width
         assert float(scores[mask].sum()) == pytest.approx(expected)
-    assert kept_indices(plain_group(7, [3, 2, 2]), [10.0, 3.0, 1.0], 4) == [1, 2]  # 4 channels are no sum with the best unit
+    assert kept_indices(plain_group(7, [3, 2, 2]), [10.0, 3.0, 1.0], 4) == [1, 2]  # no sum of 4 has the best unit
 
 
 def test_a_group_without_units_keeps_its_fixed_channels() -> None:

@@ -1,4 +1,4 @@
-"""Known answers for the trace: which slices of which parameters make up a channel."""
+"""Known answers for the trace: the parameter slices of each channel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusers_gfprune.pruning.masking import attach, detach
 from helpers.architectures import ARCHITECTURES, BASE, build, random_masks
 from helpers.compaction import cifar10, groups_by_name, traced
 
-# Worked out by hand from the diagram of the model: name of the first producer, channels, heads.
+# Derived from the diagram of the model: name of the first producer, channels, heads.
 BASE_GROUPS = [
     ("conv_in", 16, 1),  # residual stream of the first level
     ("time_embedding.linear_1", 64, 1),
@@ -94,7 +94,7 @@ def test_every_channel_dimension_is_covered_exactly_once(name: str):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_roles_follow_from_the_module_and_the_dimension(name: str):
-    """Masks go where the role says: producers and norms are masked, readers are not."""
+    """The role decides about masks: producers and norms are masked, readers are not."""
     unet = build(name)
     for group in traced(name):
         for piece in group.slices:
@@ -294,7 +294,7 @@ def test_heads_that_change_after_tracing_are_refused():
 
 
 def test_another_model_is_refused():
-    """Only the class is looked at, so that the message says what was passed."""
+    """Only the class is checked, so that the message names the argument."""
     other = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(ValueError, match="AutoencoderKL"):
         trace_channel_groups(other)

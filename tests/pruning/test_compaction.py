@@ -1,4 +1,4 @@
-"""The invariant of the package: a compacted model has the outputs of the masked one, and norms that are native."""
+"""The invariant of the package: a compacted model has the outputs of the masked one, and native norms."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_the_config_alone_rebuilds_the_model(name: str):
 
 
 def test_the_masked_model_is_left_alone():
-    """Compaction may be tried on the way: weights, masks and outputs stay, and no memory is shared."""
+    """Compaction during pruning: weights, masks and outputs of the masked model stay, and no memory is shared."""
     unet = masked(0)
     state = {name: value.clone() for name, value in unet.state_dict().items()}
     before = run(unet)
@@ -264,7 +264,7 @@ def test_dtype_is_kept(dtype: torch.dtype):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_kept(training: bool):
-    """Dropout goes on, or stays off, in every module."""
+    """Dropout stays enabled or disabled in every module."""
     small = compacted(masked(0).train(training))
     assert {module.training for module in small.modules()} == {training}
 

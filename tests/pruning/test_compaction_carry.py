@@ -1,4 +1,4 @@
-"""What goes on with the small model: optimizer state and averaged weights, by name."""
+"""Optimizer state and averaged weights are carried over to the compacted model by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trained(unet: UNet2DModel, optimizer: torch.optim.Optimizer, steps: int = 2)
     ],
 )
 def test_optimizer_state_is_sliced_like_the_weights(kind: str, powers: dict[str, int]):
-    """Moments of kept channels go on, those of queries with the inverse factor; step counts stay."""
+    """Moments of kept channels are carried over, those of queries with the inverse factor; step counts stay."""
     unet = masked({})
     optimizer = OPTIMIZERS[kind](unet.parameters())
     trained(unet, optimizer)
@@ -99,7 +99,7 @@ def test_a_step_after_compaction_is_the_step_before_it(kind: str):
 
 
 def test_param_groups_keep_their_options_and_scheduler():
-    """Weight decay by group, and a learning-rate schedule that holds the optimizer, go on."""
+    """Weight decay by group, and a learning-rate schedule that holds the optimizer, keep working."""
     unet = masked(0)
     named = dense_parameters(unet)
     biases = [parameter for name, parameter in named.items() if name.endswith("bias")]
@@ -289,7 +289,7 @@ def test_8_bit_state_that_is_not_adams_is_refused(bnb):
 
 
 def test_ema_is_carried_by_name():
-    """The carried average is what compacting a model with the averaged weights gives, and it goes on averaging."""
+    """The carried average is what compacting a model with the averaged weights gives, and it continues to average."""
     unet = masked(0)
     ema = EMAModel(unet.parameters(), decay=0.5, min_decay=0.5)
     with torch.no_grad():

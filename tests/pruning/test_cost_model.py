@@ -1,4 +1,4 @@
-"""The cost model: what it predicts from widths alone is what the compacted model costs."""
+"""The cost model: costs predicted from widths are those of the compacted model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_costs_are_those_of_the_dense_and_of_the_compacted_model(name: str) -> N
 
 
 def test_architectures_above_exist() -> None:
-    """A renamed architecture would fail with a KeyError that says little."""
+    """A renamed architecture would otherwise fail with an unclear KeyError."""
     assert set(ARCHITECTURES_THAT_COST_DIFFERENTLY) <= set(ARCHITECTURES)
 
 

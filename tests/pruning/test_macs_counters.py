@@ -1,4 +1,4 @@
-"""`count_macs` against two independent counters, on models that are used: dense and pruned, digits and CIFAR-10.
+"""`count_macs` against two independent counters, on real models: dense and pruned, digits and CIFAR-10.
 
 - PyTorch's `FlopCounterMode` sees every matrix product and convolution, those of attention too as long as these run on the
   math backend (its registry has no entry for the fused kernel of CPUs).
@@ -78,7 +78,7 @@ def flops(unet: UNet2DModel) -> int:
 
 
 def test_pruned_models_are_uneven() -> None:
-    """Otherwise agreement on them would say nothing about what pruning leaves."""
+    """Otherwise agreement on them would not test uneven widths."""
     for name in ("digits-pruned", "cifar10-pruned"):
         assert len({module.out_channels for module in model(name).modules() if isinstance(module, nn.Conv2d)}) >= 8
 

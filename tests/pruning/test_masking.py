@@ -1,4 +1,4 @@
-"""Masks are free while they are ones, a continuous path to the pruned model, and come off without a trace."""
+"""Masks have no effect while they are ones, lead continuously to the pruned model, and can be removed completely."""
 
 from __future__ import annotations
 

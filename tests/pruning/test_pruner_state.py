@@ -1,4 +1,4 @@
-"""A pruner that goes on from a checkpoint does what it would have done anyway, bit for bit; damaged state is refused."""
+"""A resumed pruner is bit-identical to an uninterrupted one; damaged state is refused."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def fresh(pruner: GradientFlowPruner, **options) -> GradientFlowPruner:
     return found
 
 
-# --- going on ----------------------------------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interpolate", [False, True], ids=["jumps", "interpolated"])
@@ -112,7 +112,7 @@ def test_the_state_does_not_follow_the_pruner(twins: tuple):
 
 
 def test_loaded_tensors_are_copies(twins: tuple):
-    """Whoever read them from a file may do with them what they like."""
+    """Tensors read from a file may be modified afterwards."""
     whole, resumed = fresh(twins[0]), fresh(twins[1])
     step(whole, 0)
     state = whole.state_dict()

@@ -1,4 +1,4 @@
-"""Schedules: known values of the curves, and masks that change exactly when the schedule says so."""
+"""Schedules: known values of the curves, and masks that change only at scheduled steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known answers for units: which channels of a group norms hold together."""
+"""Known answers for units: channels of a group that norms prune together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def blocks(first: int, size: int, count: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(first + k * size, first + (k + 1) * size)) for k in range(count))
 
 
-# Units and fixed channels, worked out by hand: norms have 4 groups, of 12 channels over a concatenation of 32 and 16.
+# Known units and fixed channels: norms have 4 groups, of 12 channels over a concatenation of 32 and 16.
 BASE_UNITS = {
     # Its skips are channels 32 to 47 of 48: the norm group 24 to 35 has the first four of them and eight of the other branch,
     # and a norm over 16 + 16 channels has groups of 8, which join them to all the others.
@@ -87,7 +87,7 @@ def test_a_single_norm_group_joins_all_channels():
     ],
 )
 def test_units_of_other_architectures(name: str, group: str, units: tuple[tuple[int, ...], ...], fixed: tuple[int, ...]):
-    """The cases that BASE has not, worked out by hand."""
+    """Known answers for cases that BASE does not have."""
     found = groups_by_name(name)[group]
     assert (found.units, found.fixed) == (units, fixed)
 
@@ -153,6 +153,6 @@ def test_values_of_units_and_of_channels():
     ids=["split", "split-soft", "fixed", "nan", "short"],
 )
 def test_values_of_channels_that_no_units_have_are_refused(values: list[float], message: str):
-    """Masks by hand are by channel: one for a part of a norm group could not be compacted."""
+    """Explicit masks are by channel: a mask for a part of a norm group could not be compacted."""
     with pytest.raises(ValueError, match=message):
         HAND.per_unit(torch.tensor([float(value) for value in values]))

@@ -1,8 +1,7 @@
-"""What works on a stock `UNet2DModel` works on a pruned one: a table of features of Diffusers and torch, each run on both.
+"""Features of Diffusers and torch that work on a stock `UNet2DModel` also work on a pruned one.
 
-A feature is a function of a model and an empty folder. It must work on the stock model, and end on the pruned one alike: with
-a result of the same structure, finite. Differences are listed with their reason, and a listed one that is gone fails, so that
-the list only ever says what is true.
+A feature is a function of a model and an empty folder. It must work on the stock model, and give a finite result of the same
+structure on the pruned one. Differences are listed with their reason; a listed difference that no longer exists fails.
 """
 
 from __future__ import annotations

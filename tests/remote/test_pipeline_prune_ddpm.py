@@ -1,4 +1,4 @@
-"""The one-call path: a pipeline in, a pruned pipeline out, and a folder that every DDPM pipeline loads."""
+"""One-call pruning: a pruned pipeline from a pipeline, and a folder that every DDPM pipeline loads."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_prune_meets_the_budget_in_one_call(target: str):
 
 
 def test_prune_leaves_the_pipeline_alone():
-    """A copy is pruned: whoever is unhappy with the result still has the model."""
+    """A copy is pruned; the original model is not changed."""
     pipe = dense_pipeline()
     unet, scheduler = pipe.unet, pipe.scheduler
     unet.train()
@@ -154,7 +154,7 @@ def test_greyscale_goes_with_every_model_and_colour_with_those_in_colour():
 
 
 def test_prune_is_reproducible_and_depends_on_the_images():
-    """Noise and timesteps come from a seed of their own; the criterion looks at the images."""
+    """Noise and timesteps have their own seed; the criterion uses the images."""
     pipe = dense_pipeline()
 
     def kept(images: Tensor, **options) -> list[Tensor]:
@@ -211,7 +211,7 @@ def test_images_that_do_not_fit_are_refused(images: Tensor | list, message: str)
 
 
 def test_pil_images_for_a_model_of_other_channels_are_refused():
-    """Two channels are neither greyscale nor colour: only a tensor can say what they are."""
+    """Two channels are neither greyscale nor colour: they must be passed as a tensor."""
     unet = UNet2DModel(**{**build().config, "in_channels": 2, "out_channels": 2})
     pipe = PruneDDPMPipeline(unet=unet, scheduler=DDPMScheduler())
     with pytest.raises(ValueError, match="takes 2 channels"):
@@ -288,7 +288,7 @@ def test_saving_again_into_the_same_folder(tmp_path: Path):
 
 
 def test_the_shipped_pipeline_saves_into_its_own_folder(tmp_path: Path):
-    """Whoever opts into pipeline.py runs that very file, which must not be copied onto itself."""
+    """With pipeline.py, that very file is running, and must not be copied onto itself."""
     pruned_pipeline().save_pretrained(tmp_path)
     spec = importlib.util.spec_from_file_location("shipped_pipeline", tmp_path / "pipeline.py")
     shipped = importlib.util.module_from_spec(spec)

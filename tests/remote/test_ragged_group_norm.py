@@ -1,4 +1,4 @@
-"""Norms with groups of unequal size, as repositories of format 1 have them, against the definition."""
+"""Norms with groups of unequal size, as in repositories of format 1, against the definition."""
 
 from __future__ import annotations
 

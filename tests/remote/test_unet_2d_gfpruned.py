@@ -1,4 +1,4 @@
-"""The pruned model by itself: building it, and what saving and loading keep."""
+"""The pruned model: construction, saving and loading."""
 
 from __future__ import annotations
 

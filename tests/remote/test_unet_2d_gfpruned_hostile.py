@@ -1,4 +1,4 @@
-"""The pruned model against configurations and files that do not fit, broken or hostile."""
+"""The pruned model with invalid, broken and hostile configurations and files."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_hostile_configurations_are_refused_before_anything_is_allocated(tables:
     ],
 )
 def test_widths_that_broadcast_are_refused(layer: str, channels: list[int]):
-    """One channel added to sixteen runs without an error, and is no pruned model."""
+    """One channel added to sixteen runs without an error, but is not a pruned model."""
     with pytest.raises(ValueError, match="do not fit together"):
         GFPrunedUNet2DModel(**table_arguments(layer_channels={layer: channels}))
 
@@ -327,7 +327,7 @@ def test_a_shard_index_cannot_name_a_pickle(pickled: tuple[Path, Path]):
 
 
 def test_use_safetensors_false_is_refused(tmp_path: Path):
-    """Even where safetensors lie ready: who asks for pickles is told no, not silently given something else."""
+    """Even if safetensors exist: a request for pickles is refused, not silently replaced."""
     pruned().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_safetensors=False"):
         GFPrunedUNet2DModel.from_pretrained(tmp_path, use_safetensors=False)

@@ -1,4 +1,4 @@
-"""Cards are rendered from results and report alone, and are what the Hub takes."""
+"""Cards are rendered from results and report alone, and are valid on the Hub."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""reports/plots.py: what is drawn is what the report and the samples hold."""
+"""reports/plots.py: pictures show the values of the report and the samples."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_step_losses_and_their_ratio(tmp_path: Path) -> None:
 
 
 def test_curves_of_a_run(tmp_path: Path, report: dict) -> None:
-    """Each where its title says, with the phases behind it."""
+    """Each in its own axes, with the phases behind it."""
     curves, updates = report["curves"], report["mask_updates"]
     curves |= {"quality_steps": [750, 1500], "quality": {"fd_pixels": [0.5, None], "psnr_to_dense": [20, 21]}}
     with saved_figures() as figures:

@@ -1,4 +1,4 @@
-"""Where a run came from is told without paths of the machine and without tokens."""
+"""The provenance of a run contains no local paths and no tokens."""
 
 import json
 import shlex

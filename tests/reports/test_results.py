@@ -1,4 +1,4 @@
-"""reports/results.py: one form of `results.json` for runs and evaluations, in which earlier versions are read, too."""
+"""reports/results.py: one form of `results.json` for runs and evaluations; earlier versions are converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Second derivatives against numerical ones, and against those that autograd composes."""
+"""Second derivatives against numerical ones, and against those of autograd."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Importance: gradient-flow scores predict what they claim to, the others have known answers, and scoring leaves no trace."""
+"""Importance: gradient-flow scores predict loss changes, other scores have known answers, and scoring has no side effects."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_scoring_leaves_no_trace(trained: Setting, criterion: str, score_at: str
 
 
 def test_mode_is_restored_after_an_error(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever catches the error goes on training with masks on."""
+    """Training can continue with masks after the error."""
     monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
 
     @register_criterion("failing")
@@ -237,7 +237,7 @@ def test_every_variant_scores_differently(trained: Setting, option: str, values:
 
 
 def test_absolute_value_of_the_sum_is_that_of_the_signed_score(trained: Setting) -> None:
-    """Signed <= abs <= sum_abs, as their definitions say."""
+    """Signed <= abs <= sum_abs, by definition."""
     signed, absolute, sums = (
         trained.scores(**{**PAPER, "aggregation": aggregation}) for aggregation in ("signed", "abs", "sum_abs")
     )

@@ -1,4 +1,4 @@
-"""Scores of different groups made comparable, against values worked out by hand."""
+"""Normalization of scores between groups, against known values."""
 
 from __future__ import annotations
 

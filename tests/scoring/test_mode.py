@@ -1,4 +1,4 @@
-"""Scores are those of float32 arithmetic and the plain model, however it is trained; and all is as it was afterwards."""
+"""Scores use float32 arithmetic and the plain model, however it is trained; all settings are restored."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 def newer() -> list[str]:
-    """What torch >= 2.9 says of products of matrices and convolutions, on CUDA and CPU."""
+    """Precision settings of matrix products and convolutions in torch >= 2.9, on CUDA and CPU."""
     b = torch.backends
     owners = (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv)
     return [owner.fp32_precision for owner in owners if hasattr(owner, "fp32_precision")]
 
 
 def older() -> list[str | bool]:
-    """What every torch says of them."""
+    """The older flags, which every torch has."""
     return [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()]
 
 
@@ -115,7 +115,7 @@ def test_autocast_does_not_reach_scores(form: str):
         assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(unet)
     wrapped = vars(unet)["forward"]
-    assert prepared is unet  # in place: whoever holds the model has the wrapped one
+    assert prepared is unet  # in place: other references see the wrapped model, too
     assert_close(scores(unet, **FORMS[form]), expected, tolerance=0)
     assert vars(unet)["forward"] is wrapped
 

@@ -1,4 +1,4 @@
-"""Gradient norms in the metric of predictions: what they are, what they tell, and what they do not depend on."""
+"""Gradient norms in the metric of predictions: definition, predictions and invariances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped teacher, pruned: no jump of the validation loss where masks become binary, freeze, or become shapes."""
+"""Pruning the shipped teacher: the validation loss does not jump when masks become binary, freeze, or are compacted."""
 
 from __future__ import annotations
 

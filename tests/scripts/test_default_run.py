@@ -1,4 +1,4 @@
-"""The run of `make prune`, whole (slow): it ends with recognisable digits at half the cost."""
+"""The complete run of `make prune` (slow): recognisable digits at half the cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--eval_steps of training/prune_ddpm.py: curves of sample quality, which change nothing else and survive an interruption."""
+"""--eval_steps of training/prune_ddpm.py: curves of sample quality, which affect nothing else and survive an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluate.py in this process: what it measures and says, and that nothing is made twice."""
+"""evaluate.py in this process: measurements and output, without repeated work."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_more_images_later_add_to_those_there(world: Path, tmp_path: Path, monke
 
 
 def test_where_nothing_can_be_kept_everything_is_made_once(world: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """A full disk costs the ability to go on, not the figures."""
+    """On a full disk, the run cannot be resumed, but gives its figures."""
     sampled = []
     sample = SamplingSettings.sample
     monkeypatch.setattr(SamplingSettings, "sample", lambda *a, **k: sampled.append(k["count"]) or sample(*a, **k))

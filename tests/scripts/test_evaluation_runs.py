@@ -1,4 +1,4 @@
-"""evaluate.py in this process: feature networks, kinds of models, folders of images, and what is refused."""
+"""evaluate.py in this process: feature networks, kinds of models, folders of images, and refused arguments."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_what_is_wrong_with_real_images_is_said_before_sampling(
 
 
 def test_model_against_itself(world: Path, tmp_path: Path) -> None:
-    """No difference is no number of decibels; its images stay, being those of a reference model."""
+    """The PSNR of equal images is undefined; the images are kept, since the model is also the reference."""
     arguments = ("--model", world / "dense", "--reference_model", world / "dense", "--dataset_name", world / "images")
     results = run(tmp_path, *arguments, "--num_images", 3, "--features", "none")
     assert results["model"]["quality"] == {"psnr_to_dense": None, "ssim_to_dense": 1.0}
@@ -172,7 +172,7 @@ def test_half_precision(world: Path, tmp_path: Path) -> None:
 
 
 def test_models_from_the_hub(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pruned and a dense one, with their commits, and whether weights are averaged as the pruned one's results say."""
+    """A pruned and a dense one, with their commits, and whether weights are averaged according to the pruned one's results."""
     run_folder = make_run(tmp_path / "digits")
     with HubServer() as server:
         server.use(monkeypatch, tmp_path / "home", WRITE)

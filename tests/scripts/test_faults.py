@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk or of workers: nothing is lost, and they end as if nothing had happened."""
+"""Runs that are killed, stopped, or lose disk space or workers: nothing is lost, and resumed runs give the same result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESUME = ("--resume_from_checkpoint", "latest")
 
 
 def finish(output_dir: Path, *arguments: object) -> None:
-    """Go on to the end, in this process."""
+    """Resume to the end, in this process."""
     run_here(output_dir, *RESUME, *arguments)
 
 
@@ -48,7 +48,7 @@ def kill_again_and_again(output_dir: Path, moments: list[float]) -> int:
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7])
 def test_killed_while_training(whole_run: tuple[Path, Path], tmp_path: Path, step: int) -> None:
-    """At a moment of its own choosing: some time into whatever follows the checkpoint of a step, often the next one."""
+    """At a random time after the checkpoint of a step, often in the next step."""
     process = start(tmp_path / "run")
     wait_for_checkpoint(process, tmp_path / "run", step)
     time.sleep(random.uniform(0, 0.1))
@@ -97,7 +97,7 @@ def test_a_disk_that_fills_during_a_checkpoint(
     with files_limited_to(5_500_000):
         run_here(tmp_path / "run", "--checkpointing_steps", 8)
     said = capsys.readouterr().err
-    assert said.count("could not be saved in") == 1 and said.count("training goes on") == 1
+    assert said.count("could not be saved in") == 1 and said.count("training continues") == 1
     assert "checkpoint-8 could not be saved" in said
     assert_same_result(whole_run[0], tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -105,7 +105,7 @@ def test_a_disk_that_fills_during_a_checkpoint(
 
 @pytest.mark.slow
 def test_a_loading_process_that_dies(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
-    """One line, no traceback, and the run goes on from where it was."""
+    """One line, no traceback, and the run can be resumed."""
     arguments = ("--dataloader_num_workers", 1)
     process = start(tmp_path / "run", *arguments)
     wait_for_checkpoint(process, tmp_path / "run", 3)
@@ -121,7 +121,7 @@ def test_a_loading_process_that_dies(whole_run: tuple[Path, Path], tmp_path: Pat
 
 @pytest.mark.slow
 def test_workers_leave_the_signal_to_the_run(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
-    """A whole process group is told to stop, as schedulers do: loading processes must live until the step is saved."""
+    """A whole process group receives the signal, as from schedulers: loading processes must live until the step is saved."""
     arguments = ("--dataloader_num_workers", 1, "--checkpointing_steps", 7)
     process = start(tmp_path / "run", *arguments)
     wait_for_checkpoint(process, tmp_path / "run", 7)

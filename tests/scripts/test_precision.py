@@ -1,4 +1,4 @@
-"""Reduced precision, accumulation and memory formats choose the same channels and lead to the same weights, within bounds."""
+"""Reduced precision, accumulation and memory formats give the same channels and weights, within bounds."""
 
 from __future__ import annotations
 

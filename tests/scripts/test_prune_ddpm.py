@@ -1,4 +1,4 @@
-"""training/prune_ddpm.py: through the launcher, as a script and as a function, with good and with bad input."""
+"""training/prune_ddpm.py: through the launcher, as a script and as a function, with valid and invalid input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEACHER = ROOT / "training/digits/teacher"
 UNMEASURED = ("--eval_images", 0, "--speed_batch_sizes", 0)
 
 
-# With --quiet, as the README says; Accelerate adds a traceback of its own to errors otherwise
+# With --quiet, as in the README; otherwise Accelerate adds a traceback to errors
 LAUNCH = (
     *(str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no"),
@@ -39,7 +39,7 @@ LAUNCH = (
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """A short run in processes of its own, as users start it; later arguments win."""
+    """A short run through the launcher, as users start it; later arguments take precedence."""
     command = [*LAUNCH, "training/prune_ddpm.py", *SHORT, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -234,14 +234,14 @@ BAD_INPUT = {
     "unknown schedule": (["--lr_scheduler", "foo"], "invalid choice: 'foo'"),
     "column without images": (["--image_column", "label"], "image_column=label must be a column of images"),
     "output over the model": (["--output_dir", str(TEACHER), "--overwrite_output_dir"], "which this run reads"),
-    "no such recipe": (["--recipe", "cifar11"], "recipe=cifar11 is neither a file nor one of the recipes shipped"),
+    "no such recipe": (["--recipe", "cifar11"], "recipe=cifar11 is neither a file nor a shipped recipe"),
     "no such checkpoint": (
         ["--resume_from_checkpoint", "checkpoint-9"],
-        "resume_from_checkpoint=checkpoint-9 is no checkpoint",
+        "resume_from_checkpoint=checkpoint-9 is not a checkpoint",
     ),
     "accumulation of 0": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 must be at least 1"),
-    "fp16 without a GPU": (["--mixed_precision", "fp16"], "mixed_precision=fp16 needs a GPU, whose"),
-    "8-bit moments of channels-last weights": (["--use_8bit_adam", "--channels_last"], "use_8bit_adam=True does not go with"),
+    "fp16 without a GPU": (["--mixed_precision", "fp16"], "mixed_precision=fp16 needs a GPU for loss scaling"),
+    "8-bit Adam, channels-last weights": (["--use_8bit_adam", "--channels_last"], "use_8bit_adam=True cannot be used"),
     "dropout of 1": (["--dropout", "1"], "dropout=1.0 must be in [0, 1)"),
     "curves without samples": (["--eval_steps", "5", "--eval_images", "0"], "eval_steps=5 needs eval_images, which is 0"),
     "too few samples for pixels": (["--eval_features", "pixels", "--eval_images", "64"], "needs more than 64 images"),
@@ -310,7 +310,7 @@ def test_errors_through_the_launcher_are_one_clear_line_too(tmp_path: Path) -> N
 
 
 def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
-    """It is no reason to stop, unless that is asked for."""
+    """It does not stop the run, unless requested."""
     folder = image_folder(tmp_path / "images")
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:40])
     arguments = (
@@ -326,7 +326,7 @@ def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:
-    """Scores and results are those of the model as it is saved, not of autocast."""
+    """Scores and results are those of the saved model, not of autocast."""
     run_here(*digits(tmp_path / "run", "--mixed_precision", "bf16", "--max_train_steps", 6, *UNMEASURED))
     results = json.loads((tmp_path / "run/results.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
@@ -336,7 +336,7 @@ def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:
 
 
 def test_images_that_do_not_fit_the_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Colour is refused, a set of small images is enlarged, as the plan says."""
+    """Colour is refused, a set of small images is enlarged, as shown in the plan."""
     common = ("--pretrained_model_name_or_path", TEACHER, "--output_dir", tmp_path / "run", "--train_data_dir")
     assert_refused_here("mode RGB", *common, image_folder(tmp_path / "colour", mode="RGB"))
     run_here(*common, image_folder(tmp_path / "small", size=(4, 4)), "--dry_run")
@@ -362,7 +362,7 @@ def test_diverging_loss_is_an_error(tmp_path: Path) -> None:
 
 
 def assert_refused_here(message: str, *arguments: object) -> None:
-    """In this process, the exception that a process of its own ends with."""
+    """Raises, in this process, the exception that ends the script."""
     with pytest.raises((ValueError, OSError)) as refused:
         run_here(*arguments)
     assert message in str(refused.value)

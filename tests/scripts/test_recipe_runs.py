@@ -1,5 +1,5 @@
-"""Every recipe runs, from the Hub to the saved pipeline: the real architecture's configuration under the recipe's own ids,
-with random weights and a handful of images, and nothing made smaller but batches, steps and what is measured."""
+"""Every recipe runs, from the Hub to the saved pipeline: the real architecture under the recipe's ids, with random weights and
+a few images. Only batches, steps and measurements are smaller."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def words_of(recipe: str, folder: Path) -> list[str]:
 
 
 def run_recipe(recipe: str, folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    """In a process of its own, which the environment sends to the Hub of the test."""
+    """In a separate process, whose environment points to the test Hub."""
     command = [sys.executable, "training/prune_ddpm.py", *words_of(recipe, folder), *arguments]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint end where an uninterrupted run ends, bit for bit, in every phase."""
+"""Runs that resume from a checkpoint are bit-identical to uninterrupted runs, in every phase."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_truncated_checkpoint_is_said_and_the_one_before_taken(
     run_here(tmp_path / "run", "--resume_from_checkpoint", "latest")
     printed = capsys.readouterr()
     assert "checkpoint-12/optimizer.safetensors has 10000 bytes, not" in printed.err
-    assert "going on from checkpoint-11" in printed.out
+    assert "resuming from checkpoint-11" in printed.out
     assert_same_result(run, tmp_path / "run")
 
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_another_model_is_refused(whole_run: tuple[Path, Path], 
 def test_changed_settings_are_listed(whole_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     place(whole_run[1], tmp_path / "run", 14)
     run_here(tmp_path / "run", "--resume_from_checkpoint", "latest", "--learning_rate", 1e-3, "--distillation_weight", 0.25)
-    listed = [line for line in capsys.readouterr().err.splitlines() if "going on with another setting" in line]
+    listed = [line for line in capsys.readouterr().err.splitlines() if "resuming with a changed setting" in line]
     assert len(listed) == 2
     assert any(line.endswith("learning_rate was 0.0002, is 0.001") for line in listed)
     assert any("distillation_weight was" in line and line.endswith("is 0.25") for line in listed)

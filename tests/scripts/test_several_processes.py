@@ -1,4 +1,4 @@
-"""Two processes with B images each do what one does with 2B: same masks at every ranking, same weights to float tolerance."""
+"""Two processes with B images each match one with 2B: same masks at every ranking, same weights to float tolerance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from diffusers_gfprune.training.run import check_distributed_type
+from diffusers_gfprune.training.run_setup import check_distributed_type
 from helpers.resume import TEACHER, assert_same_result, run_here, start, wait_for_checkpoint
 
 # On machines without a GPU, processes talk over gloo.
@@ -78,7 +78,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, form: str, steps: tuple[
 
 @pytest.mark.slow
 def test_a_process_that_dies(tmp_path: Path) -> None:
-    """The launcher ends the other one; the run goes on from its last checkpoint and ends as if nothing had happened."""
+    """The launcher ends the other one; the run resumes from its last checkpoint and gives the same result."""
     finished(start(tmp_path / "whole", launcher=TWO))
     process = start(tmp_path / "run", launcher=TWO)
     wait_for_checkpoint(process, tmp_path / "run", 8)
@@ -93,7 +93,7 @@ def test_a_process_that_dies(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two"])
 def test_a_launcher_that_is_told_to_stop(tmp_path: Path, launcher: tuple[str, ...]) -> None:
-    """Whether it passes the signal on or not, the run saves and ends, and goes on from there."""
+    """Whether or not it forwards the signal, the run saves, ends, and can be resumed."""
     process = start(tmp_path / "run", "--checkpointing_steps", 7, launcher=launcher)
     wait_for_checkpoint(process, tmp_path / "run", 7)
     processes = psutil.Process(process.pid).children(recursive=True)

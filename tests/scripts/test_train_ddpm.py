@@ -1,4 +1,4 @@
-"""training/train_ddpm.py, the digits it trains on, and the teacher it made."""
+"""training/train_ddpm.py, the digits data set, and the shipped teacher."""
 
 from __future__ import annotations
 

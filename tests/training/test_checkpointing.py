@@ -1,4 +1,4 @@
-"""training/checkpointing.py: checkpoints are whole or not there, and damage done later is seen."""
+"""training/checkpointing.py: checkpoints are written atomically, and later damage is detected."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_damage_is_seen_and_the_checkpoint_before_is_taken(tmp_path: Path, name:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     said: list[str] = []
     assert checkpoints.find("latest", said.append).step == 10
-    assert len(said) == 1 and "checkpoint-20" in said[0] and "looking for the checkpoint before it" in said[0]
+    assert len(said) == 1 and "checkpoint-20" in said[0] and "trying the previous checkpoint" in said[0]
     with pytest.raises(CheckpointError, match="checkpoint-20"):
         checkpoints.find("checkpoint-20")
     with pytest.raises(CheckpointError, match="checkpoint-20"):
@@ -117,7 +117,7 @@ def test_nothing_sound_left_is_an_error_and_nothing_at_all_is_a_start(tmp_path: 
     (save(checkpoints, 10) / "state.json").unlink()
     with pytest.raises(CheckpointError, match="all 1 checkpoints in .* are damaged"):
         checkpoints.find("latest", lambda text: None)
-    with pytest.raises(CheckpointError, match="resume_from_checkpoint=checkpoint-9 is no checkpoint; .* holds checkpoint-10"):
+    with pytest.raises(CheckpointError, match="checkpoint=checkpoint-9 is not a checkpoint; .* holds checkpoint-10"):
         checkpoints.find("checkpoint-9")
 
 

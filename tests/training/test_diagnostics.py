@@ -1,4 +1,4 @@
-"""Warnings appear where a failure is, say what to do, and stay silent in the run that this repository publishes."""
+"""Failures cause warnings with a remedy; the published run of this repository causes none."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_flapping_by_hand():
     ]
     (diagnosis,) = diagnose(updates, [], PAPER)
     assert str(diagnosis) == (
-        "masks flap: at 2 of the last 2 rankings more than 20% of the pruned units came back (up to 60%): raise "
+        "masks flap: at 2 of the last 2 rankings more than 20% of the pruned units were revived (up to 60%): raise "
         "--calibration_batches, --score_decay (now 0) or --revival_margin (now 0)"
     )
 
@@ -243,7 +243,7 @@ def test_wrong_products_are_found(pruner: GradientFlowPruner, monkeypatch: pytes
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_few_units_are_ranked_together(scale: float):
-    """Groups of fewer than 16 say little one by one; a model without gradients has no ranks, and they agree."""
+    """Groups of fewer than 16 units are too small on their own; a model without gradients has no ranks, and they agree."""
     unet = build("fine-units")
     with torch.no_grad():
         unet.conv_out.weight.mul_(scale)
@@ -287,7 +287,7 @@ def test_comparison_with_magnitude(pruner: GradientFlowPruner):
 
 
 def test_masks_are_put_back_after_an_error(pruner: GradientFlowPruner):
-    """Whoever catches it goes on with the masks of the schedule."""
+    """A run can continue with the masks of the schedule."""
     before = pruner.masks
     clean, noise, timesteps = batches()[0].tensors()
     with pytest.raises(RuntimeError):
@@ -296,7 +296,7 @@ def test_masks_are_put_back_after_an_error(pruner: GradientFlowPruner):
 
 
 def test_comparisons_that_cannot_be_made(pruner: GradientFlowPruner):
-    """In words."""
+    """Errors name the reason."""
     with pytest.raises(ValueError, match="batches is empty"):
         compare_with_magnitude(pruner, [])
     unranked = GradientFlowPruner(build("fine-units"), config(), SCHEDULER)
@@ -304,5 +304,5 @@ def test_comparisons_that_cannot_be_made(pruner: GradientFlowPruner):
         compare_with_magnitude(unranked, batches())
     unranked.step(0, batches())
     unranked.detach()
-    with pytest.raises(ValueError, match="no masks any more"):
+    with pytest.raises(ValueError, match="the model has no masks"):
         compare_with_magnitude(unranked, batches())

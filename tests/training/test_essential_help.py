@@ -1,4 +1,4 @@
-"""`--help` of prune_ddpm.py is short and complete in itself, `--help_all` has every argument."""
+"""`--help` of prune_ddpm.py shows the essential arguments, `--help_all` all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_help_is_two_screens_of_what_matters(monkeypatch: pytest.MonkeyPatch, ca
     assert listed(lines) == {name for names in ESSENTIAL.values() for name in names}
     assert [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")] == ["options", *ESSENTIAL]
     text = " ".join(" ".join(lines).split())
-    assert "Schedule, by its name in Diffusers. Choices: constant, constant_with_warmup" in text
+    assert "Learning rate schedule, by its name in Diffusers. Choices: constant, constant_with_warmup" in text
     assert "in (0, 1). (default: 0.5)" in text and "--help_all show all arguments" in text
     assert "None" not in text and "False" not in text
 

@@ -1,4 +1,4 @@
-"""training/estimate.py: what is counted on fake tensors is what real steps and rankings hold; time is measured in time."""
+"""training/estimate.py: bytes counted on fake tensors match real steps and rankings; timing respects its limit."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_timing_stops_where_memory_would_not_do() -> None:
     assert max(step.sizes) == 4
 
 
-# --- what is said ------------------------------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------------------------
 
 
 def an_estimate(batch_size: int = 8, weights: int = GIB, activations: int = 8 * GIB) -> StepEstimate:
@@ -272,9 +272,9 @@ def advice(free: float, **options) -> str:
 
 
 def test_advice_names_numbers_that_fit() -> None:
-    assert advice(20) == "too little; what would help: hvp=finite-difference (15.8 GiB)"
-    assert advice(15) == "too little; what would help: hvp=finite-difference (15.8 GiB), calibration_batch_size=7"
-    assert advice(15, hvp="finite-difference") == "too little; what would help: calibration_batch_size=7"
+    assert advice(20) == "too little; to reduce it: hvp=finite-difference (15.8 GiB)"
+    assert advice(15) == "too little; to reduce it: hvp=finite-difference (15.8 GiB), calibration_batch_size=7"
+    assert advice(15, hvp="finite-difference") == "too little; to reduce it: calibration_batch_size=7"
     text = advice(10, hvp="finite-difference", gradient_accumulation_steps=2)
     found = re.search(r"train_batch_size=(\d+) with gradient_accumulation_steps=(\d+), gradient_checkpointing", text)
     assert found is not None and found.groups() == ("4", "4")
@@ -286,7 +286,7 @@ def test_advice_names_numbers_that_fit() -> None:
 
 def test_no_advice_that_was_taken_already() -> None:
     options = {"hvp": "finite-difference", "gradient_checkpointing": True, "use_8bit_adam": True}
-    assert advice(1, **options) == "too little, even for single images: it needs a larger device"
+    assert advice(1, **options) == "too little, even for single images; use a larger device"
 
 
 def test_free_memory() -> None:

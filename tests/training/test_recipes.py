@@ -1,4 +1,4 @@
-"""training/recipes.py: a recipe is a command line in a file, and what is given by name wins."""
+"""training/recipes.py: a recipe is a command line in a file, and the command line overrides it."""
 
 from __future__ import annotations
 
@@ -129,11 +129,11 @@ def test_order_of_presets(recipe) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1e-4", "line 1: learning_rat is no argument; did you mean learning_rate?"),
-        ("use_ema: true\nqqq: 1", "line 2: qqq is no argument"),
+        ("learning_rat: 1e-4", "line 1: learning_rat is not an argument; did you mean learning_rate?"),
+        ("use_ema: true\nqqq: 1", "line 2: qqq is not an argument"),
         ("use_ema: true\nlearning_rate: 1\nuse_ema: false", "line 3: use_ema is given twice"),
         ("use_ema: true\nuse-ema: true", "line 2: use_ema is given twice"),
-        ("training:\n  use_ema: true", "line 1: training is no argument"),
+        ("training:\n  use_ema: true", "line 1: training is not an argument"),
         ("learning_rate:\n  peak: 1", "line 1: learning_rate must be a single value, not a mapping"),
         ("learning_rate: [1, 2]", "line 1: learning_rate must be a single value, not a sequence"),
         ("[1, 2]: 3", "line 1: the name of an argument must be a single word"),
@@ -167,7 +167,7 @@ def test_missing_recipe_lists_those_shipped(tmp_path: Path) -> None:
     for name in ("imagenet", str(tmp_path), str(tmp_path / "none.yaml")):
         with pytest.raises(ValueError) as error:
             expand_recipe([f"--recipe={name}"], KNOWN)
-        assert str(error.value).endswith(f"shipped: {', '.join(shipped_recipes())}")
+        assert str(error.value).endswith(f"shipped recipe: {', '.join(shipped_recipes())}")
 
 
 def test_unreadable_recipe(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_recipes_that_are_shipped() -> None:
 
 
 def test_digits_is_what_make_prune_passes() -> None:
-    """The Makefile and the recipe must not drift apart, whichever way the Makefile says it."""
+    """The Makefile and the recipe must stay consistent."""
     lines = (ROOT / "Makefile").read_text().partition("\nprune:")[2].partition("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(lines.partition("training/prune_ddpm.py")[2].replace("$(ARGS)", ""))
     from_make, from_recipe = parse_arguments(words).to_dict(), parse_arguments(["--recipe", "digits"]).to_dict()

@@ -1,4 +1,4 @@
-"""training/rehearsal.py: what would fail at the end of a run fails before its first step; what can be made to fit is."""
+"""training/rehearsal.py: errors at the end of a run are found before its first step; settings are adapted if possible."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_timing_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.
 
 
 def test_what_cannot_be_compiled_is_said_and_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a row at the end that says why, without the folders of this machine."""
+    """The results have a row with the reason, without local paths."""
 
     def fails(function):
         raise RuntimeError("no compiler in /opt/secret/bin/g++\nand more")
@@ -136,7 +136,7 @@ def test_what_cannot_be_compiled_is_said_and_no_reason_to_stop(monkeypatch: pyte
 
 
 def test_the_card_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rendered from made-up figures, from what the run says of its origin."""
+    """Rendered from made-up figures and the run's provenance."""
     monkeypatch.setattr(prune_ddpm, "describe_dataset", lambda *args: {"name": "x", "hub_id": "not an id"})
     with pytest.raises(ValueError, match="'not an id' in the card's metadata must be a Hub id"):
         run(tmp_path, write(tmp_path / "model", DDPMScheduler()), "--eval_images", 2)

@@ -1,4 +1,4 @@
-"""training/safeguards.py: what is not finite, has come apart, or loses its workers ends in one line with the remedy."""
+"""training/safeguards.py: non-finite values, divergence and lost workers end in one line with the remedy."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_death_of_a_loading_process_is_explained(tmp_path: Path) -> None:
     run, state = make_run(tmp_path, 7), make_state(7)
     with pytest.raises(
         ValueError,
-        match=r"loading images failed, a loading process died: DataLoader worker \(pid 5\) is killed.*checkpoint-7 ",
+        match=r"loading images failed because a loading process died: DataLoader worker \(pid 5\) is killed.*checkpoint-7 ",
     ):
         with safeguards.explained_worker_death(run, state):
             raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")

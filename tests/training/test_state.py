@@ -1,4 +1,4 @@
-"""training/state.py: optimizer, average and weights belong together by name, before and after compaction."""
+"""training/state.py: optimizer state and average match weights by name, before and after compaction."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_dropout_is_that_of_the_command_line_before_and_after_compaction() -> No
         if not state.compacted:
             state.pruner.step(0, [])
             state.compact()
-    assert state.unet.config.dropout == 0.0  # what is saved says what it said
+    assert state.unet.config.dropout == 0.0  # the saved state has the same values
 
 
 def test_compaction_takes_everything_along_by_name() -> None:
@@ -83,7 +83,7 @@ def test_compaction_takes_everything_along_by_name() -> None:
         moment = state.optimizer.optimizer.state[parameter]["exp_avg_sq"]
         assert torch.equal(moment, plan.take(name, moments[name], -2)), name
     before = copy.deepcopy(state.unet.state_dict())
-    step(state, 1)  # wrapper, optimizer and average go on with the small model
+    step(state, 1)  # wrapper, optimizer and average use the small model
     assert any(not torch.equal(value, before[name]) for name, value in state.unet.state_dict().items())
 
 
@@ -144,7 +144,7 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path, part: str, what: s
 
 
 def test_loss_scale_is_saved(tmp_path: Path) -> None:
-    """On a CPU there is no fp16 training, but the scaler is the same."""
+    """fp16 training needs a GPU, but the scaler is the same on a CPU."""
     state = make_state(scaler=torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1))
     step(state, 0)
     assert state.accelerator.scaler.get_scale() == 16.0

@@ -1,4 +1,4 @@
-"""training/tracking.py: what a run sends to tensorboard, and the grids of samples that it leaves."""
+"""training/tracking.py: values in tensorboard, and saved grids of samples."""
 
 from __future__ import annotations
 

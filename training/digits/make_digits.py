@@ -1,7 +1,7 @@
-"""Write the scikit-learn handwritten digits as a small image data set that `load_dataset` reads.
+"""Write the scikit-learn handwritten digits as a small image data set for `load_dataset`.
 
 1,797 greyscale images of 8x8 pixels with a label (Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*,
-UCI repository, 1998; shipped with scikit-learn). Grey levels 0-16 become 0-255. A fixed permutation (seed 0) puts 1,500
+UCI repository, 1998; included in scikit-learn). Grey levels 0-16 become 0-255. A fixed permutation (seed 0) puts 1,500
 images into `train` and 297 into `validation`. Run once, from the root of the repository:
 
     python training/digits/make_digits.py

@@ -1,4 +1,4 @@
-"""A run before it starts: Accelerate, what stays the same while it trains, and what a checkpoint must share with it."""
+"""Setup of a run: Accelerate, pruner, data, and the values that a checkpoint must share with the run."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ __all__ = [
     "run_settings",
 ]
 
-# Every process holds whole weights in these.
+# Distributed types in which every process holds complete weights
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What stays the same while a run trains.
+    """The parts of a run that do not change during training.
 
     Attributes:
         args: The command line.
-        accelerator: Of this process.
+        accelerator: Accelerator of this process.
         folder: Files of the run.
-        checkpoints: In the folder.
-        identity: What a checkpoint must share to be gone on from.
-        pipeline: Where the run starts from; its UNet is the one that is pruned.
+        checkpoints: Checkpoints of the run.
+        identity: Values that a checkpoint must share to be resumed (see `run_identity`).
+        pipeline: The dense pipeline; its UNet is pruned in place.
         dense: The dense model, frozen.
         images: Training images.
-        num_held_out: Held-out images.
-        step_loss: Loss on these.
-        dense_step_losses: Of the dense model (see `measure_step_losses`); empty on other processes than the main one.
+        num_held_out: Number of held-out images.
+        step_loss: Step loss on the held-out images.
+        dense_step_losses: Step losses of the dense model (see `measure_step_losses`); empty except on the main process.
         sample_quality: Measures samples.
         objective: Training loss.
         origin: Base model, data set and command, for the report.
@@ -82,29 +82,29 @@ class Run:
 
 
 def check_distributed_type(distributed_type: DistributedType) -> None:
-    """Refuse sharded training.
+    """Check that training is not sharded.
 
     Raises:
-        ValueError: Processes share out single weights, which masks and compaction need whole.
+        ValueError: Weights are sharded over processes; masks and compaction need complete weights.
     """
     if distributed_type.name not in REPLICATED:
         raise ValueError(
-            f"distributed_type={distributed_type.value} is not supported: double backward, masks and compaction need whole "
-            f"weights on every process, where a DDPM fits easily; use data parallelism (accelerate launch --multi_gpu)"
+            f"distributed_type={distributed_type.value} is not supported: double backward, masks and compaction need complete "
+            f"weights on every process; use data parallelism (accelerate launch --multi_gpu)"
         )
 
 
 def run_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
-    """Accelerate, set up for this run.
+    """Create the Accelerator of a run.
 
     Raises:
-        ValueError: The launcher asks for sharded training, or the number type does not suit the machine.
+        ValueError: The launcher requests sharded training, or the device does not support the precision.
     """
     if args.precision.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     accelerator = make_accelerator(
-        timeout=timedelta(hours=6),  # other ranks wait while one measures or samples
+        timeout=timedelta(hours=6),  # other ranks wait while the main process measures or samples
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         mixed_precision=args.precision.mixed_precision,
         log_with=None if args.tracking.report_to == "none" else args.tracking.report_to,
@@ -112,22 +112,22 @@ def run_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
         dynamo_plugin=TorchDynamoPlugin(
             backend="no" if args.precision.torch_compile == "no" else "inductor",
             mode=None if args.precision.torch_compile == "no" else args.precision.torch_compile,
-            dynamic=False,  # all batches of a run have one size
+            dynamic=False,  # all batches of a run have the same size
         ),
     )
     check_distributed_type(accelerator.distributed_type)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError("mixed_precision=fp16 needs a GPU, whose losses can be scaled to its range: use bf16 on this machine")
+        raise ValueError("mixed_precision=fp16 needs a GPU for loss scaling; use bf16 on this machine")
     return accelerator
 
 
 def make_pruner(
     args: Arguments, accelerator: Accelerator, unet: ModelMixin, noise_scheduler, checkpoint: Checkpoint | None
 ) -> GradientFlowPruner:
-    """The pruner of a run, with masks attached.
+    """Create the pruner of a run and attach its masks.
 
-    For a budget in time, models are measured on the device that the run trains on, unless a checkpoint knows their times.
-    Times of layers are kept with what the Hub's libraries keep, or in `evaluation_cache_dir`.
+    For a latency budget, models are timed on the training device, unless a checkpoint has their times. Layer times are cached
+    beside the Hub's cache, or in `evaluation_cache_dir`.
 
     Raises:
         ValueError: The model cannot be pruned, or the budget cannot be met.
@@ -142,7 +142,7 @@ def make_pruner(
 
 
 def run_identity(args: Arguments, dense: nn.Module) -> dict:
-    """What two runs must share for one to go on from a checkpoint of the other, by name."""
+    """Values by name that must not change when a run is resumed from a checkpoint."""
     architecture = {f"unet.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
     options = (
         "target",
@@ -168,16 +168,16 @@ def run_identity(args: Arguments, dense: nn.Module) -> dict:
 
 
 def run_settings(args: Arguments, accelerator: Accelerator) -> dict:
-    """What may change when a run goes on, and is then said aloud: all that bears on the result and is not its identity."""
+    """Settings that affect the result and may change on resuming, with a warning."""
     groups = (args.data, args.pruning, args.training, args.objective, args.precision)
     settings = {name: value for group in groups for name, value in vars(group).items()}
     settings["mixed_precision"] = accelerator.mixed_precision
     settings["num_processes"] = accelerator.num_processes
-    return json.loads(json.dumps(settings))  # as a checkpoint gives it back
+    return json.loads(json.dumps(settings))  # the types that a checkpoint restores
 
 
 def make_batches(args: Arguments, accelerator: Accelerator, images, noise_scheduler, first_batch: int):
-    """Training batches of this process, endless."""
+    """Endless training batches of this process."""
     return train_dataloader(
         images,
         args.training.train_batch_size,
