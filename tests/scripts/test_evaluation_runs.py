@@ -250,7 +250,7 @@ def test_nothing_is_overwritten(world: Path, tmp_path: Path, no_sampling) -> Non
     with pytest.raises(ValueError, match="is not an evaluation, it holds thesis.txt: choose another folder"):
         run(tmp_path, *arguments, "--overwrite_output_dir")
     assert (tmp_path / "out/thesis.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="holds .*dense, which this run reads"):
+    with pytest.raises(ValueError, match="contains .*dense, which this run reads"):
         run(tmp_path, *arguments, "--output_dir", world, "--overwrite_output_dir")
     (tmp_path / "new.training/checkpoint-5").mkdir(parents=True)
     with pytest.raises(ValueError, match="new belongs to a training run"):
