@@ -29,7 +29,7 @@ test-slow: install ## run the tests that take longer than a minute
 	$(VENV)/bin/python -m pytest -m slow
 
 test-faults: install ## kill runs at random times and check that resumed runs end the same (about twelve minutes)
-	$(VENV)/bin/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_several_processes.py
+	$(VENV)/bin/python -m pytest -m "slow or not slow" tests/scripts/test_faults.py tests/scripts/test_several_processes.py
 
 quality: install ## check style
 	$(VENV)/bin/ruff check .

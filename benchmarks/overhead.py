@@ -115,7 +115,7 @@ def measure_state(model: str, words: list[str]) -> dict[str, float]:
             lambda index: checkpoints.save(index, identity, settings, state.tensors(), state.values())
         )
         size = sum(path.stat().st_size for path in checkpoints.paths()[0].iterdir())
-        tracking = Tracking(args, accelerator, run_folder, dense, None)
+        tracking = Tracking(args, accelerator, run_folder, sample_quality=None)  # nothing is sampled
         update = MaskUpdate(0, "soft", 0.5, 0.0, 1, 0, 0, 1, 1.0, 1.0)
         log_seconds = median_seconds(lambda index: tracking.log_training(state, 0.1, {"noise": 0.1}, 1.0), 200)
         ranking_seconds = median_seconds(lambda index: tracking.log_ranking(state, update), 20)

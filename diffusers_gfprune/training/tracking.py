@@ -76,11 +76,6 @@ class Tracking:
         )
         self.clock, self.clock_step = time.perf_counter(), state.step
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar, on the main process only."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
-
     def log_training(self, state: TrainingState, loss: float, terms: dict[str, float], gradient_norm: float) -> None:
         """Log a point of the training curves."""
         args, schedule = self.args, state.pruner.schedule
