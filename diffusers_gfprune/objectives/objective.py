@@ -66,10 +66,10 @@ class ObjectiveArguments:
             raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1]")
         for name in ("feature_distillation_weight", "sensitivity_matching_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and finite")
         if self.jacobian_step is not None:
             if not 0 < self.jacobian_step < math.inf:
-                raise ValueError(f"jacobian_step={self.jacobian_step} must be finite and greater than 0")
+                raise ValueError(f"jacobian_step={self.jacobian_step} must be greater than 0 and finite")
             if not self.needs_directions:
                 raise ValueError(f"jacobian_step={self.jacobian_step} needs sensitivity_matching_weight")
 

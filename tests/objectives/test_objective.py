@@ -79,7 +79,7 @@ def test_arguments_come_from_the_command_line():
     [
         ({"distillation_weight": 1.5}, r"distillation_weight=1.5 must be in \[0, 1\]"),
         ({"distillation_weight": float("nan")}, "distillation_weight=nan"),
-        ({"feature_distillation_weight": -0.1}, "feature_distillation_weight=-0.1 must not be negative"),
+        ({"feature_distillation_weight": -0.1}, "feature_distillation_weight=-0.1 must be at least 0 and finite"),
         ({"sensitivity_matching_weight": float("inf")}, "sensitivity_matching_weight=inf"),
         ({"sensitivity_matching_weight": float("nan")}, "sensitivity_matching_weight=nan"),
         ({"sensitivity_matching_weight": 1, "jacobian_step": 0.0}, "jacobian_step=0.0 must be greater than 0"),

@@ -257,12 +257,12 @@ def test_a_pruned_model_is_refused():
 @pytest.mark.parametrize(
     ("module", "setting", "value", "message"),
     [
-        ("mid_block.attentions.0", "heads", 2, "mid_block.attentions.0.heads=2 should be 4"),
-        ("mid_block.attentions.0", "scale", 1.0, "mid_block.attentions.0.scale=1.0 should be 0.35"),
-        ("down_blocks.0.resnets.0.norm1", "num_groups", 2, "norm1.num_groups=2 should be 4"),
-        ("up_blocks.0.resnets.0", "output_scale_factor", 2.0, "output_scale_factor=2.0 should be 1.0"),
-        ("conv_norm_out", "eps", 1e-3, "conv_norm_out.eps=0.001 should be 1e-05"),
-        ("conv_in", "padding", (0, 0), r"conv_in.padding=\(0, 0\) should be"),
+        ("mid_block.attentions.0", "heads", 2, "mid_block.attentions.0.heads=2 must be 4"),
+        ("mid_block.attentions.0", "scale", 1.0, "mid_block.attentions.0.scale=1.0 must be 0.35"),
+        ("down_blocks.0.resnets.0.norm1", "num_groups", 2, "norm1.num_groups=2 must be 4"),
+        ("up_blocks.0.resnets.0", "output_scale_factor", 2.0, "output_scale_factor=2.0 must be 1.0"),
+        ("conv_norm_out", "eps", 1e-3, "conv_norm_out.eps=0.001 must be 1e-05"),
+        ("conv_in", "padding", (0, 0), r"conv_in.padding=\(0, 0\) must be"),
     ],
 )
 def test_modules_that_do_not_match_the_config_are_refused(module: str, setting: str, value: object, message: str):
@@ -281,7 +281,7 @@ def test_another_activation_is_refused_and_another_state_is_not():
             module.p = 0.5  # what --dropout sets
     assert tuple(trace_channel_groups(unet)) == traced()
     unet.conv_act = torch.nn.ReLU()
-    with pytest.raises(ValueError, match="conv_act.__class__='ReLU' should be 'SiLU'"):
+    with pytest.raises(ValueError, match="conv_act.__class__='ReLU' must be 'SiLU'"):
         trace_channel_groups(unet)
 
 

@@ -195,9 +195,9 @@ def test_state_without_a_masked_model(finished: GradientFlowPruner, tmp_path: Pa
     assert again["values"] == state["values"]
     assert all(torch.equal(again["tensors"][name], tensor) for name, tensor in state["tensors"].items())
     pruner.finished = False
-    with pytest.raises(ValueError, match="the model has no masks any more"):
+    with pytest.raises(ValueError, match="the masks of the model were removed"):
         pruner.step(3, batches())
-    with pytest.raises(ValueError, match="the model has no masks any more"):
+    with pytest.raises(ValueError, match="the masks of the model were removed"):
         pruner.set_masks({})
 
 
