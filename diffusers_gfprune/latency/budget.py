@@ -30,19 +30,19 @@ __all__ = ["measured_latency_model", "model_of_widths"]
 
 
 def model_of_widths(
-    unet: nn.Module, groups: Sequence[ChannelGroup], kept: np.ndarray, attention_unit: str = "head_dim"
+    unet: nn.Module, groups: Sequence[ChannelGroup], widths: np.ndarray, attention_unit: str = "head_dim"
 ) -> nn.Module:
     """A compacted model that keeps the first units of each group, for timing only.
 
     Args:
         unet: The dense model; it is not modified.
         groups: Its channel groups.
-        kept: Channels that each group keeps, widths of its ladder, with shape `(groups,)`.
+        widths: Channels that each group keeps, widths of its ladder, with shape `(groups,)`.
         attention_unit: As in `width_ladder`.
     """
     masks = {
         group.name: select_units(group, torch.zeros(group.num_units), int(width), attention_unit).float()
-        for group, width in zip(groups, kept)
+        for group, width in zip(groups, widths)
     }
     return compact(unet, plan_compaction(unet, groups, masks))
 
@@ -93,8 +93,8 @@ def measured_latency_model(
         narrowest = np.array([ladder[-1] for ladder in ladders])
         with LatencyMeter(unet, setting, sample_size, seconds) as meter:
 
-            def measured(kept: np.ndarray) -> TimePair:
-                return meter.measure(model_of_widths(unet, groups, kept, attention_unit))
+            def measured(widths: np.ndarray) -> TimePair:
+                return meter.measure(model_of_widths(unet, groups, widths, attention_unit))
 
             def planned() -> np.ndarray:
                 return allocate_per_group(cost, "latency", ratio, ladders)

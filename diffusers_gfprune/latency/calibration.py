@@ -166,14 +166,16 @@ def calibrate(
     """
     found = []
 
-    def measured(kept: np.ndarray) -> TimePair:
-        pair = measure(kept)
-        found.append({"predicted": model.removed(kept), "measured": pair.share, "spread": pair.spread, "rounds": pair.rounds})
+    def measured(widths: np.ndarray) -> TimePair:
+        pair = measure(widths)
+        found.append(
+            {"predicted": model.removed(widths), "measured": pair.share, "spread": pair.spread, "rounds": pair.rounds}
+        )
         model.correction = replace(model.correction, dense_seconds=pair.dense_seconds)
         return pair
 
-    def learn(kept: np.ndarray, pair: TimePair) -> None:
-        pairs = (*model.correction.pairs, (model.predicted(kept), pair.share))
+    def learn(widths: np.ndarray, pair: TimePair) -> None:
+        pairs = (*model.correction.pairs, (model.predicted(widths), pair.share))
         model.correction = replace(model.correction, pairs=pairs)
 
     pair = measured(narrowest)
@@ -182,11 +184,11 @@ def calibrate(
     if pair.share <= ratio:
         return found  # out of reach: the budget raises an error
     for _ in range(MODELS):
-        kept = plan()
-        pair = measured(kept)
+        widths = plan()
+        pair = measured(widths)
         if abs(pair.share - ratio) <= max(CLOSE_ENOUGH, 2 * pair.spread):
             break  # without a further correction, so that these widths remain the plan
-        learn(kept, pair)
+        learn(widths, pair)
     return found
 
 

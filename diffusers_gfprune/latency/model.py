@@ -216,12 +216,12 @@ class LatencyModel:
         # Single layers can take longer than in the forward pass, where inputs are in the cache
         self._scale, self._rest = 1 / max(layers, 1.0), max(1 - layers, 0.0)
 
-    def _layers(self, kept: np.ndarray) -> float:
+    def _layers(self, widths: np.ndarray) -> float:
         """layers(n) of the module docstring."""
-        return float(self._row_shares(kept).sum())
+        return float(self._row_shares(widths).sum())
 
-    def _row_shares(self, kept: np.ndarray) -> np.ndarray:
-        wide = self._fixed + self._rows @ kept
+    def _row_shares(self, widths: np.ndarray) -> np.ndarray:
+        wide = self._fixed + self._rows @ widths
         place = self._start + wide
         index, weight = self._index[place], self._weight[place]
         half = len(self._count)
@@ -231,32 +231,32 @@ class LatencyModel:
         far = flat[corner + stride] * (1 - along_out) + flat[corner + stride + 1] * along_out
         return self._scale * self._count * (near * (1 - along_in) + far * along_in)
 
-    def _relative_volume(self, kept: np.ndarray) -> float:
-        return (self._volume0 + float(self._volume @ kept)) / (self._volume0 + float(self._volume @ self.dense))
+    def _relative_volume(self, widths: np.ndarray) -> float:
+        return (self._volume0 + float(self._volume @ widths)) / (self._volume0 + float(self._volume @ self.dense))
 
-    def predicted(self, kept: np.ndarray) -> float:
+    def predicted(self, widths: np.ndarray) -> float:
         """1 - r(n): share of the dense time that is removed, without correction; in [0, 1] up to noise of the table."""
-        kept = np.asarray(kept, dtype=np.int64)
+        widths = np.asarray(widths, dtype=np.int64)
         constant = self.correction.constant
-        return 1 - self._layers(kept) - self._rest * (constant + (1 - constant) * self._relative_volume(kept))
+        return 1 - self._layers(widths) - self._rest * (constant + (1 - constant) * self._relative_volume(widths))
 
-    def removed(self, kept: np.ndarray) -> float:
+    def removed(self, widths: np.ndarray) -> float:
         """Corrected share of the dense time that is removed, in [0, 1].
 
         Args:
-            kept: Number of channels that each group keeps, integers with shape `(groups,)`.
+            widths: Number of channels that each group keeps, integers with shape `(groups,)`.
         """
-        return self.correction(self.predicted(kept))
+        return self.correction(self.predicted(widths))
 
-    def seconds(self, kept: np.ndarray) -> float:
-        """Time of a forward pass in seconds with `kept` channels in each group, for a `CostModel`."""
-        return self.correction.dense_seconds * (1 - self.removed(kept))
+    def seconds(self, widths: np.ndarray) -> float:
+        """Time of a forward pass in seconds with `widths` channels in each group, for a `CostModel`."""
+        return self.correction.dense_seconds * (1 - self.removed(widths))
 
-    def explain(self, kept: np.ndarray, measured: float) -> float:
-        """The constant c for which the prediction for `kept` equals a measured share, clamped to [0, 1]."""
-        volume = self._relative_volume(np.asarray(kept, dtype=np.int64))
+    def explain(self, widths: np.ndarray, measured: float) -> float:
+        """The constant c for which the prediction for `widths` equals a measured share, clamped to [0, 1]."""
+        volume = self._relative_volume(np.asarray(widths, dtype=np.int64))
         room = self._rest * (1 - volume)
-        left = 1 - measured - self._layers(np.asarray(kept, dtype=np.int64)) - self._rest * volume
+        left = 1 - measured - self._layers(np.asarray(widths, dtype=np.int64)) - self._rest * volume
         return min(max(left / room, 0.0), 1.0) if room > 0 else 1.0
 
     @property

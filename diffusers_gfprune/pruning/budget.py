@@ -151,10 +151,10 @@ def _polish(
 ) -> np.ndarray:
     """Take single steps that bring the removed share closer to `ratio`, until none does."""
 
-    def kept(candidate: Sequence[int]) -> np.ndarray:
+    def widths(candidate: Sequence[int]) -> np.ndarray:
         return np.array([ladder[rung] for ladder, rung in zip(ladders, candidate)])
 
-    gap = abs(cost.removed(target, kept(rungs)) - ratio)
+    gap = abs(cost.removed(target, widths(rungs)) - ratio)
     for _ in range(moves):
         best = None
         if gap > BUDGET_TOLERANCE / 20:
@@ -163,13 +163,13 @@ def _polish(
                     if not 0 <= rungs[index] + step < len(ladder):
                         continue
                     candidate = [*rungs[:index], rungs[index] + step, *rungs[index + 1 :]]
-                    candidate_gap = abs(cost.removed(target, kept(candidate)) - ratio)
+                    candidate_gap = abs(cost.removed(target, widths(candidate)) - ratio)
                     if candidate_gap < gap:
                         best, gap = candidate, candidate_gap
         if best is None:
             break
         rungs = best
-    return kept(rungs)
+    return widths(rungs)
 
 
 def _nearer_end(
@@ -177,7 +177,7 @@ def _nearer_end(
 ) -> np.ndarray:
     """Polish the widths on both sides of the target and return the nearer ones: large steps can stall on one side."""
     polished = [_polish(cost, target, ratio, ladders, rungs) for rungs in ends]
-    return min(polished, key=lambda kept: abs(cost.removed(target, kept) - ratio))
+    return min(polished, key=lambda widths: abs(cost.removed(target, widths) - ratio))
 
 
 def allocate_per_group(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> np.ndarray:
@@ -238,8 +238,8 @@ def _allocate_in_proportion(
     low, high = 0.0, float(1 / proportions.min())  # where every group is at its floor
     for _ in range(40 + math.ceil(math.log2(high))):
         middle = (low + high) / 2
-        kept = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])
-        low, high = (middle, high) if cost.removed(target, kept) <= ratio else (low, middle)
+        widths = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])
+        low, high = (middle, high) if cost.removed(target, widths) <= ratio else (low, middle)
     return _nearer_end(cost, target, ratio, ladders, [rungs_at(scale) for scale in (low, high)])
 
 
@@ -276,13 +276,13 @@ def allocate_global(
         return float(ordered[index][first:last].mean())
 
     rungs = before = [0] * len(ladders)
-    kept = cost.dense.copy()
+    widths = cost.dense.copy()
     heap = [(unit_score(index, 0), index) for index, ladder in enumerate(ladders) if len(ladder) > 1]
     heapq.heapify(heap)
-    while heap and cost.removed(target, kept) < ratio:
+    while heap and cost.removed(target, widths) < ratio:
         _, index = heapq.heappop(heap)
         before, rungs = rungs, [*rungs[:index], rungs[index] + 1, *rungs[index + 1 :]]
-        kept[index] = ladders[index][rungs[index]]
+        widths[index] = ladders[index][rungs[index]]
         if rungs[index] + 1 < len(ladders[index]):
             heapq.heappush(heap, (unit_score(index, rungs[index]), index))
     return _nearer_end(cost, target, ratio, ladders, (rungs, before))

@@ -103,25 +103,25 @@ class CostModel:
 
     _other = 0.0
 
-    def _widths(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._in0 + self._in @ kept, self._out0 + self._out @ kept
+    def _layer_widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._in0 + self._in @ widths, self._out0 + self._out @ widths
 
-    def macs(self, kept: np.ndarray) -> float:
-        """MACs of a forward pass at batch size 1 with `kept` channels in each group, an array of shape `(groups,)`."""
-        wide_in, wide_out = self._widths(kept)
-        return float(self._macs @ (wide_in * wide_out) + self._attention @ kept)
+    def macs(self, widths: np.ndarray) -> float:
+        """MACs of a forward pass at batch size 1 with `widths` channels in each group, an array of shape `(groups,)`."""
+        wide_in, wide_out = self._layer_widths(widths)
+        return float(self._macs @ (wide_in * wide_out) + self._attention @ widths)
 
-    def parameters(self, kept: np.ndarray) -> float:
-        """Number of parameters with `kept` channels in each group."""
-        wide_in, wide_out = self._widths(kept)
+    def parameters(self, widths: np.ndarray) -> float:
+        """Number of parameters with `widths` channels in each group."""
+        wide_in, wide_out = self._layer_widths(widths)
         products = self._area @ (wide_in * wide_out) + self._bias @ wide_out
-        return float(products + 2 * (self._norm0 + self._norm @ kept) + self._other)
+        return float(products + 2 * (self._norm0 + self._norm @ widths) + self._other)
 
-    def channels(self, kept: np.ndarray) -> float:
+    def channels(self, widths: np.ndarray) -> float:
         """Total number of kept channels."""
-        return float(np.sum(kept))
+        return float(np.sum(widths))
 
-    def cost(self, target: str, kept: np.ndarray) -> float:
+    def cost(self, target: str, widths: np.ndarray) -> float:
         """The cost for `target`, one of `TARGETS`.
 
         Raises:
@@ -132,19 +132,19 @@ class CostModel:
         if target == "latency" and self.seconds is None:
             raise ValueError("target=latency needs measured times: pass seconds, such as those of a LatencyModel")
         costs = {"macs": self.macs, "params": self.parameters, "channels": self.channels, "latency": self.seconds}
-        return costs[target](kept)
+        return costs[target](widths)
 
-    def removed(self, target: str, kept: np.ndarray) -> float:
+    def removed(self, target: str, widths: np.ndarray) -> float:
         """Share of the dense cost that is removed, in [0, 1]."""
-        return 1.0 - self.cost(target, kept) / self.cost(target, self.dense)
+        return 1.0 - self.cost(target, widths) / self.cost(target, self.dense)
 
-    def marginal(self, target: str, kept: np.ndarray) -> np.ndarray:
+    def marginal(self, target: str, widths: np.ndarray) -> np.ndarray:
         """Cost of the last channel of each group, an array of shape `(groups,)`.
 
         Kernels compute in blocks, so that removing a single channel saves the time of a whole block or nothing. For
         `"latency"`, the cost is therefore the mean over `LATENCY_STEP` channels.
         """
-        base = self.cost(target, kept)
-        lengths = np.minimum(LATENCY_STEP, np.maximum(kept - 1, 1)) if target == "latency" else np.ones_like(kept)
+        base = self.cost(target, widths)
+        lengths = np.minimum(LATENCY_STEP, np.maximum(widths - 1, 1)) if target == "latency" else np.ones_like(widths)
         steps = np.diag(lengths)
-        return np.array([base - self.cost(target, kept - step) for step in steps]) / lengths
+        return np.array([base - self.cost(target, widths - step) for step in steps]) / lengths

@@ -19,7 +19,7 @@ from unittest import mock
 from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).resolve().parents[2]
-# Where scripts find the modules beside them; tests add these folders to `sys.path` themselves
+# Where scripts find the modules beside them
 SCRIPT_FOLDERS = tuple(str(ROOT / name) for name in ("training", "benchmarks"))
 # Arguments of a short run
 SHORT = [
