@@ -69,7 +69,7 @@ def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
         try:
             timed = make_pruner(unet, case, backend, "latency", ratio, Path(folder))
         except ValueError as error:
-            said = re.search(r"at most ([\d.]+) can", str(error))
+            said = re.search(r"the maximum is ([\d.]+) with", str(error))
             if said is None:
                 raise
             most = float(said[1])

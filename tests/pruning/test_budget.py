@@ -282,7 +282,7 @@ def test_unreachable_budget_is_refused(target: str, options: dict) -> None:
     cost = cost_of("base")
     ladders = ladders_of(cost, **options)
     most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
-    with pytest.raises(ValueError, match=rf"ratio=0.7 of {target} .*at most {most:.3f}"):
+    with pytest.raises(ValueError, match=rf"ratio=0.7 of {target} .*maximum is {most:.3f}"):
         check_reachable(cost, target, 0.7, ladders)
     check_reachable(cost, target, most, ladders)
 
