@@ -4,7 +4,7 @@ With weights theta, noise-prediction loss L, gradient g = dL/dtheta, Hessian H, 
 unit c:
 
     gradient-flow           E |df/dm_c|^2       the squared gradient norm that removing c causes, in the metric of
-                                                predictions f (`natural_flow`)
+                                                predictions f (`natural_gradient`)
     gradient-flow-weights   sum_c theta (H g)   the same in the metric of weights, arXiv 2501.09464; derived as in GraSP
                                                 (Wang et al., arXiv 2002.07376): removing c changes ||g||^2 by
                                                 -2 theta_c . (H g)_c to first order
@@ -38,7 +38,7 @@ from ..pruning.channel_groups import ChannelGroup
 from .context import Scores, ScoringContext
 from .hessian_product import HESSIAN_PRODUCTS
 from .mode import scoring_mode
-from .natural_flow import prediction_changes
+from .natural_gradient import prediction_changes
 
 __all__ = ["ScoringContext", "normalize_scores", "score_units"]
 

@@ -14,7 +14,7 @@ from diffusers_gfprune.configuration import GFPruneConfig
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
-from diffusers_gfprune.scoring import natural_flow
+from diffusers_gfprune.scoring import natural_gradient
 from diffusers_gfprune.scoring.importance import score_units
 from helpers.architectures import ARCHITECTURES, BASE, build, inputs
 
@@ -50,7 +50,7 @@ def predict(unet: UNet2DModel, batch: tuple[Tensor, ...]) -> Tensor:
 def test_score_is_the_squared_derivative_of_predictions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed over the channels of a unit: by moving the weights that produce a channel a little, in double precision; 8 x 100
     probes leave a few percent."""
-    monkeypatch.setattr(natural_flow, "PROBES", 100)
+    monkeypatch.setattr(natural_gradient, "PROBES", 100)
     unet = build("fine-units").double().eval()
     (group,) = (group for group in trace_channel_groups(unet) if group.name == name)
     batch = tuple(c.double() if c.is_floating_point() else c for c in batch_of(unet, 8))
@@ -137,9 +137,11 @@ def test_more_probes_bring_scores_closer_together(monkeypatch: pytest.MonkeyPatc
     unet = build("fine-units")
     agreement = {}
     for probes in (1, 16):
-        monkeypatch.setattr(natural_flow, "PROBES", probes)
+        monkeypatch.setattr(natural_gradient, "PROBES", probes)
         first = scores(unet, [batch_of(unet, 8)])
-        monkeypatch.setattr(natural_flow, "_probe", lambda batch, number, p=natural_flow._probe: p(batch, number + 100))
+        monkeypatch.setattr(
+            natural_gradient, "_probe", lambda batch, number, p=natural_gradient._probe: p(batch, number + 100)
+        )
         second = scores(unet, [batch_of(unet, 8)])
         monkeypatch.undo()
         together = (torch.cat([s[name] / s[name].mean() for name in s]) for s in (first, second))
