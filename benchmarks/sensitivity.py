@@ -10,8 +10,8 @@ sensitivity. Here half of the channels of one group at a time is masked, for fou
 
 on images that were not scored is compared with S_g of each criterion over all groups of a trained model. Halves are random,
 not chosen by a criterion. Only gradient flow in the metric of predictions estimates this damage
-(`scoring/natural_gradient.py`); other criteria were designed for other quantities. Within groups, single units are masked, and their damage is compared with
-their scores.
+(`scoring/natural_gradient.py`); other criteria were designed for other quantities. Within groups, single units are masked, and
+their damage is compared with their scores.
 
 Results are written to `benchmarks/results/sensitivity/<dataset>.json`, a picture of all data sets to `benchmarks/pictures`.
 """

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from diffusers_gfprune import interruption
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal
 
 
@@ -89,7 +90,8 @@ def sleeping_child(script: str) -> subprocess.Popen:
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals do not say who sent them here")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_loading_processes_obey_only_their_parent(number: int) -> None:
-    ready = "from diffusers_gfprune.interruption import obey_only_parent; obey_only_parent(); print('ready', flush=True); "
+    # By its file: the package imports torch, whose threads a worker, which is a fork, does not have
+    ready = f"import runpy; runpy.run_path({interruption.__file__!r})['obey_only_parent'](); print('ready', flush=True); "
     process = sleeping_child(ready + "import time; time.sleep(30)")
     sender = "import os, sys; os.kill(int(sys.argv[1]), int(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", sender, str(process.pid), str(int(number))], check=True)

@@ -109,7 +109,7 @@ def test_time_that_no_width_changes_is_an_error_before_any_training(machine: Mac
     """The narrowest model is measured, and what it saves is the most that can be asked for; the model is left alone."""
     machine.constant = 0.7
     unet = build("three-levels")
-    with pytest.raises(ValueError, match=r"ratio=0.4 of latency .*at most 0\.2\d+ can.*larger latency_batch_size"):
+    with pytest.raises(ValueError, match=r"ratio=0.4 of latency .*maximum is 0\.2\d+ with.*larger latency_batch_size"):
         GradientFlowPruner(unet, CONFIG)
     assert machine.measured == 1
     assert not hasattr(unet, "channel_masks")
