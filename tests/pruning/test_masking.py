@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 
 import pytest
@@ -11,52 +10,19 @@ from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
+from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import (
     ChannelMask,
-    ChannelMasks,
     attach,
     dense_name,
     dense_parameters,
     detach,
 )
 from helpers.architectures import ARCHITECTURES, BASE, build, inputs, random_masks
+from helpers.compaction import relative_error, traced
+from helpers.masking import CONV1, loss_gradients, masked, run
 
 CONTINUITY = ["base", "scale-shift", "three-levels", "one-norm-group", "one-channel-per-norm-group", "heads-of-one-channel"]
-CONV1 = "down_blocks.0.resnets.0.conv1"  # 16 channels in 4 units, those of norm2's groups
-
-
-@functools.lru_cache
-def traced(name: str = "base") -> tuple[ChannelGroup, ...]:
-    """The groups of one of the ARCHITECTURES, traced once for all tests."""
-    return tuple(trace_channel_groups(build(name)))
-
-
-def masked(name: str = "base", seed: int | None = 0) -> tuple[UNet2DModel, ChannelMasks]:
-    """A model with random binary masks, or with ones where `seed` is None."""
-    unet = build(name)
-    masks = attach(unet, traced(name))
-    if seed is not None:
-        masks.set(random_masks(list(traced(name)), seed))
-    return unet, masks
-
-
-@torch.no_grad()
-def run(unet: nn.Module, dense: UNet2DModel | None = None) -> Tensor:
-    """The output for the standard inputs, in float64."""
-    return unet(**inputs(dense or unet)).sample.double()
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference||."""
-    return ((value - reference).norm() / reference.norm()).item()
-
-
-def loss_gradients(unet: UNet2DModel) -> dict[str, Tensor]:
-    """Gradients of a loss by dense parameter name."""
-    unet.zero_grad()
-    unet(**inputs(unet)).sample.square().sum().backward()
-    return {name: p.grad.clone() for name, p in dense_parameters(unet).items() if p.grad is not None}
 
 
 # --- invariant 1: attach is free ---------------------------------------------------------------------------------------
