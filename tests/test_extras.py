@@ -60,3 +60,11 @@ def test_training_says_what_to_install() -> None:
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("ImportError: accelerate, ")
     assert done.stderr.splitlines()[-1].endswith("not installed: pip install 'diffusers-gfprune[training]'")
+
+
+def test_scripts_say_what_to_install_in_one_line() -> None:
+    done = run("import runpy; runpy.run_module('diffusers_gfprune.scripts.prune_ddpm', run_name='__main__')")
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("diffusers_gfprune.scripts: error: accelerate, ") and "Traceback" not in done.stderr
+    assert error.endswith("not installed: pip install 'diffusers-gfprune[training]'")
