@@ -19,7 +19,8 @@ OURS = "diffusers_gfprune"
 # From the bottom to the top: packages, and modules beside them. Each may import those before it; inside a
 # package there are at most `MOST_LEVELS` levels. `tests/` and `benchmarks/` may import everything.
 LAYERS = [
-    *("version", "errors", "extras", "formatting", "remote", "interruption", "distributed", "run_folder", "hub_errors"),
+    *("version", "errors", "extras", "formatting", "argument_fields", "remote", "interruption", "distributed"),
+    *("run_folder", "hub_errors"),
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
     *("pruner", "one_shot", "reports", "hub", "__init__"),
     *("trained_pipelines", "data", "evaluation", "objectives", "training"),

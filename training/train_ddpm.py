@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from diffusers_gfprune.argument_fields import argument, at_least, check_fields
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
@@ -57,22 +58,21 @@ class TrainArguments:
 
     _argument_group_name = "training"
 
-    model_config: str = field(metadata={"help": "JSON file with the arguments of `UNet2DModel`."})
-    output_dir: str = field(metadata={"help": "Folder for the pipeline."})
-    train_batch_size: int = field(default=128, metadata={"help": "Number of images per step and process (>= 1)."})
-    max_train_steps: int = field(default=8000, metadata={"help": "Number of optimizer steps (>= 1)."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW, with cosine decay."})
-    lr_warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
-    validation_steps: int = field(default=500, metadata={"help": "Steps between measurements of the held-out loss (>= 1)."})
-    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints (>= 1)."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint of this run, or `latest` (starts from the beginning if there is none)."}
+    model_config: str = argument(help="JSON file with the arguments of `UNet2DModel`.")
+    output_dir: str = argument(help="Folder for the pipeline.")
+    train_batch_size: int = argument(128, "Number of images per step and process (>= 1).")
+    max_train_steps: int = argument(8000, "Number of optimizer steps (>= 1).")
+    learning_rate: float = argument(5e-4, "Peak learning rate of AdamW, with cosine decay.")
+    lr_warmup_steps: int = argument(500, "Steps of linear warm-up.")
+    validation_steps: int = argument(500, "Steps between measurements of the held-out loss (>= 1).")
+    checkpointing_steps: int = argument(1000, "Steps between checkpoints (>= 1).")
+    resume_from_checkpoint: str | None = argument(
+        None, "A checkpoint of this run, or `latest` (starts from the beginning if there is none)."
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        names = ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps")
+        check_fields(self, at_least(1), *names)
 
 
 class DenseTraining:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ..argument_fields import at_least, check_range
 from ..diffusion.batch import DiffusionBatch
 from ..errors import one_line
 from ..interruption import notice_dead_workers_at_next_batch, obey_only_parent
@@ -54,12 +55,6 @@ class _Failure:
         """The error in one line."""
         text = one_line(error)
         return cls(text if isinstance(error, ValueError) else f"images cannot be read: {text}")
-
-
-def _check(least: int, **numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def _check_rank(rank: int, world_size: int) -> None:
@@ -252,8 +247,8 @@ def train_dataloader(
     Raises:
         ValueError: There are too few images for one global batch, too few shards for the workers, or a number is out of range.
     """
-    _check(1, train_batch_size=batch_size, num_train_timesteps=num_train_timesteps)
-    _check(0, seed=seed, first_batch=first_batch, dataloader_num_workers=num_workers)
+    check_range(at_least(1), train_batch_size=batch_size, num_train_timesteps=num_train_timesteps)
+    check_range(at_least(0), seed=seed, first_batch=first_batch, dataloader_num_workers=num_workers)
     _check_rank(rank, world_size)
     plan = _Plan(batch_size, seed, num_train_timesteps, first_batch, rank, world_size)
     common = {
@@ -301,8 +296,13 @@ def calibration_batches(
     Raises:
         ValueError: There are fewer images than processes, or a number is out of range.
     """
-    _check(1, calibration_batches=num_batches, calibration_batch_size=batch_size, num_train_timesteps=num_train_timesteps)
-    _check(0, seed=seed, step=step)
+    check_range(
+        at_least(1),
+        calibration_batches=num_batches,
+        calibration_batch_size=batch_size,
+        num_train_timesteps=num_train_timesteps,
+    )
+    check_range(at_least(0), seed=seed, step=step)
     _check_rank(rank, world_size)
     blocks = _stream_blocks if isinstance(images, ImageStream) else _row_blocks
     batches, earlier = [], 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import pyarrow
 import torch
 from torch import Tensor
 
+from ..argument_fields import FRACTION, NOT_NEGATIVE, argument, at_least, check_fields
 from ..diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from ..errors import first_line
 from ..metrics.model_size import spatial_size
@@ -53,96 +54,65 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data set of images: an id on the Hub, or a local folder, readable by `load_dataset` (parquet) or written "
-            "by `save_to_disk`."
-        },
+    dataset_name: str | None = argument(
+        None,
+        "Data set of images: an id on the Hub, or a local folder, readable by `load_dataset` (parquet) or written by "
+        "`save_to_disk`.",
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Local folder of image files. All except hidden files are used, with any names; only sub-folders train/ "
-            "with validation/ or test/ define splits."
-        },
+    dataset_config_name: str | None = argument(None, "Configuration of the data set.")
+    train_data_dir: str | None = argument(
+        None,
+        "Local folder of image files. All except hidden files are used, with any names; only sub-folders train/ with "
+        "validation/ or test/ define splits.",
     )
-    train_split_name: str | None = field(
-        default=None, metadata={"help": "Split of the data set to train on (default: train, else the first one)."}
+    train_split_name: str | None = argument(None, "Split of the data set to train on (default: train, else the first one).")
+    validation_split_name: str | None = argument(
+        None,
+        "Split to take held-out images from (default: validation or test, if it has the labels that the model needs, else "
+        "the training split, which then loses these images).",
     )
-    validation_split_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split to take held-out images from (default: validation or test, if it has the labels that the model "
-            "needs, else the training split, which then loses these images)."
-        },
+    streaming: bool = argument(False, "Read the images as a stream, for a data set that does not fit on disk.")
+    shuffle_buffer_size: int = argument(
+        1000, "With --streaming: number of encoded images in each loading process's shuffle buffer (>= 1)."
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the images as a stream, for a data set that does not fit on disk."}
+    image_column: str | None = argument(None, "Column of images (default: the first column of type Image).")
+    label_column: str | None = argument(
+        None, "Column of class labels, for conditional models (default: the first ClassLabel)."
     )
-    shuffle_buffer_size: int = field(
-        default=1000,
-        metadata={"help": "With --streaming: number of encoded images in each loading process's shuffle buffer (>= 1)."},
+    null_label: int | None = argument(
+        None,
+        "Label that means 'no label', for classifier-free guidance (default: the last one, if the model has one label more "
+        "than the data set has classes).",
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of images (default: the first column of type Image)."}
+    label_dropout: float | None = argument(
+        None,
+        "Share of the labels replaced by the null label in training and scoring, in [0, 1) (default: 0.1 if there is a null "
+        "label).",
     )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of class labels, for conditional models (default: the first ClassLabel)."}
+    resolution: int | None = argument(
+        None, "Expected sample_size of the model in pixels, only checked: images are resized to the model's."
     )
-    null_label: int | None = field(
-        default=None,
-        metadata={
-            "help": "Label that means 'no label', for classifier-free guidance (default: the last one, if the model has one "
-            "label more than the data set has classes)."
-        },
+    center_crop: bool = argument(False, "Crop non-square images at the centre instead of at random places.")
+    random_flip: bool = argument(False, "Flip half of the images left to right.")
+    validation_images: int = argument(
+        256, "Number of held-out images for the step loss (>= 1), from the split of --validation_split_name."
     )
-    label_dropout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the labels replaced by the null label in training and scoring, in [0, 1) (default: 0.1 if there "
-            "is a null label)."
-        },
+    max_broken_images: int = argument(
+        100,
+        "Maximum number of broken images, which are replaced by others (>= 0). Broken are images that cannot be read, colour "
+        "images for a greyscale model, and images smaller than the model's (unless all are: then they are enlarged).",
     )
-    resolution: int | None = field(
-        default=None,
-        metadata={"help": "Expected sample_size of the model in pixels, only checked: images are resized to the model's."},
+    dataloader_num_workers: int = argument(
+        0,
+        "Number of processes that load images for each training process (0: load in the training process). With --streaming "
+        "they divide the shards, so batches depend on this number.",
     )
-    center_crop: bool = field(
-        default=False, metadata={"help": "Crop non-square images at the centre instead of at random places."}
-    )
-    random_flip: bool = field(default=False, metadata={"help": "Flip half of the images left to right."})
-    validation_images: int = field(
-        default=256,
-        metadata={"help": "Number of held-out images for the step loss (>= 1), from the split of --validation_split_name."},
-    )
-    max_broken_images: int = field(
-        default=100,
-        metadata={
-            "help": "Maximum number of broken images, which are replaced by others (>= 0). Broken are images that cannot be "
-            "read, colour images for a greyscale model, and images smaller than the model's (unless all are: then they are "
-            "enlarged)."
-        },
-    )
-    dataloader_num_workers: int = field(
-        default=0,
-        metadata={
-            "help": "Number of processes that load images for each training process (0: load in the training process). With "
-            "--streaming they divide the shards, so batches depend on this number."
-        },
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloaded data sets."})
+    cache_dir: str | None = argument(None, "Folder for downloaded data sets.")
 
     def __post_init__(self) -> None:
-        for name in ("shuffle_buffer_size", "validation_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_broken_images", "dataloader_num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.label_dropout is not None and not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout={self.label_dropout} must be in [0, 1)")
+        check_fields(self, at_least(1), "shuffle_buffer_size", "validation_images")
+        check_fields(self, NOT_NEGATIVE, "max_broken_images", "dataloader_num_workers")
+        check_fields(self, FRACTION, "label_dropout")
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} must be at least 1 pixel")
 

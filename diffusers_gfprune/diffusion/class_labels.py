@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..argument_fields import FRACTION, check_range
+
 __all__ = ["LABEL_DROPOUT", "LabelDropout", "check_labels", "find_null_label", "make_label_dropout", "real_labels"]
 
 # Default probability, as used by Ho and Salimans and by DiT
@@ -87,8 +89,7 @@ def make_label_dropout(
         ValueError: The model is unconditional, the null label is unknown, out of range or a class of the data, or
             `label_dropout` is out of range.
     """
-    if label_dropout is not None and not 0 <= label_dropout < 1:
-        raise ValueError(f"label_dropout={label_dropout} must be in [0, 1)")
+    check_range(FRACTION, label_dropout=label_dropout)
     given = {"null_label": null_label, "label_dropout": label_dropout or None}
     if num_class_embeds is None:
         for name, value in given.items():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from ..argument_fields import argument, at_least, check_fields
 from ..data.images import DataArguments
 from ..metrics.quality import SamplingSettings
 from ..metrics.sampling import TIMESTEP_SPACINGS
@@ -29,25 +30,17 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: str | None = field(
-        default=None, metadata={"help": "Pipeline to evaluate, dense or pruned: a Hub id or a local folder."}
+    model: str | None = argument(None, "Pipeline to evaluate, dense or pruned: a Hub id or a local folder.")
+    revision: str | None = argument(None, "Branch, tag or commit of model on the Hub.")
+    reference_model: str | None = argument(
+        None, "Dense pipeline to compare the model with, sample by sample from the same noise."
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of model on the Hub."})
-    reference_model: str | None = field(
-        default=None, metadata={"help": "Dense pipeline to compare the model with, sample by sample from the same noise."}
+    reference_revision: str | None = argument(None, "Branch, tag or commit of reference_model on the Hub.")
+    images_dir: str | None = argument(None, "Folder of generated images of one size, to evaluate instead of a model.")
+    compare: list[str] = argument(
+        [], "Result folders of earlier evaluations: print a table of them, draw their samples, and stop."
     )
-    reference_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of reference_model on the Hub."}
-    )
-    images_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of generated images of one size, to evaluate instead of a model."},
-    )
-    compare: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Result folders of earlier evaluations: print a table of them, draw their samples, and stop."},
-    )
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the models.", "choices": list(DTYPES)})
+    dtype: str = argument("float32", "Dtype of the models.", choices=DTYPES)
 
     def __post_init__(self) -> None:
         given = [name for name in ("model", "images_dir", "compare") if getattr(self, name)]
@@ -66,23 +59,16 @@ class OutputArguments:
 
     _argument_group_name = "output"
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for results.json and pictures (default: runs/<model>-evaluation)."}
+    output_dir: str | None = argument(None, "Folder for results.json and pictures (default: runs/<model>-evaluation).")
+    overwrite_output_dir: bool = argument(False, "Replace output_dir if it exists and holds an earlier evaluation.")
+    dry_run: bool = argument(False, "Print the plan and stop.")
+    update_model_card: bool = argument(
+        False, "Also write the figures into results.json and the model card of the pruning run in --model."
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace output_dir if it exists and holds an earlier evaluation."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
-    update_model_card: bool = field(
-        default=False,
-        metadata={"help": "Also write the figures into results.json and the model card of the pruning run in --model."},
-    )
-    evaluation_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that keeps samples and features. An interrupted evaluation resumes from it, and later evaluations "
-            "with the same dense model or data reuse it (default: next to the Hub's cache)."
-        },
+    evaluation_cache_dir: str | None = argument(
+        None,
+        "Folder that keeps samples and features. An interrupted evaluation resumes from it, and later evaluations with the "
+        "same dense model or data reuse it (default: next to the Hub's cache).",
     )
 
 
@@ -92,46 +78,36 @@ class SampleArguments:
 
     _argument_group_name = "samples"
 
-    num_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of samples of each model (>= 2; 0: no sampling; default: 50,000), or number of first images of "
-            "images_dir to use (default: all)."
-        },
+    num_images: int | None = argument(
+        None,
+        "Number of samples of each model (>= 2; 0: no sampling; default: 50,000), or number of first images of images_dir to "
+        "use (default: all).",
     )
-    num_inference_steps: int = field(default=100, metadata={"help": "Number of DDIM steps (>= 1)."})
-    timestep_spacing: str = field(
-        default="leading",
-        metadata={
-            "help": "How DDIM spaces its timesteps: evenly as in Diffusers, or quadratic, as in papers on CIFAR-10.",
-            "choices": list(TIMESTEP_SPACINGS),
-        },
+    num_inference_steps: int = argument(100, "Number of DDIM steps (>= 1).")
+    timestep_spacing: str = argument(
+        "leading",
+        "How DDIM spaces its timesteps: evenly as in Diffusers, or quadratic, as in papers on CIFAR-10.",
+        choices=TIMESTEP_SPACINGS,
     )
-    eta: float = field(default=0.0, metadata={"help": "Share of DDPM's noise in each step, in [0, 1]; 0: deterministic."})
-    seed: int = field(default=1234, metadata={"help": "Seed for the samples' noise (>= 0)."})
-    eval_batch_size: int = field(default=128, metadata={"help": "Number of samples in one forward pass (>= 1)."})
-    features: list[str] = field(
-        default_factory=lambda: ["auto"],
-        metadata={
-            "help": "One or more feature networks for the distances: inception (FID, KID), efflite0, dinov2, pixels, none; "
-            "auto: inception if its weights are available, else efflite0."
-        },
+    eta: float = argument(0.0, "Share of DDPM's noise in each step, in [0, 1]; 0: deterministic.")
+    seed: int = argument(1234, "Seed for the samples' noise (>= 0).")
+    eval_batch_size: int = argument(128, "Number of samples in one forward pass (>= 1).")
+    features: list[str] = argument(
+        ["auto"],
+        "One or more feature networks for the distances: inception (FID, KID), efflite0, dinov2, pixels, none; auto: "
+        "inception if its weights are available, else efflite0.",
     )
-    inception_weights: str | None = field(
-        default=None, metadata={"help": "Inception's TorchScript file inception-2015-12-05.pt (default: downloaded)."}
+    inception_weights: str | None = argument(
+        None, "Inception's TorchScript file inception-2015-12-05.pt (default: downloaded)."
     )
-    dinov2_model: str = field(default=DINOV2, metadata={"help": "DINOv2 model: a Hub id or a local folder."})
-    num_reference_images: int | None = field(
-        default=None, metadata={"help": "Number of real images: the first training images (>= 2; default: all)."}
-    )
+    dinov2_model: str = argument(DINOV2, "DINOv2 model: a Hub id or a local folder.")
+    num_reference_images: int | None = argument(None, "Number of real images: the first training images (>= 2; default: all).")
 
     def __post_init__(self) -> None:
         if self.num_images is not None and (self.num_images < 0 or self.num_images == 1):
             raise ValueError(f"num_images={self.num_images} must be at least 2, or 0")
-        if self.num_reference_images is not None and self.num_reference_images < 2:
-            raise ValueError(f"num_reference_images={self.num_reference_images} must be at least 2")
-        if self.eval_batch_size < 1:
-            raise ValueError(f"eval_batch_size={self.eval_batch_size} must be at least 1")
+        check_fields(self, at_least(2), "num_reference_images")
+        check_fields(self, at_least(1), "eval_batch_size")
         for name in self.features:
             if name not in FEATURES:
                 raise ValueError(f"features={name} must be one of {', '.join(FEATURES)}")
@@ -161,12 +137,11 @@ class CostArguments(SpeedArguments):
 
     _argument_group_name = "cost"
 
-    step_loss_timesteps: int = field(default=16, metadata={"help": "Number of timesteps of the step loss (>= 1)."})
+    step_loss_timesteps: int = argument(16, "Number of timesteps of the step loss (>= 1).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step_loss_timesteps < 1:
-            raise ValueError(f"step_loss_timesteps={self.step_loss_timesteps} must be at least 1")
+        check_fields(self, at_least(1), "step_loss_timesteps")
 
 
 @dataclass

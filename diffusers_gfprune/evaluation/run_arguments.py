@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
 from ..metrics.sampling import TIMESTEP_SPACINGS
 from ..metrics.speed import DTYPES, SpeedSetting, parse_settings
 
@@ -14,18 +15,11 @@ __all__ = ["EvaluationArguments", "SpeedArguments"]
 class SpeedArguments:
     """Settings for measuring speed: every combination of these lists."""
 
-    speed_batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 16], metadata={"help": "Batch sizes to measure speed at (0: speed is not measured)."}
-    )
-    speed_dtypes: list[str] = field(
-        default_factory=lambda: ["float32"], metadata={"help": f"Dtypes to measure speed in: {', '.join(DTYPES)}."}
-    )
-    speed_modes: list[str] = field(
-        default_factory=lambda: ["eager"], metadata={"help": "Modes to measure speed in: eager, compiled, or both."}
-    )
-    speed_memory_formats: list[str] = field(
-        default_factory=lambda: ["contiguous"],
-        metadata={"help": "Memory formats to measure speed in: contiguous, channels_last, or both."},
+    speed_batch_sizes: list[int] = argument([1, 16], "Batch sizes to measure speed at (0: speed is not measured).")
+    speed_dtypes: list[str] = argument(["float32"], f"Dtypes to measure speed in: {', '.join(DTYPES)}.")
+    speed_modes: list[str] = argument(["eager"], "Modes to measure speed in: eager, compiled, or both.")
+    speed_memory_formats: list[str] = argument(
+        ["contiguous"], "Memory formats to measure speed in: contiguous, channels_last, or both."
     )
 
     def __post_init__(self) -> None:
@@ -54,61 +48,41 @@ class EvaluationArguments(SpeedArguments):
 
     _argument_group_name = "evaluation"
 
-    validation_steps: int = field(
-        default=500, metadata={"help": "Steps between measurements of the step loss on held-out images (>= 1)."}
+    validation_steps: int = argument(500, "Steps between measurements of the step loss on held-out images (>= 1).")
+    eval_steps: int = argument(
+        0,
+        "Steps between measurements of sample quality (Fréchet distance, SSIM), with averaged weights if EMA is used (0: at "
+        "the end only).",
     )
-    eval_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Steps between measurements of sample quality (Fréchet distance, SSIM), with averaged weights if EMA is "
-            "used (0: at the end only)."
-        },
+    eval_images: int = argument(1000, "Samples of each model for the Fréchet distance and SSIM (0: no sampling).")
+    eval_features: str = argument(
+        "auto",
+        "Features of the Fréchet distance: raw pixels, EfficientNet-Lite0, Inception (FID) or DINOv2; auto: pixels for "
+        "images of up to 1,024 values, else none. Use evaluate.py with many images for a FID to publish.",
+        choices=["auto", "none", "pixels", "efflite0", "inception", "dinov2"],
     )
-    eval_images: int = field(
-        default=1000, metadata={"help": "Samples of each model for the Fréchet distance and SSIM (0: no sampling)."}
+    eval_reference_images: int = argument(10_000, "Maximum number of training images that samples are compared with (>= 2).")
+    inception_weights: str | None = argument(
+        None, "Inception's TorchScript file, for eval_features=inception (default: downloaded)."
     )
-    eval_features: str = field(
-        default="auto",
-        metadata={
-            "help": "Features of the Fréchet distance: raw pixels, EfficientNet-Lite0, Inception (FID) or DINOv2; auto: "
-            "pixels for images of up to 1,024 values, else none. Use evaluate.py with many images for a FID to publish.",
-            "choices": ["auto", "none", "pixels", "efflite0", "inception", "dinov2"],
-        },
+    evaluation_cache_dir: str | None = argument(
+        None, "Folder that keeps samples of the dense model and features of real images for later runs."
     )
-    eval_reference_images: int = field(
-        default=10_000, metadata={"help": "Maximum number of training images that samples are compared with (>= 2)."}
-    )
-    inception_weights: str | None = field(
-        default=None, metadata={"help": "Inception's TorchScript file, for eval_features=inception (default: downloaded)."}
-    )
-    evaluation_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder that keeps samples of the dense model and features of real images for later runs."},
-    )
-    eval_batch_size: int = field(default=128, metadata={"help": "Number of samples in one forward pass (>= 1)."})
-    ddim_num_inference_steps: int = field(default=100, metadata={"help": "Number of DDIM steps for these samples (>= 1)."})
-    timestep_spacing: str = field(
-        default="leading", metadata={"help": "How DDIM spaces its timesteps.", "choices": list(TIMESTEP_SPACINGS)}
-    )
-    eval_seed: int = field(default=1234, metadata={"help": "Seed for the samples' noise (>= 0)."})
-    speed_modes: list[str] = field(
-        default_factory=lambda: ["eager", "compiled"],
-        metadata={
-            "help": "Modes to measure speed in: eager, compiled (takes half a minute or more per model and batch size)."
-        },
+    eval_batch_size: int = argument(128, "Number of samples in one forward pass (>= 1).")
+    ddim_num_inference_steps: int = argument(100, "Number of DDIM steps for these samples (>= 1).")
+    timestep_spacing: str = argument("leading", "How DDIM spaces its timesteps.", choices=TIMESTEP_SPACINGS)
+    eval_seed: int = argument(1234, "Seed for the samples' noise (>= 0).")
+    speed_modes: list[str] = argument(
+        ["eager", "compiled"],
+        "Modes to measure speed in: eager, compiled (takes half a minute or more per model and batch size).",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("validation_steps", "eval_batch_size", "ddim_num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.eval_reference_images < 2:
-            raise ValueError(f"eval_reference_images={self.eval_reference_images} must be at least 2")
+        check_fields(self, at_least(1), "validation_steps", "eval_batch_size", "ddim_num_inference_steps")
+        check_fields(self, at_least(2), "eval_reference_images")
         if self.inception_weights is not None and self.eval_features != "inception":
             raise ValueError(f"inception_weights={self.inception_weights} needs eval_features=inception")
         if self.eval_steps and not self.eval_images:
             raise ValueError(f"eval_steps={self.eval_steps} needs eval_images, which is 0")
-        for name in ("eval_steps", "eval_images", "eval_seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        check_fields(self, NOT_NEGATIVE, "eval_steps", "eval_images", "eval_seed")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..argument_fields import NOT_NEGATIVE, SHARE, at_least, check_fields
 from ..diffusion.class_labels import real_labels
 from .fidelity import (
     SSIM_WINDOW,
@@ -54,15 +55,11 @@ class SamplingSettings:
     null_label: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_fields(self, at_least(1), "num_images", "num_inference_steps", "batch_size")
         if self.timestep_spacing not in TIMESTEP_SPACINGS:
             raise ValueError(f"timestep_spacing={self.timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta} must be in [0, 1]")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        check_fields(self, SHARE, "eta")
+        check_fields(self, NOT_NEGATIVE, "seed")
 
     def identity(self) -> dict:
         """Everything that samples depend on, except the model, as JSON values for result files."""

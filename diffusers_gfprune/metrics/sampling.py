@@ -27,6 +27,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..argument_fields import SHARE, check_range
 from ..diffusion.batch import ModelInputs
 from ..diffusion.process import training_process
 from ..families.lookup import family_of
@@ -263,8 +264,7 @@ def sample_images(
     Raises:
         ValueError: An argument is out of its range, the scheduler is not supported, or samples are not finite.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} must be in [0, 1]")
+    check_range(SHARE, eta=eta)
     family, parameter = family_of(unet), next(unet.parameters())
     ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing)
     shape = (unet.config.in_channels, *size)

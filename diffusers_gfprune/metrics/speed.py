@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..argument_fields import at_least, check_range
 from ..errors import first_line
 from ..families.lookup import family_of
 from .model_size import hardware_name, spatial_size
@@ -185,9 +186,7 @@ def _validate(models: Mapping[str, nn.Module], settings: Sequence[SpeedSetting],
     for name, value in (("models", models), ("settings", settings)):
         if not len(value):
             raise ValueError(f"{name} is empty: there must be at least one")
-    for name, value in (("repeats", repeats), ("warmup", warmup)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_range(at_least(1), repeats=repeats, warmup=warmup)
     for setting in settings:
         if not isinstance(setting, SpeedSetting):
             raise ValueError(f"settings has {setting!r}: each must be a SpeedSetting")

@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, mse_loss
 
+from ..argument_fields import SHARE, Range, argument, check_fields
 from ..diffusion.batch import DiffusionBatch, ModelInputs
 from ..families.lookup import family_of
 from ..pruning.masking import ChannelMasks
@@ -32,6 +33,9 @@ from .jacobian_matching import default_step, sensitivity_distance, with_steps
 
 __all__ = ["ExtraForwards", "NoisePrediction", "Objective", "ObjectiveArguments", "extra_forwards"]
 
+WEIGHT = Range("be at least 0 and finite", lambda value: 0 <= value < math.inf)
+STEP = Range("be greater than 0 and finite", lambda value: 0 < value < math.inf)
+
 
 @dataclass
 class ObjectiveArguments:
@@ -39,39 +43,29 @@ class ObjectiveArguments:
 
     _argument_group_name = "objective"
 
-    distillation_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight w of the dense model's noise prediction as target, in [0, 1]; the noise has weight 1 - w."},
+    distillation_weight: float = argument(
+        1.0, "Weight w of the dense model's noise prediction as target, in [0, 1]; the noise has weight 1 - w."
     )
-    feature_distillation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the relative distance to block outputs of the dense model (>= 0)."}
+    feature_distillation_weight: float = argument(
+        0.0, "Weight of the relative distance to block outputs of the dense model (>= 0)."
     )
-    sensitivity_matching_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of second-order Jacobian matching, (|Jv|^2 - |J_T v|^2)^2 (>= 0; IGSM on 32x32 RGB images: 0.05 "
-            "with distillation_weight 0.5)."
-        },
+    sensitivity_matching_weight: float = argument(
+        0.0,
+        "Weight of second-order Jacobian matching, (|Jv|^2 - |J_T v|^2)^2 (>= 0; IGSM on 32x32 RGB images: 0.05 with "
+        "distillation_weight 0.5).",
     )
-    jacobian_step: float | None = field(
-        default=None,
-        metadata={
-            "help": "Finite-difference step of Jacobian matching, in standard deviations of the noise (> 0; default: 0.01 "
-            "in fp32, 0.1 in fp16, 0.3 in bf16)."
-        },
+    jacobian_step: float | None = argument(
+        None,
+        "Finite-difference step of Jacobian matching, in standard deviations of the noise (> 0; default: 0.01 in fp32, 0.1 "
+        "in fp16, 0.3 in bf16).",
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1]")
-        for name in ("feature_distillation_weight", "sensitivity_matching_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and finite")
-        if self.jacobian_step is not None:
-            if not 0 < self.jacobian_step < math.inf:
-                raise ValueError(f"jacobian_step={self.jacobian_step} must be greater than 0 and finite")
-            if not self.needs_directions:
-                raise ValueError(f"jacobian_step={self.jacobian_step} needs sensitivity_matching_weight")
+        check_fields(self, SHARE, "distillation_weight")
+        check_fields(self, WEIGHT, "feature_distillation_weight", "sensitivity_matching_weight")
+        check_fields(self, STEP, "jacobian_step")
+        if self.jacobian_step is not None and not self.needs_directions:
+            raise ValueError(f"jacobian_step={self.jacobian_step} needs sensitivity_matching_weight")
 
     @property
     def needs_directions(self) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
+from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
 from ..configuration import DEVICES, PRESETS, GFPruneConfig
 from ..data.images import DataArguments
 from ..evaluation.run_arguments import EvaluationArguments
@@ -34,10 +35,10 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    pretrained_model_name_or_path: str = field(
-        metadata={"help": "Trained DDPM: a Diffusers pipeline with a UNet2DModel, as a Hub id or a local folder."}
+    pretrained_model_name_or_path: str = argument(
+        help="Trained DDPM: a Diffusers pipeline with a UNet2DModel, as a Hub id or a local folder."
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
+    revision: str | None = argument(None, "Branch, tag or commit of the Hub repository.")
 
 
 @dataclass
@@ -46,30 +47,23 @@ class OutputArguments:
 
     _argument_group_name = "run"
 
-    recipe: str | None = field(
-        default=None,
-        metadata={"help": "YAML file with arguments, or the name of one in training/recipes. The command line overrides it."},
+    recipe: str | None = argument(
+        None, "YAML file with arguments, or the name of one in training/recipes. The command line overrides it."
     )
-    output_dir: str = field(default="runs/ddpm-gfpruned", metadata={"help": "Folder for the pruned pipeline."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir if it exists."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan and stop."})
-    preset: str = field(
-        default="default",
-        metadata={
-            "help": "Defaults of the pruning arguments: the best in our benchmarks, those of the paper, or one-shot pruning "
-            "followed by fine-tuning.",
-            "choices": list(SCRIPT_PRESETS),
-        },
+    output_dir: str = argument("runs/ddpm-gfpruned", "Folder for the pruned pipeline.")
+    overwrite_output_dir: bool = argument(False, "Replace output_dir if it exists.")
+    dry_run: bool = argument(False, "Print the plan and stop.")
+    preset: str = argument(
+        "default",
+        "Defaults of the pruning arguments: the best in our benchmarks, those of the paper, or one-shot pruning followed by "
+        "fine-tuning.",
+        choices=SCRIPT_PRESETS,
     )
-    save_model_steps: int = field(
-        default=0,
-        metadata={"help": "Save the pipeline every so many fine-tuning steps (0: only at the end)."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed for batches, noise, timesteps and calibration images."})
+    save_model_steps: int = argument(0, "Save the pipeline every so many fine-tuning steps (0: only at the end).")
+    seed: int = argument(0, "Seed for batches, noise, timesteps and calibration images.")
 
     def __post_init__(self) -> None:
-        if self.save_model_steps < 0:
-            raise ValueError(f"save_model_steps={self.save_model_steps} must not be negative")
+        check_fields(self, NOT_NEGATIVE, "save_model_steps")
 
 
 @dataclass
@@ -77,21 +71,16 @@ class PruningArguments(GFPruneConfig):
     """Which channels are pruned, and when."""
 
     total_steps: int = field(default=1, init=False)  # max_train_steps on the command line
-    calibration_batches: int = field(default=8, metadata={"help": "Number of calibration batches for each ranking (>= 1)."})
-    calibration_batch_size: int | None = field(
-        default=None, metadata={"help": "Images in a calibration batch, per process (>= 1; default: train_batch_size)."}
+    calibration_batches: int = argument(8, "Number of calibration batches for each ranking (>= 1).")
+    calibration_batch_size: int | None = argument(
+        None, "Images in a calibration batch, per process (>= 1; default: train_batch_size)."
     )
 
-    check_scores: bool = field(
-        default=False,
-        metadata={"help": "Compare the Hessian-gradient product with finite differences at the first ranking."},
-    )
+    check_scores: bool = argument(False, "Compare the Hessian-gradient product with finite differences at the first ranking.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("calibration_batches", "calibration_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_fields(self, at_least(1), "calibration_batches", "calibration_batch_size")
         if self.check_scores and not self.takes_hessian:
             raise ValueError(
                 f"check_scores=True needs criterion=gradient-flow-weights, not {self.criterion}, which takes no Hessian"
@@ -114,20 +103,12 @@ class HubArguments:
 
     _argument_group_name = "hub"
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Push the pruned pipeline and its card to the Hub."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository, as namespace/name or name (default: the name of output_dir)."}
-    )
-    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private."})
-    hub_token: str | None = field(
-        default=None, metadata={"help": "Access token (default: HF_TOKEN, or the token saved by `hf auth login`)."}
-    )
-    hub_strategy: str = field(
-        default="end",
-        metadata={
-            "help": "When to push: at the end only, or also after every saved model.",
-            "choices": ["end", "every_save"],
-        },
+    push_to_hub: bool = argument(False, "Push the pruned pipeline and its card to the Hub.")
+    hub_model_id: str | None = argument(None, "Repository, as namespace/name or name (default: the name of output_dir).")
+    hub_private_repo: bool = argument(False, "Make the repository private.")
+    hub_token: str | None = argument(None, "Access token (default: HF_TOKEN, or the token saved by `hf auth login`).")
+    hub_strategy: str = argument(
+        "end", "When to push: at the end only, or also after every saved model.", choices=["end", "every_save"]
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,66 @@
+"""Fields of argument dataclasses, from which command lines are generated, and checks of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field
+from typing import Any, NamedTuple
+
+__all__ = ["FRACTION", "NOT_NEGATIVE", "POSITIVE", "SHARE", "Range", "argument", "at_least", "check_fields", "check_range"]
+
+
+def argument(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
+    """A field of a dataclass that `HfArgumentParser` reads.
+
+    Args:
+        default: Default value; a list is copied for every instance. Without a default, the argument is required.
+        help: Text in `--help`.
+        choices: Allowed values.
+    """
+    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Range(NamedTuple):
+    """Allowed values of a number.
+
+    Attributes:
+        words: What a number must do, for error messages: `be at least 1`.
+        holds: Whether a number is allowed.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+def at_least(bound: int) -> Range:
+    """Numbers from a bound on."""
+    return Range(f"be at least {bound}", lambda value: value >= bound)
+
+
+NOT_NEGATIVE = Range("not be negative", lambda value: value >= 0)
+POSITIVE = Range("be greater than 0", lambda value: value > 0)
+FRACTION = Range("be in [0, 1)", lambda value: 0 <= value < 1)
+SHARE = Range("be in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def check_range(allowed: Range, **values: float | None) -> None:
+    """Check numbers by name; None is allowed.
+
+    Raises:
+        ValueError: A number is not in the range.
+    """
+    for name, value in values.items():
+        if value is not None and not allowed.holds(value):
+            raise ValueError(f"{name}={value} must {allowed.words}")
+
+
+def check_fields(arguments: object, allowed: Range, *names: str) -> None:
+    """Check attributes of an object as `check_range` does.
+
+    Raises:
+        ValueError: An attribute is not in the range.
+    """
+    check_range(allowed, **{name: getattr(arguments, name) for name in names})
