@@ -118,7 +118,7 @@ class GradientFlowPruner:
                 lambda cost: self._choose_ladders(cost)[1],
                 sample_size=sample_size,
                 attention_unit=config.attention_unit,
-                found=latency,
+                measurements=latency,
                 cache_dir=latency_cache_dir,
                 progress="timing layers",
             )

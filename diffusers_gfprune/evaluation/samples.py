@@ -86,11 +86,11 @@ class ImageSource:
 
     def has_images(self, shard: range) -> bool:
         """Whether the images of a shard are cached, or not generated at all."""
-        return not self.keep or _there(self.cache, "samples", self.describe(shard))
+        return not self.keep or self.cache.has("samples", self.describe(shard))
 
     def has_features(self, network, shard: range) -> bool:
         """Whether features of a shard are cached."""
-        return _there(self.cache, "features", self._features_key(network, shard))
+        return self.cache.has("features", self._features_key(network, shard))
 
     def forget_images(self, spans: Sequence[range]) -> None:
         """Remove cached images, which may take gigabytes, once all figures are computed."""
@@ -98,11 +98,6 @@ class ImageSource:
             path = self.cache.path("samples", self.describe(shard))
             if path is not None:
                 path.unlink(missing_ok=True)
-
-
-def _there(cache: TensorCache, kind: str, key: dict) -> bool:
-    path = cache.path(kind, key)
-    return path is not None and path.exists()
 
 
 def model_source(name: str, unet: nn.Module, scheduler, settings: SamplingSettings, cache: TensorCache) -> ImageSource:
@@ -168,7 +163,7 @@ class Samples:
         """Number of images of each source that a process still has to sample."""
         missing = [0] * len(self.sources)
         for shard in self.spans[process::processes]:
-            paired = len(self.sources) < 2 or _there(self.sources[0].cache, "similarities", self._pair_key(shard))
+            paired = len(self.sources) < 2 or self.sources[0].cache.has("similarities", self._pair_key(shard))
             for index, source in enumerate(self.sources):
                 done = paired and all(source.has_features(network, shard) for network in self.networks)
                 missing[index] += 0 if done or source.has_images(shard) else len(shard)

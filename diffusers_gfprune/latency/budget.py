@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..distributed import made_by_first_rank
-from ..metrics.cache import JsonCache
+from ..metrics.cache import TensorCache
 from ..metrics.speed import SpeedSetting
 from ..pruning.budget import allocate_per_group, select_units
 from ..pruning.channel_groups import ChannelGroup
@@ -56,7 +56,7 @@ def measured_latency_model(
     *,
     sample_size: int | tuple[int, int] | None = None,
     attention_unit: str = "head_dim",
-    found: Mapping | None = None,
+    measurements: Mapping | None = None,
     cache_dir: Path | None = None,
     seconds: float = 20.0,
     progress: str | None = None,
@@ -71,7 +71,7 @@ def measured_latency_model(
         ladders_for: Returns the possible widths of each group for a cost model.
         sample_size: Height and width in pixels (default: the model's).
         attention_unit: As in `width_ladder`.
-        found: Second return value of an earlier call, which replaces the measurements.
+        measurements: Second return value of an earlier call, which replaces the measurements.
         cache_dir: Cache directory for layer times (default: no cache).
         seconds: Time limit for a pair of models in seconds, beyond the minimum number of rounds (> 0).
         progress: Text of the progress bar for the table, if any.
@@ -80,14 +80,14 @@ def measured_latency_model(
         The latency model, and JSON values to restore it: `model`, and `calibration`, the measured models.
 
     Raises:
-        ValueError: `found` belongs to another model, or the measurement failed on rank 0; the latter on every rank.
+        ValueError: `measurements` belong to another model, or the measurement failed on rank 0; the latter on every rank.
     """
     model = LatencyModel(unet, groups, sample_size)
     cost = CostModel(unet, groups, sample_size, model.seconds)
 
     def measure() -> dict:
         model.set_shares(
-            layer_shares(unet, model.grids, model.calls, setting, sample_size, JsonCache(cache_dir), progress=progress)
+            layer_shares(unet, model.grids, model.calls, setting, sample_size, TensorCache(cache_dir), progress=progress)
         )
         ladders = ladders_for(cost)
         narrowest = np.array([ladder[-1] for ladder in ladders])
@@ -102,8 +102,8 @@ def measured_latency_model(
             calibration = calibrate(model, ratio, narrowest, planned, measured)
         return {"model": model.to_dict(), "calibration": calibration}
 
-    found = made_by_first_rank(measure) if found is None else dict(found)
-    if "model" not in found:
+    measurements = made_by_first_rank(measure) if measurements is None else dict(measurements)
+    if "model" not in measurements:
         raise ValueError("the measured times are damaged: they must have an entry model")
-    model.load_dict(found["model"])
-    return model, found
+    model.load_dict(measurements["model"])
+    return model, measurements

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..metrics.cache import JsonCache
+from ..metrics.cache import TensorCache
 from ..metrics.model_size import hardware_name, spatial_size, uses_tf32
 from ..metrics.speed import SpeedSetting, prepare_forward, seconds_of
 from .layer_workloads import Forward, Inputs, Workload
@@ -77,7 +77,7 @@ def layer_shares(
     calls: Sequence[Point],
     setting: SpeedSetting,
     sample_size: int | tuple[int, int] | None = None,
-    cache: JsonCache | None = None,
+    cache: TensorCache | None = None,
     progress: str | None = None,
 ) -> list[np.ndarray]:
     """The table of the module docstring, from the cache or measured.
@@ -108,19 +108,16 @@ def layer_shares(
         "calls": [list(point) for point in calls],
     }
 
-    def measure() -> dict:
+    def measure() -> dict[str, Tensor]:
         eager = dataclasses.replace(setting, compiled=False)
         inputs = Inputs(setting.batch_size, device, getattr(torch, setting.dtype))
         with torch.no_grad():
             _, _, forward = prepare_forward(unet, eager, size, device)
-            return {"shares": [shares.tolist() for shares in measure_shares(forward, grids, calls, inputs, progress=progress)]}
+            tables = measure_shares(forward, grids, calls, inputs, progress=progress)
+        return {str(number): torch.from_numpy(table) for number, table in enumerate(tables)}
 
-    def fits(entry: dict) -> bool:
-        found = [np.shape(shares) for shares in entry["shares"]]
-        return found == [(len(grid.wide_in), len(grid.wide_out)) for grid in grids]
-
-    found = (cache or JsonCache(None)).get("layer-times", key, measure, fits)
-    return [np.array(shares, dtype=float) for shares in found["shares"]]
+    tables = (cache or TensorCache(None)).get("layer-times", key, measure)
+    return [tables[str(number)].numpy() for number in range(len(grids))]
 
 
 def measure_shares(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["JsonCache", "TensorCache", "default_cache_dir", "tensors_fingerprint"]
+__all__ = ["TensorCache", "default_cache_dir", "tensors_fingerprint"]
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -50,7 +50,13 @@ class TensorCache:
 
     def path(self, kind: str, key: Mapping) -> Path | None:
         """The file of an entry, whether it is there or not."""
-        return None if self.folder is None else self.folder / f"{kind}-{_digest(key)}.safetensors"
+        digest = hashlib.sha256(_canonical(key).encode()).hexdigest()[:20]
+        return None if self.folder is None else self.folder / f"{kind}-{digest}.safetensors"
+
+    def has(self, kind: str, key: Mapping) -> bool:
+        """Whether there is a file of an entry."""
+        path = self.path(kind, key)
+        return path is not None and path.exists()
 
     def get(self, kind: str, key: Mapping, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of an entry, computed if they are not cached.
@@ -74,64 +80,18 @@ class TensorCache:
                 print(f"warning: {path} cannot be read ({error}) and is made again", file=sys.stderr)
         made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
         if path is not None:
-            self._write(path, made, key)
-        return made
-
-    @staticmethod
-    def _write(path: Path, tensors: Mapping[str, Tensor], key: Mapping) -> None:
-        _keep(path, lambda fresh: save_file(dict(tensors), fresh, metadata={"key": _canonical(key)}))
-
-
-class JsonCache:
-    """Cache of JSON values.
-
-    Args:
-        folder: Folder of the entries; None: nothing is cached.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-
-    def path(self, kind: str, key: Mapping) -> Path | None:
-        """The file of an entry, whether it is there or not."""
-        return None if self.folder is None else self.folder / f"{kind}-{_digest(key)}.json"
-
-    def get(self, kind: str, key: Mapping, make: Callable[[], dict], fits: Callable[[dict], bool]) -> dict:
-        """The values of an entry, computed if they are not cached.
-
-        Args:
-            kind: First word of the file's name.
-            key: Everything that the values depend on, as JSON values.
-            make: Computes the values.
-            fits: Whether cached values have the form that `make` returns; a KeyError or similar error counts as False.
-
-        Returns:
-            The values, from the cache or from `make`.
-        """
-        path = self.path(kind, key)
-        if path is not None and path.exists():
-            try:
-                entry = json.loads(path.read_text())
-                if _canonical(entry["key"]) == _canonical(key) and fits(entry["value"]):
-                    return entry["value"]
-                print(f"warning: {path} describes something else and is made again", file=sys.stderr)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                print(f"warning: {path} cannot be read ({error}) and is made again", file=sys.stderr)
-        made = make()
-        if path is not None:
-            text = json.dumps({"key": dict(key), "value": made}, allow_nan=False)
-            _keep(path, lambda fresh: Path(fresh).write_text(text))
+            _keep(path, made, key)
         return made
 
 
-def _keep(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file atomically. If that fails, warn and continue."""
+def _keep(path: Path, tensors: dict[str, Tensor], key: Mapping) -> None:
+    """Write an entry atomically. If that fails, warn and continue."""
     fresh = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        write(fresh)
+        save_file(tensors, fresh, metadata={"key": _canonical(key)})
         os.replace(fresh, path)
         fresh = None
     except (OSError, SafetensorError) as error:
@@ -139,10 +99,6 @@ def _keep(path: Path, write: Callable[[str], object]) -> None:
     finally:
         if fresh is not None:
             Path(fresh).unlink(missing_ok=True)
-
-
-def _digest(key: Mapping) -> str:
-    return hashlib.sha256(_canonical(key).encode()).hexdigest()[:20]
 
 
 def _canonical(key: Mapping) -> str:

@@ -120,4 +120,4 @@ def test_times_without_a_model_are_refused(machine: Machine) -> None:
     unet = build("three-levels")
     groups = trace_channel_groups(unet)
     with pytest.raises(ValueError, match="must have an entry model"):
-        measured_latency_model(unet, groups, 0.4, CONFIG.latency_setting(), lambda cost: [], found={"calibration": []})
+        measured_latency_model(unet, groups, 0.4, CONFIG.latency_setting(), lambda cost: [], measurements={"calibration": []})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_gfprune.metrics.cache import JsonCache, TensorCache, tensors_fingerprint
+from diffusers_gfprune.metrics.cache import TensorCache, tensors_fingerprint
 
 KEY = {"model": "a", "images": 3}
 
@@ -84,26 +84,3 @@ def test_fingerprints_tell_weights_apart() -> None:
     renamed = {"conv.weight": weights["conv.weight"], "bias": weights["conv.bias"]}
     assert tensors_fingerprint(weights) == tensors_fingerprint(dict(reversed(weights.items())))
     assert len({tensors_fingerprint(weights), tensors_fingerprint(other), tensors_fingerprint(renamed)}) == 3
-
-
-@pytest.mark.parametrize(
-    "damage", [None, "", "[1, 2]", '{"key": {"model": "b"}, "value": {"x": 1}}', '{"key": 1, "value": 2}']
-)
-def test_values_are_made_once_and_again_where_they_are_damaged(tmp_path: Path, damage: str | None) -> None:
-    """An entry fits or it does not; what was made is what is read."""
-    cache, made = JsonCache(tmp_path), []
-
-    def make() -> dict:
-        made.append(1 / 3)
-        return {"x": made[-1]}
-
-    def get() -> dict:
-        return cache.get("times", KEY, make, lambda value: value["x"] < 1)
-
-    assert get() == get() == {"x": 1 / 3} and len(made) == 1
-    (path,) = tmp_path.iterdir()
-    if damage is not None:
-        path.write_text(damage)
-        assert get() == get() == {"x": 1 / 3} and len(made) == 2
-    JsonCache(None).get("times", KEY, make, lambda value: True)
-    assert [entry.name for entry in tmp_path.iterdir()] == [cache.path("times", KEY).name]
