@@ -164,11 +164,11 @@ def calibrate(
     Returns:
         For every measured model, `predicted` before the measurement, `measured`, `spread` and `rounds`.
     """
-    found = []
+    measurements = []
 
     def measured(widths: np.ndarray) -> TimePair:
         pair = measure(widths)
-        found.append(
+        measurements.append(
             {"predicted": model.removed(widths), "measured": pair.share, "spread": pair.spread, "rounds": pair.rounds}
         )
         model.correction = replace(model.correction, dense_seconds=pair.dense_seconds)
@@ -182,14 +182,14 @@ def calibrate(
     model.correction = replace(model.correction, constant=model.explain(narrowest, pair.share))
     learn(narrowest, pair)
     if pair.share <= ratio:
-        return found  # out of reach: the budget raises an error
+        return measurements  # out of reach: the budget raises an error
     for _ in range(MODELS):
         widths = plan()
         pair = measured(widths)
         if abs(pair.share - ratio) <= max(CLOSE_ENOUGH, 2 * pair.spread):
             break  # without a further correction, so that these widths remain the plan
         learn(widths, pair)
-    return found
+    return measurements
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..families.lookup import family_of
-from ..metrics.model_size import count_tokens, spatial_size
+from ..metrics.model_size import count_tokens, trace_forward
 
 __all__ = ["AttentionProducts", "Convolution", "Inputs", "LayerCall", "LinearLayer", "Norm", "Workload", "trace_layer_calls"]
 
@@ -180,44 +180,30 @@ def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None
         unet: A model of any family; only its configuration is read.
         sample_size: Height and width in pixels (default: the model's).
     """
-    family, (height, width) = family_of(unet), spatial_size(unet, sample_size)
-    with torch.device("meta"):
-        twin = type(unet).from_config(unet.config).eval()
-    attentions = family.attentions(twin)
+    attentions = family_of(unet).attentions(unet)
     calls: list[LayerCall] = []
     last_norm: dict = {"shape": None}
 
-    def record(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0] if inputs else None
-            if isinstance(module, nn.Conv2d):
-                work = Convolution(
-                    tuple(x.shape[2:]), module.kernel_size, module.stride, module.padding, module.bias is not None
-                )
-                calls.append(LayerCall(name, work, module.in_channels, module.out_channels, output[0, 0].numel()))
-            elif isinstance(module, nn.Linear):
-                tokens = x.shape[1] if x.ndim == 3 else 0
-                work = LinearLayer(tokens, not x.is_contiguous(), module.bias is not None)
-                calls.append(LayerCall(name, work, module.in_features, module.out_features, max(tokens, 1)))
-            elif isinstance(module, nn.GroupNorm):
-                work = Norm(tuple(x.shape[2:]), module.num_channels // module.num_groups, silu=False)
-                calls.append(LayerCall(name, work, 0, module.num_channels, x[0, 0].numel()))
-                last_norm.update(shape=x.shape, index=len(calls) - 1)
-            elif isinstance(module, nn.SiLU) and x.shape == last_norm["shape"]:
-                # Scale and shift by the time embedding may come in between
-                norm = calls[last_norm["index"]]
-                work = Norm(norm.workload.shape, norm.workload.group_size, silu=True)
-                calls[last_norm["index"]] = LayerCall(norm.module, work, 0, norm.wide_out, norm.positions)
-                last_norm["shape"] = None
-            elif name in attentions:
-                work = AttentionProducts(tokens := count_tokens(x), module.heads)
-                calls.append(LayerCall(f"{name}.to_q", work, 0, module.to_q.out_features, tokens))
+    def record(name: str, module: nn.Module, x: Tensor | None, output) -> None:
+        if isinstance(module, nn.Conv2d):
+            work = Convolution(tuple(x.shape[2:]), module.kernel_size, module.stride, module.padding, module.bias is not None)
+            calls.append(LayerCall(name, work, module.in_channels, module.out_channels, output[0, 0].numel()))
+        elif isinstance(module, nn.Linear):
+            tokens = x.shape[1] if x.ndim == 3 else 0
+            work = LinearLayer(tokens, not x.is_contiguous(), module.bias is not None)
+            calls.append(LayerCall(name, work, module.in_features, module.out_features, max(tokens, 1)))
+        elif isinstance(module, nn.GroupNorm):
+            work = Norm(tuple(x.shape[2:]), module.num_channels // module.num_groups, silu=False)
+            calls.append(LayerCall(name, work, 0, module.num_channels, x[0, 0].numel()))
+            last_norm.update(shape=x.shape, index=len(calls) - 1)
+        elif isinstance(module, nn.SiLU) and x.shape == last_norm["shape"]:
+            # Scale and shift by the time embedding may come in between
+            norm = calls[last_norm["index"]]
+            calls[last_norm["index"]] = replace(norm, workload=replace(norm.workload, silu=True))
+            last_norm["shape"] = None
+        elif name in attentions:
+            work = AttentionProducts(tokens := count_tokens(x), module.heads)
+            calls.append(LayerCall(f"{name}.to_q", work, 0, module.to_q.out_features, tokens))
 
-        return hook
-
-    for name, module in twin.named_modules():
-        if name in attentions or isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU)):
-            module.register_forward_hook(record(name))
-    with torch.no_grad():
-        family.predict(twin, family.example_inputs(twin, height, width, device="meta"))
+    trace_forward(unet, sample_size, record)
     return calls

@@ -29,10 +29,7 @@ from .layer_workloads import AttentionProducts, Convolution, LayerCall, LinearLa
 
 __all__ = ["Correction", "LatencyModel", "plan_grids"]
 
-BLOCKS = {
-    "cpu": 16,
-    "cuda": 8,
-}  # channels that a convolution computes together
+BLOCKS = {"cpu": 16, "cuda": 8}  # channels that a convolution computes together
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the largest width at which a layer is timed
 SAME = 0.02  # a correction treats predictions closer than this as equal
 
@@ -139,6 +136,7 @@ class LatencyModel:
         grids: The grids for `layer_shares`.
         calls: The layers of one dense forward pass, as points of the grids.
         correction: Correction by measured models.
+        rest: Share of the dense time that is not in the table, set by `set_shares`.
 
     Raises:
         ValueError: The model is on a device other than a CPU or a CUDA GPU.
@@ -211,16 +209,13 @@ class LatencyModel:
         self._tables = [np.asarray(table, dtype=float) for table in tables]
         # The last point along each axis is repeated, so that every point has a next one
         self._flat = np.concatenate([np.pad(table, (0, 1), mode="edge").ravel() for table in self._tables])
-        self._scale, self._rest = 1.0, 0.0
+        self._scale, self.rest = 1.0, 0.0
         layers = self._layers(self.dense)
         # Single layers can take longer than in the forward pass, where inputs are in the cache
-        self._scale, self._rest = 1 / max(layers, 1.0), max(1 - layers, 0.0)
+        self._scale, self.rest = 1 / max(layers, 1.0), max(1 - layers, 0.0)
 
     def _layers(self, widths: np.ndarray) -> float:
         """layers(n) of the module docstring."""
-        return float(self._row_shares(widths).sum())
-
-    def _row_shares(self, widths: np.ndarray) -> np.ndarray:
         wide = self._fixed + self._rows @ widths
         place = self._start + wide
         index, weight = self._index[place], self._weight[place]
@@ -229,7 +224,7 @@ class LatencyModel:
         flat, stride, along_in, along_out = self._flat, self._stride, weight[:half], weight[half:]
         near = flat[corner] * (1 - along_out) + flat[corner + 1] * along_out
         far = flat[corner + stride] * (1 - along_out) + flat[corner + stride + 1] * along_out
-        return self._scale * self._count * (near * (1 - along_in) + far * along_in)
+        return float((self._scale * self._count * (near * (1 - along_in) + far * along_in)).sum())
 
     def _relative_volume(self, widths: np.ndarray) -> float:
         return (self._volume0 + float(self._volume @ widths)) / (self._volume0 + float(self._volume @ self.dense))
@@ -238,7 +233,7 @@ class LatencyModel:
         """1 - r(n): share of the dense time that is removed, without correction; in [0, 1] up to noise of the table."""
         widths = np.asarray(widths, dtype=np.int64)
         constant = self.correction.constant
-        return 1 - self._layers(widths) - self._rest * (constant + (1 - constant) * self._relative_volume(widths))
+        return 1 - self._layers(widths) - self.rest * (constant + (1 - constant) * self._relative_volume(widths))
 
     def removed(self, widths: np.ndarray) -> float:
         """Corrected share of the dense time that is removed, in [0, 1].
@@ -255,18 +250,9 @@ class LatencyModel:
     def explain(self, widths: np.ndarray, measured: float) -> float:
         """The constant c for which the prediction for `widths` equals a measured share, clamped to [0, 1]."""
         volume = self._relative_volume(np.asarray(widths, dtype=np.int64))
-        room = self._rest * (1 - volume)
-        left = 1 - measured - self._layers(np.asarray(widths, dtype=np.int64)) - self._rest * volume
+        room = self.rest * (1 - volume)
+        left = 1 - measured - self._layers(np.asarray(widths, dtype=np.int64)) - self.rest * volume
         return min(max(left / room, 0.0), 1.0) if room > 0 else 1.0
-
-    @property
-    def shares_by_kind(self) -> dict[str, float]:
-        """Shares of the dense time by kind of layer, and `rest`; they sum to 1."""
-        found: dict[str, float] = {}
-        for share, grid in zip(self._row_shares(self.dense), self._grid_of_row):
-            kind = type(self.grids[grid].workload).__name__
-            found[kind] = found.get(kind, 0.0) + float(share)
-        return {**found, "rest": self._rest}
 
     def to_dict(self) -> dict:
         """Table and correction as JSON values, for checkpoints; floats are exact."""

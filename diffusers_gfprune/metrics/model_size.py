@@ -8,6 +8,7 @@ Norms, activations and additions are not counted, as is usual in this field.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +24,7 @@ __all__ = [
     "hardware_name",
     "layer_positions",
     "spatial_size",
+    "trace_forward",
     "uses_tf32",
     "weight_file_bytes",
 ]
@@ -54,33 +56,43 @@ def count_tokens(x: torch.Tensor) -> int:
     return x.shape[1] if x.ndim == 3 else x[0, 0].numel()
 
 
-def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
-    """Output positions of every convolution and linear layer, and tokens of every attention, at batch size 1.
+def trace_forward(
+    unet: nn.Module,
+    sample_size: int | tuple[int, int] | None,
+    record: Callable[[str, nn.Module, torch.Tensor | None, object], None],
+) -> None:
+    """Run a forward pass at batch size 1 on a copy on the meta device, which takes milliseconds for any model size.
 
-    The forward pass runs on a copy on the meta device, which takes milliseconds for any model size.
+    Args:
+        unet: A model of any family; only its configuration is read.
+        sample_size: Height and width in pixels (default: the model's).
+        record: Called after every module with its name, the module, its first positional input, if any, and its output.
     """
     family, (height, width) = family_of(unet), spatial_size(unet, sample_size)
     with torch.device("meta"):
         twin = type(unet).from_config(unet.config).eval()
-    positions: dict[str, int] = {}
-
-    def record(name: str):
-        def hook(module, inputs, output):
-            if isinstance(module, nn.Conv2d):
-                positions[name] = output.shape[2] * output.shape[3]
-            elif isinstance(module, nn.Linear):
-                positions[name] = output.numel() // output.shape[-1]
-            else:  # attention
-                positions[name] = count_tokens(inputs[0])
-
-        return hook
-
-    attentions = family.attentions(twin)
     for name, module in twin.named_modules():
-        if name in attentions or isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(record(name))
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: record(name, module, inputs[0] if inputs else None, output)
+        )
     with torch.no_grad():
         family.predict(twin, family.example_inputs(twin, height, width, device="meta"))
+
+
+def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
+    """Output positions of every convolution and linear layer, and tokens of every attention, at batch size 1."""
+    attentions = family_of(unet).attentions(unet)
+    positions: dict[str, int] = {}
+
+    def record(name: str, module: nn.Module, x: torch.Tensor | None, output) -> None:
+        if isinstance(module, nn.Conv2d):
+            positions[name] = output.shape[2] * output.shape[3]
+        elif isinstance(module, nn.Linear):
+            positions[name] = output.numel() // output.shape[-1]
+        elif name in attentions:
+            positions[name] = count_tokens(x)
+
+    trace_forward(unet, sample_size, record)
     return positions
 
 

@@ -6,13 +6,7 @@ With t_m(r) the seconds of model m in round r, and n the batch size,
     latency = median_r t_m(r)        throughput = n / latency        speed-up = median_r t_first(r) / t_m(r)
 
 The speed-up is a median of ratios, not a ratio of medians, because the two times of a ratio are measured directly after each
-other. `speedup` computes its confidence interval.
-
-Peak memory is counted, not sampled, and has the same definition on all devices: the bytes of the weights and of the arguments,
-plus the maximum that one forward pass, after the warm-up, allocates in addition. On CUDA the allocator counts it. On a CPU it
-is summed from the allocations and releases recorded by PyTorch's profiler. These include kernels and compiled code, but not
-scratch memory that other libraries allocate. The resident size of the process, used in `benchmarks/cost.py`, needs a process
-for each figure and contains everything else that the process has loaded.
+other. `speedup` computes its confidence interval. `peak_memory` counts memory.
 """
 
 from __future__ import annotations
@@ -20,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import os
 import re
 import statistics
 import time
@@ -35,6 +28,7 @@ from ..argument_fields import at_least, check_range
 from ..errors import first_line
 from ..families.lookup import family_of
 from .model_size import hardware_name, spatial_size
+from .peak_memory import allocated_at_most, storage_bytes
 from .speedup import median_interval
 
 __all__ = [
@@ -161,8 +155,8 @@ def measure_speed(
         - `speedup` over the first model (see the module docstring): 1.0 for the first model, `None` if the first model
           failed; `speedup_interval`, `[low, high]`, its confidence interval (see `speedup.median_interval`): `None` for the
           first model and with too few rounds;
-        - `peak_memory_bytes`: weights, buffers, arguments, and the maximum that one forward pass allocates (see the module
-          docstring), without values that the model cached outside of its buffers in its first forward pass;
+        - `peak_memory_bytes`: weights, buffers, arguments, and the maximum that one forward pass allocates (see
+          `peak_memory`), without values that the model cached outside of its buffers in its first forward pass;
         - `device`, `"cpu"` or `"cuda"`; `hardware`, its name; `threads` of PyTorch on the CPU.
 
         If a model cannot run (no compiler, an operation without this dtype, too little memory), `error` replaces the figures:
@@ -289,8 +283,8 @@ def _prepare(
     twin, inputs, runner.forward = prepare_forward(model, setting, size, device)
     for _ in range(warmup):
         runner.forward()
-    held = _bytes([*twin.parameters(), *twin.buffers(), inputs.sample, inputs.timesteps, *inputs.conditioning.values()])
-    runner.peak_memory = held + _allocated_at_most(runner.forward, device)
+    held = [*twin.parameters(), *twin.buffers(), inputs.sample, inputs.timesteps, *inputs.conditioning.values()]
+    runner.peak_memory = storage_bytes(held) + allocated_at_most(runner.forward, device)
 
 
 def prepare_forward(
@@ -337,39 +331,3 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     if cuda:
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages; shared ones are counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def _allocated_at_most(forward: Callable[[], object], device: torch.device) -> int:
-    """Peak number of bytes that a call allocates, including its result, in addition to those already held."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        forward()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _quiet_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = forward()
-    del result
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes, initial=0))
-
-
-@contextlib.contextmanager
-def _quiet_profiler() -> Iterator[None]:
-    """Set the log level of the profiler's library, which otherwise logs an error without a GPU."""
-    name = "KINETO_LOG_LEVEL"
-    unset = name not in os.environ
-    os.environ.setdefault(name, "99")
-    try:
-        yield
-    finally:
-        if unset:
-            del os.environ[name]

@@ -38,8 +38,7 @@ def test_times_are_those_of_the_layers_that_are_left(groups: list[ChannelGroup])
     """A bilinear table is met exactly between its points, where widths are multiples of the blocks."""
     unet, model = build("three-levels"), bilinear_model(groups)
     assert model.removed(model.dense) == pytest.approx(0)
-    assert model.shares_by_kind["rest"] == pytest.approx(1 - summed(trace_layer_calls(unet)))
-    assert sum(model.shares_by_kind.values()) == pytest.approx(1)
+    assert model.rest == pytest.approx(1 - summed(trace_layer_calls(unet)))
     kept = np.array([16 if 16 in width_ladder(group) else group.num_channels for group in groups])
     calls = trace_layer_calls(model_of_widths(unet, groups, kept))
     assert len(calls) == len(model.calls)
@@ -66,8 +65,7 @@ def test_convolutions_compute_whole_blocks(groups: list[ChannelGroup]) -> None:
 def test_layers_longer_than_the_forward_leave_no_rest(groups: list[ChannelGroup]) -> None:
     """A table that explains more than all is scaled down."""
     model = bilinear_model(groups, scale=100 * SCALE)
-    assert model.shares_by_kind["rest"] == 0
-    assert sum(model.shares_by_kind.values()) == pytest.approx(1)
+    assert model.rest == 0
     assert model.removed(model.dense) == pytest.approx(0)
 
 

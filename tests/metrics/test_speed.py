@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from diffusers_gfprune.metrics import speed
+from diffusers_gfprune.metrics.peak_memory import allocated_at_most
 from diffusers_gfprune.metrics.speed import SpeedSetting, measure_speed, parse_settings
 from diffusers_gfprune.metrics.speedup import compare_speeds, describe_speedup, median_interval
 from helpers.architectures import build, pruned
@@ -131,7 +132,7 @@ def test_peak_memory_holds_what_kernels_allocate_and_forget() -> None:
     sample = torch.zeros(1000, 1000)
     result = torch.median(sample.t(), dim=1).values
     assert result.nbytes == 4000
-    found = speed._allocated_at_most(lambda: torch.median(sample.t(), dim=1).values, torch.device("cpu"))
+    found = allocated_at_most(lambda: torch.median(sample.t(), dim=1).values, torch.device("cpu"))
     assert found >= sample.nbytes
 
 
@@ -141,7 +142,7 @@ def test_memory_is_counted_alike_whatever_else_is_held(monkeypatch: pytest.Monke
     answers = {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 100, "max_memory_allocated": 175}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name, answer=answer: [calls.append(name), answer][1])
-    assert speed._allocated_at_most(lambda: calls.append("forward"), torch.device("cuda")) == 75
+    assert allocated_at_most(lambda: calls.append("forward"), torch.device("cuda")) == 75
     wanted = ["synchronize", "reset_peak_memory_stats", "memory_allocated", "forward", "synchronize", "max_memory_allocated"]
     assert calls == wanted
     calls.clear()
