@@ -34,54 +34,35 @@ TRAINABLE_SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 
-_SIGMAS = "it has continuous noise levels"
 _FLOW = "it is for flow matching"
-_DISTILLED = "it is for distilled models, which noise prediction would undo"
-_TOKENS = "it is for discrete tokens"
-_OTHER = "its process is not that of a DDPM"
-_INVERSE = "it inverts images and does not sample"
-# Reason for each scheduler that is not supported
-REFUSED_SCHEDULERS = {
-    **dict.fromkeys(
-        [
-            *("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"),
-            *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
-            *("KDPM2DiscreteScheduler", "KarrasVeScheduler", "LMSDiscreteScheduler", "ScoreSdeVeScheduler"),
-            *("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "ScoreSdeVpScheduler"),
-        ],
-        _SIGMAS,
+_REFUSED = {
+    "it has continuous noise levels": (
+        *("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"),
+        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
+        *("KDPM2DiscreteScheduler", "KarrasVeScheduler", "LMSDiscreteScheduler", "ScoreSdeVeScheduler"),
+        *("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "ScoreSdeVpScheduler"),
     ),
-    **dict.fromkeys(
-        [
-            *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-            *("HeliosScheduler", "LTXEulerAncestralRFScheduler", "PiflowScheduler", "MiniMaxH3Scheduler"),
-            "RFD4ProteinaScheduler",
-        ],
-        _FLOW,
+    _FLOW: (
+        *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+        *("HeliosScheduler", "LTXEulerAncestralRFScheduler", "PiflowScheduler", "MiniMaxH3Scheduler"),
+        "RFD4ProteinaScheduler",
     ),
-    **dict.fromkeys(
-        [
-            *("CMStochasticIterativeScheduler", "ConsistencyDecoderScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"),
-            *("LCMScheduler", "SCMScheduler", "TCDScheduler"),
-        ],
-        _DISTILLED,
+    "it is for distilled models, which noise prediction would undo": (
+        *("CMStochasticIterativeScheduler", "ConsistencyDecoderScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"),
+        *("LCMScheduler", "SCMScheduler", "TCDScheduler"),
     ),
-    **dict.fromkeys(
-        [
-            *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
-            "VQDiffusionScheduler",
-        ],
-        _TOKENS,
+    "it is for discrete tokens": (
+        *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
+        "VQDiffusionScheduler",
     ),
-    **dict.fromkeys(
-        [
-            *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDPMWuerstchenScheduler", "RePaintScheduler"),
-            "UnCLIPScheduler",
-        ],
-        _OTHER,
+    "its process is not that of a DDPM": (
+        *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDPMWuerstchenScheduler", "RePaintScheduler"),
+        "UnCLIPScheduler",
     ),
-    **dict.fromkeys(["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"], _INVERSE),
+    "it inverts images and does not sample": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
 }
+# Reason for each scheduler that is not supported
+REFUSED_SCHEDULERS = {name: reason for reason, names in _REFUSED.items() for name in names}
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Entries of a scheduler's configuration that define the process
 _PROCESS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..metrics.speedup import describe_speedup
-from ..reports.results import NUMBER, ModelFigures, Results
+from ..reports.results import ModelFigures, Results
 
 __all__ = ["common_reference", "comparison_table", "differing_machines", "differing_settings", "reference_title"]
 
@@ -20,20 +20,19 @@ MACHINE = ("device", "hardware", "threads", "sample_size")
 
 def differing_settings(results: Sequence[Results]) -> list[str]:
     """Differing settings that make figures incomparable, each with the values of all evaluations."""
-    settings = [_flat({k: v for k, v in result.evaluation.items() if k not in FREE}) for result in results]
-    differing = []
-    for name in dict.fromkeys(name for one in settings for name in one):
-        values = [one.get(name) for one in settings]
-        if any(value != values[0] for value in values):
-            differing.append(f"{name}: {', '.join(map(str, values))}")
-    return differing
+    differing = _differing([{k: v for k, v in result.evaluation.items() if k not in FREE} for result in results])
+    return [f"{name}: {', '.join(map(str, values))}" for name, values in differing.items()]
 
 
 def differing_machines(results: Sequence[Results]) -> dict[str, list]:
     """Differing versions and hardware, with the values of all evaluations. Figures stay comparable."""
-    settings = [_flat({k: v for k, v in result.evaluation.items() if k in FREE}) for result in results]
-    names = dict.fromkeys(name for one in settings for name in one)
-    values_by_name = {name: [one.get(name) for one in settings] for name in names}
+    return _differing([{k: v for k, v in result.evaluation.items() if k in FREE} for result in results])
+
+
+def _differing(settings: Sequence[Mapping]) -> dict[str, list]:
+    """The values of all evaluations by name, where they differ."""
+    flat = [_flat(one) for one in settings]
+    values_by_name = {name: [one.get(name) for one in flat] for name in dict.fromkeys(name for one in flat for name in one)}
     return {name: values for name, values in values_by_name.items() if any(value != values[0] for value in values)}
 
 
@@ -76,16 +75,8 @@ def comparison_table(results: Sequence[Results]) -> str:
         titles[name] = str(entry.get("title", name)) if isinstance(entry, dict) else name
     timed = _timed_alike(figures, speedups=reference is not None)
     unlabelled = ["step loss (null label)"] if any(row.step_loss_null_label is not None for row in figures) else []
-    header = [
-        "model",
-        "parameters",
-        "MACs",
-        "file",
-        "step loss",
-        *unlabelled,
-        *(titles.get(name, name) for name in metrics),
-        *timed,
-    ]
+    names = [titles.get(name, name) for name in metrics]
+    header = ["model", "parameters", "MACs", "file", "step loss", *unlabelled, *names, *timed]
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for number, (name, row) in enumerate(rows):
         cells = [name, _big(row.parameters), _big(row.macs), _bytes(row.weight_file_bytes)]
@@ -107,7 +98,7 @@ def _timed_alike(figures: Sequence[ModelFigures], speedups: bool) -> dict[str, l
             for row in figures
         ]
         timed = [entries[0] if entries else {} for entries in alike]
-        if all(isinstance(entry.get("latency_ms"), NUMBER) for entry in timed):
+        if all(isinstance(entry.get("latency_ms"), int | float) for entry in timed):
             timed_by_setting[tuple(str(first.get(name)) for name in SETTING)] = timed
     varying = [index for index in range(1, len(SETTING)) if len({setting[index] for setting in timed_by_setting}) > 1]
     columns = {}

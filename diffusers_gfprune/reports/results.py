@@ -18,29 +18,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_type_hints
 
-__all__ = ["EVALUATION", "FORMAT_VERSION", "NUMBER", "PRUNING_RUN", "ModelFigures", "Results", "read_results"]
+__all__ = ["EVALUATION", "FORMAT_VERSION", "PRUNING_RUN", "ModelFigures", "Results", "read_results"]
 
 FORMAT_VERSION = 4
 PRUNING_RUN, EVALUATION = "pruning run", "evaluation"
 # Keys of the model and of its reference, by kind of results
 ROLES = {PRUNING_RUN: ("pruned", "dense"), EVALUATION: ("model", "reference_model")}
-NUMBER = (int, float)
-TYPES = {
-    "name": str,
-    "revision": str,
-    "weights": str,
-    "ema": bool,
-    "parameters": int,
-    "macs": int,
-    "weight_file_bytes": int,
-    "scheduler": dict,
-    "step_loss": NUMBER,
-    "step_loss_by_timestep": dict,
-    "step_loss_null_label": NUMBER,
-    "quality": dict,
-    "speed": list,
-}
 
 
 @dataclass
@@ -70,12 +56,12 @@ class ModelFigures:
     parameters: int | None = None
     macs: int | None = None
     weight_file_bytes: int | None = None
-    step_loss: float | None = None
-    step_loss_by_timestep: dict[str, float] | None = None
-    quality: dict[str, float | None] = field(default_factory=dict)
-    speed: list[dict] = field(default_factory=list)
+    step_loss: int | float | None = None
+    step_loss_by_timestep: dict | None = None
+    quality: dict = field(default_factory=dict)
+    speed: list = field(default_factory=list)
     scheduler: dict | None = None
-    step_loss_null_label: float | None = None
+    step_loss_null_label: int | float | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping) -> ModelFigures:
@@ -85,16 +71,15 @@ class ModelFigures:
             ValueError: A field is unknown or has another type.
             TypeError: `name` is missing.
         """
-        unknown = sorted({*values} - {f.name for f in fields(cls)})
+        types = get_type_hints(cls)
+        unknown = sorted({*values} - {*types})
         if unknown:
             raise ValueError(f"unknown field {unknown[0]}")
         for name, value in values.items():
-            if value is not None or name in ("name", "quality", "speed"):
-                _typed(TYPES[name], name, value)
+            _typed(types[name], name, value)
         numbers = {**values.get("quality", {}), **(values.get("step_loss_by_timestep") or {})}
         for name, value in numbers.items():
-            if value is not None:
-                _typed(NUMBER, name, value)
+            _typed(int | float | None, name, value)
         for entry in values.get("speed", []):
             _typed(dict, "speed", entry)
         return cls(**values)
@@ -159,9 +144,9 @@ class Results:
             raise ValueError(f"a field of the results is missing or malformed: {error}") from error
 
 
-def _typed(kind: type | tuple[type, ...], name: str, value: object):
+def _typed(kind: type | UnionType, name: str, value: object):
     """The value, if it has the given type; a bool does not count as a number."""
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind != bool | None):
         raise ValueError(f"{name}={value!r}")
     return value
 
