@@ -64,7 +64,7 @@ class RememberedTeacher(nn.Module):
 def remembered(folder: Path, objective: Objective) -> nn.Module | None:
     """The teacher of a loss, with predictions cached in a folder if the loss uses only these, on the CPU."""
     teacher = objective.teacher
-    if teacher is None or objective.needs_features or objective.needs_directions:
+    if teacher is None or objective.arguments.needs_features or objective.arguments.needs_directions:
         return teacher
     on_cpu = next(teacher.parameters()).device.type == "cpu"
     return RememberedTeacher(teacher, TensorCache(folder)) if on_cpu else teacher

@@ -125,9 +125,9 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
         if teacher is not None:
             objective.teacher = teacher(objective)
-        if objective.needs_teacher and args.precision.torch_compile != "no":
+        if args.objective.needs_teacher and args.precision.torch_compile != "no":
             objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
-        if not objective.needs_teacher:
+        if not args.objective.needs_teacher:
             dense.to("cpu")  # until it is sampled beside the pruned model
         run = Run(
             args=args,
@@ -256,7 +256,7 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
     for _ in range(t.gradient_accumulation_steps):
         with explained_worker_death(run, state):
             batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)
-        directions = torch.randn_like(batch.noise) if run.objective.needs_directions else None
+        directions = torch.randn_like(batch.noise) if run.args.objective.needs_directions else None
         with accelerator.accumulate(state.model):
             with accelerator.autocast():
                 loss, parts = run.objective(state.model, batch, directions)

@@ -103,6 +103,6 @@ def sensitivity_distance(predictions: Tensor, teacher_predictions: Tensor, step_
     Returns:
         A float32 scalar, >= 0.
     """
-    products = [_product(found, step_lengths) for found in (predictions, teacher_predictions)]
+    products = [_product(pairs, step_lengths) for pairs in (predictions, teacher_predictions)]
     stretch, teacher_stretch = (product.square().sum(dim=1) for product in products)  # (batch,)
     return mse_loss(stretch, teacher_stretch) / products[0].shape[1]

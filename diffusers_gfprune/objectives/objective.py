@@ -18,7 +18,6 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from ..pruning.masking import ChannelMasks
 from .distillation_features import BlockOutputDistance
 from .jacobian_matching import default_step, sensitivity_distance, with_steps
 
-__all__ = ["ExtraForwards", "NoisePrediction", "Objective", "ObjectiveArguments", "extra_forwards"]
+__all__ = ["NoisePrediction", "Objective", "ObjectiveArguments"]
 
 WEIGHT = Range("be at least 0 and finite", lambda value: 0 <= value < math.inf)
 STEP = Range("be greater than 0 and finite", lambda value: 0 < value < math.inf)
@@ -82,34 +81,17 @@ class ObjectiveArguments:
         """Whether every step runs the dense model."""
         return self.distillation_weight > 0 or self.needs_features or self.needs_directions
 
-
-class ExtraForwards(NamedTuple):
-    """Additional cost of an objective per training step on the same batch.
-
-    Attributes:
-        teacher: Forward passes of the dense model, without backward.
-        student: Forward passes of the student, each with a backward.
-    """
-
-    teacher: float
-    student: float
-
-    def dense_forwards(self, student_cost: float = 1.0) -> float:
-        """Total cost in forward passes of the dense model; a backward counts as two forward passes.
+    def extra_forwards(self, student_cost: float = 1.0) -> float:
+        """Additional cost of a training step, in forward passes of the dense model; a backward counts as two of them.
 
         Args:
             student_cost: Cost of a forward pass of the student, relative to the dense model.
         """
-        return self.teacher + 3 * self.student * student_cost
+        second = int(self.needs_directions)  # Jacobian matching runs both models at a second point
+        return (1 + second) * self.needs_teacher + 3 * second * student_cost
 
 
-def extra_forwards(arguments: ObjectiveArguments) -> ExtraForwards:
-    """Cost of the objective beyond a plain training step, for time estimates."""
-    points = 2 if arguments.needs_directions else 1
-    return ExtraForwards(teacher=float(points * arguments.needs_teacher), student=float(points - 1))
-
-
-class _Wanted:
+class _HookState:
     """State of the hooks of a `NoisePrediction` for the current forward pass."""
 
     def __init__(self) -> None:
@@ -120,17 +102,17 @@ class _Wanted:
         self.paired = 0
 
 
-def _keep_output(wanted: _Wanted, name: str, module: nn.Module, args: tuple, output) -> None:
-    if wanted.features:
-        wanted.outputs[name] = output[0] if isinstance(output, tuple) else output  # down blocks also return skips
+def _keep_output(state: _HookState, name: str, module: nn.Module, args: tuple, output) -> None:
+    if state.features:
+        state.outputs[name] = output[0] if isinstance(output, tuple) else output  # down blocks also return skips
 
 
-def _drop_alike(wanted: _Wanted, module: nn.Dropout, args: tuple, output: Tensor) -> Tensor | None:
-    if not module.training or len(args[0]) != wanted.paired:
+def _drop_alike(state: _HookState, module: nn.Dropout, args: tuple, output: Tensor) -> Tensor | None:
+    if not module.training or len(args[0]) != state.paired:
         return None
     halves = args[0].chunk(2)
-    kept = dropout(torch.ones_like(halves[0]), module.p)
-    return torch.cat([half * kept for half in halves])
+    factors = dropout(torch.ones_like(halves[0]), module.p)
+    return torch.cat([half * factors for half in halves])
 
 
 class NoisePrediction(nn.Module):
@@ -149,13 +131,13 @@ class NoisePrediction(nn.Module):
 
     def __init__(self, unet: nn.Module, features: bool = False) -> None:
         super().__init__()
-        self.unet, self.has_features, self.wanted = unet, features, _Wanted()
+        self.unet, self.has_features, self.hook_state = unet, features, _HookState()
         self.family = family_of(unet)
         for name in self.family.block_outputs(unet) if features else ():
-            unet.get_submodule(name).register_forward_hook(functools.partial(_keep_output, self.wanted, name))
+            unet.get_submodule(name).register_forward_hook(functools.partial(_keep_output, self.hook_state, name))
         for module in unet.modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
-                module.register_forward_hook(functools.partial(_drop_alike, self.wanted))
+                module.register_forward_hook(functools.partial(_drop_alike, self.hook_state))
 
     def forward(
         self,
@@ -183,13 +165,13 @@ class NoisePrediction(nn.Module):
         """
         if return_features and not self.has_features:
             raise ValueError("return_features=True needs NoisePrediction(unet, features=True)")
-        wanted = self.wanted
-        wanted.features, wanted.paired = return_features, len(sample) if pairs else 0
+        state = self.hook_state
+        state.features, state.paired = return_features, len(sample) if pairs else 0
         try:
             prediction = self.family.predict(self.unet, ModelInputs(sample, timesteps, conditioning or {}))
-            return (prediction, dict(wanted.outputs)) if return_features else prediction
+            return (prediction, dict(state.outputs)) if return_features else prediction
         finally:
-            wanted.features, wanted.outputs = False, {}
+            state.features, state.outputs = False, {}
 
 
 class Objective:
@@ -230,21 +212,6 @@ class Objective:
             self.block_output_distance = BlockOutputDistance(teacher, channel_masks)
         self.teacher = NoisePrediction(teacher.eval().requires_grad_(False), features=arguments.needs_features).eval()
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether every step runs the dense model; otherwise it may be on another device."""
-        return self.arguments.needs_teacher
-
-    @property
-    def needs_features(self) -> bool:
-        """Whether the student must be a `NoisePrediction` with `features=True`."""
-        return self.arguments.needs_features
-
-    @property
-    def needs_directions(self) -> bool:
-        """Whether a batch needs `directions`."""
-        return self.arguments.needs_directions
-
     def __call__(
         self, model: nn.Module, batch: DiffusionBatch, directions: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -263,7 +230,7 @@ class Objective:
             ValueError: `directions` are needed but missing.
         """
         size = len(batch)
-        if self.needs_directions:
+        if self.arguments.needs_directions:
             step = self.arguments.jacobian_step or default_step(batch.clean.device)
             inputs, step_lengths = with_steps(self.noise_scheduler, batch, directions, step)
         else:
@@ -272,14 +239,14 @@ class Objective:
         prediction, features = self._predict(model, inputs)
         target = batch.target(self.noise_scheduler).float()
         terms = {"noise": mse_loss(prediction[:size], target)}
-        if self.needs_teacher:
+        if self.arguments.needs_teacher:
             with torch.no_grad():
                 teacher_prediction, teacher_features = self._predict(self.teacher, inputs)
             terms["distillation"] = mse_loss(prediction[:size], teacher_prediction[:size])
-        if self.needs_features:
-            own, theirs = ({name: f[:size] for name, f in found.items()} for found in (features, teacher_features))
+        if self.arguments.needs_features:
+            own, theirs = ({name: f[:size] for name, f in outputs.items()} for outputs in (features, teacher_features))
             terms["features"] = self.block_output_distance(own, theirs)
-        if self.needs_directions:
+        if self.arguments.needs_directions:
             terms["sensitivity"] = sensitivity_distance(prediction, teacher_prediction, step_lengths)
         # A term without a weight stays out of the graph: its backward would take time, and 0 x inf is not 0.
         loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0)
@@ -287,7 +254,7 @@ class Objective:
 
     def _predict(self, model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Prediction in float32, and block outputs if they are compared."""
-        prediction = model(*inputs, return_features=self.needs_features, pairs=self.needs_directions)
-        if not self.needs_features:
+        prediction = model(*inputs, return_features=self.arguments.needs_features, pairs=self.arguments.needs_directions)
+        if not self.arguments.needs_features:
             return prediction.float(), {}
         return prediction[0].float(), prediction[1]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
-from diffusers_gfprune.objectives.objective import NoisePrediction, Objective, ObjectiveArguments, extra_forwards
+from diffusers_gfprune.objectives.objective import NoisePrediction, Objective, ObjectiveArguments
 from diffusers_gfprune.pruning.masking import ChannelMasks
 from helpers.architectures import BASE, build
 from helpers.compaction import compacted, masked, traced
@@ -174,7 +174,7 @@ def test_every_parameter_of_the_student_gets_a_gradient_and_none_of_the_teachers
     found(model.train(), *batch())[0].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert sum(parameter.grad.abs().sum() for parameter in model.parameters()) > 0
-    assert found.needs_teacher == bool(weights)
+    assert found.arguments.needs_teacher == bool(weights)
     if weights:
         assert not any(p.requires_grad or p.grad is not None for p in found.teacher.parameters())
         assert not any(module.training for module in found.teacher.modules())
@@ -326,10 +326,9 @@ def test_extra_forwards_are_those_that_run(weights):
     if weights:
         found.teacher.register_forward_pre_hook(functools.partial(count, "teacher"))
     found(model, *batch())
-    extra = extra_forwards(found.arguments)
-    assert extra.teacher == rows["teacher"] / len(batch()[0])
-    assert extra.student == rows["student"] / len(batch()[0]) - 1
-    assert extra.dense_forwards(student_cost=0.5) == extra.teacher + 1.5 * extra.student
+    teacher, extra_student = rows["teacher"] / len(batch()[0]), rows["student"] / len(batch()[0]) - 1
+    assert found.arguments.extra_forwards() == teacher + 3 * extra_student
+    assert found.arguments.extra_forwards(student_cost=0.5) == teacher + 1.5 * extra_student
 
 
 def test_wrapper_leaves_the_unet_as_it_is():
@@ -347,7 +346,7 @@ def test_wrapper_leaves_the_unet_as_it_is():
     # Nothing stays behind, in the wrapper or in copies of the model.
     twin = copy.deepcopy(wrapper)
     twin.unet(data.clean, data.timesteps)
-    assert twin.wanted is not wrapper.wanted
-    for wanted in (wrapper.wanted, twin.wanted):
-        assert not wanted.outputs and not wanted.features and not wanted.paired
+    assert twin.hook_state is not wrapper.hook_state
+    for state in (wrapper.hook_state, twin.hook_state):
+        assert not state.outputs and not state.features and not state.paired
     assert list(twin(data.clean, data.timesteps, return_features=True)[1]) == list(features)
