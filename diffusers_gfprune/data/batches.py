@@ -21,6 +21,7 @@ has the right share of null labels, at all noise levels.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,16 +108,6 @@ class _RowBatches(Dataset):
             return plan.make(self.images, number, encoded)
         except READ_ERRORS as error:
             return _Failure.of(error)
-
-
-class _From:
-    """A sampler of the numbers from `first` on."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first)
 
 
 class _StreamBatches(IterableDataset):
@@ -261,7 +252,7 @@ def train_dataloader(
     }
     if isinstance(images, ImageStream):
         return _BatchLoader(_StreamBatches(images, plan, num_workers), **common)
-    return _BatchLoader(_RowBatches(images, plan), sampler=_From(first_batch), **common)
+    return _BatchLoader(_RowBatches(images, plan), sampler=range(first_batch, sys.maxsize), **common)
 
 
 def calibration_batches(
@@ -343,11 +334,11 @@ def _stream_blocks(
 ) -> Iterator[list[EncodedImage]]:
     """As `_row_blocks`, in the order of shuffled passes over the stream for this step."""
     passes = (images.shuffled(random_generator(seed, CALIBRATION, step, number)) for number in itertools.count())
-    stream, wanted = next(passes), batch_size * world_size
+    stream, global_size = next(passes), batch_size * world_size
     for _ in range(num_batches):
-        batch = list(itertools.islice(stream, wanted))
-        if len(batch) < wanted:  # end of the stream: start a new pass, which may itself be shorter than a batch
+        batch = list(itertools.islice(stream, global_size))
+        if len(batch) < global_size:  # end of the stream: start a new pass, which may itself be shorter than a batch
             stream = next(passes)
-            batch = list(itertools.islice(stream, wanted))
+            batch = list(itertools.islice(stream, global_size))
         size = len(batch) // world_size
         yield batch[rank * size : (rank + 1) * size]

@@ -117,6 +117,7 @@ class ImageDecoder:
         column: Name of the image column, for messages.
         feature: Type of the column.
         unet_config: Configuration of the model: `sample_size`, `in_channels` (1: greyscale, 3: RGB), `num_class_embeds`.
+        label_column: Name of the column of class labels; None if the model is not class conditional.
         center_crop: Crop at the centre, not at random.
         random_flip: Flip half of the images left to right.
         label_dropout: Rule for dropping labels; None: the model has no null label.
@@ -131,11 +132,12 @@ class ImageDecoder:
         feature: datasets.Image,
         unet_config,
         *,
+        label_column: str | None = None,
         center_crop: bool = False,
         random_flip: bool = False,
         label_dropout: LabelDropout | None = None,
     ) -> None:
-        self.column = column
+        self.column, self.label_column = column, label_column
         self.feature, self.mode = datasets.Image(), feature.mode
         self.size = spatial_size(unet_config)
         self.channels, self.num_classes = unet_config.in_channels, unet_config.num_class_embeds
@@ -185,8 +187,8 @@ class ImageDecoder:
             ValueError: The label is not one of the model's.
         """
         if self.is_small(picture) and not self.enlarge:
-            wanted = f"the model's sample_size={self.size[0]}x{self.size[1]}"
-            raise self._broken(image, f"{picture.height}x{picture.width} pixels are smaller than {wanted}")
+            size = f"the model's sample_size={self.size[0]}x{self.size[1]}"
+            raise self._broken(image, f"{picture.height}x{picture.width} pixels are smaller than {size}")
         try:
             picture = with_channels(picture, self.channels)
         except ValueError as error:
@@ -253,14 +255,14 @@ def adapt_decoder(decoder: ImageDecoder, images: Sequence[EncodedImage], max_bro
         looked.append((image, _opened(decoder, image)))
         if _misfit(decoder, *looked[-1]) is None:
             break
-    pictures = [found for _, found in looked if not isinstance(found, BrokenImage)]
+    pictures = [picture for _, picture in looked if not isinstance(picture, BrokenImage)]
     decoder.enlarge = len(pictures) > 0 and all(map(decoder.is_small, pictures))
-    misfits = {image.name: misfit for image, found in looked if (misfit := _misfit(decoder, image, found)) is not None}
+    misfits = {image.name: misfit for image, opened in looked if (misfit := _misfit(decoder, image, opened)) is not None}
     if len(misfits) == len(looked):
         last = list(misfits.values())[-1]
         raise ValueError(f"none of the {len(looked)} checked images fits the model, the last one: {last}")
     BrokenImages(max_broken_images).add(misfits)
-    picture = next(found for image, found in looked if image.name not in misfits)
+    picture = next(opened for image, opened in looked if image.name not in misfits)
     if decoder.enlarge:
         logger.warning(
             "the images (such as one of %dx%d pixels) are smaller than the model's sample_size=%dx%d: they are enlarged, as "
@@ -280,12 +282,12 @@ def _opened(decoder: ImageDecoder, image: EncodedImage) -> Image.Image | BrokenI
         return error
 
 
-def _misfit(decoder: ImageDecoder, image: EncodedImage, found: Image.Image | BrokenImage) -> BrokenImage | None:
+def _misfit(decoder: ImageDecoder, image: EncodedImage, opened: Image.Image | BrokenImage) -> BrokenImage | None:
     """The reason why an image does not fit the model, if it does not."""
-    if isinstance(found, BrokenImage):
-        return found
+    if isinstance(opened, BrokenImage):
+        return opened
     try:
-        decoder.fitted(image, found)
+        decoder.fitted(image, opened)
     except BrokenImage as error:
         return error
     return None

@@ -49,7 +49,7 @@ def visible_files(folder: str | Path) -> list[Path]:
     Raises:
         OSError: A folder cannot be read.
     """
-    found: list[str] = []
+    visible: list[str] = []
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         here = Path(os.path.realpath(parent))
         folders[:] = [
@@ -58,8 +58,8 @@ def visible_files(folder: str | Path) -> list[Path]:
             if not name.startswith((".", "__")) and not here.is_relative_to(os.path.realpath(os.path.join(parent, name)))
         ]
         paths = (os.path.join(parent, name) for name in files if not name.startswith("."))
-        found += [path for path in paths if os.path.isfile(path)]
-    return [Path(path) for path in sorted(found)]
+        visible += [path for path in paths if os.path.isfile(path)]
+    return [Path(path) for path in sorted(visible)]
 
 
 def _raise(error: OSError) -> None:
@@ -103,8 +103,9 @@ def load_folder(
         return _load_by_patterns(root, files, listed, config_name, options)
     splits = datasets.load_dataset(str(root), config_name, **options)
     if not listed:
-        found = datasets.load_dataset_builder(str(root), config_name, cache_dir=cache_dir).config.data_files or {}
-        _warn_of_left_out(root, files, {Path(path).resolve() for paths in found.values() for path in paths})
+        builder = datasets.load_dataset_builder(str(root), config_name, cache_dir=cache_dir)
+        used = (builder.config.data_files or {}).values()
+        _warn_of_left_out(root, files, {Path(path).resolve() for paths in used for path in paths})
     return splits
 
 
@@ -213,12 +214,12 @@ def _load_by_patterns(
         config_name = default[0].get("config_name", "default")
     chosen = by_name.get(config_name) if config_name else next(iter(by_name.values()), None)
     patterns = _get_data_files_patterns(matching) if chosen is None else sanitize_patterns(chosen)
-    splits = {split: dict.fromkeys(n for p in found for n in matching(p)) for split, found in patterns.items()}
-    splits = {split: [names[name] for name in found] for split, found in splits.items()}
-    module = _kind([path for found in splits.values() for path in found])
+    matches = {split: dict.fromkeys(n for p in listed for n in matching(p)) for split, listed in patterns.items()}
+    splits = {split: [names[name] for name in matched] for split, matched in matches.items()}
+    module = _kind([path for paths in splits.values() for path in paths])
     if module is None:
         raise ValueError("there are no data files in it")
-    kept = {split: _data_files([path for path in found if _kind([path]) == module]) for split, found in splits.items()}
+    data_files = {split: _data_files([path for path in paths if _kind([path]) == module]) for split, paths in splits.items()}
     if not listed:
-        _warn_of_left_out(root, files, {path.resolve() for found in splits.values() for path in found})
-    return datasets.load_dataset(module, data_files=DataFilesDict(kept), **options)
+        _warn_of_left_out(root, files, {path.resolve() for paths in splits.values() for path in paths})
+    return datasets.load_dataset(module, data_files=DataFilesDict(data_files), **options)

@@ -25,14 +25,7 @@ from ..argument_fields import FRACTION, NOT_NEGATIVE, argument, at_least, check_
 from ..diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from ..errors import first_line
 from ..metrics.model_size import spatial_size
-from .decoding import (
-    NETWORK_ERRORS,
-    BrokenImage,
-    BrokenImages,
-    EncodedImage,
-    ImageDecoder,
-    adapt_decoder,
-)
+from .decoding import NETWORK_ERRORS, BrokenImage, BrokenImages, EncodedImage, ImageDecoder, adapt_decoder
 from .folders import load_folder
 from .sources import ImageRows, ImageStream
 from .splits import DataSummary, held_out_candidates, train_split
@@ -117,7 +110,7 @@ class DataArguments:
             raise ValueError(f"resolution={self.resolution} must be at least 1 pixel")
 
     def with_labels(self, label_dropout: LabelDropout | None) -> DataArguments:
-        """The arguments with the null label and the share of dropped labels that `load_images` found."""
+        """The arguments with the null label and the share of dropped labels that `load_images` chose."""
         if label_dropout is None:
             return self
         return replace(self, null_label=label_dropout.null_label, label_dropout=label_dropout.probability)
@@ -164,20 +157,16 @@ def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStre
         if label_column is None:
             raise ValueError(f"the model is class conditional, but {train_rows.column_names} holds no class labels")
 
+    num_classes = getattr(train_rows.features.get(label_column), "num_classes", None)  # unknown if labels are plain numbers
     feature = train_rows.features[image_column]
-    classes = train_rows.features[label_column] if label_column else None
     decoder = ImageDecoder(
         image_column,
         feature,
         unet_config,
+        label_column=label_column,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
-        label_dropout=make_label_dropout(
-            unet_config.num_class_embeds,
-            args.null_label,
-            args.label_dropout,
-            classes.num_classes if isinstance(classes, datasets.ClassLabel) else None,
-        ),
+        label_dropout=make_label_dropout(unet_config.num_class_embeds, args.null_label, args.label_dropout, num_classes),
     )
     columns = [image_column, label_column] if label_column else [image_column]
     held_out_name = _labelled_split(args, source, splits, candidates, train_name, label_column)
@@ -185,7 +174,7 @@ def load_images(args: DataArguments, unet_config) -> tuple[ImageRows | ImageStre
         rows = _not_decoded(train_rows, columns, feature)
         held_out_rows = None if held_out_name == train_name else _not_decoded(splits[held_out_name], columns, feature)
     make_sources = _stream_sources if args.streaming else _row_sources
-    train, held_out, first = make_sources(args, source, rows, held_out_rows, decoder, label_column)
+    train, held_out, first = make_sources(args, source, rows, held_out_rows, decoder)
     if decoder.null_label is not None and isinstance(train, ImageRows):  # labels of a stream are checked as they are read
         with _in_split(train_name):
             check_labels(train.rows.unique(label_column), decoder.null_label, f"column {label_column}")
@@ -243,28 +232,27 @@ def _in_split(name: str) -> Iterator[None]:
 
 
 def _row_sources(
-    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
+    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder
 ) -> tuple[ImageRows, Iterable[EncodedImage], Iterable[EncodedImage]]:
     """Training images, held-out images, and a few images of the training split to check."""
-    count = args.validation_images
+    count, order = args.validation_images, np.arange(len(rows))
     spread = np.linspace(0, len(rows) - 1, min(len(rows), ImageStream.num_spares)).astype(int)
-    first = ImageRows(rows, decoder, label_column, spread).in_order()
     if held_out_rows is not None:
         held_out = np.arange(min(count, len(held_out_rows)))
-        train = ImageRows(rows, decoder, label_column, np.arange(len(rows)))
-        return train, ImageRows(held_out_rows, decoder, label_column, held_out).in_order(), first
-    if len(rows) < 2 * count:
+    elif len(rows) < 2 * count:
         raise ValueError(f"{source} has {len(rows)} images, too few to hold out validation_images={count}")
-    order = np.random.default_rng(0).permutation(len(rows))
-    held_out = ImageRows(rows, decoder, label_column, order[:count])
-    return ImageRows(rows, decoder, label_column, order[count:]), held_out.in_order(), first
+    else:
+        order = np.random.default_rng(0).permutation(len(rows))
+        held_out_rows, held_out, order = rows, order[:count], order[count:]
+    train = ImageRows(rows, decoder, order)
+    return train, ImageRows(held_out_rows, decoder, held_out).in_order(), ImageRows(rows, decoder, spread).in_order()
 
 
 def _stream_sources(
-    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder, label_column: str | None
+    args: DataArguments, source: str, rows, held_out_rows, decoder: ImageDecoder
 ) -> tuple[ImageStream, Iterable[EncodedImage], Iterable[EncodedImage]]:
     """As `_row_sources`; the images to check are the first ones."""
-    count, common = args.validation_images, (decoder, label_column, args.shuffle_buffer_size)
+    count, common = args.validation_images, (decoder, args.shuffle_buffer_size)
     with _one_line(source):
         train = ImageStream(rows, *common, num_held_out=0 if held_out_rows is not None else count)
         other = train if held_out_rows is None else ImageStream(held_out_rows, *common, num_held_out=count)
@@ -288,8 +276,8 @@ def _decode_all(images: Iterable[EncodedImage], decoder: ImageDecoder, max_broke
             broken.add([image.name])
             reason = error
     if not pixels:
-        found = f"none of {len(broken)} fits the model, the last one: {reason}" if broken else "there are none"
-        raise ValueError(f"there are no held-out images: {found}")
+        cause = f"none of {len(broken)} fits the model, the last one: {reason}" if broken else "there are none"
+        raise ValueError(f"there are no held-out images: {cause}")
     if broken:
         logger.warning("%d held-out images do not fit the model and are left out, the last one: %s", len(broken), reason)
     return torch.stack(pixels), None if labels[0] is None else torch.tensor(labels)
@@ -343,16 +331,16 @@ def _one_line(source: str) -> Iterator[None]:
         raise ValueError(f"{source} cannot be loaded: {': '.join(dict.fromkeys(reasons))}") from error
 
 
-def _column(rows, wanted: str | None, kind: type, argument: str) -> str | None:
-    if wanted is not None:
-        if wanted not in rows.column_names:
-            raise ValueError(f"{argument}={wanted} is not a column of the data set, which has {rows.column_names}")
-        if kind is datasets.Image and not isinstance(rows.features[wanted], datasets.Image):
-            raise ValueError(f"{argument}={wanted} must be a column of images")
-        return wanted
-    found = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-    if len(found) > 1:
+def _column(rows, requested: str | None, kind: type, argument: str) -> str | None:
+    if requested is not None:
+        if requested not in rows.column_names:
+            raise ValueError(f"{argument}={requested} is not a column of the data set, which has {rows.column_names}")
+        if kind is datasets.Image and not isinstance(rows.features[requested], datasets.Image):
+            raise ValueError(f"{argument}={requested} must be a column of images")
+        return requested
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    if len(columns) > 1:
         logger.warning(
-            "%s=%s is used, the first of the columns %s: pass another one if it is wrong", argument, found[0], found
+            "%s=%s is used, the first of the columns %s: pass another one if it is wrong", argument, columns[0], columns
         )
-    return found[0] if found else None
+    return columns[0] if columns else None

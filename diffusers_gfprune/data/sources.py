@@ -33,14 +33,13 @@ class ImageRows:
     Args:
         rows: The data set, with encoded images.
         decoder: Decoder of the images.
-        label_column: Column of class labels; None if the model is not class conditional.
         order: Row numbers of the images, in order, with shape `(num_images,)`.
     """
 
     summary: DataSummary | None = None
 
-    def __init__(self, rows: datasets.Dataset, decoder: ImageDecoder, label_column: str | None, order: np.ndarray) -> None:
-        self.rows, self.decoder, self.label_column, self.order = rows, decoder, label_column, order
+    def __init__(self, rows: datasets.Dataset, decoder: ImageDecoder, order: np.ndarray) -> None:
+        self.rows, self.decoder, self.order = rows, decoder, order
 
     @property
     def num_images(self) -> int:
@@ -50,7 +49,7 @@ class ImageRows:
     def __getitem__(self, index: int) -> EncodedImage:
         row = int(self.order[index])
         values = self.rows[row]
-        label = values[self.label_column] if self.label_column else None
+        label = values[self.decoder.label_column] if self.decoder.label_column else None
         return EncodedImage(values[self.decoder.column], label, (row,))
 
     def in_order(self) -> Iterator[EncodedImage]:
@@ -79,7 +78,6 @@ class ImageStream:
     Args:
         rows: The data set, with encoded images.
         decoder: Decoder of the images.
-        label_column: Column of class labels; None if the model is not class conditional.
         shuffle_buffer_size: Number of images in the shuffle buffer.
         num_held_out: Number of first images that are moved to `held_out`.
     """
@@ -89,15 +87,9 @@ class ImageStream:
     num_spares = 32
 
     def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        decoder: ImageDecoder,
-        label_column: str | None,
-        shuffle_buffer_size: int,
-        num_held_out: int = 0,
+        self, rows: datasets.IterableDataset, decoder: ImageDecoder, shuffle_buffer_size: int, num_held_out: int = 0
     ) -> None:
-        self.rows, self.decoder, self.label_column = rows, decoder, label_column
-        self.shuffle_buffer_size = shuffle_buffer_size
+        self.rows, self.decoder, self.shuffle_buffer_size = rows, decoder, shuffle_buffer_size
         self.start = (0, 0)  # shard and row of the first image
         first = list(islice(self.in_order(), num_held_out + self.num_spares))
         self.held_out, self.spares = first[:num_held_out], first[num_held_out:]
@@ -153,7 +145,7 @@ class ImageStream:
         row = 0
         for columns in self.rows.shard(self.rows.num_shards, shard).iter(batch_size=64):
             images = columns[self.decoder.column]
-            labels = columns[self.label_column] if self.label_column else [None] * len(images)
+            labels = columns[self.decoder.label_column] if self.decoder.label_column else [None] * len(images)
             for image, label in zip(images, labels):
                 if (shard, row) >= self.start:
                     yield EncodedImage(image, label, (shard, row))

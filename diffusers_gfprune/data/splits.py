@@ -59,18 +59,18 @@ def _number(count: int | None) -> str:
     return "an unknown number of" if count is None else f"{count:,}"
 
 
-def train_split(splits: Collection[str], wanted: str | None, source: str) -> str:
+def train_split(splits: Collection[str], requested: str | None, source: str) -> str:
     """The split to train on: the requested one, else `train`, else the first one.
 
     Raises:
         ValueError: There is no such split.
     """
-    if wanted is not None:
-        return _checked(splits, wanted, "train_split_name", source)
+    if requested is not None:
+        return _checked(splits, requested, "train_split_name", source)
     return "train" if "train" in splits else next(iter(splits))
 
 
-def held_out_candidates(splits: Collection[str], wanted: str | None, train: str, source: str) -> list[str]:
+def held_out_candidates(splits: Collection[str], requested: str | None, train: str, source: str) -> list[str]:
     """Splits to take held-out images from, in order of preference: the requested one, else `validation`, `test` and `train`.
 
     If it is the training split, its images are divided.
@@ -78,8 +78,8 @@ def held_out_candidates(splits: Collection[str], wanted: str | None, train: str,
     Raises:
         ValueError: There is no such split.
     """
-    if wanted is not None:
-        return [_checked(splits, wanted, "validation_split_name", source)]
+    if requested is not None:
+        return [_checked(splits, requested, "validation_split_name", source)]
     return [*(name for name in ("validation", "test") if name in splits and name != train), train]
 
 
