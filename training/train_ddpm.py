@@ -42,7 +42,7 @@ from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
-from diffusers_gfprune.training.named_state import check_tensors, load_optimizer_state, optimizer_tensors
+from diffusers_gfprune.training.named_state import load_optimizer_state, load_tensors, optimizer_tensors
 from diffusers_gfprune.training.state import seed_everything
 
 # The newest, and the one before it in case that is damaged
@@ -126,13 +126,9 @@ class DenseTraining:
         Raises:
             ValueError: It holds tensors of another model.
         """
-        for part, what in (("model", "weights"), ("ema", "averaged weights")):
-            check_tensors(checkpoint.path, what, checkpoint.tensors[part], self.parameters)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(checkpoint.tensors["model"][name])
-            for name, shadow in zip(self.parameters, self.ema.shadow_params):
-                shadow.copy_(checkpoint.tensors["ema"][name])
+        shadows = dict(zip(self.parameters, self.ema.shadow_params))
+        load_tensors(checkpoint.path, "weights", checkpoint.tensors["model"], self.parameters)
+        load_tensors(checkpoint.path, "averaged weights", checkpoint.tensors["ema"], shadows)
         load_optimizer_state(self.optimizer, self.parameters, checkpoint.tensors["optimizer"], {})
         self.ema.optimization_step = checkpoint.values["ema_steps"]
         self.lr_scheduler.last_epoch = checkpoint.values["lr_scheduler_steps"] - 1

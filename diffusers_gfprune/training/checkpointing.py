@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -76,16 +77,9 @@ def _crc32(path: Path) -> int:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors requires them: contiguous, on the CPU, without shared memory."""
-    packed, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        packed[name] = tensor
-    return packed
+    """Copies of tensors as safetensors requires them: contiguous, on the CPU, without shared memory."""
+    form = {"device": "cpu", "memory_format": torch.contiguous_format, "copy": True}
+    return {name: tensor.detach().to(**form) for name, tensor in tensors.items()}
 
 
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:
@@ -139,13 +133,8 @@ class Checkpoints:
                 save_file(_packed(content), fresh / f"{part}.safetensors")
             (fresh / STATE).write_text(json.dumps(dict(values), allow_nan=False))
             files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(fresh.iterdir())}
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "identity": dict(identity),
-                "settings": dict(settings),
-                "files": files,
-            }
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "identity": dict(identity)}
+            manifest |= {"settings": dict(settings), "files": files}
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
             for written in (*fresh.iterdir(), fresh):
                 _flush(written)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["check_tensors", "load_optimizer_state", "optimizer_numbers", "optimizer_tensors"]
+__all__ = ["load_optimizer_state", "load_tensors", "optimizer_numbers", "optimizer_tensors"]
 
 
-def check_tensors(source: object, part: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Check that tensors have the names and shapes of parameters; copying would silently broadcast.
+@torch.no_grad()
+def load_tensors(source: object, part: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Copy tensors into parameters of the same names and shapes, in place, which keeps their memory alignment.
 
     Args:
         source: Origin of the tensors, for the error.
@@ -29,9 +30,11 @@ def check_tensors(source: object, part: str, tensors: Mapping[str, Tensor], para
         odd = sorted(tensors.keys() ^ parameters.keys())
         raise ValueError(f"{source} holds {part} of another configuration: {len(odd)} names, first {odd[0]}")
     for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
+        if tensors[name].shape != parameter.shape:  # copying would silently broadcast
             shapes = f"{tuple(tensors[name].shape)}, and the model's {tuple(parameter.shape)}"
             raise ValueError(f"{source} holds {part} of another configuration: {name} has shape {shapes}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from ..objectives.objective import NoisePrediction
 from ..pruning.masking import MASKS_MODULE, dense_name, dense_parameters
 from .arguments import Arguments
 from .checkpointing import Checkpoint
-from .named_state import check_tensors, load_optimizer_state, optimizer_numbers, optimizer_tensors
+from .named_state import load_optimizer_state, load_tensors, optimizer_numbers, optimizer_tensors
 
 __all__ = ["Curves", "TrainingState", "seed_everything"]
 
@@ -222,8 +222,9 @@ class TrainingState:
     def values(self) -> dict:
         """JSON values of a checkpoint."""
         scaler = self.accelerator.scaler
+        config = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
         return {
-            "compacted_config": self._configuration() if self.compacted else None,
+            "compacted_config": config if self.compacted else None,
             "optimizer": optimizer_numbers(self.optimizer.optimizer, dense_parameters(self.unet)),
             "lr_scheduler_steps": self.lr_scheduler.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -235,31 +236,22 @@ class TrainingState:
             "broken": list(self.broken),
         }
 
-    def _configuration(self) -> dict:
-        """Configuration that rebuilds the compacted model."""
-        return {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
-
     def _restore(self, checkpoint: Checkpoint, base: torch.optim.Optimizer) -> None:
-        """Restore the state of a checkpoint. Weights are copied in place, which keeps their memory alignment.
+        """Restore the state of a checkpoint.
 
         Raises:
             ValueError: The checkpoint holds other weights.
         """
         values, tensors = checkpoint.values, checkpoint.tensors
-        targets = {**dense_parameters(self.unet), **_buffers(self.unet)}
-        check_tensors(checkpoint.path, "weights", tensors["model"], targets)
         parameters = dense_parameters(self.unet)
-        if self.ema is not None:
-            check_tensors(checkpoint.path, "averaged weights", tensors["ema"], parameters)
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(tensors["model"][name])
+        load_tensors(checkpoint.path, "weights", tensors["model"], {**parameters, **_buffers(self.unet)})
         load_optimizer_state(base, parameters, tensors["optimizer"], values["optimizer"])
         self.lr_scheduler.last_epoch = values["lr_scheduler_steps"] - 1
         self.lr_scheduler.step()
         if self.ema is not None:
+            shadows = dict(zip(parameters, self.ema.shadow_params))
+            load_tensors(checkpoint.path, "averaged weights", tensors["ema"], shadows)
             self.ema.optimization_step = values["ema_steps"]
-            self.ema.shadow_params = [tensors["ema"][name] for name in parameters]
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.curves, self.diagnostics = Curves(**values["curves"]), values["diagnostics"]
