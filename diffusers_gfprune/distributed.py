@@ -146,9 +146,9 @@ def check_identical(tensors: Mapping[str, Tensor]) -> None:
     names = gather_rows(torch.tensor([_digest("\n".join(tensors).encode())]))
     if len(names.unique()) > 1:  # the next collective needs rows of the same shape
         raise ValueError("tensor names differ between ranks: every rank must prune the same model")
-    found = gather_rows(torch.tensor([[_fingerprint(tensor) for tensor in tensors.values()]]))  # (ranks, tensors)
-    for name, fingerprints in zip(tensors, found.t()):
-        other = (fingerprints != fingerprints[0]).nonzero()
+    fingerprints = gather_rows(torch.tensor([[_fingerprint(tensor) for tensor in tensors.values()]]))  # (ranks, tensors)
+    for name, of_ranks in zip(tensors, fingerprints.t()):
+        other = (of_ranks != of_ranks[0]).nonzero()
         if len(other) > 0:
             raise ValueError(
                 f"{name} differ between rank 0 and rank {int(other[0])}: every rank must have the same weights, masks and "

@@ -83,12 +83,7 @@ def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> Train
     return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", dense=True)
 
 
-def load_pipeline(
-    name_or_path: str,
-    revision: str | None,
-    argument: str,
-    dense: bool = False,
-) -> TrainedPipeline:
+def load_pipeline(name_or_path: str, revision: str | None, argument: str, dense: bool = False) -> TrainedPipeline:
     """Load a DDPM, dense or pruned.
 
     Args:
@@ -159,10 +154,10 @@ def _component(folder: Path, name: str) -> Path:
 
 def _variant(file: str) -> str | None:
     """Variant of a weights file: `""` for the default, None if the file is not in safetensors format."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         rf"{WEIGHTS}(?:\.(?P<plain>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(?P<sharded>[\w-]+))?\.json)?", file
     )
-    return None if found is None else found["plain"] or found["sharded"] or ""
+    return None if match is None else match["plain"] or match["sharded"] or ""
 
 
 def _variant_to_load(variants: Iterable[str | None]) -> str | None:
@@ -171,10 +166,10 @@ def _variant_to_load(variants: Iterable[str | None]) -> str | None:
     Raises:
         ValueError: There are several variants and no default weights.
     """
-    found = sorted({variant for variant in variants if variant is not None})
-    if "" not in found and len(found) > 1:
-        raise ValueError(f"its unet has weights of the variants {', '.join(found)} and no default weights: keep one variant")
-    return found[0] if found and "" not in found else None
+    present = sorted({variant for variant in variants if variant is not None})
+    if "" not in present and len(present) > 1:
+        raise ValueError(f"its unet has weights of the variants {', '.join(present)} and no default weights: keep one variant")
+    return present[0] if present and "" not in present else None
 
 
 def _load_scheduler(folder: Path, index: dict):

@@ -129,8 +129,8 @@ class DiffusionBatch:
         """
         clean, noise = self.clean, self.noise
         if clean.ndim != 4 or clean.shape[1] != channels:
-            found = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
-            raise ValueError(f"clean images have {found}, but the model has in_channels={channels}")
+            given = f"{clean.shape[1]} channels" if clean.ndim == 4 else f"shape {tuple(clean.shape)}"
+            raise ValueError(f"clean images have {given}, but the model has in_channels={channels}")
         if len(clean) == 0:
             raise ValueError(f"clean images have shape {tuple(clean.shape)}: a calibration batch needs at least one image")
         if noise.shape != clean.shape:
@@ -140,11 +140,11 @@ class DiffusionBatch:
 
 def check_integers(name: str, values: Tensor, size: int, count: int, because: str = "") -> None:
     """Check that values are integers from 0 to `count - 1` with shape `(size,)`; `because` adds the reason to the error."""
-    wanted = f"{because}they must be integers from 0 to {count - 1}"
+    requirement = f"{because}they must be integers from 0 to {count - 1}"
     if values.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} have dtype {values.dtype}; {wanted}")
+        raise ValueError(f"{name} have dtype {values.dtype}; {requirement}")
     if values.shape != (size,):
-        raise ValueError(f"{name} have shape {tuple(values.shape)}, not {(size,)}; {wanted}")
+        raise ValueError(f"{name} have shape {tuple(values.shape)}, not {(size,)}; {requirement}")
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= count:
-        raise ValueError(f"{name} range from {low} to {high}; {wanted}")
+        raise ValueError(f"{name} range from {low} to {high}; {requirement}")

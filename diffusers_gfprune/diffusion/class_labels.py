@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..argument_fields import FRACTION, check_range
 
-__all__ = ["LABEL_DROPOUT", "LabelDropout", "check_labels", "find_null_label", "make_label_dropout", "real_labels"]
+__all__ = ["LABEL_DROPOUT", "LabelDropout", "check_labels", "make_label_dropout", "real_labels"]
 
 # Default probability, as used by Ho and Salimans and by DiT
 LABEL_DROPOUT = 0.1
@@ -59,18 +59,6 @@ class LabelDropout:
         return dropped
 
 
-def find_null_label(num_class_embeds: int | None, num_classes: int | None) -> int | None:
-    """The null label of a model by convention, or None if it is unknown.
-
-    Args:
-        num_class_embeds: Number of labels of the model; None: it is unconditional.
-        num_classes: Number of classes of its data; None: unknown.
-    """
-    if num_class_embeds is None or num_classes is None or num_class_embeds != num_classes + 1:
-        return None
-    return num_classes
-
-
 def make_label_dropout(
     num_class_embeds: int | None,
     null_label: int | None = None,
@@ -97,7 +85,7 @@ def make_label_dropout(
                 raise ValueError(f"{name}={value} needs a class-conditional model, with num_class_embeds")
         return None
     if null_label is None:
-        null_label = find_null_label(num_class_embeds, num_classes)
+        null_label = num_classes if num_class_embeds - 1 == num_classes else None  # by convention
     elif not 0 <= null_label < num_class_embeds:
         raise ValueError(f"null_label={null_label} must be from 0 to {num_class_embeds - 1}, the model's num_class_embeds - 1")
     elif num_classes is not None and null_label < num_classes:

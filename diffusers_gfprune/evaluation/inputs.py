@@ -40,18 +40,18 @@ class FolderImages:
 
     Args:
         folder: The folder.
-        wanted: Number of first images to use (None: all).
+        num_images: Number of first images to use (None: all).
         resolution: Expected height and width in pixels (None: not checked).
 
     Raises:
         ValueError: There are too few images, they differ in size, or one cannot be read.
     """
 
-    def __init__(self, folder: str, wanted: int | None = None, resolution: int | None = None) -> None:
+    def __init__(self, folder: str, num_images: int | None = None, resolution: int | None = None) -> None:
         self.folder = Path(folder)
-        self.paths = [path for path in visible_files(self.folder) if path.suffix.lower() in SUFFIXES][:wanted]
-        if len(self.paths) < (wanted or 2):
-            raise ValueError(f"images_dir={folder} holds {len(self.paths)} images, but must hold at least {wanted or 2}")
+        self.paths = [path for path in visible_files(self.folder) if path.suffix.lower() in SUFFIXES][:num_images]
+        if len(self.paths) < (num_images or 2):
+            raise ValueError(f"images_dir={folder} holds {len(self.paths)} images, but must hold at least {num_images or 2}")
         self._digests: dict[range, str] = {}
         first = self._open(self.paths[0])
         self.channels, self.size = 1 if is_greyscale(first) else 3, (first.height, first.width)

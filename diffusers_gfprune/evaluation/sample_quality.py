@@ -104,7 +104,7 @@ class RealFeatures:
         images: Real images, cropped at the centre and never flipped. Unreadable images are left out.
         networks: Feature networks.
         cache: Cache of the features.
-        wanted: Number of first images to use (>= 2; None: all, which needs a data set of known length).
+        num_images: Number of first images to use (>= 2; None: all, which needs a data set of known length).
         max_broken: Maximum number of unreadable images; None: no limit.
 
     Attributes:
@@ -117,11 +117,11 @@ class RealFeatures:
         images: ImageRows | ImageStream,
         networks: Sequence[FeatureNetwork],
         cache: TensorCache,
-        wanted: int | None = None,
+        num_images: int | None = None,
         max_broken: int | None = None,
     ) -> None:
         self.images, self.networks, self.cache, self.max_broken = images, tuple(networks), cache, max_broken
-        self.count = min((number for number in (wanted, images.num_images) if number is not None), default=0)
+        self.count = min((number for number in (num_images, images.num_images) if number is not None), default=0)
         self.fingerprint: str | None = None
         self._made: dict[int, Shard] = {}
 

@@ -43,8 +43,8 @@ def register(model_classes: Sequence[type[ModelMixin]], pipeline_classes: Sequen
     """
     pipelines.diffusers_gfprune = _Registered("diffusers_gfprune")
     pipelines.diffusers_gfprune.models = tuple(model.__name__ for model in model_classes)
-    for found in (*model_classes, *pipeline_classes, ModelMixin):  # Diffusers itself looks up ModelMixin
-        setattr(pipelines.diffusers_gfprune, found.__name__, found)
+    for kind in (*model_classes, *pipeline_classes, ModelMixin):  # Diffusers itself looks up ModelMixin
+        setattr(pipelines.diffusers_gfprune, kind.__name__, kind)
     for name in ("from_pretrained", "from_config"):
         method = getattr(AutoModel, name).__func__
         setattr(AutoModel, name, classmethod(_with_classes(getattr(method, "of_diffusers", method), model_classes)))
@@ -55,7 +55,7 @@ def _with_classes(method, model_classes: Sequence[type[ModelMixin]]):
     classes = {model.__name__: model for model in model_classes}
 
     @functools.wraps(method)
-    def found(cls, *args, **kwargs):
+    def load(cls, *args, **kwargs):
         source = args[0] if args else next((kwargs[name] for name in SOURCES if name in kwargs), None)
         config = _config(source, model_classes[0], {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
         model = None if config is None else classes.get(config.get("_class_name"))
@@ -66,8 +66,8 @@ def _with_classes(method, model_classes: Sequence[type[ModelMixin]]):
             return model.from_pretrained(source, **options)
         return model.from_config(config, **{name: options[name] for name in options if name not in HUB_ARGUMENTS})
 
-    found.of_diffusers = method
-    return found
+    load.of_diffusers = method
+    return load
 
 
 def _config(source, model: type[ModelMixin], hub_arguments: Mapping) -> Mapping | None:

@@ -74,13 +74,13 @@ def _check_file(path: Path, whole, dtype: torch.dtype, quantized: bool) -> None:
 
 def _joined(places: Iterable[tuple[int, int]]) -> list[list[int]]:
     """Join adjacent tensors: checking each one separately takes several times as long."""
-    found: list[list[int]] = []
+    joined: list[list[int]] = []
     for first, last in places:
-        if found and found[-1][1] == first:
-            found[-1][1] = last
+        if joined and joined[-1][1] == first:
+            joined[-1][1] = last
         else:
-            found.append([first, last])
-    return found
+            joined.append([first, last])
+    return joined
 
 
 def _pieces(file: io.FileIO, first: int, last: int, dtype: torch.dtype) -> Iterator[Tensor]:

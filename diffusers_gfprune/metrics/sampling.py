@@ -18,8 +18,6 @@ Images are rounded to 8 bits, as in image files.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
@@ -35,7 +33,6 @@ from .eval_mode import evaluating
 
 __all__ = [
     "TIMESTEP_SPACINGS",
-    "Spacing",
     "SpacedDDIMScheduler",
     "fit_spacing",
     "image_generators",
@@ -54,20 +51,6 @@ DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 QUADRATIC_SHARE = 0.8
 
 
-class Spacing(NamedTuple):
-    """Number and spacing of timesteps for sampling.
-
-    Attributes:
-        num_inference_steps: Number of timesteps.
-        timestep_spacing: One of `TIMESTEP_SPACINGS`.
-        changes: Changes to the requested settings, one line each.
-    """
-
-    num_inference_steps: int
-    timestep_spacing: str
-    changes: tuple[str, ...] = ()
-
-
 def _leading_misses(num_train_timesteps: int, num_inference_steps: int, steps_offset: int) -> str | None:
     """The problem with the timesteps of leading spacing, if there is one."""
     gap = num_train_timesteps // num_inference_steps
@@ -80,7 +63,7 @@ def _leading_misses(num_train_timesteps: int, num_inference_steps: int, steps_of
     return None
 
 
-def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> Spacing:
+def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> tuple[int, str, tuple[str, ...]]:
     """Replace requested timesteps that cannot be sampled by valid ones.
 
     Args:
@@ -88,6 +71,9 @@ def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> S
         num_inference_steps: Requested number of steps S (>= 1), limited to T.
         timestep_spacing: One of `TIMESTEP_SPACINGS`. Leading spacing is replaced by trailing spacing if it would leave out
             the noisiest timesteps or exceed the last one.
+
+    Returns:
+        Number and spacing of the timesteps, and the changes to the requested ones, one line each.
     """
     changes = []
     num_train_timesteps, steps_offset = scheduler.config.num_train_timesteps, scheduler.config.get("steps_offset", 0)
@@ -102,7 +88,7 @@ def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> S
             f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: trailing spacing is used"
         )
         timestep_spacing = "trailing"
-    return Spacing(num_inference_steps, timestep_spacing, tuple(changes))
+    return num_inference_steps, timestep_spacing, tuple(changes)
 
 
 class SpacedDDIMScheduler(DDIMScheduler):

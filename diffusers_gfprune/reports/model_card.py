@@ -325,9 +325,9 @@ def check_card(card: str) -> None:
         raise ValueError("the card has no metadata")
     if not isinstance(data.get("license"), str) or data["license"] not in LICENSES:
         raise ValueError(f"license={data.get('license')!r} of the card must be a licence id of the Hub")
-    for name, wanted in (("library_name", "diffusers"), ("pipeline_tag", PIPELINE_TAG)):
-        if data.get(name) != wanted:
-            raise ValueError(f"{name}={data.get(name)!r} of the card must be {wanted!r}")
+    for name, required in (("library_name", "diffusers"), ("pipeline_tag", PIPELINE_TAG)):
+        if data.get(name) != required:
+            raise ValueError(f"{name}={data.get(name)!r} of the card must be {required!r}")
     tags = data.get("tags")
     if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
         raise ValueError(f"tags={tags!r} of the card must be a list of words")

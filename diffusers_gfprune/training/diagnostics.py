@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from scipy.stats import spearmanr
@@ -152,8 +153,7 @@ def _mean_loss(context: ScoringContext) -> float:
 # --- diagnosis ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(NamedTuple):
     """A known failure that was detected.
 
     Attributes:
@@ -163,13 +163,6 @@ class Diagnosis:
 
     kind: str
     message: str
-
-    def to_dict(self) -> dict[str, str]:
-        """All fields, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return self.message
 
 
 def diagnose(
@@ -193,27 +186,28 @@ def diagnose(
         Failures in causal order: scores, masks, losses.
     """
     updates = [MaskUpdate(**update) if isinstance(update, Mapping) else update for update in history]
-    found = (
+    failures = (
         _wrong_product(hessian_check, config),
         _no_gain(comparison, hessian_check, config),
         _flapping(updates, config),
         _rising(updates, [(step, loss) for step, loss in validation if math.isfinite(loss)], config),
     )
-    return [Diagnosis(kind, message) for kind, message in filter(None, found)]
+    return [failure for failure in failures if failure is not None]
 
 
-def _wrong_product(check: Mapping | None, config: GFPruneConfig) -> tuple[str, str] | None:
+def _wrong_product(check: Mapping | None, config: GFPruneConfig) -> Diagnosis | None:
     if check is None or check["rank_correlation"] >= RANK_CORRELATION:
         return None
     other = "finite-difference" if config.hvp == "exact" else "exact"
-    return "wrong-hessian-product", (
+    return Diagnosis(
+        "wrong-hessian-product",
         f"Hessian-gradient products by double backward and by finite differences rank the units of "
         f"{check['group'] or 'the model'} differently (rank correlation {check['rank_correlation']:.3f}, should be "
-        f"{RANK_CORRELATION} or more): use --hvp {other} and check whether masks change less"
+        f"{RANK_CORRELATION} or more): use --hvp {other} and check whether masks change less",
     )
 
 
-def _no_gain(comparison: Mapping | None, check: Mapping | None, config: GFPruneConfig) -> tuple[str, str] | None:
+def _no_gain(comparison: Mapping | None, check: Mapping | None, config: GFPruneConfig) -> Diagnosis | None:
     if comparison is None or not find_criterion(config.criterion).needs_batches:
         return None
     ours, theirs = comparison["loss_criterion"], comparison["loss_magnitude"]
@@ -227,13 +221,14 @@ def _no_gain(comparison: Mapping | None, check: Mapping | None, config: GFPruneC
         remedy = "check the Hessian-gradient product with --check_scores"
     else:
         remedy = f"raise --calibration_batches, or try another --aggregation (now {config.aggregation})"
-    return "no-gain-over-magnitude", (
+    return Diagnosis(
+        "no-gain-over-magnitude",
         f"no gain over magnitude: the loss is {ours:.4f} without the units that {config.criterion} removes and "
-        f"{theirs:.4f} without those that magnitude removes: {remedy}"
+        f"{theirs:.4f} without those that magnitude removes: {remedy}",
     )
 
 
-def _flapping(updates: Sequence[MaskUpdate], config: GFPruneConfig) -> tuple[str, str] | None:
+def _flapping(updates: Sequence[MaskUpdate], config: GFPruneConfig) -> Diagnosis | None:
     if not updates:
         return None
     units = updates[0].kept_units + updates[0].newly_pruned_units - updates[0].revived_units
@@ -243,16 +238,15 @@ def _flapping(updates: Sequence[MaskUpdate], config: GFPruneConfig) -> tuple[str
     high = [share for share in shares if share > REVIVED_SHARE]
     if len(high) < FLAPS:
         return None
-    return "masks-flap", (
+    return Diagnosis(
+        "masks-flap",
         f"masks flap: at {len(high)} of the last {len(shares)} rankings more than {REVIVED_SHARE:.0%} of the pruned units "
         f"were revived (up to {max(high):.0%}): raise --calibration_batches, --score_decay (now {config.score_decay:g}) or "
-        f"--revival_margin (now {config.revival_margin:g})"
+        f"--revival_margin (now {config.revival_margin:g})",
     )
 
 
-def _rising(
-    updates: Sequence[MaskUpdate], validation: Sequence[tuple[int, float]], config: GFPruneConfig
-) -> tuple[str, str] | None:
+def _rising(updates: Sequence[MaskUpdate], validation: Sequence[tuple[int, float]], config: GFPruneConfig) -> Diagnosis | None:
     if config.soft_fraction == 0:  # one-shot pruning: the jump is expected
         return None
     rises = _rises([update.step for update in updates], validation)
@@ -261,10 +255,11 @@ def _rising(
     if step is None or (rises[step] <= LARGE_RISE and many < RISES):
         return None
     jumps = "" if config.interpolate_masks else ", set --interpolate_masks true"
-    return "masks-fall-too-fast", (
+    return Diagnosis(
+        "masks-fall-too-fast",
         f"the held-out loss rises at rankings (by {rises[step]:.0%} at step {step}, by more than {RISE:.0%} at {many} of "
         f"{len(rises)}): the mask value falls too fast; raise --soft_fraction (now {config.soft_fraction:g}){jumps} or choose "
-        f"a gentler --mask_schedule (now {config.mask_schedule})"
+        f"a gentler --mask_schedule (now {config.mask_schedule})",
     )
 
 

@@ -70,22 +70,12 @@ class MemoryPlan:
     """Memory of a run in bytes.
 
     Attributes:
-        weights: Parameters.
-        gradients: Gradients, or masked weights.
-        optimizer: Moments of AdamW.
-        average: Averaged weights.
-        teacher: The dense model.
         training: Total at the peak of a step.
         scoring: Total at the peak of a ranking.
         free: Available memory.
         lines: Lines to print: a summary, and advice in a second line if the run does not fit.
     """
 
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    teacher: int
     training: int
     scoring: int
     free: int
@@ -254,15 +244,8 @@ def estimate_step(
     weights = _weight_bytes(unet)
     # Kernels may keep more than what autograd saves; this can be measured on CUDA only.
     excess = max(1.0, (peaks.get(timed, 0) - weights) / (activations * timed / batch_size))
-    return StepEstimate(
-        batch_size,
-        seconds,
-        timed,
-        weights,
-        int(activations * excess),
-        scoring_batch_size,
-        int(scoring_activations * excess),
-    )
+    activations, scoring_activations = int(activations * excess), int(scoring_activations * excess)
+    return StepEstimate(batch_size, seconds, timed, weights, activations, scoring_batch_size, scoring_activations)
 
 
 def machine_memory(device: torch.device | str) -> int:
@@ -304,11 +287,10 @@ def memory_plan(
     takes_hessian = record.derivatives == 2
     weights = estimate.weight_bytes
     optimizer = weights // 2 if use_8bit_adam else 2 * weights
-    average, dense = weights * use_ema, weights * teacher
-    states = weights + weights + optimizer
+    states = weights + weights + optimizer  # the second term: gradients, or masked weights
     per_image = estimate.activation_bytes / estimate.batch_size
     per_scored_image = estimate.scoring_activation_bytes / estimate.scoring_batch_size
-    beside = average + dense
+    beside = weights * use_ema + weights * teacher
 
     def training(images: int) -> int:
         return int(WORKSPACE * (states + images * per_image)) + beside
@@ -348,4 +330,4 @@ def memory_plan(
         lines.append(f"{'':11}too little; to reduce it: {', '.join(advice)}")
     elif max(trained, scored) > free_bytes:
         lines.append(f"{'':11}too little, even for single images; use a larger device")
-    return MemoryPlan(weights, weights, optimizer, average, dense, trained, scored, free_bytes, tuple(lines))
+    return MemoryPlan(trained, scored, free_bytes, tuple(lines))

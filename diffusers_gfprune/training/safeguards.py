@@ -139,8 +139,8 @@ def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence
         pruner.history, validation, pruner.config, diagnostics["comparison"], diagnostics["hessian_check"]
     ):
         if diagnosis.kind not in known:
-            diagnostics["warnings"].append({"step": state.step, **diagnosis.to_dict()})
-            warn(run.accelerator, f"warning: {diagnosis}")
+            diagnostics["warnings"].append({"step": state.step, **diagnosis._asdict()})
+            warn(run.accelerator, f"warning: {diagnosis.message}")
 
 
 @contextmanager

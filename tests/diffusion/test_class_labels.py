@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers_gfprune import PruneDDPMPipeline
 from diffusers_gfprune.data import batches as training_batches
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
-from diffusers_gfprune.diffusion.class_labels import LabelDropout, find_null_label, make_label_dropout, real_labels
+from diffusers_gfprune.diffusion.class_labels import LabelDropout, make_label_dropout, real_labels
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.reports.model_card import render_card
 from diffusers_gfprune.scripts import prune_ddpm
@@ -30,8 +30,9 @@ DIGITS = ROOT / "training/digits"
 
 
 def test_the_null_label_is_the_one_after_the_last_class() -> None:
-    assert find_null_label(11, 10) == 10
-    assert [find_null_label(*known) for known in ((10, 10), (12, 10), (11, None), (None, 10))] == [None] * 4
+    assert make_label_dropout(11, num_classes=10).null_label == 10
+    unknown = ((10, 10), (12, 10), (11, None), (None, 10))
+    assert [make_label_dropout(labels, num_classes=classes) for labels, classes in unknown] == [None] * 4
 
 
 @pytest.mark.parametrize(

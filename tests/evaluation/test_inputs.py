@@ -36,7 +36,7 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     assert pixels.dtype == torch.uint8 and pixels.shape == (4, 1, 6, 4)
     assert pixels[:, 0, 0, 0].tolist() == [7, 1, 2, 3]
     assert images.read(range(1, 3))[:, 0, 0, 0].tolist() == [1, 2]
-    assert FolderImages(str(tmp_path), wanted=2).read(range(2))[:, 0, 0, 0].tolist() == [7, 1]
+    assert FolderImages(str(tmp_path), num_images=2).read(range(2))[:, 0, 0, 0].tolist() == [7, 1]
     config = images.config
     assert (config.in_channels, config.sample_size, config.num_class_embeds) == (1, (6, 4), None)
 
@@ -78,7 +78,7 @@ def test_digest_is_of_what_the_files_hold(tmp_path: Path) -> None:
 def test_what_are_no_images_of_one_kind_is_refused(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "x", 1, 2, 3))
     with pytest.raises(ValueError, match="x holds 3 images, but must hold at least 5"):
-        FolderImages(folder, wanted=5)
+        FolderImages(folder, num_images=5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds 0 images, but must hold at least 2"):
         FolderImages(str(tmp_path / "empty"))

@@ -109,13 +109,13 @@ def test_a_stream_is_read_once_by_the_first_process(tmp_path: Path, small_shards
     reads: list[int] = []
     in_order = type(images).in_order
     monkeypatch.setattr(type(images), "in_order", lambda self: reads.append(1) or in_order(self))
-    shares = [RealFeatures(images, [Network()], TensorCache(tmp_path / "cache"), wanted=25) for _ in range(2)]
+    shares = [RealFeatures(images, [Network()], TensorCache(tmp_path / "cache"), num_images=25) for _ in range(2)]
     assert [share.work(process, 2) for process, share in enumerate(shares)] == [25, 0]
     for process, share in reversed(list(enumerate(shares))):
         share.make(process, 2)
     assert shares[0].features()["first"].flatten().tolist() == list(range(25))
     assert shares[0].networks[0].seen == 25 and shares[1].networks[0].seen == 0
-    assert len(RealFeatures(images, [Network()], TensorCache(None), wanted=1000).features()["first"]) == 35
+    assert len(RealFeatures(images, [Network()], TensorCache(None), num_images=1000).features()["first"]) == 35
     assert len(reads) <= 4
 
 
@@ -123,7 +123,7 @@ def test_rows_and_stream_share_what_is_kept(tmp_path: Path, small_shards) -> Non
     """The same files have the same features, however they are read."""
     cache, network = TensorCache(tmp_path / "cache"), Network()
     RealFeatures(parquet(tmp_path / "x"), [network], cache).features()
-    RealFeatures(parquet(tmp_path / "x", streaming=True), [network], cache, wanted=35).features()
+    RealFeatures(parquet(tmp_path / "x", streaming=True), [network], cache, num_images=35).features()
     assert network.seen == 35
 
 

@@ -16,7 +16,7 @@ from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
 from diffusers_gfprune.scoring import hessian_product
 from diffusers_gfprune.scoring.importance import ScoringContext
-from diffusers_gfprune.training.diagnostics import Diagnosis, check_hessian_gradient_product, compare_with_magnitude, diagnose
+from diffusers_gfprune.training.diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
 from helpers.architectures import build
 from helpers.pruners import SCHEDULER, batches, config
 
@@ -90,7 +90,7 @@ def test_flapping_by_hand():
         MaskUpdate(2, "soft", 0.5, 0.7, 50, 9, 29, 400, 1e6, 1e4),  # 9 of 30
     ]
     (diagnosis,) = diagnose(updates, [], PAPER)
-    assert str(diagnosis) == (
+    assert diagnosis.message == (
         "masks flap: at 2 of the last 2 rankings more than 20% of the pruned units were revived (up to 60%): raise "
         "--calibration_batches, --score_decay (now 0) or --revival_margin (now 0)"
     )
@@ -201,8 +201,7 @@ def test_every_message_is_one_line():
         *("wrong-hessian-product", "no-gain-over-magnitude", "masks-flap", "masks-fall-too-fast")
     ]
     for diagnosis in found:
-        assert "\n" not in str(diagnosis) and str(diagnosis) == diagnosis.message
-        assert Diagnosis(**json.loads(json.dumps(diagnosis.to_dict()))) == diagnosis
+        assert "\n" not in diagnosis.message
 
 
 # --- measures ----------------------------------------------------------------------------------------------------------

@@ -233,8 +233,6 @@ def an_estimate(batch_size: int = 8, weights: int = GIB, activations: int = 8 * 
 
 def test_plan_adds_up() -> None:
     plan = memory_plan(an_estimate(), 100 * GIB, use_ema=True, teacher=True, **WEIGHTS)
-    parts = (plan.weights, plan.gradients, plan.optimizer, plan.average, plan.teacher)
-    assert parts == (GIB, GIB, 2 * GIB, GIB, GIB)
     assert plan.training == pytest.approx(1.1 * (4 + 8) * GIB + 2 * GIB)
     assert plan.scoring == pytest.approx(2.4 * 1.1 * (4 + 8) * GIB + 2 * GIB)
     assert plan.fits
@@ -246,7 +244,6 @@ def test_plan_adds_up() -> None:
 def test_what_changes_the_sum() -> None:
     plain = memory_plan(an_estimate(), 100 * GIB, **WEIGHTS)
     small = memory_plan(an_estimate(), 100 * GIB, use_8bit_adam=True)
-    assert small.optimizer == plain.optimizer / 4 == GIB / 2
     assert plain.training - small.training == pytest.approx(1.1 * 1.5 * GIB)
     differences = memory_plan(an_estimate(), 100 * GIB, hvp="finite-difference", **WEIGHTS)
     assert differences.scoring / plain.scoring == pytest.approx(0.5)
