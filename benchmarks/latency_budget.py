@@ -25,7 +25,7 @@ from diffusers import UNet2DModel
 from models import build
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.latency.calibration import LATENCY_TOLERANCE, LatencyCheck, LatencyMeter
+from diffusers_gfprune.latency.calibration import LATENCY_TOLERANCE, LatencyCheck, latency_meter
 from diffusers_gfprune.latency.layer_times import machine_description
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,8 +79,8 @@ def measure_case(case: tuple[str, int, bool], backend: str) -> dict:
     counted = make_pruner(unet, case, backend, "macs", ratio, None)
     found = {"most": most, "planning_seconds": planning_seconds, "calibration": timed.latency["calibration"]}
     for target, pruner in (("latency", timed), ("macs", counted)):
-        with LatencyMeter(unet, timed.config.latency_setting(), seconds=CHECK_SECONDS) as meter:
-            pair = meter.measure(pruner.compact())
+        with latency_meter(unet, timed.config.latency_setting(), seconds=CHECK_SECONDS) as measure:
+            pair = measure(pruner.compact())
         kept = pruner.kept_channels()
         check = LatencyCheck(timed.config.latency_setting(), ratio, timed.cost.removed("latency", kept), pair)
         print(f"{case[0]}, target={target}: {check}; {timed.cost.removed('macs', kept):.1%} fewer MACs", flush=True)

@@ -42,7 +42,7 @@ from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.scoring.importance import score_units
-from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
 
 matplotlib.use("Agg")
@@ -111,7 +111,7 @@ def within_groups(scores: dict[str, Tensor], damage: dict[str, dict]) -> float:
 def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = UNITS) -> dict:
     """Sums of scores and damages of all groups of a data set's model, and their correlations."""
     args = parse_arguments([*BASE[dataset], *words])
-    unet, scheduler, *_ = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    unet, scheduler, *_ = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
     images, _ = load_images(args.data, unet.config)
     number, size = args.pruning.calibration_batches, args.training.train_batch_size
     timesteps = scheduler.config.num_train_timesteps

@@ -45,7 +45,7 @@ from diffusers_gfprune.objectives.objective import NoisePrediction, Objective
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.reports.provenance import command_line
 from diffusers_gfprune.run_folder import write_json
-from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import Arguments, parse_arguments
 from diffusers_gfprune.training.reporting import measure_step_losses, results
 from diffusers_gfprune.training.state import seed_everything
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     options, words = parser.parse_known_args(argv)
     args = parse_arguments(words)
     accelerator = Accelerator(cpu=True)
-    pipeline = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
     unet, noise_scheduler = pipeline.unet, pipeline.process
     images, (held_out, labels) = load_images(args.data, unet.config)
     dense = copy.deepcopy(unet).eval().requires_grad_(False)

@@ -30,7 +30,7 @@ from .diffusion.process import training_process
 from .distributed import check_identical
 from .families.lookup import family_of
 from .latency.budget import measured_latency_model
-from .latency.calibration import LatencyCheck, LatencyMeter
+from .latency.calibration import LatencyCheck, latency_meter
 from .pruning import masking
 from .pruning.budget import (
     BUDGET_TOLERANCE,
@@ -460,8 +460,8 @@ class GradientFlowPruner:
         if self.latency is None:
             raise ValueError(f"target={self.config.target} must be latency to check the latency")
         setting = self.config.latency_setting()
-        with LatencyMeter(dense, setting, self._sample_size) as meter:
-            pair = meter.measure(small)
+        with latency_meter(dense, setting, self._sample_size) as measure:
+            pair = measure(small)
         check = LatencyCheck(setting, self.config.ratio, self._latency_model.removed(self.kept_channels()), pair)
         check.warn()
         return check

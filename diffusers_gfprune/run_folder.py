@@ -15,8 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
-
 from .formatting import format_size
 
 __all__ = ["RunFolder", "write_json"]
@@ -99,11 +97,11 @@ class RunFolder:
                 f"it: {error.strerror}"
             ) from error
 
-    def prepare(self, model: nn.Module, resuming: bool = False) -> None:
-        """Create the hidden folder, and check that a pipeline with `model` fits on the disk.
+    def prepare(self, size: int = 0, resuming: bool = False) -> None:
+        """Create the hidden folder, and check that the result fits on the disk.
 
         Args:
-            model: The dense model.
+            size: Size of the weights in bytes, if the result has a model.
             resuming: Keep the files that an interrupted run saved there.
 
         Raises:
@@ -117,7 +115,7 @@ class RunFolder:
             free = shutil.disk_usage(self.staging).free
         except OSError as error:
             raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
-        needed = sum(p.numel() * p.element_size() for p in model.parameters()) + 64 * 2**20  # for pictures and reports
+        needed = size + 64 * 2**20  # for pictures and reports
         if free < needed:
             self.discard()
             raise ValueError(

@@ -30,7 +30,7 @@ from .families.lookup import FAMILIES, family_of
 from .hub_errors import HUB_ERRORS
 from .remote.pipeline_prune_ddpm import check_pipeline_index
 
-__all__ = ["TrainedPipeline", "load_dense_pipeline", "load_pipeline"]
+__all__ = ["TrainedPipeline", "load_pipeline"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,31 +69,23 @@ class TrainedPipeline(NamedTuple):
         kind(unet=unet, scheduler=self.scheduler).save_pretrained(folder)
 
 
-def load_dense_pipeline(name_or_path: str, revision: str | None = None) -> TrainedPipeline:
-    """Load a trained DDPM for pruning.
+def load_pipeline(
+    name_or_path: str,
+    revision: str | None = None,
+    argument: str = "pretrained_model_name_or_path",
+    pruned: bool = False,
+) -> TrainedPipeline:
+    """Load a trained DDPM.
 
     Args:
         name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories, at the root.
         revision: Branch, tag or commit on the Hub.
+        argument: Name of the argument, for error messages.
+        pruned: Whether a pruned model is accepted, too; it cannot be pruned again.
 
     Raises:
         ValueError: The pipeline does not exist or cannot be pruned, or its weights are missing, damaged, pickled or of a
             wrong shape.
-    """
-    return load_pipeline(name_or_path, revision, "pretrained_model_name_or_path", dense=True)
-
-
-def load_pipeline(name_or_path: str, revision: str | None, argument: str, dense: bool = False) -> TrainedPipeline:
-    """Load a DDPM, dense or pruned.
-
-    Args:
-        name_or_path: A Hub id or a local folder.
-        revision: Branch, tag or commit on the Hub.
-        argument: Name of the argument, for error messages.
-        dense: Whether to reject a pruned model.
-
-    Raises:
-        ValueError: As for `load_dense_pipeline`.
     """
     argument = f"{argument}={name_or_path}"
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
@@ -109,7 +101,7 @@ def load_pipeline(name_or_path: str, revision: str | None, argument: str, dense:
         kind = getattr(diffusers, check_pipeline_index(index).replace("PruneDDPM", "DDPM"))
         scheduler = _load_scheduler(folder, index)
         process = training_process(scheduler)
-        unet, info = _load_unet(folder, index, dense)
+        unet, info = _load_unet(folder, index, pruned)
         family_of(unet).check_timesteps(unet.config, process.config.num_train_timesteps)
     # Diffusers initializes missing weights randomly, with a warning only.
     wrong = sorted(str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[what])
@@ -180,9 +172,9 @@ def _load_scheduler(folder: Path, index: dict):
     return getattr(diffusers, component).from_pretrained(_component(folder, "scheduler"))
 
 
-def _load_unet(folder: Path, index: dict, dense: bool) -> tuple[ModelMixin, dict]:
+def _load_unet(folder: Path, index: dict, pruned: bool) -> tuple[ModelMixin, dict]:
     families = [family for family in FAMILIES if index["_class_name"] in family.pipelines]
-    classes = [kind for family in families for kind in (family.dense_class, *(() if dense else (family.pruned_class,)))]
+    classes = [kind for family in families for kind in (family.dense_class, *((family.pruned_class,) if pruned else ()))]
     name = families[0].component  # all models of a pipeline have the same component name
     known, component = {kind.__name__: kind for kind in classes}, index[name][1]
     if component not in known:

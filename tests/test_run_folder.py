@@ -7,7 +7,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from torch import nn
 
 from diffusers_gfprune.run_folder import RunFolder, write_json
 from helpers.scripts import ROOT, assert_one_error, files_limited_to, run_script
@@ -18,7 +17,7 @@ TEACHER = ROOT / "training/digits/teacher"
 def test_publish_moves_everything_at_once(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"), overwrite=False)
     with folder:
-        folder.prepare(nn.Linear(2, 2))
+        folder.prepare()
         write_json(folder.staging / "results.json", {"a": 1})
         assert not folder.path.exists()
         folder.publish()
@@ -31,7 +30,7 @@ def test_overwriting_replaces_only_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "run/old.txt").write_text("old")
     folder = RunFolder(str(tmp_path / "run"), overwrite=True)
     with folder:
-        folder.prepare(nn.Linear(2, 2))
+        folder.prepare()
         assert (folder.path / "old.txt").exists()
         folder.publish()
     assert not (folder.path / "old.txt").exists()
@@ -41,7 +40,7 @@ def test_overwriting_replaces_only_at_the_end(tmp_path: Path) -> None:
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"), overwrite=False)
     with pytest.raises(ValueError, match="nan"), folder:
-        folder.prepare(nn.Linear(2, 2))
+        folder.prepare()
         raise ValueError("nan")
     assert list(tmp_path.iterdir()) == []
 
@@ -50,7 +49,7 @@ def test_an_error_after_the_pipeline_was_saved_keeps_it(tmp_path: Path, capsys: 
     """A plot that fails after days of training must not cost the model."""
     folder = RunFolder(str(tmp_path / "run"), overwrite=False)
     with pytest.raises(OSError, match="plot"), folder:
-        folder.prepare(nn.Linear(2, 2))
+        folder.prepare()
         (folder.staging / "model_index.json").write_text("{}")
         raise OSError("plot")
     assert (folder.staging / "model_index.json").exists()
@@ -62,7 +61,7 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     folder = RunFolder(str(tmp_path / "run"), overwrite=False)
     with pytest.raises(ValueError, match="the disk has 1 MiB free"):
-        folder.prepare(nn.Linear(2, 2))
+        folder.prepare()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,7 +69,7 @@ def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = RunFolder(str(tmp_path / "file/run"), overwrite=False)
     with pytest.raises(ValueError, match="cannot be written"):
-        folder.prepare(nn.Linear(2, 2))
+        folder.prepare()
 
 
 def test_a_write_that_would_fail_at_the_end_fails_before_training(tmp_path: Path) -> None:
@@ -114,7 +113,7 @@ def test_what_the_run_reads_is_never_replaced(name: str, tmp_path: Path) -> None
 def started(tmp_path: Path) -> RunFolder:
     folder = RunFolder(str(tmp_path / "run"), overwrite=False)
     folder.check()
-    folder.prepare(nn.Linear(1, 1))
+    folder.prepare()
     return folder
 
 

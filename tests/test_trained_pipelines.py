@@ -24,7 +24,7 @@ from diffusers import (
 )
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
-from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from diffusers_gfprune.trained_pipelines import load_pipeline
 from helpers.architectures import build, pruned
 from helpers.hub_server import WRITE, HubServer
 
@@ -59,13 +59,13 @@ def test_broken_configurations_are_refused(file: str, change: dict, tmp_path: Pa
     path = tmp_path / "model" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match="pretrained_model_name_or_path="):
-        load_dense_pipeline(str(tmp_path / "model"))
+        load_pipeline(str(tmp_path / "model"))
 
 
 def test_a_model_without_its_scheduler_is_refused(tmp_path: Path) -> None:
     build("base").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="it has no model_index.json: a UNet without its scheduler is not enough"):
-        load_dense_pipeline(str(tmp_path / "model"))
+        load_pipeline(str(tmp_path / "model"))
 
 
 def test_components_at_the_root(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_components_at_the_root(tmp_path: Path) -> None:
         for path in source.iterdir():
             if path.is_file():
                 shutil.copy(path, tmp_path / path.name)
-    found, expected = load_dense_pipeline(str(tmp_path)), load_dense_pipeline(str(TEACHER))
+    found, expected = load_pipeline(str(tmp_path)), load_pipeline(str(TEACHER))
     assert found.scheduler.config.num_train_timesteps == 1000
     assert all(torch.equal(a, b) for a, b in zip(found.unet.parameters(), expected.unet.parameters()))
 
@@ -84,20 +84,20 @@ def test_another_kind_of_pipeline_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "model/model_index.json"
     index.write_text(index.read_text().replace("UNet2DModel", "UNet2DConditionModel"))
     with pytest.raises(ValueError, match="its unet is a UNet2DConditionModel"):
-        load_dense_pipeline(str(tmp_path / "model"))
+        load_pipeline(str(tmp_path / "model"))
 
 
 def test_a_broken_index_is_refused(tmp_path: Path) -> None:
     shutil.copytree(TEACHER, tmp_path / "model")
     (tmp_path / "model/model_index.json").write_text("{not json")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_dense_pipeline(str(tmp_path / "model"))
+        load_pipeline(str(tmp_path / "model"))
 
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     """The revision would have no effect, and results would name an unused commit."""
     with pytest.raises(ValueError, match=f"={tmp_path} is a folder: revision=v9 applies to Hub repositories only"):
-        load_dense_pipeline(str(tmp_path), "v9")
+        load_pipeline(str(tmp_path), "v9")
 
 
 def write(kind: type, folder: Path, scheduler, **components) -> Path:
@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         unet.conv_in.bias[3] = torch.inf
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="model: the weight conv_in.bias holds values that are not finite"):
-        load_dense_pipeline(str(tmp_path / "model"))
+        load_pipeline(str(tmp_path / "model"))
 
 
 def test_latent_models_are_refused(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_latent_models_are_refused(tmp_path: Path) -> None:
     for name, message in (("LDMPipeline", "a LDMPipeline, which is not"), ("DDPMPipeline", "has a component vqvae")):
         (tmp_path / "model/model_index.json").write_text(json.dumps({**index, "_class_name": name}))
         with pytest.raises(ValueError, match=message):
-            load_dense_pipeline(str(tmp_path / "model"))
+            load_pipeline(str(tmp_path / "model"))
         with pytest.raises(ValueError, match=message):
             PruneDDPMPipeline.from_pretrained(tmp_path / "model")
 
@@ -135,7 +135,7 @@ def test_other_processes_are_refused(scheduler: type, reason: str, tmp_path: Pat
     """Their configuration would be poured into a DDPM's."""
     write(DDPMPipeline, tmp_path / "model", scheduler())
     with pytest.raises(ValueError, match=f"cannot be loaded: scheduler={scheduler.__name__} is not supported, .*{reason}"):
-        load_dense_pipeline(str(tmp_path / "model"))
+        load_pipeline(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_other_processes_are_refused(scheduler: type, reason: str, tmp_path: Pat
 )
 def test_pipelines_are_saved_as_what_they_were(kind: type, scheduler, tmp_path: Path) -> None:
     """Class, scheduler and its configuration; and stock Diffusers loads and samples them."""
-    loaded = load_dense_pipeline(str(write(kind, tmp_path / "model", scheduler)))
+    loaded = load_pipeline(str(write(kind, tmp_path / "model", scheduler)))
     loaded.save(pruned("base"), tmp_path / "pruned")
     found = DiffusionPipeline.from_pretrained(tmp_path / "pruned")
     assert type(found) is kind and type(found.scheduler) is type(scheduler)
@@ -172,7 +172,7 @@ def test_weights_of_one_variant_are_found_and_said(sharded: bool, tmp_path: Path
     shutil.rmtree(tmp_path / "model/unet")
     build("base").half().save_pretrained(tmp_path / "model/unet", **options)
     assert (len(list((tmp_path / "model/unet").glob("*.safetensors"))) > 1) == sharded
-    found = load_dense_pipeline(str(tmp_path / "model")).unet
+    found = load_pipeline(str(tmp_path / "model")).unet
     assert "the unet has weights of the variant fp16 only" in caplog.text
     for mine, other in zip(found.parameters(), build("base").parameters()):
         assert mine.dtype == torch.float32 and torch.equal(mine, other.half().float())
@@ -181,11 +181,11 @@ def test_weights_of_one_variant_are_found_and_said(sharded: bool, tmp_path: Path
 def test_default_weights_are_taken_where_there_are_variants(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(DDPMPipeline, tmp_path / "model", DDPMScheduler())
     build("base", seed=1).save_pretrained(folder / "unet", variant="non_ema")
-    found = load_dense_pipeline(str(folder)).unet
+    found = load_pipeline(str(folder)).unet
     assert torch.equal(next(found.parameters()), next(build("base").parameters())) and not caplog.text
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
     with pytest.raises(ValueError, match="weights of the variants fp16, non_ema and no default weights: keep one"):
-        load_dense_pipeline(str(folder))
+        load_pipeline(str(folder))
 
 
 def test_a_repository_with_a_variant_only_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,5 +193,5 @@ def test_a_repository_with_a_variant_only_is_downloaded(tmp_path: Path, monkeypa
     with HubServer() as server:
         server.use(monkeypatch, tmp_path / "home", WRITE)
         DDPMPipeline(build("base").half(), DDPMScheduler()).push_to_hub("alice/half", variant="fp16")
-        found = load_dense_pipeline("alice/half")
+        found = load_pipeline("alice/half")
     assert torch.equal(next(found.unet.parameters()), next(build("base").parameters()).half().float())

@@ -19,7 +19,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_gfprune.errors import one_line_errors
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         # 2. samples and features, divided among processes
         figures = []
         if main_process:
-            folder.prepare(nn.Identity())  # no model is saved
+            folder.prepare()
             figures = [describe_model(args, argument, inputs) for argument in inputs.models]
         with tqdm(
             total=samples.work(*share) + real.work(*share),
@@ -251,7 +251,7 @@ def compare(args: EvaluateArguments, folder: RunFolder) -> None:
         print(f"warning: {name} differs: {', '.join(map(str, values))}", file=sys.stderr)
     rows = sample_rows(args.model.compare, results)
     with folder:
-        folder.prepare(nn.Identity())
+        folder.prepare()
         if rows:
             titles, images = zip(*rows)
             save_sample_rows(folder.staging / "comparison.png", images, titles)

@@ -27,11 +27,12 @@ from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.hub import push_folder
 from diffusers_gfprune.interruption import Interruption
+from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.objectives.objective import Objective
 from diffusers_gfprune.reports.provenance import command_line, describe_base_model, describe_dataset
 from diffusers_gfprune.run_folder import RunFolder
-from diffusers_gfprune.trained_pipelines import load_dense_pipeline
+from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
 from diffusers_gfprune.training.finishing import finish, prepared_repository, save_model
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         folder.check(resuming)
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # downloads once
-        pipeline = load_dense_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+        pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
         unet, noise_scheduler = pipeline.unet, pipeline.process
         images, (held_out_images, held_out_labels) = load_images(args.data, unet.config)
     # Add the detected null label and label dropout, for checkpoints and the report
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     # 2. training state, losses and teacher
     with folder if main_process else contextlib.nullcontext():
         if main_process:
-            folder.prepare(dense, resuming=checkpoint is not None)
+            folder.prepare(parameter_bytes(dense), resuming=checkpoint is not None)
         accelerator.wait_for_everyone()
         state = TrainingState(args, accelerator, unet, pruner, checkpoint)
         if checkpoint is not None:
@@ -138,7 +139,6 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
             pipeline=pipeline,
             dense=dense,
             images=images,
-            num_held_out=len(held_out_images),
             step_loss=step_loss,
             dense_step_losses=dense_step_losses,
             sample_quality=sample_quality,

@@ -37,6 +37,7 @@ from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.trials import try_sampling
 from diffusers_gfprune.families.lookup import family_named, family_of
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
+from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.reports.plots import save_sample_rows
@@ -190,11 +191,11 @@ def main() -> None:
     shown = SamplingSettings(num_images=32, seed=0, null_label=images.decoder.null_label)
     if main_process:
         try_sampling(f"model_config={args.model_config}", unet, noise_scheduler, shown)
-        folder.try_writing(sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters()))
+        folder.try_writing(parameter_bytes(unet))
 
     with folder if main_process else contextlib.nullcontext():
         if main_process:
-            folder.prepare(unet, resuming=state.step > 0)
+            folder.prepare(parameter_bytes(unet), resuming=state.step > 0)
         accelerator.wait_for_everyone()
 
         # 2. training loop

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..argument_fields import FRACTION, check_range
 
-__all__ = ["LABEL_DROPOUT", "LabelDropout", "check_labels", "make_label_dropout", "real_labels"]
+__all__ = ["LabelDropout", "check_labels", "make_label_dropout", "real_labels"]
 
 # Default probability, as used by Ho and Salimans and by DiT
 LABEL_DROPOUT = 0.1

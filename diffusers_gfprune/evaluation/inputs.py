@@ -200,7 +200,7 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tup
     for argument, (name, revision) in names.items():
         if name is None:
             continue
-        unet, scheduler, *_ = load_pipeline(name, revision, argument)
+        unet, scheduler, *_ = load_pipeline(name, revision, argument, pruned=True)
         steps = scheduler.config.num_train_timesteps
         if args.cost.step_loss_timesteps > steps:
             raise ValueError(

@@ -32,15 +32,7 @@ from ..metrics.sampling import to_uint8
 from ..reports.provenance import installed_versions
 from .run_arguments import EvaluationArguments
 
-__all__ = [
-    "RealFeatures",
-    "SampleQuality",
-    "dense_samples",
-    "feature_identity",
-    "model_identity",
-    "sampling_settings",
-    "shard_size",
-]
+__all__ = ["RealFeatures", "SampleQuality", "dense_samples", "feature_identity", "model_identity", "shard_size"]
 
 # A covariance of pixels needs more images than pixels, and its square root takes cubic time.
 MAX_PIXEL_DIMENSIONS = 1024

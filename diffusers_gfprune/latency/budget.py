@@ -22,7 +22,7 @@ from ..pruning.budget import allocate_per_group, select_units
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.compaction import compact, plan_compaction
 from ..pruning.cost_model import CostModel
-from .calibration import LatencyMeter, TimePair, calibrate
+from .calibration import TimePair, calibrate, latency_meter
 from .layer_times import layer_shares
 from .model import LatencyModel
 
@@ -58,7 +58,6 @@ def measured_latency_model(
     attention_unit: str = "head_dim",
     measurements: Mapping | None = None,
     cache_dir: Path | None = None,
-    seconds: float = 20.0,
     progress: str | None = None,
 ) -> tuple[LatencyModel, dict]:
     """Measure or load the latency model for planning a budget.
@@ -73,7 +72,6 @@ def measured_latency_model(
         attention_unit: As in `width_ladder`.
         measurements: Second return value of an earlier call, which replaces the measurements.
         cache_dir: Cache directory for layer times (default: no cache).
-        seconds: Time limit for a pair of models in seconds, beyond the minimum number of rounds (> 0).
         progress: Text of the progress bar for the table, if any.
 
     Returns:
@@ -91,10 +89,10 @@ def measured_latency_model(
         )
         ladders = ladders_for(cost)
         narrowest = np.array([ladder[-1] for ladder in ladders])
-        with LatencyMeter(unet, setting, sample_size, seconds) as meter:
+        with latency_meter(unet, setting, sample_size) as measure_model:
 
             def measured(widths: np.ndarray) -> TimePair:
-                return meter.measure(model_of_widths(unet, groups, widths, attention_unit))
+                return measure_model(model_of_widths(unet, groups, widths, attention_unit))
 
             def planned() -> np.ndarray:
                 return allocate_per_group(cost, "latency", ratio, ladders)

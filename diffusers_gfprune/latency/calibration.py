@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +34,7 @@ from .layer_times import Timer
 from .layer_workloads import Forward
 from .model import LatencyModel
 
-__all__ = ["LATENCY_TOLERANCE", "LatencyCheck", "LatencyMeter", "TimePair", "calibrate"]
+__all__ = ["LATENCY_TOLERANCE", "LatencyCheck", "TimePair", "calibrate", "latency_meter"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,47 +102,34 @@ def time_pair(dense: Forward, small: Forward, device: torch.device, seconds: flo
     return _summary(rounds)
 
 
-class LatencyMeter:
-    """Measures small models against one dense model.
+@contextlib.contextmanager
+def latency_meter(
+    dense: nn.Module,
+    setting: SpeedSetting,
+    sample_size: int | tuple[int, int] | None = None,
+    seconds: float = 20.0,
+) -> Iterator[Callable[[nn.Module], TimePair]]:
+    """Context of a function that measures the time that small models save.
+
+    The compiled dense model is reused for all of them, and released at the end. They must take the same inputs and be on the
+    same device.
 
     Args:
         dense: The dense model, without masks, on the target device. A copy is measured.
         setting: Batch size, dtype, and whether models are compiled.
         sample_size: Height and width in pixels (default: the model's).
         seconds: Time limit for a pair of models in seconds, beyond the minimum number of rounds (> 0).
-
-    Use it as a context: the compiled dense model is reused for all pairs, and released at the end.
     """
+    device, size = next(dense.parameters()).device, spatial_size(dense, sample_size)
+    with compilation(setting, MODELS + 2):
+        _, _, dense_forward = prepare_forward(dense, setting, size, device)
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        setting: SpeedSetting,
-        sample_size: int | tuple[int, int] | None = None,
-        seconds: float = 20.0,
-    ) -> None:
-        self.setting, self.seconds = setting, seconds
-        self._device = next(dense.parameters()).device
-        self._size = spatial_size(dense, sample_size)
-        self._model: nn.Module | None = dense
-        self._dense: Forward | None = None
-        self._stack = contextlib.ExitStack()
+        @torch.no_grad()
+        def measure(small: nn.Module) -> TimePair:
+            _, _, forward = prepare_forward(small, setting, size, device)
+            return time_pair(dense_forward, forward, device, seconds)
 
-    def __enter__(self) -> LatencyMeter:
-        self._stack.enter_context(compilation(self.setting, MODELS + 2))
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._dense = None
-        self._stack.close()
-
-    @torch.no_grad()
-    def measure(self, small: nn.Module) -> TimePair:
-        """Measure the time that `small` saves. It must take the same inputs and be on the same device as the dense model."""
-        if self._dense is None:
-            _, _, self._dense = prepare_forward(self._model, self.setting, self._size, self._device)
-        _, _, forward = prepare_forward(small, self.setting, self._size, self._device)
-        return time_pair(self._dense, forward, self._device, self.seconds)
+        yield measure
 
 
 def calibrate(

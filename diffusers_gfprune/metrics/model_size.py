@@ -23,6 +23,7 @@ __all__ = [
     "count_tokens",
     "hardware_name",
     "layer_positions",
+    "parameter_bytes",
     "spatial_size",
     "trace_forward",
     "uses_tf32",
@@ -49,6 +50,11 @@ def spatial_size(unet: object, sample_size: int | tuple[int, int] | None = None)
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable values. Masked values are counted until the model is compacted."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Size of all parameters in memory, in bytes."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def count_tokens(x: torch.Tensor) -> int:

@@ -65,15 +65,12 @@ def describe_speedup(speedup: float, interval: Sequence[float] | None) -> str:
     return f"{difference} ({low} to {high})"
 
 
-def compare_speeds(
-    first: Sequence[Mapping], other: Sequence[Mapping], names: tuple[str, str] = ("dense", "pruned")
-) -> list[dict]:
+def compare_speeds(dense: Sequence[Mapping], pruned: Sequence[Mapping]) -> list[dict]:
     """Readable lines, one for each setting, from rows of `measure_speed`.
 
     Args:
-        first: Rows of the model that the other is compared with.
-        other: Rows of the other model, in the same settings.
-        names: Names of the two models.
+        dense: Rows of the dense model.
+        pruned: Rows of the pruned model, in the same settings.
 
     Returns:
         A dict for each setting: `title`, such as `batch 16, eager`, with dtype and memory format if they vary; `first_ms` and
@@ -83,10 +80,10 @@ def compare_speeds(
         KeyError: A field is missing.
         ValueError: The models were not measured in the same settings.
     """
-    varying = [name for name in ("dtype", "memory_format") if len({row[name] for row in (*first, *other)}) > 1]
+    varying = [name for name in ("dtype", "memory_format") if len({row[name] for row in (*dense, *pruned)}) > 1]
     lines = []
-    for one, two in zip(first, other, strict=True):
-        failed = [f"{name} not measured: {row['error']}" for name, row in zip(names, (one, two)) if "error" in row]
+    for one, two in zip(dense, pruned, strict=True):
+        failed = [f"{name} not measured: {row['error']}" for name, row in (("dense", one), ("pruned", two)) if "error" in row]
         lines.append(
             {
                 "title": ", ".join([f"batch {two['batch_size']}", two["mode"], *(two[name] for name in varying)]),

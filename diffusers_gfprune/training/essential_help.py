@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-__all__ = ["ESSENTIAL", "EssentialHelp", "add_help_all"]
+__all__ = ["ESSENTIAL", "add_help_all"]
 
 HELP_ALL = ("--help_all", "--help-all")
 

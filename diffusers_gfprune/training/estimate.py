@@ -30,7 +30,7 @@ from ..criteria import find_criterion
 from ..diffusion.batch import DiffusionBatch
 from ..families.lookup import family_of
 from ..formatting import format_size
-from ..metrics.model_size import spatial_size
+from ..metrics.model_size import parameter_bytes, spatial_size
 from ..metrics.speed import seconds_of
 
 __all__ = ["MemoryPlan", "StepEstimate", "count_activations", "estimate_step", "machine_memory", "memory_plan"]
@@ -40,6 +40,8 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WORKSPACE = 1.1
 # Peak of a scoring pass with Hessian-gradient products / peak of a step on as many images, by `hvp`
 HESSIAN_MEMORY = {"exact": 2.4, "finite-difference": 1.2}
+# Limit on the timing of a step in seconds; a single image is always timed
+TIME_LIMIT = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,6 @@ class MemoryPlan:
 def _autocast(device: torch.device, mixed_precision: str) -> AbstractContextManager:
     dtype = AUTOCAST.get(mixed_precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _weight_bytes(unet: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
 
 
 def count_activations(
@@ -195,7 +193,6 @@ def estimate_step(
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
     scoring_batch_size: int | None = None,
-    time_limit: float = 5.0,
 ) -> StepEstimate:
     """Estimate a training step on a copy of the model, which is not changed. Global random states are kept.
 
@@ -207,7 +204,6 @@ def estimate_step(
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
         gradient_checkpointing: Whether activations are recomputed in the backward.
         scoring_batch_size: Number of images in a calibration batch (default: `batch_size`).
-        time_limit: Limit on the timing in seconds; a single image is always timed.
 
     Raises:
         ValueError: A single image does not fit into the device's memory.
@@ -234,14 +230,14 @@ def estimate_step(
             twin.enable_gradient_checkpointing()
         step = partial(_forward_backward, twin, noise_scheduler, device=device, mixed_precision=mixed_precision, peaks=peaks)
         try:
-            seconds, timed = _time(step, batch_size, fits, time_limit)
+            seconds, timed = _time(step, batch_size, fits, TIME_LIMIT)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"device={device} has too little memory for a step on a single image") from error
         finally:
             del twin, step
             if cuda:
                 torch.cuda.empty_cache()  # otherwise cached memory would count as used
-    weights = _weight_bytes(unet)
+    weights = parameter_bytes(unet)
     # Kernels may keep more than what autograd saves; this can be measured on CUDA only.
     excess = max(1.0, (peaks.get(timed, 0) - weights) / (activations * timed / batch_size))
     activations, scoring_activations = int(activations * excess), int(scoring_activations * excess)

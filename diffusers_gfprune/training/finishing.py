@@ -57,7 +57,7 @@ def finish(run: Run, state: TrainingState) -> None:
     dense = run.dense.to(run.accelerator.device)
     losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.decoder.null_label))
     folder.save(partial(run.pipeline.save, unet))
-    measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, run.num_held_out, losses)
+    measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, len(run.step_loss.images), losses)
     if state.pruner.latency is not None:
         measured.latency_budget = state.pruner.check_latency(dense, unet).to_dict()
     write_json(folder.staging / "results.json", measured.to_dict())

@@ -18,7 +18,7 @@ from ..evaluation.sample_quality import SampleQuality
 from ..evaluation.trials import describe_speed, try_features, try_sampling, try_speed
 from ..formatting import format_size
 from ..hub import check_nothing_private
-from ..metrics.model_size import spatial_size
+from ..metrics.model_size import parameter_bytes, spatial_size
 from ..reports.model_card import render_card
 from ..reports.results import PRUNING_RUN, Results
 from ..run_folder import RunFolder, write_json
@@ -71,7 +71,7 @@ def rehearse_run(
         lines.append(describe_speed(settings))
     rehearse_card(args, pruner, sample_quality, num_held_out, origin, speed)
     dense.to(home)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in dense.parameters())
+    size = parameter_bytes(dense)
     folder.try_writing(size)
     tried.append(f"a card and a file of {format_size(size)}")
     return [*lines, f"{'tried':10} {', '.join(tried)}, in {time.perf_counter() - start:.1f} s"]

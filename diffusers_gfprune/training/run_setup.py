@@ -55,7 +55,6 @@ class Run:
         pipeline: The dense pipeline; its UNet is pruned in place.
         dense: The dense model, frozen.
         images: Training images.
-        num_held_out: Number of held-out images.
         step_loss: Step loss on the held-out images.
         dense_step_losses: Step losses of the dense model (see `measure_step_losses`); empty except on the main process.
         sample_quality: Measures samples.
@@ -72,7 +71,6 @@ class Run:
     pipeline: TrainedPipeline
     dense: nn.Module
     images: object
-    num_held_out: int
     step_loss: StepLoss
     dense_step_losses: dict[str, float]
     sample_quality: SampleQuality
@@ -144,22 +142,15 @@ def make_pruner(
 def run_identity(args: Arguments, dense: nn.Module) -> dict:
     """Values by name that must not change when a run is resumed from a checkpoint."""
     architecture = {f"unet.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
-    options = (
-        "target",
-        "ratio",
-        "channel_multiple",
-        "target_device",
-        "min_keep_ratio",
-        "attention_unit",
-        "soft_fraction",
-        "hard_fraction",
+    names = (
+        *("target", "ratio", "channel_multiple", "target_device", "min_keep_ratio", "attention_unit"),
+        *("latency_batch_size", "latency_dtype", "latency_backend", "soft_fraction", "hard_fraction"),
+        *("update_interval", "sparsity_schedule", "mask_schedule", "interpolate_masks"),
     )
-    times = ("latency_batch_size", "latency_dtype", "latency_backend")
-    schedule = ("update_interval", "sparsity_schedule", "mask_schedule", "interpolate_masks")
     return {
         **architecture,
         "weights of the dense model": tensors_fingerprint(dict(dense.named_parameters())),
-        **{name: getattr(args.pruning, name) for name in (*options, *times, *schedule)},
+        **{name: getattr(args.pruning, name) for name in names},
         "max_train_steps": args.training.max_train_steps,
         "use_ema": args.training.use_ema,
         "use_8bit_adam": args.training.use_8bit_adam,
