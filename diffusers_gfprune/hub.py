@@ -43,12 +43,8 @@ __all__ = [
 PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
 FILES = (*COMPANIONS, *MODEL, *WEIGHTS)
 NEEDED = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "unet/config.json",
-    "unet/diffusers_gfprune.py",
-    "pruning_report.json",
-    "results.json",
+    *("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusers_gfprune.py"),
+    *("pruning_report.json", "results.json"),
 )
 
 
@@ -71,14 +67,14 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"folder={folder} is not a folder")
-    present = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    going, left_out = _selected(root)
+    present = [*going, *left_out]
     missing = [name for name in NEEDED if name not in present]
     if missing:
         raise ValueError(f"folder={folder} is not a finished pruning run: it has no {missing[0]}")
     component = _read_json(root / "model_index.json").get("unet")
     if component != ["diffusers_gfprune", "GFPrunedUNet2DModel"]:
         raise ValueError(f"folder={folder} does not contain a pruned model: unet in its model_index.json is {component!r}")
-    going = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
     weights = [name for name in going if name.endswith(".safetensors")]
     if not weights:
         raise ValueError(f"folder={folder} has no weights: unet/diffusion_pytorch_model.safetensors is missing")
@@ -88,7 +84,14 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{root / name} is damaged: {one_line(error)}") from error
-    return going, [name for name in present if name not in going]
+    return going, left_out
+
+
+def _selected(root: Path) -> tuple[list[str], list[str]]:
+    """Relative paths of the files that match `FILES`, and of the others, sorted."""
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    going = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
+    return going, [name for name in names if name not in going]
 
 
 def _read_json(path: Path) -> dict:
@@ -282,9 +285,7 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
         PushError: The server or the connection failed.
         ValueError: A file contains a token or a path of this machine.
     """
-    present = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
-    names = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
-    names = sorted(set(names) - set(COMPANIONS))
+    names = [name for name in _selected(Path(folder))[0] if name not in COMPANIONS]
     check_nothing_private(folder, names, token or get_token())
     try:
         HfApi(token=token).upload_folder(

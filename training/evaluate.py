@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.arguments import EvaluateArguments, parse_evaluate_arguments
-from diffusers_gfprune.evaluation.card import RunUpdate, check_run
+from diffusers_gfprune.evaluation.card import check_run, updated_run
 from diffusers_gfprune.evaluation.comparisons import (
     common_reference,
     comparison_table,
@@ -115,19 +115,11 @@ def main(argv: list[str] | None = None) -> None:
         # 3. figures; 4. files, pictures, table
         results = measure(args, accelerator, inputs, samples, real, figures)
         table = write_files(folder.staging, results, samples)
-        update = None
+        update = nullcontext()
         if args.output.update_model_card:
-            update = RunUpdate(Path(args.model.model), results, folder.staging / "samples.png")
-        try:
-            if update is not None:
-                update.apply()  # before publishing, so that the same command can repeat an interrupted update
-            folder.publish()
-        except BaseException:
-            if update is not None:
-                update.undo()
-            raise
-    if update is not None:
-        update.discard()
+            update = updated_run(Path(args.model.model), results, folder.staging / "samples.png")
+        with update:
+            folder.publish()  # last, so that the same command can repeat an interrupted update
     samples.forget_images()
     print(f"\n{table}\n\nsaved: {folder.path}")
 
@@ -163,13 +155,10 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
 def make_samples(inputs: Inputs, cache: TensorCache) -> Samples:
     """Create the sources of samples, without sampling."""
     if inputs.folder_images is not None:
-        shape = (inputs.folder_images.channels, *inputs.folder_images.size)
-        return Samples(
-            [folder_source("images", inputs.folder_images, cache)], inputs.networks, shards(inputs.num_images, shape)
-        )
-    sources = [
-        model_source(name, unet, scheduler, inputs.settings, cache) for name, (unet, scheduler) in inputs.models.items()
-    ]
+        sources = [folder_source("images", inputs.folder_images, cache)]
+    else:
+        models = inputs.models.items()
+        sources = [model_source(name, unet, scheduler, inputs.settings, cache) for name, (unet, scheduler) in models]
     return Samples(sources, inputs.networks, shards(inputs.num_images, inputs.images.decoder.shape))
 
 

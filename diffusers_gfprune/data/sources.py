@@ -24,7 +24,7 @@ from torch import Tensor
 from .decoding import BrokenImage, EncodedImage, ImageDecoder
 from .splits import DataSummary
 
-__all__ = ["ImageRows", "ImageStream"]
+__all__ = ["ImageRows", "ImageStream", "readable_images"]
 
 
 class ImageRows:
@@ -66,7 +66,7 @@ class ImageRows:
         Returns:
             float32 with shape `(count, channels, height, width)` in [-1, 1].
         """
-        return _head(self.in_order(), self.decoder, count)
+        return readable_images(self.in_order(), self.decoder, count)
 
 
 class ImageStream:
@@ -135,7 +135,7 @@ class ImageStream:
 
     def head(self, count: int) -> Tensor:
         """As `ImageRows.head`."""
-        return _head(self.in_order(), self.decoder, count)
+        return readable_images(self.in_order(), self.decoder, count)
 
     def _read(self, shards: Iterable[int]) -> Iterator[EncodedImage]:
         return chain.from_iterable(map(self._read_shard, shards))
@@ -152,11 +152,17 @@ class ImageStream:
                 row += 1
 
 
-def _head(images: Iterable[EncodedImage], decoder: ImageDecoder, count: int) -> Tensor:
-    pixels: list[Tensor] = []
-    for image in images if count > 0 else ():
-        with contextlib.suppress(BrokenImage):
-            pixels.append(decoder(image))
-        if len(pixels) == count:
-            break
+def readable_images(images: Iterable[EncodedImage], decoder: ImageDecoder, count: int | None = None) -> Tensor:
+    """The first `count` images that can be read and fit the model (default: all), cropped at the centre, not flipped.
+
+    Returns:
+        float32 with shape `(n, channels, height, width)` in [-1, 1].
+    """
+
+    def decoded() -> Iterator[Tensor]:
+        for image in images:
+            with contextlib.suppress(BrokenImage):
+                yield decoder(image)
+
+    pixels = list(islice(decoded(), count))
     return torch.stack(pixels) if pixels else torch.empty(0, *decoder.shape)

@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from ..reports.results import PRUNING_RUN, ModelFigures, Results, read_results
 from ..run_folder import write_json
 from .inputs import Inputs
 
-__all__ = ["RunUpdate", "check_run", "merged_run_results"]
+__all__ = ["check_run", "merged_run_results", "updated_run"]
 
 # Metrics that an evaluation replaces
 SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
@@ -106,8 +108,11 @@ def card_repository(run: Path) -> str:
     return named[1] if named else run.resolve().name
 
 
-class RunUpdate:
-    """New results, samples and card of a run. They are written to a hidden folder of the run; `apply` moves them into place.
+@contextmanager
+def updated_run(run: Path, results: Results, picture: Path) -> Iterator[None]:
+    """Context in which a run has new results, samples and card. An error in the context restores the earlier files.
+
+    The new files are written to a hidden folder of the run first, and then moved into place, each one atomically.
 
     Args:
         run: The run's folder.
@@ -117,50 +122,41 @@ class RunUpdate:
     Raises:
         ValueError: The card cannot be rendered; the run is unchanged.
     """
-
-    def __init__(self, run: Path, results: Results, picture: Path) -> None:
-        self.run, self.fresh = run, run / ".evaluation.incomplete"
-        self._replaced: list[str] = []
-        shutil.rmtree(self.fresh, ignore_errors=True)
-        try:
-            self.fresh.mkdir()
-            write_json(self.fresh / "results.json", merged_run_results(read_results(run), results).to_dict())
-            for name in ("pruning_report.json", "README.md", *PICTURES.values()):
-                if (run / name).is_file():
-                    shutil.copyfile(run / name, self.fresh / name)
-            shutil.copyfile(picture, self.fresh / PICTURES["samples"])
-            if (run / "README.md").is_file() and not is_as_rendered((run / "README.md").read_text("utf-8")):
-                print(f"warning: {run / 'README.md'} was edited, so its text and figures are kept", file=sys.stderr)
-            update_card(self.fresh, card_repository(run))
-        except BaseException:
-            self.discard()
-            raise
-
-    def apply(self) -> None:
-        """Replace the run's files, each one atomically."""
-        earlier = self.fresh / "earlier"
-        earlier.mkdir()
+    fresh, replaced = run / ".evaluation.incomplete", []
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        write_json(fresh / "results.json", merged_run_results(read_results(run), results).to_dict())
+        for name in ("pruning_report.json", "README.md", *PICTURES.values()):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, fresh / name)
+        shutil.copyfile(picture, fresh / PICTURES["samples"])
+        if (run / "README.md").is_file() and not is_as_rendered((run / "README.md").read_text("utf-8")):
+            print(f"warning: {run / 'README.md'} was edited, so its text and figures are kept", file=sys.stderr)
+        update_card(fresh, card_repository(run))
         for name in REPLACED:
-            if (self.run / name).is_file():
-                (earlier / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(self.run / name, earlier / name)
+            if (run / name).is_file():
+                (fresh / "earlier" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(run / name, fresh / "earlier" / name)
         for name in REPLACED:
-            self._replaced.append(name)
-            if (self.fresh / name).is_file():
-                (self.run / name).parent.mkdir(exist_ok=True)
-                os.replace(self.fresh / name, self.run / name)
+            replaced.append(name)
+            if (fresh / name).is_file():
+                (run / name).parent.mkdir(exist_ok=True)
+                os.replace(fresh / name, run / name)
             else:  # this evaluation has no results for the Hub's collection
-                (self.run / name).unlink(missing_ok=True)
+                (run / name).unlink(missing_ok=True)
+        yield
+    except BaseException:
+        _restore(run, fresh, replaced)
+        raise
+    shutil.rmtree(fresh, ignore_errors=True)
 
-    def undo(self) -> None:
-        """Restore the files that `apply` replaced, and remove the temporary folder."""
-        for name in self._replaced:
-            if (self.fresh / "earlier" / name).is_file():
-                os.replace(self.fresh / "earlier" / name, self.run / name)
-            else:
-                (self.run / name).unlink(missing_ok=True)
-        self.discard()
 
-    def discard(self) -> None:
-        """Remove the temporary folder."""
-        shutil.rmtree(self.fresh, ignore_errors=True)
+def _restore(run: Path, fresh: Path, replaced: Sequence[str]) -> None:
+    """Restore the files that were replaced, and remove the hidden folder."""
+    for name in replaced:
+        if (fresh / "earlier" / name).is_file():
+            os.replace(fresh / "earlier" / name, run / name)
+        else:
+            (run / name).unlink(missing_ok=True)
+    shutil.rmtree(fresh, ignore_errors=True)

@@ -91,27 +91,23 @@ class FolderImages:
             digest.update(len(content).to_bytes(8, "little") + content)
         return self._digests.setdefault(span, digest.hexdigest())
 
-    def _open(self, path: Path) -> Image.Image:
+    def _open(self, path: Path, load: bool = False) -> Image.Image:
+        """A picture, of which only the header is read unless `load` is set."""
         try:
             with Image.open(path) as image:
+                if load:
+                    image.load()
                 return image
         except Exception as error:  # Pillow raises many types for broken files
-            raise self._broken(path, error) from error
+            raise ValueError(f"images_dir={self.folder}: {path.name} cannot be read: {one_line(error)}") from error
 
     def _pixels(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except Exception as error:
-            raise self._broken(path, error) from error
+        image = self._open(path, load=True)
         try:
             picture = with_channels(image, self.channels)
         except ValueError as error:
             raise ValueError(f"images_dir={self.folder}: {path.name}: {error}") from error
         return to_uint8(pixel_values(picture, self.channels) / 2 + 0.5)
-
-    def _broken(self, path: Path, error: Exception) -> ValueError:
-        return ValueError(f"images_dir={self.folder}: {path.name} cannot be read: {one_line(error)}")
 
 
 @dataclass

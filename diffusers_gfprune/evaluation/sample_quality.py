@@ -8,7 +8,6 @@ image files: changed files are detected, and unchanged ones are not decoded agai
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.decoding import BrokenImage, EncodedImage, ImageDecoder
-from ..data.sources import ImageRows, ImageStream
+from ..data.decoding import EncodedImage
+from ..data.sources import ImageRows, ImageStream, readable_images
 from ..metrics.cache import TensorCache, tensors_fingerprint
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.model_size import spatial_size, uses_tf32
@@ -178,7 +177,8 @@ class RealFeatures:
 
     def _features(self, images: Sequence[EncodedImage]) -> Shard:
         decoder = self.images.decoder
-        pixels = functools.cache(lambda: _pixels(images, decoder))  # decoded once for all networks, only if needed
+        # Decoded once for all networks, only if needed
+        pixels = functools.cache(lambda: to_uint8(readable_images(images, decoder) / 2 + 0.5))
         digest = _digest(images) or hashlib.sha256(pixels().numpy().tobytes()).hexdigest()
         key = {"real": digest, "count": len(images), "shape": list(decoder.shape)}
         if decoder.enlarge:  # in a set of larger images, these files do not fit the model
@@ -206,15 +206,6 @@ class Shard(NamedTuple):
     count: int
     digest: str
     features: dict[str, Tensor]
-
-
-def _pixels(images: Sequence[EncodedImage], decoder: ImageDecoder) -> Tensor:
-    """The readable images: uint8 with shape `(n, channels, height, width)`."""
-    pixels = []
-    for image in images:
-        with contextlib.suppress(BrokenImage):
-            pixels.append(to_uint8(decoder(image) / 2 + 0.5))
-    return torch.stack(pixels) if pixels else torch.empty(0, *decoder.shape, dtype=torch.uint8)
 
 
 def _digest(images: Sequence[EncodedImage]) -> str | None:

@@ -18,7 +18,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -211,24 +211,34 @@ def compilation(setting: SpeedSetting, models: int) -> Iterator[None]:
         torch._dynamo.reset()
 
 
-@dataclass
 class _Runner:
-    """A copy of a model that is ready to be timed, or the error that occurred."""
+    """A copy of a model that is warmed up to be timed, or the error that occurred."""
 
-    forward: Callable[[], object] | None = None
-    peak_memory: int = 0
-    seconds: list[float] = field(default_factory=list)
-    error: str | None = None
+    def __init__(
+        self, model: nn.Module, setting: SpeedSetting, size: tuple[int, int], warmup: int, device: torch.device
+    ) -> None:
+        self.device, self.seconds = device, []
+        self.error: str | None = None
+        with self._recorded_error():
+            twin, inputs, self.forward = prepare_forward(model, setting, size, device)
+            for _ in range(warmup):
+                self.forward()
+            held = [*twin.parameters(), *twin.buffers(), inputs.sample, inputs.timesteps, *inputs.conditioning.values()]
+            self.peak_memory = storage_bytes(held) + allocated_at_most(self.forward, device)
 
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Run `action` unless an earlier one failed; on failure, record the error and release the copy."""
-        if self.error is not None:
-            return
+    @contextlib.contextmanager
+    def _recorded_error(self) -> Iterator[None]:
+        """Record an error, and release the copy."""
         try:
-            action()
+            yield
         except (RuntimeError, ImportError) as error:  # from the device, its allocator, Dynamo or Inductor
-            self.error = portable_error(error)
-            self.forward = None
+            self.error, self.forward = portable_error(error), None
+
+    def time(self) -> None:
+        """Time one forward pass, unless there was an error."""
+        if self.error is None:
+            with self._recorded_error():
+                self.seconds.append(seconds_of(self.forward, self.device))
 
 
 def _measure_setting(
@@ -240,13 +250,13 @@ def _measure_setting(
     advance: Callable[[], object],
 ) -> list[dict]:
     device = next(next(iter(models.values())).parameters()).device
-    runners = {name: _Runner() for name in models}
-    for name, runner in runners.items():
-        runner.attempt(lambda runner=runner, name=name: _prepare(runner, models[name], setting, sizes[name], warmup, device))
+    runners = {}
+    for name, model in models.items():
+        runners[name] = _Runner(model, setting, sizes[name], warmup, device)
         advance()
     for _ in range(repeats):
         for runner in runners.values():
-            runner.attempt(lambda runner=runner: runner.seconds.append(seconds_of(runner.forward, device)))
+            runner.time()
         advance()
     first = next(iter(runners.values()))
     rows = []
@@ -274,17 +284,6 @@ def _measure_setting(
             }
         rows.append({**row, "device": device.type, "hardware": hardware_name(device), "threads": torch.get_num_threads()})
     return rows
-
-
-def _prepare(
-    runner: _Runner, model: nn.Module, setting: SpeedSetting, size: tuple[int, int], warmup: int, device: torch.device
-) -> None:
-    """Copy the model, warm up the copy, and count its memory."""
-    twin, inputs, runner.forward = prepare_forward(model, setting, size, device)
-    for _ in range(warmup):
-        runner.forward()
-    held = [*twin.parameters(), *twin.buffers(), inputs.sample, inputs.timesteps, *inputs.conditioning.values()]
-    runner.peak_memory = storage_bytes(held) + allocated_at_most(runner.forward, device)
 
 
 def prepare_forward(

@@ -152,7 +152,7 @@ def test_killed_while_the_run_is_changed(arguments: list, tmp_path: Path, monkey
     """The same command changes what is left."""
     with monkeypatch.context() as patch:
         patch.setattr("diffusers_gfprune.evaluation.card.os.replace", killed := Killed(2, tmp_path / "small"))
-        patch.setattr("diffusers_gfprune.evaluation.card.RunUpdate.undo", lambda self: None)
+        patch.setattr("diffusers_gfprune.evaluation.card._restore", lambda *arguments: None)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, *arguments)
     assert killed.left == 0 and (tmp_path / "small/.evaluation.incomplete").is_dir() and not (tmp_path / "out").exists()
