@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-__all__ = ["USER_ERRORS", "first_line", "one_line", "one_line_errors"]
+__all__ = ["USER_ERRORS", "first_line", "one_line", "one_line_errors", "portable_error"]
 
 # Errors caused by the user's input or by the machine
 USER_ERRORS = (ValueError, OSError, SafetensorError, ImportError)
@@ -22,6 +23,12 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error message; the name of its type if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def portable_error(error: Exception) -> str:
+    """First line of an error, at most 300 characters, without local folders in paths, since results are published."""
+    reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", first_line(error) if str(error).strip() else "no message")
+    return f"{type(error).__name__}: {reason}"[:300]
 
 
 @contextmanager

@@ -137,7 +137,6 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
             checkpoints=checkpoints,
             identity=identity,
             pipeline=pipeline,
-            dense=dense,
             images=images,
             step_loss=step_loss,
             dense_step_losses=dense_step_losses,

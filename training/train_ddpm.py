@@ -43,7 +43,7 @@ from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
-from diffusers_gfprune.training.named_state import load_optimizer_state, load_tensors, optimizer_tensors
+from diffusers_gfprune.training.named_state import load_optimizer_state, load_tensors, optimizer_state
 from diffusers_gfprune.training.state import seed_everything
 
 # The newest, and the one before it in case that is damaged
@@ -112,7 +112,7 @@ class DenseTraining:
         tensors = {
             "model": self.parameters,
             "ema": dict(zip(self.parameters, self.ema.shadow_params)),
-            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+            "optimizer": optimizer_state(self.optimizer, self.parameters)[0],
         }
         values = {
             "ema_steps": self.ema.optimization_step,

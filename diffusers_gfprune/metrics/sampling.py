@@ -31,15 +31,7 @@ from ..diffusion.process import training_process
 from ..families.lookup import family_of
 from .eval_mode import evaluating
 
-__all__ = [
-    "TIMESTEP_SPACINGS",
-    "SpacedDDIMScheduler",
-    "fit_spacing",
-    "image_generators",
-    "make_sampler",
-    "sample_images",
-    "to_uint8",
-]
+__all__ = ["TIMESTEP_SPACINGS", "SpacedDDIMScheduler", "fit_spacing", "make_sampler", "sample_images", "to_uint8"]
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 # Minimum share of the timesteps that leading spacing must span; it spans all if their number is divisible by the steps.

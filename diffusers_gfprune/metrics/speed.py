@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,24 +24,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..argument_fields import at_least, check_range
-from ..errors import first_line
+from ..errors import portable_error
 from ..families.lookup import family_of
 from .model_size import hardware_name, spatial_size
 from .peak_memory import allocated_at_most, storage_bytes
 from .speedup import median_interval
 
-__all__ = [
-    "DTYPES",
-    "MEMORY_FORMATS",
-    "MODES",
-    "SpeedSetting",
-    "compilation",
-    "measure_speed",
-    "parse_settings",
-    "portable_error",
-    "prepare_forward",
-    "seconds_of",
-]
+__all__ = ["DTYPES", "SpeedSetting", "compilation", "measure_speed", "parse_settings", "prepare_forward", "seconds_of"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eager", "compiled")
@@ -312,12 +300,6 @@ def prepare_forward(
     # fullgraph: otherwise parts that Dynamo cannot compile would run eagerly and be reported as compiled.
     function = torch.compile(twin, fullgraph=True, dynamic=False) if setting.compiled else twin
     return twin, inputs, lambda: family.predict(function, inputs)
-
-
-def portable_error(error: Exception) -> str:
-    """First line of an error, at most 300 characters, without local folders in paths, since results are published."""
-    reason = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", first_line(error) if str(error).strip() else "no message")
-    return f"{type(error).__name__}: {reason}"[:300]
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:

@@ -29,12 +29,8 @@ def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 1
         rows: Number of rows of pairs.
     """
     columns = min(columns, len(dense))
-    strips = []
-    for row in range(rows):
-        chunk = slice(row * columns, (row + 1) * columns)
-        if len(dense[chunk]) == columns:
-            strips.extend([*dense[chunk], *pruned[chunk]])
-    save_image(_grid(strips, columns), path)
+    pairs = list(zip(dense.split(columns), pruned.split(columns)))[: min(rows, len(dense) // columns)]
+    save_sample_rows(path, [row for pair in pairs for row in pair], columns=columns)
 
 
 def _grid(images: Sequence[Tensor], columns: int) -> Tensor:

@@ -54,7 +54,7 @@ def finish(run: Run, state: TrainingState) -> None:
     if state.ema is not None:
         state.ema.copy_to(state.unet.parameters())
     unet = state.unet.requires_grad_(False).eval()
-    dense = run.dense.to(run.accelerator.device)
+    dense = run.sample_quality.dense.to(run.accelerator.device)
     losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.decoder.null_label))
     folder.save(partial(run.pipeline.save, unet))
     measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, len(run.step_loss.images), losses)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["load_optimizer_state", "load_tensors", "optimizer_numbers", "optimizer_tensors"]
+__all__ = ["load_optimizer_state", "load_tensors", "optimizer_state"]
 
 
 @torch.no_grad()
@@ -37,26 +37,19 @@ def load_tensors(source: object, part: str, tensors: Mapping[str, Tensor], param
         parameter.copy_(tensors[name])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an optimizer's state.
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int | float]]:
+    """Tensors of an optimizer's state, and its numbers, such as the step count of 8-bit Adam.
 
     Args:
         optimizer: The PyTorch optimizer, not Accelerate's wrapper.
         parameters: All its parameters by name.
     """
-    return {name: value for name, value in _entries(optimizer, parameters) if isinstance(value, Tensor)}
-
-
-def optimizer_numbers(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, int | float]:
-    """Numbers of an optimizer's state, such as the step count of 8-bit Adam."""
-    return {name: value for name, value in _entries(optimizer, parameters) if isinstance(value, (int, float))}
-
-
-def _entries(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]):
     names = {parameter: name for name, parameter in parameters.items()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            yield f"{key}/{names[parameter]}", value
+    state = {f"{key}/{names[of]}": value for of, entries in optimizer.state.items() for key, value in entries.items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in state.items() if isinstance(value, (int, float))}
 
 
 def load_optimizer_state(

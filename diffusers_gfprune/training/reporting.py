@@ -24,14 +24,7 @@ from .arguments import Arguments
 from .estimate import StepEstimate, machine_memory, memory_plan
 from .state import Curves
 
-__all__ = [
-    "describe_evaluation",
-    "describe_plan",
-    "measure_step_losses",
-    "model_figures",
-    "pruning_report",
-    "results",
-]
+__all__ = ["describe_evaluation", "describe_plan", "measure_step_losses", "model_figures", "pruning_report", "results"]
 
 REPORT_VERSION = 3
 CURVE_POINTS = 500

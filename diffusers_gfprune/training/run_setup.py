@@ -53,11 +53,10 @@ class Run:
         checkpoints: Checkpoints of the run.
         identity: Values that a checkpoint must share to be resumed (see `run_identity`).
         pipeline: The dense pipeline; its UNet is pruned in place.
-        dense: The dense model, frozen.
         images: Training images.
         step_loss: Step loss on the held-out images.
         dense_step_losses: Step losses of the dense model (see `measure_step_losses`); empty except on the main process.
-        sample_quality: Measures samples.
+        sample_quality: Measures samples; it has the dense model, frozen.
         objective: Training loss.
         origin: Base model, data set and command, for the report.
         repo_id: Repository to push to, if any.
@@ -69,7 +68,6 @@ class Run:
     checkpoints: Checkpoints
     identity: dict
     pipeline: TrainedPipeline
-    dense: nn.Module
     images: object
     step_loss: StepLoss
     dense_step_losses: dict[str, float]

@@ -25,7 +25,7 @@ from ..objectives.objective import NoisePrediction
 from ..pruning.masking import MASKS_MODULE, dense_name, dense_parameters
 from .arguments import Arguments
 from .checkpointing import Checkpoint
-from .named_state import load_optimizer_state, load_tensors, optimizer_numbers, optimizer_tensors
+from .named_state import load_optimizer_state, load_tensors, optimizer_state
 
 __all__ = ["Curves", "TrainingState", "seed_everything"]
 
@@ -212,7 +212,7 @@ class TrainingState:
         parameters = dense_parameters(self.unet)
         parts = {
             "model": {**parameters, **_buffers(self.unet)},
-            "optimizer": optimizer_tensors(self.optimizer.optimizer, parameters),
+            "optimizer": optimizer_state(self.optimizer.optimizer, parameters)[0],
             "pruner": self.pruner.state_dict()["tensors"],
         }
         if self.ema is not None:
@@ -225,7 +225,7 @@ class TrainingState:
         config = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
         return {
             "compacted_config": config if self.compacted else None,
-            "optimizer": optimizer_numbers(self.optimizer.optimizer, dense_parameters(self.unet)),
+            "optimizer": optimizer_state(self.optimizer.optimizer, dense_parameters(self.unet))[1],
             "lr_scheduler_steps": self.lr_scheduler.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema_steps": None if self.ema is None else self.ema.optimization_step,
