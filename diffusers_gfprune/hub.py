@@ -22,9 +22,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .errors import one_line, one_line_errors
+from .errors import HUB_ERRORS, TOKEN, hub_error_reason, one_line, one_line_errors
 from .formatting import format_size
-from .hub_errors import HUB_ERRORS, TOKEN, reason
 from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, MODEL, WEIGHTS, rename_in_card
 from .reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
 from .reports.results import read_results
@@ -174,7 +173,7 @@ def _failed(
 ) -> PushError:
     words = ["python", "-m", "diffusers_gfprune.hub", "push", str(folder), repo_id]
     again = shlex.join([*words, *(["--private"] if private else []), *(["--revision", revision] if revision else [])])
-    return PushError(f"push to {repo_id} failed: {reason(error)}. {folder} is intact; try again: {again}")
+    return PushError(f"push to {repo_id} failed: {hub_error_reason(error)}. {folder} is intact; try again: {again}")
 
 
 def check_repo_id(repo_id: str, argument: str = "repo_id") -> None:
@@ -296,7 +295,7 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
             commit_message=commit_message,
         )
     except (*HUB_ERRORS, ValueError) as error:
-        raise PushError(f"push to {repo_id} failed: {reason(error)}") from error
+        raise PushError(f"push to {repo_id} failed: {hub_error_reason(error)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

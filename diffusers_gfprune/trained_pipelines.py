@@ -25,9 +25,8 @@ from safetensors import SafetensorError
 
 from . import PruneDDPMPipeline
 from .diffusion.process import check_scheduler_class, training_process
-from .errors import first_line
+from .errors import HUB_ERRORS, first_line
 from .families.lookup import FAMILIES, family_of
-from .hub_errors import HUB_ERRORS
 from .remote.pipeline_prune_ddpm import check_pipeline_index
 
 __all__ = ["TrainedPipeline", "load_pipeline"]

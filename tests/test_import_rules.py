@@ -20,7 +20,7 @@ OURS = "diffusers_gfprune"
 # package there are at most `MOST_LEVELS` levels. `tests/` and `benchmarks/` may import everything.
 LAYERS = [
     *("version", "errors", "extras", "formatting", "argument_fields", "remote", "interruption", "distributed"),
-    *("run_folder", "hub_errors"),
+    "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
     *("pruner", "one_shot", "reports", "hub", "__init__"),
     *("trained_pipelines", "data", "evaluation", "objectives", "training"),

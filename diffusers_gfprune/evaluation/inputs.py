@@ -18,8 +18,7 @@ from ..data.folders import visible_files
 from ..data.images import DataArguments, load_images
 from ..data.sources import ImageRows, ImageStream
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
-from ..errors import one_line
-from ..hub_errors import HUB_ERRORS
+from ..errors import HUB_ERRORS, one_line
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings

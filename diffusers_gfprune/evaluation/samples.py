@@ -7,6 +7,7 @@ A shard is a span of image numbers. Its content depends only on the model, the s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,11 @@ def _nothing(count: int) -> None:
     pass
 
 
+@dataclass
 class ImageSource:
     """Images by number, and their features.
 
-    Args:
+    Attributes:
         name: Key of its images in files.
         describe: Returns what the images of a span depend on, as JSON values.
         make: Returns the images of a span, uint8 with shape `(n, channels, height, width)`. It calls its second argument with
@@ -47,16 +49,12 @@ class ImageSource:
         keep: Whether to cache images as well as features.
     """
 
-    def __init__(
-        self,
-        name: str,
-        describe: Callable[[range], dict],
-        make: Callable[[range, Advance], Tensor],
-        cache: TensorCache,
-        keep: bool = True,
-    ) -> None:
-        self.name, self.describe, self.make, self.cache, self.keep = name, describe, make, cache, keep
-        self._last: tuple[range, Tensor] | None = None  # all networks process a shard in a row
+    name: str
+    describe: Callable[[range], dict]
+    make: Callable[[range, Advance], Tensor]
+    cache: TensorCache
+    keep: bool = True
+    _last: tuple[range, Tensor] | None = field(default=None, init=False)  # all networks process a shard in a row
 
     def images(self, shard: range, advance: Advance = _nothing) -> Tensor:
         """Images of a shard, uint8 with shape `(n, channels, height, width)`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
-from ..hub_errors import HUB_ERRORS
+from ..errors import HUB_ERRORS
 from .model_card import LICENSES
 
 __all__ = ["command_line", "describe_base_model", "describe_dataset", "installed_versions", "package_versions", "portable"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..errors import HUB_ERRORS, hub_error_reason
 from ..hub import PushError, prepare_repo, push_checkpoint, update_card
-from ..hub_errors import HUB_ERRORS, reason
 from ..metrics.speedup import compare_speeds
 from ..reports.plots import plot_pruning, plot_widths, save_sample_grid
 from ..reports.results import Results
@@ -32,7 +32,7 @@ def prepared_repository(args: Arguments) -> str:
     try:
         return prepare_repo(name, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
     except HUB_ERRORS as error:
-        raise ValueError(f"push_to_hub to {name} would fail: {reason(error)}") from error
+        raise ValueError(f"push_to_hub to {name} would fail: {hub_error_reason(error)}") from error
 
 
 def save_model(run: Run, state: TrainingState) -> None:
