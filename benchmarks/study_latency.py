@@ -10,8 +10,8 @@ kept with its distribution-free interval (`metrics/speedup.py`). Models are buil
 
     units           whole norm groups are kept: the model as it was
     native norms    channels of any number were kept, and norms had groups of unequal size. Here each norm has the largest
-                    number of equal groups, up to the dense model's, that divides its width. This is the least time that a
-                    model of these widths takes
+                    number of equal groups, up to the dense model's, that divides its width. This is about the least time
+                    that a model of these widths takes
     ragged norms    the same widths with groups of unequal size, as models of the earlier build run today (random channels)
     torch-pruning   Torch-Pruning prunes again at the ratio of the row; its widths do not depend on scores
 

@@ -157,7 +157,8 @@ def plot_speeds(path: Path, data: dict[str, Found], speeds: dict[str, Speeds]) -
                 times = [speeds[dataset][one][size].time for one in shown]
                 values = [[figure(run, dataset, metric) for run in found[one]] for one in shown]
                 means, errors = list(map(statistics.mean, values)), list(map(deviation, values))
-                axis.plot(times, means, "-", marker=marker, markersize=5, color=colour, label=title_of(name), zorder=3 if name == DEFAULT else 2)
+                front = 3 if name == DEFAULT else 2
+                axis.plot(times, means, marker=marker, markersize=5, color=colour, label=title_of(name), zorder=front)
                 axis.errorbar(times, means, errors, fmt="none", capsize=2, color=colour)
                 drawn += [run for one in shown for run in found[one]]
                 seen += means
