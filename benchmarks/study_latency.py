@@ -41,7 +41,6 @@ from study_records import (
     Run,
     load,
     load_channels,
-    title_of,
     widths_key,
     widths_of,
 )
@@ -182,7 +181,7 @@ def measure(
         for run in found.get(name, []):
             seed, widths = str(run["seed"]), widths_of(run, found)
             if widths is None:
-                print(f"{dataset}, {title_of(name)}, seed {seed}: no widths are known; not timed", flush=True)
+                print(f"{dataset}, {name}, seed {seed}: no widths are known; not timed", flush=True)
                 continue
             old = rows.get(name, {}).get(seed)
             fits = old is not None and old["widths"] == widths_key(widths)
@@ -201,7 +200,7 @@ def measure(
             removed = 1 - run["pruned"]["macs"] / run["dense"]["macs"]
             timed[key] = {"widths": key[0], "macs_removed": removed, "built": how, "speed": speed}
             shown = ", ".join(f"batch {n}: {s['speedup']:.3f}" for n, s in speed.items())
-            print(f"{dataset}, {title_of(name)}, seed {run['seed']} ({how}): {shown}", flush=True)
+            print(f"{dataset}, {name}, seed {run['seed']} ({how}): {shown}", flush=True)
         kept.setdefault(name, {})[str(run["seed"])] = timed[key]
         save(kept)
     save(kept)
