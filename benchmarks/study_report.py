@@ -3,8 +3,9 @@
     python benchmarks/study_report.py                       prints the tables
     python benchmarks/study_report.py --write               also updates README.md and benchmarks/README.md
 
-Times are computed from the measurements of `study_time.py`, for the settings that it measured. Tables in a document are
-between two comments, `<!-- study: NAME -->` and `<!-- end -->`; the text between them is replaced.
+Times of runs are computed from the measurements of `study_time.py`, for the settings that it measured. Speeds of pruned
+models are those of `study_latency.py`; a row whose widths have changed since has none. Tables in a document are between two
+comments, `<!-- study: NAME -->` and `<!-- end -->`; the text between them is replaced.
 """
 
 from __future__ import annotations
@@ -16,94 +17,63 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+from study_latency import OUTPUT as LATENCIES
+from study_plots import CURVES, ITERATIONS, curve, plot_budgets, plot_curves, plot_speeds
+from study_records import (
+    DISTANCE,
+    RESULTS,
+    ROOT,
+    TITLES,
+    Found,
+    decimals,
+    dense_distance,
+    figure,
+    load,
+    load_channels,
+    of_part,
+    spread,
+)
 from study_settings import DATASETS, SCORES, SETTINGS
+from study_speed import NOT_MEASURED, Speeds, batch_sizes, equal_time_table, load_speeds
 from study_time import OUTPUT as TIMES
 from study_time import seconds
 
 from diffusers_gfprune.errors import one_line_errors
 
-matplotlib.use("Agg")
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results/study"
 SENSITIVITY = ROOT / "benchmarks/results/sensitivity"
 APPROXIMATION = ROOT / "benchmarks/results/approximation.json"
 PICTURES = ROOT / "benchmarks/pictures"
+SPEED_PICTURE = "quality_over_measured_time.png"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
-DISTANCE = {"digits": "fd_pixels", "cifar10": "fd_efflite0"}
-TITLES = {"digits": "digits, 8x8", "cifar10": "CIFAR-10, 16x16"}
 COLUMNS = {"step_loss": "step loss", "distance": "", "ssim_to_dense": "SSIM to dense", "psnr_to_dense": "PSNR to dense"}
 
-Run = dict
-Found = dict[str, list[Run]]
+# The rows that the README shows
+RIVALS = ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
 
 
-def load(dataset: str, results: Path = RESULTS) -> Found:
-    """Runs by name of the setting, in the order of seeds."""
-    found = {}
-    for name in SETTINGS:
-        paths = sorted((results / dataset).glob(f"{name}-seed*.json"), key=lambda path: int(path.stem.rpartition("seed")[2]))
-        paths = [path for path in paths if re.fullmatch(rf"{re.escape(name)}-seed\d+", path.stem)]
-        if paths:
-            found[name] = [json.loads(path.read_text()) for path in paths]
-    return found
-
-
-def spread(values: Sequence[float], digits: int | None = None) -> str:
-    """Mean, and sample standard deviation of several values; by default with two decimals from 1 on, else with four."""
-    digits = decimals(statistics.mean(values)) if digits is None else digits
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def decimals(value: float) -> int:
-    """Number of decimals in tables."""
-    return 2 if abs(value) >= 1 else 4
-
-
-def figure(run: Run, dataset: str, column: str, which: str = "pruned") -> float | None:
-    """A figure of a run."""
-    return run[which].get(DISTANCE[dataset] if column == "distance" else column)
-
-
-def main_table(found: Found, dataset: str, names: Sequence[str]) -> str:
-    """A Markdown table of the named settings that have results, in the given order."""
+def main_table(found: Found, dataset: str, names: Sequence[str], speeds: Speeds | None = None) -> str:
+    """A Markdown table of the named settings that have results, in the given order, with speeds if any of them has one."""
     first = next(iter(found.values()))[0]
     distance = first["evaluation"]["distances"][DISTANCE[dataset]]["title"]
+    shown = {name: by_batch for name, by_batch in (speeds or {}).items() if name in names}
+    sizes = batch_sizes(shown)
     titles = [distance if name == "distance" else title for name, title in COLUMNS.items()]
+    titles += [f"times as fast, batch {size}" for size in sizes]
     lines = ["| setting | seeds | MACs | " + " | ".join(titles) + " |", "|---|---|---|" + "---|" * len(titles)]
     dense = [figure(first, dataset, name, "dense") for name in COLUMNS]
     cells = [
         "1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.{decimals(v)}f}" for name, v in zip(COLUMNS, dense)
-    ]
+    ] + ["1"] * len(sizes)
     lines.append(f"| dense | - | {first['dense']['macs'] / 1e6:.1f}M | " + " | ".join(cells) + " |")
     for name in names:
         setting, runs = SETTINGS[name], found.get(name, [])
         if not runs:
             continue
         cells = [spread([figure(run, dataset, column) for run in runs]) for column in COLUMNS]
+        cells += [str(shown.get(name, {}).get(size, "-")) for size in sizes]
         macs = statistics.mean(run["pruned"]["macs"] for run in runs) / 1e6
         lines.append(f"| {setting.title} | {len(runs)} | {macs:.1f}M | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def dense_distance(runs: Sequence[Run], dataset: str) -> float:
-    """The dense model's distance in runs that are shown together.
-
-    Raises:
-        ValueError: The distances differ.
-    """
-    found = [figure(run, dataset, "distance", "dense") for run in runs]
-    if max(found) > 1.01 * min(found):  # the last digits differ from machine to machine
-        raise ValueError(f"runs of {dataset} have dense distances from {min(found):.4g} to {max(found):.4g}: show them apart")
-    return found[0]
 
 
 def approximation_table(path: Path) -> str:
@@ -189,11 +159,6 @@ def iterations_table(found: Found, dataset: str) -> str:
     return "\n".join(lines)
 
 
-def of_part(part: str) -> list[str]:
-    """Names of the settings of a part of the study."""
-    return [setting.name for setting in SETTINGS.values() if setting.part == part]
-
-
 def peer_table(found: Found, dataset: str) -> str:
     """A table of the models pruned by Torch-Pruning."""
     lines = [
@@ -225,119 +190,6 @@ def time_table(data: dict[str, Found], times: dict) -> str:
     return "\n".join(lines)
 
 
-CURVES = {
-    "two-phase": ("gradient flow, two phases (default)", "tab:blue"),
-    "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
-    "one-shot-magnitude": ("magnitude, one-shot", "tab:green"),
-    "one-shot-gradient-flow": ("gradient flow, one-shot", "tab:purple"),
-    "paper": ("gradient flow as published, no teacher", "tab:red"),
-}
-# The rows that the README shows
-RIVALS = ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
-
-
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
-ITERATIONS = {name: (SETTINGS[name].title, colour) for name, colour in zip(of_part("iterations"), COLOURS)}
-
-
-def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric during a run, including its end."""
-    key = DISTANCE[dataset] if metric == "distance" else metric
-    curves = run["curves"]
-    return [*curves["quality_steps"], run["steps"]], [*curves["quality"][key], run["pruned"][key]]
-
-
-def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | None = None) -> None:
-    """Plot quality over steps or time, with a row per data set. Bands are standard deviations; dashed lines have one seed.
-
-    The first point of a curve does not affect the axis limits and may lie outside of the picture.
-
-    Args:
-        path: File of the picture.
-        data: Runs by data set; data sets without any of the shown settings are left out.
-        shown: Title and colour by setting.
-        times: Results of `study_time.py`, for quality over time.
-    """
-    data = {dataset: found for dataset, found in data.items() if any(name in found for name in shown)}
-    figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
-    for row, (dataset, found) in zip(axes, data.items()):
-        for axis, metric in zip(row, ("distance", "ssim_to_dense")):
-            seen: list[float] = []
-            drawn: list[Run] = []
-            for name, (title, colour) in shown.items():
-                runs = [run for run in found.get(name, []) if run["curves"].get("quality_steps")]
-                if not runs or (times is not None and name not in times[dataset]["settings"]):
-                    continue
-                steps = curve(runs[0], dataset, metric)[0]
-                values = list(zip(*(curve(run, dataset, metric)[1] for run in runs)))
-                places = [seconds(runs[0], step, times[dataset]) for step in steps] if times is not None else steps
-                means, deviations = list(map(statistics.mean, values)), list(map(deviation, values))
-                style = "-" if len(runs) > 1 else "--"
-                axis.plot(places, means, style, marker=".", label=title, color=colour)
-                low, high = ([m + sign * d for m, d in zip(means, deviations)] for sign in (-1, 1))
-                axis.fill_between(places, low, high, alpha=0.15, color=colour)
-                seen += [value for bounds in (low, high) for value in (bounds[1:] or bounds)]
-                drawn += runs
-            if not drawn:
-                continue
-            title = (
-                drawn[0]["evaluation"]["distances"][DISTANCE[dataset]]["title"] if metric == "distance" else "SSIM to dense"
-            )
-            if metric == "distance":
-                axis.set_yscale("log")
-                dense = dense_distance(drawn, dataset)
-                axis.axhline(dense, color="gray", linestyle=":", label="dense")
-                seen.append(dense)
-            if len(set(seen)) > 1:
-                margin = 0.3 * (max(seen) - min(seen))
-                axis.set_ylim(0.95 * min(seen) if metric == "distance" else min(seen) - margin, max(seen) + margin)
-            axis.set_title(f"{TITLES[dataset]}: {title}", fontsize=10)
-            axis.set_xlabel("training step" if times is None else "time of training and scoring, in dense training steps")
-    axes[0, 0].legend(fontsize=7)
-    _save(figure_, path)
-
-
-def plot_budgets(path: Path, data: dict[str, Found]) -> None:
-    """Plot quality over the removed share of MACs. Bars are standard deviations; hollow points have one seed."""
-    figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
-    for row, (dataset, found) in zip(axes, data.items()):
-        for axis, metric in zip(row, ("distance", "ssim_to_dense")):
-            drawn: list[Run] = []
-            for name in ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"):
-                points = []
-                for ending in ("-30", "", "-70"):
-                    drawn += found.get(name + ending, [])
-                    for run in found.get(name + ending, []):
-                        points.append((1 - run["pruned"]["macs"] / run["dense"]["macs"], figure(run, dataset, metric)))
-                groups: dict[float, list[float]] = {}
-                for share, value in points:
-                    groups.setdefault(round(share, 1), []).append(value)
-                if groups:
-                    shares = sorted(groups)
-                    means = [statistics.mean(groups[share]) for share in shares]
-                    errors = [deviation(groups[share]) for share in shares]
-                    title, colour = CURVES[name]
-                    axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=title, color=colour)
-                    single = [(100 * s, mean) for s, mean in zip(shares, means) if len(groups[s]) == 1]
-                    for place, mean in single:
-                        axis.plot(place, mean, "o", color=colour, markerfacecolor="white", zorder=3)
-            if metric == "distance" and drawn:
-                axis.axhline(dense_distance(drawn, dataset), color="gray", linestyle=":")
-            axis.set_title(
-                f"{TITLES[dataset]}: {'Fréchet distance' if metric == 'distance' else 'SSIM to dense'}", fontsize=10
-            )
-            axis.set_xlabel("MACs removed, %")
-            axis.set_xticks([30, 50, 70])
-    axes[0, 0].legend(fontsize=7)
-    _save(figure_, path)
-
-
-def _save(figure_, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure_.savefig(path, dpi=110)
-    plt.close(figure_)
-
-
 # Rows of other parts to compare the rows of a part with
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
@@ -347,17 +199,29 @@ BESIDE = {
 }
 
 
-def tables(data: dict[str, Found]) -> dict[str, str]:
-    """All tables of the documents, by name."""
+def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> dict[str, str]:
+    """All tables of the documents that are made for each data set, by name.
+
+    Args:
+        data: Runs by data set, those of `load_channels` included.
+        speeds: Their measured speeds.
+    """
+    speeds = speeds or {}
+
+    def rows(names: Callable[[], Sequence[str]]) -> Callable[[Found, str], str]:
+        return lambda found, dataset: main_table(found, dataset, names(), speeds.get(dataset))
+
     made: dict[str, Callable[[Found, str], str]] = {
-        "rivals": lambda found, dataset: main_table(found, dataset, RIVALS),
+        "rivals": rows(lambda: RIVALS),
         **{
-            part: (lambda found, dataset, part=part: main_table(found, dataset, (*BESIDE.get(part, ()), *of_part(part))))
+            part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part)))
             for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores")
         },
         "iterations": iterations_table,
         "revival": revival_table,
         "peer": peer_table,
+        "equal time": lambda found, dataset: equal_time_table(found, dataset, speeds.get(dataset, {}), 16),
+        "equal time 128": lambda found, dataset: equal_time_table(found, dataset, speeds.get(dataset, {}), 128),
     }
     return {f"{name} {dataset}": make(found, dataset) for name, make in made.items() for dataset, found in data.items()}
 
@@ -383,12 +247,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="Update the tables of the documents.")
     parser.add_argument("--times", type=Path, default=TIMES, help="Results of study_time.py.")
+    parser.add_argument("--latencies", type=Path, default=LATENCIES, help="Results of study_latency.py.")
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     args = parser.parse_args(argv)
     data = {dataset: found for dataset in DATASETS if (found := load(dataset, args.results))}
     if not data and not args.write:
         raise SystemExit(f"study_report.py: error: results={args.results} holds no results: run benchmarks/study.py first")
-    made = tables(data)
+    everything = {dataset: {**found, **load_channels(dataset, args.results)} for dataset, found in data.items()}
+    speeds = load_speeds(args.latencies, everything)
+    made = tables(everything, speeds)
+    # The picture exists only where speeds were measured
+    made["speed picture"] = (
+        f"![quality over measured time](pictures/{SPEED_PICTURE})" if any(speeds.values()) else NOT_MEASURED
+    )
     times = json.loads(args.times.read_text()) if args.times.is_file() else None
     if times is not None:
         made["time"] = time_table(data, times)
@@ -406,6 +277,8 @@ def main(argv: list[str] | None = None) -> None:
             plot_curves(args.pictures / "quality_at_rankings.png", data, ITERATIONS)
         if any(SETTINGS[name].part == "budget" for found in data.values() for name in found):
             plot_budgets(args.pictures / "quality_over_macs.png", data)
+        if any(speeds.values()):
+            plot_speeds(args.pictures / SPEED_PICTURE, everything, speeds)
     if args.write:
         for document in DOCUMENTS:
             write(document, made)

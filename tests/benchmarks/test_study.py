@@ -317,7 +317,7 @@ def test_the_whole_machinery_works(tmp_path: Path) -> None:
     times = tmp_path / "times.json"
     study_time.main(["--results", str(environment["results"]), "--output", str(times), "--repeats", "1"])
     words = ["--results", str(environment["results"]), "--pictures", str(environment["pictures"]), "--times", str(times)]
-    study_report.main(words)
+    study_report.main([*words, "--latencies", str(tmp_path / "none.json")])
     names = {path.name for path in environment["pictures"].iterdir()}
     endings = ("over_steps", "over_time", "over_macs", "at_rankings")
     assert names == {f"quality_{ending}.png" for ending in endings}

@@ -1,0 +1,180 @@
+"""Pictures of the study: quality over steps, over the time of a run, over MACs, and over measured time."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from study_records import DEFAULT, DISTANCE, TITLES, Found, Run, dense_distance, deviation, figure, of_part, title_of
+from study_settings import SETTINGS
+from study_speed import Speeds, batch_sizes, series
+from study_time import seconds
+
+matplotlib.use("Agg")
+
+CURVES = {
+    "two-phase": ("gradient flow, two phases (default)", "tab:blue"),
+    "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
+    "one-shot-magnitude": ("magnitude, one-shot", "tab:green"),
+    "one-shot-gradient-flow": ("gradient flow, one-shot", "tab:purple"),
+    "paper": ("gradient flow as published, no teacher", "tab:red"),
+}
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
+ITERATIONS = {name: (SETTINGS[name].title, colour) for name, colour in zip(of_part("iterations"), COLOURS)}
+
+
+def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric during a run, including its end."""
+    key = DISTANCE[dataset] if metric == "distance" else metric
+    curves = run["curves"]
+    return [*curves["quality_steps"], run["steps"]], [*curves["quality"][key], run["pruned"][key]]
+
+
+def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | None = None) -> None:
+    """Plot quality over steps or time, with a row per data set. Bands are standard deviations; dashed lines have one seed.
+
+    The first point of a curve does not affect the axis limits and may lie outside of the picture.
+
+    Args:
+        path: File of the picture.
+        data: Runs by data set; data sets without any of the shown settings are left out.
+        shown: Title and colour by setting.
+        times: Results of `study_time.py`, for quality over time.
+    """
+    data = {dataset: found for dataset, found in data.items() if any(name in found for name in shown)}
+    figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
+    for row, (dataset, found) in zip(axes, data.items()):
+        for axis, metric in zip(row, ("distance", "ssim_to_dense")):
+            seen: list[float] = []
+            drawn: list[Run] = []
+            for name, (title, colour) in shown.items():
+                runs = [run for run in found.get(name, []) if run["curves"].get("quality_steps")]
+                if not runs or (times is not None and name not in times[dataset]["settings"]):
+                    continue
+                steps = curve(runs[0], dataset, metric)[0]
+                values = list(zip(*(curve(run, dataset, metric)[1] for run in runs)))
+                places = [seconds(runs[0], step, times[dataset]) for step in steps] if times is not None else steps
+                means, deviations = list(map(statistics.mean, values)), list(map(deviation, values))
+                style = "-" if len(runs) > 1 else "--"
+                axis.plot(places, means, style, marker=".", label=title, color=colour)
+                low, high = ([m + sign * d for m, d in zip(means, deviations)] for sign in (-1, 1))
+                axis.fill_between(places, low, high, alpha=0.15, color=colour)
+                seen += [value for bounds in (low, high) for value in (bounds[1:] or bounds)]
+                drawn += runs
+            if not drawn:
+                continue
+            title = (
+                drawn[0]["evaluation"]["distances"][DISTANCE[dataset]]["title"] if metric == "distance" else "SSIM to dense"
+            )
+            if metric == "distance":
+                axis.set_yscale("log")
+                dense = dense_distance(drawn, dataset)
+                axis.axhline(dense, color="gray", linestyle=":", label="dense")
+                seen.append(dense)
+            if len(set(seen)) > 1:
+                margin = 0.3 * (max(seen) - min(seen))
+                axis.set_ylim(0.95 * min(seen) if metric == "distance" else min(seen) - margin, max(seen) + margin)
+            axis.set_title(f"{TITLES[dataset]}: {title}", fontsize=10)
+            axis.set_xlabel("training step" if times is None else "time of training and scoring, in dense training steps")
+    axes[0, 0].legend(fontsize=7)
+    _save(figure_, path)
+
+
+def plot_budgets(path: Path, data: dict[str, Found]) -> None:
+    """Plot quality over the removed share of MACs. Bars are standard deviations; hollow points have one seed."""
+    figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
+    for row, (dataset, found) in zip(axes, data.items()):
+        for axis, metric in zip(row, ("distance", "ssim_to_dense")):
+            drawn: list[Run] = []
+            for name in ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"):
+                points = []
+                for ending in ("-30", "", "-70"):
+                    drawn += found.get(name + ending, [])
+                    for run in found.get(name + ending, []):
+                        points.append((1 - run["pruned"]["macs"] / run["dense"]["macs"], figure(run, dataset, metric)))
+                groups: dict[float, list[float]] = {}
+                for share, value in points:
+                    groups.setdefault(round(share, 1), []).append(value)
+                if groups:
+                    shares = sorted(groups)
+                    means = [statistics.mean(groups[share]) for share in shares]
+                    errors = [deviation(groups[share]) for share in shares]
+                    title, colour = CURVES[name]
+                    axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=title, color=colour)
+                    single = [(100 * s, mean) for s, mean in zip(shares, means) if len(groups[s]) == 1]
+                    for place, mean in single:
+                        axis.plot(place, mean, "o", color=colour, markerfacecolor="white", zorder=3)
+            if metric == "distance" and drawn:
+                axis.axhline(dense_distance(drawn, dataset), color="gray", linestyle=":")
+            axis.set_title(
+                f"{TITLES[dataset]}: {'Fréchet distance' if metric == 'distance' else 'SSIM to dense'}", fontsize=10
+            )
+            axis.set_xlabel("MACs removed, %")
+            axis.set_xticks([30, 50, 70])
+    axes[0, 0].legend(fontsize=7)
+    _save(figure_, path)
+
+
+# Methods over measured time: those with several budgets are joined by a line
+TIMED = {
+    "two-phase": ("tab:blue", "o"),
+    "channels": ("tab:cyan", "o"),
+    "channels-ragged": ("tab:cyan", "x"),
+    "one-shot-gradient-flow": ("tab:purple", "s"),
+    "one-shot-diff-pruning": ("tab:orange", "s"),
+    "progressive-diff-pruning": ("tab:orange", "^"),
+    "one-shot-magnitude": ("tab:green", "s"),
+    "progressive-magnitude": ("tab:green", "^"),
+    "one-shot-taylor": ("tab:brown", "s"),
+    "progressive-taylor": ("tab:brown", "^"),
+    "one-shot-random": ("tab:gray", "s"),
+    "progressive-random": ("tab:gray", "^"),
+    "torch-pruning": ("tab:red", "D"),
+}
+
+
+def plot_speeds(path: Path, data: dict[str, Found], speeds: dict[str, Speeds]) -> None:
+    """Plot quality over measured time, with a row per data set and batch size. Bars are standard deviations over seeds.
+
+    Args:
+        path: File of the picture.
+        data: Runs by data set, those of `load_channels` included.
+        speeds: Their measured speeds, at least one.
+    """
+    rows = [(dataset, size) for dataset in data for size in batch_sizes(speeds[dataset])]
+    figure_, axes = plt.subplots(len(rows), 2, figsize=(10, 3.6 * len(rows)), squeeze=False, constrained_layout=True)
+    for row, (dataset, size) in zip(axes, rows):
+        found = data[dataset]
+        for axis, metric in zip(row, ("distance", "ssim_to_dense")):
+            drawn: list[Run] = []
+            seen: list[float] = []
+            for name, (colour, marker) in TIMED.items():
+                shown = [one for one in series(name, found, speeds[dataset]) if size in speeds[dataset][one]]
+                if not shown:
+                    continue
+                times = [speeds[dataset][one][size].time for one in shown]
+                values = [[figure(run, dataset, metric) for run in found[one]] for one in shown]
+                means, errors = list(map(statistics.mean, values)), list(map(deviation, values))
+                front = 3 if name == DEFAULT else 2
+                axis.plot(times, means, marker=marker, markersize=5, color=colour, label=title_of(name), zorder=front)
+                axis.errorbar(times, means, errors, fmt="none", capsize=2, color=colour)
+                drawn += [run for one in shown for run in found[one]]
+                seen += means
+            if metric == "distance" and drawn:
+                if max(seen) > 3 * min(seen):
+                    axis.set_yscale("log")
+                axis.axhline(dense_distance(drawn, dataset), color="gray", linestyle=":", label="dense")
+            title = "Fréchet distance" if metric == "distance" else "SSIM to dense"
+            axis.set_title(f"{TITLES[dataset]}, batch {size}: {title}", fontsize=10)
+            axis.set_xlabel("measured time of a forward, as a share of the dense model's")
+    named = {label: line for row in axes for line, label in zip(*row[0].get_legend_handles_labels())}
+    figure_.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, fontsize=8)
+    _save(figure_, path)
+
+
+def _save(figure_, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure_.savefig(path, dpi=110)
+    plt.close(figure_)
