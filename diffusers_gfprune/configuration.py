@@ -17,7 +17,7 @@ __all__ = ["PRESETS", "GFPruneConfig", "criterion_of"]
 DEVICES = ("auto", "cpu", "cuda")
 LATENCY_BACKENDS = ("eager", "compile")
 HVP_METHODS = ("exact", "finite-difference")
-SCORE_AT = ("dense", "masked")
+SCORE_AT = ("midpoint", "dense", "masked")
 AGGREGATIONS = ("signed", "abs", "sum_abs")
 HESSIAN_BATCHES = ("mean", "each")
 
@@ -118,13 +118,22 @@ class GFPruneConfig:
     aggregation: str = _choice(
         "sum_abs", AGGREGATIONS, "gradient-flow-weights: sum of theta * H g over a unit: sum, |sum| or sum of |.|."
     )
-    score_at: str = _choice("dense", SCORE_AT, "Score with all masks set to 1, or with the current masks.")
+    score_at: str | None = field(
+        default=None,
+        metadata={
+            "help": "Masks while scoring: all 1 (dense), the current ones (masked), or 0.5 for the units pruned so far "
+            "(midpoint). Default: midpoint for ranking=joint, otherwise dense. "
+            f"Choices: {', '.join(SCORE_AT)}.",
+            "choices": list(SCORE_AT),
+        },
+    )
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "How pruning is distributed over groups: the same share for all (group), more for groups with high cost "
-            "and low scores (sensitivity), or the lowest-scored units of all groups (global). Default: sensitivity for "
-            "gradient flow, group for other criteria. "
+            "help": "How pruning is distributed over groups: by the least predicted change of the predictions (joint, for "
+            "gradient-flow), the same share for all (group), more for groups with high cost and low scores (sensitivity), or "
+            "the lowest-scored units of all groups (global). Default: joint for gradient-flow, sensitivity for "
+            "gradient-flow-weights, group for other criteria. "
             f"Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },
@@ -170,6 +179,8 @@ class GFPruneConfig:
         for name in ("ranking", "sensitivity_exponent"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(criterion, name))
+        if self.score_at is None:
+            self.score_at = "midpoint" if self.ranking == "joint" else "dense"
         for name, choices in (
             ("target", TARGETS),
             ("target_device", DEVICES),
@@ -186,6 +197,10 @@ class GFPruneConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")
+        if self.ranking == "joint" and criterion.joint is None:
+            raise ValueError(f"ranking=joint must have a criterion that measures joint changes, not {self.criterion}")
+        if self.ranking == "joint" and self.score_at == "masked":
+            raise ValueError("score_at=masked must be midpoint or dense for ranking=joint: removed units have no derivative")
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio={self.ratio} must be between 0 and 1: it is the share of {self.target} to remove")
         if self.channel_multiple != "auto":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["RANKINGS", "Criterion", "criteria", "find_criterion", "register_criterion"]
 
-RANKINGS = ("group", "sensitivity", "global")
+RANKINGS = ("joint", "group", "sensitivity", "global")
 
 Score = Callable[..., dict[str, Tensor]]
 
@@ -25,6 +25,7 @@ class Criterion:
     Attributes:
         name: Name in `GFPruneConfig.criterion` and on the command line.
         function: Maps a `ScoringContext` to scores by group name, float32 with shape `(num_units,)`.
+        joint: Maps a `ScoringContext` to `JointScores`, for `ranking="joint"`; None if the criterion scores single units only.
         title: Title in tables (default: the name).
         derivatives: Order of the derivatives of the loss: 0, 1, or 2 if Hessian-vector products may be computed.
         needs_batches: Whether calibration batches are used; otherwise scores depend on weights only.
@@ -41,6 +42,7 @@ class Criterion:
 
     name: str
     function: Score
+    joint: Callable | None = None
     title: str = ""
     derivatives: int = 2
     needs_batches: bool = True
@@ -55,6 +57,8 @@ class Criterion:
         for name, choices in (("derivatives", (0, 1, 2)), ("ranking", RANKINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(map(str, choices))}")
+        if self.ranking == "joint" and self.joint is None:
+            raise ValueError("ranking=joint needs a function that measures joint changes: pass joint")
 
 
 _CRITERIA: dict[str, Criterion] = {}

@@ -1,21 +1,22 @@
 """GradientFlowPruner: progressive soft pruning, then hard pruning, then compaction (arXiv 2501.09464, section III).
 
-At each ranking, the units of channels (`channel_groups`) are scored (`importance`), the budget determines how many channels
-each group keeps (`budget`), and the masks of the lowest-scored units fall to the p_t of the schedule (`schedules`). All units
-are ranked again at the next update, and the mask of a unit returns to 1 when its rank recovers. Weights train throughout: the
+At each ranking, the units of channels (`channel_groups`) are scored (`scoring`), those that meet the budget with the least
+damage are chosen (`unit_choice`), and the masks of the others fall to the p_t of the schedule (`schedules`). All units are
+ranked again at the next update, and the mask of a unit returns to 1 when its rank recovers. Weights train throughout: the
 pruner only sets masks (`masking`).
 
 The defaults differ from the published form in three ways, each an option. Scores are gradient norms in the metric of
 predictions (`criterion="gradient-flow"`), which rank the units of a trained network better. Rankings are noisy: masks of the
 soft phase are interpolated linearly between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly
-higher (`revival_margin`). Layers differ in importance: scores also determine the share of channels that each group loses
-(`ranking="sensitivity"`).
+higher (`revival_margin`). Removals add up or cancel across the network: units of all groups are chosen together, by what they
+change jointly (`ranking="joint"`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,23 +33,13 @@ from .families.lookup import family_of
 from .latency.budget import measured_latency_model
 from .latency.calibration import LatencyCheck, latency_meter
 from .pruning import masking
-from .pruning.budget import (
-    BUDGET_TOLERANCE,
-    aligned_ladder,
-    allocate_by_sensitivity,
-    allocate_global,
-    allocate_per_group,
-    check_reachable,
-    hardware_multiple,
-    select_units,
-    width_ladder,
-)
-from .pruning.channel_groups import ChannelGroup, trace_channel_groups
+from .pruning.channel_groups import trace_channel_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
 from .scoring.context import check_batch
-from .scoring.importance import normalize_scores, score_units
+from .scoring.importance import average_scores, score_units, score_units_jointly
+from .unit_choice import UnitChoice, possible_widths
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
 
@@ -115,7 +106,7 @@ class GradientFlowPruner:
                 self.groups,
                 config.ratio,
                 config.latency_setting(),
-                lambda cost: self._choose_ladders(cost)[1],
+                lambda cost: possible_widths(cost, config, self._device_type())[1],
                 sample_size=sample_size,
                 attention_unit=config.attention_unit,
                 measurements=latency,
@@ -124,11 +115,12 @@ class GradientFlowPruner:
             )
             self.cost.seconds = self._latency_model.seconds
         self._plan_widths()
-        if self.widths_are_planned:
-            self._warn_if_missed()
+        if self.choice.widths_are_planned:
+            self.choice.warn_if_missed(self.cost.removed(config.target, self.planned_widths))
         masking.attach(unet, self.groups)
         self.kept = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in self.groups}
         self.scores: dict[str, Tensor] | None = None
+        self.changes: dict[str, Tensor] | None = None
         self.finished = False
         self._path: MaskPath | None = None
         self._by_hand = False  # whether masks were set explicitly since the last ranking
@@ -175,11 +167,6 @@ class GradientFlowPruner:
         self.kept = {name: (mask == 1).cpu() for name, mask in self.unit_masks.items()}
         self._path, self._by_hand = None, True
 
-    @property
-    def widths_are_planned(self) -> bool:
-        """Whether the run ends with `planned_widths`; otherwise widths depend on scores."""
-        return self.config.ranking == "group"
-
     def choose_units(
         self, scores: Mapping[str, Tensor], ratio: float | None = None, widths: np.ndarray | None = None
     ) -> dict[str, Tensor]:
@@ -192,14 +179,16 @@ class GradientFlowPruner:
 
         Returns:
             True for kept units by group name, each with shape `(num_units,)`.
+
+        Raises:
+            ValueError: `ranking="joint"` needs the joint changes of an earlier ranking, or widths.
         """
         ratio = self.config.ratio if ratio is None else ratio
-        if widths is None:
-            widths = self._allocate(ratio, scores)
-        return {
-            group.name: select_units(group, scores[group.name], int(width), self.config.attention_unit)
-            for group, width in zip(self.groups, widths)
-        }
+        if widths is None and self.config.ranking == "joint":
+            if self.changes is None:
+                raise ValueError("units were not ranked yet: ranking=joint needs joint changes, or pass widths")
+            return self.choice.joint_units(ratio, scores, self.changes)
+        return self.choice.best_units(scores, self.choice.widths(ratio, scores) if widths is None else widths)
 
     def kept_channels(self) -> np.ndarray:
         """Channels that each group keeps after the last ranking, int64 with shape `(groups,)`."""
@@ -207,66 +196,73 @@ class GradientFlowPruner:
 
     # --- the budget ---
 
+    def _device_type(self) -> str:
+        return next(self.unet.parameters()).device.type
+
     def _plan_widths(self) -> None:
-        """Compute the ladders, and the widths that do not depend on scores. Latency has been measured before."""
-        config = self.config
-        self.channel_multiple, self.ladders = self._choose_ladders(self.cost)
-        check_reachable(self.cost, config.target, config.ratio, self.ladders)
-        self.planned_widths = self._allocate(config.ratio)
-
-    def _choose_ladders(self, cost: CostModel) -> tuple[int, list[list[int]]]:
-        """The channel multiple, and the possible widths of each group.
-
-        With `channel_multiple="auto"`, the multiple is the largest block size, up to that of the target device, with which the
-        budget can be met.
-        """
-        config = self.config
-        multiple = config.channel_multiple
-        if multiple != "auto":
-            return multiple, [self._ladder(group, multiple) for group in self.groups]
-        device = next(self.unet.parameters()).device.type if config.target_device == "auto" else config.target_device
-        multiple = hardware_multiple(device, config.latency_dtype)
-        while True:
-            ladders = [aligned_ladder(group, multiple, config.min_keep_ratio, config.attention_unit) for group in self.groups]
-            widths = allocate_per_group(cost, config.target, config.ratio, ladders)
-            if multiple == 1 or abs(cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
-                return multiple, ladders
-            multiple //= 2
-
-    def _ladder(self, group: ChannelGroup, multiple: int) -> list[int]:
-        return width_ladder(group, multiple, self.config.min_keep_ratio, self.config.attention_unit)
+        """Compute the widths that are possible. Latency has been measured before."""
+        self.choice = UnitChoice(self.cost, self.config, self._device_type())
+        self.channel_multiple, self.ladders = self.choice.channel_multiple, self.choice.ladders
+        self.planned_widths = self.choice.planned_widths
 
     # --- the schedule ---
 
-    def _allocate(self, ratio: float, scores: Mapping[str, Tensor] | None = None) -> np.ndarray:
-        target = self.config.target
-        if ratio == 0:
-            return self.cost.dense
-        if scores is None or self.widths_are_planned:
-            return allocate_per_group(self.cost, target, ratio, self.ladders)
-        if self.config.ranking == "sensitivity":
-            ordered = [scores[group.name] for group in self.groups]
-            exponent = self.config.sensitivity_exponent
-            return allocate_by_sensitivity(self.cost, target, ratio, self.ladders, ordered, exponent)
-        comparable = normalize_scores(scores)
-        return allocate_global(self.cost, target, ratio, self.ladders, [comparable[group.name] for group in self.groups])
+    def _score(self, batches: Sequence[DiffusionBatch], pruned: Mapping[str, Tensor], decay: float) -> None:
+        """Score units, and average with earlier scores.
 
-    def _rank(self, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
-        """Scores for ranking: averaged over rankings, with a bonus for kept units."""
-        scores = score_units(self.unet, self.groups, batches, self.noise_scheduler, self.config)
-        # Scores decrease with the loss. Divided by their mean, all rankings have the same weight in the average.
-        scale = torch.cat([values.abs() for values in scores.values()]).mean().clamp_min(torch.finfo(torch.float32).tiny)
-        scores = {name: (values / scale).cpu() for name, values in scores.items()}
-        if self.scores is not None:
-            decay = self.config.score_decay
-            scores = {name: decay * self.scores[name] + (1 - decay) * values for name, values in scores.items()}
-        self.scores = scores
-        margin = self.config.revival_margin
+        Args:
+            batches: Calibration batches.
+            pruned: Units whose masks are 1/2 with `score_at="midpoint"`, bool by group name.
+            decay: Weight of the earlier scores, in [0, 1).
+        """
+        arguments = (self.unet, self.groups, batches, self.noise_scheduler, self.config)
+        halved = {name: torch.where(units, 0.5, 1.0) for name, units in pruned.items()}
+        at_midpoint = self.config.score_at == "midpoint"
+        with self.unet.channel_masks.replaced(halved) if at_midpoint else nullcontext():
+            if self.config.ranking == "joint":
+                joint = score_units_jointly(*arguments)
+                latest = joint.scores, joint.changes
+            else:
+                latest = score_units(*arguments), None
+        self.scores, self.changes = average_scores((self.scores, self.changes), latest, decay)
+
+    def _rank(self, batches: Sequence[DiffusionBatch], share: float) -> dict[str, Tensor]:
+        """Score units, and choose those to keep at a share of the budget."""
+        first = self.scores is None
+        self._score(batches, {name: ~kept for name, kept in self.kept.items()}, self.config.score_decay)
+        chosen = self._choose(share)
+        if first and self.config.score_at == "midpoint":
+            self._score(batches, {name: ~kept for name, kept in chosen.items()}, decay=0.0)
+            chosen = self._choose(share)
+        return chosen
+
+    def _choose(self, share: float) -> dict[str, Tensor]:
+        """Units to keep at a share of the budget.
+
+        A pruned unit is revived only if it is clearly better: kept units have a bonus. Once a ranking has met the whole
+        budget, widths are fixed, and units are only exchanged within their groups. Scores change slightly between rankings;
+        with binary masks, moving one unit from a group to another would raise the loss without a gain.
+        """
+        ratio, margin, ranking = share * self.config.ratio, self.config.revival_margin, self.config.ranking
+        pruned = any((~kept).any() for kept in self.kept.values())
         # In float64: in float32, adding a large bonus would lose digits of the scores of kept units.
-        return {
-            name: values.double() + margin * values.abs().mean() * self.kept[name] if (~self.kept[name]).any() else values
-            for name, values in scores.items()
+        bonus = {
+            name: margin * values.double().abs().mean() * self.kept[name]
+            for name, values in self.scores.items()
+            if (pruned if ranking == "joint" else (~self.kept[name]).any())
         }
+        fixed = False
+        if self.history and not self._by_hand and ranking in ("joint", "sensitivity"):
+            fixed = share == self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step)) == 1
+        if ranking == "joint":
+            start = self.kept if fixed else None
+            return self.choice.joint_units(ratio, self.scores, self.changes, bonus, start)
+        ranked = {name: values + bonus.get(name, 0) for name, values in self.scores.items()}
+        if fixed:
+            widths = self.kept_channels()
+        else:  # the bonus would bias sensitivities
+            widths = self.choice.widths(ratio, self.scores if ranking == "sensitivity" else ranked)
+        return self.choice.best_units(ranked, widths)
 
     def step(
         self,
@@ -302,17 +298,17 @@ class GradientFlowPruner:
             if not self.history:
                 raise ValueError(f"step={step} is after the last ranking, but units were never ranked: call step() from 0 on")
             self.finished = True
-            if not self.widths_are_planned:
-                self._warn_if_missed()
+            self.changes = None  # large, and not needed again
+            if not self.choice.widths_are_planned:
+                self.choice.warn_if_missed(self.history[-1].sparsity)
         return update
 
     def _update(self, step: int, batches: Sequence[DiffusionBatch]) -> MaskUpdate:
         for batch in batches if find_criterion(self.config.criterion).needs_batches else ():
             check_batch(self.unet, self.noise_scheduler, batch)
-        ranked = self._rank(batches)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
-        chosen = self.choose_units(ranked, share * self.config.ratio, self._widths_by_sensitivity(share))
+        chosen = self._rank(batches, share)
         starts = {name: mask.float().cpu() for name, mask in self.unit_masks.items()}
         found = {"averaged scores": self.scores, "kept units": chosen, "masks": starts}
         check_identical({f"{what} of {name}": tensors[name] for what, tensors in found.items() for name in tensors})
@@ -336,21 +332,6 @@ class GradientFlowPruner:
         self.history.append(update)
         return update
 
-    def _widths_by_sensitivity(self, share: float) -> np.ndarray | None:
-        """Kept channels of each group at a share of the budget, with shape `(groups,)`; None for other rankings.
-
-        Widths depend on the averaged scores without the bonus of kept units, which would bias them. Once a ranking has met
-        the whole budget, widths are fixed, and units are only exchanged within their groups. Sensitivities change slightly
-        between rankings; with binary masks, moving one unit from a group to another would raise the loss without a gain.
-        """
-        if self.config.ranking != "sensitivity":
-            return None
-        if self.history and not self._by_hand:
-            before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
-            if share == before == 1:
-                return self.kept_channels()
-        return self._allocate(share * self.config.ratio, self.scores)
-
     def _follow_path(self, step: int) -> None:
         """Set masks to their position at `step` between the last ranking and its goal."""
         if self._path is None:
@@ -358,21 +339,6 @@ class GradientFlowPruner:
         done = step >= self._path.goal_step
         self.unet.channel_masks.set(self._path.at(step), check=done)  # heads may differ until the goal
         self._path = None if done else self._path
-
-    def _warn_if_missed(self) -> None:
-        """Warn if the allowed widths cannot meet the budget."""
-        share = self.history[-1].sparsity if self.history else self.cost.removed(self.config.target, self.planned_widths)
-        if abs(share - self.config.ratio) > BUDGET_TOLERANCE:
-            logger.warning(
-                "ratio=%.3f of %s is not met: the nearest with whole norm groups, channel_multiple=%d, attention_unit=%s, "
-                "min_keep_ratio=%g is %.3f",
-                self.config.ratio,
-                self.config.target,
-                self.channel_multiple,
-                self.config.attention_unit,
-                self.config.min_keep_ratio,
-                share,
-            )
 
     # --- checkpoints ---
 
@@ -386,7 +352,15 @@ class GradientFlowPruner:
         """
         masks = {name: mask.float() for name, mask in self.unit_masks.items()}
         state = PrunerState(
-            masks, self.kept, self.scores, self._path, self.history, self.finished, self._by_hand, self.latency
+            masks,
+            self.kept,
+            self.scores,
+            self.changes,
+            self._path,
+            self.history,
+            self.finished,
+            self._by_hand,
+            self.latency,
         )
         return state.to_dict()
 
@@ -406,6 +380,8 @@ class GradientFlowPruner:
         found = PrunerState.from_dict(state, self.groups)
         if (found.latency is None) != (self.latency is None):
             raise ValueError(f"the pruner's state must have the same target as this pruner, target={self.config.target}")
+        if self.config.ranking == "joint" and found.history and not (found.finished or found.changes):
+            raise ValueError("the pruner's state must have joint changes for ranking=joint: it was saved with another ranking")
         if found.latency is not None:
             self._latency_model.load_dict(found.latency["model"])
             self.latency = found.latency
@@ -414,7 +390,8 @@ class GradientFlowPruner:
             self.unet.channel_masks.set(found.masks, check=False)  # heads may differ until the goal
         else:
             self._last_masks = found.masks
-        self.kept, self.scores, self.history = found.kept, found.scores, found.history
+        self.kept, self.history = found.kept, found.history
+        self.scores, self.changes = found.scores, found.changes
         self.finished, self._path, self._by_hand = found.finished, found.path, found.by_hand
 
     # --- the end ---

@@ -117,6 +117,16 @@ class ChannelMasks(nn.Module):
         finally:
             self.all_ones = before
 
+    @contextmanager
+    def replaced(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
+        """Context in which the model runs with other masks by group name, each with shape `(num_units,)`."""
+        before = self.as_dict()
+        self.set(masks, check=False)
+        try:
+            yield
+        finally:
+            self.set(before, check=False)
+
 
 class MaskVector(nn.Module):
     """The mask along one dimension of a parameter, concatenated from the masks of its groups.

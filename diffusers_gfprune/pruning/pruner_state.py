@@ -3,6 +3,7 @@
     tensors   masks/<group>        current mask of the model, float32 in [0, 1]
               kept/<group>         units kept by the last ranking, bool
               scores/<group>       averaged scores, float32                                after the first ranking
+              changes/<group>      averaged joint changes, float32 with shape (rows, num_units)     with ranking="joint"
               path_start/<group>   masks at the step of the last ranking                   while masks move
               path_goal/<group>    masks at the goal step of the last ranking              while masks move
     values    groups               number of units by group name
@@ -11,8 +12,9 @@
               finished, by_hand    bool
               latency              measured times for a latency budget (`latency.budget`), or null
 
-All tensors have the shape `(num_units,)`. Group names contain dots, but no slashes. Tensors are stored as safetensors, values
-as JSON, which restore every number bit for bit. Schedule and options are not stored: they follow from the configuration.
+All other tensors have the shape `(num_units,)`. Group names contain dots, but no slashes. Tensors are stored as safetensors,
+values as JSON, which restore every number bit for bit. Schedule and options are not stored, as they follow from the
+configuration.
 """
 
 from __future__ import annotations
@@ -95,6 +97,8 @@ class PrunerState:
         masks: Masks by group name, float32 with shape `(num_units,)`.
         kept: Units kept by the last ranking, bool.
         scores: Averaged scores, None before the first ranking.
+        changes: Averaged joint changes, each with shape `(rows, num_units)`; None before the first ranking and for rankings
+            that do not use them.
         path: Interpolation of masks, None while masks are constant.
         history: One entry per ranking.
         finished: Whether masks are frozen.
@@ -105,6 +109,7 @@ class PrunerState:
     masks: dict[str, Tensor]
     kept: dict[str, Tensor]
     scores: dict[str, Tensor] | None = None
+    changes: dict[str, Tensor] | None = None
     path: MaskPath | None = None
     history: list[MaskUpdate] = field(default_factory=list)
     finished: bool = False
@@ -113,7 +118,7 @@ class PrunerState:
 
     def to_dict(self) -> dict:
         """`{"tensors": {flat name: tensor on the CPU}, "values": JSON values}`."""
-        families = {"masks": self.masks, "kept": self.kept, "scores": self.scores or {}}
+        families = {"masks": self.masks, "kept": self.kept, "scores": self.scores or {}, "changes": self.changes or {}}
         if self.path is not None:
             families |= {"path_start": self.path.starts, "path_goal": self.path.goals}
         return {
@@ -153,6 +158,7 @@ class PrunerState:
         _check_groups(theirs, sizes)
         wanted = {"masks": torch.float32, "kept": torch.bool}
         wanted |= {"scores": torch.float32} if history else {}
+        wanted |= {"changes": torch.float32} if any(name.startswith("changes/") for name in tensors) else {}
         wanted |= {"path_start": torch.float32, "path_goal": torch.float32} if path else {}
         found: dict[str, dict[str, Tensor]] = {
             family: {name: _read_tensor(tensors, family, group, dtype) for name, group in sizes.items()}
@@ -160,6 +166,8 @@ class PrunerState:
         }
         if tensors:
             raise ValueError(f"the pruner's state has {len(tensors)} unexpected tensors, such as {next(iter(tensors))}")
+        if len({len(changes) for changes in found.get("changes", {}).values()}) > 1:
+            raise ValueError("joint changes of the pruner's state must have the same number of rows in all groups")
         masks, kept = found["masks"], found["kept"]
         moving = _read_path(path, found["path_start"], found["path_goal"]) if path else None
         for name, group in sizes.items():
@@ -172,7 +180,16 @@ class PrunerState:
         if count != expected and not flags["by_hand"]:
             raise ValueError(f"the pruner's state keeps {count} units, but its history has {expected}")
         # Checkpoints of earlier versions have no latency
-        return cls(masks, kept, found.get("scores"), moving, history, **flags, latency=values.get("latency"))
+        return cls(
+            masks,
+            kept,
+            found.get("scores"),
+            found.get("changes"),
+            moving,
+            history,
+            **flags,
+            latency=values.get("latency"),
+        )
 
 
 def _check_groups(theirs: Mapping[str, int], groups: Mapping[str, ChannelGroup]) -> None:
@@ -192,10 +209,11 @@ def _read_tensor(tensors: dict[str, Tensor], family: str, group: ChannelGroup, d
     if name not in tensors:
         raise ValueError(f"the pruner's state has no {name}")
     tensor = tensors.pop(name)
-    if tensor.shape != (group.num_units,) or tensor.dtype != dtype:
+    rows = tensor.shape[: tensor.ndim - 1] if family == "changes" else ()
+    if tensor.shape != (*rows, group.num_units) or tensor.dtype != dtype or len(rows) != (family == "changes"):
+        shape = f"(rows, {group.num_units})" if family == "changes" else f"({group.num_units},)"
         raise ValueError(
-            f"{name} of the pruner's state is {tensor.dtype} with shape {tuple(tensor.shape)}, not {dtype} with shape "
-            f"({group.num_units},)"
+            f"{name} of the pruner's state is {tensor.dtype} with shape {tuple(tensor.shape)}, not {dtype} with shape {shape}"
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} of the pruner's state contains NaN or infinity")

@@ -20,9 +20,24 @@ from ..families.lookup import family_of
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.masking import dense_parameters
 
-__all__ = ["Scores", "ScoringContext", "check_batch"]
+__all__ = ["JointScores", "Scores", "ScoringContext", "check_batch"]
 
 Scores = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class JointScores:
+    """Scores of single units, and what units change together.
+
+    Attributes:
+        scores: Scores by group name, float32 with shape `(num_units,)`.
+        changes: Changes along random directions by group name, float32 with shape `(rows, num_units)`; the same rows in all
+            groups. The mean squared change of the predictions when a set of units is removed is, to first order, the sum of
+            squares over rows of the sum over units.
+    """
+
+    scores: Scores
+    changes: dict[str, Tensor]
 
 
 def check_batch(unet: nn.Module, noise_scheduler, batch: DiffusionBatch) -> None:

@@ -25,7 +25,8 @@ A criterion is a function that maps a `ScoringContext` to scores by group name, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,12 @@ from ..criteria import Criterion, find_criterion, register_criterion
 from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, gather_rows
 from ..pruning.channel_groups import ChannelGroup
-from .context import Scores, ScoringContext
+from .context import JointScores, Scores, ScoringContext
 from .hessian_product import HESSIAN_PRODUCTS
 from .mode import scoring_mode
-from .natural_gradient import prediction_changes
+from .natural_gradient import joint_changes, prediction_changes
 
-__all__ = ["ScoringContext", "normalize_scores", "score_units"]
+__all__ = ["ScoringContext", "average_scores", "normalize_scores", "score_units", "score_units_jointly"]
 
 # For criteria that do not use images
 WEIGHTS_ONLY = {"derivatives": 0, "needs_batches": False, "passes": 0.0}
@@ -91,6 +92,42 @@ def score_units(
         ValueError: The criterion is unknown, batches are missing, shapes of batches differ between ranks, or scores are not
             finite or differ between ranks. The last three are raised on all ranks.
     """
+    with _scoring(unet, groups, batches, noise_scheduler, config) as (criterion, context):
+        scores = criterion.function(context)
+    _check_scores(scores)
+    return scores
+
+
+def score_units_jointly(
+    unet: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Sequence[DiffusionBatch],
+    noise_scheduler,
+    config: GFPruneConfig,
+) -> JointScores:
+    """`score_units` with the joint changes of units, for a criterion that measures them (`Criterion.joint`).
+
+    Raises:
+        ValueError: As `score_units`, or the criterion does not measure joint changes.
+    """
+    if find_criterion(config.criterion).joint is None:
+        raise ValueError(f"criterion={config.criterion} does not measure joint changes")
+    with _scoring(unet, groups, batches, noise_scheduler, config) as (criterion, context):
+        joint = criterion.joint(context)
+    _check_scores(joint.scores)
+    check_identical({f"joint changes of {name}": values for name, values in joint.changes.items()})
+    return joint
+
+
+@contextmanager
+def _scoring(
+    unet: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Sequence[DiffusionBatch],
+    noise_scheduler,
+    config: GFPruneConfig,
+) -> Iterator[tuple[Criterion, ScoringContext]]:
+    """Context in which a criterion can be computed: batches are checked, and the model is in `scoring_mode`."""
     criterion = find_criterion(config.criterion)
     _check_batches(batches, criterion)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
@@ -104,10 +141,53 @@ def score_units(
         keep_activations=criterion.keeps_activations,
     )
     with mode:
-        scores = criterion.function(context)
+        yield criterion, context
+
+
+def _check_scores(scores: Scores) -> None:
     _check_finite(scores)
     check_identical({f"scores of {name}": values for name, values in scores.items()})
-    return scores
+
+
+def average_scores(
+    before: tuple[Scores | None, Scores | None], latest: tuple[Scores, Scores | None], decay: float
+) -> tuple[Scores, Scores | None]:
+    """Moving average of scores and joint changes over rankings.
+
+    Scores decrease with the loss. Divided by their mean, all rankings have the same weight. Rows of joint changes come from
+    independent random directions with mean 0, so that the sum of rows with the square roots of the weights has the averaged
+    square (`natural_gradient`).
+
+    Args:
+        before: Averaged scores by group name and joint changes, both None before the first ranking.
+        latest: Scores of this ranking, and its joint changes or None.
+        decay: Weight of `before`, in [0, 1).
+
+    Returns:
+        Averaged scores on the CPU, float32 with shape `(num_units,)`, and joint changes, likewise with shape
+        `(rows, num_units)`, or None.
+    """
+    scores, changes = latest
+    scale = torch.cat([values.abs() for values in scores.values()]).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    scores = {name: (values / scale).cpu() for name, values in scores.items()}
+    if changes is not None:
+        changes = {name: (values / scale.sqrt()).cpu() for name, values in changes.items()}
+    older_scores, older_changes = before
+    if older_scores is not None:
+        scores = {name: decay * older_scores[name] + (1 - decay) * values for name, values in scores.items()}
+    if older_changes is not None and changes is not None:
+        changes = {
+            name: _stacked(decay**0.5 * older_changes[name], (1 - decay) ** 0.5 * values) for name, values in changes.items()
+        }
+    return scores, changes
+
+
+def _stacked(older: Tensor, newer: Tensor) -> Tensor:
+    """Row by row the sum of two tables; rows that only one of them has are appended."""
+    longer, shorter = (older, newer) if len(older) >= len(newer) else (newer, older)
+    total = longer.clone()
+    total[: len(shorter)] += shorter
+    return total
 
 
 def normalize_scores(scores: Scores) -> Scores:
@@ -134,8 +214,9 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
     "gradient-flow",
     title="gradient flow",
     derivatives=1,
+    joint=joint_changes,
     keeps_activations=True,  # hooks do not see the outputs that checkpointing recomputes
-    ranking="sensitivity",
+    ranking="joint",
     passes=2.0,
     memory=1.7,
 )

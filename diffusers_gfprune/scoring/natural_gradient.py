@@ -24,11 +24,17 @@ With random probes r ~ N(0, I), a few for each image, one backward computes it f
 
     E (r^T df/dm_c)^2 = |v_c|^2          r^T df/dm_c = sum over layers l that produce c, and positions, of  h_l,c dr^T f/dh_l,c
 
-since a mask multiplies the outputs h of the layers that produce its channel. Gradients of weights are not computed.
+since a mask multiplies the outputs h of the layers that produce its channel (here at m_c = 1; otherwise divided by m_c).
+Gradients of weights are not computed.
 
 The score of a unit is the sum of I_c over its channels. The derivative by the single mask value of a unit would give the
 square of a sum of terms that cancel: to first order, a norm undoes a common factor of its group, but not a removal. On the
 digits and CIFAR-10 models of the study, the sum of squares gave the lower loss directly after pruning half of the MACs.
+
+The values r^T df/dm_u of the same probes, summed over the channels of a unit, tell what units change together: for a set R of
+units, |sum_{u in R} v_u|^2 = E (sum_{u in R} r^T df/dm_u)^2 (`pruning.joint`). They are kept as rows, one for each image and
+probe. Probes are independent with mean 0, so that adding two rows, of different images or of different rankings, leaves the
+expected square unchanged: at most `ROWS` rows are kept, and an average over rankings has as many.
 """
 
 from __future__ import annotations
@@ -41,12 +47,15 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import DiffusionBatch
-from ..distributed import check_identical, mean_over_ranks
-from .context import Scores, ScoringContext
+from ..distributed import check_identical, gather_rows, mean_over_ranks
+from ..pruning.channel_groups import ChannelGroup
+from ..pruning.masking import MASKS_MODULE
+from .context import JointScores, Scores, ScoringContext
 
-__all__ = ["PROBES", "prediction_changes"]
+__all__ = ["PROBES", "joint_changes", "prediction_changes"]
 
 PROBES = 4  # per image; each costs a backward pass without weight gradients
+ROWS = 1024  # of joint changes
 
 
 def prediction_changes(context: ScoringContext) -> Scores:
@@ -61,8 +70,24 @@ def prediction_changes(context: ScoringContext) -> Scores:
     Raises:
         ValueError: Weights differ between ranks, which a mean over ranks would hide.
     """
+    return joint_changes(context).scores
+
+
+def joint_changes(context: ScoringContext) -> JointScores:
+    """`prediction_changes`, and the changes of units along each probe.
+
+    Args:
+        context: The model, in `scoring_mode`, and batches.
+
+    Returns:
+        Scores, and changes with at most `ROWS` rows, from the images of all ranks.
+
+    Raises:
+        ValueError: Weights differ between ranks, which a mean over ranks would hide.
+    """
     check_identical({f"values of {name}": parameter for name, parameter in context.parameters.items()})
     total = {group.name: torch.zeros(group.num_units, device=context.device) for group in context.groups}
+    rows: dict[str, list[Tensor]] = {group.name: [] for group in context.groups}
     images = 0
     with _outputs_kept(context) as outputs:
         for batch in context.batches:
@@ -75,12 +100,24 @@ def prediction_changes(context: ScoringContext) -> Scores:
                     name: _over_positions(context.unet.get_submodule(name), output.detach() * gradient)
                     for (name, output), gradient in zip(outputs.items(), gradients)
                 }
-                for name, values in _by_group(context, along):
-                    total[name] += values / predictions[0].numel()
+                values_of_image = predictions[0].numel()
+                for group, values in _by_group(context, along):
+                    total[group.name] += group.unit_sums(values.square().sum(dim=0).float()) / values_of_image
+                    rows[group.name].append(gather_rows(group.unit_sums(values).float() / values_of_image**0.5))
             images += len(predictions)
             outputs.clear()
     mean_over_ranks(total.values())
-    return {name: values / (images * PROBES) for name, values in total.items()}
+    scores = {name: values / (images * PROBES) for name, values in total.items()}
+    return JointScores(scores, {name: _folded(torch.cat(values)) for name, values in rows.items()})
+
+
+def _folded(rows: Tensor) -> Tensor:
+    """At most `ROWS` rows, whose sum of squares is the mean of squares over the given rows in expectation."""
+    scaled = rows / len(rows) ** 0.5
+    folded = scaled[:ROWS].clone()
+    for part in scaled[ROWS:].split(ROWS):
+        folded[: len(part)] += part
+    return folded
 
 
 @contextmanager
@@ -107,16 +144,20 @@ def _over_positions(module: nn.Module, values: Tensor) -> Tensor:
     return values.flatten(2).sum(dim=2)  # (batch, channels, ...)
 
 
-def _by_group(context: ScoringContext, along: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Sum over the layers of each group, square, and sum over images and channels of a unit, to shape `(num_units,)`."""
+def _by_group(context: ScoringContext, along: dict[str, Tensor]) -> Iterator[tuple[ChannelGroup, Tensor]]:
+    """r^T df/dm_c of the channels of each group, summed over its layers, with shape `(batch, num_channels)`."""
+    masks = getattr(context.unet, MASKS_MODULE, None)
     for group in context.groups:
-        found = None
-        for piece in group.slices:
-            # The output of a layer includes its bias
-            if piece.role != "input" and piece.parameter == "weight":
-                part = along[piece.module][:, list(piece.positions)]
-                found = part if found is None else found + part
-        yield group.name, group.unit_sums(found.square().sum(dim=0).float())
+        # The output of a layer includes its bias
+        values = sum(
+            along[piece.module][:, list(piece.positions)]
+            for piece in group.slices
+            if piece.role != "input" and piece.parameter == "weight"
+        )
+        if masks is not None and not masks.all_ones:  # outputs have the factor m_c; where it is 0, so is the derivative
+            mask = group.per_channel(masks[group.name]).to(values)
+            values = values / torch.where(mask == 0, 1, mask)
+        yield group, values
 
 
 def _probe(batch: DiffusionBatch, number: int) -> Tensor:

@@ -77,7 +77,13 @@ def check_hessian_gradient_product(
         `|exact - difference| / |exact|` over all units of all groups.
     """
     exact, difference = (
-        score_units(unet, groups, batches, noise_scheduler, replace(config, criterion="gradient-flow-weights", hvp=hvp))
+        score_units(
+            unet,
+            groups,
+            batches,
+            noise_scheduler,
+            replace(config, criterion="gradient-flow-weights", ranking=None, score_at=None, hvp=hvp),
+        )
         for hvp in ("exact", "finite-difference")
     )
     exact, difference = ({name: values.double().cpu() for name, values in scores.items()} for scores in (exact, difference))
@@ -122,7 +128,11 @@ def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[Diffusi
         raise ValueError("units were not ranked yet; compare after the first update")
     if not hasattr(pruner.unet, MASKS_MODULE):
         raise ValueError("the model has no masks; compare before detach()")
-    unet, groups, config = pruner.unet, pruner.groups, replace(pruner.config, criterion="magnitude")
+    unet, groups, config = (
+        pruner.unet,
+        pruner.groups,
+        replace(pruner.config, criterion="magnitude", ranking=None, score_at=None),
+    )
     magnitude = score_units(unet, groups, [], pruner.noise_scheduler, config)
     magnitude = {name: values.cpu() for name, values in magnitude.items()}
     everything = {group.name: torch.ones(group.num_units) for group in groups}

@@ -52,14 +52,14 @@ def describe_plan(
         + ("that fill blocks" if config.channel_multiple == "auto" else "in multiples")
         + f" of {pruner.channel_multiple} channels, as far as whole units allow",
         "",
-        f"  {'channel group':44}{'dense':>7}{'units':>7}{'planned' if pruner.widths_are_planned else 'even cut':>9}",
+        f"  {'channel group':44}{'dense':>7}{'units':>7}{'planned' if pruner.choice.widths_are_planned else 'even cut':>9}",
     ]
     lines += [
         f"  {group.name:44}{group.num_channels:>7}{group.num_units:>7}{int(width):>9}"
         + (f"   ({group.heads} heads)" if group.heads > 1 else "")
         for group, width in zip(pruner.groups, pruner.planned_widths)
     ]
-    if not pruner.widths_are_planned:
+    if not pruner.choice.widths_are_planned:
         lines.append(f"  (ranking={config.ranking} will choose other widths, by scores, at the same {config.target})")
     for name in COUNTED_TARGETS:
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)

@@ -1,0 +1,153 @@
+"""From scores to the units that are kept: possible widths, the share that each group loses, and the units in each group.
+
+    scores, joint changes  ->  widths of groups that meet the budget  ->  the best units of each group
+
+`GFPruneConfig.ranking` determines how. `joint` chooses widths and units together (`pruning.joint`). The others first allocate
+widths (`pruning.budget`), then keep the highest-scored units of each group.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from .configuration import GFPruneConfig
+from .pruning.budget import (
+    BUDGET_TOLERANCE,
+    aligned_ladder,
+    allocate_by_sensitivity,
+    allocate_global,
+    allocate_per_group,
+    check_reachable,
+    hardware_multiple,
+    select_units,
+    width_ladder,
+)
+from .pruning.cost_model import CostModel
+from .pruning.joint import SEPARATE, UnitDamage, choose_jointly, exchange_units
+from .scoring.importance import normalize_scores
+
+__all__ = ["UnitChoice", "possible_widths"]
+
+logger = logging.getLogger(__name__)
+
+
+def possible_widths(cost: CostModel, config: GFPruneConfig, device_type: str) -> tuple[int, list[list[int]]]:
+    """The channel multiple, and the possible widths of each group.
+
+    With `channel_multiple="auto"`, the multiple is the largest block size, up to that of the target device, with which the
+    budget can be met.
+
+    Args:
+        cost: The cost model.
+        config: All options.
+        device_type: PyTorch's type of the device used for pruning, for `target_device="auto"`.
+    """
+    multiple, least, attention_unit = config.channel_multiple, config.min_keep_ratio, config.attention_unit
+    if multiple != "auto":
+        return multiple, [width_ladder(group, multiple, least, attention_unit) for group in cost.groups]
+    device = device_type if config.target_device == "auto" else config.target_device
+    multiple = hardware_multiple(device, config.latency_dtype)
+    while True:
+        ladders = [aligned_ladder(group, multiple, least, attention_unit) for group in cost.groups]
+        widths = allocate_per_group(cost, config.target, config.ratio, ladders)
+        if multiple == 1 or abs(cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
+            return multiple, ladders
+        multiple //= 2
+
+
+class UnitChoice:
+    """Chooses units for a budget.
+
+    Attributes:
+        channel_multiple: Widths below the dense one are multiples of this.
+        ladders: Possible widths of each group.
+        planned_widths: Widths with the same share of every group, which do not depend on scores.
+
+    Args:
+        cost: The cost model.
+        config: All options.
+        device_type: PyTorch's type of the device used for pruning.
+
+    Raises:
+        ValueError: The budget cannot be met.
+    """
+
+    def __init__(self, cost: CostModel, config: GFPruneConfig, device_type: str) -> None:
+        self.cost, self.config = cost, config
+        self.channel_multiple, self.ladders = possible_widths(cost, config, device_type)
+        check_reachable(cost, config.target, config.ratio, self.ladders)
+        self.planned_widths = allocate_per_group(cost, config.target, config.ratio, self.ladders)
+
+    @property
+    def widths_are_planned(self) -> bool:
+        """Whether a run ends with `planned_widths`; otherwise widths depend on scores."""
+        return self.config.ranking == "group"
+
+    def widths(self, ratio: float, scores: Mapping[str, Tensor]) -> np.ndarray:
+        """Kept channels of each group, with shape `(groups,)`, for rankings that allocate widths before units.
+
+        Args:
+            ratio: Share of the target cost to remove, in [0, 1].
+            scores: Scores by group name, each with shape `(num_units,)`.
+        """
+        cost, target, ladders = self.cost, self.config.target, self.ladders
+        if ratio == 0:
+            return cost.dense
+        if self.widths_are_planned:
+            return allocate_per_group(cost, target, ratio, ladders)
+        if self.config.ranking == "sensitivity":
+            ordered = [scores[group.name] for group in cost.groups]
+            return allocate_by_sensitivity(cost, target, ratio, ladders, ordered, self.config.sensitivity_exponent)
+        comparable = normalize_scores(scores)
+        return allocate_global(cost, target, ratio, ladders, [comparable[group.name] for group in cost.groups])
+
+    def best_units(self, scores: Mapping[str, Tensor], widths: np.ndarray) -> dict[str, Tensor]:
+        """The highest-scored units of each group: True for kept units by group name, each with shape `(num_units,)`."""
+        return {
+            group.name: select_units(group, scores[group.name], int(width), self.config.attention_unit)
+            for group, width in zip(self.cost.groups, widths)
+        }
+
+    def joint_units(
+        self,
+        ratio: float,
+        scores: Mapping[str, Tensor],
+        changes: Mapping[str, Tensor],
+        bonus: Mapping[str, Tensor] | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Units with the least predicted change of the predictions (`pruning.joint`).
+
+        Args:
+            ratio: Share of the target cost to remove, in [0, 1].
+            scores: Scores of single units by group name.
+            changes: Joint changes by group name (`JointScores.changes`).
+            bonus: Further damage of removing each unit by group name; groups may be left out (default: none).
+            start: True for the units to start from; widths of groups are not changed then (default: all units).
+
+        Returns:
+            True for kept units by group name, each with shape `(num_units,)`.
+        """
+        separate = {name: SEPARATE * values.double() + (bonus or {}).get(name, 0) for name, values in scores.items()}
+        damage, attention_unit = UnitDamage(changes, separate), self.config.attention_unit
+        if start is not None:
+            return exchange_units(self.cost.groups, start, damage, attention_unit)
+        return choose_jointly(self.cost, self.config.target, ratio, self.ladders, damage, attention_unit)
+
+    def warn_if_missed(self, share: float) -> None:
+        """Warn if the removed share of the target cost is not the one asked for."""
+        if abs(share - self.config.ratio) > BUDGET_TOLERANCE:
+            logger.warning(
+                "ratio=%.3f of %s is not met: the nearest with whole norm groups, channel_multiple=%d, attention_unit=%s, "
+                "min_keep_ratio=%g is %.3f",
+                self.config.ratio,
+                self.config.target,
+                self.channel_multiple,
+                self.config.attention_unit,
+                self.config.min_keep_ratio,
+                share,
+            )
