@@ -76,6 +76,7 @@ class UNet2DFamily(Family):
     component = COMPONENTS[0]
     pipelines = PIPELINES
     boundary = {"conv_in": 0, "conv_out": 1}
+    never_pruned = frozenset({"time_proj"})  # the table of learned time embeddings
 
     # --- configurations ---
 
@@ -174,11 +175,6 @@ class UNet2DFamily(Family):
             check_integers("class_labels", labels, size, count, f"with num_class_embeds={count} of the model, ")
 
     # --- parts ---
-
-    def never_pruned(self, config: Mapping[str, Any]) -> frozenset[str]:
-        # The external embedding is added to the time embedding
-        outside = ["time_embedding.linear_2"] if config["class_embed_type"] == "identity" else []
-        return frozenset({"conv_out", *outside})
 
     def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         return {name: module for name, module in model.named_modules() if isinstance(module, ResnetBlock2D)}
