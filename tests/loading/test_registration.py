@@ -12,8 +12,8 @@ import pytest
 from diffusers import AutoModel, DDIMPipeline, UNet2DModel
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
+from diffusers_gfprune.families.lookup import FAMILIES
 from diffusers_gfprune.loading.registration import register
-from diffusers_gfprune.remote import unet_2d_gfpruned as shipped
 from helpers.architectures import build, pruned
 
 
@@ -34,15 +34,16 @@ def test_every_pipeline_that_takes_a_stock_model_takes_a_pruned_one() -> None:
         assert UNet2DModel in types and GFPrunedUNet2DModel in types, name
 
 
-def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("DDIMPipeline", "DDPMPipeline"):  # as they are now, when this is over
         hints = getattr(diffusers, name).__init__.__annotations__
         monkeypatch.setitem(hints, "unet", hints["unet"])
     before = DDIMPipeline._get_signature_types()["unet"]
     method = AutoModel.from_pretrained.__func__.of_diffusers
-    register([GFPrunedUNet2DModel], [PruneDDPMPipeline])
+    register([family.pruned_class for family in FAMILIES], [PruneDDPMPipeline])
     assert AutoModel.from_pretrained.__func__.of_diffusers is method
-    spec = importlib.util.spec_from_file_location("another_copy", shipped.__file__)
+    (tmp_path / "copy.py").write_text(GFPrunedUNet2DModel.source())
+    spec = importlib.util.spec_from_file_location("another_copy", tmp_path / "copy.py")
     another = importlib.util.module_from_spec(spec)
     for _ in range(2):  # a repository that is trusted runs it
         spec.loader.exec_module(another)
