@@ -37,7 +37,8 @@ class DiffusionBatch:
     """Images with their noise.
 
     Attributes:
-        clean: Images in [-1, 1], floating point with shape `(batch, channels, height, width)`.
+        clean: Images in [-1, 1], or latents as the model denoises them, floating point with shape
+            `(batch, channels, height, width)`.
         noise: Gaussian noise of the same shape and dtype.
         timesteps: Integers with shape `(batch,)`.
         conditioning: Further arguments of the model by name, with one row for each image, such as `class_labels`, int64 with

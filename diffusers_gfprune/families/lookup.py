@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from .base import Family
+from .dit_transformer_2d import DiTTransformer2DFamily
 from .unet_2d import UNet2DFamily
 
 __all__ = ["FAMILIES", "family_named", "family_of"]
 
-FAMILIES: list[Family] = [UNet2DFamily()]
+FAMILIES: list[Family] = [UNet2DFamily(), DiTTransformer2DFamily()]
 
 
 def _supported() -> str:
