@@ -63,4 +63,4 @@ class GFPrunedDiTTransformer2DModel(GFPrunedMixin, DiTTransformer2DModel):
 # Saved pipelines name the library of a component by its class's module: this package, whose file is saved with them.
 GFPrunedDiTTransformer2DModel.__module__ = "diffusers_gfprune"
 
-accept_in_pipelines(GFPrunedDiTTransformer2DModel, "transformer", ("DiTPipeline",))
+accept_in_pipelines(GFPrunedDiTTransformer2DModel, DiTTransformer2DModel)

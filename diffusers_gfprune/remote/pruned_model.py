@@ -17,7 +17,6 @@ the class. Both import only the standard library, torch and Diffusers.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import json
@@ -26,10 +25,9 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention import FeedForward
@@ -37,10 +35,14 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import GaussianFourierProjection
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 __all__ = ["GFPrunedMixin", "LoadingChecks", "RaggedGroupNorm", "accept_in_pipelines", "pruned_init"]
+
+# Bytes. Weights of a mapped file are not aligned, and kernels sum them in another order; narrow layers are often affected.
+ALIGNMENT = 64
 
 
 class RaggedGroupNorm(nn.GroupNorm):
@@ -125,6 +127,8 @@ def _narrow(model: nn.Module, layer_channels: Mapping, norm_group_sizes: Mapping
                 sampler.channels = sampler.out_channels = module.in_channels
         elif isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, nn.Conv2d):
             module.channels, module.out_channels = _channels(module.conv)
+        elif isinstance(module, Transformer2DModel):
+            module.in_channels, module.out_channels = module.norm.num_channels, _channels(module.proj_out)[1]
         elif isinstance(module, Attention):
             module.heads = module.sliceable_head_dim = attention_heads.get(name, module.heads)
             module.inner_dim = module.inner_kv_dim = module.to_q.out_features
@@ -137,7 +141,7 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
     """Give a model on the meta device freshly initialized weights on `device`."""
     for module in model.modules():
         if isinstance(module, GaussianFourierProjection):
-            weight = torch.randn(module.weight.shape, device=device) * 16  # the scale that Diffusers' UNets pass
+            weight = torch.randn(module.weight.shape, device=device) * model.fourier_scale
             module.weight = nn.Parameter(weight, requires_grad=False)
         elif next(module.parameters(recurse=False), None) is not None:
             module.to_empty(device=device, recurse=False)
@@ -151,8 +155,9 @@ class GFPrunedMixin:
     channels pass through its forward, gets its constructor from `pruned_init(Stock)`, and has `class_file = __file__`.
     """
 
+    fourier_scale = 16.0  # of fresh random Fourier features
     class_file: str  # in which the class is defined; in a saved repository, this file
-    _keys_to_ignore_on_load_unexpected = [r"attentions\.\d+\.to_qkv\.(weight|bias)$"]  # copies, made by fuse_projections
+    _keys_to_ignore_on_load_unexpected = [r"\.to_(qkv|kv)\.(weight|bias)$"]  # copies, made by fuse_projections
     _auto_class = "AutoModel"  # config.json then names this file for AutoModel with trust_remote_code
     _card: str | None = None
     checks: LoadingChecks = LoadingChecks()
@@ -185,8 +190,8 @@ class GFPrunedMixin:
         Args:
             embedding: Channels of the time embedding, which residual blocks read.
             channels: Input channels of the first block.
-            *blocks: Residual blocks, attentions, feed-forward layers and samplers; None is left out.
-            context: Channels of the keys' and values' input in attentions (default: those of the queries' input).
+            *blocks: Residual blocks, transformers, attentions, feed-forward layers and samplers; None is left out.
+            context: Channels of the keys' and values' input in cross-attentions.
         """
         for block in filter(None, blocks):
             if isinstance(block, ResnetBlock2D):
@@ -198,8 +203,13 @@ class GFPrunedMixin:
             elif isinstance(block, Attention):
                 inner = self._through(channels, *filter(None, [block.group_norm]), block.to_q)
                 for layer in (block.to_k, block.to_v):
-                    self._through(channels if context is None else context, layer, to=inner)
+                    self._through(context if block.is_cross_attention else channels, layer, to=inner)
                 channels = self._through(inner, block.to_out[0], to=channels)
+            elif isinstance(block, Transformer2DModel):
+                hidden = self._through(channels, block.norm, block.proj_in, to=block.inner_dim)  # layer norms have this width
+                for layer in block.transformer_blocks:
+                    self._along(embedding, hidden, layer.attn1, layer.attn2, layer.ff, context=context)
+                channels = self._through(hidden, block.proj_out, to=channels)
             elif isinstance(block, FeedForward):
                 hidden = self._through(channels, block.net[0].proj)
                 if isinstance(block.net[0], (GEGLU, SwiGLU)):  # values, then gates
@@ -235,6 +245,10 @@ class GFPrunedMixin:
             if keys := sorted(map(str, info[problem])):
                 problem = problem.replace("_", " ")
                 raise ValueError(f"{name}: the weights do not fit the config: {len(keys)} {problem}, first {keys[0]}")
+        for parameter in model.parameters():
+            plain = type(parameter) is nn.Parameter and parameter.device.type == "cpu"
+            if plain and parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
         return (model, info) if wants_info else model
 
     @classmethod
@@ -313,12 +327,19 @@ def pruned_init(dense_class: type):
     return register_to_config(__init__)
 
 
-def accept_in_pipelines(model: type[ModelMixin], component: str, names: Sequence[str]) -> None:
-    """Add a model to the types of a component in pipelines of Diffusers.
+def accept_in_pipelines(pruned: type[ModelMixin], dense: type[ModelMixin]) -> None:
+    """Make pipelines of Diffusers accept a pruned model wherever they accept the dense one.
 
-    `from_pipe` keeps a component only if its exact class is in the annotation of the argument.
+    `from_pipe` keeps a component only if its exact class is in the annotation of the pipeline's argument.
     """
-    for name in names:
-        with contextlib.suppress(AttributeError, RuntimeError):  # this Diffusers lacks it, or its dependencies are missing
-            init = getattr(diffusers, name).__init__
-            init.__annotations__[component] = typing.get_type_hints(init)[component] | model  # a union holds it once
+    stock = DiffusionPipeline._get_signature_types.__func__
+    if not hasattr(stock, "accepted"):  # it is shared with other copies of this file
+
+        @functools.wraps(stock)
+        def types(cls):
+            accepted = types.accepted
+            return {name: (*kinds, *(p for p, d in accepted if d in kinds)) for name, kinds in stock(cls).items()}
+
+        types.accepted = []
+        DiffusionPipeline._get_signature_types = classmethod(types)
+    DiffusionPipeline._get_signature_types.__func__.accepted.append((pruned, dense))

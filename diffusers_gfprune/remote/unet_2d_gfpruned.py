@@ -67,12 +67,4 @@ class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
 # Saved pipelines name the library of a component by its class's module: this package, whose file is saved with them.
 GFPrunedUNet2DModel.__module__ = "diffusers_gfprune"
 
-# All pipelines of Diffusers with a UNet2DModel
-accept_in_pipelines(
-    GFPrunedUNet2DModel,
-    "unet",
-    (
-        *("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "KarrasVePipeline", "LDMPipeline"),
-        *("LDMSuperResolutionPipeline", "PNDMPipeline", "RePaintPipeline", "ScoreSdeVePipeline"),
-    ),
-)
+accept_in_pipelines(GFPrunedUNet2DModel, UNet2DModel)
