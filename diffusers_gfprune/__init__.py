@@ -12,12 +12,14 @@ from .loading.registration import register
 from .pruner import GradientFlowPruner
 from .remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .remote.pipeline_prune_ddpm import PruneDDPMPipeline
+from .remote.unet_2d_condition_gfpruned import GFPrunedUNet2DConditionModel
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .version import __version__
 
 __all__ = [
     "GFPruneConfig",
     "GFPrunedDiTTransformer2DModel",
+    "GFPrunedUNet2DConditionModel",
     "GFPrunedUNet2DModel",
     "GradientFlowPruner",
     "PruneDDPMPipeline",

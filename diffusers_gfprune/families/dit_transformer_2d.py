@@ -72,6 +72,8 @@ class DiTTransformer2DFamily(Family):
             refuse("attention_head_dim", head_dim, wanted)
         if not is_int(size):
             refuse("sample_size", size, "an integer, since samples are square")
+        if size % config["patch_size"]:
+            refuse("sample_size", size, f"a multiple of patch_size={config['patch_size']}")
         check_sample_size(size, config["in_channels"], config["patch_size"])
         if (size // config["patch_size"]) ** 2 * hidden > MAX_POSITION_VALUES:
             most = f"at most {MAX_POSITION_VALUES // hidden} patches of patch_size={config['patch_size']} in all"

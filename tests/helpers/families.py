@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffusers_gfprune.diffusion.batch import ModelInputs
@@ -25,8 +25,33 @@ DIT = {
     "num_embeds_ada_norm": 10,
 }
 
+CONDITION = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,  # number of heads
+}
+CROSS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+TEXT_TIME = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 60,
+}
+
 # Class, and arguments of all its architectures
-BASES: dict[str, tuple[type[ModelMixin], dict]] = {"dit": (DiTTransformer2DModel, DIT)}
+BASES: dict[str, tuple[type[ModelMixin], dict]] = {
+    "dit": (DiTTransformer2DModel, DIT),
+    "condition": (UNet2DConditionModel, CONDITION),
+}
 
 # What differs from the base, by family and name
 ARCHITECTURES: dict[str, dict[str, dict]] = {
@@ -50,6 +75,56 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "affine-norms": {"norm_elementwise_affine": True, "norm_eps": 1e-3},
         "one-layer": {"num_layers": 1},
         "four-layers": {"num_layers": 4, "upcast_attention": True},
+    },
+    "condition": {
+        "base": {},
+        "learned-variances": {"out_channels": 8},
+        "two-layers": {"layers_per_block": 2, "transformer_layers_per_block": 2},
+        "lists": {**CROSS, "layers_per_block": (2, 1), "attention_head_dim": (2, 8), "transformer_layers_per_block": (1, 2)},
+        "unlike-transformers": {
+            **CROSS,
+            "transformer_layers_per_block": ((1,), (2,)),
+            "reverse_transformer_layers_per_block": ((1, 2), (2, 1)),
+        },
+        "linear-projection": {"use_linear_projection": True, "upcast_attention": True},
+        "only-cross-attention": {**CROSS, "only_cross_attention": (True, False)},
+        "one-head": {"attention_head_dim": 1},
+        "heads-of-one-channel": {"attention_head_dim": 32},
+        "heads-that-do-not-divide": {"attention_head_dim": 3},
+        "text-time": {**TEXT_TIME, "use_linear_projection": True},
+        "projected-text": {"encoder_hid_dim": 10, "encoder_hid_dim_type": "text_proj"},
+        "time-condition": {"time_cond_proj_dim": 6},
+        "class-embedding": {"num_class_embeds": 10},
+        "class-timestep": {"class_embed_type": "timestep"},
+        "class-identity": {"class_embed_type": "identity"},
+        "class-projection": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 14},
+        "class-simple-projection": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 14},
+        "classes-beside-time": {"num_class_embeds": 10, "class_embeddings_concat": True},
+        "given-classes-beside-time": {"class_embed_type": "identity", "class_embeddings_concat": True},
+        "activations-of-time": {"time_embedding_act_fn": "silu", "timestep_post_act": "gelu"},
+        "fourier-time": {"time_embedding_type": "fourier", "time_embedding_dim": 24},
+        "scale-shift": {"resnet_time_scale_shift": "scale_shift", "act_fn": "mish"},
+        "no-mid-block": {"mid_block_type": None},
+        "plain-mid-block": {"mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1.4},
+        "no-skip-time-activation": {"resnet_skip_time_act": True, "resnet_out_scale_factor": 1.2},
+        "resnet-samplers": {
+            "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            "resnet_skip_time_act": True,
+            "resnet_out_scale_factor": 1.2,
+        },
+        "attention-blocks": {
+            "down_block_types": ("AttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "AttnUpBlock2D"),
+        },
+        "three-levels": {
+            "block_out_channels": (16, 32, 48),
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        "odd-size": {"sample_size": (7, 9), "downsample_padding": 0},
+        "wide-kernels": {"conv_in_kernel": 1, "conv_out_kernel": 5, "center_input_sample": True, "flip_sin_to_cos": False},
+        "one-norm-group": {"norm_num_groups": 1},
     },
 }
 ALL = [(family, name) for family, names in ARCHITECTURES.items() for name in names]
@@ -87,6 +162,7 @@ def run(model: nn.Module) -> Tensor:
     sample, timesteps, conditioning = inputs(model)
     wanted: list[Tensor] = []
     handle = model.register_forward_hook(lambda module, args, output: wanted.append(output.sample))
+    conditioning = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
     family_of(model).predict(model, ModelInputs(sample.to(model.dtype), timesteps, conditioning))
     handle.remove()
     return wanted[0]
