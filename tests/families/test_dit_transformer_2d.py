@@ -65,7 +65,7 @@ def test_the_published_model_is_planned() -> None:
     start = time.process_time()
     groups = trace_channel_groups(model)
     assert time.process_time() - start < 5
-    check_plans(model, groups)
+    check_plans(model, groups, "heads")
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------
