@@ -258,6 +258,9 @@ class UNet2DConditionFamily(UNet2DFamily):
             wanted = (size, *shapes[name])
             if tuple(values.shape) != wanted:
                 raise ValueError(f"{name} have shape {tuple(values.shape)}, but the model and the batch need {wanted}")
+            embedded = len(wanted) > 1 and name not in ("time_ids", "encoder_attention_mask")
+            if embedded and not values.is_floating_point():
+                raise ValueError(f"{name} have dtype {values.dtype}; they must be embeddings, in floating point")
 
     def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
         # Channels after those of the sample, if any, are learned variances

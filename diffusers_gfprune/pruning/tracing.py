@@ -12,7 +12,8 @@ belongs to. Operations act on both:
     layer norm                            all labels are fixed, since the statistics depend on every channel
 
 Inputs and outputs of the model and other tensors without labels, such as position embeddings, have the label `FIXED`. Channels
-with an equal label are never pruned. Operations outside these lists raise an error, so that nothing is traced wrongly.
+with an equal label are never pruned. Operations outside these lists raise an error. Numbers have no labels: a forward that
+adds one to channels must multiply the sum by others, as in `x * (1 + scale)`, since removed channels would not be zero.
 
 For example, GEGLU computes `value * gelu(gate)` with the halves of a linear layer of 2 n outputs: the product makes the labels
 of rows i and i + n equal, and the linear layer that follows makes them equal to that of its input channel i.
@@ -128,8 +129,8 @@ class _Labels(TorchFunctionMode):
             self._join(heads[0], heads[2])
             return heads[2].expand(out.shape)
         if name in RESHAPING:
-            if name == "einsum" and len(tensors) > 1:
-                raise ValueError("a product by einsum cannot be traced")
+            if name == "einsum" and (len(tensors) > 1 or out.numel() != tensors[0].numel()):
+                raise ValueError("a product or sum by einsum cannot be traced")
             return func(*_mapped(self.of, args), **_mapped(self.of, kwargs))
         if name in ELEMENTWISE:
             operands = [self.of(x).expand(out.shape) for x in tensors if x.numel() > 1 or id(x) in self.labels]

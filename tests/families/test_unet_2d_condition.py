@@ -283,6 +283,7 @@ def test_dense_models_that_cannot_be_pruned_are_refused(arguments: dict, message
         ("base", {"encoder_hidden_states": None}, "the model needs encoder_hidden_states, but the batch has none"),
         ("base", {"encoder_hidden_states": torch.zeros(2, 5, 8)}, r"shape \(2, 5, 8\), but .* need \(2, 5, 12\)"),
         ("base", {"encoder_hidden_states": torch.zeros(1, 5, 12)}, r"shape \(1, 5, 12\), but .* need \(2, 5, 12\)"),
+        ("base", {"encoder_hidden_states": torch.zeros(2, 5, 12).long()}, "encoder_hidden_states have dtype torch.int64"),
         ("base", {"class_labels": torch.zeros(2)}, "has class_labels, which this UNet2DConditionModel does not take"),
         (
             "base",

@@ -123,6 +123,7 @@ def test_what_cannot_lose_a_channel_is_fixed(forward: Callable) -> None:
         (lambda net, x: net.b(net.a(x).softmax(dim=-1)), "the operation softmax on channels cannot be traced"),
         (lambda net, x: net.b(net.a(x).cumsum(dim=-1)), "the operation cumsum on channels cannot be traced"),
         (lambda net, x: F.linear(net.a(x), net.b.weight * 2), "used outside of its layer"),
+        (lambda net, x: net.b(torch.einsum("ij->i", net.a(x))), "a product or sum by einsum cannot be traced"),
     ],
 )
 def test_what_is_not_known_is_refused(forward: Callable, message: str) -> None:
