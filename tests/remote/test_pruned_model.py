@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import EMAModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,6 +68,48 @@ def test_averages_derivatives_and_compilation(family: str) -> None:
     predict = family_of(model).predict
     with torch.no_grad():
         torch.testing.assert_close(predict(compiled, inputs(model)), predict(model, inputs(model)), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_and_layouts(family: str) -> None:
+    """Offloading, storage in eight bits, and channels last."""
+    known, cpu = run(pruned(family)), torch.device("cpu")
+    model = copy.deepcopy(pruned(family))
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    torch.testing.assert_close(run(model), known)
+    model = copy.deepcopy(pruned(family))
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert run(model).isfinite().all()
+    model = copy.deepcopy(pruned(family)).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(run(model), known, rtol=1e-4, atol=1e-4)
+
+
+class Plain(nn.Module):
+    """A model as a function of tensors."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditioning: torch.Tensor) -> torch.Tensor:
+        return self.model(sample, timestep, **dict(zip(self.names, conditioning)), return_dict=False)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_exports(family: str) -> None:
+    """With a batch of any size, and by the older tracer."""
+    model = copy.deepcopy(pruned(family))
+    sample, timesteps, conditioning = inputs(model)
+    plain, arguments = Plain(model, list(conditioning)).eval(), (sample, timesteps, *conditioning.values())
+    batch = torch.export.Dim("batch", min=1, max=16)
+    shapes = ({0: batch}, {0: batch}, tuple({0: batch} for _ in conditioning))
+    exported = torch.export.export(plain, arguments, dynamic_shapes=shapes).module()
+    three = inputs(model, batch_size=3)
+    three = (three.sample, three.timesteps, *three.conditioning.values())
+    with torch.no_grad():
+        for given in (arguments, three):
+            torch.testing.assert_close(exported(*given), plain(*given), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.jit.trace(plain, arguments)(*arguments), plain(*arguments))
 
 
 def test_fresh_weights_are_initialized(family: str) -> None:
