@@ -10,12 +10,16 @@ from .families.lookup import FAMILIES
 from .loading.checks import PackageChecks
 from .loading.registration import register
 from .pruner import GradientFlowPruner
+from .remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .remote.pipeline_prune_ddpm import PruneDDPMPipeline
+from .remote.unet_2d_condition_gfpruned import GFPrunedUNet2DConditionModel
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .version import __version__
 
 __all__ = [
     "GFPruneConfig",
+    "GFPrunedDiTTransformer2DModel",
+    "GFPrunedUNet2DConditionModel",
     "GFPrunedUNet2DModel",
     "GradientFlowPruner",
     "PruneDDPMPipeline",

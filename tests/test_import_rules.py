@@ -12,6 +12,7 @@ import diffusers
 import pytest
 
 import diffusers_gfprune
+from diffusers_gfprune.families.lookup import FAMILIES
 
 PACKAGE = Path(diffusers_gfprune.__file__).parent
 OURS = "diffusers_gfprune"
@@ -29,7 +30,11 @@ LAYERS = [
 HEAVY = ("data", "evaluation", "objectives", "training", "scripts")
 # Levels of imports inside one package
 MOST_LEVELS = 5
-REMOTE = sorted((PACKAGE / "remote").glob("*.py"))
+# What is saved with models and pipelines
+SHIPPED = {
+    **{family.pruned_class.__name__: family.pruned_class.source() for family in FAMILIES},
+    "PruneDDPMPipeline": (PACKAGE / "remote/pipeline_prune_ddpm.py").read_text(),
+}
 ALL = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -67,7 +72,7 @@ def is_ours(module: str) -> bool:
 
 def test_files_are_found() -> None:
     """Rules about no files would always hold."""
-    assert {"unet_2d_gfpruned.py", "pipeline_prune_ddpm.py"} <= {path.name for path in REMOTE}
+    assert {"GFPrunedUNet2DModel", "PruneDDPMPipeline"} <= SHIPPED.keys()
     assert len(ALL) > 80
 
 
@@ -83,10 +88,10 @@ def test_imports_are_seen_wherever_they_hide() -> None:
     assert "n" in imported_modules(ast.walk(tree))
 
 
-@pytest.mark.parametrize("path", REMOTE, ids=relative_name)
-def test_remote_files_import_only_what_every_diffusers_user_has(path: Path) -> None:
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_import_only_what_every_diffusers_user_has(name: str) -> None:
     """They run inside saved repositories, where this package is absent and relative imports fail from the Hub."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(SHIPPED[name])
     allowed = {*sys.stdlib_module_names, "torch", "diffusers"}
     for module in imported_modules(module_level(tree)):
         assert module.partition(".")[0] in allowed, module
@@ -173,7 +178,7 @@ def test_optional_packages_are_imported_when_used() -> None:
 
 def test_only_prune_reaches_into_the_package_from_a_remote_file() -> None:
     """One lazy import makes one-call pruning possible where the package is installed; a second would need a reason."""
-    lazy = [module for path in REMOTE for module in imported_modules(ast.walk(ast.parse(path.read_text()))) if is_ours(module)]
+    lazy = [module for text in SHIPPED.values() for module in imported_modules(ast.walk(ast.parse(text))) if is_ours(module)]
     assert lazy == ["diffusers_gfprune.one_shot"]
 
 

@@ -24,7 +24,8 @@ class ModelInputs(NamedTuple):
     Attributes:
         sample: Noisy images, floating point with shape `(batch, channels, height, width)`.
         timesteps: Integers with shape `(batch,)`, or a single one.
-        conditioning: Further arguments by name, such as `class_labels` with shape `(batch,)`; empty for unconditional models.
+        conditioning: Further arguments by name, such as `class_labels` with shape `(batch,)` or `encoder_hidden_states` with
+            shape `(batch, tokens, channels)`; empty for unconditional models.
     """
 
     sample: Tensor
@@ -37,11 +38,13 @@ class DiffusionBatch:
     """Images with their noise.
 
     Attributes:
-        clean: Images in [-1, 1], floating point with shape `(batch, channels, height, width)`.
+        clean: Images in [-1, 1], or latents as the model denoises them, floating point with shape
+            `(batch, channels, height, width)`.
         noise: Gaussian noise of the same shape and dtype.
         timesteps: Integers with shape `(batch,)`.
         conditioning: Further arguments of the model by name, with one row for each image, such as `class_labels`, int64 with
-            shape `(batch,)`. Empty for unconditional models.
+            shape `(batch,)`, or `encoder_hidden_states`, floating point with shape `(batch, tokens, channels)`. The family's
+            `predict` passes them to the model. Empty for unconditional models.
     """
 
     clean: Tensor
@@ -97,10 +100,14 @@ class DiffusionBatch:
 
         Args:
             process: The process that adds the noise.
-            dtype: Dtype of the noisy images (default: that of the clean images).
+            dtype: Dtype of the noisy images and of embeddings in the conditioning (default: unchanged).
         """
         noisy = process.add_noise(self.clean, self.noise, self.timesteps)
-        return ModelInputs(noisy if dtype is None else noisy.to(dtype), self.timesteps, self.conditioning)
+        if dtype is None:
+            return ModelInputs(noisy, self.timesteps, self.conditioning)
+        # Labels of one number, which may be timesteps, are not rounded
+        embeddings = {k: v.to(dtype) for k, v in self.conditioning.items() if v.is_floating_point() and v.ndim > 1}
+        return ModelInputs(noisy.to(dtype), self.timesteps, {**self.conditioning, **embeddings})
 
     def target(self, process) -> Tensor:
         """Target of the prediction, with the shape of `noise`.

@@ -47,6 +47,7 @@ class Family(ABC):
         pipelines: Names of the supported pipelines.
         boundary: Layers with a side that is never pruned, since it is an input or output of the model: 0 for the input
             channels, 1 for the output channels.
+        never_pruned: Further layers whose output channels are never pruned, although they could be.
     """
 
     dense_class: ClassVar[type[ModelMixin]]
@@ -55,6 +56,7 @@ class Family(ABC):
     component: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     boundary: ClassVar[Mapping[str, int]]
+    never_pruned: ClassVar[frozenset[str]] = frozenset()
 
     def is_pruned(self, model: nn.Module) -> bool:
         """Whether a model is already pruned, with this class or a repository's copy of it."""
@@ -124,10 +126,6 @@ class Family(ABC):
         return model(inputs.sample, inputs.timesteps, **inputs.conditioning).sample
 
     # --- parts ---
-
-    @abstractmethod
-    def never_pruned(self, config: Mapping[str, Any]) -> frozenset[str]:
-        """Names of the layers whose output channels are never pruned."""
 
     def attentions(self, model: nn.Module) -> dict[str, nn.Module]:
         """Attention blocks by name, in the model's order: each has linear layers `to_q`, `to_k`, `to_v` and `to_out[0]`, and

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-__all__ = ["MAX_WIDTH", "ConfigLimits", "check_sample_size", "is_int", "refuse"]
+__all__ = ["MAX_WIDTH", "ConfigLimits", "check_freq_shift", "check_sample_size", "is_int", "refuse"]
 
 MAX_WIDTH = 2**16  # channels of a layer
 MAX_SIDE = 2**14  # pixels of an image
@@ -38,6 +38,7 @@ class ConfigLimits:
         choices: Accepted values of other arguments.
         lists: Arguments that are lists of 1 to 16 such values.
         optional: Arguments that may be None.
+        either: Arguments that are one such value or a list of them.
     """
 
     integers: Mapping[str, tuple[int, int]]
@@ -45,6 +46,7 @@ class ConfigLimits:
     choices: Mapping[str, tuple]
     lists: frozenset[str]
     optional: frozenset[str]
+    either: frozenset[str] = frozenset()
 
     def check(self, config: Mapping) -> None:
         """Check all arguments except `sample_size`.
@@ -55,7 +57,7 @@ class ConfigLimits:
             ValueError: For the first argument with a wrong value.
         """
         for name, value in config.items():
-            if name in self.lists:
+            if name in self.lists or (name in self.either and isinstance(value, (list, tuple))):
                 if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 16:
                     refuse(name, value, "a list with 1 to 16 entries")
                 for entry in value:
@@ -98,3 +100,11 @@ def check_sample_size(size, channels: int, multiple: int) -> None:
     if size is not None and not (fits and channels * sides[0] * sides[1] <= MAX_SAMPLE_VALUES):
         most = f"{MAX_SAMPLE_VALUES // channels} pixels in all"
         refuse("sample_size", size, f"one or two multiples of {multiple}, up to {MAX_SIDE} and with at most {most}")
+
+
+def check_freq_shift(shift: float, channels: int, because: str) -> None:
+    """Check that all frequencies of sinusoidal embeddings with `channels` values are finite: half of them minus the shift is a
+    divisor. `because` names the argument that sets the channels."""
+    last = max(channels // 2 - 1, 0)
+    if shift > last:
+        refuse("freq_shift", shift, f"a number from 0 to {last} for {because}")

@@ -15,7 +15,7 @@ from ..diffusion.batch import ModelInputs, check_integers
 from ..remote.pipeline_prune_ddpm import COMPONENTS, PIPELINES
 from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .base import Family
-from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, refuse
+from .limits import MAX_WIDTH, ConfigLimits, check_freq_shift, check_sample_size, refuse
 
 __all__ = ["LIMITS", "UNet2DFamily"]
 
@@ -76,6 +76,7 @@ class UNet2DFamily(Family):
     component = COMPONENTS[0]
     pipelines = PIPELINES
     boundary = {"conv_in": 0, "conv_out": 1}
+    never_pruned = frozenset({"time_proj"})  # the table of learned time embeddings
 
     # --- configurations ---
 
@@ -93,9 +94,8 @@ class UNet2DFamily(Family):
         groups = config["attn_norm_num_groups"]
         if groups is not None and config["add_attention"] and config["mid_block_type"] is not None and widths[-1] % groups:
             refuse("attn_norm_num_groups", groups, f"a divisor of {widths[-1]}, the last of block_out_channels")
-        last = max(widths[0] // 2 - 1, 0)
-        if config["time_embedding_type"] == "positional" and shift > last:  # frequencies are divided by the difference
-            refuse("freq_shift", shift, f"a number from 0 to {last} for block_out_channels[0]={widths[0]}")
+        if config["time_embedding_type"] == "positional":
+            check_freq_shift(shift, widths[0], f"block_out_channels[0]={widths[0]}")
         if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
             refuse("num_train_timesteps", None, 'an integer for time_embedding_type="learned"')
         check_sample_size(config["sample_size"], config["in_channels"], 2 ** (len(widths) - 1))
@@ -174,11 +174,6 @@ class UNet2DFamily(Family):
             check_integers("class_labels", labels, size, count, f"with num_class_embeds={count} of the model, ")
 
     # --- parts ---
-
-    def never_pruned(self, config: Mapping[str, Any]) -> frozenset[str]:
-        # The external embedding is added to the time embedding
-        outside = ["time_embedding.linear_2"] if config["class_embed_type"] == "identity" else []
-        return frozenset({"conv_out", *outside})
 
     def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         return {name: module for name, module in model.named_modules() if isinstance(module, ResnetBlock2D)}

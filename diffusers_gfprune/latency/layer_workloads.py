@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from ..families.lookup import family_of
 from ..metrics.model_size import count_tokens, trace_forward
 
-__all__ = ["AttentionProducts", "Convolution", "Inputs", "LayerCall", "LinearLayer", "Norm", "Workload", "trace_layer_calls"]
+__all__ = [
+    "AttentionProducts",
+    "Convolution",
+    "CrossAttentionProducts",
+    "Inputs",
+    "LayerCall",
+    "LinearLayer",
+    "Norm",
+    "Workload",
+    "trace_layer_calls",
+]
 
 Forward = Callable[[], object]
 
@@ -139,15 +149,36 @@ class AttentionProducts:
 
     two_sided = False
 
+    @property
+    def key_tokens(self) -> int:
+        """Number of tokens of keys and values."""
+        return self.tokens
+
     def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
         """A forward pass with `wide_out` channels in all heads together, at least one per head; `wide_in` is not used."""
-        x = inputs.values(self.tokens, self.heads, max(1, round(wide_out / self.heads))).transpose(1, 2)
+        width = max(1, round(wide_out / self.heads))
+        q, k = (inputs.values(tokens, self.heads, width).transpose(1, 2) for tokens in (self.tokens, self.key_tokens))
 
         def run() -> Tensor:
-            products = nn.functional.scaled_dot_product_attention(x, x, x)
+            products = nn.functional.scaled_dot_product_attention(q, k, k)
             return products.transpose(1, 2).reshape(inputs.batch, self.tokens, -1)
 
         return run
+
+
+@dataclass(frozen=True)
+class CrossAttentionProducts(AttentionProducts):
+    """`AttentionProducts` with keys and values of other tokens.
+
+    Attributes:
+        keys: Number of these tokens per sample.
+    """
+
+    keys: int
+
+    @property
+    def key_tokens(self) -> int:
+        return self.keys
 
 
 Workload = Convolution | LinearLayer | Norm | AttentionProducts
@@ -202,7 +233,10 @@ def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None
             calls[last_norm["index"]] = replace(norm, workload=replace(norm.workload, silu=True))
             last_norm["shape"] = None
         elif name in attentions:
-            work = AttentionProducts(tokens := count_tokens(x), module.heads)
+            tokens = count_tokens(x)
+            keys = next(call.positions for call in reversed(calls) if call.module == f"{name}.to_k")
+            kind, more = (AttentionProducts, ()) if keys == tokens else (CrossAttentionProducts, (keys,))
+            work = kind(tokens, module.heads, *more)
             calls.append(LayerCall(f"{name}.to_q", work, 0, module.to_q.out_features, tokens))
 
     trace_forward(unet, sample_size, record)

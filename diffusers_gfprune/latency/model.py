@@ -104,7 +104,8 @@ def plan_grids(calls: Sequence[LayerCall], groups: Sequence[ChannelGroup], devic
         wide_out.add(call.wide_out)
     grids = []
     for (workload, fixed_in, fixed_out), (wide_in, wide_out) in widths.items():
-        step = {Norm: "group_size", AttentionProducts: "heads"}.get(type(workload))
+        steps = {Norm: "group_size", AttentionProducts: "heads"}
+        step = next((name for kind, name in steps.items() if isinstance(workload, kind)), None)
         step = BLOCKS[device_type] if step is None else getattr(workload, step)
         axes = (_axis(wide, step, fixed is not None) for wide, fixed in ((wide_in, fixed_in), (wide_out, fixed_out)))
         grids.append(Grid(workload, *axes))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..families.base import Family
-from ..remote.unet_2d_gfpruned import LoadingChecks
+from ..remote.pruned_model import LoadingChecks
 from .config_checks import check_config_file, check_tables
 from .weight_checks import check_weights
 

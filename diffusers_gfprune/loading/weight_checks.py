@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ FLOATS = {
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+FUSED = r"\.to_(qkv|kv)\.(weight|bias)$"  # projections of attention
 BUFFER = 2**20  # bytes per read
 PIECE = 2**15 - 1  # values per check: larger pieces would be divided among threads, which is slower
 
@@ -62,7 +64,7 @@ def _check_file(path: Path, whole, dtype: torch.dtype, quantized: bool) -> None:
                 places.setdefault(FLOATS[entry["dtype"]], {})[name] = (8 + size + first, 8 + size + last)
             elif not quantized:
                 raise ValueError(f"the weight {name} is {whole.get_tensor(name).dtype}, but must be floating point")
-            if name.endswith((".to_qkv.weight", ".to_qkv.bias")):
+            if re.search(FUSED, name):
                 _check_fused(name, whole, header)
         for stored, of_names in places.items():
             for first, last in _joined(of_names.values()):
@@ -110,8 +112,10 @@ def _check_largest(name: str, largest: float, dtype: torch.dtype) -> None:
 
 def _check_fused(name: str, whole, header: Mapping) -> None:
     """Diffusers loads to_q, to_k and to_v only, so a fused projection that was trained separately would be lost."""
-    sources = [name.replace(".to_qkv.", f".to_{letter}.") for letter in "qkv"]
+    letters = re.search(FUSED, name)[1]
+    sources = [re.sub(FUSED, rf".to_{letter}.\2", name) for letter in letters]
     if header.keys() >= set(sources):
         parts = [whole.get_tensor(source) for source in sources]
         if not torch.equal(torch.cat(parts), whole.get_tensor(name)):
-            raise ValueError(f"the weight {name} differs from to_q, to_k and to_v: unfuse projections before training")
+            listed = f"{', '.join(f'to_{letter}' for letter in letters[:-1])} and to_{letters[-1]}"
+            raise ValueError(f"the weight {name} differs from {listed}: unfuse projections before training")

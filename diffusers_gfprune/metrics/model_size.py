@@ -1,8 +1,8 @@
 """The size of a model: parameters, multiply-accumulates (MACs), bytes of its weights. Speed is in `speed`.
 
 MACs are those of one forward pass at batch size 1: convolutions (output positions x kernel area x input x output channels),
-linear layers (tokens x input x output features), and the two matrix products of attention (2 x tokens^2 x inner channels).
-Norms, activations and additions are not counted, as is usual in this field.
+linear layers (tokens x input x output features), and the two matrix products of attention (2 x queries x keys x inner
+channels). Norms, activations and additions are not counted, as is usual in this field.
 """
 
 from __future__ import annotations
@@ -92,11 +92,14 @@ def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None =
 
     def record(name: str, module: nn.Module, x: torch.Tensor | None, output) -> None:
         if isinstance(module, nn.Conv2d):
-            positions[name] = output.shape[2] * output.shape[3]
+            number = output.shape[2] * output.shape[3]
         elif isinstance(module, nn.Linear):
-            positions[name] = output.numel() // output.shape[-1]
+            number = output.numel() // output.shape[-1]
         elif name in attentions:
-            positions[name] = count_tokens(x)
+            number = count_tokens(x)
+        else:
+            return
+        positions[name] = positions.get(name, 0) + number  # a layer may be called more than once
 
     trace_forward(unet, sample_size, record)
     return positions
@@ -111,10 +114,11 @@ def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None
     """
     total = 0
     modules, attentions = dict(unet.named_modules()), family_of(unet).attentions(unet)
-    for name, positions in layer_positions(unet, sample_size).items():
+    found = layer_positions(unet, sample_size)
+    for name, positions in found.items():
         module = modules[name]
         if name in attentions:
-            total += 2 * positions * positions * module.to_q.out_features
+            total += 2 * positions * found[f"{name}.to_k"] * module.to_q.out_features
         else:
             total += positions * module.weight.numel()
     return total

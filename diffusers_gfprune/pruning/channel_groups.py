@@ -192,33 +192,27 @@ def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
     family, twin = family_of(unet), meta_twin(unet)
     modules, attentions = dict(twin.named_modules()), family.attentions(twin)
     components = trace_components(family, twin)
-    never = family.never_pruned(twin.config)
-    fixed_places = {index for index, (name, side) in enumerate(components.places) if name in never and side == "out"}
 
     # Channels with the same places, with the same multiplicity, form a group.
-    channels_of: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
-    for label, places, indices in components.split():
-        channels_of[() if fixed_places.intersection(places) else places].append((label, indices))
+    found = components.split()
     unit_of = _unit_labels(components, modules)
-    groups_of_unit: dict[int, set] = defaultdict(set)
-    for places, channels in channels_of.items():
-        for label, _ in channels:
-            groups_of_unit[unit_of[label]].add(places)
+    groups_of_unit: dict[int, set] = defaultdict(set, {int(unit_of[components.fixed]): {-1}})
+    for number, (_, labels, _) in enumerate(found):
+        for unit in np.unique(unit_of[labels]).tolist():
+            groups_of_unit[unit].add(number)
 
     groups = []
-    channels_of.pop((), None)
-    for places, channels in channels_of.items():
+    for places, labels, indices in found:
         named = [components.places[place] for place in places]
         produces = (side == "out" and not isinstance(modules[name], nn.GroupNorm) for name, side in named)
         producer = next(column for column, does in enumerate(produces) if does)
-        channels.sort(key=lambda channel: channel[1][producer])
+        order = np.argsort(indices[:, producer], kind="stable")
         slices: list[GroupSlice] = []
         for column, (name, side) in enumerate(named):
-            positions = tuple(indices[column] for _, indices in channels)
-            slices.extend(_slices(name, modules[name], side, positions))
+            slices.extend(_slices(name, modules[name], side, tuple(indices[order, column].tolist())))
         units: dict[int, list[int]] = defaultdict(list)
-        for channel, (label, _) in enumerate(channels):
-            units[unit_of[label]].append(channel)
+        for channel, unit in enumerate(unit_of[labels[order]].tolist()):
+            units[unit].append(channel)
         own = {unit for unit in units if len(groups_of_unit[unit]) == 1}
         name = named[producer][0]
         inside, _, layer = name.rpartition(".")
@@ -226,7 +220,7 @@ def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
         groups.append(
             ChannelGroup(
                 name=name,
-                num_channels=len(channels),
+                num_channels=len(labels),
                 slices=tuple(slices),
                 units=tuple(tuple(members) for unit, members in units.items() if unit in own),
                 fixed=tuple(sorted(c for unit, members in units.items() if unit not in own for c in members)),

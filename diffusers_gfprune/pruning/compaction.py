@@ -147,6 +147,10 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
     weights = {name: plan.take(name, p.detach()) for name, p in dense_parameters(unet).items()}
     buffers = {n: b for n, b in unet.state_dict().items() if dense_name(n) not in weights and not n.startswith(MASKS_MODULE)}
     small.load_state_dict({**weights, **buffers}, assign=True)
+    for name, _ in [*small.named_buffers()]:
+        if name not in buffers:  # not saved with the weights
+            owner, _, leaf = name.rpartition(".")
+            setattr(small.get_submodule(owner), leaf, unet.get_buffer(name).clone())
     for name, parameter in dense_parameters(unet).items():
         small.get_parameter(name).requires_grad_(parameter.requires_grad)
     if unet.is_gradient_checkpointing:

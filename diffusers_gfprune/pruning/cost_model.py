@@ -3,7 +3,7 @@
 Let n be the vector of kept channels. Every width is linear in n, and every cost is a sum of products of widths:
 
     in_l(n)  = a_l + A_l n          out_l(n) = b_l + B_l n
-    MACs(n)  = sum_l positions_l area_l in_l out_l  +  sum_attentions 2 tokens^2 inner(n)
+    MACs(n)  = sum_l positions_l area_l in_l out_l  +  sum_attentions 2 queries keys inner(n)
     parameters(n) = sum_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms channels(n)
 
 A candidate takes microseconds, which makes a search for budgets possible. Latency is not of this form: a `LatencyModel`
@@ -91,7 +91,7 @@ class CostModel:
                 norms.append(width(name, 0, module.num_channels))
             elif name in attentions:
                 _, row = width(f"{name}.to_q", 0, module.to_q.out_features)
-                linear_macs += 2 * positions[name] ** 2 * row
+                linear_macs += 2 * positions[f"{name}.to_q"] * positions[f"{name}.to_k"] * row
         self._in0, self._in = np.array([r[0][0] for r in rows]), np.stack([r[0][1] for r in rows])
         self._out0, self._out = np.array([r[1][0] for r in rows]), np.stack([r[1][1] for r in rows])
         self._macs, self._area, self._bias = (np.array([r[k] for r in rows], dtype=float) for k in (2, 3, 4))

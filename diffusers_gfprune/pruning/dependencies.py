@@ -1,19 +1,17 @@
-"""Dependencies between the channels of a UNet, traced with Torch-Pruning.
+"""Dependencies between the channels of a model.
 
 A channel of a module is an *element* (module, side, index), with side `"out"` for outputs of the module and `"in"` for its
 inputs. Two elements depend on each other if one cannot be removed without the other. `trace_components` returns the classes
 of this relation: each class is one channel of the network, with all of its places.
 
-Torch-Pruning's DepGraph (Fang et al., CVPR 2023, https://arxiv.org/abs/2301.12900) traces the relation; only this module uses
-it. The trace runs on a copy on the meta device. It takes a fraction of a second for models of any size and does not depend on
-the model's device, dtype or hooks.
+Dependencies are traced in one forward pass (`tracing`), as in DepGraph (Fang et al., CVPR 2023,
+https://arxiv.org/abs/2301.12900) but channel by channel. It runs on a copy on the meta device, takes a second at most for
+models of any size, and does not depend on the model's device, dtype or hooks.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import torch
@@ -23,8 +21,11 @@ from torch import nn
 
 from ..families.base import Family
 from ..families.lookup import family_of
+from .tracing import FIXED, trace_labels
 
 __all__ = ["Components", "join", "meta_twin", "trace_components"]
+
+LAYERS = (nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm)  # with prunable channels
 
 
 # --- a copy on the meta device -----------------------------------------------------------------------------------------
@@ -87,7 +88,8 @@ class Components:
 
     Attributes:
         places: All pairs of module and side, in the order of the model's modules.
-        offsets: First element of each place; element `offsets[p] + i` is channel `i` at place `p`.
+        offsets: First element of each place; element `offsets[p] + i` is channel `i` at place `p`. Element `FIXED` stands for
+            everything that is never pruned, such as the model's inputs and outputs.
         labels: Network channel of each element, int64 with shape `(elements,)`; -1 for none.
     """
 
@@ -95,26 +97,40 @@ class Components:
     offsets: np.ndarray
     labels: np.ndarray
 
+    @property
+    def fixed(self) -> int:
+        """Label of all channels that are never pruned."""
+        return int(self.labels[FIXED])
+
     def at(self, place: tuple[str, str]) -> np.ndarray:
         """Labels of the channels at one place, in order, with shape `(channels,)`."""
         index = self.places.index(place)
         return self.labels[self.offsets[index] : self.offsets[index + 1]]
 
-    def split(self) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-        """Label, places, and index at each place, for every channel of the network.
+    def split(self) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
+        """Prunable channels of the network, split by their places.
 
-        Places are sorted in the order of `places`, then by index: a channel may occur at a place more than once.
+        Returns:
+            For all channels with the same places, in the order of the smallest label: the places, in the order of `places`,
+            one of them several times if a channel occurs there several times; the label of each channel, with shape
+            `(channels,)`; and its index at each place, with shape `(channels, places)`.
         """
-        known = np.flatnonzero(self.labels >= 0)
+        known = np.flatnonzero((self.labels >= 0) & (self.labels != self.fixed))
         order = known[np.argsort(self.labels[known], kind="stable")]
-        place_of = np.repeat(np.arange(len(self.places)), np.diff(self.offsets))[order]
+        place_of = np.searchsorted(self.offsets, order, side="right") - 1
         index_of = order - self.offsets[place_of]
-        starts = np.flatnonzero(np.diff(self.labels[order], prepend=-1))
-        ends = [*starts[1:], len(order)]
-        return [
-            (int(self.labels[order[start]]), tuple(place_of[start:end].tolist()), tuple(index_of[start:end].tolist()))
-            for start, end in zip(starts, ends)
-        ]
+        labels, starts, counts = np.unique(self.labels[order], return_index=True, return_counts=True)
+        # The sum of random numbers of its places identifies the places of a channel
+        numbers = np.random.default_rng(0).integers(2**63, size=len(self.places), dtype=np.uint64)
+        sums = np.add.reduceat(numbers[place_of], starts)
+        found = []
+        _, first, kind = np.unique(sums, return_index=True, return_inverse=True)
+        members = np.split(np.argsort(kind, kind="stable"), np.cumsum(np.bincount(kind))[:-1])
+        for one in np.argsort(first):
+            channels = members[one]
+            elements = starts[channels][:, None] + np.arange(counts[channels[0]])  # (channels, places)
+            found.append((tuple(place_of[elements[0]].tolist()), labels[channels], index_of[elements]))
+        return found
 
 
 def join(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
@@ -145,53 +161,18 @@ def trace_components(family: Family, twin: nn.Module) -> Components:
         twin: A dense model on the meta device (`meta_twin`).
 
     Raises:
-        ValueError: A module has a type that cannot be pruned.
+        ValueError: The model has an operation that cannot be traced.
     """
-    import torch_pruning as tp
-    from torch_pruning.dependency import index_mapping
-
-    names = {module: name for name, module in twin.named_modules()}
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = tp.DependencyGraph().build_dependency(
-            twin.eval(),
-            family.example_inputs(twin, *family.tracing_size(twin.config), device="meta"),
-            forward_fn=family.predict,
-            ignored_params=[p for p in twin.parameters() if not p.requires_grad],
-            verbose=False,
-        )
-    order = {name: index for index, name in enumerate(names.values())}
-    pairs: list[tuple[str, tuple[str, str], list[int], list[int]]] = []  # root module, target place, roots, indices
-    seen: dict[str, set[int]] = {}
-    # Torch-Pruning recomputes the offsets of concatenations and splits for every group, since pruning changes them. This takes
-    # most of the time. Nothing is pruned here, so that once is enough.
-    index_mapping.update_index_mapping(graph)
-    with mock.patch.object(index_mapping, "update_index_mapping"):
-        for module in graph.module2node:
-            if not isinstance(module, (nn.Conv2d, nn.Linear)):
-                continue
-            width = _width(module, "out")
-            if len(seen.get(names[module], ())) == width:  # its group has been traced from a coupled module
-                continue
-            pruner = graph.get_pruner_of_module(module)
-            for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width))):
-                target = item.dep.target.module
-                if target not in names:  # an operation without parameters
-                    continue
-                if not isinstance(target, (nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm)):
-                    raise ValueError(f"{names[target]} is a {type(target).__name__}, which cannot be pruned")
-                kind = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-                if kind == "out" and item.idxs == item.root_idxs:
-                    seen.setdefault(names[target], set()).update(item.idxs)
-                pairs.append((names[module], (names[target], kind), item.root_idxs, item.idxs))
-
-    modules = {name: module for module, name in names.items()}
-    found = {(root, "out") for root, *_ in pairs} | {place for _, place, *_ in pairs}
-    places = sorted(found, key=lambda place: (order[place[0]], place[1]))
-    offsets = np.cumsum([0, *(_width(modules[name], kind) for name, kind in places)])
-    start = dict(zip(places, offsets))
-    first = np.concatenate([start[root, "out"] + np.asarray(roots) for root, _, roots, _ in pairs])
-    second = np.concatenate([start[place] + np.asarray(indices) for _, place, _, indices in pairs])
+    modules = {name: module for name, module in twin.named_modules() if isinstance(module, LAYERS)}
+    both = (nn.Conv2d, nn.Linear)  # the others have one side
+    places = [(name, side) for name, layer in modules.items() for side in ("in", "out")[not isinstance(layer, both) :]]
+    offsets = np.cumsum([FIXED + 1, *(_width(modules[name], side) for name, side in places)])
+    inputs = family.example_inputs(twin, *family.tracing_size(twin.config), device="meta")
+    twin.eval()
+    first, second = trace_labels(twin, lambda: family.predict(twin, inputs), modules, dict(zip(places, offsets.tolist())))
+    for name in family.never_pruned & modules.keys():
+        kept = offsets[places.index((name, "out"))] + np.arange(_width(modules[name], "out"))
+        first, second = np.append(first, kept), np.append(second, np.full_like(kept, FIXED))
     labels = join(first, second, int(offsets[-1]))
     untouched = np.ones(int(offsets[-1]), dtype=bool)
     untouched[first] = untouched[second] = False

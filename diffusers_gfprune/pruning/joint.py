@@ -2,8 +2,8 @@
 
 Let v_u be the change of the predictions f to first order when unit u is removed (`scoring.natural_gradient`), and I_u the sum
 of E |v_c|^2 over the channels c of u. Changes of different units add up or cancel, also between groups: a block whose last
-layer looks expensive alone can be cheap to remove together with an earlier one. The damage of removing a set R of units, R_g in
-group g, is estimated by
+layer looks expensive alone can be cheap to remove together with an earlier one. The damage of removing a set R of units, with
+R_g in group g, is estimated by
 
     D(R) = E |sum_{u in R} v_u|^2 + SEPARATE sum_g (n_g / k_g)^LOAD sum_{u in R_g} I_u
 

@@ -1,291 +1,19 @@
-"""GFPrunedUNet2DModel: a `UNet2DModel` whose layers were narrowed by pruning.
-
-The configuration is that of the dense model plus three tables, so `from_pretrained` builds the small model directly from
-`config.json`:
-
-    layer_channels     {"down_blocks.0.resnets.0.conv1": [48, 24], ...}    input and output channels of a layer
-    norm_group_sizes   {"down_blocks.0.resnets.0.norm2": [4, 4, 4, ...]}   channels in each norm group
-    attention_heads    {"down_blocks.1.attentions.0": 3}                   number of kept heads
-
-Layers that are not in a table are as wide as in the dense model. A kept channel `c` stays in its norm group `g` of the dense
-model (https://arxiv.org/abs/1803.08494): `y_c = gamma_c (x_c - mean_g) / sqrt(var_g + eps) + beta_c`. Groups of equal size use
-`nn.GroupNorm`. Groups of unequal size, from earlier versions of pruning, use `RaggedGroupNorm`.
-
-This file is self-contained. It is saved with the model as `diffusers_gfprune.py`, and imports only the standard library, torch
-and Diffusers.
-"""
+"""GFPrunedUNet2DModel: a `UNet2DModel` whose layers were narrowed by pruning (`pruned_model`)."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import json
-import pathlib
-import shutil
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import chain, zip_longest
 
-import diffusers
-import torch
-import torch.nn.functional as F
-from diffusers import ModelMixin, UNet2DModel
-from diffusers.configuration_utils import register_to_config
+from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["GFPrunedMixin", "GFPrunedUNet2DModel", "RaggedGroupNorm"]
+from .pruned_model import GFPrunedMixin, accept_in_pipelines, pruned_init
 
-
-class RaggedGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` with groups of any size: a native norm is applied to each group.
-
-    Args:
-        group_sizes: Channels in each group, in order (each >= 1).
-        eps: Added to the variance (> 0).
-    """
-
-    def __init__(self, group_sizes: Sequence[int], eps: float = 1e-5, device=None) -> None:
-        super().__init__(1, sum(group_sizes), eps, device=device)  # one group, which divides any number of channels
-        self.num_groups, self.group_sizes = len(group_sizes), tuple(group_sizes)
-
-    def forward(self, input: Tensor) -> Tensor:
-        # (batch, channels, *) in groups; the native kernel computes statistics of half precision in float32
-        groups = zip(*(tensor.split(self.group_sizes, dim) for tensor, dim in ((input, 1), (self.weight, 0), (self.bias, 0))))
-        return torch.cat([F.group_norm(x, 1, gamma, beta, self.eps) for x, gamma, beta in groups], dim=1)
-
-    def extra_repr(self) -> str:
-        return f"group_sizes={list(self.group_sizes)}, eps={self.eps}"
-
-
-class LoadingChecks:
-    """Extension point for checks while loading a repository. They raise a ValueError; these ones do nothing.
-
-    Users who run the copy of this file in a repository trust that repository. The installed package does not run code of
-    repositories, and sets `checks` of the pruned class to its own checks on import.
-    """
-
-    def config_file(self, path: str) -> None:
-        """Called before `config.json` is read."""
-
-    def arguments(self, dense: Mapping) -> None:
-        """Called before the model is built, with the arguments of the dense class."""
-
-    def tables(self, skeleton: nn.Module, tables: Mapping[str, Mapping]) -> None:
-        """Called before the tables narrow the dense model, which is on the meta device."""
-
-    def weights(self, files: Sequence[str], dtype: torch.dtype, quantized: bool) -> None:
-        """Called before weights are loaded, with their files, the dtype of the model, and whether they are quantized."""
-
-
-def _channels(layer: nn.Module) -> tuple[int, int]:
-    """Input and output channels of a layer."""
-    if isinstance(layer, nn.GroupNorm):
-        return layer.num_channels, layer.num_channels
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return (layer.in_channels, layer.out_channels) if isinstance(layer, nn.Conv2d) else (layer.in_features, layer.out_features)
-
-
-def _narrow_layer(layer: nn.Module, reads: int, writes: int) -> None:
-    shape = (writes, reads, *layer.weight.shape[2:])
-    if isinstance(layer, nn.Embedding):
-        layer.num_embeddings, layer.embedding_dim = shape = (reads, writes)
-    elif isinstance(layer, nn.Conv2d):
-        layer.in_channels, layer.out_channels = reads, writes
-    else:
-        layer.in_features, layer.out_features = reads, writes
-    layer.weight.data = torch.empty(shape, device="meta")
-    if getattr(layer, "bias", None) is not None:
-        layer.bias.data = torch.empty(writes, device="meta")
-
-
-def _narrow(model: nn.Module, layer_channels: Mapping, norm_group_sizes: Mapping, attention_heads: Mapping) -> None:
-    """Narrow a dense model on the meta device in place, which is much faster than creating new layers."""
-    modules = dict(model.named_modules())
-    for name, channels in layer_channels.items():
-        _narrow_layer(modules[name], *channels)
-    for name, sizes in norm_group_sizes.items():
-        norm = modules[name]
-        if len(set(sizes)) > 1:
-            model.set_submodule(name, RaggedGroupNorm(sizes, norm.eps, "meta"))
-        else:
-            norm.num_groups, norm.num_channels = len(sizes), sum(sizes)
-            norm.weight.data, norm.bias.data = (torch.empty(sum(sizes), device="meta") for _ in range(2))
-    for name, module in modules.items():
-        if isinstance(module, ResnetBlock2D):
-            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
-            for sampler in filter(None, (module.upsample, module.downsample)):
-                sampler.channels = sampler.out_channels = module.in_channels
-        elif isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, nn.Conv2d):
-            module.channels, module.out_channels = _channels(module.conv)
-        elif isinstance(module, Attention):
-            module.heads = module.sliceable_head_dim = attention_heads.get(name, module.heads)
-            module.inner_dim = module.inner_kv_dim = module.to_q.out_features
-            module.query_dim = module.cross_attention_dim = module.to_q.in_features
-            module.out_dim = module.out_context_dim = module.to_out[0].out_features
-            module.scale = (module.inner_dim // module.heads) ** -0.5
-
-
-def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Give a model on the meta device freshly initialized weights on `device`."""
-    for module in model.modules():
-        if isinstance(module, GaussianFourierProjection):
-            weight = torch.randn(module.weight.shape, device=device) * 16  # the scale that Diffusers' UNets pass
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        elif next(module.parameters(recurse=False), None) is not None:
-            module.to_empty(device=device, recurse=False)
-            module.reset_parameters()
-
-
-class GFPrunedMixin:
-    """Turns a class of Diffusers into a pruned one: `class Pruned(GFPrunedMixin, Stock)`.
-
-    The mixin loads and saves the model with the three tables and checks its files. The class describes in `check_widths` how
-    channels pass through its forward, and gets its constructor from `pruned_init(Stock)`.
-    """
-
-    _keys_to_ignore_on_load_unexpected = [r"attentions\.\d+\.to_qkv\.(weight|bias)$"]  # copies, made by fuse_projections
-    _auto_class = "AutoModel"  # config.json then names this file for AutoModel with trust_remote_code
-    _card: str | None = None
-    checks: LoadingChecks = LoadingChecks()
-
-    def check_widths(self) -> None:
-        """Raise a `ValueError` if the widths of consecutive layers do not match; uses `_through` and `_along`."""
-        raise NotImplementedError  # a forward on the meta device is slow, and accepts a width of 1, which broadcasts
-
-    def _through(self, channels: int, *layers: nn.Module, to: int | None = None) -> int:
-        """Output channels of consecutive layers, given the input channels of the first; they must equal `to`, if given."""
-
-        def refuse(layer: nn.Module, problem: str) -> None:
-            name = next(name for name, module in self.named_modules() if module is layer)
-            raise ValueError(f"the widths in the config do not fit together: {name} {problem}")
-
-        for layer in layers:
-            reads, writes = _channels(layer)
-            if reads != channels:
-                refuse(layer, f"has {reads} input channels, but must have {channels}")
-            channels = writes
-        if to not in (None, channels):
-            refuse(layers[-1], f"has {channels} output channels, but must have {to}")
-        return channels
-
-    def _along(self, embedding: int, channels: int, *blocks: nn.Module | None) -> int:
-        """Output channels of consecutive blocks with a time embedding of `embedding` channels."""
-        for block in filter(None, blocks):
-            if isinstance(block, ResnetBlock2D):
-                hidden = self._through(channels, block.norm1, block.conv1)
-                wanted = 2 * hidden if block.time_embedding_norm == "scale_shift" else hidden
-                self._through(embedding, block.time_emb_proj, to=wanted)
-                residual = channels if block.conv_shortcut is None else self._through(channels, block.conv_shortcut)
-                channels = self._through(hidden, block.norm2, block.conv2, to=residual)
-            elif isinstance(block, Attention):
-                inner = self._through(channels, *filter(None, [block.group_norm]), block.to_q)
-                for layer in (block.to_k, block.to_v):
-                    self._through(channels, layer, to=inner)
-                channels = self._through(inner, block.to_out[0], to=channels)
-            else:  # a sampler
-                channels = self._through(channels, block.conv)
-        return channels
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file, *args, **kwargs):
-        cls.checks.config_file(json_file)
-        return super()._dict_from_json_file(json_file, *args, **kwargs)
-
-    @classmethod
-    @functools.wraps(ModelMixin.from_pretrained.__func__)
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        if kwargs.pop("use_safetensors", True) is False or kwargs.get("use_flashpack"):
-            raise ValueError("use_safetensors=False, use_flashpack=True: pruned models are loaded from safetensors only")
-        device_map = kwargs.get("device_map")
-        if not isinstance(device_map, Mapping) or "disk" not in device_map.values():
-            kwargs.pop("offload_state_dict", None)  # Diffusers reloads such weights only if others stay on disk
-        wants_info, name = kwargs.pop("output_loading_info", False), pretrained_model_name_or_path
-        model, info = super().from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
-        # Diffusers only warns, and leaves such weights randomly initialized.
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if keys := sorted(map(str, info[problem])):
-                problem = problem.replace("_", " ")
-                raise ValueError(f"{name}: the weights do not fit the config: {len(keys)} {problem}, first {keys[0]}")
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def _load_pretrained_model(cls, model, state_dict, files, *args, **kwargs):
-        dtype = kwargs.get("dtype") or next(model.parameters()).dtype
-        cls.checks.weights(files, dtype, quantized=kwargs.get("hf_quantizer") is not None)
-        return super()._load_pretrained_model(model, state_dict, files, *args, **kwargs)
-
-    def to_json_string(self) -> str:
-        # Do not publish where this copy was loaded from, which is often a local path.
-        content = {key: value for key, value in json.loads(super().to_json_string()).items() if key != "_name_or_path"}
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-    @functools.wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        given = inspect.signature(ModelMixin.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
-        if not given.get("safe_serialization", True):
-            raise ValueError("safe_serialization=False: pruned models are saved as safetensors only")
-        folder = pathlib.Path(save_directory)
-        if given.get("is_main_process", True) and not folder.is_file():
-            # Before the weights, so that an upload by the base class includes this file.
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(shutil.SameFileError):
-                shutil.copyfile(__file__, folder / "diffusers_gfprune.py")
-            # Diffusers does not remove the index of an earlier, sharded save, and would load by it.
-            variant = f".{given['variant']}" if given.get("variant") else ""
-            (folder / f"diffusion_pytorch_model.safetensors.index{variant}.json").unlink(missing_ok=True)
-        card = folder / "README.md"
-        self._card = card.read_text("utf-8") if card.is_file() else None
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _upload_folder(self, working_dir, *args, **kwargs):
-        if self._card is not None:  # Diffusers has just replaced it by a generic card
-            pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
-        return super()._upload_folder(working_dir, *args, **kwargs)
-
-
-def pruned_init(dense_class: type):
-    """The constructor of a pruned class. It takes the arguments of the dense class, then the tables."""
-
-    def __init__(
-        self,
-        *args,
-        layer_channels: dict[str, tuple[int, int]] | None = None,
-        norm_group_sizes: dict[str, list[int]] | None = None,
-        attention_heads: dict[str, int] | None = None,
-        **kwargs,
-    ):
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        dense = {name: value for name, value in given.arguments.items() if name != "self"}
-        tables = {"layer_channels": layer_channels, "norm_group_sizes": norm_group_sizes, "attention_heads": attention_heads}
-        tables = {name: {} if table is None else table for name, table in tables.items()}
-        self.checks.arguments(dense)
-        device = nn.Linear(1, 1).weight.device  # the current default device, or meta while loading
-        with torch.device("meta"):  # 1. the dense skeleton, without memory
-            dense_class.__init__(self, **dense)
-        self.checks.tables(self, tables)
-        _narrow(self, **tables)  # 2. the widths of the pruned model
-        self.check_widths()  # 3. check that they fit together
-        if device.type != "meta":
-            _materialize(self, device)  # 4. fresh weights
-
-    # Diffusers' configuration reads the arguments from this signature
-    signature = inspect.signature(dense_class.__init__)
-    own = [p for p in inspect.signature(__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own]
-    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])
-    return register_to_config(__init__)
+__all__ = ["GFPrunedUNet2DModel"]
 
 
 class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
@@ -304,6 +32,7 @@ class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
     """
 
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    class_file = __file__
     __init__ = pruned_init(UNet2DModel)
 
     def check_widths(self) -> None:
@@ -338,12 +67,4 @@ class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
 # Saved pipelines name the library of a component by its class's module: this package, whose file is saved with them.
 GFPrunedUNet2DModel.__module__ = "diffusers_gfprune"
 
-# All pipelines of Diffusers with a UNet2DModel: `from_pipe` keeps a component only if its exact class is in the annotation
-# of the argument.
-for _name in (
-    *("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline", "KarrasVePipeline", "LDMPipeline"),
-    *("LDMSuperResolutionPipeline", "PNDMPipeline", "RePaintPipeline", "ScoreSdeVePipeline"),
-):
-    with contextlib.suppress(AttributeError, RuntimeError):  # this Diffusers lacks it, or its dependencies are missing
-        _init = getattr(diffusers, _name).__init__
-        _init.__annotations__["unet"] = typing.get_type_hints(_init)["unet"] | GFPrunedUNet2DModel  # a union holds it once
+accept_in_pipelines(GFPrunedUNet2DModel, UNet2DModel)

@@ -92,14 +92,14 @@ def joint_changes(context: ScoringContext) -> JointScores:
     with _outputs_kept(context) as outputs:
         for batch in context.batches:
             predictions = context.predictions(batch)
-            produced = list(outputs.values())
+            produced = [output for _, output in outputs]
             for number in range(PROBES):
                 probe = _probe(batch, number).to(predictions)
                 gradients = torch.autograd.grad(predictions, produced, probe, retain_graph=number < PROBES - 1)
-                along = {
-                    name: _over_positions(context.unet.get_submodule(name), output.detach() * gradient)
-                    for (name, output), gradient in zip(outputs.items(), gradients)
-                }
+                along: dict[str, Tensor] = {}
+                for (name, output), gradient in zip(outputs, gradients):
+                    part = _over_positions(context.unet.get_submodule(name), output.detach() * gradient)
+                    along[name] = along[name] + part if name in along else part  # a layer may be called more than once
                 values_of_image = predictions[0].numel()
                 for group, values in _by_group(context, along):
                     total[group.name] += group.unit_sums(values.square().sum(dim=0).float()) / values_of_image
@@ -121,13 +121,13 @@ def _folded(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _outputs_kept(context: ScoringContext) -> Iterator[dict[str, Tensor]]:
-    """Context that collects the outputs of all layers that produce or normalize channels, by module name."""
-    outputs: dict[str, Tensor] = {}
+def _outputs_kept(context: ScoringContext) -> Iterator[list[tuple[str, Tensor]]]:
+    """Context that collects the outputs of all layers that produce or normalize channels, with the module's name."""
+    outputs: list[tuple[str, Tensor]] = []
     names = {piece.module for group in context.groups for piece in group.slices if piece.role != "input"}
 
     def keep(name: str):
-        return lambda module, args, output: outputs.__setitem__(name, output) if torch.is_grad_enabled() else None
+        return lambda module, args, output: outputs.append((name, output)) if torch.is_grad_enabled() else None
 
     handles = [context.unet.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(names)]
     try:

@@ -60,3 +60,14 @@ def test_batches_of_another_model_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(BATCH, **change).check(1, 1000)
+
+
+def test_embeddings_have_the_dtype_of_the_samples_and_labels_stay() -> None:
+    """Labels of one floating-point number may be timesteps, which half precision would round."""
+    given = {"encoder_hidden_states": torch.zeros(3, 5, 2), "class_labels": torch.tensor([1.0, 501.0, 999.0]), "ids": LABELS}
+    found = replace(BATCH, conditioning=given).inputs(DDPMScheduler(), torch.bfloat16).conditioning
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "encoder_hidden_states": torch.bfloat16,
+        "class_labels": torch.float32,
+        "ids": torch.int64,
+    }

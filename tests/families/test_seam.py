@@ -19,8 +19,9 @@ PACKAGE = Path(diffusers_gfprune.__file__).parent
 SCRIPTS = PACKAGE.parent / "training"
 MODULES = [*PACKAGE.rglob("*.py"), *SCRIPTS.glob("*.py")]
 # The one place of each architecture's names, beside the files that are shipped
-OWNERS = {PACKAGE / "families/unet_2d.py", *(PACKAGE / "remote").glob("*.py")}
-BLOCKS = {"Attention", "ResnetBlock2D", "Upsample2D", "Downsample2D", "BasicTransformerBlock", "FeedForward"}
+OWNERS = {*(PACKAGE / "families").glob("*.py"), *(PACKAGE / "remote").glob("*.py")}
+OWNERS -= {PACKAGE / f"families/{name}.py" for name in ("base", "limits", "lookup")}
+BLOCKS = {"Attention", "PatchEmbed", "ResnetBlock2D", "Upsample2D", "Downsample2D", "BasicTransformerBlock", "FeedForward"}
 MODELS = {name for name in dir(diffusers) if name.endswith("Model") and name not in ("AutoModel", "EMAModel")}
 MODELS |= {name for name in dir(diffusers) if "Transformer" in name}
 

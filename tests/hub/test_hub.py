@@ -18,7 +18,6 @@ from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard, file_download, parse_eval_result_entries, snapshot_download
 from huggingface_hub.utils import _http
 
-import diffusers_gfprune
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
 from diffusers_gfprune.hub import PushError, files_to_push, main, push_checkpoint, push_folder, update_card
 from diffusers_gfprune.remote.pipeline_prune_ddpm import rename_in_card
@@ -28,7 +27,7 @@ from helpers.scripts import RUN_FILES, run_script
 
 REPO = "alice/digits"
 PUSHED = RUN_FILES
-CODE = Path(diffusers_gfprune.__file__).parent / "remote/unet_2d_gfpruned.py"
+CODE = GFPrunedUNet2DModel.source().encode()  # the file that is saved with a pruned model
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -344,7 +343,7 @@ def test_pipeline_of_a_run_is_pushed_with_its_card(server: HubServer, run: Path)
     pushed = on_hub(server)
     assert set(pushed) == PUSHED
     assert pushed["README.md"] == (run / "README.md").read_bytes().replace(b'"digits-gfpruned"', b'"alice/digits"')
-    assert pushed["unet/diffusers_gfprune.py"] == CODE.read_bytes()
+    assert pushed["unet/diffusers_gfprune.py"] == CODE
 
 
 def test_saving_with_push_to_hub_keeps_the_card(server: HubServer, run: Path) -> None:
@@ -391,4 +390,4 @@ def test_model_into_its_subfolder(server: HubServer, run: Path) -> None:
     push_folder(run, REPO)
     before = on_hub(server)
     GFPrunedUNet2DModel.from_pretrained(REPO, subfolder="unet").push_to_hub(REPO, subfolder="unet")
-    assert on_hub(server) == {**before, "unet/diffusers_gfprune.py": CODE.read_bytes()}
+    assert on_hub(server) == {**before, "unet/diffusers_gfprune.py": CODE}

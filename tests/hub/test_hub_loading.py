@@ -20,7 +20,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import _http
 from safetensors.torch import load, save
 
-import diffusers_gfprune
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
 from diffusers_gfprune.hub import push_folder
 from helpers.architectures import build
@@ -28,7 +27,7 @@ from helpers.hub import PUBLISHED, assert_published_output, contents, make_run, 
 from helpers.hub_server import OTHER, READ, WRITE, HubServer
 
 REPO, DENSE, HARMFUL = "alice/digits", "alice/dense", "alice/harmful"
-CODE = Path(diffusers_gfprune.__file__).parent / "remote/unet_2d_gfpruned.py"
+CODE = GFPrunedUNet2DModel.source().encode()  # the file that is saved with a pruned model
 
 
 def make_server(monkeypatch: pytest.MonkeyPatch, folder: Path) -> HubServer:
@@ -170,12 +169,12 @@ def test_dense_repository(server: HubServer) -> None:
 def test_saving_and_pushing_again(server: HubServer, known: torch.Tensor, tmp_path: Path, pipeline: type) -> None:
     pipe = pipeline.from_pretrained(REPO)
     pipe.save_pretrained(tmp_path / "again")
-    assert contents(tmp_path / "again")["unet/diffusers_gfprune.py"] == CODE.read_bytes()
+    assert contents(tmp_path / "again")["unet/diffusers_gfprune.py"] == CODE
     assert torch.equal(samples(DiffusionPipeline.from_pretrained(tmp_path / "again")), known)
     name = f"alice/again-{pipeline.__name__}"
     pipe.push_to_hub(name)
     files = hub_files(server, name)
-    assert files["unet/diffusers_gfprune.py"] == CODE.read_bytes()
+    assert files["unet/diffusers_gfprune.py"] == CODE
     assert json.loads(files["model_index.json"])["unet"] == ["diffusers_gfprune", "GFPrunedUNet2DModel"]
     assert json.loads(files["model_index.json"])["_class_name"] == "DDPMPipeline"
     assert torch.equal(samples(DiffusionPipeline.from_pretrained(name)), known)

@@ -12,6 +12,7 @@ from torch import nn
 from diffusers_gfprune.latency.layer_workloads import (
     AttentionProducts,
     Convolution,
+    CrossAttentionProducts,
     Inputs,
     LayerCall,
     LinearLayer,
@@ -19,7 +20,9 @@ from diffusers_gfprune.latency.layer_workloads import (
     trace_layer_calls,
 )
 from diffusers_gfprune.metrics.model_size import count_macs
+from helpers import families
 from helpers.architectures import build
+from helpers.families import BASES
 
 
 def macs(call: LayerCall) -> int:
@@ -29,7 +32,7 @@ def macs(call: LayerCall) -> int:
         return call.positions * math.prod(work.kernel) * call.wide_in * call.wide_out
     if isinstance(work, LinearLayer):
         return call.positions * call.wide_in * call.wide_out
-    return 2 * work.tokens**2 * call.wide_out if isinstance(work, AttentionProducts) else 0
+    return 2 * work.tokens * work.key_tokens * call.wide_out if isinstance(work, AttentionProducts) else 0
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,16 @@ def test_no_layer_is_missing(name: str) -> None:
     attentions = {module for module, layer in unet.named_modules() if isinstance(layer, Attention)}
     assert {module.removesuffix(".group_norm") for module, work in norms.items() if not work.silu} <= attentions
     assert not any(work.silu for module, work in norms.items() if module.endswith(".group_norm"))
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_no_layer_of_another_family_is_missing(family: str) -> None:
+    """Cross-attentions have other keys than queries, and the first block of a DiT has layers that are called twice."""
+    model = families.build(family)
+    calls = trace_layer_calls(model)
+    assert sum(macs(call) for call in calls) == count_macs(model)
+    crossed = [call.module for call in calls if isinstance(call.workload, CrossAttentionProducts)]
+    assert all(".attn2." in name for name in crossed) and bool(crossed) == (family == "condition")
 
 
 def test_layers_of_one_kind_share_a_workload() -> None:
@@ -66,6 +79,7 @@ def test_layers_of_one_kind_share_a_workload() -> None:
         (Norm((6, 4), 4, silu=True), (2, 8, 6, 4)),
         (Norm((5,), 4, silu=False), (2, 8, 5)),
         (AttentionProducts(5, heads=4), (2, 5, 8)),
+        (CrossAttentionProducts(5, 4, keys=3), (2, 5, 8)),
     ],
 )
 def test_a_workload_runs_at_a_width(workload, shape: tuple[int, ...]) -> None:

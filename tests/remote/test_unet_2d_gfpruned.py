@@ -16,7 +16,6 @@ from diffusers.models.embeddings import GaussianFourierProjection
 from torch import nn
 
 from diffusers_gfprune import GFPrunedUNet2DModel
-from diffusers_gfprune.remote import unet_2d_gfpruned as module_file
 from helpers.architectures import BASE, NoMemory, build, inputs, pruned, run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -136,7 +135,7 @@ def test_saved_files(tmp_path: Path):
     """Weights, configuration, and the module that builds the model, byte for byte."""
     pruned().save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == FILES
-    assert (tmp_path / "diffusers_gfprune.py").read_bytes() == Path(module_file.__file__).read_bytes()
+    assert (tmp_path / "diffusers_gfprune.py").read_bytes() == GFPrunedUNet2DModel.source().encode()
 
 
 def test_config_round_trip(tmp_path: Path):
@@ -166,7 +165,7 @@ def test_the_shipped_module_loads_the_model_by_itself(tmp_path: Path):
     loaded = shipped.GFPrunedUNet2DModel.from_pretrained(tmp_path)
     assert torch.equal(run(loaded), run(pruned()))
     loaded.save_pretrained(tmp_path)  # copies its own file onto itself
-    assert (tmp_path / "diffusers_gfprune.py").read_bytes() == Path(module_file.__file__).read_bytes()
+    assert (tmp_path / "diffusers_gfprune.py").read_bytes() == GFPrunedUNet2DModel.source().encode()
 
 
 @pytest.mark.parametrize("method", ["save_pretrained", "from_pretrained"])

@@ -1,0 +1,139 @@
+"""The family of `DiTTransformer2DModel`: diffusion transformers with class labels (DiT, arXiv 2212.09748).
+
+Prunable are the channels inside of attentions, the hidden channels of feed-forward layers, and those of the conditioning of
+each block. The hidden states keep their width, since layer norms read all of their channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ..diffusion.batch import ModelInputs, check_integers
+from ..remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
+from .base import Family
+from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, is_int, refuse
+
+__all__ = ["LIMITS", "DiTTransformer2DFamily"]
+
+MAX_POSITION_VALUES = 2**26  # of the position embeddings, which are computed while loading
+
+# Accepted values for each argument of `DiTTransformer2DModel`
+LIMITS = ConfigLimits(
+    integers={
+        "num_attention_heads": (1, MAX_WIDTH),
+        "attention_head_dim": (1, MAX_WIDTH),
+        "in_channels": (1, MAX_WIDTH),
+        "out_channels": (1, 2 * MAX_WIDTH),
+        "num_layers": (1, 256),
+        "norm_num_groups": (1, MAX_WIDTH),  # not used
+        "patch_size": (1, 2**8),
+        "num_embeds_ada_norm": (1, 10**7),
+    },
+    numbers={
+        "dropout": (0, 1),
+        "norm_eps": (1e-12, 1),  # added to a variance, in single precision
+    },
+    choices={
+        "attention_bias": (False, True),
+        "activation_fn": ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"),
+        "upcast_attention": (False, True),
+        "norm_type": ("ada_norm_zero",),
+        "norm_elementwise_affine": (False, True),
+    },
+    lists=frozenset(),
+    optional=frozenset({"out_channels"}),
+)
+
+
+class DiTTransformer2DFamily(Family):
+    """`DiTTransformer2DModel`, with and without learned variances."""
+
+    dense_class = DiTTransformer2DModel
+    pruned_class = GFPrunedDiTTransformer2DModel
+    attention_class = Attention
+    component = "transformer"
+    pipelines = ("DiTPipeline",)
+    boundary = {"pos_embed.proj": 0, "proj_out_2": 1}
+
+    # --- configurations ---
+
+    def check_arguments(self, config: Mapping[str, Any]) -> None:
+        LIMITS.check(config)
+        heads, head_dim, size = config["num_attention_heads"], config["attention_head_dim"], config["sample_size"]
+        hidden = heads * head_dim
+        if hidden > MAX_WIDTH or hidden % 4:  # each axis has sines and cosines
+            wanted = f"an integer whose product with num_attention_heads={heads} is a multiple of 4 and at most {MAX_WIDTH}"
+            refuse("attention_head_dim", head_dim, wanted)
+        if not is_int(size):
+            refuse("sample_size", size, "an integer, since samples are square")
+        if size % config["patch_size"]:
+            refuse("sample_size", size, f"a multiple of patch_size={config['patch_size']}")
+        check_sample_size(size, config["in_channels"], config["patch_size"])
+        if (size // config["patch_size"]) ** 2 * hidden > MAX_POSITION_VALUES:
+            most = f"at most {MAX_POSITION_VALUES // hidden} patches of patch_size={config['patch_size']} in all"
+            refuse("sample_size", size, most)
+        self.check_supported(config)
+
+    def check_supported(self, config: Mapping[str, Any]) -> None:
+        reads, writes, size, patch = (config[name] for name in ("in_channels", "out_channels", "sample_size", "patch_size"))
+        if writes not in (None, reads, 2 * reads):
+            raise ValueError(f"out_channels={writes} must be in_channels={reads}, or {2 * reads} with learned variances")
+        if size % patch:
+            raise ValueError(f"sample_size={size} must be a multiple of patch_size={patch}")
+
+    def check_trainable(self, config: Mapping[str, Any]) -> None:
+        raise ValueError("latents as samples: the training script prunes models of pixels; use GradientFlowPruner")
+
+    def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
+        """Any timestep can be embedded."""
+
+    # --- inputs and outputs ---
+
+    def example_inputs(
+        self,
+        model: nn.Module,
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> ModelInputs:
+        patch = model.config.patch_size
+        if height != width or height % patch:
+            raise ValueError(
+                f"samples of {height}x{width} must be square, with sides that are multiples of patch_size={patch}"
+            )
+        sample = torch.zeros(batch_size, model.config.in_channels, height, width, device=device, dtype=dtype)
+        timesteps, labels = (torch.zeros(batch_size, device=device, dtype=torch.long) for _ in range(2))
+        return ModelInputs(sample, timesteps, {"class_labels": labels})
+
+    def tracing_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return 2 * config["patch_size"], 2 * config["patch_size"]
+
+    def check_conditioning(self, model: nn.Module, conditioning: Mapping[str, Tensor], size: int) -> None:
+        if other := [name for name in conditioning if name != "class_labels"]:
+            raise ValueError(f"the batch has {other[0]}, which a DiTTransformer2DModel does not take")
+        if "class_labels" not in conditioning:
+            raise ValueError("the model needs class_labels, but the batch has none")
+        null = model.config.num_embeds_ada_norm
+        because = f"with num_embeds_ada_norm={null} of the model, whose null label is {null}, "
+        check_integers("class_labels", conditioning["class_labels"], size, null + 1, because)
+
+    def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
+        # The channels that follow, if any, are learned variances
+        return super().predict(model, inputs)[:, : inputs.sample.shape[1]]
+
+    # --- parts ---
+
+    def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {}  # dropout is inside of attentions and feed-forward layers
+
+    def block_outputs(self, model: nn.Module) -> dict[str, str]:
+        names = [f"transformer_blocks.{index}" for index in range(len(model.transformer_blocks))]
+        return {name: f"{name}.ff.net.2" for name in names}
