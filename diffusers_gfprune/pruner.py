@@ -310,8 +310,8 @@ class GradientFlowPruner:
         share = self.schedule.sparsity(goal)
         chosen = self._rank(batches, share)
         starts = {name: mask.float().cpu() for name, mask in self.unit_masks.items()}
-        found = {"averaged scores": self.scores, "kept units": chosen, "masks": starts}
-        check_identical({f"{what} of {name}": tensors[name] for what, tensors in found.items() for name in tensors})
+        decisions = {"averaged scores": self.scores, "kept units": chosen, "masks": starts}
+        check_identical({f"{what} of {name}": tensors[name] for what, tensors in decisions.items() for name in tensors})
         before, self.kept = self.kept, chosen
         widths = self.kept_channels()
         value = self.schedule.mask_value(goal)
@@ -377,22 +377,22 @@ class GradientFlowPruner:
         Raises:
             ValueError: The state has other groups, is incomplete or damaged. Nothing is changed.
         """
-        found = PrunerState.from_dict(state, self.groups)
-        if (found.latency is None) != (self.latency is None):
+        loaded = PrunerState.from_dict(state, self.groups)
+        if (loaded.latency is None) != (self.latency is None):
             raise ValueError(f"the pruner's state must have the same target as this pruner, target={self.config.target}")
-        if self.config.ranking == "joint" and found.history and not (found.finished or found.changes):
+        if self.config.ranking == "joint" and loaded.history and not (loaded.finished or loaded.changes):
             raise ValueError("the pruner's state must have joint changes for ranking=joint: it was saved with another ranking")
-        if found.latency is not None:
-            self._latency_model.load_dict(found.latency["model"])
-            self.latency = found.latency
+        if loaded.latency is not None:
+            self._latency_model.load_dict(loaded.latency["model"])
+            self.latency = loaded.latency
             self._plan_widths()
         if self._is_masked():
-            self.unet.channel_masks.set(found.masks, check=False)  # heads may differ until the goal
+            self.unet.channel_masks.set(loaded.masks, check=False)  # heads may differ until the goal
         else:
-            self._last_masks = found.masks
-        self.kept, self.history = found.kept, found.history
-        self.scores, self.changes = found.scores, found.changes
-        self.finished, self._path, self._by_hand = found.finished, found.path, found.by_hand
+            self._last_masks = loaded.masks
+        self.kept, self.history = loaded.kept, loaded.history
+        self.scores, self.changes = loaded.scores, loaded.changes
+        self.finished, self._path, self._by_hand = loaded.finished, loaded.path, loaded.by_hand
 
     # --- the end ---
 

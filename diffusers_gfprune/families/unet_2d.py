@@ -104,9 +104,9 @@ class UNet2DFamily(Family):
         for argument in ("down_block_types", "up_block_types", "mid_block_type", "resnet_time_scale_shift"):
             value, supported = config[argument], LIMITS.choices[argument]
             supported = (*supported, None) if argument in LIMITS.optional else supported
-            for found in value if isinstance(value, (list, tuple)) else [value]:
-                if (found[7:] if str(found).startswith("UNetRes") else found) not in supported:
-                    raise ValueError(f"{argument}={found} cannot be pruned; supported: {', '.join(map(str, supported))}")
+            for choice in value if isinstance(value, (list, tuple)) else [value]:
+                if (choice[7:] if str(choice).startswith("UNetRes") else choice) not in supported:
+                    raise ValueError(f"{argument}={choice} cannot be pruned; supported: {', '.join(map(str, supported))}")
 
     def check_trainable(self, config: Mapping[str, Any]) -> None:
         reads, writes = config["in_channels"], config["out_channels"]

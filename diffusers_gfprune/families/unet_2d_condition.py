@@ -183,10 +183,10 @@ class UNet2DConditionFamily(UNet2DFamily):
         for name, supported in LIMITS.choices.items():
             value = config[name]
             supported = (*supported, None) if name in LIMITS.optional else supported
-            for found in value if isinstance(value, (list, tuple)) else [value]:
-                plain = found.removeprefix("UNetRes") if isinstance(found, str) and name in LIMITS.lists else found
+            for choice in value if isinstance(value, (list, tuple)) else [value]:
+                plain = choice.removeprefix("UNetRes") if isinstance(choice, str) and name in LIMITS.lists else choice
                 if plain not in supported:
-                    raise ValueError(f"{name}={found} cannot be pruned; it must be {_listed(supported)}")
+                    raise ValueError(f"{name}={choice} cannot be pruned; it must be {_listed(supported)}")
         reads, writes = config["in_channels"], config["out_channels"]
         if writes not in (reads, 2 * reads):
             raise ValueError(f"out_channels={writes} must be in_channels={reads}, or {2 * reads} with learned variances")

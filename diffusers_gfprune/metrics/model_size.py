@@ -114,11 +114,11 @@ def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None
     """
     total = 0
     modules, attentions = dict(unet.named_modules()), family_of(unet).attentions(unet)
-    found = layer_positions(unet, sample_size)
-    for name, positions in found.items():
+    positions_of = layer_positions(unet, sample_size)
+    for name, positions in positions_of.items():
         module = modules[name]
         if name in attentions:
-            total += 2 * positions * found[f"{name}.to_k"] * module.to_q.out_features
+            total += 2 * positions * positions_of[f"{name}.to_k"] * module.to_q.out_features
         else:
             total += positions * module.weight.numel()
     return total

@@ -123,8 +123,8 @@ class ChannelGroup:
             raise ValueError(f"mask of {self.name} has shape {tuple(values.shape)}, not ({self.num_channels},)")
         if values.isnan().any():
             raise ValueError(f"mask of {self.name} has values that are NaN, outside [0, 1]")
-        found = values[[unit[0] for unit in self.units]]
-        if not torch.equal(self.per_channel(found), values):
+        by_unit = values[[unit[0] for unit in self.units]]
+        if not torch.equal(self.per_channel(by_unit), values):
             for unit in self.units:
                 different = values[list(unit)].unique().tolist()
                 if len(different) > 1:
@@ -133,7 +133,7 @@ class ChannelGroup:
                         f"must be equal"
                     )
             raise ValueError(f"mask of {self.name} must be 1 for channels {list(self.fixed)}, which are never pruned")
-        return found
+        return by_unit
 
 
 def slices_by_dimension(
@@ -194,15 +194,15 @@ def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
     components = trace_components(family, twin)
 
     # Channels with the same places, with the same multiplicity, form a group.
-    found = components.split()
+    parts = components.split()
     unit_of = _unit_labels(components, modules)
     groups_of_unit: dict[int, set] = defaultdict(set, {int(unit_of[components.fixed]): {-1}})
-    for number, (_, labels, _) in enumerate(found):
+    for number, (_, labels, _) in enumerate(parts):
         for unit in np.unique(unit_of[labels]).tolist():
             groups_of_unit[unit].add(number)
 
     groups = []
-    for places, labels, indices in found:
+    for places, labels, indices in parts:
         named = [components.places[place] for place in places]
         produces = (side == "out" and not isinstance(modules[name], nn.GroupNorm) for name, side in named)
         producer = next(column for column, does in enumerate(produces) if does)

@@ -39,11 +39,11 @@ def _settings(module: nn.Module | None) -> dict[str, object]:
     return {"__class__": type(module).__name__, **plain}
 
 
-def _check_settings(name: str, found: dict, wanted: dict) -> None:
+def _check_settings(name: str, settings: dict, expected: dict) -> None:
     """Check a module against the configuration, from which the pruned model is built."""
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise ValueError(f"the model does not match its config: {name}.{key}={found.get(key)!r} must be {value!r}")
+    for key, value in expected.items():
+        if settings.get(key) != value:
+            raise ValueError(f"the model does not match its config: {name}.{key}={settings.get(key)!r} must be {value!r}")
 
 
 def meta_twin(unet: nn.Module) -> nn.Module:
@@ -123,14 +123,14 @@ class Components:
         # The sum of random numbers of its places identifies the places of a channel
         numbers = np.random.default_rng(0).integers(2**63, size=len(self.places), dtype=np.uint64)
         sums = np.add.reduceat(numbers[place_of], starts)
-        found = []
+        parts = []
         _, first, kind = np.unique(sums, return_index=True, return_inverse=True)
         members = np.split(np.argsort(kind, kind="stable"), np.cumsum(np.bincount(kind))[:-1])
         for one in np.argsort(first):
             channels = members[one]
             elements = starts[channels][:, None] + np.arange(counts[channels[0]])  # (channels, places)
-            found.append((tuple(place_of[elements[0]].tolist()), labels[channels], index_of[elements]))
-        return found
+            parts.append((tuple(place_of[elements[0]].tolist()), labels[channels], index_of[elements]))
+        return parts
 
 
 def join(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:

@@ -47,21 +47,21 @@ def kept_state(optimizer: torch.optim.Optimizer, parameter: Tensor, take: Take) 
     powers = STATE_POWERS
     if "state1" in state:
         powers = NUMBERED_STATE_POWERS.get(getattr(optimizer, "optimizer_name", None), {})
-    found = {}
+    taken = {}
     for key, value in state.items():
         if key[:-1] in ("qmap", "absmax") and f"state{key[-1]}" in powers:
             continue  # handled with its codes
         if not isinstance(value, Tensor):
-            found[key] = value
+            taken[key] = value
         elif value.ndim == 0 or key == "unorm_vec":
-            found[key] = value.clone()
+            taken[key] = value.clone()
         elif key not in powers or value.shape != parameter.shape:
             raise ValueError(f"{type(optimizer).__name__} has state {key!r}, which cannot be compacted")
         elif value.dtype == torch.uint8:
-            found |= _requantised(state, key[-1], parameter, take, powers[key])
+            taken |= _requantised(state, key[-1], parameter, take, powers[key])
         else:
-            found[key] = take(_as_written(value) if "state1" in state else value, powers[key])
-    return found
+            taken[key] = take(_as_written(value) if "state1" in state else value, powers[key])
+    return taken
 
 
 def _as_written(state: Tensor) -> Tensor:

@@ -156,20 +156,20 @@ class PrunerState:
         except (KeyError, TypeError) as error:
             raise ValueError(f"the pruner's state is incomplete or malformed: {error!r}") from error
         _check_groups(theirs, sizes)
-        wanted = {"masks": torch.float32, "kept": torch.bool}
-        wanted |= {"scores": torch.float32} if history else {}
-        wanted |= {"changes": torch.float32} if any(name.startswith("changes/") for name in tensors) else {}
-        wanted |= {"path_start": torch.float32, "path_goal": torch.float32} if path else {}
-        found: dict[str, dict[str, Tensor]] = {
+        dtypes = {"masks": torch.float32, "kept": torch.bool}
+        dtypes |= {"scores": torch.float32} if history else {}
+        dtypes |= {"changes": torch.float32} if any(name.startswith("changes/") for name in tensors) else {}
+        dtypes |= {"path_start": torch.float32, "path_goal": torch.float32} if path else {}
+        loaded: dict[str, dict[str, Tensor]] = {
             family: {name: _read_tensor(tensors, family, group, dtype) for name, group in sizes.items()}
-            for family, dtype in wanted.items()
+            for family, dtype in dtypes.items()
         }
         if tensors:
             raise ValueError(f"the pruner's state has {len(tensors)} unexpected tensors, such as {next(iter(tensors))}")
-        if len({len(changes) for changes in found.get("changes", {}).values()}) > 1:
+        if len({len(changes) for changes in loaded.get("changes", {}).values()}) > 1:
             raise ValueError("joint changes of the pruner's state must have the same number of rows in all groups")
-        masks, kept = found["masks"], found["kept"]
-        moving = _read_path(path, found["path_start"], found["path_goal"]) if path else None
+        masks, kept = loaded["masks"], loaded["kept"]
+        moving = _read_path(path, loaded["path_start"], loaded["path_goal"]) if path else None
         for name, group in sizes.items():
             goal = moving.goals[name] if moving else masks[name]
             check_mask(group, goal)
@@ -183,8 +183,8 @@ class PrunerState:
         return cls(
             masks,
             kept,
-            found.get("scores"),
-            found.get("changes"),
+            loaded.get("scores"),
+            loaded.get("changes"),
             moving,
             history,
             **flags,
@@ -224,9 +224,9 @@ def _read_tensor(tensors: dict[str, Tensor], family: str, group: ChannelGroup, d
 
 def _read_path(path: Mapping, starts: dict[str, Tensor], goals: dict[str, Tensor]) -> MaskPath:
     try:
-        found = MaskPath(path["start_step"], path["goal_step"], starts, goals)
-        if 0 <= found.start_step < found.goal_step:
-            return found
+        mask_path = MaskPath(path["start_step"], path["goal_step"], starts, goals)
+        if 0 <= mask_path.start_step < mask_path.goal_step:
+            return mask_path
     except (KeyError, TypeError):
         pass
     raise ValueError(f"path={path} of the pruner's state must have 0 <= start_step < goal_step")

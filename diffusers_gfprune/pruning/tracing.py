@@ -104,8 +104,8 @@ class _Labels(TorchFunctionMode):
         outputs = [x for x in outputs if isinstance(x, Tensor)]
         if outputs and (name in (*LAYERS, "embedding") or any(id(x) in self.labels for x in tensors)):
             labels = self._follow(name, func, args, kwargs, tensors, outputs[0])
-            for x, found in zip(outputs, labels if isinstance(labels, (tuple, list)) else [labels]):
-                self.labels[id(x)] = (x, found)
+            for x, label in zip(outputs, labels if isinstance(labels, (tuple, list)) else [labels]):
+                self.labels[id(x)] = (x, label)
         return result
 
     def _follow(self, name: str, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor) -> Any:

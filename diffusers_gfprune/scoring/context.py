@@ -76,8 +76,8 @@ class ScoringContext:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wanted = {piece.name for group in self.groups for piece in group.slices}
-        self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in wanted}
+        names = {piece.name for group in self.groups for piece in group.slices}
+        self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in names}
 
     @property
     def device(self) -> torch.device:
@@ -96,10 +96,12 @@ class ScoringContext:
             ValueError: The prediction has another shape.
         """
         inputs = batch.to(self.device).inputs(self.noise_scheduler, self.unet.dtype)
-        found = family_of(self.unet).predict(self.unet, inputs).float()
-        if found.shape != inputs.sample.shape:
-            raise ValueError(f"the prediction has shape {tuple(found.shape)}, its target has {tuple(inputs.sample.shape)}")
-        return found
+        prediction = family_of(self.unet).predict(self.unet, inputs).float()
+        if prediction.shape != inputs.sample.shape:
+            raise ValueError(
+                f"the prediction has shape {tuple(prediction.shape)}, its target has {tuple(inputs.sample.shape)}"
+            )
+        return prediction
 
     def sample_losses(self, batch: DiffusionBatch) -> Tensor:
         """Mean squared error of each sample, with shape `(batch,)`."""
@@ -109,11 +111,11 @@ class ScoringContext:
 
     def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
         """Gradient of a scalar by parameter name: the mean over ranks, or with `create_graph` that of this rank."""
-        found = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=create_graph)
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=create_graph)
         if not create_graph and world_size() > 1:
-            found = [gradient.clone() for gradient in found]  # autograd may return views or shared tensors
-            mean_over_ranks(found)
-        return dict(zip(self.parameters, found))
+            gradients = [gradient.clone() for gradient in gradients]  # autograd may return views or shared tensors
+            mean_over_ranks(gradients)
+        return dict(zip(self.parameters, gradients))
 
     def summed_gradients(self, losses: Iterable[Tensor]) -> dict[str, Tensor]:
         """Gradient of a sum of scalars by parameter name, accumulated in place, then the mean over ranks.
@@ -127,15 +129,15 @@ class ScoringContext:
         try:
             for loss in losses:
                 torch.autograd.backward(loss, inputs=parameters)
-            found = {
+            gradients = {
                 name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 for name, parameter in self.parameters.items()
             }
         finally:
             for parameter, gradient in zip(parameters, held):
                 parameter.grad = gradient
-        mean_over_ranks(found.values())
-        return found
+        mean_over_ranks(gradients.values())
+        return gradients
 
     def mean_gradient(self, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
         """Gradient of the mean loss over batches, on all ranks."""

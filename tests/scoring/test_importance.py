@@ -65,7 +65,7 @@ class Setting:
     def scores(self, **options) -> dict[str, Tensor]:
         """Scores with some options changed."""
         batches = [DiffusionBatch.of(batch) for batch in self.batches]
-        return score_units(self.unet, self.groups, batches, self.scheduler, GFPruneConfig(**options))
+        return score_units(self.unet, self.groups, batches, self.scheduler, GFPruneConfig(**{"ranking": "group", **options}))
 
 
 @pytest.fixture(scope="module")

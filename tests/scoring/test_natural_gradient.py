@@ -15,7 +15,8 @@ from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruning import masking
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.scoring import natural_gradient
-from diffusers_gfprune.scoring.importance import score_units
+from diffusers_gfprune.scoring.context import JointScores
+from diffusers_gfprune.scoring.importance import average_scores, score_units, score_units_jointly
 from helpers.architectures import ARCHITECTURES, BASE, build, inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,3 +160,89 @@ def test_nothing_is_left_behind() -> None:
     assert not any(module._forward_hooks for module in unet.modules())
     assert unet.training and all(p.grad is None and p.requires_grad for p in unet.parameters())
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+# --- what units change together ----------------------------------------------------------------------------------------
+
+
+def joint(unet: UNet2DModel, batches: list) -> JointScores:
+    batches = [DiffusionBatch.of(batch) for batch in batches]
+    return score_units_jointly(unet, trace_channel_groups(unet), batches, SCHEDULER, CONFIG)
+
+
+def remove_a_little(unet: UNet2DModel, chosen: dict[str, Tensor], share: float) -> None:
+    """Scale the weights that produce the channels of chosen units by 1 - share, in place."""
+    for group in trace_channel_groups(unet):
+        factors = 1 - share * (group.per_channel(chosen[group.name].float()) if group.name in chosen else 0)
+        for piece in (piece for piece in group.slices if piece.role != "input" and group.name in chosen):
+            parameter = unet.get_parameter(piece.name)
+            shape = [-1 if axis == piece.dim else 1 for axis in range(parameter.ndim)]
+            whole = torch.ones(parameter.shape[piece.dim], dtype=torch.float64)
+            whole[list(piece.positions)] = factors.double()
+            parameter.data.mul_(whole.view(shape))
+
+
+def test_rows_give_the_joint_change_of_units_of_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving half of the units of every group a little, in double precision."""
+    monkeypatch.setattr(natural_gradient, "PROBES", 200)
+    unet = build("fine-units").double().eval()
+    batch = tuple(c.double() if c.is_floating_point() else c for c in batch_of(unet, 8))
+    generator = torch.Generator().manual_seed(0)
+    chosen = {g.name: torch.rand(g.num_units, generator=generator) < 0.5 for g in trace_channel_groups(unet)}
+    measured = joint(unet, [batch])
+    together = sum(measured.changes[name][:, units].sum(dim=1) for name, units in chosen.items())
+    alone = sum(float(measured.scores[name][units].sum()) for name, units in chosen.items())
+    before = predict(unet, batch)
+    remove_a_little(unet, {name: 1 - units.float() == 0 for name, units in chosen.items()}, 1e-4)
+    expected = ((predict(unet, batch) - before) / 1e-4).square().mean().item()
+    assert together.square().sum().item() == pytest.approx(expected, rel=0.15)
+    assert abs(alone - expected) > 0.3 * expected  # a sum of single changes is another number
+
+
+def test_changes_of_masked_units_are_those_of_their_mask_values() -> None:
+    """At masks of 1/2, by moving the masks."""
+    unet = build("fine-units").double().eval()
+    masks = masking.attach(unet, trace_channel_groups(unet))
+    name = "mid_block.resnets.0.conv1"
+    masks.set({name: torch.full_like(masks[name], 0.5)})
+    batch = tuple(c.double() if c.is_floating_point() else c for c in batch_of(unet, 8))
+    rows = score_units_jointly(unet, list(masks.groups.values()), [DiffusionBatch.of(batch)], SCHEDULER, CONFIG).changes
+    moved = []
+    for value in (0.501, 0.499):
+        masks.set({name: torch.full_like(masks[name], value)})
+        moved.append(predict(unet, batch))
+    expected = ((moved[0] - moved[1]) / 0.002).square().mean().item()
+    assert rows[name].sum(dim=1).square().sum().item() == pytest.approx(expected, rel=0.5)  # 32 probes
+
+
+def test_more_rows_than_are_kept_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = build("fine-units")
+    whole = joint(unet, [batch_of(unet, 8), batch_of(unet, 8, seed=1)]).changes["conv_in"]
+    assert whole.shape == (64, trace_channel_groups(unet)[0].num_units)
+    monkeypatch.setattr(natural_gradient, "ROWS", 16)
+    folded = joint(unet, [batch_of(unet, 8), batch_of(unet, 8, seed=1)]).changes["conv_in"]
+    torch.testing.assert_close(folded, whole.view(4, 16, -1).sum(dim=0))
+
+
+def test_averages_of_rows_have_the_averaged_square() -> None:
+    """In expectation; 4,000 rows leave a few percent. Scores are averaged as they are, with the same scale."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ranking(size: float) -> tuple[dict, dict]:
+        changes = torch.randn(4000, 3, generator=generator) * torch.tensor([1.0, 2.0, 4.0]) * size
+        return {"a": changes.square().sum(dim=0)}, {"a": changes}
+
+    first, second = ranking(1.0), ranking(10.0)
+    once = average_scores((None, None), first, 0.9)
+    assert once[0]["a"].mean() == pytest.approx(1)
+    scores, changes = average_scores(once, second, 0.9)
+    torch.testing.assert_close(changes["a"].square().sum(dim=0), scores["a"], rtol=0.1, atol=0)
+    assert average_scores(once, (second[0], None), 0.9)[1] is None
+    longer = average_scores(once, (second[0], {"a": torch.cat([second[1]["a"]] * 2)}), 0.9)
+    assert longer[1]["a"].shape == (8000, 3)
+
+
+def test_a_criterion_without_joint_changes_is_refused() -> None:
+    unet = build("fine-units")
+    with pytest.raises(ValueError, match="criterion=magnitude does not measure joint changes"):
+        score_units_jointly(unet, trace_channel_groups(unet), [], SCHEDULER, GFPruneConfig(criterion="magnitude"))
