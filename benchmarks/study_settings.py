@@ -136,6 +136,7 @@ def _widths() -> list[Setting]:
         rows.append((f"sensitivity-{criterion}", title, chosen))
     rows += [
         ("ranking-global", "gradient flow, two phases, global ranking", ("--ranking", "global")),
+        ("ranking-joint", "gradient flow, two phases, units chosen together", ("--ranking", "joint")),
     ]
     return [Setting(name, title, "widths", arguments) for name, title, arguments in rows]
 
@@ -211,7 +212,7 @@ def _scores() -> list[Setting]:
         ("scores-abs", "in weights: absolute value of sums", (*WEIGHTS, "--aggregation", "abs")),
         ("scores-mean-loss", "in weights: g and H of the mean loss", (*WEIGHTS, "--hessian_batches", "mean")),
         ("finite-difference", "in weights: Hg by finite differences", (*WEIGHTS, "--hvp", "finite-difference")),
-        ("scores-masked", "in predictions: at the masked weights", ("--score_at", "masked", "--ranking", "sensitivity")),
+        ("scores-masked", "in predictions: at the masked weights", ("--score_at", "masked")),
         ("batches-1", "in predictions: 1 calibration batch in place of 2", ("--calibration_batches", "1")),
         ("batches-8", "in predictions: 8 calibration batches in place of 2", ("--calibration_batches", "8")),
     ]

@@ -131,9 +131,9 @@ class GFPruneConfig:
         default=None,
         metadata={
             "help": "How pruning is distributed over groups: by the least predicted change of the predictions (joint, for "
-            "gradient-flow), the same share for all (group), more for groups with high cost and low scores (sensitivity), or "
-            "the lowest-scored units of all groups (global). Default: joint for gradient-flow, sensitivity for "
-            "gradient-flow-weights, group for other criteria. "
+            "gradient-flow; best without training), the same share for all (group), more for groups with high cost and low "
+            "scores (sensitivity), or the lowest-scored units of all groups (global). Default: sensitivity for gradient flow, "
+            "group for other criteria. "
             f"Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .configuration import GFPruneConfig
+from .criteria import find_criterion
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from .diffusion.pixel_values import image_values, unused_range
@@ -131,7 +132,8 @@ def prune_unet(
         label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
             the model's training.
         null_label: Label for "no label", in models trained for classifier-free guidance.
-        **options: Fields of `GFPruneConfig`.
+        **options: Fields of `GFPruneConfig`. The default of `ranking` is `"joint"` for criteria that support it, such as the
+            default criterion: without training, it leaves the least damage.
 
     Returns:
         The pruned model.
@@ -146,11 +148,13 @@ def prune_unet(
             )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if options.get("ranking") is None and find_criterion(options.get("criterion", GFPruneConfig.criterion)).joint is not None:
+        options["ranking"] = "joint"
     config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
     pixels = images_to_tensor(images, unet.config.in_channels)
     if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):
-        wanted = "x".join(map(str, spatial_size(unet)))
-        raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the model's sample_size is {wanted}")
+        size = "x".join(map(str, spatial_size(unet)))
+        raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the model's sample_size is {size}")
     if class_labels is not None and len(class_labels) != len(pixels):
         raise ValueError(f"class_labels has {len(class_labels)} labels for {len(pixels)} images")
     dropout = make_label_dropout(unet.config.num_class_embeds, null_label, label_dropout)

@@ -8,8 +8,9 @@ pruner only sets masks (`masking`).
 The defaults differ from the published form in three ways, each an option. Scores are gradient norms in the metric of
 predictions (`criterion="gradient-flow"`), which rank the units of a trained network better. Rankings are noisy: masks of the
 soft phase are interpolated linearly between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly
-higher (`revival_margin`). Removals add up or cancel across the network: units of all groups are chosen together, by what they
-change jointly (`ranking="joint"`).
+higher (`revival_margin`). Layers differ in importance: scores also determine the share of channels that each group loses
+(`ranking="sensitivity"`). Without training after it, units of all groups are better chosen together, by what they change
+jointly (`ranking="joint"`).
 """
 
 from __future__ import annotations

@@ -77,8 +77,7 @@ def test_every_choice_is_accepted(field) -> None:
 
 def test_widths_are_chosen_by_scores_that_tell_how_much_a_group_matters() -> None:
     """Sums of squared weights, for example, do not, but can be requested explicitly."""
-    assert GFPruneConfig().ranking == "joint"
-    assert GFPruneConfig(criterion="gradient-flow-weights").ranking == "sensitivity"
+    assert GFPruneConfig().ranking == GFPruneConfig(criterion="gradient-flow-weights").ranking == "sensitivity"
     assert GFPruneConfig(criterion="magnitude").ranking == "group"
     assert GFPruneConfig(criterion="magnitude", ranking="sensitivity").ranking == "sensitivity"
     assert GFPruneConfig.from_preset("paper").ranking == "group"  # as published

@@ -216,7 +216,7 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
     derivatives=1,
     joint=joint_changes,
     keeps_activations=True,  # hooks do not see the outputs that checkpointing recomputes
-    ranking="joint",
+    ranking="sensitivity",
     passes=2.0,
     memory=1.7,
 )
