@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +37,8 @@ from .pruning.channel_groups import trace_channel_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
+from .ranking import Ranking
 from .scoring.context import check_batch
-from .scoring.importance import average_scores, score_units, score_units_jointly
 from .unit_choice import UnitChoice, possible_widths
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
@@ -120,8 +119,6 @@ class GradientFlowPruner:
             self.choice.warn_if_missed(self.cost.removed(config.target, self.planned_widths))
         masking.attach(unet, self.groups)
         self.kept = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in self.groups}
-        self.scores: dict[str, Tensor] | None = None
-        self.changes: dict[str, Tensor] | None = None
         self.finished = False
         self._path: MaskPath | None = None
         self._by_hand = False  # whether masks were set explicitly since the last ranking
@@ -186,9 +183,9 @@ class GradientFlowPruner:
         """
         ratio = self.config.ratio if ratio is None else ratio
         if widths is None and self.config.ranking == "joint":
-            if self.changes is None:
+            if self.ranking.changes is None:
                 raise ValueError("units were not ranked yet: ranking=joint needs joint changes, or pass widths")
-            return self.choice.joint_units(ratio, scores, self.changes)
+            return self.choice.joint_units(ratio, scores, self.ranking.changes)
         return self.choice.best_units(scores, self.choice.widths(ratio, scores) if widths is None else widths)
 
     def kept_channels(self) -> np.ndarray:
@@ -205,65 +202,25 @@ class GradientFlowPruner:
         self.choice = UnitChoice(self.cost, self.config, self._device_type())
         self.channel_multiple, self.ladders = self.choice.channel_multiple, self.choice.ladders
         self.planned_widths = self.choice.planned_widths
+        self.ranking = Ranking(self.unet, self.noise_scheduler, self.config, self.choice)
+
+    def _fixed_widths(self, share: float) -> np.ndarray | None:
+        """Widths that a ranking must keep: None before one has met the whole budget, or if they do not depend on scores.
+
+        After that, units are only exchanged within their groups. Scores change slightly between rankings; with binary masks,
+        moving one unit from a group to another would raise the loss without a gain.
+        """
+        if not self.history or self._by_hand or self.config.ranking not in ("joint", "sensitivity"):
+            return None
+        before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
+        return self.kept_channels() if share == before == 1 else None
+
+    @property
+    def scores(self) -> dict[str, Tensor] | None:
+        """Averaged scores by group name, each with shape `(num_units,)`; None before the first ranking."""
+        return self.ranking.scores
 
     # --- the schedule ---
-
-    def _score(self, batches: Sequence[DiffusionBatch], pruned: Mapping[str, Tensor], decay: float) -> None:
-        """Score units, and average with earlier scores.
-
-        Args:
-            batches: Calibration batches.
-            pruned: Units whose masks are 1/2 with `score_at="midpoint"`, bool by group name.
-            decay: Weight of the earlier scores, in [0, 1).
-        """
-        arguments = (self.unet, self.groups, batches, self.noise_scheduler, self.config)
-        halved = {name: torch.where(units, 0.5, 1.0) for name, units in pruned.items()}
-        at_midpoint = self.config.score_at == "midpoint"
-        with self.unet.channel_masks.replaced(halved) if at_midpoint else nullcontext():
-            if self.config.ranking == "joint":
-                joint = score_units_jointly(*arguments)
-                latest = joint.scores, joint.changes
-            else:
-                latest = score_units(*arguments), None
-        self.scores, self.changes = average_scores((self.scores, self.changes), latest, decay)
-
-    def _rank(self, batches: Sequence[DiffusionBatch], share: float) -> dict[str, Tensor]:
-        """Score units, and choose those to keep at a share of the budget."""
-        first = self.scores is None
-        self._score(batches, {name: ~kept for name, kept in self.kept.items()}, self.config.score_decay)
-        chosen = self._choose(share)
-        if first and self.config.score_at == "midpoint":
-            self._score(batches, {name: ~kept for name, kept in chosen.items()}, decay=0.0)
-            chosen = self._choose(share)
-        return chosen
-
-    def _choose(self, share: float) -> dict[str, Tensor]:
-        """Units to keep at a share of the budget.
-
-        A pruned unit is revived only if it is clearly better: kept units have a bonus. Once a ranking has met the whole
-        budget, widths are fixed, and units are only exchanged within their groups. Scores change slightly between rankings;
-        with binary masks, moving one unit from a group to another would raise the loss without a gain.
-        """
-        ratio, margin, ranking = share * self.config.ratio, self.config.revival_margin, self.config.ranking
-        pruned = any((~kept).any() for kept in self.kept.values())
-        # In float64: in float32, adding a large bonus would lose digits of the scores of kept units.
-        bonus = {
-            name: margin * values.double().abs().mean() * self.kept[name]
-            for name, values in self.scores.items()
-            if (pruned if ranking == "joint" else (~self.kept[name]).any())
-        }
-        fixed = False
-        if self.history and not self._by_hand and ranking in ("joint", "sensitivity"):
-            fixed = share == self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step)) == 1
-        if ranking == "joint":
-            start = self.kept if fixed else None
-            return self.choice.joint_units(ratio, self.scores, self.changes, bonus, start)
-        ranked = {name: values + bonus.get(name, 0) for name, values in self.scores.items()}
-        if fixed:
-            widths = self.kept_channels()
-        else:  # the bonus would bias sensitivities
-            widths = self.choice.widths(ratio, self.scores if ranking == "sensitivity" else ranked)
-        return self.choice.best_units(ranked, widths)
 
     def step(
         self,
@@ -299,7 +256,6 @@ class GradientFlowPruner:
             if not self.history:
                 raise ValueError(f"step={step} is after the last ranking, but units were never ranked: call step() from 0 on")
             self.finished = True
-            self.changes = None  # large, and not needed again
             if not self.choice.widths_are_planned:
                 self.choice.warn_if_missed(self.history[-1].sparsity)
         return update
@@ -309,7 +265,7 @@ class GradientFlowPruner:
             check_batch(self.unet, self.noise_scheduler, batch)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
-        chosen = self._rank(batches, share)
+        chosen = self.ranking.rank(batches, share, self.kept, self._fixed_widths(share))
         starts = {name: mask.float().cpu() for name, mask in self.unit_masks.items()}
         decisions = {"averaged scores": self.scores, "kept units": chosen, "masks": starts}
         check_identical({f"{what} of {name}": tensors[name] for what, tensors in decisions.items() for name in tensors})
@@ -356,7 +312,7 @@ class GradientFlowPruner:
             masks,
             self.kept,
             self.scores,
-            self.changes,
+            None if self.finished else self.ranking.changes,  # large, and not needed again
             self._path,
             self.history,
             self.finished,
@@ -392,7 +348,7 @@ class GradientFlowPruner:
         else:
             self._last_masks = loaded.masks
         self.kept, self.history = loaded.kept, loaded.history
-        self.scores, self.changes = loaded.scores, loaded.changes
+        self.ranking.scores, self.ranking.changes = loaded.scores, loaded.changes
         self.finished, self._path, self._by_hand = loaded.finished, loaded.path, loaded.by_hand
 
     # --- the end ---

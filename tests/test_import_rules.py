@@ -23,7 +23,7 @@ LAYERS = [
     *("version", "errors", "extras", "formatting", "argument_fields", "remote", "interruption", "distributed"),
     "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
-    *("pruner", "one_shot", "reports", "hub", "__init__"),
+    *("unit_choice", "ranking", "pruner", "one_shot", "reports", "hub", "__init__"),
     *("trained_pipelines", "data", "evaluation", "objectives", "training"),
 ]
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too

@@ -119,7 +119,7 @@ def refusals(rank: int) -> dict[str, str]:
     found["weights"] = message(lambda: pruner(1e-3 * other).step(0, batches))
     found["weights, magnitude"] = message(lambda: pruner(1e-3 * other, criterion="magnitude").step(0, []))
     averaged = pruner(criterion="random")
-    averaged.scores = {group.name: torch.full((group.num_units,), 1.0 + other) for group in first.groups}
+    averaged.ranking.scores = {group.name: torch.full((group.num_units,), 1.0 + other) for group in first.groups}
     found["averaged scores"] = message(lambda: averaged.step(0, []))
     by_hand = pruner(criterion="random")
     by_hand.set_masks({"conv_in": torch.ones(32) - other * (torch.arange(32) < 4)})

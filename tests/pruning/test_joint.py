@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusers_gfprune.pruning import joint
+from diffusers_gfprune.pruning import joint, joint_search
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE, select_units, width_ladder
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.pruning.cost_model import CostModel
@@ -116,7 +116,7 @@ def test_small_cases_come_near_the_best_of_all_choices(seed: int) -> None:
     changes = torch.cat([damage.changes[name] for name in "abc"], dim=1).double().numpy()
     separate = torch.cat([damage.separate[name] for name in "abc"]).double().numpy()
     by_group = np.stack([sets[:, part] @ separate[part] for part in parts], axis=1)
-    damages = np.square(changes @ sets.T).sum(axis=0) + (by_group * (7 / left) ** joint.LOAD).sum(axis=1)
+    damages = np.square(changes @ sets.T).sum(axis=0) + (by_group * (7 / left) ** joint_search.LOAD).sum(axis=1)
     ours = predicted_damage(groups, kept, damage)
     assert np.isclose(damages, ours).any() and damages.min() <= ours * (1 + 1e-6)
     assert (damages < ours * (1 - 1e-6)).mean() < 0.01

@@ -94,7 +94,7 @@ def test_going_on_with_scores_by_gradients(twins: tuple, tmp_path: Path):
     assert [step(resumed, number) for number in (3, 4)] == [step(whole, number) for number in (3, 4)]
     forgetful = fresh(twins[1], criterion="gradient-flow")
     forgetful.load_state_dict(state)
-    forgetful.scores = None
+    forgetful.ranking.scores = None
     step(forgetful, 3)
     assert not torch.equal(forgetful.scores["conv_in"], whole.scores["conv_in"])
 

@@ -1,0 +1,94 @@
+"""Rankings during a run: units are scored, scores are averaged, and the units to keep are chosen.
+
+Rankings are noisy. Scores are averaged over rankings (`score_decay`), and a pruned unit is revived only if it is clearly
+better than a kept one (`revival_margin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .configuration import GFPruneConfig
+from .diffusion.batch import DiffusionBatch
+from .scoring.importance import average_scores, score_units, score_units_jointly
+from .unit_choice import UnitChoice
+
+__all__ = ["Ranking"]
+
+
+class Ranking:
+    """Scores of all rankings so far, and what is chosen by them.
+
+    Attributes:
+        scores: Averaged scores by group name, each with shape `(num_units,)`; None before the first ranking.
+        changes: Averaged joint changes, each with shape `(rows, num_units)`; None without `ranking="joint"`.
+
+    Args:
+        unet: The masked model.
+        noise_scheduler: The Diffusers scheduler that adds the noise.
+        config: All options.
+        choice: Chooses units for the budget.
+    """
+
+    def __init__(self, unet: nn.Module, noise_scheduler, config: GFPruneConfig, choice: UnitChoice) -> None:
+        self.unet, self.noise_scheduler, self.config, self.choice = unet, noise_scheduler, config, choice
+        self.scores: dict[str, Tensor] | None = None
+        self.changes: dict[str, Tensor] | None = None
+
+    def rank(
+        self, batches: Sequence[DiffusionBatch], share: float, kept: Mapping[str, Tensor], widths: np.ndarray | None
+    ) -> dict[str, Tensor]:
+        """Score units, and choose those to keep.
+
+        Args:
+            batches: Calibration batches; with several processes, the rows of this rank.
+            share: Share of the budget to meet, in [0, 1].
+            kept: True for the units that are kept so far, by group name.
+            widths: Channels that each group must keep, with shape `(groups,)`, if they are fixed: they are those of `kept`.
+
+        Returns:
+            True for kept units by group name, each with shape `(num_units,)`.
+        """
+        first = self.scores is None
+        self._score(batches, kept, self.config.score_decay)
+        chosen = self._choose(share, kept, widths)
+        if first and self.config.score_at == "midpoint" and not all(units.all() for units in chosen.values()):
+            self._score(batches, chosen, decay=0.0)
+            chosen = self._choose(share, kept, widths)
+        return chosen
+
+    def _score(self, batches: Sequence[DiffusionBatch], kept: Mapping[str, Tensor], decay: float) -> None:
+        """Score units, with masks of 1/2 for those that are not kept if `score_at="midpoint"`, and average with before."""
+        arguments = (self.unet, self.choice.cost.groups, batches, self.noise_scheduler, self.config)
+        halved = {name: torch.where(units, 1.0, 0.5) for name, units in kept.items()}
+        at_midpoint = self.config.score_at == "midpoint"
+        with self.unet.channel_masks.replaced(halved) if at_midpoint else nullcontext():
+            if self.config.ranking == "joint":
+                joint = score_units_jointly(*arguments)
+                latest = joint.scores, joint.changes
+            else:
+                latest = score_units(*arguments), None
+        self.scores, self.changes = average_scores((self.scores, self.changes), latest, decay)
+
+    def _choose(self, share: float, kept: Mapping[str, Tensor], widths: np.ndarray | None) -> dict[str, Tensor]:
+        """Choose units by the averaged scores, with a bonus for kept units."""
+        ratio, margin, ranking = share * self.config.ratio, self.config.revival_margin, self.config.ranking
+        pruned = any((~units).any() for units in kept.values())
+        # In float64: in float32, adding a large bonus would lose digits of the scores of kept units.
+        bonus = {
+            name: margin * values.double().abs().mean() * kept[name]
+            for name, values in self.scores.items()
+            if (pruned if ranking == "joint" else (~kept[name]).any())
+        }
+        if ranking == "joint":
+            start = None if widths is None else kept
+            return self.choice.joint_units(ratio, self.scores, self.changes, bonus, start)
+        ranked = {name: values + bonus.get(name, 0) for name, values in self.scores.items()}
+        if widths is None:  # the bonus would bias sensitivities
+            widths = self.choice.widths(ratio, self.scores if ranking == "sensitivity" else ranked)
+        return self.choice.best_units(ranked, widths)
