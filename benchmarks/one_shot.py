@@ -1,0 +1,160 @@
+"""Pruning without training: what each criterion leaves of the predictions and of the samples.
+
+    python benchmarks/one_shot.py --dataset digits
+    python benchmarks/one_shot.py --dataset cifar10 --dataset_name uoft-cs/cifar10
+    python benchmarks/one_shot.py --write
+
+Each row prunes the trained model of a data set once, from four calibration batches, and stops there. Two figures tell what is
+left:
+
+    damage    mean of (f_pruned(x_t, t) - f_dense(x_t, t))^2 over held-out images, with fixed noise and timesteps; both models
+              predict noise, whose mean square is 1
+    SSIM      of samples from the same noise, by DDIM with 50 steps
+
+The first two rows are `prune()` with its default, `ranking="joint"`, and with the ranking of training runs. The other criteria
+remove the same share of every group, as published. Random is the mean over three seeds.
+
+Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--write` updates the tables in `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from study_settings import BASE, DATASETS
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune.data.batches import calibration_batches
+from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.errors import one_line_errors
+from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.metrics.fidelity import ssim_to_reference
+from diffusers_gfprune.metrics.model_size import spatial_size
+from diffusers_gfprune.metrics.sampling import sample_images
+from diffusers_gfprune.run_folder import write_json
+from diffusers_gfprune.trained_pipelines import load_pipeline
+from diffusers_gfprune.training.arguments import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/one_shot"
+README, MARK, END = ROOT / "benchmarks/README.md", "<!-- one shot -->\n", "<!-- end -->"
+RATIOS = (0.1, 0.2, 0.3, 0.5)
+SEEDS = (0, 1, 2)  # of random scores
+BATCHES, IMAGES, STEPS = 4, 128, 50
+UNIFORM = {"ranking": "group"}
+ROWS = {
+    "gradient flow, chosen together (default of `prune()`)": {"criterion": "gradient-flow", "ranking": "joint"},
+    "gradient flow, widths by sensitivity (default of training)": {"criterion": "gradient-flow"},
+    "Diff-Pruning": {"criterion": "diff-pruning", **UNIFORM},
+    "Taylor": {"criterion": "taylor", **UNIFORM},
+    "magnitude": {"criterion": "magnitude", **UNIFORM},
+    "random": {"criterion": "random", **UNIFORM},
+}
+
+
+def held_out_batch(images: Tensor, num_train_timesteps: int) -> DiffusionBatch:
+    """Held-out images with fixed noise, at timesteps spread evenly."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    return DiffusionBatch(images, noise, torch.linspace(0, num_train_timesteps - 1, len(images)).long())
+
+
+@torch.no_grad()
+def predict(unet: nn.Module, batch: DiffusionBatch, scheduler) -> Tensor:
+    """Predictions for a batch."""
+    return family_of(unet).predict(unet.eval(), batch.inputs(scheduler))
+
+
+def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_images: int) -> dict:
+    """Damage and SSIM of every row at every ratio."""
+    args = parse_arguments([*BASE[dataset], *words])
+    unet, scheduler, *_ = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    images, (held_out, _) = load_images(args.data, unet.config)
+    timesteps, size = scheduler.config.num_train_timesteps, spatial_size(unet)
+    batches = calibration_batches(
+        images, BATCHES, args.training.train_batch_size, num_train_timesteps=timesteps, seed=0, step=0
+    )
+    batch = held_out_batch(held_out[: 2 * num_images], timesteps)
+
+    def sample(model: nn.Module) -> Tensor:
+        return sample_images(model, scheduler, num_images, size, STEPS)
+
+    dense, samples = predict(unet, batch, scheduler), sample(unet)
+
+    def row(ratio: float, options: dict) -> dict:
+        config = GFPruneConfig.from_preset("one-shot", total_steps=1, ratio=ratio, **options)
+        pruner = GradientFlowPruner(copy.deepcopy(unet), config, scheduler)
+        update = pruner.step(0, batches)
+        small = pruner.compact()
+        damage = (predict(small, batch, scheduler) - dense).square().mean().item()
+        return {"macs_removed": update.sparsity, "damage": damage, "ssim": ssim_to_reference(sample(small), samples)}
+
+    cases = [(ratio, title) for ratio in ratios for title in ROWS]
+    rows: dict[str, dict] = {title: {} for title in ROWS}
+    for ratio, title in tqdm(cases, desc=dataset):
+        seeds = SEEDS if title == "random" else SEEDS[:1]
+        runs = [row(ratio, {**ROWS[title], "pruning_seed": seed}) for seed in seeds]
+        rows[title][str(ratio)] = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+    return {
+        "calibration_images": sum(len(batch) for batch in batches),
+        "images": num_images,
+        "num_inference_steps": STEPS,
+        "rows": rows,
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown tables, one for each data set."""
+    parts = []
+    for dataset, measured in results.items():
+        ratios = list(next(iter(measured["rows"].values())))
+        names = [f"{float(ratio):.0%}" for ratio in ratios]
+        parts.append(f"{dataset}: damage, SSIM to the dense samples, at the removed share of the MACs\n")
+        parts += [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(ratios)}"]
+        for title, row in measured["rows"].items():
+            cells = (f"{row[ratio]['damage']:.4f}, {row[ratio]['ssim']:.3f}" for ratio in ratios)
+            parts.append(f"| {title} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def write(document: Path, text: str) -> None:
+    """Replace the tables of a document."""
+    before, mark, rest = document.read_text("utf-8").partition(MARK)
+    if not mark or END not in rest:
+        raise ValueError(f"{document} must have a part from {MARK.strip()} to {END}")
+    document.write_text(f"{before}{mark}\n{text}\n{rest[rest.index(END) :]}", "utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=DATASETS, help="data set to measure")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="removed shares of the MACs, in (0, 1)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="number of samples for SSIM (>= 1)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--write", action="store_true", help="update the tables in benchmarks/README.md")
+    options, words = parser.parse_known_args(argv)
+    if not options.dataset and not options.write:
+        raise ValueError("dataset must be given, or write")
+    if options.images < 1:
+        raise ValueError(f"images={options.images} must be at least 1")
+    if options.dataset:
+        measured = measure(options.dataset, words, tuple(options.ratios), options.images)
+        options.results.mkdir(parents=True, exist_ok=True)
+        write_json(options.results / f"{options.dataset}.json", measured)
+        print(table({options.dataset: measured}))
+    if options.write:
+        files = {name: options.results / f"{name}.json" for name in DATASETS}
+        write(README, table({name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}))
+
+
+if __name__ == "__main__":
+    with one_line_errors("one_shot.py"):
+        main()
