@@ -50,7 +50,7 @@ CalibrationBatch = DiffusionBatch | Sequence[Tensor]
 
 
 class GradientFlowPruner:
-    """Prunes a UNet during training.
+    """Prunes a model during training.
 
     Traces the model's channel groups and attaches masks in place. Parameters stay the same objects, so that an optimizer can
     be created before or after.
@@ -70,7 +70,7 @@ class GradientFlowPruner:
         latency: With `target="latency"`, the measured times from which widths are planned, as JSON values; else None.
 
     Args:
-        unet: A dense model of a supported family: a `UNet2DModel`.
+        unet: A dense model of a supported family (`families.lookup.FAMILIES`).
         config: All options.
         noise_scheduler: Scheduler of the model. It adds the noise to calibration images (default: `DDPMScheduler()`).
         sample_size: Height and width in pixels for counting and measuring costs (default: the model's).

@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import neg
 
 import numpy as np
 import torch
@@ -143,7 +145,11 @@ def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequenc
 
 
 def _nearest(ladder: Sequence[int], width: float) -> int:
-    return min(range(len(ladder)), key=lambda rung: abs(ladder[rung] - width))
+    """Index of the nearest width in a ladder, which is in descending order; of two equally near ones, the wider."""
+    below = bisect_left(ladder, -width, key=neg)
+    if below in (0, len(ladder)):
+        return min(below, len(ladder) - 1)
+    return below - 1 if ladder[below - 1] - width <= width - ladder[below] else below
 
 
 def _polish(
