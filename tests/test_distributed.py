@@ -68,6 +68,17 @@ def test_scores_are_those_of_the_global_batches(runs: tuple[Result, Result, Resu
         assert expected.unique().numel() > 1
 
 
+def test_joint_changes_are_those_of_the_global_batches(runs: tuple[Result, Result, Result]) -> None:
+    """Row by row, of the images of all ranks in the order of one process; the same on both, bit for bit."""
+    single, *ranks = ({name: v for name, v in run.tensors.items() if name.startswith("changes/")} for run in runs)
+    assert len(single) > 10
+    for name, expected in single.items():
+        assert len(expected) > 1 and expected.abs().max() > 0
+        for changes in ranks:
+            torch.testing.assert_close(changes[name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        assert torch.equal(ranks[0][name], ranks[1][name])
+
+
 def test_batches_matter(runs: tuple[Result, Result, Result]) -> None:
     """The comparison above could not tell scores of one batch from those of another if these were alike."""
     mean, each = (runs[0].scores(name)["conv_in"] for name in ("exact-mean", "exact-each"))

@@ -28,7 +28,7 @@ from diffusers_gfprune.distributed import check_identical, gather_rows, made_by_
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import dense_parameters
-from diffusers_gfprune.scoring.importance import score_units
+from diffusers_gfprune.scoring.importance import score_units, score_units_jointly
 from diffusers_gfprune.training.diagnostics import compare_with_magnitude
 from helpers.architectures import build
 
@@ -107,7 +107,7 @@ def refusals(rank: int) -> dict[str, str]:
 
     def pruner(weights: float = 0.0, **options) -> GradientFlowPruner:
         found = copy.deepcopy(first, {id(group): group for group in first.groups})  # tracing again would take its time
-        found.config = dataclasses.replace(found.config, **options)
+        found.config = found.ranking.config = dataclasses.replace(found.config, **options)
         with torch.no_grad():
             dense_parameters(found.unet)["mid_block.resnets.0.conv1.weight"][3, 0, 0, 0] += weights
         return found
@@ -154,6 +154,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     for name, options in CRITERIA.items():
         scores = score_units(unet, groups, batches, SCHEDULER, GFPruneConfig(**options))
         tensors |= {f"scores/{name}/{group}": value for group, value in scores.items()}
+    joint = score_units_jointly(unet, groups, batches, SCHEDULER, GFPruneConfig())
+    tensors |= {f"changes/{group}": value for group, value in joint.changes.items()}
 
     pruner, trained = train(rank, ranks)
     tensors |= {f"trained/{name}": value.clone() for name, value in trained.state_dict().items()}
