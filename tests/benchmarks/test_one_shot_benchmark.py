@@ -1,0 +1,50 @@
+"""benchmarks/one_shot.py: what is measured, and what its tables say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import one_shot
+import pytest
+
+
+def test_joint_choices_leave_the_least_damage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """On the digits at 20 %: the model that is pruned is the trained one, and both figures agree on the order."""
+    words = ["--dataset", "digits", "--ratios", "0.2", "--images", "8", "--results", str(tmp_path)]
+    one_shot.main([*words, "--train_batch_size", "16"])
+    measured = one_shot.json.loads((tmp_path / "digits.json").read_text())
+    rows = {title: row["0.2"] for title, row in measured["rows"].items()}
+    assert list(rows) == list(one_shot.ROWS)
+    assert all(row["macs_removed"] == pytest.approx(0.2, abs=0.01) for row in rows.values())
+    joint, *others = rows.values()
+    assert all(joint["damage"] < 0.7 * row["damage"] and joint["ssim"] > row["ssim"] + 0.05 for row in others)
+    assert measured["calibration_images"] == 64 and measured["images"] == 8
+    assert f"| {joint['damage']:.4f}, {joint['ssim']:.3f} |" in capsys.readouterr().out
+
+
+def test_the_table_has_a_row_for_each_criterion() -> None:
+    rows = {"a": {"0.1": {"damage": 0.01234, "ssim": 0.5}, "0.5": {"damage": 1.0, "ssim": 0.25}}}
+    lines = one_shot.table({"digits": {"rows": rows}}).splitlines()
+    assert lines[2:5] == ["| | 10% | 50% |", "|---|---:|---:|", "| a | 0.0123, 0.500 | 1.0000, 0.250 |"]
+
+
+def test_tables_replace_what_stood_between_the_marks(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{one_shot.MARK}\nold\n{one_shot.END}\nafter\n")
+    one_shot.write(document, "new\n")
+    text = document.read_text()
+    assert (
+        "old" not in text and text.startswith("before\n") and text.endswith(f"{one_shot.END}\nafter\n") and "\nnew\n" in text
+    )
+    document.write_text("nothing")
+    with pytest.raises(ValueError, match="must have a part"):
+        one_shot.write(document, "new\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "dataset must be given, or write"), (["--dataset", "digits", "--images", "0"], "images=0 must be at least 1")],
+)
+def test_bad_arguments_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        one_shot.main(words)
