@@ -7,9 +7,10 @@ import torch
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
+from diffusers_gfprune.one_shot import prune_unet
 from diffusers_gfprune.scoring import importance
 from helpers.architectures import build
-from helpers.pruners import SCHEDULER, batches, config, mask_values, one_shot
+from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one_shot
 
 JOINT = {"criterion": "gradient-flow", "ranking": "joint"}
 
@@ -100,3 +101,13 @@ def test_choosing_before_a_ranking_needs_widths() -> None:
         pruner.choose_units(scores)
     chosen = pruner.choose_units(scores, widths=pruner.planned_widths)
     assert sum(int(units.sum()) for units in chosen.values()) < sum(group.num_units for group in pruner.groups)
+
+
+def test_pruning_without_training_chooses_units_together() -> None:
+    """By default, where the criterion measures joint changes."""
+
+    def widths(**options) -> dict:
+        return prune_unet(build("fine-units"), SCHEDULER, images(), ratio=0.4, **options).config.layer_channels
+
+    assert widths() == widths(ranking="joint") != widths(ranking="sensitivity")
+    assert widths(criterion="magnitude") == widths(criterion="magnitude", ranking="group")
