@@ -33,8 +33,10 @@ class Criterion:
         ranking: Default of `GFPruneConfig.ranking`, one of `RANKINGS`.
         sensitivity_exponent: Default of `GFPruneConfig.sensitivity_exponent`, >= 0.
         passes: Time to score a batch, relative to a training step with the same batch size, >= 0.
-        memory: Peak memory of scoring, relative to a training step with the same batch size, > 0. With two derivatives it
-            depends on the method of the Hessian-vector product (`training.estimate`).
+        weight_gradients: Whether scoring holds the gradients of all weights. With two derivatives it always does.
+        activation_memory: Memory of activations at the peak of scoring, relative to what the forward of a training step with
+            the same batch size keeps, > 0. With two derivatives it depends on the method of the Hessian-vector product
+            (`training.estimate`).
 
     Raises:
         ValueError: A value is out of range.
@@ -50,7 +52,8 @@ class Criterion:
     ranking: str = "group"
     sensitivity_exponent: float = 0.3
     passes: float = 1.0
-    memory: float = 1.0
+    weight_gradients: bool = True
+    activation_memory: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)

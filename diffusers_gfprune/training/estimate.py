@@ -5,8 +5,9 @@ With W bytes of weights and A(b) bytes of activations, which the forward of b im
     weights W + moments 2W (a quarter of that with 8 bits) + W + A(b)
 
 The third term is that of the gradients, which grow while activations are freed, or, while masks are attached, that of the
-masked weights. Ranking channels by H g takes a multiple of this peak in full precision. The multiples, and the overhead of
-convolution workspaces and the allocator, were measured for `benchmarks/README.md`. Averaged weights and the teacher are added.
+masked weights. Ranking channels by H g takes a multiple of this peak in full precision. Scores in the metric of predictions
+take a multiple of A(b), without gradients of the weights. The multiples, and the overhead of convolution workspaces and the
+allocator, were measured for `benchmarks/README.md`. Averaged weights and the teacher are added.
 
 A(b) is counted on fake tensors, which have shapes but no memory and no values: the distinct storages that autograd saves,
 except those of parameters. Counting takes neither the time nor the memory of a forward, at any batch size. Time is measured on
@@ -294,8 +295,11 @@ def memory_plan(
     def scoring(images: int, hvp: str = hvp) -> int:
         if not record.needs_batches:
             return int(WORKSPACE * states) + beside
-        factor = HESSIAN_MEMORY[hvp] if takes_hessian else record.memory
-        return int(factor * WORKSPACE * (states + images * per_scored_image)) + beside
+        activations = images * per_scored_image
+        if takes_hessian:
+            return int(HESSIAN_MEMORY[hvp] * WORKSPACE * (states + activations)) + beside
+        held = states if record.weight_gradients else weights + optimizer
+        return int(WORKSPACE * (held + record.activation_memory * activations)) + beside
 
     trained, scored = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
     method = f"hvp={hvp}" if takes_hessian else f"criterion={criterion}"
