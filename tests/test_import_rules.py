@@ -21,6 +21,7 @@ OURS = "diffusers_gfprune"
 # package there are at most `MOST_LEVELS` levels. `tests/` and `benchmarks/` may import everything.
 LAYERS = [
     *("version", "errors", "extras", "formatting", "argument_fields", "remote", "interruption", "distributed"),
+    "fingerprints",
     "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
     *("unit_choice", "ranking", "pruner", "one_shot", "reports", "hub", "__init__"),

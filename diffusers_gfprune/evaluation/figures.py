@@ -8,8 +8,8 @@ import sys
 import torch
 from accelerate import Accelerator
 
+from ..fingerprints import tensors_fingerprint
 from ..formatting import format_duration
-from ..metrics.cache import tensors_fingerprint
 from ..metrics.model_size import count_macs, count_parameters, hardware_name, spatial_size, uses_tf32, weight_file_bytes
 from ..metrics.quality import Quality
 from ..metrics.step_loss import StepLoss

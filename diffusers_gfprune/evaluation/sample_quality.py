@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from ..data.decoding import EncodedImage
 from ..data.sources import ImageRows, ImageStream, readable_images
-from ..metrics.cache import TensorCache, tensors_fingerprint
+from ..fingerprints import tensors_fingerprint
+from ..metrics.cache import TensorCache
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.model_size import spatial_size, uses_tf32
 from ..metrics.quality import Quality, SamplingSettings, extract_features

@@ -11,26 +11,15 @@ import json
 import os
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["TensorCache", "default_cache_dir", "tensors_fingerprint"]
-
-
-def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of the bytes of tensors, in hexadecimal. It distinguishes models of one architecture."""
-    crc = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous().flatten()
-        crc = zlib.crc32(tensor.view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
+__all__ = ["TensorCache", "default_cache_dir"]
 
 
 def default_cache_dir() -> Path:

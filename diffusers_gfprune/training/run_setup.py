@@ -18,7 +18,8 @@ from ..data.batches import BrokenImages, calibration_batches, train_dataloader
 from ..diffusion.batch import DiffusionBatch
 from ..evaluation.processes import make_accelerator
 from ..evaluation.sample_quality import SampleQuality
-from ..metrics.cache import default_cache_dir, tensors_fingerprint
+from ..fingerprints import tensors_fingerprint
+from ..metrics.cache import default_cache_dir
 from ..metrics.step_loss import StepLoss
 from ..objectives.objective import Objective
 from ..run_folder import RunFolder
