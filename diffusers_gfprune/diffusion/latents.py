@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -26,10 +27,42 @@ from torch import Tensor, nn
 from ..fingerprints import model_fingerprint
 from .placement import moved
 
-__all__ = ["LatentCodec"]
+__all__ = ["LatentCodec", "LatentDraw"]
 
 # Images of one forward pass: at most so many, and so many pixels in all (8 images of 512x512 pixels)
 MAX_IMAGES, MAX_PIXELS = 64, 2**21
+
+
+@dataclass(frozen=True)
+class LatentDraw:
+    """Latents as a denoiser takes them, from the moments of images. It does not need the VAE.
+
+    Attributes:
+        is_random: Whether the moments are means and standard deviations.
+        shift: Subtracted from latents: `(channels, 1, 1)` or `(1, 1, 1)`.
+        scale: Factor of the result, of the same shape.
+    """
+
+    is_random: bool
+    shift: Tensor
+    scale: Tensor
+
+    def __call__(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw latents.
+
+        Args:
+            moments: Moments, with shape `(..., moment_channels, height, width)`.
+            noise: Gaussian noise u with shape `(..., latent_channels, height, width)`; None: zeros, which gives the means. A
+                `VQModel` needs none.
+
+        Returns:
+            Latents with the shape of `noise`, and the dtype and device of `moments`.
+        """
+        latents = moments
+        if self.is_random:
+            latents, std = moments.chunk(2, dim=-3)
+            latents = latents if noise is None else latents + std * noise
+        return (latents - self.shift.to(latents)) * self.scale.to(latents)
 
 
 class LatentCodec:
@@ -40,6 +73,7 @@ class LatentCodec:
 
     Attributes:
         vae: The VAE.
+        draw: Draws latents from moments, see `LatentDraw`.
         latent_channels: Channels of a latent, as a denoiser takes it.
         moment_channels: Channels of the moments of an image.
         downscale: Pixels of an image for one of its latent, along each side.
@@ -63,7 +97,7 @@ class LatentCodec:
         self.latent_channels = config.latent_channels if vq_channels is None else vq_channels
         self.moment_channels = (2 if self.is_random else 1) * self.latent_channels
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
-        self._shift, self._scale = _normalization(config, self.latent_channels)
+        self.draw = LatentDraw(self.is_random, *_normalization(config, self.latent_channels))
 
     @property
     def pixel_channels(self) -> int:
@@ -91,13 +125,11 @@ class LatentCodec:
         """Shape `(channels, height, width)` of the image of a latent with a given height and width."""
         return self.pixel_channels, height * self.downscale, width * self.downscale
 
-    def check_fits(self, in_channels: int, sample_size: tuple[int, int], resolution: int | None = None) -> None:
+    def check_fits(self, in_channels: int) -> None:
         """Check that a denoiser takes latents of this VAE.
 
         Args:
             in_channels: Channels of the denoiser's samples.
-            sample_size: Height and width of the denoiser's samples.
-            resolution: Expected height and width of images in pixels; None: any.
 
         Raises:
             ValueError: The VAE belongs to another model.
@@ -106,12 +138,6 @@ class LatentCodec:
             raise ValueError(
                 f"the VAE makes latents of {self.latent_channels} channels, but the model has in_channels={in_channels}: it "
                 f"is the VAE of another model"
-            )
-        height, width = self.image_shape(*sample_size)[1:]
-        if resolution is not None and (height, width) != (resolution, resolution):
-            raise ValueError(
-                f"resolution={resolution} but the VAE makes images of {height}x{width} pixels from the model's "
-                f"sample_size={sample_size[0]}x{sample_size[1]}"
             )
 
     # --- images and latents ---
@@ -134,8 +160,9 @@ class LatentCodec:
         if pixels.ndim != 4 or pixels.shape[1] not in (1, self.pixel_channels):
             raise ValueError(f"images have shape {tuple(pixels.shape)}, but the VAE has in_channels={self.pixel_channels}")
         shape = self.latent_shape(*pixels.shape[2:])
-        moments = [self._encode(part) for part in pixels.split(self._batch_size(*pixels.shape[2:]))]
-        return torch.cat(moments) if moments else pixels.new_zeros(0, self.moment_channels, *shape[1:])
+        if len(pixels) == 0:
+            return pixels.new_zeros(0, self.moment_channels, *shape[1:], dtype=torch.float32)
+        return torch.cat([self._encode(part) for part in pixels.split(self._batch_size(*pixels.shape[2:]))])
 
     def _encode(self, pixels: Tensor) -> Tensor:
         images = pixels.to(self.device, torch.float32).expand(-1, self.pixel_channels, -1, -1)
@@ -143,23 +170,6 @@ class LatentCodec:
             posterior = self.vae.encode(images).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1).to(pixels.device)
         return self.vae.encode(images).latents.to(pixels.device)
-
-    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents as a denoiser takes them.
-
-        Args:
-            moments: Moments, with shape `(..., moment_channels, height, width)`.
-            noise: Gaussian noise u with shape `(..., latent_channels, height, width)`; None: zeros, which gives the means. A
-                `VQModel` needs none.
-
-        Returns:
-            Latents with the shape of `noise`, and the dtype and device of `moments`.
-        """
-        latents = moments
-        if self.is_random:
-            latents, std = moments.chunk(2, dim=-3)
-            latents = latents if noise is None else latents + std * noise
-        return (latents - self._shift.to(latents)) * self._scale.to(latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -173,12 +183,13 @@ class LatentCodec:
             of `latents`.
         """
         size = self.image_shape(*latents.shape[2:])
-        decoded = [self._decode(part) for part in latents.split(self._batch_size(*size[1:]))]
-        return torch.cat(decoded) if decoded else latents.new_zeros(0, *size, dtype=torch.float32)
+        if len(latents) == 0:
+            return latents.new_zeros(0, *size, dtype=torch.float32)
+        return torch.cat([self._decode(part) for part in latents.split(self._batch_size(*size[1:]))])
 
     def _decode(self, latents: Tensor) -> Tensor:
         given = latents.to(self.device, torch.float32)
-        images = self.vae.decode(given / self._scale.to(given) + self._shift.to(given)).sample
+        images = self.vae.decode(given / self.draw.scale.to(given) + self.draw.shift.to(given)).sample
         return images.clamp(-1, 1).to(latents.device)
 
     @staticmethod
