@@ -25,7 +25,7 @@ LAYERS = [
     "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
     *("unit_choice", "ranking", "pruner", "one_shot", "reports", "hub", "__init__"),
-    *("trained_pipelines", "data", "evaluation", "objectives", "training"),
+    *("model_spec", "trained_pipelines", "data", "evaluation", "objectives", "training"),
 ]
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too
 HEAVY = ("data", "evaluation", "objectives", "training", "scripts")

@@ -29,6 +29,7 @@ from diffusers_gfprune.hub import push_folder
 from diffusers_gfprune.interruption import Interruption
 from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.step_loss import StepLoss
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.objectives.objective import Objective
 from diffusers_gfprune.reports.provenance import command_line, describe_base_model, describe_dataset
 from diffusers_gfprune.run_folder import RunFolder
@@ -83,9 +84,9 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     with accelerator.main_process_first():  # downloads once
         pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
         unet, noise_scheduler = pipeline.unet, pipeline.process
-        images, (held_out_images, held_out_labels) = load_images(args.data, unet.config)
-    # Add the detected null label and label dropout, for checkpoints and the report
-    args = dataclasses.replace(args, data=args.data.with_labels(images.decoder.label_dropout))
+        images, held_out = load_images(args.data, ModelSpec.of(unet))
+    # Add the detected null label, caption column and dropout, for checkpoints and the report
+    args = dataclasses.replace(args, data=dataclasses.replace(args.data, **images.choices()))
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
         for change in sample_quality.changes:
             warn(accelerator, f"warning: {change}")
-        for line in rehearse_run(args, pruner, sample_quality, len(held_out_images), origin, folder):
+        for line in rehearse_run(args, pruner, sample_quality, len(held_out), origin, folder):
             print(f"  {line}")
     if args.run.dry_run:
         return
@@ -119,10 +120,11 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         state = TrainingState(args, accelerator, unet, pruner, checkpoint)
         if checkpoint is not None:
             accelerator.print(f"resuming from {checkpoint.path.name}")
-        step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels, batch_size=args.evaluation.eval_batch_size)
+        step_loss = StepLoss(
+            held_out.samples, noise_scheduler, held_out.conditioning, batch_size=args.evaluation.eval_batch_size
+        )
         dense.to(accelerator.device)
-        null_label = images.decoder.null_label
-        dense_step_losses = measure_step_losses(step_loss, dense, null_label) if main_process else {}
+        dense_step_losses = measure_step_losses(step_loss, dense, images.null_conditioning()) if main_process else {}
         objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
         if teacher is not None:
             objective.teacher = teacher(objective)

@@ -87,9 +87,8 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
     unet, scheduler = inputs.models[argument]
     name = getattr(args.model, argument)
     revision = args.model.revision if argument == "model" else args.model.reference_revision
-    images, labels = inputs.held_out
-    null_label = inputs.settings.null_label
-    step_loss = StepLoss(images, scheduler, labels, grid=args.cost.step_loss_timesteps)
+    held_out, null = inputs.held_out, inputs.images.null_conditioning()
+    step_loss = StepLoss(held_out.samples, scheduler, held_out.conditioning, grid=args.cost.step_loss_timesteps)
     losses = step_loss.by_timestep(unet)
     met = [int((step_loss.timesteps == timestep).sum()) for timestep in losses]
     mean = math.fsum(loss * count for loss, count in zip(losses.values(), met)) / sum(met)
@@ -105,7 +104,7 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
         weight_file_bytes=weight_file_bytes(unet),
         scheduler={key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")},
         step_loss=mean,
-        step_loss_null_label=None if null_label is None else step_loss.with_label(null_label)(unet),
+        step_loss_null_label=step_loss.with_conditioning(null)(unet) if null else None,
         step_loss_by_timestep={str(timestep): loss for timestep, loss in losses.items()},
     )
 
@@ -119,9 +118,10 @@ def describe_evaluation(
     args: EvaluateArguments, inputs: Inputs, real: RealFeatures, quality: Quality, accelerator: Accelerator
 ) -> dict:
     """Everything that the measured figures depend on."""
-    images, labels = inputs.held_out
-    held_out = {"images": images} if labels is None else {"images": images, "labels": labels}
-    fingerprint = tensors_fingerprint(held_out) if inputs.models else None
+    held_out = inputs.held_out
+    known = {"class_labels": "labels"}  # names of earlier results
+    tensors = {"images": held_out.samples, **{known.get(n, n): values for n, values in held_out.conditioning.items()}}
+    fingerprint = tensors_fingerprint(tensors) if inputs.models else None
     drawn = {"sampler": "images of a folder"} if args.model.images_dir else quality.settings.identity()
     return {
         **drawn,
@@ -136,7 +136,7 @@ def describe_evaluation(
             "fingerprint": real.fingerprint,
         },
         "distances": quality.describe(),
-        "step_loss_images": len(inputs.held_out[0]) if inputs.models else 0,
+        "step_loss_images": len(held_out) if inputs.models else 0,
         "step_loss_timesteps": args.cost.step_loss_timesteps if inputs.models else 0,
         "step_loss_fingerprint": fingerprint,
         "similarities": SIMILARITIES if len(inputs.models) == 2 and inputs.num_images else {},

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..data.folders import visible_files
 from ..data.images import DataArguments, load_images
-from ..data.sources import ImageRows, ImageStream
+from ..data.sources import HeldOut, ImageSource
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
 from ..errors import HUB_ERRORS, one_line
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings
 from ..metrics.sampling import to_uint8
+from ..model_spec import ModelSpec
 from ..reports.results import read_results
 from ..trained_pipelines import load_pipeline
 from .arguments import EvaluateArguments
@@ -118,7 +119,7 @@ class Inputs:
         folder_images: Images of the evaluated folder; None if models are evaluated.
         config: Configuration of the model, or a stand-in for it.
         images: Real images.
-        held_out: Images in [-1, 1] for the step loss, and their labels, if any.
+        held_out: Images in [-1, 1] for the step loss, and their labels, if any, as conditioning.
         networks: Feature networks of the distances.
         num_images: Number of samples of each model, or of images in the folder.
         settings: Settings of the sampler, fitted to the models' timesteps.
@@ -128,8 +129,8 @@ class Inputs:
     models: dict[str, tuple[nn.Module, object]]
     folder_images: FolderImages | None
     config: object
-    images: ImageRows | ImageStream
-    held_out: tuple[Tensor, Tensor | None]
+    images: ImageSource
+    held_out: HeldOut
     networks: list[FeatureNetwork]
     num_images: int
     settings: SamplingSettings
@@ -149,7 +150,8 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     if models and args.cost.speed_settings() and device.type not in ("cpu", "cuda"):
         sizes = " ".join(map(str, args.cost.speed_batch_sizes))
         raise ValueError(f"speed_batch_sizes={sizes} must be 0 on {device.type}: speed is measured on a CPU or a CUDA device")
-    images, held_out = load_images(_with_null_label(args, config), config)
+    spec = ModelSpec.of(models["model"][0]) if models else ModelSpec(folder_images.size, folder_images.channels)
+    images, held_out = load_images(_with_null_label(args, config), spec)
     if None not in (s.num_reference_images, images.num_images) and s.num_reference_images > images.num_images:
         raise ValueError(
             f"num_reference_images={s.num_reference_images} must be at most the {images.num_images} training images"

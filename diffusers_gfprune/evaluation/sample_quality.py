@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.decoding import EncodedImage
-from ..data.sources import ImageRows, ImageStream, readable_images
+from ..data.decoding import EncodedImage, content_digest
+from ..data.sources import ImageSource, readable_images
 from ..fingerprints import tensors_fingerprint
 from ..metrics.cache import TensorCache
 from ..metrics.features import FeatureNetwork, feature_network
@@ -106,13 +105,13 @@ class RealFeatures:
 
     def __init__(
         self,
-        images: ImageRows | ImageStream,
+        images: ImageSource,
         networks: Sequence[FeatureNetwork],
         cache: TensorCache,
         num_images: int | None = None,
         max_broken: int | None = None,
     ) -> None:
-        self.images, self.networks, self.cache, self.max_broken = images, tuple(networks), cache, max_broken
+        self.images, self.networks, self.cache, self.max_broken = images.pixels, tuple(networks), cache, max_broken
         self.count = min((number for number in (num_images, images.num_images) if number is not None), default=0)
         self.fingerprint: str | None = None
         self._made: dict[int, Shard] = {}
@@ -180,7 +179,7 @@ class RealFeatures:
         decoder = self.images.decoder
         # Decoded once for all networks, only if needed
         pixels = functools.cache(lambda: to_uint8(readable_images(images, decoder) / 2 + 0.5))
-        digest = _digest(images) or hashlib.sha256(pixels().numpy().tobytes()).hexdigest()
+        digest = content_digest(images) or hashlib.sha256(pixels().numpy().tobytes()).hexdigest()
         key = {"real": digest, "count": len(images), "shape": list(decoder.shape)}
         if decoder.enlarge:  # in a set of larger images, these files do not fit the model
             key["enlarged"] = True
@@ -207,19 +206,6 @@ class Shard(NamedTuple):
     count: int
     digest: str
     features: dict[str, Tensor]
-
-
-def _digest(images: Sequence[EncodedImage]) -> str | None:
-    """Hash of the image files; None if one of them is not a local file."""
-    digest = hashlib.sha256()
-    for image in images:
-        encoded = image.encoded or {"bytes": b"", "path": None}
-        if image.is_path:
-            if not os.path.isfile(encoded["path"]):
-                return None
-            encoded = {"bytes": Path(encoded["path"]).read_bytes()}
-        digest.update(len(encoded["bytes"] or b"").to_bytes(8, "little") + (encoded["bytes"] or b""))
-    return digest.hexdigest()
 
 
 class SampleQuality:

@@ -9,7 +9,7 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 | the pipelines of the model, and its component name | `pipelines`, `component` |
 | which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_timesteps` |
 | inputs for tracing and measuring | `example_inputs`, `tracing_size` |
-| calling the model | `predict`, `check_conditioning` |
+| calling the model | `predict`, `check_conditioning`, `class_labels` |
 | layers that are never pruned | `boundary`, `never_pruned` |
 | attention blocks | `attentions` |
 | residual blocks | `residual_blocks` |
@@ -32,6 +32,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
+from ..diffusion.class_labels import ClassLabels
 
 __all__ = ["Family"]
 
@@ -115,6 +116,17 @@ class Family(ABC):
     @abstractmethod
     def check_conditioning(self, model: nn.Module, conditioning: Mapping[str, Tensor], size: int) -> None:
         """Check that conditioning for `size` samples is complete and supported by the model."""
+
+    def class_labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+        """Class labels of a model, which training data must have; None if it takes none.
+
+        Raises:
+            ValueError: The model takes other labels than numbers of classes.
+        """
+        kind, count = config["class_embed_type"], config["num_class_embeds"]
+        if kind is not None:
+            raise ValueError(f"class_embed_type={kind} must be None: only class labels are supported")
+        return None if count is None else ClassLabels(count)
 
     def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
         """Predictions of the model: noise, samples or velocities, in the dtype and shape of `inputs.sample`.

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
+from ..diffusion.class_labels import ClassLabels
 from ..remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .base import Family
 from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, is_int, refuse
@@ -124,6 +125,10 @@ class DiTTransformer2DFamily(Family):
         null = model.config.num_embeds_ada_norm
         because = f"with num_embeds_ada_norm={null} of the model, whose null label is {null}, "
         check_integers("class_labels", conditioning["class_labels"], size, null + 1, because)
+
+    def class_labels(self, config: Mapping[str, Any]) -> ClassLabels:
+        count = config["num_embeds_ada_norm"]
+        return ClassLabels(count, null_label=count, argument="num_embeds_ada_norm")
 
     def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
         # The channels that follow, if any, are learned variances

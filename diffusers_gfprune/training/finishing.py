@@ -55,7 +55,7 @@ def finish(run: Run, state: TrainingState) -> None:
         state.ema.copy_to(state.unet.parameters())
     unet = state.unet.requires_grad_(False).eval()
     dense = run.sample_quality.dense.to(run.accelerator.device)
-    losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.decoder.null_label))
+    losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.null_conditioning()))
     folder.save(partial(run.pipeline.save, unet))
     measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, len(run.step_loss.images), losses)
     if state.pruner.latency is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -71,7 +72,7 @@ def describe_plan(
             f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}; a forward, "
             f"{setting.describe()}, by the times of its layers and of {models} models, the last of which lost {last:.1%})"
         )
-    lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
+    lines += [f"  {title:10} {line}" for title, line in zip(itertools.chain(["data"], itertools.repeat("")), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
     timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
@@ -113,17 +114,17 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     return masked * end + scoring + small * (config.total_steps - end)
 
 
-def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | None) -> dict[str, float]:
+def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null: Mapping[str, Tensor]) -> dict[str, float]:
     """Step losses of a model, as `results.json` names them.
 
     Args:
-        step_loss: Step loss on held-out images, with their labels.
+        step_loss: Step loss on held-out images, with their conditioning.
         unet: The model.
-        null_label: Null label of the model, if any.
+        null: Conditioning without a label or caption, with one row; empty if the model has none.
     """
     losses = {"step_loss": step_loss(unet)}
-    if null_label is not None:
-        losses["step_loss_null_label"] = step_loss.with_label(null_label)(unet)
+    if null:
+        losses["step_loss_null_label"] = step_loss.with_conditioning(null)(unet)
     return losses
 
 

@@ -19,7 +19,7 @@ from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.reports.model_card import render_card
 from diffusers_gfprune.scripts import prune_ddpm
 from helpers.architectures import build
-from helpers.images import load, unet_config
+from helpers.images import load, model_spec
 from helpers.pruners import SCHEDULER, images
 from helpers.scripts import plain_runs
 
@@ -95,7 +95,7 @@ def test_samples_are_of_real_classes_in_turn() -> None:
 
 def conditional(**options):
     """The digits for a model of 11 labels."""
-    return load(DIGITS, unet_config(classes=11), cache_dir=None, **options)[0]  # not beside the data, in the repository
+    return load(DIGITS, model_spec(classes=11), cache_dir=None, **options)[0]  # not beside the data, in the repository
 
 
 def drawn(source, count: int = 8, first_batch: int = 0, **options) -> list[DiffusionBatch]:
@@ -163,8 +163,8 @@ def test_labels_of_all_rows_are_looked_at_before_a_run(tmp_path: Path) -> None:
         rows = rows.remove_columns("label").add_column("label", labels)
         rows.to_parquet(tmp_path / f"images/{name}.parquet")
     with pytest.raises(ValueError, match="column label has null_label=3, which no image may have"):
-        load(tmp_path / "images", unet_config(classes=11), label_column="label", null_label=3)
-    assert load(tmp_path / "images", unet_config(classes=11), label_column="label", null_label=4)[0].decoder.null_label == 4
+        load(tmp_path / "images", model_spec(classes=11), label_column="label", null_label=3)
+    assert load(tmp_path / "images", model_spec(classes=11), label_column="label", null_label=4)[0].decoder.null_label == 4
 
 
 def test_the_library_drops_labels_when_asked() -> None:
