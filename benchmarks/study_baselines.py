@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     args = parse_arguments(words)
     accelerator = Accelerator(cpu=True)
     pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    unet, noise_scheduler = pipeline.unet, pipeline.process
+    unet, noise_scheduler = pipeline.denoiser, pipeline.process
     images, held_out = load_images(args.data, ModelSpec.of(unet))
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     step_loss = StepLoss(held_out.samples, noise_scheduler, held_out.conditioning)

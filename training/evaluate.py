@@ -1,4 +1,4 @@
-"""Measure a DDPM, dense or pruned: distances to real images, similarity to the dense model, step loss, cost.
+"""Measure a diffusion model, dense or pruned: distances to real images, similarity to the dense model, step loss, cost.
 
     accelerate launch training/evaluate.py --model runs/cifar10 --reference_model google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --num_images 50000 --timestep_spacing quadratic
@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. models, data, networks: all inputs are checked here
     inputs = main_first(accelerator, lambda: load_inputs(args, accelerator.device))
+    if not args.output.dry_run:
+        inputs.images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
     cache = TensorCache(cache_dir)
     samples = make_samples(inputs, cache)
     real = RealFeatures(
@@ -157,8 +159,10 @@ def make_samples(inputs: Inputs, cache: TensorCache) -> Samples:
     if inputs.folder_images is not None:
         sources = [folder_source("images", inputs.folder_images, cache)]
     else:
-        models = inputs.models.items()
-        sources = [model_source(name, unet, scheduler, inputs.settings, cache) for name, (unet, scheduler) in models]
+        sources = [
+            model_source(name, model.denoiser, model.scheduler, inputs.settings, cache, model.codec, inputs.conditions)
+            for name, model in inputs.models.items()
+        ]
     return Samples(sources, inputs.networks, shards(inputs.num_images, inputs.images.decoder.shape))
 
 
@@ -192,7 +196,7 @@ def measure(
         figures[0].quality |= samples.similarities()
     if inputs.models and args.cost.speed_settings():
         # Speed-ups are relative to the first model, so the dense model comes first
-        unets = {name: unet for name, (unet, _) in reversed(inputs.models.items())}
+        unets = {name: pipeline.denoiser for name, pipeline in reversed(inputs.models.items())}
         for entry in measure_speed(unets, args.cost.speed_settings(), progress="speed"):
             figures[list(inputs.models).index(entry.pop("model"))].speed.append(entry)
     return Results(

@@ -53,7 +53,7 @@ def check_run(run: Path, inputs: Inputs) -> None:
         raise ValueError(f"update_model_card=True: {run} holds results of an {measured.kind}, not of a {PRUNING_RUN}")
     render_card(measured, report, run.resolve().name)
     for argument in ("model", "reference_model"):
-        unet = inputs.models[argument][0]
+        unet = inputs.models[argument].denoiser
         _check_same(getattr(measured, argument), argument, count_parameters(unet), count_macs(unet))
     if not os.access(run, os.W_OK):
         raise ValueError(f"update_model_card=True: {run} cannot be written")

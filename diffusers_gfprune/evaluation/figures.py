@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from ..fingerprints import tensors_fingerprint
 from ..formatting import format_duration
-from ..metrics.model_size import count_macs, count_parameters, hardware_name, spatial_size, uses_tf32, weight_file_bytes
+from ..metrics.model_size import count_macs, count_parameters, hardware_name, uses_tf32, weight_file_bytes
 from ..metrics.quality import Quality
 from ..metrics.step_loss import StepLoss
 from ..reports.provenance import describe_base_model, describe_dataset, package_versions, portable
@@ -39,11 +39,11 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
     """
     settings, lines, count, seconds = inputs.settings, ["plan:"], inputs.num_images, 0.0
     missing = samples.unsampled() if inputs.models else []
-    for index, (argument, (unet, scheduler)) in enumerate(inputs.models.items()):
-        name = getattr(args.model, argument)
-        cost = f"{count_parameters(unet):,} parameters, {count_macs(unet):,} MACs"
+    for index, (argument, pipeline) in enumerate(inputs.models.items()):
+        name, denoiser = getattr(args.model, argument), pipeline.denoiser
+        cost = f"{count_parameters(denoiser):,} parameters, {count_macs(denoiser):,} MACs"
         lines.append(f"  {argument:16} {name}: {cost}")
-        per_image = try_sampling(f"{argument}={name}", unet, scheduler, settings)
+        per_image = try_sampling(f"{argument}={name}", denoiser, pipeline.scheduler, settings, pipeline.codec)
         if count:
             seconds += per_image * settings.num_inference_steps * missing[index]
     if inputs.folder_images is not None:
@@ -54,7 +54,7 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
     else:
         drawn = (
             f"{settings.num_inference_steps} steps ({settings.timestep_spacing}), eta {settings.eta:g}, seed {settings.seed}"
-        )
+        ) + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
         lines.append(f"  {'samples':16} {count:,} of each model: DDIM, {drawn}")
         left = f"{sum(missing):,} of {count * len(inputs.models):,} remain to be drawn"
         shared = f" by {processes} processes" if processes > 1 else ""
@@ -84,7 +84,7 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
     Raises:
         ValueError: The model's loss is not finite.
     """
-    unet, scheduler = inputs.models[argument]
+    unet, scheduler = inputs.models[argument].denoiser, inputs.models[argument].scheduler
     name = getattr(args.model, argument)
     revision = args.model.revision if argument == "model" else args.model.reference_revision
     held_out, null = inputs.held_out, inputs.images.null_conditioning()
@@ -126,9 +126,10 @@ def describe_evaluation(
     return {
         **drawn,
         "num_images": inputs.num_images,
-        "sample_size": list(spatial_size(inputs.config)),
-        "channels": inputs.config.in_channels,
-        "classes": inputs.config.num_class_embeds,  # sampled in turn, except null_label
+        **(inputs.conditions.description if inputs.models else {}),
+        "sample_size": list(inputs.shape[1:]),
+        "channels": inputs.shape[0],
+        "classes": inputs.classes,  # sampled in turn, except null_label
         "dtype": args.model.dtype,
         "dataset": {
             **describe_dataset(args.data.dataset_name, args.data.train_data_dir),

@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.decoding import EncodedImage, content_digest
-from ..data.sources import ImageSource, readable_images
+from ..data.sources import HeldOut, ImageSource, readable_images
+from ..diffusion.latents import LatentCodec
+from ..families.lookup import family_of
 from ..fingerprints import tensors_fingerprint
 from ..metrics.cache import TensorCache
+from ..metrics.conditions import SampleConditions, label_conditions, text_conditions
 from ..metrics.features import FeatureNetwork, feature_network
-from ..metrics.model_size import spatial_size, uses_tf32
+from ..metrics.model_size import uses_tf32
 from ..metrics.quality import Quality, SamplingSettings, extract_features
-from ..metrics.sampling import to_uint8
+from ..metrics.sampling import image_shape, to_uint8
 from ..reports.provenance import installed_versions
 from .run_arguments import EvaluationArguments
 
@@ -59,10 +62,13 @@ def sampling_settings(args: EvaluationArguments, null_label: int | None = None) 
         seed=args.eval_seed,
         batch_size=args.eval_batch_size,
         null_label=null_label,
+        guidance_scale=args.guidance_scale,
     )
 
 
-def model_identity(unet: nn.Module, scheduler) -> dict:
+def model_identity(
+    unet: nn.Module, scheduler, codec: LatentCodec | None = None, conditions: SampleConditions | None = None
+) -> dict:
     """Everything that samples of a model depend on, except the sampling settings, as JSON values."""
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     return {
@@ -73,13 +79,28 @@ def model_identity(unet: nn.Module, scheduler) -> dict:
         "tf32": uses_tf32(next(unet.parameters()).device),
         "dtype": str(next(unet.parameters()).dtype),
         "versions": installed_versions("diffusers-gfprune", "diffusers", "torch"),
+        **({} if codec is None else {"codec": codec.identity()}),
+        **({} if conditions is None else conditions.description),
     }
 
 
-def dense_samples(cache: TensorCache, settings: SamplingSettings, unet: nn.Module, scheduler, progress: str | None) -> Tensor:
+def dense_samples(
+    cache: TensorCache,
+    settings: SamplingSettings,
+    unet: nn.Module,
+    scheduler,
+    progress: str | None,
+    codec: LatentCodec | None = None,
+    conditions: SampleConditions | None = None,
+) -> Tensor:
     """Samples of a model in [0, 1], from the cache if available."""
-    key = {**model_identity(unet, scheduler), **settings.identity()}
-    cached = cache.get("samples", key, lambda: {"images": to_uint8(settings.sample(unet, scheduler, progress=progress))})
+
+    def make() -> dict[str, Tensor]:
+        samples = settings.sample(unet, scheduler, progress=progress, codec=codec, conditions=conditions)
+        return {"images": to_uint8(samples)}
+
+    key = {**model_identity(unet, scheduler, codec, conditions), **settings.identity()}
+    cached = cache.get("samples", key, make)
     return cached["images"].float() / 255
 
 
@@ -217,21 +238,47 @@ class SampleQuality:
         scheduler: Scheduler of the saved model.
         images: Training images.
         device: Device of the models.
+        codec: Decodes latents; None: samples are pixels.
+        held_out: Held-out images, for models of text: samples have their captions. They are read at the first measurement.
 
     Attributes:
         settings: Settings of the sampler, fitted to the model's timesteps.
         changes: Changes to the requested settings, one line each.
     """
 
-    def __init__(self, args: EvaluationArguments, dense: nn.Module, scheduler, images, device: torch.device) -> None:
+    def __init__(
+        self,
+        args: EvaluationArguments,
+        dense: nn.Module,
+        scheduler,
+        images,
+        device: torch.device,
+        codec: LatentCodec | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
         self.args, self.dense, self.scheduler, self.images, self.device = args, dense, scheduler, images, device
+        self.codec, self.held_out = codec, held_out
         self.settings, self.changes = sampling_settings(args, images.decoder.null_label).fitted(scheduler)
+        if args.eval_images and not self.has_null:
+            self.conditions.check_guidance(args.guidance_scale)
         self.network = self._network() if args.eval_images else None
         self.cache = TensorCache(None if args.evaluation_cache_dir is None else Path(args.evaluation_cache_dir))
 
+    @property
+    def has_null(self) -> bool:
+        """Whether the model has a null label, or a null prompt."""
+        return self.held_out is not None or bool(self.conditions.null)
+
+    @functools.cached_property
+    def conditions(self) -> SampleConditions:
+        """What samples are conditioned on: captions of held-out images, or the classes of the model, in turn."""
+        if self.held_out is not None:
+            return text_conditions(self.held_out.conditioning, self.images.null_conditioning())
+        return label_conditions(family_of(self.dense).class_labels(self.dense.config), self.images.decoder.null_label)
+
     def _network(self) -> FeatureNetwork | None:
         name = self.args.eval_features
-        values = self.dense.config.in_channels * math.prod(spatial_size(self.dense))
+        values = math.prod(image_shape(self.dense, self.codec))
         if name == "pixels" and self.settings.num_images <= values:
             raise ValueError(f"eval_features=pixels needs more than {values} images, not eval_images={self.args.eval_images}")
         if name == "auto":
@@ -245,7 +292,8 @@ class SampleQuality:
         """Created at first use: the dense model samples and real images are read."""
         home = next(self.dense.parameters()).device
         samples = dense_samples(
-            self.cache, self.settings, self.dense.to(self.device).eval(), self.scheduler, progress="sampling (dense)"
+            *(self.cache, self.settings, self.dense.to(self.device).eval(), self.scheduler, "sampling (dense)"),
+            *(self.codec, self.conditions),
         )
         self.dense.to(home)
         networks, reference = [], {}
@@ -260,7 +308,7 @@ class SampleQuality:
 
     def sample(self, unet: nn.Module, progress: str | None = None) -> Tensor:
         """Samples of a model in [0, 1]."""
-        return self.settings.sample(unet, self.scheduler, progress=progress)
+        return self.settings.sample(unet, self.scheduler, progress=progress, codec=self.codec, conditions=self.conditions)
 
     def measure(self, unet: nn.Module) -> dict[str, float | None]:
         """Distances and similarities of a model's samples, by metric."""

@@ -78,7 +78,8 @@ def print_results(measured: Results, folder: RunFolder) -> None:
     """Print the main figures, dense beside pruned."""
     dense, pruned = measured.reference_model, measured.model
     costs = [("parameters", "parameters", "{:,}"), ("MACs", "macs", "{:,}"), ("step loss (held out)", "step_loss", "{:.4f}")]
-    costs.append(("step loss, null label", "step_loss_null_label", "{:.4f}"))
+    null = "empty prompt" if "prompts" in measured.evaluation else "null label"
+    costs.append((f"step loss, {null}", "step_loss_null_label", "{:.4f}"))
     rows = [(title, [getattr(model, name) for model in (dense, pruned)], form) for title, name, form in costs]
     metrics = [(described["title"], name) for name, described in measured.evaluation["distances"].items()]
     for title, name in (*metrics, ("SSIM to dense", "ssim_to_dense")):
