@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     # 1. models, data, networks: all inputs are checked here
     inputs = main_first(accelerator, lambda: load_inputs(args, accelerator.device))
     if not args.output.dry_run:
-        inputs.images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
+        inputs.images.prepare_held_out(accelerator.device)  # latents and captions are encoded, if the model takes them
     cache = TensorCache(cache_dir)
     samples = make_samples(inputs, cache)
     real = RealFeatures(

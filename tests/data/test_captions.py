@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusers_gfprune.data.batches import calibration_batches, train_dataloader
 from diffusers_gfprune.data.captions import RowCaptions, caption_column, read_captions
@@ -143,3 +144,29 @@ def test_a_split_without_captions_is_not_used_for_held_out_images(tmp_path: Path
     assert images.summary.held_out == "train" and "split test has no captions in column text" in caplog.text
     with pytest.raises(ValueError, match="validation_split_name=test: split test has no captions in column text of"):
         load_latents(folder, spec, prepare=False, validation_split_name="test")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_evaluation_encodes_the_held_out_images_only(split: str, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "data", IMAGES, CAPTIONS)
+    if split == "test":
+        write_images(folder, IMAGES[:5], CAPTIONS[:5], split="test")
+
+    def spec():
+        return latent_spec(prompts=prompt_encoder(tmp_path / "tokens"))
+
+    whole, kept = load_latents(folder, spec(), validation_images=3)
+    images, held_out = load_latents(folder, spec(), False, validation_images=3, encoding_cache_dir=str(tmp_path / "own"))
+    images.prepare_held_out()
+    sizes = {path.name.partition("-")[0]: rows_of(path) for path in (tmp_path / "own").iterdir()}
+    assert sizes["moments"] == 3 and sizes["captions"] <= 3
+    torch.testing.assert_close(held_out.samples, kept.samples, rtol=1e-4, atol=1e-5)
+    for name, values in kept.conditioning.items():
+        torch.testing.assert_close(held_out.conditioning[name], values)
+    for name, values in whole.null_conditioning().items():
+        torch.testing.assert_close(images.null_conditioning()[name], values)
+
+
+def rows_of(path: Path) -> int:
+    """Number of rows of a shard."""
+    return len(next(iter(load_file(path).values())))
