@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     main_process = accelerator.is_main_process
     share = (accelerator.process_index, accelerator.num_processes)
     with together(accelerator):
+        folder.check_outside(encoding_cache_dir=args.data.encoding_cache_dir)
         if main_process and not args.output.dry_run:
             check_folders(folder, None if args.model.compare else cache_dir)
         if main_process and args.model.compare:
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     # 1. models, data, networks: all inputs are checked here
     inputs = main_first(accelerator, lambda: load_inputs(args, accelerator.device))
     if not args.output.dry_run:
-        inputs.images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
+        inputs.images.prepare_held_out(accelerator.device)  # latents and captions are encoded, if the model takes them
     cache = TensorCache(cache_dir)
     samples = make_samples(inputs, cache, prepared=not args.output.dry_run)
     real = RealFeatures(
@@ -144,9 +145,7 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
             raise ValueError(f"output_dir={folder.path} is not an evaluation, it holds {foreign[0]}: choose another folder")
     if cache_dir is None:
         return
-    cache_dir = cache_dir.absolute()
-    if folder.path == cache_dir or folder.path in cache_dir.parents:
-        raise ValueError(f"evaluation_cache_dir={cache_dir} must not be in output_dir={folder.path}")
+    folder.check_outside(evaluation_cache_dir=cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         (cache_dir / ".writable").touch()

@@ -69,7 +69,7 @@ class DataArguments:
     null_label: int | None = argument(
         None,
         "Label that means 'no label', for classifier-free guidance (default: the last one, if the model has one label more "
-        "than the data set has classes).",
+        "than the data set has classes; a diffusion transformer has its own).",
     )
     label_dropout: float | None = argument(
         None,
@@ -107,8 +107,8 @@ class DataArguments:
     )
     dataloader_num_workers: int = argument(
         0,
-        "Number of processes that load images for each training process (0: load in the training process). With --streaming "
-        "they divide the shards, so batches depend on this number.",
+        "Number of processes that load images for each training process (0: load in the training process), and of threads "
+        "that read images while they are encoded. With --streaming processes divide the shards, so batches depend on it.",
     )
     cache_dir: str | None = argument(None, "Folder for downloaded data sets.")
     encoding_cache_dir: str | None = argument(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.latents import LatentCodec
+from ..diffusion.latents import LatentCodec, LatentDraw
 from ..diffusion.prompts import PromptEncoder
 from ..model_spec import ModelSpec
 from .captions import RowCaptions, read_captions
@@ -161,6 +161,18 @@ class LatentRows(IndexedSource):
         self.held_out.ready(self.draw, self.texts, self.max_broken_images)
         self._encoders = None
 
+    def prepare_held_out(self, device: torch.device | str = "cpu") -> None:
+        """Encode the held-out images and their captions only. Training images cannot be used then."""
+        if self._encoders is None:
+            return
+        codec, prompts = self._encoders
+        self.texts = self.held_out.separate(self.texts)
+        if self.texts is not None:
+            self.texts.encode(prompts, device, self.folder)
+        self.held_out.split.encode(codec, device, self.folder, self.num_threads)
+        self.held_out.ready(self.draw, self.texts, self.max_broken_images)
+        self._encoders = None
+
     def __getitem__(self, index: int) -> EncodedImage:
         return self.split[int(self.order[index])]
 
@@ -221,7 +233,30 @@ class LatentHeldOut(HeldOut):
         """Number of images; before they are encoded, with those that turn out to be broken."""
         return len(self.rows)
 
-    def ready(self, draw, texts: CaptionTexts | None, max_broken_images: int) -> None:
+    def separate(self, texts: CaptionTexts | None) -> CaptionTexts | None:
+        """Make these images a split of their own, to be encoded without the others of their split.
+
+        Args:
+            texts: Captions of all splits.
+
+        Returns:
+            The captions of these images only.
+        """
+        split, rows = self.split, self.rows
+        images = ImageRows(split.images.rows, split.images.decoder, rows)
+        labels = None if split.labels is None else split.labels[rows]
+        if texts is None:
+            self.split = LatentSplit(images, labels)
+        else:
+            numbers = [split.captions.of(int(row)) for row in rows]
+            different = list(dict.fromkeys(numbers))
+            captions = RowCaptions([different.index(number) for number in numbers], [1] * len(numbers))
+            texts = CaptionTexts([texts.texts[number] for number in different], texts.column, texts.dropout)
+            self.split = LatentSplit(images, labels, captions)
+        self.rows = np.arange(len(rows))
+        return texts
+
+    def ready(self, draw: LatentDraw, texts: CaptionTexts | None, max_broken_images: int) -> None:
         """Leave out broken images, after the split has been encoded.
 
         Raises:

@@ -78,6 +78,9 @@ class ImageSource(ABC):
             device: Device to encode on.
         """
 
+    def prepare_held_out(self, device: torch.device | str = "cpu") -> None:  # noqa: B027
+        """As `prepare`, for the held-out images only, which is enough for an evaluation."""
+
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of a sample: `(channels, height, width)`."""

@@ -122,7 +122,7 @@ def test_labels_are_dropped_to_the_null_label_of_the_model(tmp_path: Path) -> No
     assert 0.15 < (labels == 4).float().mean() < 0.35
     options = {"num_train_timesteps": 1000, "seed": 0, "step": 0}
     used = torch.cat([b.conditioning["class_labels"] for b in calibration_batches(images, 4, 12, **options)])
-    assert (used == 4).sum() == 12  # of 48
+    assert 11 <= (used == 4).sum() <= 13  # of 48
 
 
 def test_calibration_batches_are_latents_of_the_step(tmp_path: Path) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusers_gfprune.data import shards as module
 from diffusers_gfprune.data.shards import Shards, make_shards
 from diffusers_gfprune.diffusion.latents import LatentCodec
+from helpers import encoding_worker
 from helpers.latent_data import latent_spec, load_latents, noise_image, prompt_encoder, write_images
 from helpers.latent_models import autoencoder
 
+WORKER = Path(encoding_worker.__file__)
 IMAGES = [noise_image(number) for number in range(10)]
 
 
@@ -187,3 +192,25 @@ def test_models_are_on_the_device_only_while_they_encode(tmp_path: Path, monkeyp
     load_latents(folder, latent_spec(codec))
     assert moves == ["cpu:0", "cpu"]  # all shards are there
     assert np.isfinite(images.split.moments.column("moments").numpy()).all()
+
+
+def in_two_processes(folder: Path) -> list[tuple[int, str]]:
+    """Exit statuses and errors of two processes that encode the same images together."""
+    commands = [[sys.executable, str(WORKER), str(rank), "2", str(folder)] for rank in (0, 1)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    return [(process.returncode, error) for process, error in zip(running, errors)]
+
+
+def test_two_processes_encode_as_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        write_images(folder / "data", IMAGES, captions=list("abcdefghij"))
+        prompt_encoder(folder / "tokens")  # writes the files before two processes read them
+    encoding_worker.main(0, 1, one)
+    statuses, errors = zip(*in_two_processes(two))
+    assert statuses == (0, 0), errors
+    assert files(two) == files(one)
+    parts = [load_file(two / f"rank{rank}.safetensors") for rank in (0, 1)]
+    whole = load_file(one / "rank0.safetensors")
+    assert all(torch.equal(torch.cat([part[name] for part in parts]), values) for name, values in whole.items())

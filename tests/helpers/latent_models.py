@@ -49,6 +49,13 @@ def vq_model(seed: int = 0, channels: int = 3, **config) -> VQModel:
 
 def tokenizer(folder: Path, max_length: int = MAX_TOKENS, words: tuple[str, ...] = ()) -> CLIPTokenizer:
     """A CLIP tokenizer of single letters, read from files: a word of n letters has n tokens. `words` have one token each."""
+    if not (folder / "tokenizer_config.json").exists():
+        write_tokenizer(folder, max_length, words)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, max_length: int, words: tuple[str, ...]) -> None:
+    """The files of a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     merges = []
@@ -62,7 +69,6 @@ def tokenizer(folder: Path, max_length: int = MAX_TOKENS, words: tuple[str, ...]
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges)]) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": max_length, "pad_token": END}))
-    return CLIPTokenizer.from_pretrained(folder)
 
 
 def text_config(tokens: CLIPTokenizer, width: int = 16, **config) -> CLIPTextConfig:
