@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import HUB_ERRORS, TOKEN, hub_error_reason, one_line, one_line_errors
 from .formatting import format_size
-from .loading.components import COPIED
+from .loading.pipeline_files import file_patterns, is_unchanged, weight_patterns
 from .loading.pipeline_layouts import PACKAGE, components_of
-from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, MODEL, WEIGHTS, rename_in_card
+from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, rename_in_card
 from .reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
 from .reports.results import read_results
 
@@ -90,28 +90,18 @@ def _check_there(folder: str | os.PathLike, needed: Sequence[str], present: Sequ
         raise ValueError(f"folder={folder} is not a finished pruning run: it has no {missing[0]}")
 
 
-def _patterns(root: Path) -> tuple[str, ...]:
-    """Patterns of the files of a pruned pipeline, with those of components that the pruning did not change."""
-    index = root / "model_index.json"
-    components = components_of(_read_json(index)) if index.is_file() else {}
-    other = [name for name, (library, _) in components.items() if library != PACKAGE and name != "scheduler"]
-    denoisers = [name for name, (library, _) in components.items() if library == PACKAGE]
-    own = [pattern.replace("unet/", f"{name}/", 1) for name in denoisers for pattern in (*MODEL, *WEIGHTS)]
-    return (*COMPANIONS, *MODEL, *WEIGHTS, *own, *(f"{name}/*{suffix}" for name in other for suffix in COPIED))
+def _index(root: Path) -> dict:
+    """The content of `model_index.json`; empty if there is none."""
+    path = root / "model_index.json"
+    return _read_json(path) if path.is_file() else {}
 
 
 def _selected(root: Path) -> tuple[list[str], list[str]]:
     """Relative paths of the files of a run that are pushed, and of the others, sorted."""
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    patterns = _patterns(root)
+    patterns = (*COMPANIONS, *file_patterns(_index(root)))
     going = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     return going, [name for name in names if name not in going]
-
-
-def _old_weights(names: Sequence[str]) -> list[str]:
-    """Patterns of an earlier push's weights, in all folders that have weights now."""
-    folders = sorted({name.rpartition("/")[0] for name in names if name.endswith(".safetensors")} | {"unet"})
-    return [pattern.replace("unet/", f"{folder}/", 1) for folder in folders for pattern in WEIGHTS]
 
 
 def _read_json(path: Path) -> dict:
@@ -133,14 +123,6 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _is_unchanged(root: Path, name: str) -> bool:
-    """Whether a file belongs to a component that the pruning did not change; it may have paths of other machines."""
-    index = root / "model_index.json"
-    components = components_of(_read_json(index)) if index.is_file() else {}
-    library, _ = components.get(name.partition("/")[0], (PACKAGE, ""))
-    return library != PACKAGE
-
-
 def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token: str | None = None) -> None:
     """Check that files contain no access token and no path of this machine.
 
@@ -155,6 +137,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
     root = Path(folder).absolute()
     # Short paths such as / or /root would match unrelated text
     places = {str(place) for place in (Path.home(), Path.cwd(), root, root.resolve()) if len(place.parts) > 2}
+    index = _index(root)
     for name in names:
         if not name.endswith((".md", ".json", ".yaml")):
             continue
@@ -162,7 +145,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
         if TOKEN.search(text) or (token and token in text):
             raise ValueError(f"{root / name} contains an access token: remove it before you push")
         private = [place for place in sorted(places) if place in text]
-        if name.endswith(".json") and not _is_unchanged(root, name):
+        if name.endswith(".json") and not is_unchanged(index, name):
             private += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
         if private:
             raise ValueError(f"{root / name} contains the path {private[0]} of this machine: remove it before you push")
@@ -252,7 +235,7 @@ def push_folder(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload pruned DDPM",
+    commit_message: str = "Upload pruned pipeline",
 ) -> str:
     """Push a finished run. A retry uploads only the missing files.
 
@@ -289,7 +272,7 @@ def push_folder(
             repo_id=full_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=[*_old_weights(names), EVAL_RESULTS],
+            delete_patterns=[*weight_patterns(names), EVAL_RESULTS],
             revision=revision,
             commit_message=commit_message,
         )
@@ -320,7 +303,7 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=[*_old_weights(names), *COMPANIONS],
+            delete_patterns=[*weight_patterns(names), *COMPANIONS],
             commit_message=commit_message,
         )
     except (*HUB_ERRORS, ValueError) as error:
@@ -337,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     push.add_argument("--token", help="access token (default: that of `hf auth login`, or HF_TOKEN)")
     push.add_argument("--private", action="store_true", default=None, help="make the repository private")
     push.add_argument("--revision", help="branch to commit to (default: main)")
-    push.add_argument("--commit_message", default="Upload pruned DDPM", help="commit message")
+    push.add_argument("--commit_message", default="Upload pruned pipeline", help="commit message")
     push.add_argument("--dry_run", action="store_true", help="list the files without uploading them")
     args = parser.parse_args(argv)
     args.token = args.token.strip() if args.token else None

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from . import PruneDDPMPipeline
 from .diffusion.latents import LatentCodec
-from .diffusion.process import check_scheduler_class, check_variance_type, training_process
+from .diffusion.process import check_scheduler_class, check_variance_type, is_ddpm_sampled_by_euler, training_process
 from .diffusion.prompts import PromptEncoder
 from .errors import HUB_ERRORS, first_line
 from .families.base import Family
@@ -67,7 +67,8 @@ class TrainedPipeline(NamedTuple):
 
     Attributes:
         denoiser: The model that is pruned, on the CPU, in float32.
-        scheduler: The scheduler, with the class and configuration in which it was saved.
+        scheduler: The scheduler, with the class and configuration in which it was saved; for SDXL's Euler scheduler, the
+            `DDPMScheduler` of its training.
         process: Scheduler that adds the noise of the training.
         kind: Class of the pipeline.
         folder: The loaded folder, with the files of all components.
@@ -140,7 +141,7 @@ def load_pipeline(
         name, families = _families(index)
         component = families[0].component  # all models of a pipeline have the same component name
         layout = check_index(index, component)
-        scheduler = _load_scheduler(folder, index)
+        scheduler = _load_scheduler(folder, index, latents=layout.autoencoder is not None)
         process = training_process(scheduler)
         classes = [kind for family in families for kind in _classes(family, pruned)]
         denoiser = load_model(folder, component, index[component][1], {kind.__name__: kind for kind in classes})
@@ -199,10 +200,12 @@ def _download(name: str, revision: str | None) -> Path:
         raise
 
 
-def _load_scheduler(folder: Path, index: dict):
+def _load_scheduler(folder: Path, index: dict, latents: bool):
     component = index["scheduler"][1]
-    check_scheduler_class(component)
     config = DDPMScheduler.load_config(component_folder(folder, "scheduler"))
+    if latents and is_ddpm_sampled_by_euler(component, config):  # its files are copied as they are
+        return DDPMScheduler.from_config({**config, "clip_sample": config.get("clip_sample", False)})
+    check_scheduler_class(component)
     check_scheduler_class(config.get("_class_name", component))  # Diffusers does not check the class of the configuration
     return getattr(diffusers, component).from_pretrained(component_folder(folder, "scheduler"))
 

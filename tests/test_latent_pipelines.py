@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -24,7 +24,7 @@ from helpers.architectures import BASE
 from helpers.hub import contents
 from helpers.hub_server import WRITE, HubServer
 from helpers.latent_models import autoencoder, text_encoder, tokenizer
-from helpers.latent_pipelines import PIPELINES, save, sd
+from helpers.latent_pipelines import BETAS, PIPELINES, save, sd
 from helpers.pruners import one_shot
 
 CALLS = {
@@ -215,6 +215,21 @@ def test_unets_with_other_inputs_are_refused(config: dict, message: str, tmp_pat
     save("sd", tmp_path / "model", **config)
     with pytest.raises(ValueError, match=message):
         load_pipeline(str(tmp_path / "model"))
+
+
+def test_a_pipeline_that_is_sampled_by_euler_is_trained_as_a_ddpm(tmp_path: Path) -> None:
+    """As SDXL is saved. The scheduler travels as it is; that of distilled models is refused."""
+    pipe = PIPELINES["sdxl"](tmp_path / "model")
+    for spacing in ("leading", "trailing"):
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+        pipe.save_pretrained(tmp_path / spacing)
+    found = load_pipeline(str(tmp_path / "leading"))
+    assert torch.equal(found.process.betas, DDPMScheduler(**BETAS).betas) and not found.scheduler.config.clip_sample
+    found.save(found.denoiser, tmp_path / "saved")
+    files = [(tmp_path / name / "scheduler/scheduler_config.json").read_bytes() for name in ("leading", "saved")]
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match="scheduler=EulerDiscreteScheduler is not supported"):
+        load_pipeline(str(tmp_path / "trailing"))
 
 
 def test_learned_variances_need_a_scheduler_that_fits(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ an error, so that the class decides. `TRAINABLE_SCHEDULERS` and `REFUSED_SCHEDUL
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import DDPMScheduler
 
@@ -23,6 +25,7 @@ __all__ = [
     "TRAINABLE_SCHEDULERS",
     "check_scheduler_class",
     "check_variance_type",
+    "is_ddpm_sampled_by_euler",
     "training_process",
 ]
 
@@ -125,6 +128,20 @@ def training_process(scheduler) -> DDPMScheduler:
         raise ValueError(f"the betas of the scheduler cannot be computed: {one_line(error)}") from error
     _check_noise_levels(process, scheduler)
     return process
+
+
+def is_ddpm_sampled_by_euler(name: str, config: Mapping) -> bool:
+    """Whether a scheduler is Euler's method for a model that was trained as a DDPM with the same betas.
+
+    Stable Diffusion XL is saved with it, and trained as a `DDPMScheduler` of the same configuration (as in Diffusers'
+    `train_text_to_image_sdxl.py`). Distilled models are saved with it, too, but with trailing timesteps.
+
+    Args:
+        name: Name of the scheduler's class.
+        config: Its configuration.
+    """
+    discrete = config.get("timestep_type", "discrete") == "discrete"
+    return name == "EulerDiscreteScheduler" and discrete and config.get("timestep_spacing") == "leading"
 
 
 def check_variance_type(scheduler, learned_variance: bool, pipeline_splits: bool) -> None:

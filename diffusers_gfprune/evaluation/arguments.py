@@ -232,7 +232,7 @@ def parse_evaluate_arguments(argv: list[str] | None = None) -> EvaluateArguments
     words = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(
         (ModelArguments, OutputArguments, DataArguments, SampleArguments, CostArguments),
-        description="Measure a trained or pruned DDPM: distances to real images, similarity to the dense model, loss, cost.",
+        description="Measure a diffusion model, dense or pruned: distances to real images, similarity to the dense one, cost.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

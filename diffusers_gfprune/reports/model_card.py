@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from huggingface_hub import (
 from ..configuration import criterion_of
 from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
+from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, task_of
 from .results import PRUNING_RUN, ModelFigures, Results
 
 __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
@@ -35,20 +35,7 @@ __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "re
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
 PACKAGE, DISTRIBUTION = "diffusers_gfprune", "diffusers-gfprune"
-UNCONDITIONAL, TEXT_TO_IMAGE = "unconditional-image-generation", "text-to-image"
-TAGS = ["diffusers", "{kind}", "pruning", "model-compression", "diffusers-gfprune"]
-# Tag of a kind of pipeline; others are of DDPMs
-KINDS = {
-    "DiTPipeline": "dit",
-    "LDMPipeline": "latent-diffusion",
-    "LDMTextToImagePipeline": "latent-diffusion",
-    "StableDiffusionPipeline": "stable-diffusion",
-    "StableDiffusionXLPipeline": "stable-diffusion-xl",
-}
-# Reports of format versions 1 to 3 are of unconditional pipelines of pixels, and do not say so
-DDPM = {"class_name": "DDPMPipeline", "component": "unet", "condition": None}
-# Labels of the pipeline whose null label is built into Diffusers
-IMAGENET_CLASSES = 1000
+TAGS = ["pruning", "model-compression", "diffusers-gfprune"]
 NOT_FID = "Not FID: compare it with nothing else."
 CITATIONS = """\
 @article{wan2025pruning,
@@ -122,24 +109,9 @@ def _similarities(results: Results) -> list[dict]:
     ]
 
 
-def _example(pipeline: Mapping) -> str:
-    """A call of a pipeline that makes an image."""
-    if pipeline["condition"] == "text":
-        return f"pipe({json.dumps(pipeline['prompt'], ensure_ascii=False)}).images.pop()"
-    if pipeline["condition"] == "class labels" and pipeline["class_name"] == "DiTPipeline":
-        # DiTPipeline always takes 1000 as the null label
-        guidance = "" if pipeline["num_classes"] == IMAGENET_CLASSES else ", guidance_scale=1"
-        return f"pipe(class_labels=[0]{guidance}).images.pop()"
-    return "pipe().images.pop()"
-
-
-def _task(pipeline: Mapping) -> str:
-    return TEXT_TO_IMAGE if pipeline["condition"] == "text" else UNCONDITIONAL
-
-
 def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardData:
-    base, dataset, pipeline = report["base_model"], report["dataset"], report.get("pipeline", DDPM)
-    task = _task(pipeline)
+    base, dataset, pipeline = report["base_model"], report["dataset"], pipeline_of(report)
+    task = task_of(pipeline)
     metrics = [*_distances(results), *_similarities(results)]
     eval_results = [
         EvalResult(
@@ -161,7 +133,7 @@ def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardDa
     if eval_results:
         options.update(model_name=model_name, eval_results=eval_results, metrics=sorted({metric["id"] for metric in metrics}))
     license = base["license"] or "unknown"
-    tags = [tag.format(kind=KINDS.get(pipeline["class_name"], "ddpm")) for tag in TAGS]
+    tags = ["diffusers", kind_of(pipeline), *TAGS]
     tags += [GRADIENT_FLOW] if report["config"]["criterion"].startswith(GRADIENT_FLOW) else []
     if pipeline["condition"] == "text":
         options["widget"] = [{"text": pipeline["prompt"]}]
@@ -223,7 +195,7 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
         for figures, name in itertools.product((dense, pruned), (*costs, "step_loss")):
             if getattr(figures, name) is None:
                 raise ValueError(f"{figures.name} has no {name}")
-        pipeline = report.get("pipeline", DDPM)
+        pipeline = pipeline_of(report)
         removed = {name: _share_removed(getattr(dense, name), getattr(pruned, name)) for name in costs}
         speeds, removed_latency = _speeds(dense, pruned)
         template = environment.from_string(files(f"{PACKAGE}.model_cards").joinpath("template.md.jinja").read_text("utf-8"))
@@ -242,7 +214,7 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             method=METHOD if criterion.startswith(GRADIENT_FLOW) else f"structured pruning (criterion `{criterion}`)",
             package=PACKAGE,
             pipeline=pipeline,
-            example=_example(pipeline),
+            example=example_of(pipeline),
             distribution=DISTRIBUTION,
             base_link=_link(report["base_model"], ""),
             dataset_link=_link(report["dataset"], "datasets/"),
@@ -360,7 +332,7 @@ def check_card(card: str) -> None:
         raise ValueError("the card has no metadata")
     if not isinstance(data.get("license"), str) or data["license"] not in LICENSES:
         raise ValueError(f"license={data.get('license')!r} of the card must be a licence id of the Hub")
-    for name, allowed in (("library_name", ("diffusers",)), ("pipeline_tag", (UNCONDITIONAL, TEXT_TO_IMAGE))):
+    for name, allowed in (("library_name", ("diffusers",)), ("pipeline_tag", TASKS)):
         if data.get(name) not in allowed:
             raise ValueError(f"{name}={data.get(name)!r} of the card must be {' or '.join(map(repr, allowed))}")
     tags = data.get("tags")
