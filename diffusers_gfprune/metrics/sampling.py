@@ -300,9 +300,8 @@ def sample_images(
                 fresh = _noise(shape, generators).to(parameter.device) if eta > 0 else None
                 x = ddim.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample
             decoded = x if codec is None else codec.decode(x)
-            if not (
-                torch.isfinite(x).all() and torch.isfinite(decoded).all()
-            ):  # rounding to 8 bits would turn them into black pixels
+            finite = torch.isfinite(x).all() and torch.isfinite(decoded).all()
+            if not finite:  # rounding to 8 bits would turn them into black pixels
                 raise ValueError(
                     f"samples {numbers.start} to {numbers.stop - 1} are not finite: check the model's weights and dtype"
                 )
