@@ -231,7 +231,7 @@ def test_both_losses_are_reported(finished: Path) -> None:
 
 @pytest.mark.parametrize("known", ["by the run", "by the evaluation"])
 def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) -> None:
-    """And of guidance. A run of an earlier version has no null label, and its card is still rendered; losses are never mixed."""
+    """And of guidance. A run of an earlier version has no null label, and its card is still rendered."""
     from diffusers_gfprune.evaluation.card import merged_run_results
     from diffusers_gfprune.reports.results import EVALUATION, ModelFigures, Results
 
