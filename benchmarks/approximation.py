@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from diffusers_gfprune import GFPruneConfig
 from diffusers_gfprune.data.batches import BrokenImages, calibration_batches
 from diffusers_gfprune.data.images import DataArguments, load_images
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.scoring.context import ScoringContext
 from diffusers_gfprune.scoring.hessian_product import HESSIAN_PRODUCTS
@@ -167,12 +168,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=ROOT / "benchmarks/pictures/approximation.png")
     args = parser.parse_args(argv)
     pipeline = DDPMPipeline.from_pretrained(ROOT / "training/digits/teacher", use_safetensors=True)
-    images, _ = load_images(DataArguments(dataset_name=str(ROOT / "training/digits")), pipeline.unet.config)
+    images, _ = load_images(DataArguments(dataset_name=str(ROOT / "training/digits")), ModelSpec.of(pipeline.denoiser))
     batches = calibration_batches(
         images, args.batches, 64, num_train_timesteps=1000, seed=0, step=0, rank=0, world_size=1, broken=BrokenImages(0)
     )
     torch.manual_seed(0)
-    models = {"trained": pipeline.unet, "before training": UNet2DModel.from_config(pipeline.unet.config)}
+    models = {"trained": pipeline.denoiser, "before training": UNet2DModel.from_config(pipeline.denoiser.config)}
     results: dict = {"batches": args.batches, "batch_size": 64, "models": {}}
     for name, unet in models.items():
         measure = Measure(unet, pipeline.scheduler, batches)

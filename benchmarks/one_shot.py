@@ -38,6 +38,7 @@ from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.fidelity import ssim_to_reference
 from diffusers_gfprune.metrics.model_size import spatial_size
 from diffusers_gfprune.metrics.sampling import sample_images
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -75,12 +76,12 @@ def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_image
     """Damage and SSIM of every row at every ratio."""
     args = parse_arguments([*BASE[dataset], *words])
     unet, scheduler, *_ = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    images, (held_out, _) = load_images(args.data, unet.config)
+    images, held_out = load_images(args.data, ModelSpec.of(unet))
     timesteps, size = scheduler.config.num_train_timesteps, spatial_size(unet)
     batches = calibration_batches(
         images, BATCHES, args.training.train_batch_size, num_train_timesteps=timesteps, seed=0, step=0
     )
-    batch = held_out_batch(held_out[: 2 * num_images], timesteps)
+    batch = held_out_batch(held_out.samples[: 2 * num_images], timesteps)
 
     def sample(model: nn.Module) -> Tensor:
         return sample_images(model, scheduler, num_images, size, STEPS)

@@ -39,6 +39,7 @@ from diffusers_gfprune.data.images import load_images
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.scoring.importance import score_units
@@ -112,7 +113,7 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = U
     """Sums of scores and damages of all groups of a data set's model, and their correlations."""
     args = parse_arguments([*BASE[dataset], *words])
     unet, scheduler, *_ = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    images, _ = load_images(args.data, unet.config)
+    images, _ = load_images(args.data, ModelSpec.of(unet))
     number, size = args.pruning.calibration_batches, args.training.train_batch_size
     timesteps = scheduler.config.num_train_timesteps
     *batches, unseen = calibration_batches(images, number + 1, size, num_train_timesteps=timesteps, seed=0, step=0)

@@ -41,6 +41,7 @@ from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.reports.provenance import command_line
@@ -217,10 +218,10 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     args = parse_arguments(words)
     accelerator = Accelerator(cpu=True)
     pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    unet, noise_scheduler = pipeline.unet, pipeline.process
-    images, (held_out, labels) = load_images(args.data, unet.config)
+    unet, noise_scheduler = pipeline.denoiser, pipeline.process
+    images, held_out = load_images(args.data, ModelSpec.of(unet))
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
-    step_loss = StepLoss(held_out, noise_scheduler, labels)
+    step_loss = StepLoss(held_out.samples, noise_scheduler, held_out.conditioning)
     quality = SampleQuality(args.evaluation, dense, pipeline.scheduler, images, accelerator.device)
     if options.baseline == "scratch":
         student, extra = scratch(args, unet, options.results)
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     if teacher is not None:
         objective.teacher = teacher(objective)
     student = fine_tune(args, student, objective, noise_scheduler, images)
-    losses = [measure_step_losses(step_loss, unet, images.decoder.null_label) for unet in (dense, student)]
+    losses = [measure_step_losses(step_loss, unet, images.null_conditioning()) for unet in (dense, student)]
     measured, _, _ = results(args, dense, student, quality, len(held_out), losses)
     folder = Path(args.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

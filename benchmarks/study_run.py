@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from diffusers_gfprune.metrics.cache import TensorCache, tensors_fingerprint
+from diffusers_gfprune.fingerprints import tensors_fingerprint
+from diffusers_gfprune.metrics.cache import TensorCache
 from diffusers_gfprune.objectives.objective import Objective
 
 __all__ = ["RememberedTeacher", "remembered"]

@@ -22,7 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["check_identical", "gather_rows", "made_by_first_rank", "mean_over_ranks", "world_size"]
+__all__ = [
+    *("check_identical", "fail_together", "gather_rows", "made_by_first_rank", "mean_over_ranks"),
+    *("process_rank", "world_size"),
+]
 
 BUCKET_ELEMENTS = 2**24  # per collective: few calls, and a temporary copy of at most 64 MiB
 
@@ -30,6 +33,11 @@ BUCKET_ELEMENTS = 2**24  # per collective: few calls, and a temporary copy of at
 def world_size() -> int:
     """Number of processes in the process group, 1 without `torch.distributed`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Number of this process in the process group, 0 without `torch.distributed`."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _sendable(tensor: Tensor) -> Tensor:
@@ -120,6 +128,23 @@ def made_by_first_rank(make: Callable[[], dict]) -> dict:
     data = _sendable(torch.tensor(list(text) if text else [0] * int(size), dtype=torch.uint8))
     dist.broadcast(data, 0)
     return json.loads(bytes(data.tolist()))
+
+
+def fail_together(error: Exception | None) -> None:
+    """Raise an error on every rank if there is one on any, so that no rank waits for one that failed.
+
+    Args:
+        error: The error of this rank, if any.
+
+    Raises:
+        Exception: The error of this rank.
+        ValueError: Another rank failed.
+    """
+    failed = gather_rows(torch.tensor([error is not None]))
+    if error is not None:
+        raise error
+    if failed.any():
+        raise ValueError(f"rank {int(failed.nonzero()[0])} failed: see its error message")
 
 
 def _digest(data: bytes) -> int:

@@ -2,9 +2,9 @@
 
     python -m diffusers_gfprune.hub push runs/digits-gfpruned me/ddpm-digits-gfpruned [--private] [--dry_run]
 
-Only the files in `FILES` are uploaded, after a check that they contain no access tokens or local paths. Weights of an earlier
-push that are not replaced are deleted from the repository, so that it never holds a mixture of two models. Files that the
-repository already has are not uploaded again.
+Only the files of the pipeline and of the run are uploaded, after a check that they contain no access tokens or local paths.
+Weights of an earlier push that are not replaced are deleted from the repository, so that it never holds a mixture of two
+models. Files that the repository already has are not uploaded again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import HUB_ERRORS, TOKEN, hub_error_reason, one_line, one_line_errors
 from .formatting import format_size
-from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, MODEL, WEIGHTS, rename_in_card
+from .loading.pipeline_files import file_patterns, is_unchanged, weight_patterns
+from .loading.pipeline_layouts import PACKAGE, components_of
+from .remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, rename_in_card
 from .reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
 from .reports.results import read_results
 
 __all__ = [
-    "FILES",
     "PushError",
     "check_repo_id",
     "files_to_push",
@@ -40,11 +41,7 @@ __all__ = [
 ]
 
 PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
-FILES = (*COMPANIONS, *MODEL, *WEIGHTS)
-NEEDED = (
-    *("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusers_gfprune.py"),
-    *("pruning_report.json", "results.json"),
-)
+NEEDED = ("model_index.json", "scheduler/scheduler_config.json", "pruning_report.json", "results.json")
 
 
 class PushError(OSError):
@@ -68,16 +65,17 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
         raise ValueError(f"folder={folder} is not a folder")
     going, left_out = _selected(root)
     present = [*going, *left_out]
-    missing = [name for name in NEEDED if name not in present]
-    if missing:
-        raise ValueError(f"folder={folder} is not a finished pruning run: it has no {missing[0]}")
-    component = _read_json(root / "model_index.json").get("unet")
-    if component != ["diffusers_gfprune", "GFPrunedUNet2DModel"]:
-        raise ValueError(f"folder={folder} does not contain a pruned model: unet in its model_index.json is {component!r}")
-    weights = [name for name in going if name.endswith(".safetensors")]
-    if not weights:
-        raise ValueError(f"folder={folder} has no weights: unet/diffusion_pytorch_model.safetensors is missing")
-    for name in weights:
+    _check_there(folder, NEEDED, present)
+    components = components_of(_read_json(root / "model_index.json"))
+    denoisers = [name for name, (library, _) in components.items() if library == PACKAGE]
+    if not denoisers:
+        classes = ", ".join(f"{name}: {class_name}" for name, (_, class_name) in components.items())
+        raise ValueError(f"folder={folder} does not contain a pruned model: its model_index.json has {classes}")
+    denoiser = denoisers[0]
+    _check_there(folder, (f"{denoiser}/config.json", f"{denoiser}/{PACKAGE}.py"), present)
+    if not any(fnmatch.fnmatchcase(name, f"{denoiser}/*.safetensors") for name in going):
+        raise ValueError(f"folder={folder} has no weights: {denoiser}/diffusion_pytorch_model.safetensors is missing")
+    for name in [name for name in going if name.endswith(".safetensors")]:
         try:
             with safe_open(root / name, "pt"):
                 pass
@@ -86,10 +84,23 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     return going, left_out
 
 
+def _check_there(folder: str | os.PathLike, needed: Sequence[str], present: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise ValueError(f"folder={folder} is not a finished pruning run: it has no {missing[0]}")
+
+
+def _index(root: Path) -> dict:
+    """The content of `model_index.json`; empty if there is none."""
+    path = root / "model_index.json"
+    return _read_json(path) if path.is_file() else {}
+
+
 def _selected(root: Path) -> tuple[list[str], list[str]]:
-    """Relative paths of the files that match `FILES`, and of the others, sorted."""
+    """Relative paths of the files of a run that are pushed, and of the others, sorted."""
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    going = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)]
+    patterns = (*COMPANIONS, *file_patterns(_index(root)))
+    going = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     return going, [name for name in names if name not in going]
 
 
@@ -126,6 +137,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
     root = Path(folder).absolute()
     # Short paths such as / or /root would match unrelated text
     places = {str(place) for place in (Path.home(), Path.cwd(), root, root.resolve()) if len(place.parts) > 2}
+    index = _index(root)
     for name in names:
         if not name.endswith((".md", ".json", ".yaml")):
             continue
@@ -133,7 +145,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
         if TOKEN.search(text) or (token and token in text):
             raise ValueError(f"{root / name} contains an access token: remove it before you push")
         private = [place for place in sorted(places) if place in text]
-        if name.endswith(".json"):
+        if name.endswith(".json") and not is_unchanged(index, name):
             private += [string for string in _strings(_read_json(root / name)) if os.path.isabs(string)]
         if private:
             raise ValueError(f"{root / name} contains the path {private[0]} of this machine: remove it before you push")
@@ -223,7 +235,7 @@ def push_folder(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload pruned DDPM",
+    commit_message: str = "Upload pruned pipeline",
 ) -> str:
     """Push a finished run. A retry uploads only the missing files.
 
@@ -260,7 +272,7 @@ def push_folder(
             repo_id=full_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=[*WEIGHTS, EVAL_RESULTS],
+            delete_patterns=[*weight_patterns(names), EVAL_RESULTS],
             revision=revision,
             commit_message=commit_message,
         )
@@ -291,7 +303,7 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=[*WEIGHTS, *COMPANIONS],
+            delete_patterns=[*weight_patterns(names), *COMPANIONS],
             commit_message=commit_message,
         )
     except (*HUB_ERRORS, ValueError) as error:
@@ -308,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     push.add_argument("--token", help="access token (default: that of `hf auth login`, or HF_TOKEN)")
     push.add_argument("--private", action="store_true", default=None, help="make the repository private")
     push.add_argument("--revision", help="branch to commit to (default: main)")
-    push.add_argument("--commit_message", default="Upload pruned DDPM", help="commit message")
+    push.add_argument("--commit_message", default="Upload pruned pipeline", help="commit message")
     push.add_argument("--dry_run", action="store_true", help="list the files without uploading them")
     args = parser.parse_args(argv)
     args.token = args.token.strip() if args.token else None

@@ -69,6 +69,17 @@ class RunFolder:
                 f"start again with --overwrite_output_dir"
             )
 
+    def check_outside(self, **folders: str | os.PathLike | None) -> None:
+        """Check that folders which the run writes, by argument, are not in this one, which it replaces at its end.
+
+        Raises:
+            ValueError: One is.
+        """
+        for argument, name in folders.items():
+            path = None if name is None else Path(os.path.abspath(name))
+            if path is not None and (self.path == path or self.path in path.parents):
+                raise ValueError(f"{argument}={path} must not be in output_dir={self.path}")
+
     def try_writing(self, size: int) -> None:
         """Write a file of `size` bytes next to the result's path, and delete it with the folders created for it.
 

@@ -1,8 +1,10 @@
-"""Load trained pipelines with strict checks, and save them in their own class.
+"""Load trained pipelines with strict checks, and save them whole in their own class.
 
-A pipeline can be pruned if its class and components in `model_index.json` and the class of its scheduler
-(`diffusion.process`) are supported, and its weights fit its config. Nothing else is loaded: code of the repository does not
-run, and pickles are not read.
+A pipeline can be pruned if its class and components in `model_index.json` (`loading.pipeline_layouts`) and the class of its
+scheduler (`diffusion.process`) are supported, and all weights that are used fit their configs (`loading.components`). Code of
+the repository does not run, and pickles are not read.
+
+A pruned pipeline is the dense one with another denoiser: the files of all other components are copied, byte for byte.
 """
 
 from __future__ import annotations
@@ -11,29 +13,48 @@ import contextlib
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import diffusers
-import torch
+import transformers
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers.pipelines.latent_diffusion import LDMBertModel
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from . import PruneDDPMPipeline
-from .diffusion.process import check_scheduler_class, training_process
+from .diffusion.latents import LatentCodec
+from .diffusion.process import check_scheduler_class, check_variance_type, is_ddpm_sampled_by_euler, training_process
+from .diffusion.prompts import PromptEncoder
 from .errors import HUB_ERRORS, first_line
+from .families.base import Family
 from .families.lookup import FAMILIES, family_of
-from .remote.pipeline_prune_ddpm import check_pipeline_index
+from .loading.components import (
+    check_copied,
+    component_folder,
+    copy_component,
+    load_model,
+    variant_of,
+    variant_to_load,
+)
+from .loading.pipeline_layouts import LAYOUTS, PACKAGE, PipelineLayout, check_index, components_of
+from .metrics.model_size import spatial_size
 
 __all__ = ["TrainedPipeline", "load_pipeline"]
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "diffusion_pytorch_model"
+AUTOENCODERS = {name: getattr(diffusers, name) for name in ("AutoencoderKL", "VQModel")}
+TEXT_ENCODERS = {
+    **{name: getattr(transformers, name) for name in ("CLIPTextModel", "CLIPTextModelWithProjection")},
+    "LDMBertModel": LDMBertModel,
+}
+TOKENIZERS = {
+    name: getattr(transformers, name) for name in ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
+}
 # Errors that loading a malformed repository may raise
 _ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
@@ -42,30 +63,49 @@ _ERRORS = (
 
 
 class TrainedPipeline(NamedTuple):
-    """A trained UNet with the other components of its pipeline.
+    """A trained denoiser with the other components of its pipeline.
 
     Attributes:
-        unet: The model, on the CPU, in float32.
-        scheduler: The scheduler, with the class and configuration in which it was saved.
+        denoiser: The model that is pruned, on the CPU, in float32.
+        scheduler: The scheduler, with the class and configuration in which it was saved; for SDXL's Euler scheduler, the
+            `DDPMScheduler` of its training.
         process: Scheduler that adds the noise of the training.
         kind: Class of the pipeline.
+        folder: The loaded folder, with the files of all components.
+        index: Content of its `model_index.json`.
+        codec: Encodes images to latents and decodes samples; None for pixels.
+        prompts: Encodes captions; None unless text is the condition.
     """
 
-    unet: ModelMixin
+    denoiser: ModelMixin
     scheduler: object
     process: DDPMScheduler
     kind: type[DiffusionPipeline]
+    folder: Path
+    index: dict
+    codec: LatentCodec | None = None
+    prompts: PromptEncoder | None = None
 
-    def save(self, unet: ModelMixin, folder: str | os.PathLike) -> None:
-        """Save the pipeline with another UNet.
+    def save(self, denoiser: ModelMixin, folder: str | os.PathLike) -> None:
+        """Save the pipeline with another denoiser.
 
         Args:
-            unet: The pruned model.
+            denoiser: The pruned model.
             folder: Output folder.
         """
-        # It is saved as a plain DDPMPipeline, with the file of a pipeline class that can prune again
-        kind = PruneDDPMPipeline if self.kind is DDPMPipeline else self.kind
-        kind(unet=unet, scheduler=self.scheduler).save_pretrained(folder)
+        if self.codec is None:
+            # It is saved as a plain DDPMPipeline, with the file of a pipeline class that can prune again
+            kind = PruneDDPMPipeline if self.kind is DDPMPipeline else self.kind
+            kind(unet=denoiser, scheduler=self.scheduler).save_pretrained(folder)
+            return
+        folder, component = Path(folder), family_of(denoiser).component
+        for name in components_of(self.index):
+            if name != component:
+                copy_component(self.folder, folder, name)
+        denoiser.save_pretrained(folder / component)
+        index = {name: value for name, value in self.index.items() if name != "_name_or_path"}
+        index |= {component: [PACKAGE, type(denoiser).__name__], "_diffusers_version": diffusers.__version__}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def load_pipeline(
@@ -74,17 +114,18 @@ def load_pipeline(
     argument: str = "pretrained_model_name_or_path",
     pruned: bool = False,
 ) -> TrainedPipeline:
-    """Load a trained DDPM.
+    """Load a trained diffusion pipeline.
 
     Args:
-        name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories, at the root.
+        name_or_path: A Hub id or a local folder, with the components in subfolders or, as in old repositories of pixel models,
+            at the root.
         revision: Branch, tag or commit on the Hub.
         argument: Name of the argument, for error messages.
         pruned: Whether a pruned model is accepted, too; it cannot be pruned again.
 
     Raises:
-        ValueError: The pipeline does not exist or cannot be pruned, or its weights are missing, damaged, pickled or of a
-            wrong shape.
+        ValueError: The pipeline does not exist or cannot be pruned, components do not fit together, or weights are missing,
+            damaged, pickled, of a wrong shape or not finite.
     """
     argument = f"{argument}={name_or_path}"
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
@@ -95,25 +136,29 @@ def load_pipeline(
     with _one_line(argument):
         folder = Path(name_or_path) if Path(name_or_path).is_dir() else _download(name_or_path, revision)
         if not (folder / "model_index.json").is_file():
-            raise ValueError("it has no model_index.json: a UNet without its scheduler is not enough")
+            raise ValueError("it has no model_index.json: a denoiser without its scheduler is not enough")
         index = json.loads((folder / "model_index.json").read_text())
-        kind = getattr(diffusers, check_pipeline_index(index).replace("PruneDDPM", "DDPM"))
-        scheduler = _load_scheduler(folder, index)
+        name, families = _families(index)
+        component = families[0].component  # all models of a pipeline have the same component name
+        layout = check_index(index, component)
+        scheduler = _load_scheduler(folder, index, latents=layout.autoencoder is not None)
         process = training_process(scheduler)
-        unet, info = _load_unet(folder, index, pruned)
-        family_of(unet).check_timesteps(unet.config, process.config.num_train_timesteps)
-    # Diffusers initializes missing weights randomly, with a warning only.
-    wrong = sorted(str(key) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[what])
-    if wrong:
-        raise ValueError(f"{argument}: {len(wrong)} weights do not fit its config, first {wrong[0]}")
-    for name, parameter in unet.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{argument}: the weight {name} holds values that are not finite (NaN or infinity)")
+        classes = [kind for family in families for kind in _classes(family, pruned)]
+        denoiser = load_model(folder, component, index[component][1], {kind.__name__: kind for kind in classes})
+        family = family_of(denoiser)
+        family.check_timesteps(denoiser.config, process.config.num_train_timesteps)
     try:
-        family_of(unet).check_trainable(unet.config)
+        family.check_trainable(denoiser.config)
     except ValueError as error:
         raise ValueError(f"{argument} has {error}") from error
-    return TrainedPipeline(unet, scheduler, process, kind)
+    with _one_line(argument):
+        check_variance_type(scheduler, family.has_learned_variance(denoiser.config), layout.splits_variances)
+        codec = _load_codec(folder, index, layout, denoiser)
+        prompts = _load_prompts(folder, index, layout, denoiser, codec)
+        for carried in components_of(index).keys() & set(layout.carried):
+            check_copied(folder, carried)
+    kind = getattr(diffusers, name.replace("PruneDDPM", "DDPM"))
+    return TrainedPipeline(denoiser, scheduler, process, kind, folder, index, codec, prompts)
 
 
 @contextlib.contextmanager
@@ -125,65 +170,80 @@ def _one_line(argument: str) -> Iterator[None]:
         raise ValueError(f"{argument} cannot be loaded: {first_line(error)}") from error
 
 
+def _families(index: dict) -> tuple[str, list[Family]]:
+    """The class of a pipeline, and the families of its denoiser.
+
+    Raises:
+        ValueError: The class is not supported.
+    """
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in LAYOUTS:
+        supported = ", ".join(known for known in LAYOUTS if known != PruneDDPMPipeline.__name__)
+        raise ValueError(f"its pipeline is a {name}, which is not supported; supported: {supported}")
+    return name, [family for family in FAMILIES if name in family.pipelines]
+
+
+def _classes(family: Family, pruned: bool) -> tuple[type[ModelMixin], ...]:
+    return (family.dense_class, family.pruned_class) if pruned else (family.dense_class,)
+
+
 def _download(name: str, revision: str | None) -> Path:
-    """Download the files of a pipeline."""
+    """Download the files of a pipeline. `DDPMPipeline.download` takes any pipeline, and runs no code of the repository."""
     options = {"revision": revision, "use_safetensors": True}
     try:
         return Path(DDPMPipeline.download(name, **options))
     except OSError:  # Diffusers finds default weights, or those of a given variant
         with contextlib.suppress(*HUB_ERRORS):
             files = [Path(file).name for file in HfApi().list_repo_files(name, revision=revision)]
-            if (variant := _variant_to_load(map(_variant, files))) is not None:
+            if (variant := variant_to_load(map(variant_of, files), "repository")) is not None:
                 return Path(DDPMPipeline.download(name, variant=variant, **options))
         raise
 
 
-def _component(folder: Path, name: str) -> Path:
-    """Folder of a component; old repositories have no subfolders."""
-    return folder / name if (folder / name).is_dir() else folder
+def _load_scheduler(folder: Path, index: dict, latents: bool):
+    component = index["scheduler"][1]
+    config = DDPMScheduler.load_config(component_folder(folder, "scheduler"))
+    if latents and is_ddpm_sampled_by_euler(component, config):  # its files are copied as they are
+        return DDPMScheduler.from_config({**config, "clip_sample": config.get("clip_sample", False)})
+    check_scheduler_class(component)
+    check_scheduler_class(config.get("_class_name", component))  # Diffusers does not check the class of the configuration
+    return getattr(diffusers, component).from_pretrained(component_folder(folder, "scheduler"))
 
 
-def _variant(file: str) -> str | None:
-    """Variant of a weights file: `""` for the default, None if the file is not in safetensors format."""
-    match = re.fullmatch(
-        rf"{WEIGHTS}(?:\.(?P<plain>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(?P<sharded>[\w-]+))?\.json)?", file
-    )
-    return None if match is None else match["plain"] or match["sharded"] or ""
-
-
-def _variant_to_load(variants: Iterable[str | None]) -> str | None:
-    """The only variant with weights; None if there are default weights or no weights.
+def _load_codec(folder: Path, index: dict, layout: PipelineLayout, denoiser: ModelMixin) -> LatentCodec | None:
+    """The codec of a latent pipeline.
 
     Raises:
-        ValueError: There are several variants and no default weights.
+        ValueError: The autoencoder cannot be loaded, or its latents do not fit the denoiser.
     """
-    present = sorted({variant for variant in variants if variant is not None})
-    if "" not in present and len(present) > 1:
-        raise ValueError(f"its unet has weights of the variants {', '.join(present)} and no default weights: keep one variant")
-    return present[0] if present and "" not in present else None
+    if layout.autoencoder is None:
+        return None
+    name = layout.autoencoder
+    codec = LatentCodec(load_model(folder, name, index[name][1], AUTOENCODERS))
+    codec.check_fits(denoiser.config.in_channels)
+    return codec
 
 
-def _load_scheduler(folder: Path, index: dict):
-    component = index["scheduler"][1]
-    check_scheduler_class(component)
-    config = DDPMScheduler.load_config(_component(folder, "scheduler"))
-    check_scheduler_class(config.get("_class_name", component))  # Diffusers does not check the class of the configuration
-    return getattr(diffusers, component).from_pretrained(_component(folder, "scheduler"))
+def _load_prompts(
+    folder: Path, index: dict, layout: PipelineLayout, denoiser: ModelMixin, codec: LatentCodec | None
+) -> PromptEncoder | None:
+    """The prompt encoder of a pipeline with text as its condition.
 
-
-def _load_unet(folder: Path, index: dict, pruned: bool) -> tuple[ModelMixin, dict]:
-    families = [family for family in FAMILIES if index["_class_name"] in family.pipelines]
-    classes = [kind for family in families for kind in (family.dense_class, *((family.pruned_class,) if pruned else ()))]
-    name = families[0].component  # all models of a pipeline have the same component name
-    known, component = {kind.__name__: kind for kind in classes}, index[name][1]
-    if component not in known:
-        raise ValueError(f"its {name} is a {component}, not a {' or '.join(known)}")
-    folder = _component(folder, name)
-    files = [path.name for path in folder.iterdir() if path.name.startswith(WEIGHTS)]
-    if all(_variant(file) is None for file in files):
-        raise ValueError(f"its {name} has {', '.join(files) or 'no weights'}: only safetensors are loaded, not pickles")
-    variant = _variant_to_load(map(_variant, files))
-    if variant is not None:
-        logger.warning("the %s has weights of the variant %s only: they are loaded in float32", name, variant)
-    unet, info = known[component].from_pretrained(folder, use_safetensors=True, output_loading_info=True, variant=variant)
-    return unet.float(), info
+    Raises:
+        ValueError: A tokenizer or text encoder cannot be loaded, or its embeddings do not fit the denoiser.
+    """
+    if not layout.text:
+        return None
+    components = {}
+    for tokenizer, encoder in layout.text:
+        name = index[tokenizer][1]
+        if name not in TOKENIZERS:
+            raise ValueError(f"its {tokenizer} is a {name}, not a {' or '.join(TOKENIZERS)}")
+        components[tokenizer] = TOKENIZERS[name].from_pretrained(folder / tokenizer, local_files_only=True)
+        components[encoder] = load_model(folder, encoder, index[encoder][1], TEXT_ENCODERS)
+    family, latent_size = family_of(denoiser), spatial_size(denoiser)
+    image_size = codec.image_shape(*latent_size)[1:]
+    zeros = index.get("force_zeros_for_empty_prompt", True)
+    prompts = PromptEncoder.of_pipeline(components, image_size, force_zeros_for_empty_prompt=zeros)
+    prompts.check_fits(family.example_inputs(denoiser, *family.tracing_size(denoiser.config)).conditioning)
+    return prompts

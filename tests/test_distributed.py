@@ -144,6 +144,12 @@ def test_what_the_first_rank_measures_is_everybodys(runs: tuple[Result, Result, 
     assert "rank 0 failed" in second
 
 
+def test_ranks_fail_together(runs: tuple[Result, Result, Result]) -> None:
+    assert all(result.values["failed on no rank"] == "nothing was refused" for result in runs)
+    single, first, second = (result.values["failed on last rank"] for result in runs)
+    assert single == second == "of the last rank" and first == "rank 1 failed: see its error message"
+
+
 def test_the_group_that_differs_is_named(runs: tuple[Result, Result, Result]) -> None:
     """A weight into the stream of the middle block belongs to the groups of its two ends."""
     said = runs[1].values["refusals"]["weights, magnitude"]

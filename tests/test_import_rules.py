@@ -21,9 +21,10 @@ OURS = "diffusers_gfprune"
 # package there are at most `MOST_LEVELS` levels. `tests/` and `benchmarks/` may import everything.
 LAYERS = [
     *("version", "errors", "extras", "formatting", "argument_fields", "remote", "interruption", "distributed"),
+    "fingerprints",
     "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
-    *("unit_choice", "ranking", "pruner", "one_shot", "reports", "hub", "__init__"),
+    *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_pruning", "reports", "hub", "__init__"),
     *("trained_pipelines", "data", "evaluation", "objectives", "training"),
 ]
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too

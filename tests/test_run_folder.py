@@ -146,3 +146,11 @@ def test_model_left_by_a_killed_run_is_not_overwritten(tmp_path: Path, what: str
     (left / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=f"run.{what} contains the model of an unfinished run"):
         RunFolder(str(tmp_path / "run"), overwrite=True).check()
+
+
+def test_folders_that_the_run_writes_are_outside(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    folder.check_outside(encoding_cache_dir=tmp_path / "run-cache", evaluation_cache_dir=None)
+    for inside in ("run", "run/a/b", "other/../run/cache"):
+        with pytest.raises(ValueError, match="encoding_cache_dir=.*run.* must not be in output_dir=.*/run$"):
+            folder.check_outside(encoding_cache_dir=tmp_path / inside)

@@ -17,16 +17,15 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    LDMPipeline,
     PNDMPipeline,
     PNDMScheduler,
-    VQModel,
 )
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
 from diffusers_gfprune.trained_pipelines import load_pipeline
 from helpers.architectures import build, pruned
 from helpers.hub_server import WRITE, HubServer
+from helpers.latent_pipelines import save
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "training/digits/teacher"
@@ -64,7 +63,7 @@ def test_broken_configurations_are_refused(file: str, change: dict, tmp_path: Pa
 
 def test_a_model_without_its_scheduler_is_refused(tmp_path: Path) -> None:
     build("base").save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="it has no model_index.json: a UNet without its scheduler is not enough"):
+    with pytest.raises(ValueError, match="it has no model_index.json: a denoiser without its scheduler is not enough"):
         load_pipeline(str(tmp_path / "model"))
 
 
@@ -76,7 +75,7 @@ def test_components_at_the_root(tmp_path: Path) -> None:
                 shutil.copy(path, tmp_path / path.name)
     found, expected = load_pipeline(str(tmp_path)), load_pipeline(str(TEACHER))
     assert found.scheduler.config.num_train_timesteps == 1000
-    assert all(torch.equal(a, b) for a, b in zip(found.unet.parameters(), expected.unet.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found.denoiser.parameters(), expected.denoiser.parameters()))
 
 
 def test_another_kind_of_pipeline_is_refused(tmp_path: Path) -> None:
@@ -111,21 +110,34 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         unet.conv_in.bias[3] = torch.inf
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="model: the weight conv_in.bias holds values that are not finite"):
+    with pytest.raises(
+        ValueError, match="model cannot be loaded: the weight conv_in.bias of its unet holds values that are not finite"
+    ):
         load_pipeline(str(tmp_path / "model"))
 
 
-def test_latent_models_are_refused(tmp_path: Path) -> None:
-    """Their UNet would be trained on pixels, and their decoder dropped."""
-    options = {"block_out_channels": (16,), "norm_num_groups": 4, "latent_channels": 1}
-    write(LDMPipeline, tmp_path / "model", DDIMScheduler(), vqvae=VQModel(**options))
+def test_a_pipeline_of_pixels_has_no_autoencoder(tmp_path: Path) -> None:
+    """Its UNet would be trained on pixels, and its decoder dropped."""
+    save("ldm", tmp_path / "model")
     index = json.loads((tmp_path / "model/model_index.json").read_text())
-    for name, message in (("LDMPipeline", "a LDMPipeline, which is not"), ("DDPMPipeline", "has a component vqvae")):
+    (tmp_path / "model/model_index.json").write_text(json.dumps({**index, "_class_name": "DDPMPipeline"}))
+    with pytest.raises(ValueError, match="its DDPMPipeline has a component vqvae; only unet and scheduler are supported"):
+        load_pipeline(str(tmp_path / "model"))
+    for name in ("LDMPipeline", "DDPMPipeline"):
         (tmp_path / "model/model_index.json").write_text(json.dumps({**index, "_class_name": name}))
-        with pytest.raises(ValueError, match=message):
-            load_pipeline(str(tmp_path / "model"))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="LDMPipeline, which is not supported|has a component vqvae"):
             PruneDDPMPipeline.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["KandinskyPipeline", None, ["code", "MyPipeline"]])
+def test_another_pipeline_is_refused(name: object, tmp_path: Path) -> None:
+    shutil.copytree(TEACHER, tmp_path / "model")
+    path = tmp_path / "model/model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+    with pytest.raises(
+        ValueError, match=r"its pipeline is a .*, which is not supported; supported: DDPMPipeline, .*DiTPipeline"
+    ):
+        load_pipeline(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +184,7 @@ def test_weights_of_one_variant_are_found_and_said(sharded: bool, tmp_path: Path
     shutil.rmtree(tmp_path / "model/unet")
     build("base").half().save_pretrained(tmp_path / "model/unet", **options)
     assert (len(list((tmp_path / "model/unet").glob("*.safetensors"))) > 1) == sharded
-    found = load_pipeline(str(tmp_path / "model")).unet
+    found = load_pipeline(str(tmp_path / "model")).denoiser
     assert "the unet has weights of the variant fp16 only" in caplog.text
     for mine, other in zip(found.parameters(), build("base").parameters()):
         assert mine.dtype == torch.float32 and torch.equal(mine, other.half().float())
@@ -181,7 +193,7 @@ def test_weights_of_one_variant_are_found_and_said(sharded: bool, tmp_path: Path
 def test_default_weights_are_taken_where_there_are_variants(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(DDPMPipeline, tmp_path / "model", DDPMScheduler())
     build("base", seed=1).save_pretrained(folder / "unet", variant="non_ema")
-    found = load_pipeline(str(folder)).unet
+    found = load_pipeline(str(folder)).denoiser
     assert torch.equal(next(found.parameters()), next(build("base").parameters())) and not caplog.text
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
     with pytest.raises(ValueError, match="weights of the variants fp16, non_ema and no default weights: keep one"):
@@ -194,4 +206,4 @@ def test_a_repository_with_a_variant_only_is_downloaded(tmp_path: Path, monkeypa
         server.use(monkeypatch, tmp_path / "home", WRITE)
         DDPMPipeline(build("base").half(), DDPMScheduler()).push_to_hub("alice/half", variant="fp16")
         found = load_pipeline("alice/half")
-    assert torch.equal(next(found.unet.parameters()), next(build("base").parameters()).half().float())
+    assert torch.equal(next(found.denoiser.parameters()), next(build("base").parameters()).half().float())

@@ -1,4 +1,4 @@
-"""Measure a DDPM, dense or pruned: distances to real images, similarity to the dense model, step loss, cost.
+"""Measure a diffusion model, dense or pruned: distances to real images, similarity to the dense model, step loss, cost.
 
     accelerate launch training/evaluate.py --model runs/cifar10 --reference_model google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --num_images 50000 --timestep_spacing quadratic
@@ -39,6 +39,7 @@ from diffusers_gfprune.evaluation.sample_quality import RealFeatures
 from diffusers_gfprune.evaluation.samples import Samples, folder_source, model_source, shards
 from diffusers_gfprune.evaluation.trials import try_features
 from diffusers_gfprune.metrics.cache import TensorCache, default_cache_dir
+from diffusers_gfprune.metrics.conditions import SampleConditions
 from diffusers_gfprune.metrics.quality import Quality
 from diffusers_gfprune.metrics.speed import measure_speed
 from diffusers_gfprune.reports.plots import plot_step_loss, save_sample_grid, save_sample_rows
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     main_process = accelerator.is_main_process
     share = (accelerator.process_index, accelerator.num_processes)
     with together(accelerator):
+        folder.check_outside(encoding_cache_dir=args.data.encoding_cache_dir)
         if main_process and not args.output.dry_run:
             check_folders(folder, None if args.model.compare else cache_dir)
         if main_process and args.model.compare:
@@ -70,8 +72,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. models, data, networks: all inputs are checked here
     inputs = main_first(accelerator, lambda: load_inputs(args, accelerator.device))
+    if not args.output.dry_run:
+        inputs.images.prepare_held_out(accelerator.device)  # latents and captions are encoded, if the model takes them
     cache = TensorCache(cache_dir)
-    samples = make_samples(inputs, cache)
+    samples = make_samples(inputs, cache, prepared=not args.output.dry_run)
     real = RealFeatures(
         inputs.images,
         inputs.networks,
@@ -141,9 +145,7 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
             raise ValueError(f"output_dir={folder.path} is not an evaluation, it holds {foreign[0]}: choose another folder")
     if cache_dir is None:
         return
-    cache_dir = cache_dir.absolute()
-    if folder.path == cache_dir or folder.path in cache_dir.parents:
-        raise ValueError(f"evaluation_cache_dir={cache_dir} must not be in output_dir={folder.path}")
+    folder.check_outside(evaluation_cache_dir=cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         (cache_dir / ".writable").touch()
@@ -152,13 +154,23 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
         raise ValueError(f"evaluation_cache_dir={cache_dir} cannot be written: {error.strerror}") from error
 
 
-def make_samples(inputs: Inputs, cache: TensorCache) -> Samples:
-    """Create the sources of samples, without sampling."""
+def make_samples(inputs: Inputs, cache: TensorCache, prepared: bool) -> Samples:
+    """Create the sources of samples, without sampling.
+
+    Args:
+        inputs: Inputs of the evaluation.
+        cache: Cache of samples and features.
+        prepared: Whether captions are encoded. Samples of prompts that are not are not looked up in the cache.
+    """
     if inputs.folder_images is not None:
         sources = [folder_source("images", inputs.folder_images, cache)]
     else:
-        models = inputs.models.items()
-        sources = [model_source(name, unet, scheduler, inputs.settings, cache) for name, (unet, scheduler) in models]
+        known = prepared or inputs.models["model"].prompts is None
+        conditions = inputs.conditions if known else SampleConditions()
+        sources = [
+            model_source(name, model.denoiser, model.scheduler, inputs.settings, cache, model.codec, conditions)
+            for name, model in inputs.models.items()
+        ]
     return Samples(sources, inputs.networks, shards(inputs.num_images, inputs.images.decoder.shape))
 
 
@@ -192,7 +204,7 @@ def measure(
         figures[0].quality |= samples.similarities()
     if inputs.models and args.cost.speed_settings():
         # Speed-ups are relative to the first model, so the dense model comes first
-        unets = {name: unet for name, (unet, _) in reversed(inputs.models.items())}
+        unets = {name: pipeline.denoiser for name, pipeline in reversed(inputs.models.items())}
         for entry in measure_speed(unets, args.cost.speed_settings(), progress="speed"):
             figures[list(inputs.models).index(entry.pop("model"))].speed.append(entry)
     return Results(

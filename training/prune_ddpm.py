@@ -1,11 +1,12 @@
-"""Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.
+"""Prune a trained diffusion pipeline by gradient flow in two phases, fine-tune it, and save it as a Diffusers pipeline.
 
     accelerate launch --quiet training/prune_ddpm.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --target macs --ratio 0.5 --max_train_steps 100000 --output_dir runs/cifar10
 
 The method is that of Wan et al., arXiv 2501.09464: soft pruning with a falling mask value up to step N, hard pruning up to
-step M, then the model is compacted and fine-tuned at its small size. `--dry_run` prints the plan. A run that was stopped or
-killed resumes with `--resume_from_checkpoint latest` and gives the same result as without the interruption.
+step M, then the model is compacted and fine-tuned at its small size. The pipeline says what is trained: a UNet or a
+transformer, in pixels or in latents, unconditional, with class labels or with text. `--dry_run` prints the plan. A run that
+was stopped or killed resumes with `--resume_from_checkpoint latest` and gives the same result as without the interruption.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from diffusers_gfprune.hub import push_folder
 from diffusers_gfprune.interruption import Interruption
 from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.step_loss import StepLoss
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.objectives.objective import Objective
 from diffusers_gfprune.reports.provenance import command_line, describe_base_model, describe_dataset
 from diffusers_gfprune.run_folder import RunFolder
@@ -37,9 +39,10 @@ from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
 from diffusers_gfprune.training.finishing import finish, prepared_repository, save_model
 from diffusers_gfprune.training.rehearsal import rehearse_run
-from diffusers_gfprune.training.reporting import describe_plan, measure_step_losses
+from diffusers_gfprune.training.reporting import describe_pipeline, describe_plan, measure_step_losses
 from diffusers_gfprune.training.run_setup import (
     Run,
+    check_training,
     estimate_run,
     make_batches,
     make_calibration,
@@ -73,6 +76,9 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     args = parse_arguments(argv)
     inputs = (args.model.pretrained_model_name_or_path, args.data.dataset_name, args.data.train_data_dir)
     folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir, inputs)
+    folder.check_outside(
+        evaluation_cache_dir=args.evaluation.evaluation_cache_dir, encoding_cache_dir=args.data.encoding_cache_dir
+    )
     resuming = args.checkpoints.resume_from_checkpoint is not None
     accelerator = run_accelerator(args, folder)
     args = dataclasses.replace(args, pruning=args.pruning.on_device(accelerator.device.type))
@@ -82,30 +88,35 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # downloads once
         pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-        unet, noise_scheduler = pipeline.unet, pipeline.process
-        images, (held_out_images, held_out_labels) = load_images(args.data, unet.config)
-    # Add the detected null label and label dropout, for checkpoints and the report
-    args = dataclasses.replace(args, data=args.data.with_labels(images.decoder.label_dropout))
+        unet, noise_scheduler = pipeline.denoiser, pipeline.process
+        check_training(args, unet)
+        images, held_out = load_images(args.data, ModelSpec.of(unet, pipeline.codec, pipeline.prompts))
+    # Add the detected null label, caption column and dropout, for checkpoints and the report
+    args = dataclasses.replace(args, data=dataclasses.replace(args.data, **images.choices()))
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
-    identity = run_identity(args, dense)
+    identity = run_identity(args, dense, pipeline)
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
     pruner = make_pruner(args, accelerator, unet, noise_scheduler, checkpoint)
     if main_process and checkpoint is None and not args.run.dry_run:
         folder.check()
-    sample_quality = SampleQuality(args.evaluation, dense, pipeline.scheduler, images, accelerator.device)
+    captioned = None if pipeline.prompts is None else held_out
+    sample_quality = SampleQuality(
+        args.evaluation, dense, pipeline.scheduler, images, accelerator.device, pipeline.codec, captioned
+    )
     origin = {
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
         "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
         "command": command_line(args.words),
+        "pipeline": describe_pipeline(pipeline, images),
     }
     if main_process:
         estimate = estimate_run(args, accelerator, dense, noise_scheduler)
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
         for change in sample_quality.changes:
             warn(accelerator, f"warning: {change}")
-        for line in rehearse_run(args, pruner, sample_quality, len(held_out_images), origin, folder):
+        for line in rehearse_run(args, pruner, sample_quality, len(held_out), origin, folder):
             print(f"  {line}")
     if args.run.dry_run:
         return
@@ -116,13 +127,15 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         if main_process:
             folder.prepare(parameter_bytes(dense), resuming=checkpoint is not None)
         accelerator.wait_for_everyone()
+        images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
         state = TrainingState(args, accelerator, unet, pruner, checkpoint)
         if checkpoint is not None:
             accelerator.print(f"resuming from {checkpoint.path.name}")
-        step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels, batch_size=args.evaluation.eval_batch_size)
+        step_loss = StepLoss(
+            held_out.samples, noise_scheduler, held_out.conditioning, batch_size=args.evaluation.eval_batch_size
+        )
         dense.to(accelerator.device)
-        null_label = images.decoder.null_label
-        dense_step_losses = measure_step_losses(step_loss, dense, null_label) if main_process else {}
+        dense_step_losses = measure_step_losses(step_loss, dense, images.null_conditioning()) if main_process else {}
         objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
         if teacher is not None:
             objective.teacher = teacher(objective)

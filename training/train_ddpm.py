@@ -40,6 +40,7 @@ from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_
 from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
@@ -159,10 +160,10 @@ def main() -> None:
     if unet.config.sample_size is None:
         raise ValueError(f"model_config={args.model_config} has no sample_size")
     noise_scheduler = DDPMScheduler()
-    images, (held_out_images, held_out_labels) = load_images(data_args, unet.config)
+    images, held_out = load_images(data_args, ModelSpec.of(unet))
     if main_process:
         print("\n".join(f"{title:5} {line}" for title, line in zip(("data:", "", ""), images.summary.lines())))
-    step_loss = StepLoss(held_out_images, noise_scheduler, held_out_labels)
+    step_loss = StepLoss(held_out.samples, noise_scheduler, held_out.conditioning)
     state = DenseTraining(args, unet.to(accelerator.device).train(), accelerator)
     free = ("model_config", "output_dir", "resume_from_checkpoint", "checkpointing_steps")
     identity = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}

@@ -35,7 +35,7 @@ from ..errors import one_line
 from ..interruption import notice_dead_workers_at_next_batch, obey_only_parent
 from .decoding import NETWORK_ERRORS, BrokenImages, EncodedImage
 from .draws import CALIBRATION, CALIBRATION_LABELS, DRAW, ORDER, random_generator, read_example, stack_examples
-from .sources import ImageRows, ImageStream
+from .sources import ImageSource, ImageStream, IndexedSource
 
 __all__ = ["BrokenImages", "calibration_batches", "train_dataloader"]
 
@@ -74,7 +74,7 @@ class _Plan:
     rank: int
     world_size: int
 
-    def make(self, images: ImageRows | ImageStream, number: int, encoded: Sequence[EncodedImage]) -> TrainingBatch:
+    def make(self, images: ImageSource, number: int, encoded: Sequence[EncodedImage]) -> TrainingBatch:
         """Rows of this process in global batch `number`."""
         first = (number * self.world_size + self.rank) * self.batch_size
         examples = [read_example(images, image, self.seed, DRAW, first + row) for row, image in enumerate(encoded)]
@@ -84,7 +84,7 @@ class _Plan:
 class _RowBatches(Dataset):
     """Batches of images on disk, by number."""
 
-    def __init__(self, images: ImageRows, plan: _Plan) -> None:
+    def __init__(self, images: IndexedSource, plan: _Plan) -> None:
         self.images, self.plan = images, plan
         self.batches_per_epoch = images.num_images // (plan.batch_size * plan.world_size)
         if self.batches_per_epoch == 0:
@@ -205,7 +205,7 @@ def _as_it_is(batch):
 
 
 def train_dataloader(
-    images: ImageRows | ImageStream,
+    images: ImageSource,
     batch_size: int,
     *,
     seed: int,
@@ -256,7 +256,7 @@ def train_dataloader(
 
 
 def calibration_batches(
-    images: ImageRows | ImageStream,
+    images: ImageSource,
     num_batches: int,
     batch_size: int,
     *,
@@ -319,7 +319,7 @@ def calibration_batches(
 
 
 def _row_blocks(
-    images: ImageRows, num_batches: int, batch_size: int, seed: int, step: int, rank: int, world_size: int
+    images: IndexedSource, num_batches: int, batch_size: int, seed: int, step: int, rank: int, world_size: int
 ) -> Iterator[list[EncodedImage]]:
     """Block of this process in every calibration batch."""
     size = min(batch_size, images.num_images // world_size)

@@ -9,8 +9,11 @@ or at the centre, optionally flipped left to right, and scaled to [-1, 1]. Modes
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -23,9 +26,12 @@ from torchvision.transforms import functional as F
 from ..diffusion.class_labels import LabelDropout
 from ..diffusion.pixel_values import is_deep, is_greyscale, pixel_values, unused_range, with_channels
 from ..errors import one_line
-from ..metrics.model_size import spatial_size
+from ..model_spec import ModelSpec
 
-__all__ = ["BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWORK_ERRORS", "adapt_decoder"]
+__all__ = [
+    *("BrokenImage", "BrokenImages", "EncodedImage", "ImageDecoder", "NETWORK_ERRORS"),
+    *("adapt_decoder", "content_digest"),
+]
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +122,7 @@ class ImageDecoder:
     Args:
         column: Name of the image column, for messages.
         feature: Type of the column.
-        unet_config: Configuration of the model: `sample_size`, `in_channels` (1: greyscale, 3: RGB), `num_class_embeds`.
+        spec: Size and channels of the model's images, and its labels.
         label_column: Name of the column of class labels; None if the model is not class conditional.
         center_crop: Crop at the centre, not at random.
         random_flip: Flip half of the images left to right.
@@ -130,7 +136,7 @@ class ImageDecoder:
         self,
         column: str,
         feature: datasets.Image,
-        unet_config,
+        spec: ModelSpec,
         *,
         label_column: str | None = None,
         center_crop: bool = False,
@@ -139,8 +145,7 @@ class ImageDecoder:
     ) -> None:
         self.column, self.label_column = column, label_column
         self.feature, self.mode = datasets.Image(), feature.mode
-        self.size = spatial_size(unet_config)
-        self.channels, self.num_classes = unet_config.in_channels, unet_config.num_class_embeds
+        self.size, self.channels, self.labels = spec.size, spec.channels, spec.labels
         self.center_crop, self.random_flip, self.label_dropout = center_crop, random_flip, label_dropout
         self.enlarge = False
 
@@ -193,8 +198,8 @@ class ImageDecoder:
             picture = with_channels(picture, self.channels)
         except ValueError as error:
             raise self._broken(image, str(error)) from error
-        if self.num_classes is not None:
-            self._check_label(image)
+        if self.labels is not None:
+            self.check_label(image)
         return picture
 
     def __call__(self, image: EncodedImage, uniforms: Sequence[float] | None = None) -> Tensor:
@@ -214,20 +219,48 @@ class ImageDecoder:
         """
         picture = _cover_resize(self.fitted(image, self.open(image)), self.size)
         if uniforms is None or self.center_crop:
-            picture = F.center_crop(picture, list(self.size))
+            top, left = self._centre(picture)
         else:
             top = int(uniforms[0] * (picture.height - self.size[0] + 1))
             left = int(uniforms[1] * (picture.width - self.size[1] + 1))
-            picture = F.crop(picture, top, left, *self.size)
-        if uniforms is not None and self.random_flip and uniforms[2] < 0.5:
+        picture = F.crop(picture, top, left, *self.size)
+        if uniforms is not None and self.flips(uniforms):
             picture = F.hflip(picture)
         return pixel_values(picture, self.channels)
 
-    def _check_label(self, image: EncodedImage) -> None:
-        if not isinstance(image.label, int) or not 0 <= image.label < self.num_classes:
-            raise ValueError(
-                f"label {image.label} of {image.name} must be at least 0 and less than num_class_embeds={self.num_classes}"
-            )
+    def flips(self, uniforms: Sequence[float]) -> bool:
+        """Whether the random numbers of a draw flip the image."""
+        return self.random_flip and uniforms[2] < 0.5
+
+    def centred(self, image: EncodedImage) -> tuple[Tensor, tuple[int, ...]]:
+        """An image, cropped at the centre and not flipped, and its sizes as SDXL's `time_ids`.
+
+        Returns:
+            Pixel values as those of a call, and six numbers: height and width of the original, top and left of the crop in
+            the resized image, height and width of the crop.
+
+        Raises:
+            BrokenImage, ValueError: As in a call.
+        """
+        original = self.fitted(image, self.open(image))
+        picture = _cover_resize(original, self.size)
+        top, left = self._centre(picture)
+        pixels = pixel_values(F.crop(picture, top, left, *self.size), self.channels)
+        return pixels, (original.height, original.width, top, left, *self.size)
+
+    def _centre(self, picture: Image.Image) -> tuple[int, int]:
+        """Top and left of a crop at the centre."""
+        return round((picture.height - self.size[0]) / 2), round((picture.width - self.size[1]) / 2)
+
+    def check_label(self, image: EncodedImage) -> None:
+        """Check that the label of an image is one of the model's.
+
+        Raises:
+            ValueError: It is not, or it is the null label.
+        """
+        count, argument = self.labels.count, self.labels.argument
+        if not isinstance(image.label, int) or not 0 <= image.label < count:
+            raise ValueError(f"label {image.label} of {image.name} must be at least 0 and less than {argument}={count}")
         if image.label == self.null_label:
             raise ValueError(f"label {image.label} of {image.name} must not be null_label={self.null_label}")
 
@@ -273,6 +306,19 @@ def adapt_decoder(decoder: ImageDecoder, images: Sequence[EncodedImage], max_bro
         logger.warning(reason)
     if decoder.channels == 3 and is_greyscale(picture):
         logger.warning("images have mode %s: they are converted to RGB for the model", picture.mode)
+
+
+def content_digest(images: Iterable[EncodedImage]) -> str | None:
+    """Hash of image files; None if one of them is not a local file."""
+    digest = hashlib.sha256()
+    for image in images:
+        encoded = image.encoded or {"bytes": b"", "path": None}
+        if image.is_path:
+            if not os.path.isfile(encoded["path"]):
+                return None
+            encoded = {"bytes": Path(encoded["path"]).read_bytes()}
+        digest.update(len(encoded["bytes"] or b"").to_bytes(8, "little") + (encoded["bytes"] or b""))
+    return digest.hexdigest()
 
 
 def _opened(decoder: ImageDecoder, image: EncodedImage) -> Image.Image | BrokenImage:

@@ -1,4 +1,4 @@
-"""One image of a batch with its random crop, flip, noise and time.
+"""One image of a batch with its random crop, flip, latent, noise and time.
 
 These are a function of the seed and a few numbers (such as the number of the draw in the run), so no random state must be
 saved. Generators are NumPy's, seeded through `SeedSequence`, which gives independent streams for consecutive numbers. A CPU
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..diffusion.batch import DiffusionBatch
 from .decoding import BrokenImage, EncodedImage
-from .sources import ImageRows, ImageStream
+from .sources import ImageSource
 
 __all__ = ["Example", "random_generator", "read_example", "stack_examples"]
 
@@ -33,30 +33,29 @@ def random_generator(seed: int, *key: int) -> np.random.Generator:
 
 @dataclass
 class Example:
-    """An image with its noise; `time` is uniform in [0, 1)."""
+    """The sample of an image with its conditioning and noise; `time` is uniform in [0, 1)."""
 
-    pixel_values: Tensor
-    class_label: int | None
+    sample: Tensor
+    conditioning: dict[str, Tensor]
     noise: Tensor
     time: float
     broken: list[str]
 
 
-def read_example(
-    images: ImageRows | ImageStream, image: EncodedImage, seed: int, *key: int, drop: float | None = None
-) -> Example:
-    """Decode an image, or a replacement if it is broken, with the random numbers of (seed, key).
+def read_example(images: ImageSource, image: EncodedImage, seed: int, *key: int, drop: float | None = None) -> Example:
+    """Read an image, or a replacement if it is broken, with the random numbers of (seed, key).
 
-    If labels are dropped, the last random number, or `drop` if given, decides whether this label is.
+    If labels or captions are dropped, a random number, or `drop` if given, decides whether this one is.
     """
     generator = random_generator(seed, *key)
     *uniforms, time = generator.random(4)
-    noise = torch.from_numpy(generator.standard_normal(images.decoder.shape, dtype=np.float32))
+    noise = torch.from_numpy(generator.standard_normal(images.sample_shape, dtype=np.float32))
     drop = generator.random() if drop is None else drop
     broken: list[str] = []
     for replacement in range(MAX_REPLACEMENTS + 1):
         try:
-            return Example(images.decoder(image, uniforms), images.decoder.dropped(image.label, drop), noise, time, broken)
+            sample = images.sample(image, uniforms, generator)
+            return Example(sample, images.conditioning(image, drop, generator), noise, time, broken)
         except BrokenImage as error:
             broken.append(image.name)
             reason = error
@@ -69,13 +68,11 @@ def stack_examples(
 ) -> tuple[DiffusionBatch, list[str]]:
     """A batch with timesteps at `times`, given as shares of `num_train_timesteps`, and the names of broken images."""
     timesteps = [min(int(time * num_train_timesteps), num_train_timesteps - 1) for time in times]
-    conditioning = {}
-    if examples[0].class_label is not None:
-        conditioning["class_labels"] = torch.tensor([example.class_label for example in examples])
+    names = examples[0].conditioning
     batch = DiffusionBatch(
-        torch.stack([example.pixel_values for example in examples]),
+        torch.stack([example.sample for example in examples]),
         torch.stack([example.noise for example in examples]),
         torch.tensor(timesteps),
-        conditioning,
+        {name: torch.stack([example.conditioning[name] for example in examples]) for name in names},
     )
     return batch, list(dict.fromkeys(name for example in examples for name in example.broken))

@@ -23,6 +23,7 @@ class DataSummary:
         num_held_out: Number of usable held-out images.
         enlarged: Whether images are smaller than the model's size, and enlarged.
         label_dropout: Rule for dropping labels, if the model has a null label.
+        notes: Further lines about latents and captions.
     """
 
     source: str
@@ -33,9 +34,10 @@ class DataSummary:
     num_held_out: int
     enlarged: bool = False
     label_dropout: LabelDropout | None = None
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """Two lines for the plan, and a third one about dropped labels, if any."""
+        """Two lines for the plan, and further ones about dropped labels, latents and captions, if any."""
         total = None if None in self.splits.values() else sum(self.splits.values())
         names = ", ".join(name if count is None else f"{name} ({count:,})" for name, count in self.splits.items())
         held_out = f"{self.num_held_out:,} held-out images of {self.held_out}"
@@ -46,6 +48,7 @@ class DataSummary:
             + (f"; not used: {', '.join(unused)}" if unused else "")
             + ("; all are scaled up to the model's size" if self.enlarged else ""),
             *self._dropped(),
+            *self.notes,
         ]
 
     def _dropped(self) -> list[str]:

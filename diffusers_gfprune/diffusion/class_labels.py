@@ -11,23 +11,38 @@ in training steps, in calibration images and for the teacher, as the original tr
 losses are reported.
 
 The config of a `UNet2DModel` does not contain the null label. By convention it follows the last class: a model of K labels on
-data of K - 1 classes has the null label K - 1.
+data of K - 1 classes has the null label K - 1. A `DiTTransformer2DModel` of K classes always has the null label K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..argument_fields import FRACTION, check_range
 
-__all__ = ["LabelDropout", "check_labels", "make_label_dropout", "real_labels"]
+__all__ = ["ClassLabels", "LabelDropout", "check_labels", "label_dropout_of", "make_label_dropout", "real_labels"]
 
 # Default probability, as used by Ho and Salimans and by DiT
 LABEL_DROPOUT = 0.1
+
+
+class ClassLabels(NamedTuple):
+    """Class labels of a model.
+
+    Attributes:
+        count: Images have labels from 0 to `count - 1`.
+        null_label: Label for "no label" that the architecture has; None: it has none, or one of `count` labels is used for it.
+        argument: Argument of the model that gives `count`.
+    """
+
+    count: int
+    null_label: int | None = None
+    argument: str = "num_class_embeds"
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,33 @@ def make_label_dropout(
             )
         return None
     return LabelDropout(null_label, LABEL_DROPOUT if label_dropout is None else label_dropout)
+
+
+def label_dropout_of(
+    labels: ClassLabels | None,
+    null_label: int | None = None,
+    label_dropout: float | None = None,
+    num_classes: int | None = None,
+) -> LabelDropout | None:
+    """As `make_label_dropout`, for a model of any family.
+
+    Args:
+        labels: Labels of the model; None: it is unconditional.
+        null_label: The null label (default: that of the architecture, or by convention).
+        label_dropout: Share of labels to replace, in [0, 1) (default: `LABEL_DROPOUT`).
+        num_classes: Number of classes of the data; None: unknown.
+
+    Raises:
+        ValueError: As in `make_label_dropout`; or the architecture has another null label, or the data other classes.
+    """
+    if labels is None or labels.null_label is None:
+        return make_label_dropout(None if labels is None else labels.count, null_label, label_dropout, num_classes)
+    check_range(FRACTION, label_dropout=label_dropout)
+    if null_label not in (None, labels.null_label):
+        raise ValueError(f"null_label={null_label} must be {labels.null_label}, as {labels.argument} of the model is")
+    if num_classes is not None and num_classes != labels.count:
+        raise ValueError(f"the data set has {num_classes} classes, but the model has {labels.argument}={labels.count}")
+    return LabelDropout(labels.null_label, LABEL_DROPOUT if label_dropout is None else label_dropout)
 
 
 def check_labels(labels: Iterable[int], null_label: int, what: str = "class_labels") -> None:

@@ -13,12 +13,21 @@ an error, so that the class decides. `TRAINABLE_SCHEDULERS` and `REFUSED_SCHEDUL
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import DDPMScheduler
 
 from ..errors import one_line
 
-__all__ = ["REFUSED_SCHEDULERS", "TRAINABLE_SCHEDULERS", "check_scheduler_class", "training_process"]
+__all__ = [
+    "REFUSED_SCHEDULERS",
+    "TRAINABLE_SCHEDULERS",
+    "check_scheduler_class",
+    "check_variance_type",
+    "is_ddpm_sampled_by_euler",
+    "training_process",
+]
 
 # Samplers of the same process: with the same betas they add the same noise (tests/diffusion/test_process.py)
 TRAINABLE_SCHEDULERS = (
@@ -63,6 +72,7 @@ _REFUSED = {
 }
 # Reason for each scheduler that is not supported
 REFUSED_SCHEDULERS = {name: reason for reason, names in _REFUSED.items() for name in names}
+LEARNED_VARIANCES = ("learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Entries of a scheduler's configuration that define the process
 _PROCESS = (
@@ -109,11 +119,6 @@ def training_process(scheduler) -> DDPMScheduler:
             f"prediction_type={config.prediction_type} of the scheduler is not supported: it must be one of "
             f"{', '.join(PREDICTION_TYPES)}"
         )
-    if config.get("variance_type") in ("learned", "learned_range"):
-        raise ValueError(
-            f"variance_type={config.variance_type} of the scheduler is not supported: models that also predict the variance "
-            f"cannot be pruned"
-        )
     steps = config.num_train_timesteps
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_train_timesteps={steps} of the scheduler must be an integer of at least 1")
@@ -123,6 +128,44 @@ def training_process(scheduler) -> DDPMScheduler:
         raise ValueError(f"the betas of the scheduler cannot be computed: {one_line(error)}") from error
     _check_noise_levels(process, scheduler)
     return process
+
+
+def is_ddpm_sampled_by_euler(name: str, config: Mapping) -> bool:
+    """Whether a scheduler is Euler's method for a model that was trained as a DDPM with the same betas.
+
+    Stable Diffusion XL is saved with it, and trained as a `DDPMScheduler` of the same configuration (as in Diffusers'
+    `train_text_to_image_sdxl.py`). Distilled models are saved with it, too, but with trailing timesteps.
+
+    Args:
+        name: Name of the scheduler's class.
+        config: Its configuration.
+    """
+    discrete = config.get("timestep_type", "discrete") == "discrete"
+    return name == "EulerDiscreteScheduler" and discrete and config.get("timestep_spacing") == "leading"
+
+
+def check_variance_type(scheduler, learned_variance: bool, pipeline_splits: bool) -> None:
+    """Check that a scheduler and a model agree on learned variances.
+
+    Args:
+        scheduler: Scheduler of a trained pipeline.
+        learned_variance: Whether the model outputs twice the channels of its sample.
+        pipeline_splits: Whether the pipeline gives the scheduler only the first half of these channels, as `DiTPipeline` does.
+
+    Raises:
+        ValueError: The scheduler needs variances that the model does not have, or cannot read its output.
+    """
+    kind = scheduler.config.get("variance_type")
+    if kind in LEARNED_VARIANCES and not learned_variance:
+        raise ValueError(
+            f"variance_type={kind} of the scheduler needs a model with learned variances, whose out_channels are twice its "
+            f"in_channels"
+        )
+    if learned_variance and not pipeline_splits and kind not in LEARNED_VARIANCES:
+        raise ValueError(
+            f"the model has learned variances, which variance_type={kind} of the scheduler does not read: it must be "
+            f"{' or '.join(LEARNED_VARIANCES)}"
+        )
 
 
 def _check_noise_levels(process: DDPMScheduler, scheduler) -> None:

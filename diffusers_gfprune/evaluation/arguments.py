@@ -91,6 +91,9 @@ class SampleArguments:
     )
     eta: float = argument(0.0, "Share of DDPM's noise in each step, in [0, 1]; 0: deterministic.")
     seed: int = argument(1234, "Seed for the samples' noise (>= 0).")
+    guidance_scale: float = argument(
+        1.0, "Scale of classifier-free guidance, for models with a null label or of text (1: none)."
+    )
     eval_batch_size: int = argument(128, "Number of samples in one forward pass (>= 1).")
     features: list[str] = argument(
         ["auto"],
@@ -128,6 +131,7 @@ class SampleArguments:
             eta=self.eta,
             seed=self.seed,
             batch_size=self.eval_batch_size,
+            guidance_scale=self.guidance_scale,
         )
 
 
@@ -228,7 +232,7 @@ def parse_evaluate_arguments(argv: list[str] | None = None) -> EvaluateArguments
     words = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(
         (ModelArguments, OutputArguments, DataArguments, SampleArguments, CostArguments),
-        description="Measure a trained or pruned DDPM: distances to real images, similarity to the dense model, loss, cost.",
+        description="Measure a diffusion model, dense or pruned: distances to real images, similarity to the dense one, cost.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -30,6 +30,8 @@ __all__ = ["check_run", "merged_run_results", "updated_run"]
 
 # Metrics that an evaluation replaces
 SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
+# Settings that not all evaluations have
+OPTIONAL = ("null_label", "guidance_scale", "num_prompts", "prompts")
 # In this order: the card refers to the others
 REPLACED = (PICTURES["samples"], "results.json", EVAL_RESULTS, "README.md")
 
@@ -53,7 +55,7 @@ def check_run(run: Path, inputs: Inputs) -> None:
         raise ValueError(f"update_model_card=True: {run} holds results of an {measured.kind}, not of a {PRUNING_RUN}")
     render_card(measured, report, run.resolve().name)
     for argument in ("model", "reference_model"):
-        unet = inputs.models[argument][0]
+        unet = inputs.models[argument].denoiser
         _check_same(getattr(measured, argument), argument, count_parameters(unet), count_macs(unet))
     if not os.access(run, os.W_OK):
         raise ValueError(f"update_model_card=True: {run} cannot be written")
@@ -91,10 +93,9 @@ def merged_run_results(measured: Results, results: Results) -> Results:
         )
     e = results.evaluation
     names = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed", "step_loss_images")
-    depends = {name: value for name, value in measured.evaluation.items() if name != "null_label"}
+    depends = {name: value for name, value in measured.evaluation.items() if name not in OPTIONAL}
     depends |= {name: e[name] for name in (*names, "sample_size", "device", "dtype", "versions")}
-    if "null_label" in e:
-        depends["null_label"] = e["null_label"]
+    depends |= {name: e[name] for name in OPTIONAL if name in e}
     depends["distances"] = {name: described for name, described in e["distances"].items() if is_frechet(name)}
     depends["command"] = results.command
     return replace(measured, **figures, evaluation=depends)

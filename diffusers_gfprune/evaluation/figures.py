@@ -8,9 +8,9 @@ import sys
 import torch
 from accelerate import Accelerator
 
+from ..fingerprints import tensors_fingerprint
 from ..formatting import format_duration
-from ..metrics.cache import tensors_fingerprint
-from ..metrics.model_size import count_macs, count_parameters, hardware_name, spatial_size, uses_tf32, weight_file_bytes
+from ..metrics.model_size import count_macs, count_parameters, hardware_name, uses_tf32, weight_file_bytes
 from ..metrics.quality import Quality
 from ..metrics.step_loss import StepLoss
 from ..reports.provenance import describe_base_model, describe_dataset, package_versions, portable
@@ -39,11 +39,11 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
     """
     settings, lines, count, seconds = inputs.settings, ["plan:"], inputs.num_images, 0.0
     missing = samples.unsampled() if inputs.models else []
-    for index, (argument, (unet, scheduler)) in enumerate(inputs.models.items()):
-        name = getattr(args.model, argument)
-        cost = f"{count_parameters(unet):,} parameters, {count_macs(unet):,} MACs"
+    for index, (argument, pipeline) in enumerate(inputs.models.items()):
+        name, denoiser = getattr(args.model, argument), pipeline.denoiser
+        cost = f"{count_parameters(denoiser):,} parameters, {count_macs(denoiser):,} MACs"
         lines.append(f"  {argument:16} {name}: {cost}")
-        per_image = try_sampling(f"{argument}={name}", unet, scheduler, settings)
+        per_image = try_sampling(f"{argument}={name}", denoiser, pipeline.scheduler, settings, pipeline.codec)
         if count:
             seconds += per_image * settings.num_inference_steps * missing[index]
     if inputs.folder_images is not None:
@@ -54,7 +54,7 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
     else:
         drawn = (
             f"{settings.num_inference_steps} steps ({settings.timestep_spacing}), eta {settings.eta:g}, seed {settings.seed}"
-        )
+        ) + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
         lines.append(f"  {'samples':16} {count:,} of each model: DDIM, {drawn}")
         left = f"{sum(missing):,} of {count * len(inputs.models):,} remain to be drawn"
         shared = f" by {processes} processes" if processes > 1 else ""
@@ -84,12 +84,11 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
     Raises:
         ValueError: The model's loss is not finite.
     """
-    unet, scheduler = inputs.models[argument]
+    unet, scheduler = inputs.models[argument].denoiser, inputs.models[argument].scheduler
     name = getattr(args.model, argument)
     revision = args.model.revision if argument == "model" else args.model.reference_revision
-    images, labels = inputs.held_out
-    null_label = inputs.settings.null_label
-    step_loss = StepLoss(images, scheduler, labels, grid=args.cost.step_loss_timesteps)
+    held_out, null = inputs.held_out, inputs.images.null_conditioning()
+    step_loss = StepLoss(held_out.samples, scheduler, held_out.conditioning, grid=args.cost.step_loss_timesteps)
     losses = step_loss.by_timestep(unet)
     met = [int((step_loss.timesteps == timestep).sum()) for timestep in losses]
     mean = math.fsum(loss * count for loss, count in zip(losses.values(), met)) / sum(met)
@@ -105,7 +104,7 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
         weight_file_bytes=weight_file_bytes(unet),
         scheduler={key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")},
         step_loss=mean,
-        step_loss_null_label=None if null_label is None else step_loss.with_label(null_label)(unet),
+        step_loss_null_label=step_loss.with_conditioning(null)(unet) if null else None,
         step_loss_by_timestep={str(timestep): loss for timestep, loss in losses.items()},
     )
 
@@ -119,16 +118,18 @@ def describe_evaluation(
     args: EvaluateArguments, inputs: Inputs, real: RealFeatures, quality: Quality, accelerator: Accelerator
 ) -> dict:
     """Everything that the measured figures depend on."""
-    images, labels = inputs.held_out
-    held_out = {"images": images} if labels is None else {"images": images, "labels": labels}
-    fingerprint = tensors_fingerprint(held_out) if inputs.models else None
+    held_out = inputs.held_out
+    known = {"class_labels": "labels"}  # names of earlier results
+    tensors = {"images": held_out.samples, **{known.get(n, n): values for n, values in held_out.conditioning.items()}}
+    fingerprint = tensors_fingerprint(tensors) if inputs.models else None
     drawn = {"sampler": "images of a folder"} if args.model.images_dir else quality.settings.identity()
     return {
         **drawn,
         "num_images": inputs.num_images,
-        "sample_size": list(spatial_size(inputs.config)),
-        "channels": inputs.config.in_channels,
-        "classes": inputs.config.num_class_embeds,  # sampled in turn, except null_label
+        **(inputs.conditions.description if inputs.models else {}),
+        "sample_size": list(inputs.shape[1:]),
+        "channels": inputs.shape[0],
+        "classes": inputs.classes,  # sampled in turn, except null_label
         "dtype": args.model.dtype,
         "dataset": {
             **describe_dataset(args.data.dataset_name, args.data.train_data_dir),
@@ -136,7 +137,7 @@ def describe_evaluation(
             "fingerprint": real.fingerprint,
         },
         "distances": quality.describe(),
-        "step_loss_images": len(inputs.held_out[0]) if inputs.models else 0,
+        "step_loss_images": len(held_out) if inputs.models else 0,
         "step_loss_timesteps": args.cost.step_loss_timesteps if inputs.models else 0,
         "step_loss_fingerprint": fingerprint,
         "similarities": SIMILARITIES if len(inputs.models) == 2 and inputs.num_images else {},

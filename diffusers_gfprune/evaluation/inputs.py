@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.folders import visible_files
 from ..data.images import DataArguments, load_images
-from ..data.sources import ImageRows, ImageStream
+from ..data.sources import HeldOut, ImageSource
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
 from ..errors import HUB_ERRORS, one_line
+from ..families.lookup import family_of
+from ..metrics.conditions import SampleConditions, label_conditions, text_conditions
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings
-from ..metrics.sampling import to_uint8
+from ..metrics.sampling import image_shape, to_uint8
+from ..model_spec import ModelSpec
 from ..reports.results import read_results
-from ..trained_pipelines import load_pipeline
+from ..trained_pipelines import TrainedPipeline, load_pipeline
 from .arguments import EvaluateArguments
 
 __all__ = ["FolderImages", "Inputs", "load_inputs", "recorded_settings"]
@@ -71,11 +76,6 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    @property
-    def config(self) -> SimpleNamespace:
-        """Stands in for the configuration of a model that generates such images."""
-        return SimpleNamespace(in_channels=self.channels, sample_size=self.size, num_class_embeds=None, class_embed_type=None)
-
     def read(self, span: range) -> Tensor:
         """Images by number: uint8 with shape `(n, channels, height, width)`."""
         return torch.stack([self._pixels(self.paths[number]) for number in span])
@@ -114,26 +114,51 @@ class Inputs:
     """Inputs of an evaluation.
 
     Attributes:
-        models: UNet and scheduler of `model` and, if given, `reference_model`; empty for a folder of images.
+        models: Pipelines of `model` and, if given, `reference_model`, with denoisers on the device; empty for a folder of
+            images.
         folder_images: Images of the evaluated folder; None if models are evaluated.
-        config: Configuration of the model, or a stand-in for it.
         images: Real images.
-        held_out: Images in [-1, 1] for the step loss, and their labels, if any.
+        held_out: Images in [-1, 1] for the step loss, and their labels, if any, as conditioning.
         networks: Feature networks of the distances.
         num_images: Number of samples of each model, or of images in the folder.
         settings: Settings of the sampler, fitted to the models' timesteps.
         changes: Changes to the requested settings, one line each.
     """
 
-    models: dict[str, tuple[nn.Module, object]]
+    models: dict[str, TrainedPipeline]
     folder_images: FolderImages | None
-    config: object
-    images: ImageRows | ImageStream
-    held_out: tuple[Tensor, Tensor | None]
+    images: ImageSource
+    held_out: HeldOut
     networks: list[FeatureNetwork]
     num_images: int
     settings: SamplingSettings
     changes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape `(channels, height, width)` of images."""
+        return self.images.decoder.shape
+
+    @property
+    def classes(self) -> int | None:
+        """Number of class labels of the models; None if they have none."""
+        if not self.models:
+            return None
+        denoiser = self.models["model"].denoiser
+        labels = family_of(denoiser).class_labels(denoiser.config)
+        return None if labels is None else labels.count
+
+    @functools.cached_property
+    def conditions(self) -> SampleConditions:
+        """What samples of the models are conditioned on: captions of held-out images, or classes, in turn.
+
+        Captions must be encoded before (`images.prepare`).
+        """
+        pipeline = self.models["model"]
+        if pipeline.prompts is not None:
+            return text_conditions(self.held_out.conditioning, self.images.null_conditioning())
+        labels = family_of(pipeline.denoiser).class_labels(pipeline.denoiser.config)
+        return label_conditions(labels, self.settings.null_label)
 
 
 def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
@@ -145,11 +170,14 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     s, models, folder_images = args.samples, _load_models(args, device), None
     if args.model.images_dir is not None:
         folder_images = FolderImages(args.model.images_dir, s.num_images, args.data.resolution)
-    config = folder_images.config if folder_images is not None else models["model"][0].config
     if models and args.cost.speed_settings() and device.type not in ("cpu", "cuda"):
         sizes = " ".join(map(str, args.cost.speed_batch_sizes))
         raise ValueError(f"speed_batch_sizes={sizes} must be 0 on {device.type}: speed is measured on a CPU or a CUDA device")
-    images, held_out = load_images(_with_null_label(args, config), config)
+    if models:
+        spec = ModelSpec.of(models["model"].denoiser, models["model"].codec, models["model"].prompts)
+    else:
+        spec = ModelSpec(folder_images.size, folder_images.channels)
+    images, held_out = load_images(_with_null_label(args, spec), spec)
     if None not in (s.num_reference_images, images.num_images) and s.num_reference_images > images.num_images:
         raise ValueError(
             f"num_reference_images={s.num_reference_images} must be at most the {images.num_images} training images"
@@ -159,11 +187,14 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     else:
         count = 0 if s.num_images == 0 else s.settings().num_images
     available = [number for number in (s.num_reference_images, images.num_images) if number is not None]
-    networks = _load_networks(args, device, config, [count, *available]) if count else []
+    networks = _load_networks(args, device, images.decoder.shape, [count, *available]) if count else []
     settings, changes = replace(s.settings(), null_label=images.decoder.null_label), ()
     if models:
-        settings, changes = settings.fitted(models["model"][1])  # both models have the same number of timesteps
-    return Inputs(models, folder_images, config, images, held_out, networks, count, settings, changes if count else ())
+        settings, changes = settings.fitted(models["model"].scheduler)  # both models have the same number of timesteps
+    inputs = Inputs(models, folder_images, images, held_out, networks, count, settings, changes if count else ())
+    if models and models["model"].prompts is None:
+        inputs.conditions.check_guidance(settings.guidance_scale)
+    return inputs
 
 
 def recorded_settings(name: str, revision: str | None = None) -> dict:
@@ -179,54 +210,63 @@ def recorded_settings(name: str, revision: str | None = None) -> dict:
     return {}
 
 
-def _with_null_label(args: EvaluateArguments, config) -> DataArguments:
+def _with_null_label(args: EvaluateArguments, spec: ModelSpec) -> DataArguments:
     """The data arguments, with the null label recorded by the model's run if none is given."""
     m = args.model
-    if m.model is None or config.num_class_embeds is None or args.data.null_label is not None:
+    if m.model is None or spec.labels is None or args.data.null_label is not None:
         return args.data
     recorded = recorded_settings(m.model, m.revision).get("null_label")
     return replace(args.data, null_label=recorded) if isinstance(recorded, int) else args.data
 
 
-def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, tuple[nn.Module, object]]:
+def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, TrainedPipeline]:
     m = args.model
     names = {"model": (m.model, m.revision), "reference_model": (m.reference_model, m.reference_revision)}
     models = {}
     for argument, (name, revision) in names.items():
         if name is None:
             continue
-        unet, scheduler, *_ = load_pipeline(name, revision, argument, pruned=True)
-        steps = scheduler.config.num_train_timesteps
+        pipeline = load_pipeline(name, revision, argument, pruned=True)
+        steps = pipeline.scheduler.config.num_train_timesteps
         if args.cost.step_loss_timesteps > steps:
             raise ValueError(
                 f"step_loss_timesteps={args.cost.step_loss_timesteps} must be at most the {steps} timesteps that "
                 f"{argument}={name} was trained with"
             )
-        unet.requires_grad_(False).eval().to(device)
+        pipeline.denoiser.requires_grad_(False).eval().to(device)
         if m.dtype != "float32":
-            unet.to(getattr(torch, m.dtype))
-        models[argument] = unet, scheduler
+            pipeline.denoiser.to(getattr(torch, m.dtype))
+        models[argument] = pipeline
     if len(models) == 2:
-        makes = [_makes(unet, scheduler) for unet, scheduler in models.values()]
+        makes = [_makes(pipeline) for pipeline in models.values()]
         if makes[0] != makes[1]:
             raise ValueError(f"reference_model={m.reference_model} generates {makes[1]}, but the model {makes[0]}")
     return models
 
 
-def _makes(unet: nn.Module, scheduler) -> str:
-    height, width = spatial_size(unet)
-    kind = f"{height}x{width} images of {unet.config.in_channels} channels"
-    classes = "" if unet.config.num_class_embeds is None else f", {unet.config.num_class_embeds} classes"
-    return f"{kind}{classes} in {scheduler.config.num_train_timesteps} timesteps"
+def _makes(pipeline: TrainedPipeline) -> str:
+    denoiser, codec = pipeline.denoiser, pipeline.codec
+    channels, height, width = image_shape(denoiser, codec)
+    made = f"{height}x{width} images of {channels} channels"
+    if codec is not None:
+        size = "x".join(map(str, (denoiser.config.in_channels, *spatial_size(denoiser))))
+        made += f" from latents of {size}"
+    labels = family_of(denoiser).class_labels(denoiser.config)
+    made += "" if labels is None else f", {labels.count} classes"
+    if pipeline.prompts is not None:  # prompts are encoded once for both models
+        encoders = json.dumps(pipeline.prompts.identity(), sort_keys=True)
+        made += f", from text by encoders {hashlib.sha256(encoders.encode()).hexdigest()[:8]}"
+    return f"{made} in {pipeline.scheduler.config.num_train_timesteps} timesteps"
 
 
-def _load_networks(args: EvaluateArguments, device: torch.device, config, counts: Sequence[int]) -> list[FeatureNetwork]:
-    """Feature networks; `counts` are the numbers of generated and real images."""
+def _load_networks(
+    args: EvaluateArguments, device: torch.device, shape: tuple[int, int, int], counts: Sequence[int]
+) -> list[FeatureNetwork]:
+    """Feature networks for images of a shape; `counts` are the numbers of generated and real images."""
     s = args.samples
     if s.features == ["none"]:
         return []
-    height, width = spatial_size(config)
-    values = config.in_channels * height * width
+    values = math.prod(shape)
     if "pixels" in s.features and min(counts) <= values:
         raise ValueError(f"features=pixels needs more than {values} images, both generated and real, not {min(counts)}")
     options = {"inception_weights": s.inception_weights, "dinov2_model": s.dinov2_model, "device": device}

@@ -72,6 +72,9 @@ class EvaluationArguments(SpeedArguments):
     ddim_num_inference_steps: int = argument(100, "Number of DDIM steps for these samples (>= 1).")
     timestep_spacing: str = argument("leading", "How DDIM spaces its timesteps.", choices=TIMESTEP_SPACINGS)
     eval_seed: int = argument(1234, "Seed for the samples' noise (>= 0).")
+    guidance_scale: float = argument(
+        1.0, "Scale of classifier-free guidance for these samples, of models with a null label or of text (1: none)."
+    )
     speed_modes: list[str] = argument(
         ["eager", "compiled"],
         "Modes to measure speed in: eager, compiled (takes half a minute or more per model and batch size).",
@@ -85,4 +88,4 @@ class EvaluationArguments(SpeedArguments):
             raise ValueError(f"inception_weights={self.inception_weights} needs eval_features=inception")
         if self.eval_steps and not self.eval_images:
             raise ValueError(f"eval_steps={self.eval_steps} needs eval_images, which is 0")
-        check_fields(self, NOT_NEGATIVE, "eval_steps", "eval_images", "eval_seed")
+        check_fields(self, NOT_NEGATIVE, "eval_steps", "eval_images", "eval_seed", "guidance_scale")

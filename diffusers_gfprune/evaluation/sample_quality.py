@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,13 +20,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.decoding import EncodedImage
-from ..data.sources import ImageRows, ImageStream, readable_images
-from ..metrics.cache import TensorCache, tensors_fingerprint
+from ..data.decoding import EncodedImage, content_digest
+from ..data.sources import HeldOut, ImageSource, readable_images
+from ..diffusion.latents import LatentCodec
+from ..families.lookup import family_of
+from ..fingerprints import tensors_fingerprint
+from ..metrics.cache import TensorCache
+from ..metrics.conditions import SampleConditions, label_conditions, text_conditions
 from ..metrics.features import FeatureNetwork, feature_network
-from ..metrics.model_size import spatial_size, uses_tf32
+from ..metrics.model_size import uses_tf32
 from ..metrics.quality import Quality, SamplingSettings, extract_features
-from ..metrics.sampling import to_uint8
+from ..metrics.sampling import image_shape, to_uint8
 from ..reports.provenance import installed_versions
 from .run_arguments import EvaluationArguments
 
@@ -59,10 +62,13 @@ def sampling_settings(args: EvaluationArguments, null_label: int | None = None) 
         seed=args.eval_seed,
         batch_size=args.eval_batch_size,
         null_label=null_label,
+        guidance_scale=args.guidance_scale,
     )
 
 
-def model_identity(unet: nn.Module, scheduler) -> dict:
+def model_identity(
+    unet: nn.Module, scheduler, codec: LatentCodec | None = None, conditions: SampleConditions | None = None
+) -> dict:
     """Everything that samples of a model depend on, except the sampling settings, as JSON values."""
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     return {
@@ -73,13 +79,28 @@ def model_identity(unet: nn.Module, scheduler) -> dict:
         "tf32": uses_tf32(next(unet.parameters()).device),
         "dtype": str(next(unet.parameters()).dtype),
         "versions": installed_versions("diffusers-gfprune", "diffusers", "torch"),
+        **({} if codec is None else {"codec": codec.identity()}),
+        **({} if conditions is None else conditions.description),
     }
 
 
-def dense_samples(cache: TensorCache, settings: SamplingSettings, unet: nn.Module, scheduler, progress: str | None) -> Tensor:
+def dense_samples(
+    cache: TensorCache,
+    settings: SamplingSettings,
+    unet: nn.Module,
+    scheduler,
+    progress: str | None,
+    codec: LatentCodec | None = None,
+    conditions: SampleConditions | None = None,
+) -> Tensor:
     """Samples of a model in [0, 1], from the cache if available."""
-    key = {**model_identity(unet, scheduler), **settings.identity()}
-    cached = cache.get("samples", key, lambda: {"images": to_uint8(settings.sample(unet, scheduler, progress=progress))})
+
+    def make() -> dict[str, Tensor]:
+        samples = settings.sample(unet, scheduler, progress=progress, codec=codec, conditions=conditions)
+        return {"images": to_uint8(samples)}
+
+    key = {**model_identity(unet, scheduler, codec, conditions), **settings.identity()}
+    cached = cache.get("samples", key, make)
     return cached["images"].float() / 255
 
 
@@ -105,13 +126,13 @@ class RealFeatures:
 
     def __init__(
         self,
-        images: ImageRows | ImageStream,
+        images: ImageSource,
         networks: Sequence[FeatureNetwork],
         cache: TensorCache,
         num_images: int | None = None,
         max_broken: int | None = None,
     ) -> None:
-        self.images, self.networks, self.cache, self.max_broken = images, tuple(networks), cache, max_broken
+        self.images, self.networks, self.cache, self.max_broken = images.pixels, tuple(networks), cache, max_broken
         self.count = min((number for number in (num_images, images.num_images) if number is not None), default=0)
         self.fingerprint: str | None = None
         self._made: dict[int, Shard] = {}
@@ -179,7 +200,7 @@ class RealFeatures:
         decoder = self.images.decoder
         # Decoded once for all networks, only if needed
         pixels = functools.cache(lambda: to_uint8(readable_images(images, decoder) / 2 + 0.5))
-        digest = _digest(images) or hashlib.sha256(pixels().numpy().tobytes()).hexdigest()
+        digest = content_digest(images) or hashlib.sha256(pixels().numpy().tobytes()).hexdigest()
         key = {"real": digest, "count": len(images), "shape": list(decoder.shape)}
         if decoder.enlarge:  # in a set of larger images, these files do not fit the model
             key["enlarged"] = True
@@ -208,19 +229,6 @@ class Shard(NamedTuple):
     features: dict[str, Tensor]
 
 
-def _digest(images: Sequence[EncodedImage]) -> str | None:
-    """Hash of the image files; None if one of them is not a local file."""
-    digest = hashlib.sha256()
-    for image in images:
-        encoded = image.encoded or {"bytes": b"", "path": None}
-        if image.is_path:
-            if not os.path.isfile(encoded["path"]):
-                return None
-            encoded = {"bytes": Path(encoded["path"]).read_bytes()}
-        digest.update(len(encoded["bytes"] or b"").to_bytes(8, "little") + (encoded["bytes"] or b""))
-    return digest.hexdigest()
-
-
 class SampleQuality:
     """Compares samples of the pruned model with real images and with samples of the dense model.
 
@@ -230,21 +238,47 @@ class SampleQuality:
         scheduler: Scheduler of the saved model.
         images: Training images.
         device: Device of the models.
+        codec: Decodes latents; None: samples are pixels.
+        held_out: Held-out images, for models of text: samples have their captions. They are read at the first measurement.
 
     Attributes:
         settings: Settings of the sampler, fitted to the model's timesteps.
         changes: Changes to the requested settings, one line each.
     """
 
-    def __init__(self, args: EvaluationArguments, dense: nn.Module, scheduler, images, device: torch.device) -> None:
+    def __init__(
+        self,
+        args: EvaluationArguments,
+        dense: nn.Module,
+        scheduler,
+        images,
+        device: torch.device,
+        codec: LatentCodec | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
         self.args, self.dense, self.scheduler, self.images, self.device = args, dense, scheduler, images, device
+        self.codec, self.held_out = codec, held_out
         self.settings, self.changes = sampling_settings(args, images.decoder.null_label).fitted(scheduler)
+        if args.eval_images and not self.has_null:
+            self.conditions.check_guidance(args.guidance_scale)
         self.network = self._network() if args.eval_images else None
         self.cache = TensorCache(None if args.evaluation_cache_dir is None else Path(args.evaluation_cache_dir))
 
+    @property
+    def has_null(self) -> bool:
+        """Whether the model has a null label, or a null prompt."""
+        return self.held_out is not None or bool(self.conditions.null)
+
+    @functools.cached_property
+    def conditions(self) -> SampleConditions:
+        """What samples are conditioned on: captions of held-out images, or the classes of the model, in turn."""
+        if self.held_out is not None:
+            return text_conditions(self.held_out.conditioning, self.images.null_conditioning())
+        return label_conditions(family_of(self.dense).class_labels(self.dense.config), self.images.decoder.null_label)
+
     def _network(self) -> FeatureNetwork | None:
         name = self.args.eval_features
-        values = self.dense.config.in_channels * math.prod(spatial_size(self.dense))
+        values = math.prod(image_shape(self.dense, self.codec))
         if name == "pixels" and self.settings.num_images <= values:
             raise ValueError(f"eval_features=pixels needs more than {values} images, not eval_images={self.args.eval_images}")
         if name == "auto":
@@ -258,7 +292,8 @@ class SampleQuality:
         """Created at first use: the dense model samples and real images are read."""
         home = next(self.dense.parameters()).device
         samples = dense_samples(
-            self.cache, self.settings, self.dense.to(self.device).eval(), self.scheduler, progress="sampling (dense)"
+            *(self.cache, self.settings, self.dense.to(self.device).eval(), self.scheduler, "sampling (dense)"),
+            *(self.codec, self.conditions),
         )
         self.dense.to(home)
         networks, reference = [], {}
@@ -273,7 +308,7 @@ class SampleQuality:
 
     def sample(self, unet: nn.Module, progress: str | None = None) -> Tensor:
         """Samples of a model in [0, 1]."""
-        return self.settings.sample(unet, self.scheduler, progress=progress)
+        return self.settings.sample(unet, self.scheduler, progress=progress, codec=self.codec, conditions=self.conditions)
 
     def measure(self, unet: nn.Module) -> dict[str, float | None]:
         """Distances and similarities of a model's samples, by metric."""

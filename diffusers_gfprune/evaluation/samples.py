@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.latents import LatentCodec
 from ..metrics.cache import TensorCache
+from ..metrics.conditions import SampleConditions
 from ..metrics.fidelity import SSIM_WINDOW, psnr, ssim_of_pairs
 from ..metrics.quality import SamplingSettings, extract_features
 from ..metrics.sampling import to_uint8
@@ -98,16 +100,25 @@ class ImageSource:
                 path.unlink(missing_ok=True)
 
 
-def model_source(name: str, unet: nn.Module, scheduler, settings: SamplingSettings, cache: TensorCache) -> ImageSource:
-    """Source of a model's samples."""
+def model_source(
+    name: str,
+    unet: nn.Module,
+    scheduler,
+    settings: SamplingSettings,
+    cache: TensorCache,
+    codec: LatentCodec | None = None,
+    conditions: SampleConditions | None = None,
+) -> ImageSource:
+    """Source of a model's samples. The arguments are those of `SamplingSettings.sample`."""
     drawn = {key: value for key, value in settings.identity().items() if key != "num_images"}
-    identity = {**model_identity(unet, scheduler), **drawn}
+    identity = {**model_identity(unet, scheduler, codec, conditions), **drawn}
 
     def make(shard: range, advance: Advance) -> Tensor:
         images = []
         for start in range(shard.start, shard.stop, settings.batch_size):
             count = min(settings.batch_size, shard.stop - start)
-            images.append(to_uint8(settings.sample(unet, scheduler, first=start, count=count)))
+            batch = settings.sample(unet, scheduler, start, count, codec=codec, conditions=conditions)
+            images.append(to_uint8(batch))
             advance(count)
         return torch.cat(images)
 

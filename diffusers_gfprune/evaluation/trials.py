@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
+from ..diffusion.latents import LatentCodec
 from ..errors import first_line, portable_error
 from ..families.lookup import family_of
+from ..metrics.conditions import guided
 from ..metrics.eval_mode import evaluating
 from ..metrics.features import FeatureNetwork
 from ..metrics.model_size import spatial_size
@@ -32,36 +35,45 @@ def _trial_batch(unet: nn.Module, batch_size: int) -> int:
 
 
 @torch.no_grad()
-def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSettings) -> float:
-    """Run the first sampling step, and time its forward pass.
+def try_sampling(
+    argument: str, unet: nn.Module, scheduler, settings: SamplingSettings, codec: LatentCodec | None = None
+) -> float:
+    """Run the first sampling step, and time its forward pass. Latents are also decoded.
 
     Args:
         argument: Argument that named the model, for messages.
         unet: The model, on its device and in its dtype.
         scheduler: Scheduler of the model.
         settings: Settings of the sampler.
+        codec: Decodes latents; None: samples are pixels.
 
     Returns:
-        Seconds per image of a forward pass.
+        Seconds per image of a sampling step: one forward pass, or two with guidance.
 
     Raises:
         ValueError: The sampler cannot be created, the forward pass fails (for example, out of memory or because of the
             dtype), or the model or the sampler's step gives values that are not finite.
     """
     parameter = next(unet.parameters())
-    sampler = make_sampler(scheduler, settings.num_inference_steps, settings.timestep_spacing)
+    sampler = make_sampler(scheduler, settings.num_inference_steps, settings.timestep_spacing, latents=codec is not None)
     batch_size = _trial_batch(unet, min(settings.batch_size, settings.num_images))
     dtype = str(parameter.dtype).removeprefix("torch.")
     family = family_of(unet)
     inputs = family.example_inputs(unet, *spatial_size(unet), batch_size, parameter.device, parameter.dtype)
     noise = torch.randn(inputs.sample.shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     timestep = sampler.timesteps[0]
-    inputs = inputs._replace(sample=noise.to(parameter.dtype), timesteps=timestep.to(parameter.device))
+    timesteps = timestep.to(parameter.device).expand(batch_size)
+    inputs = inputs._replace(sample=noise.to(parameter.dtype), timesteps=timesteps)
+
+    def predict() -> torch.Tensor:
+        forward = partial(family.predict, unet)
+        return guided(forward, inputs, inputs.conditioning, settings.guidance_scale).float()
+
     try:
         with evaluating(unet):
             predictions: list[torch.Tensor] = []
             for _ in range(2):  # the first one warms up
-                seconds = seconds_of(lambda: predictions.append(family.predict(unet, inputs).float()), parameter.device)
+                seconds = seconds_of(lambda: predictions.append(predict()), parameter.device)
             prediction = predictions[-1]
             finite = bool(prediction.isfinite().all())
     except RuntimeError as error:
@@ -69,8 +81,13 @@ def try_sampling(argument: str, unet: nn.Module, scheduler, settings: SamplingSe
         raise ValueError(f"{argument}: a forward pass {where} fails: {first_line(error)}") from error
     if not finite:
         raise ValueError(f"{argument} predicts values that are not finite in {dtype}")
-    if not sampler.step(prediction, timestep, noise).prev_sample.isfinite().all():
+    sample = sampler.step(prediction, timestep, noise).prev_sample
+    if not sample.isfinite().all():
         raise ValueError(f"{argument}: a DDIM step from timestep {int(timestep)} gives values that are not finite")
+    if codec is not None:
+        with codec.on(parameter.device):
+            if not codec.decode(sample[:1]).isfinite().all():
+                raise ValueError(f"{argument}: its autoencoder decodes latents to values that are not finite")
     return seconds / batch_size
 
 

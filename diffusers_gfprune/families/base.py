@@ -9,7 +9,8 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 | the pipelines of the model, and its component name | `pipelines`, `component` |
 | which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_timesteps` |
 | inputs for tracing and measuring | `example_inputs`, `tracing_size` |
-| calling the model | `predict`, `check_conditioning` |
+| calling the model | `output`, `predict`, `has_learned_variance`, `check_conditioning`, `class_labels` |
+| training mode without the model's own label dropout | `prepare_training` |
 | layers that are never pruned | `boundary`, `never_pruned` |
 | attention blocks | `attentions` |
 | residual blocks | `residual_blocks` |
@@ -32,6 +33,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
+from ..diffusion.class_labels import ClassLabels
 
 __all__ = ["Family"]
 
@@ -116,14 +118,44 @@ class Family(ABC):
     def check_conditioning(self, model: nn.Module, conditioning: Mapping[str, Tensor], size: int) -> None:
         """Check that conditioning for `size` samples is complete and supported by the model."""
 
-    def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
-        """Predictions of the model: noise, samples or velocities, in the dtype and shape of `inputs.sample`.
+    def class_labels(self, config: Mapping[str, Any]) -> ClassLabels | None:
+        """Class labels of a model, which training data must have; None if it takes none.
+
+        Raises:
+            ValueError: The model takes other labels than numbers of classes.
+        """
+        kind, count = config["class_embed_type"], config["num_class_embeds"]
+        if kind is not None:
+            raise ValueError(f"class_embed_type={kind} must be None: only class labels are supported")
+        return None if count is None else ClassLabels(count)
+
+    def has_learned_variance(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model outputs twice the channels of its sample: the prediction, then the variances of sampling steps."""
+        return config["out_channels"] == 2 * config["in_channels"]
+
+    def output(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
+        """All output channels of the model.
 
         Args:
             model: A model of the family, or a wrapper with the same arguments.
             inputs: Inputs on the model's device, with the sample in the model's dtype.
+
+        Returns:
+            Predictions in the dtype and shape of `inputs.sample`, followed by as many channels of learned variances if
+            `has_learned_variance`.
         """
         return model(inputs.sample, inputs.timesteps, **inputs.conditioning).sample
+
+    def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
+        """Predictions of the model: noise, samples or velocities, in the dtype and shape of `inputs.sample`.
+
+        The arguments are those of `output`.
+        """
+        return self.output(model, inputs)[:, : inputs.sample.shape[1]]
+
+    def prepare_training(self, model: nn.Module) -> nn.Module:
+        """Switch off, in place, what a model does in training mode to its conditioning; returns the model."""
+        return model
 
     # --- parts ---
 

@@ -6,15 +6,17 @@ each block. The hidden states keep their width, since layer norms read all of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
+from ..diffusion.class_labels import ClassLabels
 from ..remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .base import Family
 from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, is_int, refuse
@@ -88,7 +90,7 @@ class DiTTransformer2DFamily(Family):
             raise ValueError(f"sample_size={size} must be a multiple of patch_size={patch}")
 
     def check_trainable(self, config: Mapping[str, Any]) -> None:
-        raise ValueError("latents as samples: the training script prunes models of pixels; use GradientFlowPruner")
+        """All supported configurations can be trained."""
 
     def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
         """Any timestep can be embedded."""
@@ -125,9 +127,19 @@ class DiTTransformer2DFamily(Family):
         because = f"with num_embeds_ada_norm={null} of the model, whose null label is {null}, "
         check_integers("class_labels", conditioning["class_labels"], size, null + 1, because)
 
-    def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
-        # The channels that follow, if any, are learned variances
-        return super().predict(model, inputs)[:, : inputs.sample.shape[1]]
+    def class_labels(self, config: Mapping[str, Any]) -> ClassLabels:
+        count = config["num_embeds_ada_norm"]
+        return ClassLabels(count, null_label=count, argument="num_embeds_ada_norm")
+
+    def prepare_training(self, model: nn.Module) -> nn.Module:
+        """Switch off the label dropout of `LabelEmbedding`: each block would draw other labels, and the teacher none.
+
+        Labels are dropped in the batch instead (`diffusion.class_labels`), for all blocks and both models alike.
+        """
+        for module in model.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0
+        return model
 
     # --- parts ---
 

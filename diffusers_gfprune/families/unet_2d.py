@@ -74,7 +74,7 @@ class UNet2DFamily(Family):
     pruned_class = GFPrunedUNet2DModel
     attention_class = Attention
     component = COMPONENTS[0]
-    pipelines = PIPELINES
+    pipelines = (*PIPELINES, "LDMPipeline")
     boundary = {"conv_in": 0, "conv_out": 1}
     never_pruned = frozenset({"time_proj"})  # the table of learned time embeddings
 
@@ -110,9 +110,8 @@ class UNet2DFamily(Family):
 
     def check_trainable(self, config: Mapping[str, Any]) -> None:
         reads, writes = config["in_channels"], config["out_channels"]
-        if writes != reads:
-            both = f"in_channels={reads} and out_channels={writes}"
-            raise ValueError(f"{both}: models that also predict the variance cannot be pruned")
+        if writes not in (reads, 2 * reads):
+            raise ValueError(f"out_channels={writes} must be in_channels={reads}, or {2 * reads} with learned variances")
         if config["sample_size"] is None:
             raise ValueError("sample_size=None in its config: set it to the size the model was trained at")
 

@@ -104,7 +104,7 @@ class UNet2DConditionFamily(UNet2DFamily):
 
     dense_class = UNet2DConditionModel
     pruned_class = GFPrunedUNet2DConditionModel
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LDMTextToImagePipeline")
     never_pruned = frozenset()
 
     # --- configurations ---
@@ -192,7 +192,17 @@ class UNet2DConditionFamily(UNet2DFamily):
             raise ValueError(f"out_channels={writes} must be in_channels={reads}, or {2 * reads} with learned variances")
 
     def check_trainable(self, config: Mapping[str, Any]) -> None:
-        raise ValueError("text as a condition: the training script prunes models without; use GradientFlowPruner")
+        reads, writes = config["in_channels"], config["out_channels"]
+        if writes not in (reads, 2 * reads):
+            raise ValueError(
+                f"in_channels={reads} and out_channels={writes}: UNets that read a mask or an image beside the sample, as for "
+                f"inpainting, cannot be trained"
+            )
+        for name in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim"):
+            if config[name] is not None:
+                raise ValueError(f"{name}={config[name]}: UNets with conditions other than text cannot be trained")
+        if config["sample_size"] is None:
+            raise ValueError("sample_size=None in its config: set it to the size the model was trained at")
 
     def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
         """Any timestep can be embedded."""
@@ -262,12 +272,11 @@ class UNet2DConditionFamily(UNet2DFamily):
             if embedded and not values.is_floating_point():
                 raise ValueError(f"{name} have dtype {values.dtype}; they must be embeddings, in floating point")
 
-    def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
-        # Channels after those of the sample, if any, are learned variances
+    def output(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
         added = {name: inputs.conditioning[name] for name in ("text_embeds", "time_ids") if name in inputs.conditioning}
         rest = {name: values for name, values in inputs.conditioning.items() if name not in added}
         rest |= {"added_cond_kwargs": added} if added else {}
-        return model(inputs.sample, inputs.timesteps, **rest).sample[:, : inputs.sample.shape[1]]
+        return model(inputs.sample, inputs.timesteps, **rest).sample
 
 
 def _listed(values: tuple) -> str:

@@ -11,26 +11,18 @@ import json
 import os
 import sys
 import tempfile
-import zlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["TensorCache", "default_cache_dir", "tensors_fingerprint"]
+__all__ = ["TensorCache", "default_cache_dir", "entry_name", "holds_entry", "write_entry"]
 
-
-def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of the bytes of tensors, in hexadecimal. It distinguishes models of one architecture."""
-    crc = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous().flatten()
-        crc = zlib.crc32(tensor.view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
+ABANDONED_AFTER = 3600  # seconds until a file that is being written counts as left behind
 
 
 def default_cache_dir() -> Path:
@@ -50,8 +42,7 @@ class TensorCache:
 
     def path(self, kind: str, key: Mapping) -> Path | None:
         """The file of an entry, whether it is there or not."""
-        digest = hashlib.sha256(_canonical(key).encode()).hexdigest()[:20]
-        return None if self.folder is None else self.folder / f"{kind}-{digest}.safetensors"
+        return None if self.folder is None else self.folder / entry_name(kind, key)
 
     def has(self, kind: str, key: Mapping) -> bool:
         """Whether there is a file of an entry."""
@@ -72,8 +63,8 @@ class TensorCache:
         path = self.path(kind, key)
         if path is not None and path.exists():
             try:
-                with safe_open(path, framework="pt") as file:
-                    if file.metadata() and file.metadata().get("key") == _canonical(key):
+                if holds_entry(path, key):
+                    with safe_open(path, framework="pt") as file:
                         return {name: file.get_tensor(name) for name in file.keys()}
                 print(f"warning: {path} describes something else and is made again", file=sys.stderr)
             except (OSError, SafetensorError) as error:
@@ -85,20 +76,45 @@ class TensorCache:
 
 
 def _keep(path: Path, tensors: dict[str, Tensor], key: Mapping) -> None:
-    """Write an entry atomically. If that fails, warn and continue."""
-    fresh = None
+    """Write an entry. If that fails, warn and continue."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(tensors, fresh, metadata={"key": _canonical(key)})
-        os.replace(fresh, path)
-        fresh = None
+        write_entry(path, tensors, key)
     except (OSError, SafetensorError) as error:
         print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
+
+
+def entry_name(kind: str, key: Mapping) -> str:
+    """Name of the file of an entry."""
+    return f"{kind}-{hashlib.sha256(_canonical(key).encode()).hexdigest()[:20]}.safetensors"
+
+
+def holds_entry(path: Path, key: Mapping) -> bool:
+    """Whether a file is complete and has the description `key`.
+
+    Raises:
+        OSError, SafetensorError: It cannot be read, or is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("key") == _canonical(key)
+
+
+def write_entry(path: Path, tensors: Mapping[str, Tensor], key: Mapping) -> None:
+    """Write the file of an entry completely, or not at all.
+
+    Raises:
+        OSError, SafetensorError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > ABANDONED_AFTER:
+            left.unlink(missing_ok=True)
+    handle, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(dict(tensors), fresh, metadata={"key": _canonical(key)})
+        os.replace(fresh, path)
     finally:
-        if fresh is not None:
-            Path(fresh).unlink(missing_ok=True)
+        Path(fresh).unlink(missing_ok=True)
 
 
 def _canonical(key: Mapping) -> str:

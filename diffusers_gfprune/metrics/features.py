@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import first_line
-from .cache import default_cache_dir, tensors_fingerprint
+from ..fingerprints import tensors_fingerprint
+from .cache import default_cache_dir
 from .model_size import uses_tf32
 
 __all__ = ["NETWORKS", "FeatureNetwork", "feature_network", "resize_clean"]

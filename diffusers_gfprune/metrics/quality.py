@@ -6,14 +6,17 @@ samples of the dense model). Curves over training, results of a run and later ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..argument_fields import NOT_NEGATIVE, SHARE, at_least, check_fields
-from ..diffusion.class_labels import real_labels
+from ..argument_fields import NOT_NEGATIVE, SHARE, Range, at_least, check_fields
+from ..diffusion.latents import LatentCodec
+from ..families.lookup import family_of
+from .conditions import SampleConditions, label_conditions
 from .fidelity import (
     SSIM_WINDOW,
     frechet_distance,
@@ -28,6 +31,7 @@ from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
 __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
 
 PIXELS = "pixels"
+GUIDANCE = Range("be at least 0 and finite", lambda value: 0 <= value < math.inf)
 # Arguments of every kernel distance
 KERNEL = {"num_subsets": 100, "subset_size": 1000, "seed": 0}
 
@@ -44,6 +48,7 @@ class SamplingSettings:
         seed: Seed for the noise (>= 0).
         batch_size: Number of images in one forward pass (>= 1). Samples do not depend on it.
         null_label: Null label of a conditional model, which is not sampled.
+        guidance_scale: Scale of classifier-free guidance; 1: none.
     """
 
     num_images: int = 1000
@@ -53,6 +58,7 @@ class SamplingSettings:
     seed: int = 1234
     batch_size: int = 128
     null_label: int | None = None
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self, at_least(1), "num_images", "num_inference_steps", "batch_size")
@@ -60,12 +66,15 @@ class SamplingSettings:
             raise ValueError(f"timestep_spacing={self.timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
         check_fields(self, SHARE, "eta")
         check_fields(self, NOT_NEGATIVE, "seed")
+        check_fields(self, GUIDANCE, "guidance_scale")
 
     def identity(self) -> dict:
         """Everything that samples depend on, except the model, as JSON values for result files."""
         values = {name: value for name, value in asdict(self).items() if name != "batch_size"}
         if self.null_label is None:
             del values["null_label"]
+        if self.guidance_scale == 1:
+            del values["guidance_scale"]
         return {"sampler": "DDIM", **values}
 
     def fitted(self, scheduler) -> tuple[SamplingSettings, tuple[str, ...]]:
@@ -74,24 +83,44 @@ class SamplingSettings:
         return replace(self, num_inference_steps=steps, timestep_spacing=spacing), changes
 
     def sample(
-        self, unet: nn.Module, scheduler, first: int = 0, count: int | None = None, progress: str | None = None
+        self,
+        unet: nn.Module,
+        scheduler,
+        first: int = 0,
+        count: int | None = None,
+        progress: str | None = None,
+        *,
+        codec: LatentCodec | None = None,
+        conditions: SampleConditions | None = None,
     ) -> Tensor:
-        """Samples number `first` to `first + count - 1` of a model (default: all), cycling through its classes.
+        """Samples number `first` to `first + count - 1` of a model (default: all).
+
+        Args:
+            unet: The model.
+            scheduler: Its scheduler.
+            first: Number of the first sample.
+            count: Number of samples.
+            progress: Label of a progress bar; None: no bar.
+            codec: Decodes latents; None: samples are pixels.
+            conditions: What samples are conditioned on (default: the classes of the model in turn, if it has classes).
 
         Returns:
             Images in [0, 1], float32 with shape `(count, channels, height, width)`.
         """
-        count = self.num_images - first if count is None else count
+        if conditions is None:
+            conditions = label_conditions(family_of(unet).class_labels(unet.config), self.null_label)
         return sample_images(
             unet,
             scheduler,
-            count,
+            self.num_images - first if count is None else count,
             spatial_size(unet),
             self.num_inference_steps,
             self.seed,
             self.batch_size,
-            real_labels(unet.config.num_class_embeds, range(first, first + count), self.null_label),
+            conditions,
             progress,
+            codec=codec,
+            guidance_scale=self.guidance_scale,
             timestep_spacing=self.timestep_spacing,
             eta=self.eta,
             first=first,

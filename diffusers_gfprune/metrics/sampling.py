@@ -13,10 +13,12 @@ Leading spacing takes timesteps from 0 upwards in steps of T // S. If S does not
 steps have gaps of 1 and end at timestep 500). Sampling would then start from noise at a timestep of half-denoised images.
 `fit_spacing` finds valid timesteps instead; `make_sampler` raises an error.
 
-Images are rounded to 8 bits, as in image files.
+Latents are decoded. Images are rounded to 8 bits, as in image files.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -27,11 +29,22 @@ from tqdm.auto import tqdm
 
 from ..argument_fields import SHARE, check_range
 from ..diffusion.batch import ModelInputs
+from ..diffusion.latents import LatentCodec
 from ..diffusion.process import training_process
 from ..families.lookup import family_of
+from .conditions import SampleConditions, guided
 from .eval_mode import evaluating
+from .model_size import spatial_size
 
-__all__ = ["TIMESTEP_SPACINGS", "SpacedDDIMScheduler", "fit_spacing", "make_sampler", "sample_images", "to_uint8"]
+__all__ = [
+    "TIMESTEP_SPACINGS",
+    "SpacedDDIMScheduler",
+    "fit_spacing",
+    "image_shape",
+    "make_sampler",
+    "sample_images",
+    "to_uint8",
+]
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 # Minimum share of the timesteps that leading spacing must span; it spans all if their number is divisible by the steps.
@@ -149,6 +162,12 @@ class SpacedDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=clean)
 
 
+def image_shape(unet: nn.Module, codec: LatentCodec | None = None) -> tuple[int, int, int]:
+    """Shape `(channels, height, width)` of a model's images, decoded if its samples are latents."""
+    size = spatial_size(unet)
+    return (unet.config.in_channels, *size) if codec is None else codec.image_shape(*size)
+
+
 def image_generators(seed: int, numbers: range) -> list[torch.Generator]:
     """A random generator for each image, seeded by (seed, number)."""
     seeds = [int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1)) for number in numbers]
@@ -164,13 +183,16 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def make_sampler(scheduler, num_inference_steps: int, timestep_spacing: str = "leading") -> SpacedDDIMScheduler:
+def make_sampler(
+    scheduler, num_inference_steps: int, timestep_spacing: str = "leading", latents: bool = False
+) -> SpacedDDIMScheduler:
     """DDIM for a trained model, with its timesteps set.
 
     Args:
         scheduler: Scheduler of the model (see `diffusion.process`). DDIM takes over its configuration and betas.
         num_inference_steps: Number of steps S (>= 1, at most the model's timesteps).
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
+        latents: Whether samples are latents. They have no range to clip to, unless the scheduler's configuration says so.
 
     Raises:
         ValueError: DDIM cannot sample with this scheduler, or not with these timesteps.
@@ -188,6 +210,8 @@ def make_sampler(scheduler, num_inference_steps: int, timestep_spacing: str = "l
         raise ValueError(f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: use trailing")
     quadratic = timestep_spacing == "quadratic"
     options: dict = {} if quadratic else {"timestep_spacing": timestep_spacing}
+    if latents and "clip_sample" not in scheduler.config:
+        options["clip_sample"] = False
     if process.config.trained_betas is None and process.config.beta_schedule not in DDIM_BETA_SCHEDULES:
         options |= {"trained_betas": process.betas.tolist(), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
     ddim = SpacedDDIMScheduler.from_config(scheduler.config, **options)
@@ -213,9 +237,11 @@ def sample_images(
     num_inference_steps: int = 50,
     seed: int = 0,
     batch_size: int = 128,
-    class_labels: Tensor | None = None,
+    conditions: SampleConditions | None = None,
     progress: str | None = None,
     *,
+    codec: LatentCodec | None = None,
+    guidance_scale: float = 1.0,
     timestep_spacing: str = "leading",
     eta: float = 0.0,
     first: int = 0,
@@ -223,15 +249,17 @@ def sample_images(
     """Sample with DDIM. Models sampled with the same seed start from the same noise; images do not depend on the batch size.
 
     Args:
-        unet: Noise-prediction model.
+        unet: Denoiser of any family.
         scheduler: Scheduler of the model; DDIM takes over its configuration.
         num_images: Number of images (>= 1).
-        size: Height and width in pixels.
+        size: Height and width of the model's samples: pixels or latents.
         num_inference_steps: Number of DDIM steps (>= 1; see `make_sampler`).
         seed: Seed for the noise (>= 0).
         batch_size: Number of images in one forward pass (>= 1).
-        class_labels: Labels with shape `(num_images,)`, for conditional models.
+        conditions: Class labels or prompts of the images; None: the model is unconditional.
         progress: Label of a progress bar; None: no bar.
+        codec: Decodes latents, meanwhile on the model's device; None: samples are pixels.
+        guidance_scale: Scale of classifier-free guidance; 1: none.
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
         eta: Share of DDPM's noise in each step, in [0, 1].
         first: Number of the first image.
@@ -243,25 +271,39 @@ def sample_images(
         ValueError: An argument is out of its range, the scheduler is not supported, or samples are not finite.
     """
     check_range(SHARE, eta=eta)
+    conditions = SampleConditions() if conditions is None else conditions
+    conditions.check_guidance(guidance_scale)
     family, parameter = family_of(unet), next(unet.parameters())
-    ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing)
+    ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing, latents=codec is not None)
     shape = (unet.config.in_channels, *size)
+
+    def placed(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: values.to(parameter.device, parameter.dtype if values.is_floating_point() else None)
+            for name, values in conditioning.items()
+        }
+
+    def predict(inputs: ModelInputs) -> Tensor:
+        return family.predict(unet, inputs)
+
     images = []
-    with evaluating(unet):
+    with evaluating(unet), nullcontext() if codec is None else codec.on(parameter.device):
         for start in tqdm(range(0, num_images, batch_size), desc=progress, disable=progress is None):
             numbers = range(first + start, first + min(start + batch_size, num_images))
             generators = image_generators(seed, numbers)
 
             x = _noise(shape, generators).to(parameter.device)
-            labels = None if class_labels is None else class_labels[start : start + batch_size].to(parameter.device)
-            conditioning = {} if labels is None else {"class_labels": labels}
+            conditioning, null = placed(conditions.of(numbers)), placed(conditions.without(len(numbers)))
             for timestep in ddim.timesteps:
-                prediction = family.predict(unet, ModelInputs(x.to(parameter.dtype), timestep, conditioning)).float()
+                inputs = ModelInputs(x.to(parameter.dtype), timestep.to(parameter.device).expand(len(x)), conditioning)
+                prediction = guided(predict, inputs, null, guidance_scale).float()
                 fresh = _noise(shape, generators).to(parameter.device) if eta > 0 else None
                 x = ddim.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample
-            if not torch.isfinite(x).all():  # rounding to 8 bits would turn them into black pixels
+            decoded = x if codec is None else codec.decode(x)
+            finite = torch.isfinite(x).all() and torch.isfinite(decoded).all()
+            if not finite:  # rounding to 8 bits would turn them into black pixels
                 raise ValueError(
                     f"samples {numbers.start} to {numbers.stop - 1} are not finite: check the model's weights and dtype"
                 )
-            images.append(to_uint8(x / 2 + 0.5).float().cpu() / 255)
+            images.append(to_uint8(decoded / 2 + 0.5).float().cpu() / 255)
     return torch.cat(images)

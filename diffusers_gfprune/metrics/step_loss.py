@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,11 @@ class StepLoss:
     """Step loss of a model on fixed images, noise and timesteps.
 
     Args:
-        images: Held-out images in [-1, 1], with shape `(images, channels, height, width)`.
+        images: Held-out images in [-1, 1], or latents as the model denoises them, with shape
+            `(images, channels, height, width)`.
         noise_scheduler: Scheduler of the model (see `diffusion.process`); its timesteps span the grid.
-        class_labels: Labels with shape `(images,)`, for conditional models.
+        conditioning: Conditioning of each image by name, for conditional models, such as `class_labels` with shape
+            `(images,)`.
         grid: Number of evenly spread timesteps (>= 1; limited to the scheduler's). The numbers of images per timestep differ
             by at most one. With fewer than 1,024 images, each image is used at several timesteps.
         seed: Seed for the noise.
@@ -40,7 +43,7 @@ class StepLoss:
         self,
         images: Tensor,
         noise_scheduler,
-        class_labels: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
         grid: int = 16,
         seed: int = 0,
         batch_size: int = 256,
@@ -61,13 +64,14 @@ class StepLoss:
         self.timesteps = timesteps[index % grid]
         generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(len(self.image_of), *images.shape[1:], generator=generator)
-        self.class_labels = class_labels
+        self.conditioning = dict(conditioning or {})
         self.batch_size = batch_size
 
-    def with_label(self, label: int) -> StepLoss:
-        """The same loss with one label for all images, such as the null label."""
-        other = copy.copy(self)
-        other.class_labels = torch.full((len(self.images),), label, dtype=torch.long)
+    def with_conditioning(self, row: Mapping[str, Tensor]) -> StepLoss:
+        """The same loss with one row of conditioning for all images, such as that of the null label."""
+        other, count = copy.copy(self), len(self.images)
+        rows = {name: values.expand(count, *values.shape[1:]) for name, values in row.items()}
+        other.conditioning = self.conditioning | rows
         return other
 
     def __call__(self, model: nn.Module) -> float:
@@ -101,5 +105,5 @@ class StepLoss:
     def _batch(self, chunk: slice) -> DiffusionBatch:
         """A batch of pairs of an image and a timestep."""
         chosen = self.image_of[chunk]
-        labels = {} if self.class_labels is None else {"class_labels": self.class_labels[chosen]}
-        return DiffusionBatch(self.images[chosen], self.noise[chunk], self.timesteps[chunk], labels)
+        conditioning = {name: values[chosen] for name, values in self.conditioning.items()}
+        return DiffusionBatch(self.images[chosen], self.noise[chunk], self.timesteps[chunk], conditioning)

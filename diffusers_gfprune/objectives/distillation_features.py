@@ -8,7 +8,8 @@ dense model, scaled by their masks m; the compacted student has the kept channel
 for every image, then the mean over images. All blocks and noise levels therefore have the same weight, and the mean over a
 large batch is the mean over its parts. A masked channel is m_c times the output of its layers, so that its target is m_c F_c:
 with the target F_c, weights would grow to compensate a falling mask. With binary masks only kept channels contribute, before
-and after compaction.
+and after compaction. Outputs whose channels are never pruned, such as the hidden states of transformers, are compared as they
+are (m = 1).
 
 BK-SDM (Kim et al., https://arxiv.org/abs/2305.15798) uses the same loss without masks and denominator.
 """
@@ -35,7 +36,8 @@ def feature_channels(unet: nn.Module, groups: Sequence[ChannelGroup]) -> dict[st
         groups: Its channel groups.
 
     Returns:
-        By block name, the name of the group, and the positions of its channels in the block's output.
+        By block name, the name of the group, and the positions of its channels in the block's output. Blocks whose channels
+        are never pruned are left out.
 
     Raises:
         ValueError: The output of a block does not consist of the channels of one group.
@@ -44,7 +46,9 @@ def feature_channels(unet: nn.Module, groups: Sequence[ChannelGroup]) -> dict[st
     table = slices_by_dimension(groups)
     channels = {}
     for name, producer in family_of(unet).block_outputs(unet).items():
-        width, parts = modules[producer].out_channels, table.get((producer, "weight", 0), [])
+        width, parts = len(modules[producer].weight), table.get((producer, "weight", 0), [])
+        if not parts:
+            continue
         if len(parts) != 1 or sorted(parts[0][1].positions) != list(range(width)):
             raise ValueError(f"the {width} output channels of {name} are in {len(parts)} channel groups, not in one")
         ((group, piece),) = parts
@@ -109,7 +113,8 @@ class BlockOutputDistance:
         """Compute the distance.
 
         Args:
-            features: Block outputs of the student, each with shape `(batch, channels, height, width)`.
+            features: Block outputs of the student, each with shape `(batch, channels, height, width)`, or
+                `(batch, tokens, channels)` if the channels are never pruned.
             teacher_features: Block outputs of the teacher for the same images.
 
         Returns:
@@ -117,7 +122,9 @@ class BlockOutputDistance:
         """
         distances = []
         for name, output in features.items():
-            target = self.target(name, teacher_features[name].float(), output.shape[1])
+            target = teacher_features[name].float()
+            if name in self.channels:
+                target = self.target(name, target, output.shape[1])
             squared_error = (output.float() - target).square().flatten(1).sum(dim=1)  # (batch,)
             size = target.square().flatten(1).sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
             distances.append((squared_error / size).mean())

@@ -5,6 +5,10 @@
 e is the student's prediction, E the teacher's, w `distillation_weight`; squares are means over images, channels and pixels.
 The teacher's prediction approximates the mean of the noise given the noisy image: the same target with less variance.
 
+With `snr_gamma`, the squares of both terms are weighted by timestep, see `snr_weights.py`. Further terms are:
+
+- |s - S|^2 for models with learned variances s: the variance half of the output has no other target than the teacher's S,
+  since the loss of noise prediction does not see it. Its weight is 1.
 - D_f, `feature_distillation_weight`: relative distance of block outputs, see `distillation_features.py`.
 - D_s, `sensitivity_matching_weight`: distance between the responses to a small change of the noisy input, see
   `jacobian_matching.py`.
@@ -29,6 +33,7 @@ from ..families.lookup import family_of
 from ..pruning.masking import ChannelMasks
 from .distillation_features import BlockOutputDistance
 from .jacobian_matching import default_step, sensitivity_distance, with_steps
+from .snr_weights import min_snr_weights
 
 __all__ = ["NoisePrediction", "Objective", "ObjectiveArguments"]
 
@@ -59,10 +64,16 @@ class ObjectiveArguments:
         "in fp16, 0.3 in bf16).",
     )
 
+    snr_gamma: float | None = argument(
+        None,
+        "Weigh noise and distillation by timestep, min(SNR, gamma) as for predicted samples (> 0; Min-SNR weighting; 5 is "
+        "recommended; default: all timesteps alike).",
+    )
+
     def __post_init__(self) -> None:
         check_fields(self, SHARE, "distillation_weight")
         check_fields(self, WEIGHT, "feature_distillation_weight", "sensitivity_matching_weight")
-        check_fields(self, STEP, "jacobian_step")
+        check_fields(self, STEP, "jacobian_step", "snr_gamma")
         if self.jacobian_step is not None and not self.needs_directions:
             raise ValueError(f"jacobian_step={self.jacobian_step} needs sensitivity_matching_weight")
 
@@ -80,6 +91,18 @@ class ObjectiveArguments:
     def needs_teacher(self) -> bool:
         """Whether every step runs the dense model."""
         return self.distillation_weight > 0 or self.needs_features or self.needs_directions
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the loss trains all outputs of a dense model.
+
+        Raises:
+            ValueError: The model has learned variances, and there is no teacher to learn them from.
+        """
+        if family_of(model).has_learned_variance(model.config) and not self.needs_teacher:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight:g} must be greater than 0: the model has learned variances "
+                f"(out_channels={model.config.out_channels}), which only the dense model as a teacher keeps"
+            )
 
     def extra_forwards(self, student_cost: float = 1.0) -> float:
         """Additional cost of a training step, in forward passes of the dense model; a backward counts as two of them.
@@ -116,10 +139,10 @@ def _drop_alike(state: _HookState, module: nn.Dropout, args: tuple, output: Tens
 
 
 class NoisePrediction(nn.Module):
-    """A UNet whose forward returns the prediction as a plain tensor, and optionally block outputs.
+    """A denoiser whose forward returns its output as a plain tensor, and optionally block outputs.
 
-    Accelerate wraps, casts and compiles this module for training. The UNet inside is not modified, for scoring, averaging and
-    saving. One forward returns all inputs of the loss, as distributed wrappers require.
+    Accelerate wraps, casts and compiles this module for training. The denoiser inside is not modified, for scoring, averaging
+    and saving. One forward returns all inputs of the loss, as distributed wrappers require.
 
     Hooks on blocks and dropouts are registered at construction, since a compiler does not detect new hooks. They are inactive
     unless the forward needs them.
@@ -157,8 +180,9 @@ class NoisePrediction(nn.Module):
             pairs: Whether the two halves of the batch are compared image by image, and share their dropout.
 
         Returns:
-            The prediction, with the shape of `sample`; with `return_features` also the output of each block by name, with
-            shape `(batch, channels of the block, ...)`.
+            The output, with the shape of `sample`, or twice its channels with learned variances (`Family.output`); with
+            `return_features` also the output of each block by name, with shape `(batch, channels of the block, ...)` or
+            `(batch, tokens, channels of the block)`.
 
         Raises:
             ValueError: `return_features` is set, but the wrapper was created without `features`.
@@ -168,8 +192,8 @@ class NoisePrediction(nn.Module):
         state = self.hook_state
         state.features, state.paired = return_features, len(sample) if pairs else 0
         try:
-            prediction = self.family.predict(self.unet, ModelInputs(sample, timesteps, conditioning or {}))
-            return (prediction, dict(state.outputs)) if return_features else prediction
+            output = self.family.output(self.unet, ModelInputs(sample, timesteps, conditioning or {}))
+            return (output, dict(state.outputs)) if return_features else output
         finally:
             state.features, state.outputs = False, {}
 
@@ -200,8 +224,11 @@ class Objective:
             "distillation": arguments.distillation_weight,
             "features": arguments.feature_distillation_weight,
             "sensitivity": arguments.sensitivity_matching_weight,
+            "variance": 1.0,
         }
         self.teacher, self.block_output_distance = None, None
+        if teacher is not None:
+            arguments.check_model(teacher)
         if not arguments.needs_teacher:
             return
         if teacher is None:
@@ -224,7 +251,8 @@ class Objective:
 
         Returns:
             The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`; `distillation` if the
-            teacher runs; `features` and `sensitivity` if they have a weight. The device is not synchronized.
+            teacher runs; `variance` if the model has learned variances; `features` and `sensitivity` if they have a weight.
+            The device is not synchronized.
 
         Raises:
             ValueError: `directions` are needed but missing.
@@ -236,13 +264,18 @@ class Objective:
         else:
             inputs = batch.inputs(self.noise_scheduler)
 
-        prediction, features = self._predict(model, inputs)
+        channels = batch.clean.shape[1]
+        output, features = self._output(model, inputs)
+        prediction = output[:, :channels]
         target = batch.target(self.noise_scheduler).float()
-        terms = {"noise": mse_loss(prediction[:size], target)}
+        terms = {"noise": self._distance(prediction[:size], target, batch)}
         if self.arguments.needs_teacher:
             with torch.no_grad():
-                teacher_prediction, teacher_features = self._predict(self.teacher, inputs)
-            terms["distillation"] = mse_loss(prediction[:size], teacher_prediction[:size])
+                teacher_output, teacher_features = self._output(self.teacher, inputs)
+            teacher_prediction = teacher_output[:, :channels]
+            terms["distillation"] = self._distance(prediction[:size], teacher_prediction[:size], batch)
+            if teacher_output.shape[1] > channels:
+                terms["variance"] = mse_loss(output[:size, channels:], teacher_output[:size, channels:])
         if self.arguments.needs_features:
             own, theirs = ({name: f[:size] for name, f in outputs.items()} for outputs in (features, teacher_features))
             terms["features"] = self.block_output_distance(own, theirs)
@@ -252,9 +285,16 @@ class Objective:
         loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0)
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _predict(self, model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Prediction in float32, and block outputs if they are compared."""
-        prediction = model(*inputs, return_features=self.arguments.needs_features, pairs=self.arguments.needs_directions)
+    def _distance(self, prediction: Tensor, target: Tensor, batch: DiffusionBatch) -> Tensor:
+        """Mean squared error, weighted by timestep with `snr_gamma`."""
+        if self.arguments.snr_gamma is None:
+            return mse_loss(prediction, target)
+        weights = min_snr_weights(self.noise_scheduler, batch.timesteps, self.arguments.snr_gamma)
+        return ((prediction - target).square().flatten(1).mean(dim=1) * weights).mean()
+
+    def _output(self, model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output in float32, and block outputs if they are compared."""
+        output = model(*inputs, return_features=self.arguments.needs_features, pairs=self.arguments.needs_directions)
         if not self.arguments.needs_features:
-            return prediction.float(), {}
-        return prediction[0].float(), prediction[1]
+            return output.float(), {}
+        return output[0].float(), output[1]

@@ -27,6 +27,7 @@ from huggingface_hub import (
 from ..configuration import criterion_of
 from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
+from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, task_of
 from .results import PRUNING_RUN, ModelFigures, Results
 
 __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
@@ -34,8 +35,7 @@ __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "re
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
 PACKAGE, DISTRIBUTION = "diffusers_gfprune", "diffusers-gfprune"
-PIPELINE_TAG = "unconditional-image-generation"
-TAGS = ["diffusers", "ddpm", "pruning", "model-compression", "diffusers-gfprune"]
+TAGS = ["pruning", "model-compression", "diffusers-gfprune"]
 NOT_FID = "Not FID: compare it with nothing else."
 CITATIONS = """\
 @article{wan2025pruning,
@@ -110,11 +110,12 @@ def _similarities(results: Results) -> list[dict]:
 
 
 def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardData:
-    base, dataset = report["base_model"], report["dataset"]
+    base, dataset, pipeline = report["base_model"], report["dataset"], pipeline_of(report)
+    task = task_of(pipeline)
     metrics = [*_distances(results), *_similarities(results)]
     eval_results = [
         EvalResult(
-            task_type=PIPELINE_TAG,
+            task_type=task,
             dataset_type=dataset["hub_id"] or "other",
             dataset_name=dataset["name"],
             metric_type=metric["id"],
@@ -132,8 +133,11 @@ def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardDa
     if eval_results:
         options.update(model_name=model_name, eval_results=eval_results, metrics=sorted({metric["id"] for metric in metrics}))
     license = base["license"] or "unknown"
-    tags = [*TAGS, GRADIENT_FLOW] if report["config"]["criterion"].startswith(GRADIENT_FLOW) else list(TAGS)
-    return ModelCardData(license=license, library_name="diffusers", pipeline_tag=PIPELINE_TAG, tags=tags, **options)
+    tags = ["diffusers", kind_of(pipeline), *TAGS]
+    tags += [GRADIENT_FLOW] if report["config"]["criterion"].startswith(GRADIENT_FLOW) else []
+    if pipeline["condition"] == "text":
+        options["widget"] = [{"text": pipeline["prompt"]}]
+    return ModelCardData(license=license, library_name="diffusers", pipeline_tag=task, tags=tags, **options)
 
 
 FILTERS = {
@@ -191,6 +195,7 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
         for figures, name in itertools.product((dense, pruned), (*costs, "step_loss")):
             if getattr(figures, name) is None:
                 raise ValueError(f"{figures.name} has no {name}")
+        pipeline = pipeline_of(report)
         removed = {name: _share_removed(getattr(dense, name), getattr(pruned, name)) for name in costs}
         speeds, removed_latency = _speeds(dense, pruned)
         template = environment.from_string(files(f"{PACKAGE}.model_cards").joinpath("template.md.jinja").read_text("utf-8"))
@@ -208,6 +213,8 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             criterion=criterion,
             method=METHOD if criterion.startswith(GRADIENT_FLOW) else f"structured pruning (criterion `{criterion}`)",
             package=PACKAGE,
+            pipeline=pipeline,
+            example=example_of(pipeline),
             distribution=DISTRIBUTION,
             base_link=_link(report["base_model"], ""),
             dataset_link=_link(report["dataset"], "datasets/"),
@@ -325,9 +332,9 @@ def check_card(card: str) -> None:
         raise ValueError("the card has no metadata")
     if not isinstance(data.get("license"), str) or data["license"] not in LICENSES:
         raise ValueError(f"license={data.get('license')!r} of the card must be a licence id of the Hub")
-    for name, required in (("library_name", "diffusers"), ("pipeline_tag", PIPELINE_TAG)):
-        if data.get(name) != required:
-            raise ValueError(f"{name}={data.get(name)!r} of the card must be {required!r}")
+    for name, allowed in (("library_name", ("diffusers",)), ("pipeline_tag", TASKS)):
+        if data.get(name) not in allowed:
+            raise ValueError(f"{name}={data.get(name)!r} of the card must be {' or '.join(map(repr, allowed))}")
     tags = data.get("tags")
     if not isinstance(tags, list) or not all(isinstance(tag, str) and re.fullmatch(r"[\w:./+-]+", tag) for tag in tags):
         raise ValueError(f"tags={tags!r} of the card must be a list of words")

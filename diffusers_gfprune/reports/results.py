@@ -46,7 +46,7 @@ class ModelFigures:
         quality: Distances and similarities by metric, such as `fid`, `kid`, `fd_efflite0`, `ssim_to_dense`.
         speed: One entry per setting: the rows of `metrics.speed.measure_speed` without `model`.
         scheduler: Configuration of the noise scheduler of training, which is also used for sampling.
-        step_loss_null_label: Step loss with the null label for all images, if the model has one.
+        step_loss_null_label: Step loss with the null label, or the empty prompt, for all images, if the model has one.
     """
 
     name: str

@@ -31,12 +31,12 @@ SCRIPT_PRESETS = {**PRESETS, "paper": {**PRESETS["paper"], "distillation_weight"
 
 @dataclass
 class ModelArguments:
-    """The dense model."""
+    """The dense pipeline."""
 
     _argument_group_name = "model"
 
     pretrained_model_name_or_path: str = argument(
-        help="Trained DDPM: a Diffusers pipeline with a UNet2DModel, as a Hub id or a local folder."
+        help="Trained diffusion pipeline, as a Hub id or a local folder; docs/supported.md lists the kinds."
     )
     revision: str | None = argument(None, "Branch, tag or commit of the Hub repository.")
 
@@ -167,7 +167,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     parser = HfArgumentParser(
         GROUPS,
         usage="%(prog)s --pretrained_model_name_or_path MODEL (--dataset_name NAME | --train_data_dir FOLDER) [arguments]",
-        description="Prune a trained DDPM by gradient flow in two phases, fine-tune it, and save a Diffusers pipeline.",
+        description="Prune a trained diffusion pipeline by gradient flow in two phases, fine-tune it, and save it.",
         allow_abbrev=False,
     )
     add_help_all(parser, words)

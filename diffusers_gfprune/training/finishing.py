@@ -55,7 +55,7 @@ def finish(run: Run, state: TrainingState) -> None:
         state.ema.copy_to(state.unet.parameters())
     unet = state.unet.requires_grad_(False).eval()
     dense = run.sample_quality.dense.to(run.accelerator.device)
-    losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.decoder.null_label))
+    losses = (run.dense_step_losses, measure_step_losses(run.step_loss, unet, run.images.null_conditioning()))
     folder.save(partial(run.pipeline.save, unet))
     measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, len(run.step_loss.images), losses)
     if state.pruner.latency is not None:
@@ -78,7 +78,8 @@ def print_results(measured: Results, folder: RunFolder) -> None:
     """Print the main figures, dense beside pruned."""
     dense, pruned = measured.reference_model, measured.model
     costs = [("parameters", "parameters", "{:,}"), ("MACs", "macs", "{:,}"), ("step loss (held out)", "step_loss", "{:.4f}")]
-    costs.append(("step loss, null label", "step_loss_null_label", "{:.4f}"))
+    null = "empty prompt" if "prompts" in measured.evaluation else "null label"
+    costs.append((f"step loss, {null}", "step_loss_null_label", "{:.4f}"))
     rows = [(title, [getattr(model, name) for model in (dense, pruned)], form) for title, name, form in costs]
     metrics = [(described["title"], name) for name, described in measured.evaluation["distances"].items()]
     for title, name in (*metrics, ("SSIM to dense", "ssim_to_dense")):

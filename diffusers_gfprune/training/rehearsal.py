@@ -18,7 +18,8 @@ from ..evaluation.sample_quality import SampleQuality
 from ..evaluation.trials import describe_speed, try_features, try_sampling, try_speed
 from ..formatting import format_size
 from ..hub import check_nothing_private
-from ..metrics.model_size import parameter_bytes, spatial_size
+from ..metrics.model_size import parameter_bytes
+from ..metrics.sampling import image_shape
 from ..reports.model_card import render_card
 from ..reports.results import PRUNING_RUN, Results
 from ..run_folder import RunFolder, write_json
@@ -59,10 +60,10 @@ def rehearse_run(
     dense.to(sample_quality.device)
     if e.eval_images or args.tracking.sample_steps:
         argument = f"pretrained_model_name_or_path={args.model.pretrained_model_name_or_path}"
-        try_sampling(argument, dense, sample_quality.scheduler, sample_quality.settings)
+        try_sampling(argument, dense, sample_quality.scheduler, sample_quality.settings, sample_quality.codec)
         tried.append("a sampling step")
     if sample_quality.network is not None:
-        try_features([sample_quality.network], (dense.config.in_channels, *spatial_size(dense)))
+        try_features([sample_quality.network], image_shape(dense, sample_quality.codec))
         tried.append("features")
     speed, lines, settings = [], [], e.speed_settings()
     if settings:
@@ -94,11 +95,11 @@ def rehearse_card(
     """
     dense, network = sample_quality.dense, sample_quality.network
     losses = {"step_loss": 1.0}
-    if sample_quality.settings.null_label is not None:
+    if sample_quality.has_null:
         losses["step_loss_null_label"] = 1.0
     figures = model_figures("dense", dense, losses)
     figures.speed = [{key: value for key, value in row.items() if key != "model"} for row in speed]
-    evaluation = describe_evaluation(args, dense, sample_quality.settings, num_held_out)
+    evaluation = describe_evaluation(args, dense, sample_quality, num_held_out)
     if args.evaluation.eval_images:
         figures.quality |= {"ssim_to_dense": 1.0, "psnr_to_dense": 1.0}
     if network is not None:

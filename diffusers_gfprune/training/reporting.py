@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,23 +11,26 @@ from torch import Tensor, nn
 
 from .. import GradientFlowPruner
 from ..criteria import find_criterion
+from ..data.sources import ImageSource
 from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
+from ..families.lookup import family_of
 from ..formatting import format_duration
 from ..metrics.model_size import count_macs, count_parameters, spatial_size, weight_file_bytes
-from ..metrics.quality import SamplingSettings
+from ..metrics.sampling import image_shape
 from ..metrics.speed import measure_speed
 from ..metrics.step_loss import StepLoss
 from ..pruning.cost_model import COUNTED_TARGETS
 from ..reports.provenance import package_versions, portable
 from ..reports.results import PRUNING_RUN, ModelFigures, Results
+from ..trained_pipelines import TrainedPipeline
 from .arguments import Arguments
 from .estimate import StepEstimate, machine_memory, memory_plan
 from .state import Curves
 
 __all__ = ["describe_evaluation", "describe_plan", "measure_step_losses", "model_figures", "pruning_report", "results"]
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 CURVE_POINTS = 500
 
 
@@ -71,7 +75,7 @@ def describe_plan(
             f"  latency    {1000 * before:>13,.3g} ms -> {1000 * after:>13,.3g} ms   (-{1 - after / before:.1%}; a forward, "
             f"{setting.describe()}, by the times of its layers and of {models} models, the last of which lost {last:.1%})"
         )
-    lines += [f"  {title:10} {line}" for title, line in zip(("data", "", ""), data.lines())]
+    lines += [f"  {title:10} {line}" for title, line in zip(itertools.chain(["data"], itertools.repeat("")), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
     timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
@@ -113,17 +117,17 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     return masked * end + scoring + small * (config.total_steps - end)
 
 
-def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null_label: int | None) -> dict[str, float]:
+def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null: Mapping[str, Tensor]) -> dict[str, float]:
     """Step losses of a model, as `results.json` names them.
 
     Args:
-        step_loss: Step loss on held-out images, with their labels.
+        step_loss: Step loss on held-out images, with their conditioning.
         unet: The model.
-        null_label: Null label of the model, if any.
+        null: Conditioning without a label or caption, with one row; empty if the model has none.
     """
     losses = {"step_loss": step_loss(unet)}
-    if null_label is not None:
-        losses["step_loss_null_label"] = step_loss.with_label(null_label)(unet)
+    if null:
+        losses["step_loss_null_label"] = step_loss.with_conditioning(null)(unet)
     return losses
 
 
@@ -144,15 +148,16 @@ def model_figures(name: str, unet: nn.Module, step_losses: Mapping[str, float]) 
     )
 
 
-def describe_evaluation(args: Arguments, unet: nn.Module, settings: SamplingSettings, num_held_out: int) -> dict:
+def describe_evaluation(args: Arguments, unet: nn.Module, sample_quality: SampleQuality, num_held_out: int) -> dict:
     """Settings that the figures in `results.json` depend on."""
-    parameter = next(unet.parameters())
+    parameter, latents = next(unet.parameters()), sample_quality.codec is not None
     return {
-        **settings.identity(),
+        **sample_quality.settings.identity(),
         "num_images": args.evaluation.eval_images,
         "ema": args.training.use_ema,
         "step_loss_images": num_held_out,
-        "sample_size": list(spatial_size(unet)),
+        "sample_size": list(image_shape(unet, sample_quality.codec)[1:]),
+        **({"latent_size": [unet.config.in_channels, *spatial_size(unet)]} if latents else {}),
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "distances": {},
@@ -185,7 +190,7 @@ def results(
     figures = {name: model_figures(name, models[name], losses) for name, losses in zip(models, step_losses)}
     for row in measure_speed(models, settings, progress="speed") if settings else ():
         figures[row.pop("model")].speed.append(row)
-    evaluation = describe_evaluation(args, pruned, sample_quality.settings, num_held_out)
+    evaluation = describe_evaluation(args, pruned, sample_quality, num_held_out) | sample_quality.conditions.description
     measured = Results(PRUNING_RUN, figures["pruned"], figures["dense"], evaluation)
     if args.evaluation.eval_images == 0:
         return measured, None, None
@@ -208,6 +213,23 @@ def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:
     }
 
 
+def describe_pipeline(pipeline: TrainedPipeline, images: ImageSource) -> dict:
+    """Class of the pipeline, component of its denoiser, and its condition with an example, for the report.
+
+    Args:
+        pipeline: The dense pipeline.
+        images: Training images.
+    """
+    family = family_of(pipeline.denoiser)
+    labels = family.class_labels(pipeline.denoiser.config)
+    described = {"class_name": pipeline.kind.__name__, "component": family.component, "condition": None}
+    if pipeline.prompts is not None:
+        return {**described, "condition": "text", "prompt": images.texts.texts[0]}
+    if labels is not None:
+        return {**described, "condition": "class labels", "num_classes": labels.count}
+    return described
+
+
 def pruning_report(
     args: Arguments,
     pruner: GradientFlowPruner,
@@ -224,7 +246,7 @@ def pruning_report(
         pruner: The pruner after the last step.
         curves: Curves recorded during the run.
         dense_step_loss: Step loss of the base model.
-        origin: `base_model`, `dataset` and `command` (see `provenance`).
+        origin: `base_model`, `dataset` and `command` (see `provenance`), and `pipeline` (see `describe_pipeline`).
         diagnostics: Known failures of the method that were detected.
         broken: Images that could not be read.
     """

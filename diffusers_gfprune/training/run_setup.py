@@ -18,7 +18,9 @@ from ..data.batches import BrokenImages, calibration_batches, train_dataloader
 from ..diffusion.batch import DiffusionBatch
 from ..evaluation.processes import make_accelerator
 from ..evaluation.sample_quality import SampleQuality
-from ..metrics.cache import default_cache_dir, tensors_fingerprint
+from ..families.lookup import family_of
+from ..fingerprints import tensors_fingerprint
+from ..metrics.cache import default_cache_dir
 from ..metrics.step_loss import StepLoss
 from ..objectives.objective import Objective
 from ..run_folder import RunFolder
@@ -29,6 +31,7 @@ from .estimate import StepEstimate, estimate_step
 
 __all__ = [
     "Run",
+    "check_training",
     "estimate_run",
     "make_batches",
     "make_calibration",
@@ -137,9 +140,23 @@ def make_pruner(
     return GradientFlowPruner(unet, config, noise_scheduler, latency=known, latency_cache_dir=cache_dir)
 
 
-def run_identity(args: Arguments, dense: nn.Module) -> dict:
+def check_training(args: Arguments, dense: nn.Module) -> None:
+    """Check that arguments have an effect on a model.
+
+    Raises:
+        ValueError: An argument does not fit the model.
+    """
+    args.objective.check_model(dense)
+    if args.training.dropout is not None and not family_of(dense).residual_blocks(dense):
+        kind = type(dense).__name__
+        raise ValueError(f"dropout={args.training.dropout} is that of residual blocks, of which a {kind} has none")
+
+
+def run_identity(args: Arguments, dense: nn.Module, pipeline: TrainedPipeline) -> dict:
     """Values by name that must not change when a run is resumed from a checkpoint."""
-    architecture = {f"unet.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
+    component = family_of(dense).component
+    architecture = {f"{component}.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
+    frozen = {"autoencoder": pipeline.codec, "text encoders": pipeline.prompts}
     names = (
         *("target", "ratio", "channel_multiple", "target_device", "min_keep_ratio", "attention_unit"),
         *("latency_batch_size", "latency_dtype", "latency_backend", "soft_fraction", "hard_fraction"),
@@ -148,6 +165,7 @@ def run_identity(args: Arguments, dense: nn.Module) -> dict:
     return {
         **architecture,
         "weights of the dense model": tensors_fingerprint(dict(dense.named_parameters())),
+        **{name: encoder.identity() for name, encoder in frozen.items() if encoder is not None},
         **{name: getattr(args.pruning, name) for name in names},
         "max_train_steps": args.training.max_train_steps,
         "use_ema": args.training.use_ema,

@@ -144,7 +144,7 @@ class TrainingState:
 
     def _adopt(self, unet: nn.Module) -> None:
         """Make `unet` the model: move it to the device, set its memory format and train mode."""
-        self.unet = unet.to(self.accelerator.device).train().requires_grad_(True)
+        self.unet = family_of(unet).prepare_training(unet.to(self.accelerator.device).train().requires_grad_(True))
         if self.args.training.dropout is not None:
             for block in family_of(self.unet).residual_blocks(self.unet).values():
                 block.dropout.p = self.args.training.dropout

@@ -132,7 +132,8 @@ class Tracking:
             return
         count = self.args.tracking.num_samples
         settings = dataclasses.replace(self.sample_quality.settings, num_images=count)
-        sample = partial(settings.sample, scheduler=self.sample_quality.scheduler)
+        quality = self.sample_quality
+        sample = partial(settings.sample, scheduler=quality.scheduler, codec=quality.codec, conditions=quality.conditions)
         if self.dense_samples is None:
             dense = self.sample_quality.dense
             home = next(dense.parameters()).device

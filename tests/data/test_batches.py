@@ -17,7 +17,8 @@ from torch import Tensor
 from diffusers_gfprune.data.batches import BrokenImages, calibration_batches, train_dataloader
 from diffusers_gfprune.data.draws import random_generator
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
-from helpers.images import encode, load, numbered, numbers_of, unet_config, write_folder, write_parquet
+from diffusers_gfprune.diffusion.class_labels import ClassLabels
+from helpers.images import encode, load, model_spec, numbered, numbers_of, write_folder, write_parquet
 
 TRUNCATED = numbered(7)[:45]
 NUMBERED = [numbered(number) for number in range(26)]  # of which two are held out
@@ -62,7 +63,7 @@ def assert_same(left: list[dict], right: list[dict]) -> None:
 
 
 def test_batch_types(tmp_path: Path) -> None:
-    (batch,) = take(make_images(tmp_path, "rows", unet_config(classes=4)), 1)
+    (batch,) = take(make_images(tmp_path, "rows", model_spec(classes=4)), 1)
     assert set(batch) == {"clean", "noise", "timesteps", "class_labels", "broken"}
     assert batch["clean"].shape == batch["noise"].shape == (4, 1, 8, 8)
     assert batch["clean"].dtype == batch["noise"].dtype == torch.float32
@@ -116,7 +117,7 @@ def test_epochs_meet_each_image_at_most_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_the_batches_of_one(world_size: int, tmp_path: Path) -> None:
-    images = make_images(tmp_path, "rows", unet_config(classes=4))
+    images = make_images(tmp_path, "rows", model_spec(classes=4))
     whole = take(images, 7, batch_size=6)
     parts = [take(images, 7, 6 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
     for name in ("clean", "noise", "timesteps", "class_labels"):
@@ -244,8 +245,8 @@ def test_too_many_broken_images_in_a_row(kind: str, num_workers: int, tmp_path: 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_wrong_label_in_the_middle_is_one_clear_line(num_workers: int, tmp_path: Path) -> None:
-    images = make_images(tmp_path, "rows", unet_config(classes=4))
-    images.decoder.num_classes = 3
+    images = make_images(tmp_path, "rows", model_spec(classes=4))
+    images.decoder.labels = ClassLabels(3)
     with pytest.raises(ValueError, match=r"^label 3 of row \d+ must be at least 0 and less than num_class_embeds=3$"):
         take(images, 6, num_workers=num_workers)
 
@@ -281,7 +282,7 @@ def calibrate(images, num_batches: int = 2, batch_size: int = 8, **options) -> l
 
 @pytest.mark.parametrize("kind", ["rows", "stream 3"])
 def test_calibration_is_a_function_of_seed_and_step(kind: str, tmp_path: Path) -> None:
-    images = make_images(tmp_path, kind, unet_config(classes=4))
+    images = make_images(tmp_path, kind, model_spec(classes=4))
     first, again, *others = (calibrate(images), calibrate(images), calibrate(images, step=6), calibrate(images, seed=1))
     assert all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x, y))
     for other in others:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_gfprune.data.folders import load_folder, visible_files
 from diffusers_gfprune.data.images import DataArguments, load_images
-from helpers.images import numbered, numbers_of, unet_config, write_folder, write_parquet
+from helpers.images import model_spec, numbered, numbers_of, write_folder, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,8 @@ def images(*numbers: int) -> list[bytes]:
 def read(folder: Path | str, cache: str, argument: str = "train_data_dir", classes: int | None = None, **arguments):
     """Numbers of the training images and of the held-out ones, both sorted, and the summary."""
     arguments = {"validation_images": 2, "cache_dir": cache, argument: str(folder), **arguments}
-    train, (held_out, labels) = load_images(DataArguments(**arguments), unet_config(classes=classes))
+    train, kept = load_images(DataArguments(**arguments), model_spec(classes=classes))
+    held_out, labels = kept.samples, kept.conditioning.get("class_labels")
     found = sorted(numbers_of(train.head(999))), sorted(numbers_of(held_out)), train.summary
     return found if classes is None else (*found, [image.label for image in train.in_order()], labels.tolist())
 

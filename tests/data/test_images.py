@@ -17,7 +17,7 @@ from diffusers_gfprune.data import images as image_data
 from diffusers_gfprune.data.batches import train_dataloader
 from diffusers_gfprune.data.decoding import BrokenImage, BrokenImages, EncodedImage, ImageDecoder
 from diffusers_gfprune.data.images import DataArguments
-from helpers.images import encode, load, numbered, numbers_of, unet_config, write_folder, write_parquet
+from helpers.images import encode, load, model_spec, numbered, numbers_of, write_folder, write_parquet
 
 TRUNCATED = numbered(7)[:45]
 SMALL = encode(np.zeros((4, 9), dtype=np.uint8))
@@ -25,7 +25,7 @@ COLOUR = encode(np.array([[[255, 0, 0]]], dtype=np.uint8).repeat(8, 0).repeat(8,
 
 
 def decoder(size: int = 8, channels: int = 1, classes: int | None = None, **options) -> ImageDecoder:
-    return ImageDecoder("image", datasets.Image(), unet_config(size, channels, classes), **options)
+    return ImageDecoder("image", datasets.Image(), model_spec(size, channels, classes), **options)
 
 
 def encoded(data: bytes | None, label: int | None = None) -> EncodedImage:
@@ -82,7 +82,7 @@ def test_sixteen_bits_are_scaled_cropped_and_not_clipped(channels: int, height: 
 
 
 def test_mode_of_a_data_set_does_not_clip_sixteen_bits() -> None:
-    decode = ImageDecoder("image", datasets.Image(mode="L"), unet_config())
+    decode = ImageDecoder("image", datasets.Image(mode="L"), model_spec())
     pixels = decode(encoded(encode(np.full((8, 8), 65535 // 4, np.uint16))))
     torch.testing.assert_close(pixels, torch.full((1, 8, 8), -0.5), atol=1e-4, rtol=0)
     assert decode(encoded(encode(noise_image(8, 8, "RGB")))).shape == (1, 8, 8)  # asked for by the data set
@@ -228,13 +228,13 @@ def test_stream_that_decodes_by_itself_is_kept_from_it(tmp_path: Path, monkeypat
 def test_validation_split_and_labels(streaming: bool, tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "data", [[numbered(number) for number in range(6)]])
     write_parquet(folder, [[numbered(100 + number) for number in range(4)]], split="validation")
-    train, (pixels, labels) = load(folder, unet_config(classes=4), streaming=streaming, validation_images=3)
+    train, (pixels, labels) = load(folder, model_spec(classes=4), streaming=streaming, validation_images=3)
     assert numbers_of(pixels) == [100, 101, 102]
     assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 2]
     assert numbers_of(train.head(100)) == [0, 1, 2, 3, 4, 5]
     assert [image.label for image in train.in_order()] == [0, 1, 2, 3, 0, 1]
     with pytest.raises(ValueError, match="label 1 of row 1.* must be at least 0 and less than num_class_embeds=1"):
-        load(folder, unet_config(classes=1), streaming=streaming, validation_images=3)
+        load(folder, model_spec(classes=1), streaming=streaming, validation_images=3)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -300,7 +300,7 @@ def test_set_that_is_smaller_than_the_model_is_enlarged(
 def test_greyscale_images_for_a_colour_model_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grey = write_folder(tmp_path / "grey", [numbered(number) for number in range(6)])
     with caplog.at_level(logging.WARNING):
-        train, (pixels, _) = load(grey, unet_config(channels=3))
+        train, (pixels, _) = load(grey, model_spec(channels=3))
     assert pixels.shape == (2, 3, 8, 8) and train.head(9).shape == (4, 3, 8, 8)
     assert [record.getMessage() for record in caplog.records] == [
         "images have mode L: they are converted to RGB for the model"
@@ -328,7 +328,7 @@ def test_choice_among_several_columns_is_said(tmp_path: Path, caplog: pytest.Log
     columns = {**rows, "fine": [0] * 6, "coarse": [1] * 6}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data/train.parquet")
     with caplog.at_level(logging.WARNING):
-        train, (_, labels) = load(tmp_path / "data", unet_config(classes=2))
+        train, (_, labels) = load(tmp_path / "data", model_spec(classes=2))
     assert max(numbers_of(train.head(9))) < 9 and labels.tolist() == [0, 0]
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         "image_column=image is used, the first of the columns ['image', 'mask']",
@@ -336,7 +336,7 @@ def test_choice_among_several_columns_is_said(tmp_path: Path, caplog: pytest.Log
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        train, (_, labels) = load(tmp_path / "data", unet_config(classes=2), image_column="mask", label_column="coarse")
+        train, (_, labels) = load(tmp_path / "data", model_spec(classes=2), image_column="mask", label_column="coarse")
     assert min(numbers_of(train.head(9))) >= 9 and labels.tolist() == [1, 1] and not caplog.records
 
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from diffusers_gfprune.data.splits import DataSummary
-from helpers.images import load, numbered, numbers_of, unet_config
+from helpers.images import load, model_spec, numbered, numbers_of
 
 SPLITS = {"train": [0, 1, 2, 3, 4, 5], "validation": [10, 11], "test": [20, 21, 22], "extra": [30, 31, 32, 33]}
 
@@ -54,12 +54,12 @@ def test_split_without_labels_is_passed_over_with_a_warning(
     """Only where the model needs labels; and where it is asked for, the error names it."""
     folder = write(tmp_path / "data", {"train": [0, 1, 2], "test": unlabelled})
     with caplog.at_level(logging.WARNING):
-        train, (held_out, labels) = load(folder, unet_config(classes=3), streaming=streaming)
+        train, (held_out, labels) = load(folder, model_spec(classes=3), streaming=streaming)
     assert train.summary.held_out == "train" and sorted(numbers_of(train.head(9)) + numbers_of(held_out)) == SPLITS["train"]
     assert labels.tolist() == [number % 3 for number in numbers_of(held_out)]
     assert "split test has no class labels in column label of dataset_name=" in caplog.text
     with pytest.raises(ValueError, match="^validation_split_name=test: split test has no class labels in column label of "):
-        load(folder, unet_config(classes=3), streaming=streaming, validation_split_name="test")
+        load(folder, model_spec(classes=3), streaming=streaming, validation_split_name="test")
     train, (held_out, labels) = load(folder, streaming=streaming)
     assert numbers_of(held_out) == [20, 21] and labels is None and train.summary.held_out == "test"
 
@@ -70,11 +70,11 @@ def test_label_that_the_model_lacks_is_an_error_that_names_the_split(streaming: 
     with pytest.raises(
         ValueError, match="^split test: label -1 of row 1.* must be at least 0 and less than num_class_embeds=2"
     ):
-        load(folder, unet_config(classes=2), streaming=streaming)
+        load(folder, model_spec(classes=2), streaming=streaming)
     with pytest.raises(
         ValueError, match="^split train: label 1 of row [0-9].* must be at least 0 and less than num_class_embeds=1"
     ):
-        load(folder, unet_config(classes=1), streaming=streaming, validation_split_name="train")
+        load(folder, model_spec(classes=1), streaming=streaming, validation_split_name="train")
 
 
 def test_summary_says_what_is_not_used_or_not_known() -> None:

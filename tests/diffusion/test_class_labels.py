@@ -19,7 +19,7 @@ from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.reports.model_card import render_card
 from diffusers_gfprune.scripts import prune_ddpm
 from helpers.architectures import build
-from helpers.images import load, unet_config
+from helpers.images import load, model_spec
 from helpers.pruners import SCHEDULER, images
 from helpers.scripts import plain_runs
 
@@ -95,7 +95,7 @@ def test_samples_are_of_real_classes_in_turn() -> None:
 
 def conditional(**options):
     """The digits for a model of 11 labels."""
-    return load(DIGITS, unet_config(classes=11), cache_dir=None, **options)[0]  # not beside the data, in the repository
+    return load(DIGITS, model_spec(classes=11), cache_dir=None, **options)[0]  # not beside the data, in the repository
 
 
 def drawn(source, count: int = 8, first_batch: int = 0, **options) -> list[DiffusionBatch]:
@@ -163,8 +163,8 @@ def test_labels_of_all_rows_are_looked_at_before_a_run(tmp_path: Path) -> None:
         rows = rows.remove_columns("label").add_column("label", labels)
         rows.to_parquet(tmp_path / f"images/{name}.parquet")
     with pytest.raises(ValueError, match="column label has null_label=3, which no image may have"):
-        load(tmp_path / "images", unet_config(classes=11), label_column="label", null_label=3)
-    assert load(tmp_path / "images", unet_config(classes=11), label_column="label", null_label=4)[0].decoder.null_label == 4
+        load(tmp_path / "images", model_spec(classes=11), label_column="label", null_label=3)
+    assert load(tmp_path / "images", model_spec(classes=11), label_column="label", null_label=4)[0].decoder.null_label == 4
 
 
 def test_the_library_drops_labels_when_asked() -> None:
@@ -231,7 +231,7 @@ def test_both_losses_are_reported(finished: Path) -> None:
 
 @pytest.mark.parametrize("known", ["by the run", "by the evaluation"])
 def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) -> None:
-    """A run of an earlier version has no null label, and its card must be rendered; both losses are never mixed."""
+    """And of guidance. A run of an earlier version has no null label, and its card is still rendered."""
     from diffusers_gfprune.evaluation.card import merged_run_results
     from diffusers_gfprune.reports.results import EVALUATION, ModelFigures, Results
 
@@ -239,7 +239,7 @@ def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) ->
     measured, report = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "pruning_report"))
     loss, settings = (None, {}) if known == "by the run" else (0.25, {"null_label": 10})
     if known == "by the run":
-        measured["evaluation"]["null_label"] = 10
+        measured["evaluation"] |= {"null_label": 10, "guidance_scale": 3.0}
         for name in ("dense", "pruned"):
             measured[name]["step_loss_null_label"] = 0.5
     figures = {
@@ -249,11 +249,11 @@ def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) ->
     for found in figures.values():
         found.step_loss_null_label = loss
     evaluation = {**measured["evaluation"], "eta": 0.0, "distances": {}}
-    evaluation.pop("null_label", None)
+    evaluation = {name: value for name, value in evaluation.items() if name not in ("null_label", "guidance_scale")}
     results = Results(EVALUATION, figures["pruned"], figures["dense"], evaluation | settings, "evaluate.py")
     merged = merged_run_results(Results.from_dict(measured), results)
     assert [model.step_loss_null_label for model in (merged.reference_model, merged.model)] == [loss, loss]
-    assert merged.evaluation.get("null_label") == settings.get("null_label")
+    assert merged.evaluation.get("null_label") == settings.get("null_label") and "guidance_scale" not in merged.evaluation
     card = render_card(merged, report, "me/model")
     assert ("| step loss, null label | 0.25 | 0.25 | |" in card) == ("Null label 10:" in card) == (loss is not None)
 

@@ -18,7 +18,12 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_gfprune import GradientFlowPruner, PruneDDPMPipeline
-from diffusers_gfprune.diffusion.process import REFUSED_SCHEDULERS, TRAINABLE_SCHEDULERS, training_process
+from diffusers_gfprune.diffusion.process import (
+    REFUSED_SCHEDULERS,
+    TRAINABLE_SCHEDULERS,
+    check_variance_type,
+    training_process,
+)
 from helpers.architectures import build, inputs
 from helpers.pruners import one_shot
 
@@ -86,7 +91,6 @@ def test_subclasses_are_what_they_inherit_from() -> None:
     [
         (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "use_flow_sigmas=True"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "prediction_type=flow_prediction"),
-        (DDPMScheduler(variance_type="learned_range"), "variance_type=learned_range"),
         (DDPMScheduler(beta_end=1.5), "beta_end=1.5.* must be greater than 0 and at most 1"),
         (DDPMScheduler(beta_start=-0.1), "beta_start=-0.1.* must be greater than 0"),
         (DDPMScheduler(trained_betas=[0.1, 0.2]), "trained_betas of the scheduler has 2 values, not num_train_timesteps=1000"),
@@ -95,6 +99,20 @@ def test_subclasses_are_what_they_inherit_from() -> None:
 def test_processes_that_are_none_are_refused(scheduler, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         training_process(scheduler)
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_range"])
+def test_learned_variances_belong_to_the_model_and_to_the_scheduler(kind: str) -> None:
+    """`DiTPipeline` removes them from the output itself, so that any scheduler will do."""
+    learned, fixed = DDPMScheduler(variance_type=kind, **BETAS), DDPMScheduler(**BETAS)
+    assert torch.equal(training_process(learned).betas, fixed.betas)
+    check_variance_type(learned, learned_variance=True, pipeline_splits=False)
+    check_variance_type(fixed, learned_variance=False, pipeline_splits=False)
+    check_variance_type(DDIMScheduler(**BETAS), learned_variance=True, pipeline_splits=True)
+    with pytest.raises(ValueError, match=f"^variance_type={kind} of the scheduler needs a model with learned variances"):
+        check_variance_type(learned, learned_variance=False, pipeline_splits=True)
+    with pytest.raises(ValueError, match="^the model has learned variances, which variance_type=fixed_small of the scheduler"):
+        check_variance_type(fixed, learned_variance=True, pipeline_splits=False)
 
 
 def test_noise_levels_that_do_not_follow_from_the_betas_are_refused() -> None:

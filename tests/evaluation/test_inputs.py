@@ -37,8 +37,6 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     assert pixels[:, 0, 0, 0].tolist() == [7, 1, 2, 3]
     assert images.read(range(1, 3))[:, 0, 0, 0].tolist() == [1, 2]
     assert FolderImages(str(tmp_path), num_images=2).read(range(2))[:, 0, 0, 0].tolist() == [7, 1]
-    config = images.config
-    assert (config.in_channels, config.sample_size, config.num_class_embeds) == (1, (6, 4), None)
 
 
 def test_colour_is_read_as_rgb(tmp_path: Path) -> None:

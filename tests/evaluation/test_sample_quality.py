@@ -19,7 +19,7 @@ from diffusers_gfprune.metrics.fidelity import frechet_distance_pixels, ssim_to_
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.training.arguments import EvaluationArguments
 from helpers.architectures import build, pruned
-from helpers.images import encode, load, unet_config, write_folder, write_parquet
+from helpers.images import encode, load, model_spec, write_folder, write_parquet
 
 
 class Network:
@@ -190,7 +190,7 @@ def quality_of(tmp_path: Path, cache: bool = False, **options) -> SampleQuality:
         write_parquet(folder, [encoded[:2]], split="validation")
     named = {"evaluation_cache_dir": str(tmp_path / "cache")} if cache else {}
     args = EvaluationArguments(eval_images=70, ddim_num_inference_steps=2, **{**named, **options})
-    return SampleQuality(args, build("base"), DDPMScheduler(), load(folder, unet_config())[0], torch.device("cpu"))
+    return SampleQuality(args, build("base"), DDPMScheduler(), load(folder, model_spec())[0], torch.device("cpu"))
 
 
 def test_run_measures_samples_against_images_and_dense_samples(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ MODULES = [*PACKAGE.rglob("*.py"), *SCRIPTS.glob("*.py")]
 OWNERS = {*(PACKAGE / "families").glob("*.py"), *(PACKAGE / "remote").glob("*.py")}
 OWNERS -= {PACKAGE / f"families/{name}.py" for name in ("base", "limits", "lookup")}
 BLOCKS = {"Attention", "PatchEmbed", "ResnetBlock2D", "Upsample2D", "Downsample2D", "BasicTransformerBlock", "FeedForward"}
-MODELS = {name for name in dir(diffusers) if name.endswith("Model") and name not in ("AutoModel", "EMAModel")}
+# VQModel is an autoencoder
+MODELS = {name for name in dir(diffusers) if name.endswith("Model") and name not in ("AutoModel", "EMAModel", "VQModel")}
 MODELS |= {name for name in dir(diffusers) if "Transformer" in name}
 
 

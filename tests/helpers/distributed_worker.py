@@ -24,7 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, register_criterion
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
-from diffusers_gfprune.distributed import check_identical, gather_rows, made_by_first_rank, mean_over_ranks, world_size
+from diffusers_gfprune.distributed import (
+    check_identical,
+    fail_together,
+    gather_rows,
+    made_by_first_rank,
+    mean_over_ranks,
+    process_rank,
+    world_size,
+)
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import dense_parameters
@@ -148,6 +156,10 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     tensors, values = {}, {"world_size": world_size()}
     values["made by first rank"] = made_by_first_rank(lambda: {"rank": rank, "third": 1 / 3, "text": "3 µs"})
     values["failed on first rank"] = message(lambda: made_by_first_rank(lambda: {"never": int("none of it")}))
+
+    last = ValueError("of the last rank") if process_rank() == ranks - 1 else None
+    values["failed on last rank"] = message(lambda: fail_together(last))
+    values["failed on no rank"] = message(lambda: fail_together(None))
 
     unet, batches = build("fine-units").double(), rows(global_batches(), rank, ranks)
     groups = trace_channel_groups(unet)

@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers_gfprune import PruneDDPMPipeline
 from diffusers_gfprune.scripts import evaluate
 from helpers.architectures import build, pruned
-from helpers.images import encode, write_parquet
+from helpers.images import encode, model_spec, write_parquet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +73,6 @@ def fail_to_sample(*arguments, **options) -> None:
 
 def real_images(folder: Path) -> torch.Tensor:
     """The training images of a data set as `load_images` gives them, in [0, 1]."""
-    from helpers.images import load, unet_config
+    from helpers.images import load
 
-    return load(folder, unet_config(), validation_images=256)[0].head(10_000) / 2 + 0.5
+    return load(folder, model_spec(), validation_images=256)[0].head(10_000) / 2 + 0.5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,11 +12,13 @@ import torch
 from PIL import Image
 
 from diffusers_gfprune.data.images import DataArguments, load_images
+from diffusers_gfprune.diffusion.class_labels import ClassLabels
+from diffusers_gfprune.model_spec import ModelSpec
 
 
-def unet_config(size: int = 8, channels: int = 1, classes: int | None = None) -> SimpleNamespace:
+def model_spec(size: int = 8, channels: int = 1, classes: int | None = None) -> ModelSpec:
     """What the images need to know of a model."""
-    return SimpleNamespace(sample_size=size, in_channels=channels, class_embed_type=None, num_class_embeds=classes)
+    return ModelSpec((size, size), channels, None if classes is None else ClassLabels(classes))
 
 
 def encode(pixels: np.ndarray | Image.Image, form: str = "png") -> bytes:
@@ -59,8 +60,9 @@ def write_folder(folder: Path, images: Sequence[bytes]) -> Path:
     return folder
 
 
-def load(folder: Path, config: SimpleNamespace | None = None, **arguments):
-    """`load_images`, of parquet files or image files."""
+def load(folder: Path, spec: ModelSpec | None = None, **arguments):
+    """`load_images`, of parquet files or image files: training images, and held-out images with their labels."""
     files = "train_data_dir" if any(path.suffix == ".png" for path in folder.rglob("*")) else "dataset_name"
     arguments = {"validation_images": 2, "cache_dir": str(folder.parent / "cache"), files: str(folder), **arguments}
-    return load_images(DataArguments(**arguments), config or unet_config())
+    train, held_out = load_images(DataArguments(**arguments), spec or model_spec())
+    return train, (held_out.samples, held_out.conditioning.get("class_labels"))

@@ -87,7 +87,7 @@ def test_step_loss_gives_each_image_its_label() -> None:
     images = torch.arange(3.0).view(3, 1, 1, 1)
     noiseless = DDPMScheduler(beta_start=1e-8, beta_end=1e-8)
     model = Zero()
-    StepLoss(images, noiseless, class_labels=torch.tensor([10, 11, 12]), grid=4, batch_size=5)(model)
+    StepLoss(images, noiseless, conditioning={"class_labels": torch.tensor([10, 11, 12])}, grid=4, batch_size=5)(model)
     assert (model.seen(0).flatten().round() + 10).tolist() == model.seen(2).tolist()
 
 

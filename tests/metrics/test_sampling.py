@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from diffusers_gfprune.diffusion.process import TRAINABLE_SCHEDULERS
+from diffusers_gfprune.metrics.conditions import SampleConditions
 from diffusers_gfprune.metrics.sampling import (
     SpacedDDIMScheduler,
     fit_spacing,
@@ -81,7 +82,15 @@ def test_each_sample_gets_its_label() -> None:
     model = Zero()
     model.config = SimpleNamespace(in_channels=1)
     labels = torch.tensor([3, 1, 4, 1, 5])
-    sample_images(model, DDPMScheduler(), 5, (4, 4), num_inference_steps=1, batch_size=2, class_labels=labels)
+    sample_images(
+        model,
+        DDPMScheduler(),
+        5,
+        (4, 4),
+        num_inference_steps=1,
+        batch_size=2,
+        conditions=SampleConditions({"class_labels": labels}),
+    )
     assert model.seen(2).tolist() == labels.tolist()
     assert [len(call[0]) for call in model.calls] == [2, 2, 1]
 

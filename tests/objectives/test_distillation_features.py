@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.objectives.distillation_features import BlockOutputDistance, feature_channels
 from diffusers_gfprune.objectives.objective import NoisePrediction
-from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
+from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice, trace_channel_groups
 from diffusers_gfprune.pruning.masking import ChannelMasks
+from helpers import families
 from helpers.architectures import build, inputs
 from helpers.compaction import compacted, masked, relative_error, traced
 from helpers.toy import Toy
@@ -57,11 +60,22 @@ def test_pruned_channels_are_those_of_the_blocks_group(name):
     torch.testing.assert_close(distance(small_outputs, dense), far, rtol=1e-4, atol=0)
 
 
-def test_output_without_a_group_is_refused():
+def test_outputs_that_are_never_pruned_are_compared_as_they_are():
+    """Those of transformer blocks, whose channels are the last dimension, and convolutions without a group."""
     producer = "up_blocks.1.resnets.1.conv2"
     groups = [group for group in traced() if not any(piece.module == producer for piece in group.slices)]
-    with pytest.raises(ValueError, match="the 16 output channels of up_blocks.1 are in 0 channel groups, not in one"):
-        feature_channels(build(), groups)
+    assert set(feature_channels(build(), traced())) - set(feature_channels(build(), groups)) == {"up_blocks.1"}
+    transformer = families.build("dit")
+    distance = BlockOutputDistance(transformer, ChannelMasks(trace_channel_groups(transformer)))
+    hidden = {name: torch.ones(2, 3, 4) for name in ("transformer_blocks.0", "transformer_blocks.1")}
+    assert distance({name: 1.5 * values for name, values in hidden.items()}, hidden).item() == pytest.approx(0.25)
+
+
+def test_output_in_several_groups_is_refused():
+    producer, groups = "up_blocks.1.resnets.1.conv2", list(traced())
+    twice = next(group for group in groups if any((piece.module, piece.dim) == (producer, 0) for piece in group.slices))
+    with pytest.raises(ValueError, match="the 16 output channels of up_blocks.1 are in 2 channel groups, not in one"):
+        feature_channels(build(), [*groups, replace(twice, name="other")])
 
 
 class Hand:

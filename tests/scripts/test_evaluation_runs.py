@@ -21,7 +21,7 @@ from helpers.architectures import build
 from helpers.evaluations import COUNT, FILES, fail_to_sample, real_images, run, save_dense, write_images
 from helpers.hub import make_run
 from helpers.hub_server import WRITE, HubServer
-from helpers.images import load, unet_config
+from helpers.images import load, model_spec
 from helpers.inception import Base
 
 BARE = ("--speed_batch_sizes", "0", "--step_loss_timesteps", "4")
@@ -51,7 +51,7 @@ def test_fid_and_kid_are_those_of_clean_fid(root: str, inception: Path, tmp_path
     options = ("--features", "inception", "--inception_weights", inception, "--num_images", 50)
     results = run(tmp_path, "--model", tmp_path / "dense", "--dataset_name", tmp_path / "images", *options)
 
-    real = load(tmp_path / "images", unet_config(channels=3))[0].head(100) / 2 + 0.5
+    real = load(tmp_path / "images", model_spec(channels=3))[0].head(100) / 2 + 0.5
     samples = SamplingSettings(50, 2).sample(build("rgb"), DDPMScheduler(clip_sample=True))
     model = InceptionV3W(str(inception.parent), download=False)
     features = []

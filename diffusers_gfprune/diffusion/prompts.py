@@ -1,0 +1,262 @@
+"""Conditioning from prompts, by the frozen text encoders of a pipeline.
+
+| pipeline | text encoders | conditioning |
+|---|---|---|
+| `StableDiffusionPipeline` | `text_encoder` | `encoder_hidden_states` |
+| `LDMTextToImagePipeline` | `bert` | `encoder_hidden_states` |
+| `StableDiffusionXLPipeline` | `text_encoder`, `text_encoder_2` | `encoder_hidden_states`, `text_embeds`, `time_ids` |
+
+`encoder_hidden_states` are the last states of the text encoder; for SDXL, the last but one states of both, side by side.
+`text_embeds` are the projected states of its second text encoder. `time_ids` are the sizes of the image and of its crop.
+
+Prompts are encoded as these pipelines do. They are padded and cut to the tokenizer's limit, so all have the same shape.
+Classifier-free guidance needs the conditioning of "no prompt": that of the empty prompt, or, for SDXL, zeros, if
+`force_zeros_for_empty_prompt` is set in the pipeline. Training for guidance replaces prompts by it, see `class_labels`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..fingerprints import model_fingerprint
+from .placement import moved
+
+__all__ = ["PromptEncoder"]
+
+logger = logging.getLogger(__name__)
+
+# Supported text encoders: one, or the first and the second one
+ONE_ENCODER = ("CLIPTextModel", "LDMBertModel")
+TWO_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+LDM_MAX_LENGTH = 77  # in LDMTextToImagePipeline, whatever the tokenizer's limit
+BATCH_SIZE = 64  # prompts of one forward pass
+TOKENIZED = 10_000  # prompts of one call of a tokenizer that counts tokens
+
+
+class PromptEncoder:
+    """Frozen tokenizers and text encoders of a pipeline, in float32 and in evaluation mode.
+
+    Args:
+        tokenizers: One tokenizer for each text encoder.
+        text_encoders: A `CLIPTextModel` or `LDMBertModel`, or, for SDXL, a `CLIPTextModel` and a
+            `CLIPTextModelWithProjection`. They are frozen, and converted to float32.
+        image_size: Height and width of images in pixels; SDXL needs it.
+        max_length: Maximum number of tokens (default: the tokenizer's); never more than the text encoder has positions.
+        zeros_for_empty: Whether the conditioning of "no prompt" is zero, for SDXL.
+
+    Attributes:
+        max_length: Number of tokens of every encoded prompt, with those at its start and end.
+
+    Raises:
+        ValueError: The text encoders are not supported, or `image_size` is missing.
+    """
+
+    def __init__(
+        self,
+        tokenizers: Sequence,
+        text_encoders: Sequence[nn.Module],
+        *,
+        image_size: tuple[int, int] | None = None,
+        max_length: int | None = None,
+        zeros_for_empty: bool = False,
+    ) -> None:
+        names = tuple(type(encoder).__name__ for encoder in text_encoders)
+        if not (len(names) == 1 and names[0] in ONE_ENCODER) and names != TWO_ENCODERS:
+            raise ValueError(
+                f"the text encoders are {', '.join(names)}, but must be {' or '.join(ONE_ENCODER)}, or "
+                f"{' and '.join(TWO_ENCODERS)}"
+            )
+        if len(tokenizers) != len(names) or None in tokenizers:
+            raise ValueError(f"{len(names)} text encoders need as many tokenizers")
+        self.is_pooled = len(names) == 2
+        if self.is_pooled and image_size is None:
+            raise ValueError("image_size=None must be height and width of the images, which two text encoders need")
+        self.tokenizers, self.image_size = tuple(tokenizers), image_size
+        self.zeros_for_empty = zeros_for_empty and self.is_pooled
+        self.encoders = tuple(encoder.float().eval().requires_grad_(False) for encoder in text_encoders)
+        limits = [_limit(*pair, max_length) for pair in zip(self.tokenizers, self.encoders)]
+        if len(set(limits)) > 1:
+            raise ValueError(f"the text encoders take {limits[0]} and {limits[1]} tokens, but must take equally many")
+        self.max_length = limits[0]
+
+    @classmethod
+    def of_pipeline(
+        cls,
+        components: Mapping[str, object],
+        image_size: tuple[int, int] | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> PromptEncoder | None:
+        """The encoder of a pipeline with these components by name; None if it has no text encoder.
+
+        Args:
+            components: Components as in `model_index.json`.
+            image_size: Height and width of images in pixels.
+            force_zeros_for_empty_prompt: Value in `model_index.json` of SDXL.
+
+        Raises:
+            ValueError: The text encoders are not supported.
+        """
+        if components.get("bert") is not None:
+            return cls([components.get("tokenizer")], [components["bert"]], max_length=LDM_MAX_LENGTH)
+        suffixes = [suffix for suffix in ("", "_2") if components.get(f"text_encoder{suffix}") is not None]
+        if not suffixes:
+            return None
+        return cls(
+            [components.get(f"tokenizer{suffix}") for suffix in suffixes],
+            [components[f"text_encoder{suffix}"] for suffix in suffixes],
+            image_size=image_size,
+            zeros_for_empty=force_zeros_for_empty_prompt,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the text encoders."""
+        return next(self.encoders[0].parameters()).device
+
+    # --- checks ---
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the conditioning of one prompt, by name."""
+        width = sum(encoder.config.hidden_size for encoder in self.encoders)
+        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (self.max_length, width)}
+        if self.is_pooled:
+            shapes |= {"text_embeds": (self.encoders[1].config.projection_dim,), "time_ids": (6,)}
+        return shapes
+
+    def check_fits(self, conditioning: Mapping[str, Tensor]) -> None:
+        """Check that a denoiser takes the conditioning.
+
+        Args:
+            conditioning: That of the family's `example_inputs`, with shapes `(batch, ..., width)`.
+
+        Raises:
+            ValueError: The denoiser takes other conditioning, or embeddings of another width.
+        """
+        missing = [name for name in conditioning if name not in (*self.shapes, "timestep_cond")]
+        if missing:
+            raise ValueError(f"the model needs {missing[0]}, which the text encoder does not make")
+        for name, shape in self.shapes.items():
+            if name not in conditioning:
+                raise ValueError(f"the text encoder makes {name}, which the model does not take")
+            if shape[-1] != conditioning[name].shape[-1]:
+                argument = " (cross_attention_dim)" if name == "encoder_hidden_states" else ""
+                raise ValueError(
+                    f"{name} of the text encoder have width {shape[-1]}, but the model needs "
+                    f"{conditioning[name].shape[-1]}{argument}: it is the text encoder of another model"
+                )
+
+    def count_long(self, prompts: Sequence[str]) -> int:
+        """Number of prompts with more than `max_length` tokens. Only their first tokens are encoded."""
+        count = 0
+        for start in range(0, len(prompts), TOKENIZED):
+            part, long = list(prompts[start : start + TOKENIZED]), set()
+            for tokenizer in self.tokenizers:
+                tokens = tokenizer(part, truncation=True, max_length=self.max_length + 1).input_ids
+                long |= {number for number, ids in enumerate(tokens) if len(ids) > self.max_length}
+            count += len(long)
+        return count
+
+    def warn_of_long(self, prompts: Sequence[str], what: str = "prompts") -> None:
+        """Warn in one line if prompts are too long. Call it before a long encoding."""
+        if count := self.count_long(prompts):
+            logger.warning(
+                "%d of %d %s are longer than the tokenizer's limit of %d tokens: they are cut, as in Diffusers' pipelines",
+                *(count, len(prompts), what, self.max_length),
+            )
+
+    # --- encoding ---
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of prompts, as the denoiser's family takes it.
+
+        Args:
+            prompts: Texts; those that are too long are cut.
+
+        Returns:
+            Tensors by name, float32 on the CPU, with one row for each prompt; see `shapes`.
+        """
+        parts = [self._encode(list(prompts[start : start + BATCH_SIZE])) for start in range(0, len(prompts), BATCH_SIZE)]
+        if not parts:
+            return {name: torch.zeros(0, *shape) for name, shape in self.shapes.items()}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        outputs = []
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders):
+            options = {"padding": "max_length", "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
+            tokens = tokenizer(prompts, **options).to(self.device)
+            masked = getattr(encoder.config, "use_attention_mask", False)
+            options = {"attention_mask": tokens.attention_mask} if masked and not self.is_pooled else {}
+            outputs.append(encoder(tokens.input_ids, output_hidden_states=self.is_pooled, return_dict=True, **options))
+        if not self.is_pooled:
+            return {"encoder_hidden_states": outputs[0].last_hidden_state.float().cpu()}
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {
+            "encoder_hidden_states": states.float().cpu(),
+            "text_embeds": outputs[1].text_embeds.float().cpu(),
+            "time_ids": self._time_ids(len(prompts)),
+        }
+
+    def _time_ids(self, count: int) -> Tensor:
+        """Those of whole images: original size, upper left corner of the crop, and size of the crop."""
+        return torch.tensor([[*self.image_size, 0, 0, *self.image_size]], dtype=torch.float32).expand(count, -1)
+
+    def null(self) -> dict[str, Tensor]:
+        """Conditioning of "no prompt" for classifier-free guidance, as `encode` returns it, with one row."""
+        if not self.zeros_for_empty:
+            return self.encode([""])
+        zeros = {name: torch.zeros(1, *shape) for name, shape in self.shapes.items()}
+        return {**zeros, "time_ids": self._time_ids(1)}
+
+    # --- place and identity ---
+
+    def to(self, device: torch.device | str) -> PromptEncoder:
+        """Move the text encoders to a device."""
+        for encoder in self.encoders:
+            encoder.to(device)
+        return self
+
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator[PromptEncoder]:
+        """Context in which the text encoders are on a device; then they return to where they were."""
+        with moved(self.encoders, device):
+            yield self
+
+    @functools.cached_property
+    def _identity(self) -> dict:
+        return {
+            "encoders": [model_fingerprint(encoder) for encoder in self.encoders],
+            "tokenizers": [_tokenizer_fingerprint(tokenizer) for tokenizer in self.tokenizers],
+            "max_length": self.max_length,
+            "zeros_for_empty": self.zeros_for_empty,
+        }
+
+    def identity(self) -> dict:
+        """Everything that the conditioning depends on, except the size of images, as JSON values for cache keys."""
+        return dict(self._identity)
+
+
+def _limit(tokenizer, encoder: nn.Module, max_length: int | None) -> int:
+    """Maximum number of tokens of a prompt."""
+    given = tokenizer.model_max_length if max_length is None else max_length
+    return min(given, encoder.config.max_position_embeddings)
+
+
+def _tokenizer_fingerprint(tokenizer) -> str:
+    """Hash of a tokenizer's rules."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # set by every call
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    text = json.dumps([type(tokenizer).__name__, rules, tokenizer.get_vocab(), special], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,95 @@
+"""Pipelines whose denoiser can be pruned, and the purpose of their components.
+
+A pipeline of pixels consists of a denoiser and a scheduler. A latent pipeline also has an autoencoder, and one with text as
+its condition has a tokenizer and a text encoder, or two of each. Every other component is *carried*: pruning does not need it,
+and its files are copied to the pruned pipeline without being loaded.
+
+The denoiser is not named here: its family knows its component and its pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..remote.pipeline_prune_ddpm import PIPELINES, check_pipeline_index
+
+__all__ = ["LAYOUTS", "PACKAGE", "PipelineLayout", "check_index", "components_of"]
+
+# Library of pruned models in `model_index.json`
+PACKAGE = "diffusers_gfprune"
+
+
+@dataclass(frozen=True)
+class PipelineLayout:
+    """Components of a pipeline by purpose, beside its denoiser and its scheduler.
+
+    Attributes:
+        autoencoder: Encodes images to latents and decodes samples; None for pixels.
+        text: Pairs of a tokenizer and its text encoder.
+        carried: Components that may be there and are copied.
+        splits_variances: Whether the pipeline removes learned variances from the output before its scheduler sees it.
+    """
+
+    autoencoder: str | None = None
+    text: tuple[tuple[str, str], ...] = ()
+    carried: tuple[str, ...] = ()
+    splits_variances: bool = False
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Components that are loaded beside the denoiser and the scheduler."""
+        autoencoder = () if self.autoencoder is None else (self.autoencoder,)
+        return (*autoencoder, *(name for pair in self.text for name in pair))
+
+
+_CLIP = ("tokenizer", "text_encoder")
+LAYOUTS = {
+    **dict.fromkeys(PIPELINES, PipelineLayout()),
+    "LDMPipeline": PipelineLayout("vqvae"),
+    "DiTPipeline": PipelineLayout("vae", splits_variances=True),
+    "StableDiffusionPipeline": PipelineLayout("vae", (_CLIP,), ("safety_checker", "feature_extractor", "image_encoder")),
+    "StableDiffusionXLPipeline": PipelineLayout(
+        "vae", (_CLIP, ("tokenizer_2", "text_encoder_2")), ("feature_extractor", "image_encoder")
+    ),
+    "LDMTextToImagePipeline": PipelineLayout("vqvae", (("tokenizer", "bert"),)),
+}
+
+
+def components_of(index: Mapping) -> dict[str, tuple[str, str]]:
+    """Library and class of each component in `model_index.json`, without those that are None."""
+    named = {name: value for name, value in index.items() if isinstance(value, (list, tuple)) and any(value)}
+    for name, value in named.items():
+        if name.startswith("_"):
+            raise ValueError(f"{name}={value} of its model_index.json is code of the repository, which is not run")
+        if len(value) != 2 or not all(isinstance(part, str) for part in value):
+            raise ValueError(f"{name}={value} of its model_index.json must be the names of a library and a class")
+    return {name: tuple(value) for name, value in named.items()}
+
+
+def check_index(index: Mapping, denoiser: str) -> PipelineLayout:
+    """Check that a pipeline is supported and has all components.
+
+    Args:
+        index: Content of `model_index.json`.
+        denoiser: Component name of the denoiser.
+
+    Returns:
+        The layout of the pipeline.
+
+    Raises:
+        ValueError: The pipeline is not supported, or it lacks a component or has another one.
+    """
+    layout = LAYOUTS[index["_class_name"]]
+    if layout.autoencoder is None:
+        check_pipeline_index(index)
+        return layout
+    name, present = index["_class_name"], components_of(index)
+    needed = (denoiser, "scheduler", *layout.loaded)
+    missing = [component for component in needed if component not in present]
+    if missing:
+        raise ValueError(f"its {name} has no component {missing[0]}")
+    other = [component for component in present if component not in (*needed, *layout.carried)]
+    if other:
+        raise ValueError(f"its {name} has a component {other[0]}; supported are {', '.join((*needed, *layout.carried))}")
+    return layout

@@ -1,0 +1,45 @@
+"""Min-SNR weights of the loss at each timestep.
+
+    w_t = min(SNR_t, gamma),    SNR_t = abar_t / (1 - abar_t)
+
+weighs the squared error of predicted samples x_0. The same error of x_0 is SNR_t times as large as an error of the noise eps,
+and SNR_t + 1 times as large as one of v, so that their weights are
+
+    epsilon: min(1, gamma / SNR_t)        v_prediction: min(SNR_t, gamma) / (SNR_t + 1)        sample: min(SNR_t, gamma)
+
+Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", https://arxiv.org/abs/2303.09556; the weights are
+those of `--snr_gamma` in Diffusers' `train_text_to_image.py`, where gamma = 5 is recommended.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+__all__ = ["min_snr_weights"]
+
+
+def min_snr_weights(process, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weights of the squared errors of a batch.
+
+    Args:
+        process: A Diffusers scheduler with `alphas_cumprod`.
+        timesteps: Integers with shape `(batch,)`.
+        gamma: Upper limit of the signal-to-noise ratio (> 0).
+
+    Returns:
+        float32 with shape `(batch,)`. They are finite at a timestep that only noise is left at, too (SNR 0).
+
+    Raises:
+        ValueError: The `prediction_type` of the process is not supported.
+    """
+    snr = compute_snr(process, timesteps)
+    prediction_type = process.config.prediction_type
+    if prediction_type == "epsilon":
+        return torch.clamp(gamma / snr, max=1)
+    if prediction_type == "v_prediction":
+        return torch.clamp(snr, max=gamma) / (snr + 1)
+    if prediction_type == "sample":
+        return torch.clamp(snr, max=gamma)
+    raise ValueError(f"prediction_type={prediction_type} must be 'epsilon', 'v_prediction' or 'sample'")

@@ -1,0 +1,50 @@
+"""What a model card says about a kind of pipeline: its task and tag on the Hub, and a call that makes an image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+__all__ = ["TASKS", "example_of", "kind_of", "pipeline_of", "task_of"]
+
+UNCONDITIONAL, TEXT_TO_IMAGE = TASKS = ("unconditional-image-generation", "text-to-image")
+# Tags of pipelines; others are of DDPMs
+KINDS = {
+    "DiTPipeline": "dit",
+    "LDMPipeline": "latent-diffusion",
+    "LDMTextToImagePipeline": "latent-diffusion",
+    "StableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusionXLPipeline": "stable-diffusion-xl",
+}
+# Reports of format versions 1 to 3 are of pipelines of pixels, and do not say so
+DDPM = {"class_name": "DDPMPipeline", "component": "unet", "condition": None}
+# Classes of the model whose null label, 1000, DiTPipeline always takes
+IMAGENET_CLASSES = 1000
+
+
+def pipeline_of(report: Mapping) -> Mapping:
+    """The entry `pipeline` of a report of any format version: `class_name`, `component` and `condition`.
+
+    With the condition `"text"`, it also has a `prompt`; with `"class labels"`, `num_classes`.
+    """
+    return report.get("pipeline", DDPM)
+
+
+def task_of(pipeline: Mapping) -> str:
+    """Task on the Hub."""
+    return TEXT_TO_IMAGE if pipeline["condition"] == "text" else UNCONDITIONAL
+
+
+def kind_of(pipeline: Mapping) -> str:
+    """Tag on the Hub."""
+    return KINDS.get(pipeline["class_name"], "ddpm")
+
+
+def example_of(pipeline: Mapping) -> str:
+    """A call of the pipeline that makes an image."""
+    if pipeline["condition"] == "text":
+        return f"pipe({json.dumps(pipeline['prompt'], ensure_ascii=False)}).images.pop()"
+    if pipeline["condition"] == "class labels" and pipeline["class_name"] == "DiTPipeline":
+        guidance = "" if pipeline["num_classes"] == IMAGENET_CLASSES else ", guidance_scale=1"
+        return f"pipe(class_labels=[0]{guidance}).images.pop()"
+    return "pipe().images.pop()"

@@ -1,0 +1,144 @@
+"""diffusion/prompts.py: prompts are encoded as Diffusers' pipelines encode them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+from diffusers_gfprune.diffusion.prompts import PromptEncoder
+from helpers.latent_models import MAX_TOKENS, projecting_text_encoder, text_encoder, tokenizer
+
+PROMPTS = ["ab cd", "", "a", "abcdefghijkl mnop"]  # the last one is too long
+
+
+def one_encoder(folder: Path, **options) -> PromptEncoder:
+    tokens = tokenizer(folder)
+    return PromptEncoder.of_pipeline({"tokenizer": tokens, "text_encoder": text_encoder(tokens)}, **options)
+
+
+def two_encoders(folder: Path, **options) -> tuple[dict, PromptEncoder]:
+    tokens = tokenizer(folder)
+    components = {
+        **{"tokenizer": tokens, "text_encoder": text_encoder(tokens)},
+        **{"tokenizer_2": tokens, "text_encoder_2": projecting_text_encoder(tokens)},
+    }
+    return components, PromptEncoder.of_pipeline(components, image_size=(16, 24), **options)
+
+
+def test_prompts_are_those_of_stable_diffusion(tmp_path: Path) -> None:
+    encoder = one_encoder(tmp_path)
+    components = {"tokenizer": encoder.tokenizers[0], "text_encoder": encoder.encoders[0]}
+    others = dict.fromkeys(["vae", "unet", "scheduler", "safety_checker", "feature_extractor"])
+    pipeline = StableDiffusionPipeline(**components, **others, requires_safety_checker=False)
+    expected, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
+    made = encoder.encode(PROMPTS)
+    assert set(made) == {"encoder_hidden_states"} and made["encoder_hidden_states"].shape == (4, MAX_TOKENS, 16)
+    torch.testing.assert_close(made["encoder_hidden_states"], expected)
+    torch.testing.assert_close(encoder.null()["encoder_hidden_states"], null[:1])
+    assert not made["encoder_hidden_states"].requires_grad
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_prompts_are_those_of_sdxl(zeros: bool, tmp_path: Path) -> None:
+    components, encoder = two_encoders(tmp_path, force_zeros_for_empty_prompt=zeros)
+    pipeline = StableDiffusionXLPipeline(
+        vae=None, unet=None, scheduler=None, **components, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
+    states, null_states, pooled, null_pooled = pipeline.encode_prompt(PROMPTS, device="cpu")
+    made, null = encoder.encode(PROMPTS), encoder.null()
+    torch.testing.assert_close(made["encoder_hidden_states"], states)
+    torch.testing.assert_close(made["text_embeds"], pooled)
+    torch.testing.assert_close(null["encoder_hidden_states"], null_states[:1])
+    torch.testing.assert_close(null["text_embeds"], null_pooled[:1])
+    assert (
+        made["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 4
+        and null["time_ids"].tolist() == made["time_ids"].tolist()[:1]
+    )
+    assert {name: values.shape[1:] for name, values in made.items()} == encoder.shapes
+
+
+def test_prompts_are_those_of_ldm(tmp_path: Path) -> None:
+    tokens = tokenizer(tmp_path, max_length=512)  # the pipeline takes 77 whatever the tokenizer says
+    config = LDMBertConfig(
+        **{"vocab_size": len(tokens), "max_position_embeddings": 77, "encoder_layers": 1, "encoder_ffn_dim": 16},
+        **{"encoder_attention_heads": 2, "head_dim": 4, "d_model": 8, "pad_token_id": tokens.pad_token_id},
+    )
+    bert = LDMBertModel(config)
+    encoder = PromptEncoder.of_pipeline({"tokenizer": tokens, "bert": bert})
+    ids = tokens(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    torch.testing.assert_close(encoder.encode(PROMPTS)["encoder_hidden_states"], bert.eval()(ids)[0].detach())
+    assert encoder.shapes == {"encoder_hidden_states": (77, 8)}
+
+
+def test_prompts_do_not_depend_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = one_encoder(tmp_path)
+    whole = encoder.encode(PROMPTS)["encoder_hidden_states"]
+    monkeypatch.setattr("diffusers_gfprune.diffusion.prompts.BATCH_SIZE", 3)
+    torch.testing.assert_close(encoder.encode(PROMPTS)["encoder_hidden_states"], whole)
+    torch.testing.assert_close(encoder.encode(PROMPTS[2:3])["encoder_hidden_states"], whole[2:3])
+    assert not torch.allclose(whole[0], whole[1])
+    assert encoder.encode([])["encoder_hidden_states"].shape == (0, MAX_TOKENS, 16)
+
+
+def test_long_prompts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A word of n letters has n tokens, and each prompt has a start and an end."""
+    encoder = one_encoder(tmp_path)
+    fits = "a" * (MAX_TOKENS - 2)
+    assert encoder.count_long([fits, fits + "a", "", fits + " b"]) == 2
+    with caplog.at_level(logging.WARNING):
+        encoder.warn_of_long([fits, ""])
+        assert caplog.messages == []
+        encoder.warn_of_long([fits, fits + "a"], "captions")
+    (line,) = caplog.messages
+    assert (
+        line == "1 of 2 captions are longer than the tokenizer's limit of 8 tokens: they are cut, as in Diffusers' pipelines"
+    )
+
+
+def test_text_encoders_of_other_models_are_refused(tmp_path: Path) -> None:
+    encoder = one_encoder(tmp_path)
+    encoder.check_fits({"encoder_hidden_states": torch.zeros(1, 77, 16)})
+    with pytest.raises(ValueError, match=r"have width 16, but the model needs 32 \(cross_attention_dim\)"):
+        encoder.check_fits({"encoder_hidden_states": torch.zeros(1, 77, 32)})
+    with pytest.raises(ValueError, match="the model needs text_embeds, which the text encoder does not make"):
+        encoder.check_fits({"encoder_hidden_states": torch.zeros(1, 77, 16), "text_embeds": torch.zeros(1, 12)})
+    with pytest.raises(ValueError, match="the text encoder makes encoder_hidden_states, which the model does not take"):
+        encoder.check_fits({})
+    _, pooled = two_encoders(tmp_path)
+    wanted = {"encoder_hidden_states": torch.zeros(1, 77, 40), "text_embeds": torch.zeros(1, 12)}
+    pooled.check_fits({**wanted, "time_ids": torch.zeros(1, 6)})
+    with pytest.raises(ValueError, match="text_embeds of the text encoder have width 12, but the model needs 13"):
+        pooled.check_fits({**wanted, "text_embeds": torch.zeros(1, 13), "time_ids": torch.zeros(1, 6)})
+
+
+def test_other_components_are_refused(tmp_path: Path) -> None:
+    tokens = tokenizer(tmp_path)
+    assert PromptEncoder.of_pipeline({"vae": object(), "text_encoder": None}) is None
+    for components, message in (
+        ({"tokenizer_2": tokens, "text_encoder_2": projecting_text_encoder(tokens)}, "are CLIPTextModelWithProjection, but"),
+        ({"text_encoder": text_encoder(tokens)}, "1 text encoders need as many tokenizers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptEncoder.of_pipeline(components)
+    with pytest.raises(ValueError, match="image_size=None must be height and width"):
+        PromptEncoder([tokens] * 2, [text_encoder(tokens), projecting_text_encoder(tokens)])
+
+
+def test_identity_follows_encoder_and_tokenizer(tmp_path: Path) -> None:
+    encoder = one_encoder(tmp_path / "a")
+    before = encoder.identity()
+    encoder.encode(PROMPTS)  # a tokenizer remembers its last padding
+    tokens = tokenizer(tmp_path / "a")
+    identities = [
+        PromptEncoder([tokens], [text_encoder(tokens)]).identity(),
+        PromptEncoder([tokens], [text_encoder(tokens, seed=1)]).identity(),
+        PromptEncoder([tokenizer(tmp_path / "b", words=("zero",))], [text_encoder(tokens)]).identity(),
+        PromptEncoder([tokens], [text_encoder(tokens)], max_length=4).identity(),
+    ]
+    assert identities[0] == before == one_encoder(tmp_path / "a").identity()
+    assert len({str(identity) for identity in identities}) == 4

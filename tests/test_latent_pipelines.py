@@ -1,0 +1,242 @@
+"""trained_pipelines.py with latent pipelines: loaded with all their components, refused by name, and saved whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.metrics.model_size import count_parameters
+from diffusers_gfprune.trained_pipelines import TrainedPipeline, load_pipeline
+from helpers.architectures import BASE
+from helpers.hub import contents
+from helpers.hub_server import WRITE, HubServer
+from helpers.latent_models import autoencoder, text_encoder, tokenizer
+from helpers.latent_pipelines import BETAS, PIPELINES, save, sd
+from helpers.pruners import one_shot
+
+CALLS = {
+    "dit": {"class_labels": [0, 1], "guidance_scale": 1},  # DiTPipeline has the null label of ImageNet built in
+    "ldm": {"batch_size": 2},
+    "sd": {"prompt": ["a cat", "a dog"]},
+    "sdxl": {"prompt": ["a cat", "a dog"]},
+    "ldm-text": {"prompt": ["a cat", "a dog"]},
+}
+STOCK = """
+import sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "diffusers_gfprune.pruner" not in sys.modules
+pipe.set_progress_bar_config(disable=True)
+np.save(sys.argv[2], pipe(**eval(sys.argv[3]), generator=torch.Generator().manual_seed(1), output_type="np",
+                          num_inference_steps=2).images)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved pipelines by name, made once; tests only read them."""
+    folder = tmp_path_factory.mktemp("pipelines")
+
+    def get(name: str) -> Path:
+        return folder / name if (folder / name).exists() else save(name, folder / name)
+
+    return get
+
+
+def pruned(pipeline: TrainedPipeline) -> torch.nn.Module:
+    """Its denoiser without a third of its parameters, by magnitude."""
+    config = one_shot(target="params", ratio=0.3, criterion="magnitude")
+    pruner = GradientFlowPruner(pipeline.denoiser, config, pipeline.process)
+    pruner.step(0, ())
+    return pruner.compact()
+
+
+def images(pipe: DiffusionPipeline, name: str) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    return torch.from_numpy(pipe(**CALLS[name], generator=generator, output_type="np", num_inference_steps=2).images)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_loaded_with_all_that_its_training_needs(name: str, saved: Callable[[str], Path]) -> None:
+    found, stock = load_pipeline(str(saved(name))), DiffusionPipeline.from_pretrained(saved(name))
+    assert found.kind is type(stock)
+    component = family_of(found.denoiser).component
+    wanted = getattr(stock, component).state_dict()
+    assert all(torch.equal(values, wanted[key]) for key, values in found.denoiser.state_dict().items())
+    assert found.codec.latent_channels == found.denoiser.config.in_channels
+    assert (found.prompts is not None) == (name in ("sd", "sdxl", "ldm-text"))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pruned_pipeline_is_whole_and_loads_in_both_ways(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """Everything but the denoiser is the same, byte for byte; samples do not depend on how it was loaded."""
+    pipeline = load_pipeline(str(saved(name)))
+    component = family_of(pipeline.denoiser).component
+    pipeline.save(small := pruned(pipeline), tmp_path / "pruned")
+    before, after = contents(saved(name)), contents(tmp_path / "pruned")
+    unchanged = {path: data for path, data in before.items() if path.partition("/")[0] not in (component, "model_index.json")}
+    assert unchanged == {path: data for path, data in after.items() if path in unchanged}
+    own = {f"{component}/{file}" for file in ("config.json", "diffusers_gfprune.py", "diffusion_pytorch_model.safetensors")}
+    assert set(after) == {*unchanged, *own, "model_index.json"}
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pruned")  # this package is imported, and no code is run
+    assert type(pipe) is pipeline.kind and type(getattr(pipe, component)) is type(small)
+    assert count_parameters(small) < 0.8 * count_parameters(pipeline.denoiser)
+    again = load_pipeline(str(tmp_path / "pruned"), pruned=True)
+    assert type(again.denoiser) is type(small)
+    with pytest.raises(ValueError, match=f"its {component} is a GFPruned"):
+        load_pipeline(str(tmp_path / "pruned"))
+    command = [sys.executable, "-c", STOCK, tmp_path / "pruned", tmp_path / "images.npy", repr(CALLS[name])]
+    subprocess.run(list(map(str, command)), check=True, cwd=tmp_path, capture_output=True)
+    theirs = torch.from_numpy(np.load(tmp_path / "images.npy"))
+    torch.testing.assert_close(images(pipe, name), theirs, rtol=0, atol=1e-5)
+    assert theirs.std() > 0.01
+
+
+def test_components_that_are_not_used_travel_unloaded(tmp_path: Path) -> None:
+    """Such as a safety checker, whatever its weights are."""
+    pipe = sd(tmp_path / "model")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
+    config = CLIPConfig(vision_config={**sizes, "image_size": 8, "patch_size": 4}, text_config=sizes, projection_dim=8)
+    pipe.register_modules(safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=CLIPImageProcessor())
+    pipe.register_to_config(requires_safety_checker=True)
+    pipe.save_pretrained(tmp_path / "model")
+    pipeline = load_pipeline(str(tmp_path / "model"))
+    pipeline.save(pruned(pipeline), tmp_path / "pruned")
+    checker = {name: data for name, data in contents(tmp_path / "model").items() if name.startswith(("safety", "feature"))}
+    assert len(checker) == 3 and checker.items() <= contents(tmp_path / "pruned").items()
+    assert json.loads((tmp_path / "pruned/model_index.json").read_text())["requires_safety_checker"]
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "pruned").safety_checker) is StableDiffusionSafetyChecker
+    weights = tmp_path / "model/safety_checker/model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(ValueError, match="its safety_checker has pytorch_model.bin: only safetensors are copied, not pickles"):
+        load_pipeline(str(tmp_path / "model"))
+
+
+def test_a_latent_pipeline_is_downloaded(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path / "home", WRITE)
+        DiffusionPipeline.from_pretrained(saved("sd")).push_to_hub("alice/sd")
+        found = load_pipeline("alice/sd")
+    assert found.prompts is not None and found.codec is not None
+    found.save(found.denoiser, tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {
+        *("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),
+    }
+
+
+def edit_json(file: str, **changes: object) -> Callable[[Path], None]:
+    """Change values of a JSON file of the pipeline."""
+
+    def edit(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def without_weight(file: str) -> Callable[[Path], None]:
+    """Remove a weight of a component."""
+
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        tensors.pop(sorted(tensors)[0])
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    return edit
+
+
+def another_vae(folder: Path) -> None:
+    autoencoder(latent_channels=3).save_pretrained(folder / "vae")
+
+
+def another_text_encoder(folder: Path) -> None:
+    text_encoder(tokenizer(folder / "tokenizer"), width=24).save_pretrained(folder / "text_encoder")
+
+
+MISFITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "vae": ("dit", another_vae, "the VAE makes latents of 3 channels, but the model has in_channels=4"),
+    "text encoder": ("sd", another_text_encoder, "have width 24, but the model needs 16"),
+    "vae weights": ("dit", without_weight("vae/diffusion_pytorch_model.safetensors"), "1 weights of its vae do not fit its"),
+    "text weights": ("sd", without_weight("text_encoder/model.safetensors"), "1 weights of its text_encoder do not fit"),
+    "vae class": (
+        *("dit", edit_json("model_index.json", vae=["diffusers", "AutoencoderTiny"])),
+        "its vae is a AutoencoderTiny, not a AutoencoderKL or VQModel",
+    ),
+    "tokenizer class": (
+        *("sd", edit_json("model_index.json", tokenizer=["transformers", "T5Tokenizer"])),
+        "its tokenizer is a T5Tokenizer, not a CLIPTokenizer or",
+    ),
+    "missing component": ("sd", edit_json("model_index.json", text_encoder=[None, None]), "has no component text_encoder"),
+    "scheduler": (
+        *("dit", edit_json("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")),
+        "scheduler=FlowMatchEulerDiscreteScheduler is not supported, it is for flow matching",
+    ),
+    "size": ("sd", edit_json("unet/config.json", sample_size=None), "sample_size=None"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_components_that_do_not_fit_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    pipeline, change, message = MISFITS[name]
+    change(save(pipeline, tmp_path / "model"))
+    with pytest.raises(ValueError, match=f"^pretrained_model_name_or_path=.*{message}") as error:
+        load_pipeline(str(tmp_path / "model"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"in_channels": 9}, "in_channels=9 and out_channels=4: UNets that read a mask or an image beside the sample"),
+        ({"num_class_embeds": 3}, "num_class_embeds=3: UNets with conditions other than text cannot be trained"),
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim=8: UNets with conditions other than text cannot be trained"),
+    ],
+)
+def test_unets_with_other_inputs_are_refused(config: dict, message: str, tmp_path: Path) -> None:
+    save("sd", tmp_path / "model", **config)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(str(tmp_path / "model"))
+
+
+def test_a_pipeline_that_is_sampled_by_euler_is_trained_as_a_ddpm(tmp_path: Path) -> None:
+    """As SDXL is saved. The scheduler travels as it is; that of distilled models is refused."""
+    pipe = PIPELINES["sdxl"](tmp_path / "model")
+    for spacing in ("leading", "trailing"):
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+        pipe.save_pretrained(tmp_path / spacing)
+    found = load_pipeline(str(tmp_path / "leading"))
+    assert torch.equal(found.process.betas, DDPMScheduler(**BETAS).betas) and not found.scheduler.config.clip_sample
+    found.save(found.denoiser, tmp_path / "saved")
+    files = [(tmp_path / name / "scheduler/scheduler_config.json").read_bytes() for name in ("leading", "saved")]
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match="scheduler=EulerDiscreteScheduler is not supported"):
+        load_pipeline(str(tmp_path / "trailing"))
+
+
+def test_learned_variances_need_a_scheduler_that_fits(tmp_path: Path) -> None:
+    """With fixed variances, `DDPMPipeline` could not sample; with learned ones, it can."""
+    unet = UNet2DModel(**{**BASE, "out_channels": 2 * BASE["in_channels"]})
+    for kind in ("fixed_small", "learned_range"):
+        DDPMPipeline(unet, DDPMScheduler(variance_type=kind)).save_pretrained(tmp_path / kind)
+    assert load_pipeline(str(tmp_path / "learned_range")).process.config.variance_type == "fixed_small"
+    with pytest.raises(ValueError, match="the model has learned variances, which variance_type=fixed_small"):
+        load_pipeline(str(tmp_path / "fixed_small"))
