@@ -1,14 +1,15 @@
 """Time of a forward pass as a function of the number of channels that each group keeps, from measured layer times.
 
-With n the vector of kept channels, e_l = 0 for layers inside of removed blocks, otherwise 1 (`cost_model`), w(l) the workload of
-layer call l, and shares of the dense time from `layer_times`,
+With n the vector of kept channels, e_l = 0 for layers inside of removed blocks and otherwise 1 (`cost_model`), w(l) the
+workload of layer call l, and shares of the dense time from `layer_times`,
 
     layers(n) = sum_l e_l share_w(l)(in_l(n), out_l(n))
     r(n)      = layers(n) + rest (c calls(n) + (1 - c) volume(n))          rest = 1 - layers(dense)
     removed(n) = f(1 - r(n))
 
-The rest is not in the table: additions, concatenations, the interpreter. A share c of it is proportional to the number of layer
-calls, which widths do not change; the remainder to the activations that convolutions write. f is a monotone correction by measured models (`calibration`).
+The rest is not in the table: additions, concatenations, the interpreter. A share c of it is proportional to the number of
+layer calls, which widths do not change; the remainder to the activations that convolutions write. f is a monotone correction
+by measured models (`calibration`).
 
 Between the points of a table, shares are interpolated linearly along both widths. Convolutions compute channels in blocks of a
 vector register or a tile: with blocks of 16, 33 channels take as long as 48. Their widths are therefore rounded up first.
@@ -232,7 +233,9 @@ class LatencyModel:
         flat, stride, along_in, along_out = self._flat, self._stride, weight[:half], weight[half:]
         near = flat[corner] * (1 - along_out) + flat[corner + 1] * along_out
         far = flat[corner + stride] * (1 - along_out) + flat[corner + stride + 1] * along_out
-        return float((self._scale * self._count * self._exists(widths, self._block) * (near * (1 - along_in) + far * along_in)).sum())
+        return float(
+            (self._scale * self._count * self._exists(widths, self._block) * (near * (1 - along_in) + far * along_in)).sum()
+        )
 
     @staticmethod
     def _exists(widths: np.ndarray, blocks: np.ndarray) -> np.ndarray:

@@ -6,10 +6,9 @@ multiplies the weight and bias of the last layers of the branch multiplies the b
     y = (shortcut(x) + m branch(x)) / factor
 
 With m = 0, all parameters inside the branch can be removed, and the pruned class replaces the block by its shortcut
-(`remote.pruned_layers.RemovedBlock`). A `RemovableBlock` is therefore a group with a single unit, of "width" 1 or 0. Everything
-that handles groups handles it in the same way: it is masked, scored by the derivative by its mask value, and chosen by the
-damage and saved cost of its removal. Which blocks of an architecture are removable is a property of its family
-(`Family.removable_blocks`).
+(`remote.pruned_layers.RemovedBlock`). A `RemovableBlock` is therefore a group with a single unit, of "width" 1 or 0. It is
+masked, scored and compacted like other groups: its score is the derivative by its mask value, and it is chosen by the damage
+and the saved cost of its removal. Which blocks are removable is a property of the family (`Family.removable_blocks`).
 
 Channels inside a removed block are gone as well: their groups then have neither cost nor damage of their own.
 """

@@ -159,7 +159,9 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
     parameters = dense_parameters(unet)
     kept = {name: parameter for name, parameter in parameters.items() if name not in plan.dropped}
     weights = {name: plan.take(name, parameter.detach()) for name, parameter in kept.items()}
-    buffers = {n: b for n, b in unet.state_dict().items() if dense_name(n) not in parameters and not n.startswith(MASKS_MODULE)}
+    buffers = {
+        n: b for n, b in unet.state_dict().items() if dense_name(n) not in parameters and not n.startswith(MASKS_MODULE)
+    }
     small.load_state_dict({**weights, **buffers}, assign=True)
     for name, _ in [*small.named_buffers()]:
         if name not in buffers:  # not saved with the weights

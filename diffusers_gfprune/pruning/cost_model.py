@@ -1,7 +1,8 @@
 """Cost of a model as a function of what each group keeps, without building the model.
 
-Let n be the vector of kept channels; for a removable block (`blocks`), n is 1, or 0 without it. Every width is linear in n, and
-every cost is a sum of products of widths. Layers inside a block exist if the block does, e_l(n) = n_block(l), others always:
+Let n be the vector of kept channels; for a removable block (`blocks`), n is 1, or 0 without it. Every width is linear in n,
+and every cost is a sum of products of widths. Layers inside a block exist if the block does, e_l(n) = n_block(l); others
+always do:
 
     in_l(n)  = a_l + A_l n          out_l(n) = b_l + B_l n
     MACs(n)  = sum_l e_l positions_l area_l in_l out_l  +  sum_attentions 2 e queries keys inner(n)
@@ -171,5 +172,5 @@ class CostModel:
         """
         base = self.cost(target, widths)
         lengths = np.minimum(LATENCY_STEP, np.maximum(widths - 1, 1)) if target == "latency" else np.ones_like(widths)
-        steps = np.diag(lengths)
+        steps = np.diag(np.minimum(lengths, widths))
         return np.array([base - self.cost(target, widths - step) for step in steps]) / lengths

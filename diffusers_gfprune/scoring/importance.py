@@ -25,7 +25,7 @@ A criterion is a function that maps a `ScoringContext` to scores by group name, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -190,17 +190,21 @@ def _stacked(older: Tensor, newer: Tensor) -> Tensor:
     return total
 
 
-def normalize_scores(scores: Scores) -> Scores:
+def normalize_scores(scores: Scores, blocks: Collection[str] = ()) -> Scores:
     """Make scores of different groups comparable: divide the scores of each group by their mean absolute value.
 
     Args:
         scores: Scores by group name.
+        blocks: Names of removable blocks, which have one score each and are divided by the mean over all of them.
 
     Returns:
         New scores; a group of zeros is unchanged.
     """
     tiny = torch.finfo(torch.float32).tiny
-    return {name: values / values.abs().mean().clamp_min(tiny) for name, values in scores.items()}
+    together = torch.cat([scores[name] for name in blocks]) if blocks else None
+    return {
+        name: values / (together if name in blocks else values).abs().mean().clamp_min(tiny) for name, values in scores.items()
+    }
 
 
 # --- criteria ----------------------------------------------------------------------------------------------------------

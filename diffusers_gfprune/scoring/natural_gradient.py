@@ -31,6 +31,8 @@ The score of a unit is the sum of I_c over its channels. The derivative by the s
 square of a sum of terms that cancel: to first order, a norm undoes a common factor of its group, but not a removal. On the
 digits and CIFAR-10 models of the study, the sum of squares gave the lower loss directly after pruning half of the MACs.
 
+A removable block is scored in the same way: its mask value multiplies the outputs of the last layers of its branch.
+
 The values r^T df/dm_u of the same probes, summed over the channels of a unit, tell what units change together: for a set R of
 units, |sum_{u in R} v_u|^2 = E (sum_{u in R} r^T df/dm_u)^2 (`pruning.joint`). They are kept as rows, one for each image and
 probe. Probes are independent with mean 0, so that adding two rows, of different images or of different rankings, leaves the
@@ -149,11 +151,11 @@ def _by_group(context: ScoringContext, along: dict[str, Tensor]) -> Iterator[tup
     masks = getattr(context.unet, MASKS_MODULE, None)
     for group in context.groups:
         # The output of a layer includes its bias
-        values = sum(
-            along[piece.module][:, list(piece.positions)]
-            for piece in group.slices
-            if piece.role != "input" and piece.parameter == "weight"
-        )
+        pieces = [piece for piece in group.slices if piece.role != "input" and piece.parameter == "weight"]
+        parts = [along[piece.module][:, list(piece.positions)] for piece in pieces]
+        # All channels of a branch have the mask of its block
+        parts = [part.sum(dim=1, keepdim=True) if piece.role == "branch" else part for piece, part in zip(pieces, parts)]
+        values = sum(parts)
         if masks is not None and not masks.all_ones:  # outputs have the factor m_c; where it is 0, so is the derivative
             mask = group.per_channel(masks[group.name]).to(values)
             values = values / torch.where(mask == 0, 1, mask)
