@@ -15,10 +15,10 @@ Channels inside a removed block are gone as well: their groups then have neither
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..families.lookup import family_of
 from ..remote.pruned_layers import RemovedBlock
@@ -84,6 +84,6 @@ def inner_groups(groups: Sequence[ChannelGroup]) -> dict[int, list[int]]:
     }
 
 
-def removed_blocks(groups: Sequence[ChannelGroup], masks) -> list[RemovableBlock]:
-    """Blocks whose mask, the only value of `masks[name]`, is 0."""
+def removed_blocks(groups: Sequence[ChannelGroup], masks: Mapping[str, Tensor]) -> list[RemovableBlock]:
+    """Blocks whose mask, the only value of `masks[name]`, is 0 or False."""
     return [group for group in groups if isinstance(group, RemovableBlock) and not masks[group.name].any()]

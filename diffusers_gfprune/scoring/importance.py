@@ -222,6 +222,7 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
     keeps_activations=True,  # hooks do not see the outputs that checkpointing recomputes
     ranking="sensitivity",
     passes=2.0,
+    block_passes=1 / 3,  # a forward
     memory=1.7,
 )
 def _gradient_flow(context: ScoringContext) -> Scores:
