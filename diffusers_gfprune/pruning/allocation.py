@@ -167,7 +167,7 @@ def sensitive_proportions(
     # A group of zeros reaches its floor first, but shares stay finite.
     gain = saved / np.maximum(sensitivity, _SMALLEST * sensitivity.max() if sensitivity.any() else 1.0)
     gain[list(cost.inner)] = 0.0
-    proportions = np.maximum((gain / gain.max()) ** exponent, _SMALLEST)
+    proportions = np.maximum((gain / (gain.max() or 1.0)) ** exponent, _SMALLEST)
     proportions[list(cost.inner)] = 1.0
     return proportions
 

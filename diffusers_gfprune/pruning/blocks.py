@@ -76,9 +76,10 @@ def trace_groups(unet: nn.Module, depth: str = "none") -> list[ChannelGroup]:
 
 def inner_groups(groups: Sequence[ChannelGroup]) -> dict[int, list[int]]:
     """By index of each block: the indices of the groups whose channels are inside of it only."""
-    modules = [{piece.module for piece in group.slices} for group in groups]
+    channels = {i: group for i, group in enumerate(groups) if not isinstance(group, RemovableBlock)}
+    modules = {i: {piece.module for piece in group.slices} for i, group in channels.items()}
     return {
-        index: [other for other, names in enumerate(modules) if other != index and names <= block.inside]
+        index: [other for other, names in modules.items() if names <= block.inside]
         for index, block in enumerate(groups)
         if isinstance(block, RemovableBlock)
     }
