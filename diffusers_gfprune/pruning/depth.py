@@ -35,6 +35,7 @@ __all__ = ["choose_blocks", "plan_widths", "remove_by_sensitivity", "remove_per_
 NEAR = BUDGET_TOLERANCE / 2  # of the dense cost: a budget counts as met in comparisons
 GRAIN = 1e-5  # of the dense cost: resolution of the dynamic programming
 SHORTLIST = 8  # candidates whose widths are allocated in each round
+FINALISTS = 4  # sets whose widths are rounded to ladders in the end
 REFINEMENTS = 5  # of the wanted share, where costs of blocks do not quite add up
 
 
@@ -73,9 +74,9 @@ def plan_widths(cost: CostModel, target: str, ratio: float, ladders: Sequence[Se
     return remove_per_group(cost, target, ratio, ladders, alike)
 
 
-def _missed(share: float, ratio: float) -> float:
+def _missed(share: float, ratio: float, near: float = NEAR) -> float:
     """By how much a removed share misses a budget; 0 if it is near."""
-    return max(0.0, abs(share - ratio) - NEAR)
+    return max(0.0, abs(share - ratio) - near)
 
 
 # --- blocks only -------------------------------------------------------------------------------------------------------
@@ -204,6 +205,7 @@ class _Search:
         self.scores, self.exponent = scores, exponent
         self.power = 1 + 1 / exponent
         self.sums = np.array([float(score.double().abs().sum()) for score in scores])
+        self.points: dict[frozenset[int], _Point] = {}
 
     def damages(self, widths: np.ndarray) -> np.ndarray:
         """Terms of D, with shape `(groups,)`."""
@@ -218,6 +220,11 @@ class _Search:
 
     def point(self, removed: frozenset[int]) -> _Point:
         """Widths that meet the budget with a set of removed blocks."""
+        if removed not in self.points:
+            self.points[removed] = self._make_point(removed)
+        return self.points[removed]
+
+    def _make_point(self, removed: frozenset[int]) -> _Point:
         ladders = with_blocks(self.cost, self.ladders, removed)
         proportions = sensitive_proportions(self.cost, self.target, ladders, self.scores, self.exponent)
         widest, least = (np.array([ladder[end] for ladder in ladders]) for end in (0, -1))
@@ -250,15 +257,17 @@ class _Search:
         order = sorted(gains, key=gains.get, reverse=True)[:SHORTLIST]
         return [point.removed ^ {block} for block in order]
 
-    def best(self) -> frozenset[int]:
-        """The removed blocks of the best point that single changes reach."""
+    def best(self) -> list[frozenset[int]]:
+        """No block, and the sets with the lowest rank on the way to a set that no single change improves."""
         now = self.point(frozenset())
         while True:
             points = [self.point(removed) for removed in self.candidates(now)]
             best = min(points, key=lambda point: point.rank)
             if not best.rank < now.rank:
-                return now.removed
+                break
             now = best
+        order = sorted(self.points.values(), key=lambda point: (point.rank, sorted(point.removed)))
+        return list(dict.fromkeys([frozenset(), *(point.removed for point in order[:FINALISTS])]))
 
 
 def remove_by_sensitivity(
@@ -285,8 +294,9 @@ def remove_by_sensitivity(
     """
     search = _Search(cost, target, ratio, ladders, scores, exponent)
     found = []
-    for removed in {frozenset(), search.best()}:
+    for removed in search.best():
         widths = allocate_by_sensitivity(cost, target, ratio, with_blocks(cost, ladders, removed), scores, exponent)
-        rank = _missed(cost.removed(target, widths), ratio), float(search.damages(widths).sum())
+        missed = _missed(cost.removed(target, widths), ratio, BUDGET_TOLERANCE)  # ladders are coarser than the search
+        rank = missed, float(search.damages(widths).sum())
         found.append((rank, len(removed), widths))
     return min(found, key=lambda candidate: candidate[:2])[2]
