@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from .criteria import RANKINGS, find_criterion
 from .metrics.speed import DTYPES, SpeedSetting
+from .pruning.blocks import DEPTHS
 from .pruning.budget import ATTENTION_UNITS
 from .pruning.cost_model import TARGETS
 from .pruning.schedules import SCHEDULES, PruningSchedule
@@ -86,6 +87,12 @@ class GFPruneConfig:
         "auto", DEVICES, "channel_multiple=auto: device that will run the pruned model; auto: the device used for pruning."
     )
     min_keep_ratio: float = field(default=0.1, metadata={"help": "Minimum share of channels kept in each group, in [0, 1)."})
+    depth: str = _choice(
+        "none",
+        DEPTHS,
+        "Whether whole residual blocks may be removed, such as a residual block of a UNet or a layer of a transformer: none, "
+        "besides channels (allow), or no channels but blocks (only).",
+    )
     attention_unit: str = _choice("head_dim", ATTENTION_UNITS, "Shrink all heads equally, or remove whole heads.")
     latency_batch_size: int = field(
         default=1,
@@ -184,6 +191,7 @@ class GFPruneConfig:
         for name, choices in (
             ("target", TARGETS),
             ("target_device", DEVICES),
+            ("depth", DEPTHS),
             ("attention_unit", ATTENTION_UNITS),
             ("latency_dtype", DTYPES),
             ("latency_backend", LATENCY_BACKENDS),

@@ -33,6 +33,7 @@ class Criterion:
         ranking: Default of `GFPruneConfig.ranking`, one of `RANKINGS`.
         sensitivity_exponent: Default of `GFPruneConfig.sensitivity_exponent`, >= 0.
         passes: Time to score a batch, relative to a training step with the same batch size, >= 0.
+        block_passes: Likewise the additional time for each removable block, >= 0.
         weight_gradients: Whether scoring holds the gradients of all weights. With two derivatives it always does.
         activation_memory: Memory of activations at the peak of scoring, relative to what the forward of a training step with
             the same batch size keeps, > 0. With two derivatives it depends on the method of the Hessian-vector product
@@ -52,6 +53,7 @@ class Criterion:
     ranking: str = "group"
     sensitivity_exponent: float = 0.3
     passes: float = 1.0
+    block_passes: float = 0.0
     weight_gradients: bool = True
     activation_memory: float = 1.0
 

@@ -33,7 +33,7 @@ from .families.lookup import family_of
 from .latency.budget import measured_latency_model
 from .latency.calibration import LatencyCheck, latency_meter
 from .pruning import masking
-from .pruning.channel_groups import trace_channel_groups
+from .pruning.blocks import trace_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
@@ -98,7 +98,7 @@ class GradientFlowPruner:
         self._sample_size = sample_size
         self.schedule = config.schedule()
         self.history: list[MaskUpdate] = []
-        self.groups = trace_channel_groups(unet)
+        self.groups = trace_groups(unet, config.depth)
         self.cost, self.latency = CostModel(unet, self.groups, sample_size), None
         if config.target == "latency":
             self._latency_model, self.latency = measured_latency_model(
@@ -282,7 +282,7 @@ class GradientFlowPruner:
             kept_units=sum(int(kept.sum()) for kept in self.kept.values()),
             revived_units=sum(int((self.kept[name] & ~before[name]).sum()) for name in self.kept),
             newly_pruned_units=sum(int((~self.kept[name] & before[name]).sum()) for name in self.kept),
-            kept_channels=int(widths.sum()),
+            kept_channels=int(self.cost.channels(widths)),
             macs=self.cost.macs(widths),
             params=self.cost.parameters(widths),
         )

@@ -89,6 +89,11 @@ class Ranking:
             start = None if widths is None else kept
             return self.choice.joint_units(ratio, self.scores, self.changes, bonus, start)
         ranked = {name: values + bonus.get(name, 0) for name, values in self.scores.items()}
-        if widths is None:  # the bonus would bias sensitivities
-            widths = self.choice.widths(ratio, self.scores if ranking == "sensitivity" else ranked)
+        if widths is None:
+            # Kept blocks have a bonus if others were removed. That of channels would bias sensitivities
+            blocks = [self.choice.cost.groups[index].name for index in self.choice.cost.inner]
+            chosen = dict(self.scores) if ranking == "sensitivity" else dict(ranked)
+            if not all(kept[name].all() for name in blocks):
+                chosen |= {name: self.scores[name] * (1 + margin * kept[name]) for name in blocks}
+            widths = self.choice.widths(ratio, chosen)
         return self.choice.best_units(ranked, widths)

@@ -1,9 +1,10 @@
 """From scores to the units that are kept: possible widths, the share that each group loses, and the units in each group.
 
-    scores, joint changes  ->  widths of groups that meet the budget  ->  the best units of each group
+    scores, joint changes  ->  blocks and widths of groups that meet the budget  ->  the best units of each group
 
-`GFPruneConfig.ranking` determines how. `joint` chooses widths and units together (`pruning.joint`). The others first allocate
-widths (`pruning.budget`), then keep the highest-scored units of each group.
+`GFPruneConfig.ranking` determines how. `joint` chooses blocks, widths and units together (`pruning.joint`). The others first
+allocate widths (`pruning.allocation`), with blocks according to `GFPruneConfig.depth` (`pruning.depth`), then keep the
+highest-scored units of each group.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import numpy as np
 from torch import Tensor
 
 from .configuration import GFPruneConfig
+from .pruning.allocation import allocate_by_sensitivity, allocate_global, allocate_per_group
+from .pruning.blocks import RemovableBlock
 from .pruning.budget import (
     BUDGET_TOLERANCE,
     aligned_ladder,
-    allocate_by_sensitivity,
-    allocate_global,
-    allocate_per_group,
     check_reachable,
     hardware_multiple,
     select_units,
     width_ladder,
 )
 from .pruning.cost_model import CostModel
+from .pruning.depth import choose_blocks, plan_widths, remove_by_sensitivity, remove_per_group, widths_stay
 from .pruning.joint import SEPARATE, UnitDamage, choose_jointly, exchange_units
 from .scoring.importance import normalize_scores
 
@@ -47,13 +48,16 @@ def possible_widths(cost: CostModel, config: GFPruneConfig, device_type: str) ->
         device_type: PyTorch's type of the device used for pruning, for `target_device="auto"`.
     """
     multiple, least, attention_unit = config.channel_multiple, config.min_keep_ratio, config.attention_unit
+    if config.depth == "only":
+        dense = [width_ladder(group) if isinstance(group, RemovableBlock) else [group.num_channels] for group in cost.groups]
+        return (1 if multiple == "auto" else multiple), dense
     if multiple != "auto":
         return multiple, [width_ladder(group, multiple, least, attention_unit) for group in cost.groups]
     device = device_type if config.target_device == "auto" else config.target_device
     multiple = hardware_multiple(device, config.latency_dtype)
     while True:
         ladders = [aligned_ladder(group, multiple, least, attention_unit) for group in cost.groups]
-        widths = allocate_per_group(cost, config.target, config.ratio, ladders)
+        widths = plan_widths(cost, config.target, config.ratio, ladders)
         if multiple == 1 or abs(cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
             return multiple, ladders
         multiple //= 2
@@ -65,7 +69,7 @@ class UnitChoice:
     Attributes:
         channel_multiple: Widths below the dense one are multiples of this.
         ladders: Possible widths of each group.
-        planned_widths: Widths with the same share of every group, which do not depend on scores.
+        planned_widths: Widths with the same share of every group and of the blocks, which do not depend on scores.
 
     Args:
         cost: The cost model.
@@ -80,12 +84,12 @@ class UnitChoice:
         self.cost, self.config = cost, config
         self.channel_multiple, self.ladders = possible_widths(cost, config, device_type)
         check_reachable(cost, config.target, config.ratio, self.ladders)
-        self.planned_widths = allocate_per_group(cost, config.target, config.ratio, self.ladders)
+        self.planned_widths = plan_widths(cost, config.target, config.ratio, self.ladders)
 
     @property
     def widths_are_planned(self) -> bool:
-        """Whether a run ends with `planned_widths`; otherwise widths depend on scores."""
-        return self.config.ranking == "group"
+        """Whether a run ends with `planned_widths`; otherwise widths or blocks depend on scores."""
+        return self.config.ranking == "group" and not self.cost.inner
 
     def widths(self, ratio: float, scores: Mapping[str, Tensor]) -> np.ndarray:
         """Kept channels of each group, with shape `(groups,)`, for rankings that allocate widths before units.
@@ -99,10 +103,16 @@ class UnitChoice:
             return cost.dense
         if self.widths_are_planned:
             return allocate_per_group(cost, target, ratio, ladders)
-        if self.config.ranking == "sensitivity":
-            ordered = [scores[group.name] for group in cost.groups]
-            return allocate_by_sensitivity(cost, target, ratio, ladders, ordered, self.config.sensitivity_exponent)
-        comparable = normalize_scores(scores)
+        ordered, exponent = [scores[group.name] for group in cost.groups], self.config.sensitivity_exponent
+        damage = {block: float(ordered[block].abs().sum()) for block in cost.inner}
+        if widths_stay(cost, ladders):
+            return choose_blocks(cost, target, ratio, damage)
+        if self.config.ranking == "sensitivity" and not (cost.inner and exponent == 0):
+            allocate = remove_by_sensitivity if cost.inner else allocate_by_sensitivity
+            return allocate(cost, target, ratio, ladders, ordered, exponent)
+        if self.config.ranking in ("group", "sensitivity"):
+            return remove_per_group(cost, target, ratio, ladders, damage)
+        comparable = normalize_scores(scores, [cost.groups[block].name for block in cost.inner])
         return allocate_global(cost, target, ratio, ladders, [comparable[group.name] for group in cost.groups])
 
     def best_units(self, scores: Mapping[str, Tensor], widths: np.ndarray) -> dict[str, Tensor]:
@@ -142,10 +152,11 @@ class UnitChoice:
         """Warn if the removed share of the target cost is not the one asked for."""
         if abs(share - self.config.ratio) > BUDGET_TOLERANCE:
             logger.warning(
-                "ratio=%.3f of %s is not met: the nearest with whole norm groups, channel_multiple=%d, attention_unit=%s, "
-                "min_keep_ratio=%g is %.3f",
+                "ratio=%.3f of %s is not met: the nearest with whole norm groups, depth=%s, channel_multiple=%d, "
+                "attention_unit=%s, min_keep_ratio=%g is %.3f",
                 self.config.ratio,
                 self.config.target,
+                self.config.depth,
                 self.channel_multiple,
                 self.config.attention_unit,
                 self.config.min_keep_ratio,

@@ -13,7 +13,7 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 | training mode without the model's own label dropout | `prepare_training` |
 | layers that are never pruned | `boundary`, `never_pruned` |
 | attention blocks | `attentions` |
-| residual blocks | `residual_blocks` |
+| residual blocks, and those whose branch can be removed | `residual_blocks`, `removable_blocks` |
 | blocks whose outputs distillation compares | `block_outputs` |
 
 The pruned class itself updates static attributes that depend on layer widths (`Upsample2D.channels`, ...), since it must work
@@ -167,6 +167,12 @@ class Family(ABC):
     @abstractmethod
     def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         """Residual blocks by name, in the model's order: each has a `dropout`."""
+
+    @abstractmethod
+    def removable_blocks(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Residual blocks whose branch can be removed, in the model's order: the names of the layers whose outputs the branch
+        adds to the stream, by block name. Blocks are not nested. Without all of them, the model must still read its
+        timestep and conditioning."""
 
     @abstractmethod
     def block_outputs(self, model: nn.Module) -> dict[str, str]:

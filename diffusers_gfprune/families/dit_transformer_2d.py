@@ -146,6 +146,11 @@ class DiTTransformer2DFamily(Family):
     def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         return {}  # dropout is inside of attentions and feed-forward layers
 
+    def removable_blocks(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        # The output is conditioned on the embedding of the first block
+        names = [f"transformer_blocks.{index}" for index in range(1, len(model.transformer_blocks))]
+        return {name: (f"{name}.attn1.to_out.0", f"{name}.ff.net.2") for name in names}
+
     def block_outputs(self, model: nn.Module) -> dict[str, str]:
         names = [f"transformer_blocks.{index}" for index in range(len(model.transformer_blocks))]
         return {name: f"{name}.ff.net.2" for name in names}

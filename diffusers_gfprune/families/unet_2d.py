@@ -21,6 +21,7 @@ __all__ = ["LIMITS", "UNet2DFamily"]
 
 MAX_LAYERS_PER_BLOCK = 64
 MAX_LAYERS = 256  # in all down blocks
+FIRST_BLOCK = "down_blocks.0.resnets.0"  # never removed, so that the model always reads its timestep
 
 # Accepted values for each argument of `UNet2DModel`, limited to blocks that can be pruned.
 LIMITS = ConfigLimits(
@@ -176,6 +177,15 @@ class UNet2DFamily(Family):
 
     def residual_blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         return {name: module for name, module in model.named_modules() if isinstance(module, ResnetBlock2D)}
+
+    def removable_blocks(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        blocks = {}
+        for name, module in model.named_modules():
+            if isinstance(module, ResnetBlock2D) and name != FIRST_BLOCK:
+                blocks[name] = (f"{name}.conv2",)
+            elif isinstance(module, Attention) and module.residual_connection:
+                blocks[name] = (f"{name}.to_out.0",)
+        return blocks
 
     def block_outputs(self, model: nn.Module) -> dict[str, str]:
         names = [f"{kind}_blocks.{index}" for kind in ("down", "up") for index in range(len(getattr(model, f"{kind}_blocks")))]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
@@ -207,6 +208,20 @@ class UNet2DConditionFamily(UNet2DFamily):
     def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
         """Any timestep can be embedded."""
 
+    # --- parts ---
+
+    def removable_blocks(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
+        blocks, reads_text = super().removable_blocks(model), False
+        for name, module in model.named_modules():
+            if isinstance(module, Transformer2DModel):
+                layers = {f"{name}.transformer_blocks.{i}": layer for i, layer in enumerate(module.transformer_blocks)}
+                found = {name: (f"{name}.proj_out",)} if len(layers) == 1 else {k: _branch(k, v) for k, v in layers.items()}
+                if not reads_text:  # the first layer is never removed
+                    found.pop(next(iter(found)))
+                    reads_text = True
+                blocks |= found
+        return blocks
+
     # --- inputs and outputs ---
 
     def example_inputs(
@@ -277,6 +292,12 @@ class UNet2DConditionFamily(UNet2DFamily):
         rest = {name: values for name, values in inputs.conditioning.items() if name not in added}
         rest |= {"added_cond_kwargs": added} if added else {}
         return model(inputs.sample, inputs.timesteps, **rest).sample
+
+
+def _branch(name: str, layer: nn.Module) -> tuple[str, ...]:
+    """Layers of a transformer's layer whose outputs are added to the hidden states."""
+    attentions = [key for key in ("attn1", "attn2") if getattr(layer, key) is not None]
+    return *(f"{name}.{key}.to_out.0" for key in attentions), f"{name}.ff.net.2"
 
 
 def _listed(values: tuple) -> str:

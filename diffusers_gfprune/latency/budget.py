@@ -18,10 +18,11 @@ from torch import nn
 from ..distributed import made_by_first_rank
 from ..metrics.cache import TensorCache
 from ..metrics.speed import SpeedSetting
-from ..pruning.budget import allocate_per_group, select_units
+from ..pruning.budget import select_units
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.compaction import compact, plan_compaction
 from ..pruning.cost_model import CostModel
+from ..pruning.depth import plan_widths
 from .calibration import TimePair, calibrate, latency_meter
 from .layer_times import layer_shares
 from .model import LatencyModel
@@ -95,7 +96,7 @@ def measured_latency_model(
                 return measure_model(model_of_widths(unet, groups, widths, attention_unit))
 
             def planned() -> np.ndarray:
-                return allocate_per_group(cost, "latency", ratio, ladders)
+                return plan_widths(cost, "latency", ratio, ladders)
 
             calibration = calibrate(model, ratio, narrowest, planned, measured)
         return {"model": model.to_dict(), "calibration": calibration}

@@ -1,13 +1,15 @@
 """Time of a forward pass as a function of the number of channels that each group keeps, from measured layer times.
 
-With n the vector of kept channels, w(l) the workload of layer call l, and shares of the dense time from `layer_times`,
+With n the vector of kept channels, e_l = 0 for layers inside of removed blocks and otherwise 1 (`cost_model`), w(l) the
+workload of layer call l, and shares of the dense time from `layer_times`,
 
-    layers(n) = sum_l share_w(l)(in_l(n), out_l(n))
-    r(n)      = layers(n) + rest (c + (1 - c) volume(n))          rest = 1 - layers(dense)
+    layers(n) = sum_l e_l share_w(l)(in_l(n), out_l(n))
+    r(n)      = layers(n) + rest (c calls(n) + (1 - c) volume(n))          rest = 1 - layers(dense)
     removed(n) = f(1 - r(n))
 
-The rest is not in the table: additions, concatenations, the interpreter. A share c of it is constant; the remainder is
-proportional to the activations that convolutions write. f is a monotone correction by measured models (`calibration`).
+The rest is not in the table: additions, concatenations, the interpreter. A share c of it is proportional to the number of
+layer calls, which widths do not change; the remainder to the activations that convolutions write. f is a monotone correction
+by measured models (`calibration`).
 
 Between the points of a table, shares are interpolated linearly along both widths. Convolutions compute channels in blocks of a
 vector register or a tile: with blocks of 16, 33 channels take as long as 48. Their widths are therefore rounded up first.
@@ -16,6 +18,7 @@ vector register or a tile: with blocks of 16, 33 channels take as long as 48. Th
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +26,7 @@ import numpy as np
 from torch import nn
 
 from ..pruning.channel_groups import ChannelGroup
-from ..pruning.cost_model import group_shares
+from ..pruning.cost_model import block_of_modules, group_shares
 from .layer_times import Grid
 from .layer_workloads import AttentionProducts, Convolution, LayerCall, LinearLayer, Norm, trace_layer_calls
 
@@ -158,25 +161,30 @@ class LatencyModel:
         self._tables: list[np.ndarray] = []
 
         # Calls of a table with the same widths are one row with a count
-        shares, nothing = group_shares(groups), np.zeros(len(self.dense))
+        shares, nothing, block_of = group_shares(groups), np.zeros(len(self.dense)), block_of_modules(groups)
         rows: dict[tuple, list] = {}
-        self._volume0, self._volume = 0.0, np.zeros(len(self.dense))
+        volume0: dict[int, float] = defaultdict(float)  # by block
+        volume: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(len(self.dense)))
         for call, grid in zip(calls, grid_of):
             row_in = shares.get((call.module, 1), nothing) if call.workload.two_sided else nothing
             row_out = shares.get((call.module, 0), nothing)
-            row = rows.setdefault(
-                (grid, call.wide_in, call.wide_out, row_in.tobytes(), row_out.tobytes()), [row_in, row_out, 0]
-            )
+            inside = block_of.get(call.module, -1)
+            key = (grid, call.wide_in, call.wide_out, row_in.tobytes(), row_out.tobytes(), inside)
+            row = rows.setdefault(key, [row_in, row_out, 0])
             row[2] += 1
             if isinstance(call.workload, Convolution):
-                self._volume += call.positions * row_out
-                self._volume0 += call.positions * (call.wide_out - float(row_out @ self.dense))
+                volume[inside] += call.positions * row_out
+                volume0[inside] += call.positions * (call.wide_out - float(row_out @ self.dense))
+        self._volume_block = np.array(list(volume), dtype=np.int64)
+        self._volume0 = np.array([volume0[inside] for inside in volume])
+        self._volume = np.array(list(volume.values())).reshape(len(volume), len(self.dense))
         self._rows = np.stack([row[side] for side in (0, 1) for row in rows.values()])  # (2 rows, groups)
         dense_widths = np.array([key[side] for side in (1, 2) for key in rows])
         self._fixed = np.rint(dense_widths - self._rows @ self.dense).astype(np.int64)
         self._rows = self._rows.astype(np.int64)
         self._grid_of_row = [key[0] for key in rows]
         self._count = np.array([row[2] for row in rows.values()], dtype=float)
+        self._block = np.array([key[5] for key in rows])
 
         # For every possible width of a layer, the index of the table point below it, and the fraction to the next point
         places, starts, size = [], {}, 0
@@ -225,16 +233,31 @@ class LatencyModel:
         flat, stride, along_in, along_out = self._flat, self._stride, weight[:half], weight[half:]
         near = flat[corner] * (1 - along_out) + flat[corner + 1] * along_out
         far = flat[corner + stride] * (1 - along_out) + flat[corner + stride + 1] * along_out
-        return float((self._scale * self._count * (near * (1 - along_in) + far * along_in)).sum())
+        return float(
+            (self._scale * self._count * self._exists(widths, self._block) * (near * (1 - along_in) + far * along_in)).sum()
+        )
+
+    @staticmethod
+    def _exists(widths: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """e of the module docstring, given the index of the block of each call, or -1."""
+        return np.append(widths, 1)[blocks]
 
     def _relative_volume(self, widths: np.ndarray) -> float:
-        return (self._volume0 + float(self._volume @ widths)) / (self._volume0 + float(self._volume @ self.dense))
+        def volume(widths: np.ndarray) -> float:
+            return float(self._exists(widths, self._volume_block) @ (self._volume0 + self._volume @ widths))
+
+        dense = volume(self.dense)
+        return volume(widths) / dense if dense else 1.0  # transformers may have no convolution
+
+    def _relative_calls(self, widths: np.ndarray) -> float:
+        return float(self._count @ self._exists(widths, self._block)) / float(self._count.sum())
 
     def predicted(self, widths: np.ndarray) -> float:
         """1 - r(n): share of the dense time that is removed, without correction; in [0, 1] up to noise of the table."""
         widths = np.asarray(widths, dtype=np.int64)
         constant = self.correction.constant
-        return 1 - self._layers(widths) - self.rest * (constant + (1 - constant) * self._relative_volume(widths))
+        rest = constant * self._relative_calls(widths) + (1 - constant) * self._relative_volume(widths)
+        return 1 - self._layers(widths) - self.rest * rest
 
     def removed(self, widths: np.ndarray) -> float:
         """Corrected share of the dense time that is removed, in [0, 1].
@@ -250,9 +273,10 @@ class LatencyModel:
 
     def explain(self, widths: np.ndarray, measured: float) -> float:
         """The constant c for which the prediction for `widths` equals a measured share, clamped to [0, 1]."""
-        volume = self._relative_volume(np.asarray(widths, dtype=np.int64))
-        room = self.rest * (1 - volume)
-        left = 1 - measured - self._layers(np.asarray(widths, dtype=np.int64)) - self.rest * volume
+        widths = np.asarray(widths, dtype=np.int64)
+        volume = self._relative_volume(widths)
+        room = self.rest * (self._relative_calls(widths) - volume)
+        left = 1 - measured - self._layers(widths) - self.rest * volume
         return min(max(left / room, 0.0), 1.0) if room > 0 else 1.0
 
     def to_dict(self) -> dict:

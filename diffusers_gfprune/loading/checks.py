@@ -12,7 +12,7 @@ from torch import nn
 
 from ..families.base import Family
 from ..remote.pruned_model import LoadingChecks
-from .config_checks import check_config_file, check_tables
+from .config_checks import check_config_file, check_removed_blocks, check_tables
 from .weight_checks import check_weights
 
 __all__ = ["PackageChecks"]
@@ -33,6 +33,9 @@ class PackageChecks(LoadingChecks):
 
     def arguments(self, dense: Mapping) -> None:
         self.family.check_arguments(dense)
+
+    def blocks(self, skeleton: nn.Module, removed_blocks: object) -> None:
+        check_removed_blocks(self.family, skeleton, removed_blocks)
 
     def tables(self, skeleton: nn.Module, tables: Mapping[str, Mapping]) -> None:
         check_tables(self.family, skeleton, tables)

@@ -1,6 +1,6 @@
 """Checks of config.json: it must be a JSON object with valid tables of a pruned model.
 
-A config may come from an untrusted repository. Tables that do not narrow the dense model are rejected before memory is
+A config may come from an untrusted repository. Tables that do not make the dense model smaller are rejected before memory is
 allocated. Arguments of the dense model are checked by its family (`families`).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from ..families.base import Family
 from ..families.limits import is_int, refuse
 
-__all__ = ["check_config_file", "check_tables"]
+__all__ = ["check_config_file", "check_removed_blocks", "check_tables"]
 
 MAX_PARAMETERS = 2**33  # of the dense model
 
@@ -35,22 +36,47 @@ def check_config_file(path: str | os.PathLike) -> None:
         refuse("quantization_config", config["quantization_config"], "a JSON object")
 
 
+def check_removed_blocks(family: Family, skeleton: nn.Module, names: object) -> None:
+    """Check that removed blocks can be removed from the dense model.
+
+    Args:
+        family: Family of the model.
+        skeleton: The dense model, on the meta device.
+        names: The table `removed_blocks`.
+
+    Raises:
+        ValueError: The table is not a list of different names of removable blocks.
+    """
+    _check_size(skeleton)
+    removable = family.removable_blocks(skeleton)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"removed_blocks must be a list of module names, got {reprlib.repr(names)}")
+    for name in names:
+        if name not in removable:
+            raise ValueError(f"removed_blocks names {reprlib.repr(name)}, which is not a block that can be removed")
+    if len(set(names)) != len(names):
+        raise ValueError(f"removed_blocks must name each block once, got {len(names)} names of {len(set(names))} blocks")
+
+
+def _check_size(skeleton: nn.Module) -> None:
+    weights = (getattr(module, name, None) for module in skeleton.modules() for name in ("weight", "bias"))
+    count = sum(tensor.numel() for tensor in weights if tensor is not None)
+    if count > MAX_PARAMETERS:
+        raise ValueError(f"the config describes {count:,} parameters, but must not have more than {MAX_PARAMETERS:,}")
+
+
 def check_tables(family: Family, skeleton: nn.Module, tables: Mapping[str, object]) -> None:
     """Check that tables narrow the dense model. The pruned model itself checks that the widths fit together.
 
     Args:
         family: Family of the model.
-        skeleton: The dense model, on the meta device.
+        skeleton: The dense model without removed blocks, on the meta device.
         tables: `layer_channels`, `norm_group_sizes` and `attention_heads`, by name.
 
     Raises:
         ValueError: An entry is wrong; the message has the name and value of the first one.
     """
     modules = dict(skeleton.named_modules())
-    weights = (getattr(module, name, None) for module in modules.values() for name in ("weight", "bias"))
-    count = sum(tensor.numel() for tensor in weights if tensor is not None)
-    if count > MAX_PARAMETERS:
-        raise ValueError(f"the config describes {count:,} parameters, but must not have more than {MAX_PARAMETERS:,}")
     for table, entries in tables.items():
         if not isinstance(entries, Mapping) or not all(isinstance(key, str) for key in entries):
             raise ValueError(f"{table} must map module names to numbers, got {type(entries).__name__}")

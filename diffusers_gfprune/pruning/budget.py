@@ -1,48 +1,27 @@
-"""Budgets: from scores and a target cost to the units that each group keeps.
+"""Budgets: the widths that each group can have, and the units that it keeps at a width.
 
 The possible widths of a group form a ladder: its dense width, and the sums of its units that are multiples of
-`channel_multiple` (inside attention also of the heads), down to a floor. There are three ways to remove the share `ratio` of
-the dense cost:
-
-- group: every group keeps the same share of its channels, found by bisection;
-- sensitivity: a group loses more if this saves more cost and if its scores are lower;
-- global: the lowest-scored units of all groups are removed first.
-
-All end with single steps of single groups towards the target, so that it is met to within one unit of one group.
-
-Widths by sensitivity. Let S_g be the sum of absolute scores in group g, W_g the cost of the whole group, and
-S_g x_g^(1 + 1/beta) the damage of removing a share x_g of it. The last channels of a group cause more damage than the first; a
-plain sum of scores, the case beta -> infinity, ignores this. The damage for sum_g W_g x_g = ratio sum_g W_g is minimal at
-
-    x_g  =  lambda (W_g / S_g)^beta
-
-with lambda found by bisection; beta = 0 is the same share for all. The exponent should be smaller for criteria whose sums
-spread further: 0.3 suits sums in the metric of predictions. Sums in the metric of weights spread over about half as many
-decades (measurements, also of other exponents: benchmarks/README.md).
+`channel_multiple` (inside attention also of the heads), down to a floor. The ladder of a removable block is 1, 0. `allocation`
+and `depth` choose widths from the ladders for a share `ratio` of the dense cost to remove.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import neg
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .blocks import RemovableBlock
 from .channel_groups import ChannelGroup
 from .cost_model import CostModel
 
 __all__ = [
     "BUDGET_TOLERANCE",
     "aligned_ladder",
-    "allocate_by_sensitivity",
-    "allocate_global",
-    "allocate_per_group",
     "check_reachable",
     "hardware_multiple",
     "select_units",
@@ -56,7 +35,6 @@ ATTENTION_UNITS = ("head_dim", "heads")
 HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8, "cuda, half precision": 64}
 # Minimum number of widths below the dense one for a block size; with four, the digits model loses too much accuracy
 ALIGNED_WIDTHS = 5
-_SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
 
 
 def _reachable(sizes: Mapping[int, int]) -> list[int]:
@@ -79,8 +57,11 @@ def width_ladder(
         attention_unit: Inside attention, `"head_dim"` shrinks all heads equally, `"heads"` removes whole heads.
 
     Returns:
-        Widths in descending order, each >= 1 and a sum of whole units (and the fixed channels).
+        Widths in descending order, each >= 1 and a sum of whole units (and the fixed channels); 1 and 0 for a removable
+        block.
     """
+    if isinstance(group, RemovableBlock):
+        return [1, 0]
     floor = max(1, math.ceil(min_keep_ratio * group.num_channels))
     if group.attention is None:
         widths = [len(group.fixed) + width for width in _reachable(Counter(group.unit_sizes.tolist()))]
@@ -137,161 +118,15 @@ def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequenc
     """
     most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
     if ratio > most + BUDGET_TOLERANCE:
+        if cost.inner and all(len(ladder) == 1 for index, ladder in enumerate(ladders) if index not in cost.inner):
+            limits = "depth=only, which removes blocks and no channels; with depth=allow more can be removed"
+        else:
+            limits = "the given min_keep_ratio and channel_multiple, since norm groups are removed as a whole"
+            limits += "" if cost.inner else "; with depth=allow, blocks can be removed, too"
         raise ValueError(
-            f"ratio={ratio:g} of {target} cannot be removed: the maximum is {most:.3f} with the given min_keep_ratio and "
-            f"channel_multiple, since norm groups are removed as a whole"
+            f"ratio={ratio:g} of {target} cannot be removed: the maximum is {most:.3f} with {limits}"
             + ("; with a larger latency_batch_size more can be removed" if target == "latency" else "")
         )
-
-
-def _nearest(ladder: Sequence[int], width: float) -> int:
-    """Index of the nearest width in a ladder, which is in descending order; of two equally near ones, the wider."""
-    below = bisect_left(ladder, -width, key=neg)
-    if below in (0, len(ladder)):
-        return min(below, len(ladder) - 1)
-    return below - 1 if ladder[below - 1] - width <= width - ladder[below] else below
-
-
-def _polish(
-    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], rungs: list[int], moves: int = 500
-) -> np.ndarray:
-    """Take single steps that bring the removed share closer to `ratio`, until none does."""
-
-    def widths(candidate: Sequence[int]) -> np.ndarray:
-        return np.array([ladder[rung] for ladder, rung in zip(ladders, candidate)])
-
-    gap = abs(cost.removed(target, widths(rungs)) - ratio)
-    for _ in range(moves):
-        best = None
-        if gap > BUDGET_TOLERANCE / 20:
-            for index, ladder in enumerate(ladders):
-                for step in (-1, 1):
-                    if not 0 <= rungs[index] + step < len(ladder):
-                        continue
-                    candidate = [*rungs[:index], rungs[index] + step, *rungs[index + 1 :]]
-                    candidate_gap = abs(cost.removed(target, widths(candidate)) - ratio)
-                    if candidate_gap < gap:
-                        best, gap = candidate, candidate_gap
-        if best is None:
-            break
-        rungs = best
-    return widths(rungs)
-
-
-def _nearer_end(
-    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], ends: Sequence[list[int]]
-) -> np.ndarray:
-    """Polish the widths on both sides of the target and return the nearer ones: large steps can stall on one side."""
-    polished = [_polish(cost, target, ratio, ladders, rungs) for rungs in ends]
-    return min(polished, key=lambda widths: abs(cost.removed(target, widths) - ratio))
-
-
-def allocate_per_group(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> np.ndarray:
-    """Widths that remove `ratio` of the cost with (nearly) the same share kept in every group.
-
-    Args:
-        cost: The cost model.
-        target: One of `TARGETS`.
-        ratio: Share of the dense cost to remove, in [0, 1].
-        ladders: Possible widths of each group (`width_ladder`).
-
-    Returns:
-        Kept channels of each group, int64 with shape `(groups,)`.
-    """
-    return _allocate_in_proportion(cost, target, ratio, ladders, np.ones(len(ladders)))
-
-
-def allocate_by_sensitivity(
-    cost: CostModel,
-    target: str,
-    ratio: float,
-    ladders: Sequence[Sequence[int]],
-    scores: Sequence[Tensor],
-    exponent: float,
-) -> np.ndarray:
-    """Widths that remove `ratio` of the cost, more from groups with high cost and low scores.
-
-    Args:
-        cost: The cost model.
-        target: One of `TARGETS`.
-        ratio: Share of the dense cost to remove, in [0, 1].
-        ladders: Possible widths of each group (`width_ladder`).
-        scores: Scores of each group's units, on the same scale for all groups, each with shape `(num_units,)`.
-        exponent: beta of the module docstring (>= 0); 0 is equal to `allocate_per_group`.
-
-    Returns:
-        Kept channels of each group, int64 with shape `(groups,)`.
-    """
-    sensitivity = np.array([float(score.double().abs().sum()) for score in scores])
-    saved = cost.marginal(target, cost.dense) * cost.dense
-    # A group of zeros reaches its floor first, but shares stay finite.
-    gain = saved / np.maximum(sensitivity, _SMALLEST * sensitivity.max() if sensitivity.any() else 1.0)
-    proportions = np.maximum((gain / gain.max()) ** exponent, _SMALLEST)
-    return _allocate_in_proportion(cost, target, ratio, ladders, proportions)
-
-
-def _allocate_in_proportion(
-    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], proportions: np.ndarray
-) -> np.ndarray:
-    """Widths that remove `ratio` of the cost, with removed shares in given proportions (> 0) as far as ladders allow."""
-
-    def rungs_at(scale: float) -> list[int]:
-        return [
-            _nearest(ladder, (1 - min(scale * proportion, 1.0)) * ladder[0])
-            for ladder, proportion in zip(ladders, proportions)
-        ]
-
-    low, high = 0.0, float(1 / proportions.min())  # where every group is at its floor
-    for _ in range(40 + math.ceil(math.log2(high))):
-        middle = (low + high) / 2
-        widths = np.array([ladder[rung] for ladder, rung in zip(ladders, rungs_at(middle))])
-        low, high = (middle, high) if cost.removed(target, widths) <= ratio else (low, middle)
-    return _nearer_end(cost, target, ratio, ladders, [rungs_at(scale) for scale in (low, high)])
-
-
-def _by_channel(group: ChannelGroup, scores: Tensor) -> np.ndarray:
-    """Scores divided equally among the channels of each unit, in ascending order; fixed channels are last."""
-    each = torch.repeat_interleave(scores.double().cpu() / group.unit_sizes, group.unit_sizes)
-    return np.concatenate([np.sort(each.numpy()), np.full(len(group.fixed), np.inf)])
-
-
-def allocate_global(
-    cost: CostModel,
-    target: str,
-    ratio: float,
-    ladders: Sequence[Sequence[int]],
-    scores: Sequence[Tensor],
-) -> np.ndarray:
-    """Widths that remove `ratio` of the cost, the lowest-scored units of all groups first.
-
-    Args:
-        cost: The cost model.
-        target: One of `TARGETS`.
-        ratio: Share of the dense cost to remove, in [0, 1].
-        ladders: Possible widths of each group (`width_ladder`).
-        scores: Comparable scores of each group's units, each with shape `(num_units,)`.
-
-    Returns:
-        Kept channels of each group, int64 with shape `(groups,)`.
-    """
-    ordered = [_by_channel(group, score) for group, score in zip(cost.groups, scores)]
-
-    def unit_score(index: int, rung: int) -> float:
-        """Mean score of the channels between two rungs."""
-        first, last = (len(ordered[index]) - ladders[index][r] for r in (rung, rung + 1))
-        return float(ordered[index][first:last].mean())
-
-    rungs = before = [0] * len(ladders)
-    widths = cost.dense.copy()
-    heap = [(unit_score(index, 0), index) for index, ladder in enumerate(ladders) if len(ladder) > 1]
-    heapq.heapify(heap)
-    while heap and cost.removed(target, widths) < ratio:
-        _, index = heapq.heappop(heap)
-        before, rungs = rungs, [*rungs[:index], rungs[index] + 1, *rungs[index + 1 :]]
-        widths[index] = ladders[index][rungs[index]]
-        if rungs[index] + 1 < len(ladders[index]):
-            heapq.heappush(heap, (unit_score(index, rungs[index]), index))
-    return _nearer_end(cost, target, ratio, ladders, (rungs, before))
 
 
 def select_units(group: ChannelGroup, scores: Tensor, keep: int, attention_unit: str = "head_dim") -> Tensor:

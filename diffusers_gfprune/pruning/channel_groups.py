@@ -49,7 +49,8 @@ class GroupSlice:
         parameter: `"weight"` or `"bias"`.
         dim: Dimension of the parameter that runs over channels.
         positions: Index of each channel of the group along `dim`.
-        role: `"output"` (the module produces the channels), `"norm"` (it normalizes them) or `"input"` (it reads them).
+        role: `"output"` (the module produces the channels), `"norm"` (it normalizes them) or `"input"` (it reads them). The
+            slices of a removable block (`blocks`) have the role `"branch"`: all rows of a layer belong to its only unit.
     """
 
     module: str
@@ -139,11 +140,12 @@ class ChannelGroup:
 def slices_by_dimension(
     groups: Sequence[ChannelGroup],
 ) -> dict[tuple[str, str, int], list[tuple[ChannelGroup, GroupSlice]]]:
-    """Groups and their slices by `(module, parameter, dim)`, in the order of the groups."""
+    """Channel groups and their slices by `(module, parameter, dim)`, in the order of the groups; blocks are left out."""
     table: dict[tuple[str, str, int], list[tuple[ChannelGroup, GroupSlice]]] = defaultdict(list)
     for group in groups:
         for piece in group.slices:
-            table[piece.module, piece.parameter, piece.dim].append((group, piece))
+            if piece.role != "branch":
+                table[piece.module, piece.parameter, piece.dim].append((group, piece))
     return dict(table)
 
 

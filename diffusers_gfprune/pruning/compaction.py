@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.lookup import family_of
+from .blocks import removed_blocks
 from .channel_groups import ChannelGroup, slices_by_dimension
 from .masking import MASKS_MODULE, check_mask, dense_name, dense_parameters
 from .optimizer_state import kept_state
@@ -39,6 +40,8 @@ class CompactionPlan:
         layer_channels: Table of the small model's configuration.
         norm_group_sizes: Table of the small model's configuration.
         attention_heads: Table of the small model's configuration.
+        removed_blocks: Names of removed blocks, sorted; likewise.
+        dropped: Names of parameters that are removed with them.
     """
 
     kept: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -46,6 +49,8 @@ class CompactionPlan:
     layer_channels: dict[str, list[int]] = field(default_factory=dict)
     norm_group_sizes: dict[str, list[int]] = field(default_factory=dict)
     attention_heads: dict[str, int] = field(default_factory=dict)
+    removed_blocks: list[str] = field(default_factory=list)
+    dropped: frozenset[str] = frozenset()
 
     def take(self, name: str, tensor: Tensor, power: int = 1) -> Tensor:
         """The kept part of `tensor`, which belongs to parameter `name` and has its dense shape.
@@ -81,6 +86,10 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
     """
     plan = CompactionPlan()
     modules = dict(unet.named_modules())
+    blocks = removed_blocks(groups, masks)
+    gone = frozenset().union(*(block.inside for block in blocks))  # names of modules
+    plan.removed_blocks = sorted(block.name for block in blocks)
+    plan.dropped = frozenset(name for name in dense_parameters(unet) if name.rpartition(".")[0] in gone)
     keep: dict[str, Tensor] = {}  # by group, for each channel
     for group in groups:
         mask = masks[group.name].detach().cpu()
@@ -89,7 +98,7 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
             between = mask[(mask != 0) & (mask != 1)][0]
             raise ValueError(f"mask of {group.name} has the value {between:g}: only binary masks can be compacted")
         keep[group.name] = group.per_channel(mask).bool()
-        if group.attention is not None:
+        if group.attention is not None and group.attention not in gone:
             now = modules[group.attention].heads
             if now != group.heads:
                 raise ValueError(f"{group.attention}.heads={now} must be {group.heads}, as when its channels were traced")
@@ -104,6 +113,8 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
 
     alive: dict[tuple[str, str, int], Tensor] = {}
     for (module, parameter, dim), pieces in slices_by_dimension(groups).items():
+        if module in gone:
+            continue
         flags = torch.ones(getattr(modules[module], parameter).shape[dim], dtype=torch.bool)
         for group, piece in pieces:
             flags[list(piece.positions)] = keep[group.name]
@@ -141,17 +152,22 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
         "layer_channels": plan.layer_channels,
         "norm_group_sizes": plan.norm_group_sizes,
         "attention_heads": plan.attention_heads,
+        "removed_blocks": plan.removed_blocks,
     }
     with torch.device("meta"):
         small = family_of(unet).pruned_class.from_config({**unet.config, **tables})
-    weights = {name: plan.take(name, p.detach()) for name, p in dense_parameters(unet).items()}
-    buffers = {n: b for n, b in unet.state_dict().items() if dense_name(n) not in weights and not n.startswith(MASKS_MODULE)}
+    parameters = dense_parameters(unet)
+    kept = {name: parameter for name, parameter in parameters.items() if name not in plan.dropped}
+    weights = {name: plan.take(name, parameter.detach()) for name, parameter in kept.items()}
+    buffers = {
+        n: b for n, b in unet.state_dict().items() if dense_name(n) not in parameters and not n.startswith(MASKS_MODULE)
+    }
     small.load_state_dict({**weights, **buffers}, assign=True)
     for name, _ in [*small.named_buffers()]:
         if name not in buffers:  # not saved with the weights
             owner, _, leaf = name.rpartition(".")
             setattr(small.get_submodule(owner), leaf, unet.get_buffer(name).clone())
-    for name, parameter in dense_parameters(unet).items():
+    for name, parameter in kept.items():
         small.get_parameter(name).requires_grad_(parameter.requires_grad)
     if unet.is_gradient_checkpointing:
         small.enable_gradient_checkpointing()
@@ -178,6 +194,8 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
             if old not in names:
                 raise ValueError(f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not in the model")
             name = names[old]
+            if name in plan.dropped:
+                continue
             new = small.get_parameter(name)
             moved.append(new)
             kept = kept_state(optimizer, old, functools.partial(plan.take, name))
@@ -222,7 +240,7 @@ def carry_ema(ema, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> N
     """
     check_ema(ema, unet)
     names = list(dense_parameters(unet))
-    averaged = {name: plan.take(name, shadow) for name, shadow in zip(names, ema.shadow_params)}
+    averaged = {name: plan.take(name, shadow) for name, shadow in zip(names, ema.shadow_params) if name not in plan.dropped}
     ema.shadow_params = [averaged[name] for name, _ in small.named_parameters()]
     if ema.model_cls is not None:  # used by its save_pretrained
         ema.model_cls, ema.model_config = type(small), small.config

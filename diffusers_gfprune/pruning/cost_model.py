@@ -1,10 +1,13 @@
-"""Cost of a model as a function of the number of channels that each group keeps, without building the model.
+"""Cost of a model as a function of what each group keeps, without building the model.
 
-Let n be the vector of kept channels. Every width is linear in n, and every cost is a sum of products of widths:
+Let n be the vector of kept channels; for a removable block (`blocks`), n is 1, or 0 without it. Every width is linear in n,
+and every cost is a sum of products of widths. Layers inside a block exist if the block does, e_l(n) = n_block(l); others
+always do:
 
     in_l(n)  = a_l + A_l n          out_l(n) = b_l + B_l n
-    MACs(n)  = sum_l positions_l area_l in_l out_l  +  sum_attentions 2 queries keys inner(n)
-    parameters(n) = sum_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms channels(n)
+    MACs(n)  = sum_l e_l positions_l area_l in_l out_l  +  sum_attentions 2 e queries keys inner(n)
+    parameters(n) = sum_l e_l (area_l in_l out_l + bias_l out_l)  +  2 sum_norms e channels(n)  +  others
+    channels(n) = sum_groups e n
 
 A candidate takes microseconds, which makes a search for budgets possible. Latency is not of this form: a `LatencyModel`
 predicts it.
@@ -19,13 +22,16 @@ from torch import nn
 
 from ..families.lookup import family_of
 from ..metrics.model_size import layer_positions
+from .blocks import RemovableBlock, inner_groups
 from .channel_groups import ChannelGroup
+from .masking import dense_parameters
 
-__all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "group_shares"]
+__all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "block_of_modules", "group_shares"]
 
 COUNTED_TARGETS = ("macs", "params", "channels")  # latency is measured
 TARGETS = (*COUNTED_TARGETS, "latency")
 LATENCY_STEP = 32  # channels
+LAYERS = (nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm)  # whose parameters depend on widths
 
 
 def group_shares(groups: Sequence[ChannelGroup]) -> dict[tuple[str, int], np.ndarray]:
@@ -41,9 +47,14 @@ def group_shares(groups: Sequence[ChannelGroup]) -> dict[tuple[str, int], np.nda
     shares: dict[tuple[str, int], np.ndarray] = {}
     for index, group in enumerate(groups):
         for piece in group.slices:
-            if piece.parameter == "weight":
+            if piece.parameter == "weight" and piece.role != "branch":
                 shares.setdefault((piece.module, piece.dim), np.zeros(len(groups)))[index] += 1
     return shares
+
+
+def block_of_modules(groups: Sequence[ChannelGroup]) -> dict[str, int]:
+    """Index of the removable block that each module is inside of; modules outside of all blocks are left out."""
+    return {name: index for index, group in enumerate(groups) if isinstance(group, RemovableBlock) for name in group.inside}
 
 
 class CostModel:
@@ -65,43 +76,51 @@ class CostModel:
         seconds: Callable[[np.ndarray], float] | None = None,
     ) -> None:
         self.groups = list(groups)
+        self.inner = inner_groups(groups)
         self.seconds = seconds
         self.dense = np.array([group.num_channels for group in groups], dtype=np.int64)
         positions = layer_positions(unet, sample_size)
         attentions = family_of(unet).attentions(unet)
-        shares = group_shares(groups)
+        shares, block_of = group_shares(groups), block_of_modules(groups)
+        nothing = np.zeros(len(self.groups))
+        one = 1.0, nothing
 
         def width(name: str, dim: int, size: int) -> tuple[float, np.ndarray]:
-            row = shares.get((name, dim), np.zeros(len(self.groups)))
+            row = shares.get((name, dim), nothing)
             return size - float(row @ self.dense), row
 
-        rows: list[tuple] = []  # in and out widths, MACs per product, parameters per product and per output channel
-        linear_macs = np.zeros(len(self.groups))
-        norms: list[tuple[float, np.ndarray]] = []
-        for name, module in unet.named_modules():
+        # In and out widths, MACs per product, parameters per product and per output channel, block
+        rows: list[tuple] = []
+        modules = dict(unet.named_modules())
+        for name, module in modules.items():
+            block = block_of.get(name, -1)
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 shape = module.weight.shape
-                area = shape[2] * shape[3] if len(shape) == 4 else 1
+                area, bias = (shape[2] * shape[3] if len(shape) == 4 else 1), float(module.bias is not None)
                 wide_in, wide_out = width(name, 1, shape[1]), width(name, 0, shape[0])
-                rows.append((wide_in, wide_out, area * positions[name], area, 0.0 if module.bias is None else 1.0))
+                rows.append((wide_in, wide_out, area * positions[name], area, bias, block))
             elif isinstance(module, nn.Embedding):
                 shape = module.weight.shape
-                rows.append(((float(shape[0]), np.zeros(len(self.groups))), width(name, 1, shape[1]), 0, 1, 0.0))
+                rows.append(((float(shape[0]), nothing), width(name, 1, shape[1]), 0, 1, 0.0, block))
             elif isinstance(module, nn.GroupNorm):
-                norms.append(width(name, 0, module.num_channels))
+                rows.append((one, width(name, 0, module.num_channels), 0, 0, 2.0, block))
             elif name in attentions:
-                _, row = width(f"{name}.to_q", 0, module.to_q.out_features)
-                linear_macs += 2 * positions[f"{name}.to_q"] * positions[f"{name}.to_k"] * row
+                macs = 2 * positions[f"{name}.to_q"] * positions[f"{name}.to_k"]
+                rows.append((one, width(f"{name}.to_q", 0, module.to_q.out_features), macs, 0, 0.0, block))
+        # Layer norms and random Fourier features have a constant size
+        for name, parameter in dense_parameters(unet).items():
+            owner = name.rpartition(".")[0]
+            if not isinstance(modules[owner], LAYERS):
+                rows.append((one, one, 0, parameter.numel(), 0.0, block_of.get(owner, -1)))
         self._in0, self._in = np.array([r[0][0] for r in rows]), np.stack([r[0][1] for r in rows])
         self._out0, self._out = np.array([r[1][0] for r in rows]), np.stack([r[1][1] for r in rows])
         self._macs, self._area, self._bias = (np.array([r[k] for r in rows], dtype=float) for k in (2, 3, 4))
-        self._attention = linear_macs
-        self._norm0, self._norm = sum(n[0] for n in norms), sum((n[1] for n in norms), np.zeros(len(self.groups)))
-        # Parameters of other layers (random Fourier features) do not change.
-        counted = self.parameters(self.dense)
-        self._other = sum(p.numel() for p in unet.parameters()) - counted
+        self._block = np.array([r[5] for r in rows])
+        self._channels = np.array([not isinstance(group, RemovableBlock) for group in groups], dtype=float)
 
-    _other = 0.0
+    def _exists(self, widths: np.ndarray) -> np.ndarray:
+        """e of the module docstring for each row."""
+        return np.append(widths, 1)[self._block]
 
     def _layer_widths(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._in0 + self._in @ widths, self._out0 + self._out @ widths
@@ -109,17 +128,24 @@ class CostModel:
     def macs(self, widths: np.ndarray) -> float:
         """MACs of a forward pass at batch size 1 with `widths` channels in each group, an array of shape `(groups,)`."""
         wide_in, wide_out = self._layer_widths(widths)
-        return float(self._macs @ (wide_in * wide_out) + self._attention @ widths)
+        return float((self._macs * self._exists(widths)) @ (wide_in * wide_out))
 
     def parameters(self, widths: np.ndarray) -> float:
         """Number of parameters with `widths` channels in each group."""
         wide_in, wide_out = self._layer_widths(widths)
-        products = self._area @ (wide_in * wide_out) + self._bias @ wide_out
-        return float(products + 2 * (self._norm0 + self._norm @ widths) + self._other)
+        return float(self._exists(widths) @ (self._area * wide_in * wide_out + self._bias * wide_out))
+
+    def present(self, widths: np.ndarray) -> np.ndarray:
+        """Kept channels of each group, 0 for groups inside of removed blocks, int64 with shape `(groups,)`."""
+        left = np.array(widths, dtype=np.int64)
+        for block, inner in self.inner.items():
+            if left[block] == 0:
+                left[inner] = 0
+        return left
 
     def channels(self, widths: np.ndarray) -> float:
         """Total number of kept channels."""
-        return float(np.sum(widths))
+        return float(self._channels @ self.present(widths))
 
     def cost(self, target: str, widths: np.ndarray) -> float:
         """The cost for `target`, one of `TARGETS`.
@@ -139,12 +165,12 @@ class CostModel:
         return 1.0 - self.cost(target, widths) / self.cost(target, self.dense)
 
     def marginal(self, target: str, widths: np.ndarray) -> np.ndarray:
-        """Cost of the last channel of each group, an array of shape `(groups,)`.
+        """Cost of the last channel of each group, and of each kept block, an array of shape `(groups,)`.
 
         Kernels compute in blocks, so that removing a single channel saves the time of a whole block or nothing. For
         `"latency"`, the cost is therefore the mean over `LATENCY_STEP` channels.
         """
         base = self.cost(target, widths)
         lengths = np.minimum(LATENCY_STEP, np.maximum(widths - 1, 1)) if target == "latency" else np.ones_like(widths)
-        steps = np.diag(lengths)
+        steps = np.diag(np.minimum(lengths, widths))
         return np.array([base - self.cost(target, widths - step) for step in steps]) / lengths

@@ -22,18 +22,24 @@ expansion to second order predicts the same change f(1) - f(1 - 1_R) as one to f
 R is not known before it is chosen. A first choice is made from the derivatives of the dense model, and a second from those at
 its midpoint. Later rankings use the midpoint of the choice before them.
 
+A removable block is a unit, too: its removal replaces the changes of all units inside by its own (`joint_search`).
+
 The search is greedy, followed by local search. (1) Single steps of single groups down their ladders, by the least rise of D
 per saved cost. (2) Units are exchanged within groups, and pairs of groups take a step in opposite directions, as long as D
-falls; the same steps bring the cost to the target.
+falls; the same steps bring the cost to the target. (3) With removable blocks, the search runs with and without them, and goes
+on from the lower D: a block is removed or restored, other groups widen or narrow until the budget is met, and the result is
+kept if D is lower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from .blocks import RemovableBlock
+from .budget import BUDGET_TOLERANCE
 from .channel_groups import ChannelGroup
 from .cost_model import CostModel
 from .joint_search import LEAST_GAIN, SHORTLIST, Search, Step, UnitDamage
@@ -44,6 +50,8 @@ SEPARATE = 1.0  # weight of the second term of D, for what fills `UnitDamage.sep
 ROUNDS = 5  # of local search
 MOVES = 300  # of pairs of groups in a round
 NEAR = 5e-4  # of the dense cost: distance to the target where the search stops
+NEAR_BY_BLOCKS = BUDGET_TOLERANCE / 2  # the same if only blocks are removed
+TRADES = 4  # blocks that are tried in a round
 
 
 class _StepCosts:
@@ -53,10 +61,14 @@ class _StepCosts:
         self._cost, self._target = cost, target
         self._dense = cost.cost(target, cost.dense)
         groups_of: dict[str, set[int]] = {}
-        for index, group in enumerate(cost.groups):
-            for piece in group.slices:
-                groups_of.setdefault(piece.module, set()).add(index)
-        self._neighbours = [sorted(set().union(*(groups_of[piece.module] for piece in group.slices))) for group in cost.groups]
+        places = [
+            group.inside if isinstance(group, RemovableBlock) else {piece.module for piece in group.slices}
+            for group in cost.groups
+        ]
+        for index, modules in enumerate(places):
+            for module in modules:
+                groups_of.setdefault(module, set()).add(index)
+        self._neighbours = [sorted(set().union(*(groups_of[module] for module in modules))) for modules in places]
         self._saved: list[dict[int, float]] = [{} for _ in cost.groups]
 
     def removed(self, widths: np.ndarray) -> float:
@@ -72,8 +84,12 @@ class _StepCosts:
             known[step.width] = self.removed(after) - self.removed(widths)
         return known[step.width]
 
-    def forget(self, group: int) -> None:
-        """Forget costs that depend on the width of a group."""
+    def forget(self, group: int | None = None) -> None:
+        """Forget costs that depend on the width of a group (default: all)."""
+        if group is None:
+            for known in self._saved:
+                known.clear()
+            return
         for index in self._neighbours[group]:
             self._saved[index].clear()
 
@@ -101,11 +117,76 @@ def choose_jointly(
     """
     search, costs = Search(cost.groups, damage, attention_unit), _StepCosts(cost, target)
     rungs = [np.array(ladder) for ladder in ladders]
+    only_blocks = all(len(ladder) == 1 for index, ladder in enumerate(rungs) if index not in search.inner)
+    near = NEAR_BY_BLOCKS if only_blocks else NEAR
+    _search(search, costs, ratio, rungs, near)
+    if not search.inner or only_blocks:
+        return search.units()
+    with_blocks, rank = search.state(), _rank(search, costs, ratio, near)
+    search.return_to(Search(cost.groups, damage, attention_unit).state())
+    costs.forget()
+    _search(search, costs, ratio, [rung[:1] if index in search.inner else rung for index, rung in enumerate(rungs)], near)
+    if rank < _rank(search, costs, ratio, near):
+        search.return_to(with_blocks)
+        costs.forget()
+    while _trade_block(search, costs, ratio, rungs, near):
+        pass
+    return search.units()
+
+
+def _search(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray], near: float) -> None:
+    """Greedy, then local search, from the current state."""
     _remove_greedily(search, costs, ratio, rungs)
     for _ in range(ROUNDS):
-        if not _move_pairs(search, costs, ratio, rungs) + search.exchange():
+        if not _move_pairs(search, costs, ratio, rungs, near) + search.exchange():
             break
-    return search.units()
+
+
+def _rank(search: Search, costs: _StepCosts, ratio: float, near: float) -> tuple[float, float]:
+    """By how much the budget is missed, 0 if it is near; and D."""
+    return max(0.0, abs(costs.removed(search.widths) - ratio) - near), search.damage()
+
+
+def _trade_block(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray], near: float) -> bool:
+    """Remove or restore a block against the widths of other groups, if D falls. Returns whether it did."""
+    rank, state = _rank(search, costs, ratio, near), search.state()
+    price = max((refund for refund, _ in _widenings(search, costs, rungs)), default=0.0)
+    steps = []
+    for block in search.inner:
+        step = search.step(block, rungs[block], 1 if search.widths[block] else -1)
+        if step is not None:
+            gain = price * costs.saved(search.widths, step) - search.damage_after(step.change, step.separate)
+            steps.append((gain, step))
+    for _, step in sorted(steps, key=lambda pair: pair[0], reverse=True)[:TRADES]:
+        search.take(step)
+        costs.forget()
+        _restore_greedily(search, costs, ratio, rungs)
+        _search(search, costs, ratio, rungs, near)
+        missed, damage = _rank(search, costs, ratio, near)
+        if (missed, damage) < (rank[0], rank[1] * (1 - LEAST_GAIN)):
+            return True
+        search.return_to(state)
+        costs.forget()
+    return False
+
+
+def _restore_greedily(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray]) -> None:
+    """Widen the group that avoids the most damage per cost until the budget is not exceeded. Blocks stay as they are."""
+    while costs.removed(search.widths) > ratio:
+        best = max(_widenings(search, costs, rungs), key=lambda pair: pair[0], default=None)
+        if best is None:
+            return
+        search.take(best[1])
+        costs.forget(best[1].group)
+
+
+def _widenings(search: Search, costs: _StepCosts, rungs: Sequence[np.ndarray]) -> Iterator[tuple[float, Step]]:
+    """Steps that widen a group of channels, each with the damage that it avoids per share of the cost."""
+    for index, ladder in enumerate(rungs):
+        step = None if index in search.inner else search.step(index, ladder, -1)
+        if step is not None:
+            adds = max(-costs.saved(search.widths, step), LEAST_GAIN)
+            yield -search.damage_after(step.change, step.separate) / adds, step
 
 
 def predicted_damage(
@@ -165,8 +246,8 @@ def _remove_greedily(search: Search, costs: _StepCosts, ratio: float, rungs: Seq
         costs.forget(best[1].group)
 
 
-def _move_pairs(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray]) -> int:
-    """Take steps of one or two groups, towards the budget, then to lower damage within it. Returns their number."""
+def _move_pairs(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray], close: float) -> int:
+    """Take steps of one or two groups, to within `close` of the budget, then to lower damage. Returns their number."""
     for moves in range(MOVES):
         steps = [search.step(index, ladder, sign) for index, ladder in enumerate(rungs) for sign in (1, -1)]
         steps = [step for step in steps if step is not None]
@@ -175,13 +256,15 @@ def _move_pairs(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence
         changes = np.stack([step.change for step in steps], axis=1)
         alone = np.array([search.damage_after(step.change, step.separate) for step in steps])
         group = np.array([step.group for step in steps])
-        pairs = np.where(group[:, None] == group, np.inf, alone[:, None] + alone + 2 * changes.T @ changes)
+        block = search.block_of[group]
+        excluded = (group[:, None] == group) | (group[:, None] == block) | (block[:, None] == group)
+        pairs = np.where(excluded, np.inf, alone[:, None] + alone + 2 * changes.T @ changes)
         saved = np.array([costs.saved(search.widths, step) for step in steps])
         rises = np.concatenate([alone, pairs.ravel()])
         gap = costs.removed(search.widths) - ratio
         gaps = np.abs(gap + np.concatenate([saved, (saved[:, None] + saved).ravel()]))
-        near = np.isfinite(rises) & (gaps <= NEAR)
-        if abs(gap) <= NEAR:
+        near = np.isfinite(rises) & (gaps <= close)
+        if abs(gap) <= close:
             near &= rises < -LEAST_GAIN * search.damage()
             candidates = np.flatnonzero(near)[np.argsort(rises[near], kind="stable")]
         elif near.any():
@@ -195,7 +278,7 @@ def _move_pairs(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence
             widths = search.widths.copy()
             for number in pair:
                 widths[steps[number].group] = steps[number].width
-            if abs(costs.removed(widths) - ratio) <= max(NEAR, abs(gap) * (1 - LEAST_GAIN)):
+            if abs(costs.removed(widths) - ratio) <= max(close, abs(gap) * (1 - LEAST_GAIN)):
                 for number in pair:
                     search.take(steps[number])
                     costs.forget(steps[number].group)

@@ -3,17 +3,22 @@
 D and its terms are those of `joint`. The search moves *items*: units, or whole heads of attention. A step takes a group to the
 next width of its ladder with the cheapest items; its change of D follows from sums over rows of the joint changes, so that the
 sum of two steps of different groups is exact.
+
+A removable block is a group with one item. The change of its removal is that of all channels inside, so that the step which
+removes it restores the items inside, whose changes would otherwise be counted twice. Groups inside of a removed block have no
+steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .blocks import inner_groups
 from .channel_groups import ChannelGroup
 
 __all__ = ["LEAST_GAIN", "LOAD", "SHORTLIST", "Items", "Search", "Step", "UnitDamage"]
@@ -103,6 +108,7 @@ class Step:
         width: Channels of the group afterwards.
         change: Sum of their changes, with the sign of the step, with shape `(rows,)`.
         separate: Likewise the sum of their separate damage.
+        inside: Removed items inside of a block that the step removes, which are restored.
     """
 
     group: int
@@ -110,6 +116,7 @@ class Step:
     width: int
     change: np.ndarray
     separate: float
+    inside: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class Search:
@@ -119,10 +126,16 @@ class Search:
         kept: True for kept items of all groups.
         change: Sum of the changes of removed items, with shape `(rows,)`.
         widths: Kept channels of each group.
+        inner: Indices of the groups inside of each block, by its index.
+        block_of: Index of the block that each group is inside of, or -1, with shape `(groups,)`.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], damage: UnitDamage, attention_unit: str) -> None:
         self.groups = groups
+        self.inner = inner_groups(groups)
+        self.block_of = np.full(len(groups), -1)
+        for block, inner in self.inner.items():
+            self.block_of[inner] = block
         self.items = [Items(group, attention_unit) for group in groups]
         tables = [
             tuple(items.sums(values[group.name].double().cpu().numpy()) for values in (damage.changes, damage.separate))
@@ -144,7 +157,23 @@ class Search:
             units = kept[group.name].cpu().numpy()
             self.kept[at][items.unit_of] = units
             self.widths[index] = int(group.unit_sizes[units].sum()) + len(group.fixed)
+        for block in self.inner:
+            if self.widths[block] == 0:
+                self._restore_inside(block)
         self.change = self._changes[:, ~self.kept].sum(axis=1)
+
+    def _restore_inside(self, block: int) -> None:
+        for index in self.inner[block]:
+            self.kept[self._at[index]] = True
+            self.widths[index] = self._dense[index]
+
+    def state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is kept, for `return_to`."""
+        return self.kept.copy(), self.change.copy(), self.widths.copy()
+
+    def return_to(self, state: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        """Go back to an earlier `state`."""
+        self.kept, self.change, self.widths = (values.copy() for values in state)
 
     def damage(self) -> float:
         """D of the removed items."""
@@ -176,7 +205,9 @@ class Search:
 
     def step(self, index: int, ladder: np.ndarray, sign: int) -> Step | None:
         """The cheapest step of a group to the next width of its ladder: downwards with `sign` 1, upwards with -1."""
-        at, width = self._at[index], self.widths[index]
+        at, width, block = self._at[index], self.widths[index], self.block_of[index]
+        if block >= 0 and self.widths[block] == 0:
+            return None
         next_widths = ladder[ladder < width] if sign > 0 else ladder[ladder > width][::-1]
         pool, values = self.kept[at] == (sign > 0), None
         for reached in next_widths.tolist():
@@ -187,8 +218,18 @@ class Search:
                 change = sign * self._changes[:, items].sum(axis=1)
                 more = sign * float(self._separate[items].sum())
                 separate = self._separate_of(index, reached, more) - self._separate_of(index, int(width))
+                if index in self.inner and sign > 0:
+                    return self._without_block(Step(index, items, reached, change, separate))
                 return Step(index, items, reached, change, separate)
         return None
+
+    def _without_block(self, step: Step) -> Step:
+        """The removal of a block, with the items inside restored."""
+        inside = [np.flatnonzero(~self.kept[self._at[index]]) + self._at[index].start for index in self.inner[step.group]]
+        inside = np.concatenate([*inside, np.zeros(0, dtype=np.int64)])
+        separate = sum(self._separate_of(index, int(self.widths[index])) for index in self.inner[step.group])
+        change = step.change - self._changes[:, inside].sum(axis=1)
+        return Step(step.group, step.items, step.width, change, step.separate - separate, inside)
 
     def damage_after(self, change: np.ndarray, separate: float) -> float:
         """Change of D by a change of the predictions and of separate damage."""
@@ -199,6 +240,8 @@ class Search:
         self.kept[step.items] = step.width > self.widths[step.group]
         self.change = self.change + step.change
         self.widths[step.group] = step.width
+        if step.group in self.inner and step.width == 0:
+            self._restore_inside(step.group)
 
     def exchange(self) -> int:
         """Exchange a kept for a removed unit within groups while D falls, and return the number of exchanges."""

@@ -13,6 +13,9 @@ Norms remain `nn.GroupNorm`, since a unit consists of whole norm groups (`channe
 
 so that a mask does not change the output of other groups, and scales its own groups through gamma and beta only.
 
+The mask of a removable block (`blocks`) multiplies the last layers of its branch. They also have masks of their channels, so
+that two parametrizations follow one another.
+
 Each channel group has one stored mask, a buffer of the `ChannelMasks` module that `attach` adds to the model as
 `channel_masks`; parametrizations hold a reference to it. Weights keep their order, and their names with
 `.parametrizations.<weight>.original` inserted.
@@ -27,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .blocks import RemovableBlock
 from .channel_groups import ChannelGroup, slices_by_dimension
 
 __all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "dense_parameters", "detach"]
@@ -51,7 +55,7 @@ def check_mask(group: ChannelGroup, mask: Tensor) -> None:
     if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
         raise ValueError(f"mask of {group.name} has values from {mask.min():g} to {mask.max():g}, outside [0, 1]")
     left = (mask > 0).view(group.heads, -1).sum(dim=1)  # (heads,); units of attention are single channels
-    if left.sum() == 0 and not group.fixed:
+    if left.sum() == 0 and not group.fixed and not isinstance(group, RemovableBlock):
         raise ValueError(f"mask of {group.name} leaves none of its {group.num_channels} channels")
     widths = left[left > 0].unique().tolist()
     if group.attention is not None and len(widths) > 1:
@@ -245,6 +249,12 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
         vector = MaskVector(masks, parts, parameter.shape[dim])
         mask = ChannelMask(vector, dim, parameter.ndim).to(parameter.device)
         parametrize.register_parametrization(module, parameter_name, mask)
+    for block in (group for group in groups if isinstance(group, RemovableBlock)):
+        for piece in block.slices:  # one value for the whole parameter, besides the masks of its channels
+            module = modules[piece.module]
+            parameter = getattr(module, piece.parameter)
+            mask = ChannelMask(MaskVector(masks, [(block, (0,))], 1), 0, parameter.ndim).to(parameter.device)
+            parametrize.register_parametrization(module, piece.parameter, mask)
     parameter = next(unet.parameters())
     unet.add_module(MASKS_MODULE, masks.to(parameter.device))
     unet.save_pretrained = _refuse_to_save

@@ -1,4 +1,4 @@
-"""GFPrunedDiTTransformer2DModel: a `DiTTransformer2DModel` whose layers were narrowed by pruning (`pruned_model`)."""
+"""GFPrunedDiTTransformer2DModel: a `DiTTransformer2DModel` narrowed by pruning (`pruned_layers`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
+from .pruned_layers import RemovedBlock
 from .pruned_model import GFPrunedMixin, accept_in_pipelines, pruned_init
 
 __all__ = ["GFPrunedDiTTransformer2DModel"]
@@ -13,7 +14,7 @@ __all__ = ["GFPrunedDiTTransformer2DModel"]
 
 class GFPrunedDiTTransformer2DModel(GFPrunedMixin, DiTTransformer2DModel):
     r"""
-    A [`DiTTransformer2DModel`] with layers narrowed by pruning (gradient flow: arXiv 2501.09464).
+    A [`DiTTransformer2DModel`] with layers narrowed and blocks removed by pruning (gradient flow: arXiv 2501.09464).
 
     It takes all arguments of [`DiTTransformer2DModel`], with the values of the dense model, and:
 
@@ -21,6 +22,7 @@ class GFPrunedDiTTransformer2DModel(GFPrunedMixin, DiTTransformer2DModel):
         layer_channels (`dict[str, tuple[int, int]]`, *optional*): Input and output channels of narrowed layers.
         norm_group_sizes (`dict[str, list[int]]`, *optional*): Not used, since the model has no group norms.
         attention_heads (`dict[str, int]`, *optional*): Kept heads of attentions with fewer heads.
+        removed_blocks (`list[str]`, *optional*): Residual blocks without their branch.
 
     Raises:
         ValueError: The widths do not fit together. They are checked before memory is allocated.
@@ -35,6 +37,8 @@ class GFPrunedDiTTransformer2DModel(GFPrunedMixin, DiTTransformer2DModel):
         hidden = self.inner_dim
         self._through(self.config.in_channels, self.pos_embed.proj, to=hidden)
         for block in self.transformer_blocks:
+            if isinstance(block, RemovedBlock):
+                continue
             # 1. time and class
             conditioning = block.norm1.emb
             time, table = conditioning.timestep_embedder, conditioning.class_embedder.embedding_table
@@ -43,7 +47,7 @@ class GFPrunedDiTTransformer2DModel(GFPrunedMixin, DiTTransformer2DModel):
             self._through(embedding, block.norm1.linear, to=6 * hidden)
             # 2. attention and feed-forward
             self._along(embedding, hidden, block.attn1, block.ff)
-            if block is self.transformer_blocks[0]:  # its embedding also scales and shifts the output
+            if block is self.transformer_blocks[0]:  # never removed: its embedding also scales and shifts the output
                 self._through(embedding, self.proj_out_1, to=2 * hidden)
         self._through(hidden, self.proj_out_2, to=self.patch_size**2 * self.out_channels)
 

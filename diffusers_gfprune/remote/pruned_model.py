@@ -1,18 +1,6 @@
-"""Pruned models: classes of Diffusers whose layers were narrowed by pruning.
+"""GFPrunedMixin: building, checking, loading and saving of pruned models (`pruned_layers` describes their configuration).
 
-The configuration of a pruned model is that of the dense model plus three tables, so `from_pretrained` builds the small model
-directly from `config.json`:
-
-    layer_channels     {"down_blocks.0.resnets.0.conv1": [48, 24], ...}    input and output channels of a layer
-    norm_group_sizes   {"down_blocks.0.resnets.0.norm2": [4, 4, 4, ...]}   channels in each norm group
-    attention_heads    {"down_blocks.1.attentions.0": 3}                   number of kept heads
-
-Layers that are not in a table are as wide as in the dense model. A kept channel `c` stays in its norm group `g` of the dense
-model (https://arxiv.org/abs/1803.08494): `y_c = gamma_c (x_c - mean_g) / sqrt(var_g + eps) + beta_c`. Groups of equal size use
-`nn.GroupNorm`. Groups of unequal size, from earlier versions of pruning, use `RaggedGroupNorm`.
-
-A pruned class is saved with its model as one self-contained file, `diffusers_gfprune.py`: the text of this file, then that of
-the class. Both import only the standard library, torch and Diffusers.
+A pruned class is saved with its model as one self-contained file, whose text `GFPrunedMixin.source` returns.
 """
 
 from __future__ import annotations
@@ -26,44 +14,21 @@ import typing
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import GaussianFourierProjection
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["GFPrunedMixin", "LoadingChecks", "RaggedGroupNorm", "accept_in_pipelines", "pruned_init"]
+from .pruned_layers import RemovedBlock, channels_of, materialize, narrow, remove_blocks
+
+__all__ = ["GFPrunedMixin", "LoadingChecks", "accept_in_pipelines", "pruned_init"]
 
 # Bytes. Weights of a mapped file are not aligned, and kernels sum them in another order; narrow layers are often affected.
 ALIGNMENT = 64
-
-
-class RaggedGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` with groups of any size: a native norm is applied to each group.
-
-    Args:
-        group_sizes: Channels in each group, in order (each >= 1).
-        eps: Added to the variance (> 0).
-    """
-
-    def __init__(self, group_sizes: Sequence[int], eps: float = 1e-5, device=None) -> None:
-        super().__init__(1, sum(group_sizes), eps, device=device)  # one group, which divides any number of channels
-        self.num_groups, self.group_sizes = len(group_sizes), tuple(group_sizes)
-
-    def forward(self, input: Tensor) -> Tensor:
-        # (batch, channels, *) in groups; the native kernel computes statistics of half precision in float32
-        groups = zip(*(tensor.split(self.group_sizes, dim) for tensor, dim in ((input, 1), (self.weight, 0), (self.bias, 0))))
-        return torch.cat([F.group_norm(x, 1, gamma, beta, self.eps) for x, gamma, beta in groups], dim=1)
-
-    def extra_repr(self) -> str:
-        return f"group_sizes={list(self.group_sizes)}, eps={self.eps}"
 
 
 class LoadingChecks:
@@ -79,79 +44,20 @@ class LoadingChecks:
     def arguments(self, dense: Mapping) -> None:
         """Called before the model is built, with the arguments of the dense class."""
 
+    def blocks(self, skeleton: nn.Module, removed_blocks: object) -> None:
+        """Called before blocks of the dense model, which is on the meta device, are removed."""
+
     def tables(self, skeleton: nn.Module, tables: Mapping[str, Mapping]) -> None:
-        """Called before the tables narrow the dense model, which is on the meta device."""
+        """Called before the other tables narrow the layers of this model."""
 
     def weights(self, files: Sequence[str], dtype: torch.dtype, quantized: bool) -> None:
         """Called before weights are loaded, with their files, the dtype of the model, and whether they are quantized."""
 
 
-def _channels(layer: nn.Module) -> tuple[int, int]:
-    """Input and output channels of a layer."""
-    if isinstance(layer, nn.GroupNorm):
-        return layer.num_channels, layer.num_channels
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return (layer.in_channels, layer.out_channels) if isinstance(layer, nn.Conv2d) else (layer.in_features, layer.out_features)
-
-
-def _narrow_layer(layer: nn.Module, reads: int, writes: int) -> None:
-    shape = (writes, reads, *layer.weight.shape[2:])
-    if isinstance(layer, nn.Embedding):
-        layer.num_embeddings, layer.embedding_dim = shape = (reads, writes)
-    elif isinstance(layer, nn.Conv2d):
-        layer.in_channels, layer.out_channels = reads, writes
-    else:
-        layer.in_features, layer.out_features = reads, writes
-    layer.weight.data = torch.empty(shape, device="meta")
-    if getattr(layer, "bias", None) is not None:
-        layer.bias.data = torch.empty(writes, device="meta")
-
-
-def _narrow(model: nn.Module, layer_channels: Mapping, norm_group_sizes: Mapping, attention_heads: Mapping) -> None:
-    """Narrow a dense model on the meta device in place, which is much faster than creating new layers."""
-    modules = dict(model.named_modules())
-    for name, channels in layer_channels.items():
-        _narrow_layer(modules[name], *channels)
-    for name, sizes in norm_group_sizes.items():
-        norm = modules[name]
-        if len(set(sizes)) > 1:
-            model.set_submodule(name, RaggedGroupNorm(sizes, norm.eps, "meta"))
-        else:
-            norm.num_groups, norm.num_channels = len(sizes), sum(sizes)
-            norm.weight.data, norm.bias.data = (torch.empty(sum(sizes), device="meta") for _ in range(2))
-    for name, module in modules.items():
-        if isinstance(module, ResnetBlock2D):
-            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
-            for sampler in filter(None, (module.upsample, module.downsample)):
-                sampler.channels = sampler.out_channels = module.in_channels
-        elif isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, nn.Conv2d):
-            module.channels, module.out_channels = _channels(module.conv)
-        elif isinstance(module, Transformer2DModel):
-            module.in_channels, module.out_channels = module.norm.num_channels, _channels(module.proj_out)[1]
-        elif isinstance(module, Attention):
-            module.heads = module.sliceable_head_dim = attention_heads.get(name, module.heads)
-            module.inner_dim = module.inner_kv_dim = module.to_q.out_features
-            module.query_dim, module.cross_attention_dim = module.to_q.in_features, module.to_k.in_features
-            module.out_dim = module.out_context_dim = module.to_out[0].out_features
-            module.scale = (module.inner_dim // module.heads) ** -0.5
-
-
-def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Give a model on the meta device freshly initialized weights on `device`."""
-    for module in model.modules():
-        if isinstance(module, GaussianFourierProjection):
-            weight = torch.randn(module.weight.shape, device=device) * model.fourier_scale
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        elif next(module.parameters(recurse=False), None) is not None:
-            module.to_empty(device=device, recurse=False)
-            module.reset_parameters()
-
-
 class GFPrunedMixin:
     """Turns a class of Diffusers into a pruned one: `class Pruned(GFPrunedMixin, Stock)`.
 
-    The mixin loads and saves the model with the three tables and checks its files. The class describes in `check_widths` how
+    The mixin loads and saves the model with the four tables and checks its files. The class describes in `check_widths` how
     channels pass through its forward, gets its constructor from `pruned_init(Stock)`, and has `class_file = __file__`.
     """
 
@@ -176,7 +82,7 @@ class GFPrunedMixin:
     def _through(self, channels: int, *layers: nn.Module, to: int | None = None) -> int:
         """Output channels of consecutive layers, given the input channels of the first; they must equal `to`, if given."""
         for layer in layers:
-            reads, writes = _channels(layer)
+            reads, writes = channels_of(layer)
             if reads != channels:
                 self._refuse(layer, f"has {reads} input channels, but must have {channels}")
             channels = writes
@@ -194,7 +100,9 @@ class GFPrunedMixin:
             context: Channels of the keys' and values' input in cross-attentions.
         """
         for block in filter(None, blocks):
-            if isinstance(block, ResnetBlock2D):
+            if isinstance(block, RemovedBlock):
+                channels = self._through(channels, *filter(None, [block.conv_shortcut]))
+            elif isinstance(block, ResnetBlock2D):
                 hidden = self._through(channels, block.norm1, block.conv1)
                 wanted = 2 * hidden if block.time_embedding_norm == "scale_shift" else hidden
                 self._through(embedding, block.time_emb_proj, to=wanted)
@@ -208,7 +116,8 @@ class GFPrunedMixin:
             elif isinstance(block, Transformer2DModel):
                 hidden = self._through(channels, block.norm, block.proj_in, to=block.inner_dim)  # layer norms have this width
                 for layer in block.transformer_blocks:
-                    self._along(embedding, hidden, layer.attn1, layer.attn2, layer.ff, context=context)
+                    if not isinstance(layer, RemovedBlock):
+                        self._along(embedding, hidden, layer.attn1, layer.attn2, layer.ff, context=context)
                 channels = self._through(hidden, block.proj_out, to=channels)
             elif isinstance(block, FeedForward):
                 hidden = self._through(channels, block.net[0].proj)
@@ -259,10 +168,13 @@ class GFPrunedMixin:
 
     @classmethod
     def source(cls) -> str:
-        """Text of the file that is saved with the model: this file, then that of the class, if it is another one."""
-        shared, own = (pathlib.Path(file).read_text("utf-8") for file in (__file__, cls.class_file))
-        imports = r"^from (?:__future__|\.pruned_model) import (?:\([^)]*\)|.*)\n"
-        return own if own == shared else f"{shared}\n\n{re.sub(imports, '', own, flags=re.M)}"
+        """Text of the file that is saved with the model: `pruned_layers.py`, this file, then that of the class."""
+        here, own = (pathlib.Path(file) for file in (__file__, cls.class_file))
+        if own == here:  # this is such a file
+            return own.read_text("utf-8")
+        first, *others = (file.read_text("utf-8") for file in (here.with_name("pruned_layers.py"), here, own))
+        imports = r"^from (?:__future__|\.pruned_\w+) import (?:\([^)]*\)|.*)\n"
+        return "\n\n".join([first, *(re.sub(imports, "", text, flags=re.M) for text in others)])
 
     def to_json_string(self) -> str:
         # Do not publish where this copy was loaded from, which is often a local path.
@@ -301,6 +213,7 @@ def pruned_init(dense_class: type):
         layer_channels: dict[str, tuple[int, int]] | None = None,
         norm_group_sizes: dict[str, list[int]] | None = None,
         attention_heads: dict[str, int] | None = None,
+        removed_blocks: list[str] | None = None,
         **kwargs,
     ):
         given = signature.bind(self, *args, **kwargs)
@@ -312,12 +225,15 @@ def pruned_init(dense_class: type):
         device = nn.Linear(1, 1).weight.device  # the current default device, or meta while loading
         with torch.device("meta"):  # 1. the dense skeleton, without memory
             dense_class.__init__(self, **dense)
+        removed_blocks = [] if removed_blocks is None else removed_blocks
+        self.checks.blocks(self, removed_blocks)
+        remove_blocks(self, removed_blocks)  # 2. the blocks and widths of the pruned model
         self.checks.tables(self, tables)
-        _narrow(self, **tables)  # 2. the widths of the pruned model
+        narrow(self, **tables)
         self.check_widths()  # 3. check that they fit together
         self.make_buffers(torch.empty(0).device)  # Diffusers loads with parameters, not buffers, on the meta device
         if device.type != "meta":
-            _materialize(self, device)  # 4. fresh weights
+            materialize(self, device)  # 4. fresh weights
 
     # Diffusers' configuration reads the arguments from this signature
     signature = inspect.signature(dense_class.__init__)

@@ -1,4 +1,4 @@
-"""GFPrunedUNet2DModel: a `UNet2DModel` whose layers were narrowed by pruning (`pruned_model`)."""
+"""GFPrunedUNet2DModel: a `UNet2DModel` narrowed by pruning (`pruned_layers`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["GFPrunedUNet2DModel"]
 
 class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
     r"""
-    A [`UNet2DModel`] with layers narrowed by pruning (gradient flow: arXiv 2501.09464).
+    A [`UNet2DModel`] with layers narrowed and blocks removed by pruning (gradient flow: arXiv 2501.09464).
 
     It takes all arguments of [`UNet2DModel`], with the values of the dense model, and:
 
@@ -26,6 +26,7 @@ class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
         layer_channels (`dict[str, tuple[int, int]]`, *optional*): Input and output channels of narrowed layers.
         norm_group_sizes (`dict[str, list[int]]`, *optional*): Channels in each group of narrowed group norms.
         attention_heads (`dict[str, int]`, *optional*): Kept heads of attentions with fewer heads.
+        removed_blocks (`list[str]`, *optional*): Residual blocks without their branch.
 
     Raises:
         ValueError: The widths do not fit together. They are checked before memory is allocated.

@@ -130,7 +130,7 @@ def plot_pruning(path: Path, report: dict) -> None:
 
 
 def plot_widths(path: Path, report: dict) -> None:
-    """Channels of every group: kept ones in front of those of the dense model.
+    """Channels of every group: kept ones in front of those of the dense model. The title names removed blocks.
 
     Args:
         path: PNG file.
@@ -147,6 +147,8 @@ def plot_widths(path: Path, report: dict) -> None:
     axis.set_yticks(places, [group["name"] for group in groups], fontsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.12, y=0.01)
+    if removed := report.get("removed_blocks"):  # older reports have none
+        axis.set_title("\n".join(["removed blocks:", *removed]), fontsize=7, loc="left")
     axis.set_xlabel("channels")
     axis.legend(loc="lower right")
     figure.savefig(path, dpi=110)

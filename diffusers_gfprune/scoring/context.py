@@ -164,6 +164,7 @@ class ScoringContext:
                     values = values.abs() if aggregation == "sum_abs" else values
                     along[key] = values.transpose(0, piece.dim).flatten(1).sum(1) if values.ndim > 1 else values
                 part = along[key][list(piece.positions)]
+                part = part.sum(dim=0, keepdim=True) if piece.role == "branch" else part
                 total = part.clone() if total is None else total.add_(part)
             total = group.unit_sums(total)
             scores[group.name] = total.abs() if aggregation == "abs" else total

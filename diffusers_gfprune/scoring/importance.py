@@ -25,7 +25,7 @@ A criterion is a function that maps a `ScoringContext` to scores by group name, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -190,17 +190,21 @@ def _stacked(older: Tensor, newer: Tensor) -> Tensor:
     return total
 
 
-def normalize_scores(scores: Scores) -> Scores:
+def normalize_scores(scores: Scores, blocks: Collection[str] = ()) -> Scores:
     """Make scores of different groups comparable: divide the scores of each group by their mean absolute value.
 
     Args:
         scores: Scores by group name.
+        blocks: Names of removable blocks, which have one score each and are divided by the mean over all of them.
 
     Returns:
         New scores; a group of zeros is unchanged.
     """
     tiny = torch.finfo(torch.float32).tiny
-    return {name: values / values.abs().mean().clamp_min(tiny) for name, values in scores.items()}
+    together = torch.cat([scores[name] for name in blocks]) if blocks else None
+    return {
+        name: values / (together if name in blocks else values).abs().mean().clamp_min(tiny) for name, values in scores.items()
+    }
 
 
 # --- criteria ----------------------------------------------------------------------------------------------------------
@@ -218,6 +222,7 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
     keeps_activations=True,  # hooks do not see the outputs that checkpointing recomputes
     ranking="sensitivity",
     passes=2.0,
+    block_passes=1 / 3,  # a forward
     weight_gradients=False,
     activation_memory=3.2,  # 4.0 (digits), 3.2 (CIFAR-10) and 1.8 times (a transformer), with the allocator's overhead
 )

@@ -20,7 +20,9 @@ from ..metrics.model_size import count_macs, count_parameters, spatial_size, wei
 from ..metrics.sampling import image_shape
 from ..metrics.speed import measure_speed
 from ..metrics.step_loss import StepLoss
+from ..pruning.blocks import RemovableBlock, removed_blocks
 from ..pruning.cost_model import COUNTED_TARGETS
+from ..pruning.depth import saved_by_blocks
 from ..reports.provenance import package_versions, portable
 from ..reports.results import PRUNING_RUN, ModelFigures, Results
 from ..trained_pipelines import TrainedPipeline
@@ -48,9 +50,12 @@ def describe_plan(
     """
     cost, schedule, config = pruner.cost, pruner.schedule, pruner.config
     total = config.total_steps
+    planned = list(zip(pruner.groups, cost.present(pruner.planned_widths)))
+    channels = [(group, width) for group, width in planned if not isinstance(group, RemovableBlock)]
+    blocks = f"{len(cost.inner)} removable blocks, " if cost.inner else ""
     lines = [
         f"plan: remove {config.ratio:.1%} of {config.target} by {config.criterion} "
-        f"({len(pruner.groups)} channel groups of {sum(group.num_units for group in pruner.groups)} units, "
+        f"({len(channels)} channel groups of {sum(group.num_units for group, _ in channels)} units, {blocks}"
         f"ranking: {config.ranking})",
         "  widths "
         + ("that fill blocks" if config.channel_multiple == "auto" else "in multiples")
@@ -61,10 +66,17 @@ def describe_plan(
     lines += [
         f"  {group.name:44}{group.num_channels:>7}{group.num_units:>7}{int(width):>9}"
         + (f"   ({group.heads} heads)" if group.heads > 1 else "")
-        for group, width in zip(pruner.groups, pruner.planned_widths)
+        for group, width in channels
+    ]
+    if cost.inner:
+        lines += ["", f"  {'removable block':44}{'saves':>14}{'planned':>9}   (depth={config.depth})"]
+    lines += [
+        f"  {pruner.groups[index].name:44}{saved:>14.1%}{'kept' if planned[index][1] else 'removed':>9}"
+        for index, saved in saved_by_blocks(cost, config.target, cost.dense).items()
     ]
     if not pruner.choice.widths_are_planned:
-        lines.append(f"  (ranking={config.ranking} will choose other widths, by scores, at the same {config.target})")
+        others = "other widths and blocks" if cost.inner else "other widths"
+        lines.append(f"  (ranking={config.ranking} will choose {others}, by scores, at the same {config.target})")
     for name in COUNTED_TARGETS:
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
@@ -110,7 +122,9 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     step = estimate.seconds * t.gradient_accumulation_steps
     left = 1 - pruner.cost.removed("macs", pruner.planned_widths)
     images = args.pruning.calibration_batches * (args.pruning.calibration_batch_size or t.train_batch_size)
-    scoring = find_criterion(config.criterion).passes * estimate.seconds * rankings * images / t.train_batch_size
+    criterion = find_criterion(config.criterion)
+    passes = criterion.passes + criterion.block_passes * len(pruner.cost.inner)
+    scoring = passes * estimate.seconds * rankings * images / t.train_batch_size
     # A dense forward is a third of a dense step
     masked = 1.1 * step + args.objective.extra_forwards() * step / 3
     small = left * step + args.objective.extra_forwards(left) * step / 3
@@ -239,7 +253,9 @@ def pruning_report(
     diagnostics: dict | None = None,
     broken: Sequence[str] = (),
 ) -> dict:
-    """The content of `pruning_report.json`: removed channels, rankings and training curves.
+    """The content of `pruning_report.json`: removed channels and blocks, rankings and training curves.
+
+    Groups of channels inside of removed blocks keep nothing.
 
     Args:
         args: The command line.
@@ -267,11 +283,13 @@ def pruning_report(
                 "dense_channels": group.num_channels,
                 "kept_channels": int(width),
                 "dense_units": group.num_units,
-                "kept_units": int(pruner.kept[group.name].sum()),
+                "kept_units": int(pruner.kept[group.name].sum()) if width else 0,
                 "heads": group.heads,
             }
-            for group, width in zip(pruner.groups, pruner.kept_channels())
+            for group, width in zip(pruner.groups, pruner.cost.present(pruner.kept_channels()))
+            if not isinstance(group, RemovableBlock)
         ],
+        "removed_blocks": sorted(block.name for block in removed_blocks(pruner.groups, pruner.kept)),
         "latency_calibration": None if pruner.latency is None else pruner.latency["calibration"],
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,

@@ -99,7 +99,7 @@ class Tracking:
 
     def log_ranking(self, state: TrainingState, update: MaskUpdate) -> None:
         """Log the result of a ranking, with the sparsity of each group."""
-        widths = state.pruner.kept_channels()
+        widths = state.pruner.cost.present(state.pruner.kept_channels())
         values = {
             f"pruning/sparsity/{group.name}": 1 - width / group.num_channels
             for group, width in zip(state.pruner.groups, widths)

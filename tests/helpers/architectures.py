@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_gfprune import GFPrunedUNet2DModel
+from diffusers_gfprune.pruning.blocks import RemovableBlock
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 
@@ -134,7 +135,12 @@ def inputs(unet: UNet2DModel, batch_size: int = 2, seed: int = 1) -> dict[str, T
 
 
 def random_mask(group: ChannelGroup, generator: torch.Generator) -> Tensor:
-    """A binary mask of units that could be compacted: any share of them, whole heads off, the other heads shrunk alike."""
+    """A binary mask of units that could be compacted: any share of them, whole heads off, the other heads shrunk alike.
+
+    Half of the removable blocks are off.
+    """
+    if isinstance(group, RemovableBlock):
+        return (torch.rand(1, generator=generator) < 0.5).float()
     if group.attention is None:
         if group.num_units == 0:
             return torch.ones(0)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 from torch import nn
 
-from diffusers_gfprune.pruning.budget import allocate_per_group, width_ladder
+from diffusers_gfprune.pruning.allocation import allocate_per_group
+from diffusers_gfprune.pruning.budget import width_ladder
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup
 from diffusers_gfprune.pruning.cost_model import CostModel
 

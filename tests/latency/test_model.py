@@ -10,7 +10,8 @@ import pytest
 from diffusers_gfprune.latency.budget import model_of_widths
 from diffusers_gfprune.latency.layer_workloads import Convolution, LayerCall, LinearLayer, trace_layer_calls
 from diffusers_gfprune.latency.model import Correction, LatencyModel, plan_grids
-from diffusers_gfprune.pruning.budget import allocate_per_group, width_ladder
+from diffusers_gfprune.pruning.allocation import allocate_per_group
+from diffusers_gfprune.pruning.budget import width_ladder
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.pruning.cost_model import CostModel
 from helpers.architectures import build

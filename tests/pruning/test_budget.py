@@ -12,12 +12,10 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from diffusers_gfprune.pruning.allocation import allocate_by_sensitivity, allocate_global, allocate_per_group
 from diffusers_gfprune.pruning.budget import (
     BUDGET_TOLERANCE,
     aligned_ladder,
-    allocate_by_sensitivity,
-    allocate_global,
-    allocate_per_group,
     check_reachable,
     hardware_multiple,
     select_units,

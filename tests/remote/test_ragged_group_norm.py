@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusers_gfprune.remote.pruned_model import RaggedGroupNorm
+from diffusers_gfprune.remote.pruned_layers import RaggedGroupNorm
 
 SIZES = (3, 1, 5, 2)
 

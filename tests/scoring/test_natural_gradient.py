@@ -13,9 +13,10 @@ from torch import Tensor
 from diffusers_gfprune.configuration import GFPruneConfig
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruning import masking
+from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.scoring import natural_gradient
-from diffusers_gfprune.scoring.context import JointScores
+from diffusers_gfprune.scoring.context import JointScores, ScoringContext
 from diffusers_gfprune.scoring.importance import average_scores, score_units, score_units_jointly
 from helpers.architectures import ARCHITECTURES, BASE, build, inputs
 
@@ -246,3 +247,31 @@ def test_a_criterion_without_joint_changes_is_refused() -> None:
     unet = build("fine-units")
     with pytest.raises(ValueError, match="criterion=magnitude does not measure joint changes"):
         score_units_jointly(unet, trace_channel_groups(unet), [], SCHEDULER, GFPruneConfig(criterion="magnitude"))
+
+
+# --- removable blocks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5, 0.0])
+def test_the_change_of_a_block_is_measured(value: float) -> None:
+    """f(m_b = 1) - f(m_b = 0), whatever its mask is now; with 0 it is as for masked channels."""
+    unet = build()
+    groups = trace_groups(unet, "allow")
+    masks = masking.attach(unet, groups)
+    block = next(group for group in groups if group.name == "mid_block.resnets.0")
+    batch = DiffusionBatch.of(batch_of(unet, 4))
+    context = ScoringContext(unet, groups, [batch], SCHEDULER, CONFIG)
+    predictions = []
+    for mask in (1.0, 0.0):
+        masks.set({block.name: torch.tensor([mask])})
+        with torch.no_grad():
+            predictions.append(context.predictions(batch))
+    change = predictions[0] - predictions[1]
+    masks.set({block.name: torch.tensor([value])})
+    found = natural_gradient.joint_changes(context)
+    expected = change.square().mean() if value else torch.tensor(0.0)
+    torch.testing.assert_close(found.scores[block.name], expected.view(1), rtol=1e-4, atol=1e-9)
+    along = [(change * natural_gradient._probe(batch, number)).flatten(1).sum(1) for number in range(natural_gradient.PROBES)]
+    rows = torch.cat(along) / change[0].numel() ** 0.5 / (len(batch) * len(along)) ** 0.5
+    rows = rows if value else torch.zeros_like(rows)
+    torch.testing.assert_close(found.changes[block.name][:, 0], rows, rtol=1e-3, atol=1e-6)
