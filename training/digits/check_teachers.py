@@ -22,6 +22,7 @@ from latent_training import FOLDER, load_digits
 from make_captions import captions_of
 from sklearn.svm import SVC
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.argument_fields import argument, at_least, check_fields
@@ -41,8 +42,8 @@ class CheckArguments:
     dit: str = argument(str(FOLDER / "dit"), "Folder of the `DiTPipeline`.")
     ldm: str = argument(str(FOLDER / "ldm"), "Folder of the `LDMPipeline`.")
     text: str = argument(str(FOLDER / "text"), "Folder of the `StableDiffusionPipeline`.")
-    num_images: int = argument(1000, "Number of samples for each setting (>= 10).")
-    num_inference_steps: int = argument(50, "DDIM steps (>= 1).")
+    num_images: int = argument(500, "Number of samples for each setting (>= 10).")
+    num_inference_steps: int = argument(25, "DDIM steps (>= 1).")
     pictures_dir: str | None = argument(None, "Folder for grids of samples as PNG files (default: none).")
     num_threads: int = argument(1, "Threads of the CPU (>= 1).")
 
@@ -102,15 +103,19 @@ def sampled(pipeline: DiffusionPipeline, count: int, seed: int = 0, batch_size: 
     return torch.cat(parts)
 
 
-def use_null_label(pipeline: DiTPipeline) -> None:
+def use_null_label(pipeline: DiTPipeline) -> RemovableHandle:
     """Let guidance work for any number of classes. For it, `DiTPipeline` (Diffusers 0.42.1) asks for label 1000, the null
-    label of ImageNet."""
+    label of ImageNet.
+
+    Returns:
+        A handle whose `remove` undoes this.
+    """
 
     def replace(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         labels = kwargs["class_labels"].clamp(max=module.config.num_embeds_ada_norm)
         return args, {**kwargs, "class_labels": labels}
 
-    pipeline.transformer.register_forward_pre_hook(replace, with_kwargs=True)
+    return pipeline.transformer.register_forward_pre_hook(replace, with_kwargs=True)
 
 
 @torch.no_grad()

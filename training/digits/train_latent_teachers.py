@@ -13,12 +13,12 @@
 The loss is the noise-prediction loss of Ho et al., https://arxiv.org/abs/2006.11239, equation 14, on latents that are drawn
 anew from the autoencoder's posterior in each step. A tenth of the labels and captions are dropped, for classifier-free
 guidance (Ho and Salimans, https://arxiv.org/abs/2207.12598). `dit` also learns variances (`learned_variance.py`). The text
-encoder is trained along with its UNet. The exponential moving average of the weights is saved, in half precision
-except for the text encoder.
+encoder is trained along with its UNet. The exponential moving average of the weights is saved, in half precision.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,6 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     LDMPipeline,
-    ModelMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -47,6 +46,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser
 
 from diffusers_gfprune.argument_fields import argument
 from diffusers_gfprune.errors import one_line_errors
+from diffusers_gfprune.run_folder import write_json
 
 LABELS = 10
 CONDITION_DROPOUT = 0.1  # share of dropped labels or captions
@@ -66,8 +66,10 @@ class TeacherArguments(LatentTrainArguments):
     train_batch_size: int | None = argument(None, f"Number of images per step (>= 1; default: {BATCHES}).")
 
     def __post_init__(self) -> None:
-        self.max_train_steps = self.max_train_steps or STEPS[self.kind]
-        self.train_batch_size = self.train_batch_size or BATCHES[self.kind]
+        if self.max_train_steps is None:
+            self.max_train_steps = STEPS[self.kind]
+        if self.train_batch_size is None:
+            self.train_batch_size = BATCHES[self.kind]
         super().__post_init__()
         if not (Path(self.autoencoder) / "config.json").is_file():
             raise ValueError(f"autoencoder={self.autoencoder} is not a folder that train_autoencoder.py has written")
@@ -236,11 +238,27 @@ def moments_of(vae: AutoencoderKL | VQModel, images: Tensor) -> tuple[Tensor, Te
     return means * vae.config.scaling_factor, deviations * vae.config.scaling_factor
 
 
+def save_in_half(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline with weights in half precision, which are loaded in single precision.
+
+    Diffusers does so by default. Transformers takes the dtype in the config, which `save_pretrained` sets to that of the
+    weights.
+    """
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.half()
+    pipeline.save_pretrained(folder)
+    config = folder / "text_encoder/config.json"
+    if config.is_file():
+        write_json(config, {**json.loads(config.read_text()), "dtype": "float32"})
+
+
 def main() -> None:
     args = HfArgumentParser(TeacherArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()[0]
     torch.set_num_threads(args.num_threads)
     autoencoder_class, build = TEACHERS[args.kind]
     vae = autoencoder_class.from_pretrained(args.autoencoder).eval().requires_grad_(False)
+    vae.register_to_config(_name_or_path="")  # its path says nothing elsewhere
     means, deviations = moments_of(vae, load_digits("train").images)
     torch.manual_seed(0)
     teacher = build(vae)
@@ -254,17 +272,16 @@ def main() -> None:
         clean = means[rows] + deviations[rows] * posterior
         return Batch(clean, noise, teacher.scheduler.add_noise(clean, noise, timesteps), timesteps, rows, dropped)
 
-    def save(folder: Path) -> None:
-        pipeline = teacher.pipeline()
-        for part in pipeline.components.values():
-            if isinstance(part, ModelMixin):  # Transformers would load half-precision weights as such, Diffusers does not
-                part.half()
-        pipeline.save_pretrained(folder)
-
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         return teacher.loss(draw(generator))
 
-    run(args, teacher.modules, loss_of, save, {"kind": args.kind, "scaling_factor": vae.config.scaling_factor})
+    run(
+        args,
+        teacher.modules,
+        loss_of,
+        lambda folder: save_in_half(teacher.pipeline(), folder),
+        {"kind": args.kind, "scaling_factor": vae.config.scaling_factor},
+    )
 
 
 if __name__ == "__main__":
