@@ -7,7 +7,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # Additional arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow test-faults quality style docs teacher cifar10-teacher benchmark study study-quick clean
+.PHONY: help install prune test test-slow test-faults quality style docs teacher latent-teachers cifar10-teacher benchmark study study-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,18 @@ teacher: install ## train the digits DDPM (about half an hour on two cores), int
 	$(VENV)/bin/python training/digits/make_digits.py
 	$(LAUNCH) training/train_ddpm.py --model_config training/digits/unet_config.json \
 		--dataset_name training/digits --max_train_steps 8000 --output_dir runs/digits-teacher
+
+LATENT_TEACHER = OMP_NUM_THREADS=1 $(VENV)/bin/python training/digits/train_latent_teachers.py --resume_from_checkpoint latest
+
+latent-teachers: install ## train the latent digits models (about forty minutes on one core), into runs/digits-*
+	$(VENV)/bin/python training/digits/make_captions.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python training/digits/train_autoencoder.py --kind kl --output_dir runs/digits-vae
+	OMP_NUM_THREADS=1 $(VENV)/bin/python training/digits/train_autoencoder.py --kind vq --output_dir runs/digits-vqvae
+	$(LATENT_TEACHER) --kind dit --autoencoder runs/digits-vae --output_dir runs/digits-dit
+	$(LATENT_TEACHER) --kind ldm --autoencoder runs/digits-vqvae --output_dir runs/digits-ldm
+	$(LATENT_TEACHER) --kind text --autoencoder runs/digits-vae --output_dir runs/digits-text
+	$(VENV)/bin/python training/digits/check_teachers.py --dit runs/digits-dit --ldm runs/digits-ldm --text runs/digits-text \
+		--pictures_dir runs/digits-pictures
 
 cifar10-teacher: install ## train the scaled-down CIFAR-10 DDPM of the study (two hours on two cores), into runs/cifar10-teacher
 	$(LAUNCH) training/train_ddpm.py --model_config benchmarks/cifar10/unet_config.json \
