@@ -21,13 +21,12 @@ from .pruning.blocks import RemovableBlock
 from .pruning.budget import (
     BUDGET_TOLERANCE,
     aligned_ladder,
-    check_reachable,
     hardware_multiple,
     select_units,
     width_ladder,
 )
 from .pruning.cost_model import CostModel
-from .pruning.depth import choose_blocks, plan_widths, remove_by_sensitivity, remove_per_group, widths_stay
+from .pruning.depth import check_reachable, choose_blocks, plan_widths, remove_by_sensitivity, remove_per_group, widths_stay
 from .pruning.joint import SEPARATE, UnitDamage, choose_jointly, exchange_units
 from .scoring.importance import normalize_scores
 

@@ -13,6 +13,7 @@ from diffusers_gfprune.pruning.schedules import PruningSchedule
 
 INVALID = [
     ("target", "flops"),
+    ("depth", "deep"),
     ("attention_unit", "head"),
     ("latency_batch_size", 0),
     ("latency_dtype", "int8"),

@@ -30,7 +30,7 @@ LAYERS = [
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too
 HEAVY = ("data", "evaluation", "objectives", "training", "scripts")
 # Levels of imports inside one package
-MOST_LEVELS = 5
+MOST_LEVELS = 7
 # What is saved with models and pipelines
 SHIPPED = {
     **{family.pruned_class.__name__: family.pruned_class.source() for family in FAMILIES},

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .blocks import RemovableBlock
 from .channel_groups import ChannelGroup
-from .cost_model import CostModel
 
 __all__ = [
     "BUDGET_TOLERANCE",
     "aligned_ladder",
-    "check_reachable",
     "hardware_multiple",
     "select_units",
     "width_ladder",
@@ -108,25 +105,6 @@ def aligned_ladder(group: ChannelGroup, block: int, min_keep_ratio: float, atten
                 return ladder
         block //= 2
     return reachable
-
-
-def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:
-    """Check that the ladders can meet a budget.
-
-    Raises:
-        ValueError: The ratio is larger than the share that can be removed.
-    """
-    most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
-    if ratio > most + BUDGET_TOLERANCE:
-        if cost.inner and all(len(ladder) == 1 for index, ladder in enumerate(ladders) if index not in cost.inner):
-            limits = "depth=only, which removes blocks and no channels; with depth=allow more can be removed"
-        else:
-            limits = "the given min_keep_ratio and channel_multiple, since norm groups are removed as a whole"
-            limits += "" if cost.inner else "; with depth=allow, blocks can be removed, too"
-        raise ValueError(
-            f"ratio={ratio:g} of {target} cannot be removed: the maximum is {most:.3f} with {limits}"
-            + ("; with a larger latency_batch_size more can be removed" if target == "latency" else "")
-        )
 
 
 def select_units(group: ChannelGroup, scores: Tensor, keep: int, attention_unit: str = "head_dim") -> Tensor:

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..families.lookup import family_of
 from ..metrics.model_size import layer_positions
 from .blocks import RemovableBlock, inner_groups
 from .channel_groups import ChannelGroup
-from .masking import dense_parameters
 
 __all__ = ["COUNTED_TARGETS", "TARGETS", "CostModel", "block_of_modules", "group_shares"]
 
@@ -108,10 +108,10 @@ class CostModel:
                 macs = 2 * positions[f"{name}.to_q"] * positions[f"{name}.to_k"]
                 rows.append((one, width(f"{name}.to_q", 0, module.to_q.out_features), macs, 0, 0.0, block))
         # Layer norms and random Fourier features have a constant size
-        for name, parameter in dense_parameters(unet).items():
-            owner = name.rpartition(".")[0]
-            if not isinstance(modules[owner], LAYERS):
-                rows.append((one, one, 0, parameter.numel(), 0.0, block_of.get(owner, -1)))
+        for name, module in modules.items():
+            others = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            if others and not isinstance(module, (*LAYERS, ParametrizationList)):  # the latter hold masked weights of layers
+                rows.append((one, one, 0, others, 0.0, block_of.get(name, -1)))
         self._in0, self._in = np.array([r[0][0] for r in rows]), np.stack([r[0][1] for r in rows])
         self._out0, self._out = np.array([r[1][0] for r in rows]), np.stack([r[1][1] for r in rows])
         self._macs, self._area, self._bias = (np.array([r[k] for r in rows], dtype=float) for k in (2, 3, 4))

@@ -30,7 +30,15 @@ from .allocation import allocate_by_sensitivity, allocate_per_group, sensitive_p
 from .budget import BUDGET_TOLERANCE
 from .cost_model import CostModel
 
-__all__ = ["choose_blocks", "plan_widths", "remove_by_sensitivity", "remove_per_group", "saved_by_blocks", "widths_stay"]
+__all__ = [
+    "check_reachable",
+    "choose_blocks",
+    "plan_widths",
+    "remove_by_sensitivity",
+    "remove_per_group",
+    "saved_by_blocks",
+    "widths_stay",
+]
 
 NEAR = BUDGET_TOLERANCE / 2  # of the dense cost: a budget counts as met in comparisons
 GRAIN = 1e-5  # of the dense cost: resolution of the dynamic programming
@@ -52,6 +60,25 @@ def saved_by_blocks(cost: CostModel, target: str, widths: np.ndarray) -> dict[in
 def widths_stay(cost: CostModel, ladders: Sequence[Sequence[int]]) -> bool:
     """Whether only blocks can be removed."""
     return bool(cost.inner) and all(len(ladder) == 1 for index, ladder in enumerate(ladders) if index not in cost.inner)
+
+
+def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:
+    """Check that the ladders can meet a budget.
+
+    Raises:
+        ValueError: The ratio is larger than the share that can be removed.
+    """
+    most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
+    if ratio > most + BUDGET_TOLERANCE:
+        if widths_stay(cost, ladders):
+            limits = "depth=only, which removes blocks and no channels; with depth=allow more can be removed"
+        else:
+            limits = "the given min_keep_ratio and channel_multiple, since norm groups are removed as a whole"
+            limits += "" if cost.inner else "; with depth=allow, blocks can be removed, too"
+        raise ValueError(
+            f"ratio={ratio:g} of {target} cannot be removed: the maximum is {most:.3f} with {limits}"
+            + ("; with a larger latency_batch_size more can be removed" if target == "latency" else "")
+        )
 
 
 def plan_widths(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> np.ndarray:

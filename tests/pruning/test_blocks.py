@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -255,6 +256,22 @@ def test_a_model_without_blocks_is_like_any_other(tmp_path: Path) -> None:
         compiled = torch.compile(small, backend="eager", fullgraph=True)
         with torch.no_grad():
             torch.testing.assert_close(predict(compiled, inputs), predict(small, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_the_shipped_file_loads_a_model_without_blocks(tmp_path: Path) -> None:
+    """Without this package, Diffusers runs the file beside the weights."""
+    model, groups = build(UNET, "resnet-samplers"), list(traced(UNET, "resnet-samplers"))
+    small = compact(model, plan_compaction(model, groups, random_masks(groups, 1)))
+    assert small.config.removed_blocks
+    small.save_pretrained(tmp_path)
+    spec = importlib.util.spec_from_file_location("shipped_without_blocks", tmp_path / "diffusers_gfprune.py")
+    shipped = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shipped)
+    loaded = shipped.GFPrunedUNet2DModel.from_pretrained(tmp_path)
+    assert type(loaded) is not type(small)
+    assert torch.equal(run(UNET, loaded), run(UNET, small))
+    with pytest.raises(ValueError, match="removed_blocks names 'conv_in', which is not a block that can be removed"):
+        shipped.GFPrunedUNet2DModel(**architectures.BASE, removed_blocks=["conv_in"])
 
 
 def test_repositories_without_the_table_load_as_before() -> None:

@@ -16,13 +16,13 @@ from diffusers_gfprune.pruning.allocation import allocate_by_sensitivity, alloca
 from diffusers_gfprune.pruning.budget import (
     BUDGET_TOLERANCE,
     aligned_ladder,
-    check_reachable,
     hardware_multiple,
     select_units,
     width_ladder,
 )
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.pruning.cost_model import COUNTED_TARGETS, CostModel
+from diffusers_gfprune.pruning.depth import check_reachable
 from helpers.architectures import CIFAR10, build
 
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]

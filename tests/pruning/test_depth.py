@@ -12,10 +12,11 @@ from torch import Tensor
 
 from diffusers_gfprune.pruning.allocation import allocate_by_sensitivity, allocate_global, with_blocks
 from diffusers_gfprune.pruning.blocks import trace_groups
-from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE, check_reachable, width_ladder
+from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE, width_ladder
 from diffusers_gfprune.pruning.cost_model import CostModel
 from diffusers_gfprune.pruning.depth import (
     NEAR,
+    check_reachable,
     choose_blocks,
     plan_widths,
     remove_by_sensitivity,
