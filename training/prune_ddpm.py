@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
         "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
         "command": command_line(args.words),
-        "pipeline": describe_pipeline(pipeline, images),
+        "pipeline": describe_pipeline(pipeline),
     }
     if main_process:
         estimate = estimate_run(args, accelerator, dense, noise_scheduler)
