@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
-    identity = run_identity(args, dense, pipeline)
+    identity = run_identity(args, dense, pipeline.codec, pipeline.prompts)
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
     pruner = make_pruner(args, accelerator, unet, noise_scheduler, checkpoint)
     if main_process and checkpoint is None and not args.run.dry_run:
