@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     dense = copy.deepcopy(unet).eval().requires_grad_(False)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
-    identity = run_identity(args, dense, pipeline)
+    identity = run_identity(args, dense, pipeline.codec, pipeline.prompts)
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
     pruner = make_pruner(args, accelerator, unet, noise_scheduler, checkpoint)
     if main_process and checkpoint is None and not args.run.dry_run:
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
         "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
         "command": command_line(args.words),
-        "pipeline": describe_pipeline(pipeline, images),
+        "pipeline": describe_pipeline(pipeline),
     }
     if main_process:
         estimate = estimate_run(args, accelerator, dense, noise_scheduler)

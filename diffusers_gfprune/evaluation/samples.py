@@ -117,7 +117,7 @@ def model_source(
         images = []
         for start in range(shard.start, shard.stop, settings.batch_size):
             count = min(settings.batch_size, shard.stop - start)
-            batch = settings.sample(unet, scheduler, start, count, codec=codec, conditions=conditions)
+            batch = settings.sample(unet, scheduler, first=start, count=count, codec=codec, conditions=conditions)
             images.append(to_uint8(batch))
             advance(count)
         return torch.cat(images)

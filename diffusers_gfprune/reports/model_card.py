@@ -135,8 +135,6 @@ def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardDa
     license = base["license"] or "unknown"
     tags = ["diffusers", kind_of(pipeline), *TAGS]
     tags += [GRADIENT_FLOW] if report["config"]["criterion"].startswith(GRADIENT_FLOW) else []
-    if pipeline["condition"] == "text":
-        options["widget"] = [{"text": pipeline["prompt"]}]
     return ModelCardData(license=license, library_name="diffusers", pipeline_tag=task, tags=tags, **options)
 
 

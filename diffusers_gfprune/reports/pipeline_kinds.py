@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 __all__ = ["TASKS", "example_of", "kind_of", "pipeline_of", "task_of"]
@@ -25,7 +24,7 @@ IMAGENET_CLASSES = 1000
 def pipeline_of(report: Mapping) -> Mapping:
     """The entry `pipeline` of a report of any format version: `class_name`, `component` and `condition`.
 
-    With the condition `"text"`, it also has a `prompt`; with `"class labels"`, `num_classes`.
+    With the condition `"class labels"`, it also has `num_classes`.
     """
     return report.get("pipeline", DDPM)
 
@@ -43,7 +42,7 @@ def kind_of(pipeline: Mapping) -> str:
 def example_of(pipeline: Mapping) -> str:
     """A call of the pipeline that makes an image."""
     if pipeline["condition"] == "text":
-        return f"pipe({json.dumps(pipeline['prompt'], ensure_ascii=False)}).images.pop()"
+        return 'pipe("a prompt").images.pop()'  # captions of the training images may be private
     if pipeline["condition"] == "class labels" and pipeline["class_name"] == "DiTPipeline":
         guidance = "" if pipeline["num_classes"] == IMAGENET_CLASSES else ", guidance_scale=1"
         return f"pipe(class_labels=[0]{guidance}).images.pop()"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import GradientFlowPruner
 from ..criteria import find_criterion
-from ..data.sources import ImageSource
 from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
 from ..families.lookup import family_of
@@ -227,18 +226,13 @@ def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:
     }
 
 
-def describe_pipeline(pipeline: TrainedPipeline, images: ImageSource) -> dict:
-    """Class of the pipeline, component of its denoiser, and its condition with an example, for the report.
-
-    Args:
-        pipeline: The dense pipeline.
-        images: Training images.
-    """
+def describe_pipeline(pipeline: TrainedPipeline) -> dict:
+    """Class of the pipeline, component of its denoiser, and its condition, for the report."""
     family = family_of(pipeline.denoiser)
     labels = family.class_labels(pipeline.denoiser.config)
     described = {"class_name": pipeline.kind.__name__, "component": family.component, "condition": None}
     if pipeline.prompts is not None:
-        return {**described, "condition": "text", "prompt": images.texts.texts[0]}
+        return {**described, "condition": "text"}
     if labels is not None:
         return {**described, "condition": "class labels", "num_classes": labels.count}
     return described

@@ -16,6 +16,8 @@ from torch import nn
 from .. import GradientFlowPruner
 from ..data.batches import BrokenImages, calibration_batches, train_dataloader
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.latents import LatentCodec
+from ..diffusion.prompts import PromptEncoder
 from ..evaluation.processes import make_accelerator
 from ..evaluation.sample_quality import SampleQuality
 from ..families.lookup import family_of
@@ -55,7 +57,7 @@ class Run:
         folder: Files of the run.
         checkpoints: Checkpoints of the run.
         identity: Values that a checkpoint must share to be resumed (see `run_identity`).
-        pipeline: The dense pipeline; its UNet is pruned in place.
+        pipeline: The dense pipeline; its denoiser is pruned in place.
         images: Training images.
         step_loss: Step loss on the held-out images.
         dense_step_losses: Step losses of the dense model (see `measure_step_losses`); empty except on the main process.
@@ -152,11 +154,20 @@ def check_training(args: Arguments, dense: nn.Module) -> None:
         raise ValueError(f"dropout={args.training.dropout} is that of residual blocks, of which a {kind} has none")
 
 
-def run_identity(args: Arguments, dense: nn.Module, pipeline: TrainedPipeline) -> dict:
-    """Values by name that must not change when a run is resumed from a checkpoint."""
+def run_identity(
+    args: Arguments, dense: nn.Module, codec: LatentCodec | None = None, prompts: PromptEncoder | None = None
+) -> dict:
+    """Values by name that must not change when a run is resumed from a checkpoint.
+
+    Args:
+        args: The command line.
+        dense: The dense model.
+        codec: VAE of a latent model.
+        prompts: Text encoders of a model of text.
+    """
     component = family_of(dense).component
     architecture = {f"{component}.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
-    frozen = {"autoencoder": pipeline.codec, "text encoders": pipeline.prompts}
+    frozen = {"autoencoder": codec, "text encoders": prompts}
     names = (
         *("target", "ratio", "channel_multiple", "target_device", "min_keep_ratio", "attention_unit"),
         *("latency_batch_size", "latency_dtype", "latency_backend", "soft_fraction", "hard_fraction"),

@@ -280,7 +280,7 @@ def test_earlier_evaluation_can_be_replaced(world: Path, tmp_path: Path) -> None
         (["--num_images", "70", "--num_reference_images", "60"], "features=pixels needs more than 64 .* not 60"),
         (["--features", "inception", "--inception_weights", "nowhere"], "inception_weights=nowhere must be the path"),
         (["--features", "dinov2", "--dinov2_model", "{rgb}"], "dinov2_model=.*rgb cannot be loaded as DINOv2"),
-        (["--model", "{broken}"], "model=.*broken: the weight conv_out.bias holds values that are not finite"),
+        (["--model", "{broken}"], "model=.*broken cannot be loaded: the weight conv_out.bias of its unet holds values"),
         (["--model", "{missing}"], "model=.*missing is not a folder"),
         (["--revision", "v1"], "model=.* is a folder: revision=v1 applies"),
         (

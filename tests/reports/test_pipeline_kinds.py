@@ -1,0 +1,39 @@
+"""reports/pipeline_kinds.py: what a card says about each kind of pipeline."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffusers_gfprune.loading.pipeline_layouts import LAYOUTS
+from diffusers_gfprune.remote.pipeline_prune_ddpm import PIPELINES
+from diffusers_gfprune.reports.pipeline_kinds import KINDS, example_of, kind_of, pipeline_of, task_of
+
+
+def test_earlier_reports_are_of_ddpms() -> None:
+    pipeline = pipeline_of({"format_version": 3})
+    assert (kind_of(pipeline), task_of(pipeline)) == ("ddpm", "unconditional-image-generation")
+    assert example_of(pipeline) == "pipe().images.pop()" and pipeline["component"] == "unet"
+
+
+def test_every_latent_pipeline_has_its_tag() -> None:
+    assert set(KINDS) == set(LAYOUTS) - set(PIPELINES)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "task", "example"),
+    [
+        ({"class_name": "StableDiffusionPipeline", "condition": "text"}, "text-to-image", 'pipe("a prompt")'),
+        ({"class_name": "LDMPipeline", "condition": None}, "unconditional-image-generation", "pipe()"),
+        (
+            {"class_name": "DiTPipeline", "condition": "class labels", "num_classes": 1000},
+            *("unconditional-image-generation", "pipe(class_labels=[0])"),
+        ),
+        (
+            {"class_name": "DiTPipeline", "condition": "class labels", "num_classes": 10},
+            *("unconditional-image-generation", "pipe(class_labels=[0], guidance_scale=1)"),
+        ),
+    ],
+)
+def test_examples_and_tasks(pipeline: dict, task: str, example: str) -> None:
+    assert task_of(pipeline) == task
+    assert example_of(pipeline) == f"{example}.images.pop()"
