@@ -9,6 +9,7 @@ from .criteria import register_criterion
 from .families.lookup import FAMILIES
 from .loading.checks import PackageChecks
 from .loading.registration import register
+from .pipeline_pruning import prune_pipeline
 from .pruner import GradientFlowPruner
 from .remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .remote.pipeline_prune_ddpm import PruneDDPMPipeline
@@ -24,6 +25,7 @@ __all__ = [
     "GradientFlowPruner",
     "PruneDDPMPipeline",
     "__version__",
+    "prune_pipeline",
     "register_criterion",
 ]
 

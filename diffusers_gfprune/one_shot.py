@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -18,7 +20,7 @@ from .diffusion.pixel_values import image_values, unused_range
 from .metrics.model_size import spatial_size
 from .pruner import GradientFlowPruner
 
-__all__ = ["calibration_batches", "images_to_tensor", "prune_unet"]
+__all__ = ["calibration_batches", "images_to_tensor", "one_shot_config", "prune_unet"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,29 @@ def calibration_batches(
     return DiffusionBatch(images, noise, timesteps, conditioning).split(batch_size)
 
 
+def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfig:
+    """The configuration of pruning in one shot, with the ranking that leaves the least damage without training.
+
+    Args:
+        batch_size: Number of images in a calibration batch, which is checked.
+        options: Fields of `GFPruneConfig`.
+
+    Raises:
+        ValueError: An option is out of range, or has no meaning without training.
+    """
+    options = dict(options)
+    for name in ("preset", "total_steps", "soft_fraction", "hard_fraction", "update_interval"):
+        if name in options:
+            raise ValueError(
+                f"{name}={options[name]}: one-shot pruning has no schedule; use GradientFlowPruner to prune during training"
+            )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if options.get("ranking") is None and find_criterion(options.get("criterion", GFPruneConfig.criterion)).joint is not None:
+        options["ranking"] = "joint"
+    return GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
+
+
 def prune_unet(
     unet,
     noise_scheduler,
@@ -141,16 +166,7 @@ def prune_unet(
     Raises:
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
-    for name in ("preset", "total_steps", "soft_fraction", "hard_fraction", "update_interval"):
-        if name in options:
-            raise ValueError(
-                f"{name}={options[name]}: one-shot pruning has no schedule; use GradientFlowPruner to prune during training"
-            )
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if options.get("ranking") is None and find_criterion(options.get("criterion", GFPruneConfig.criterion)).joint is not None:
-        options["ranking"] = "joint"
-    config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
+    config = one_shot_config(batch_size, options)
     pixels = images_to_tensor(images, unet.config.in_channels)
     if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):
         size = "x".join(map(str, spatial_size(unet)))

@@ -39,6 +39,7 @@ from diffusers_gfprune.evaluation.sample_quality import RealFeatures
 from diffusers_gfprune.evaluation.samples import Samples, folder_source, model_source, shards
 from diffusers_gfprune.evaluation.trials import try_features
 from diffusers_gfprune.metrics.cache import TensorCache, default_cache_dir
+from diffusers_gfprune.metrics.conditions import SampleConditions
 from diffusers_gfprune.metrics.quality import Quality
 from diffusers_gfprune.metrics.speed import measure_speed
 from diffusers_gfprune.reports.plots import plot_step_loss, save_sample_grid, save_sample_rows
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.output.dry_run:
         inputs.images.prepare_held_out(accelerator.device)  # latents and captions are encoded, if the model takes them
     cache = TensorCache(cache_dir)
-    samples = make_samples(inputs, cache)
+    samples = make_samples(inputs, cache, prepared=not args.output.dry_run)
     real = RealFeatures(
         inputs.images,
         inputs.networks,
@@ -153,13 +154,21 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
         raise ValueError(f"evaluation_cache_dir={cache_dir} cannot be written: {error.strerror}") from error
 
 
-def make_samples(inputs: Inputs, cache: TensorCache) -> Samples:
-    """Create the sources of samples, without sampling."""
+def make_samples(inputs: Inputs, cache: TensorCache, prepared: bool) -> Samples:
+    """Create the sources of samples, without sampling.
+
+    Args:
+        inputs: Inputs of the evaluation.
+        cache: Cache of samples and features.
+        prepared: Whether captions are encoded. Samples of prompts that are not are not looked up in the cache.
+    """
     if inputs.folder_images is not None:
         sources = [folder_source("images", inputs.folder_images, cache)]
     else:
+        known = prepared or inputs.models["model"].prompts is None
+        conditions = inputs.conditions if known else SampleConditions()
         sources = [
-            model_source(name, model.denoiser, model.scheduler, inputs.settings, cache, model.codec, inputs.conditions)
+            model_source(name, model.denoiser, model.scheduler, inputs.settings, cache, model.codec, conditions)
             for name, model in inputs.models.items()
         ]
     return Samples(sources, inputs.networks, shards(inputs.num_images, inputs.images.decoder.shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -153,8 +153,8 @@ def save(name: str, folder: Path, **config) -> Path:
     return folder
 
 
-def write_data(folder: Path, count: int = 96, size: int = SIZE, captions: bool = True) -> Path:
-    """A data set of coloured noise, brighter at the top, with labels 0 to 3 and captions."""
+def write_data(folder: Path, count: int = 96, size: int = SIZE, captions: Sequence[str] | None = CAPTIONS) -> Path:
+    """A data set of coloured noise, brighter at the top, with labels 0 to 3 and captions in turn, if there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     columns: dict = {"image": [], "label": [number % CLASSES for number in range(count)]}
@@ -163,8 +163,8 @@ def write_data(folder: Path, count: int = 96, size: int = SIZE, captions: bool =
         pixels[: size // 2] += 100
         columns["image"].append({"bytes": encode(pixels.astype(np.uint8)), "path": None})
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=CLASSES)}
-    if captions:
-        columns["text"] = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
+    if captions is not None:
+        columns["text"] = [captions[number % len(captions)] for number in range(count)]
         features["text"] = datasets.Value("string")
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     table.to_parquet(folder / "train-00000-of-00001.parquet")

@@ -6,8 +6,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import yaml
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import save
 
@@ -24,7 +21,8 @@ from diffusers_gfprune import GFPrunedUNet2DModel
 from helpers.architectures import CIFAR10
 from helpers.hub import contents
 from helpers.hub_server import HubServer
-from helpers.scripts import ROOT, RUN_FILES, run_script
+from helpers.recipes import SMALL, run_recipe, settings, words_of
+from helpers.scripts import RUN_FILES, run_script
 
 # google/ddpm-ema-church-256, and the others of this size
 LARGE = {
@@ -34,11 +32,6 @@ LARGE = {
     "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 }
-SMALL = [
-    *("--max_train_steps", "3", "--soft_fraction", "0.34", "--hard_fraction", "0.67", "--train_batch_size", "1"),
-    *("--calibration_batches", "1", "--calibration_batch_size", "1", "--validation_images", "1", "--eval_images", "0"),
-    *("--speed_batch_sizes", "0", "--dataloader_num_workers", "0", "--mixed_precision", "no"),
-]
 CLASSES = {  # names of the labels in the real data sets
     "uoft-cs/cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "mattymchen/celeba-hq": ["female", "male"],
@@ -88,22 +81,6 @@ def add_model(server: HubServer, name: str, config: dict) -> None:
         "diffusion_pytorch_model.safetensors": save({key: value.half() for key, value in unet.state_dict().items()}),
     }
     server.add_repo(name, files)
-
-
-def settings(recipe: str) -> dict:
-    text = (ROOT / f"training/recipes/{recipe}.yaml").read_text()
-    return yaml.safe_load(text.replace("{recipe_dir}/../", "training/"))
-
-
-def words_of(recipe: str, folder: Path) -> list[str]:
-    """The command line of a small run by a recipe."""
-    return ["--recipe", recipe, *SMALL, "--output_dir", str(folder / "run")]
-
-
-def run_recipe(recipe: str, folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    """In a separate process, whose environment points to the test Hub."""
-    command = [sys.executable, "training/prune_ddpm.py", *words_of(recipe, folder), *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 REAL = ["celeba_hq", "cifar10", "lsun_bedroom", "lsun_church"]
+LATENT = {"dit_imagenet": "DiT-XL-2-256", "ldm_celebahq": "ldm-celebahq-256", "sd15": "stable-diffusion-v1-5"}
 KNOWN = {
     *("learning_rate", "train_batch_size", "use_ema", "mixed_precision", "hub_token", "preset", "recipe", "report_to"),
     *("criterion", "mask_schedule", "soft_fraction", "update_interval", "output_dir", "interpolate_masks"),
@@ -197,7 +198,7 @@ def keys_of(name: str) -> list[str]:
 
 
 def test_recipes_that_are_shipped() -> None:
-    assert shipped_recipes() == sorted(["digits", *REAL])
+    assert shipped_recipes() == sorted(["digits", *REAL, *LATENT])
 
 
 def test_digits_is_what_make_prune_passes() -> None:
@@ -238,6 +239,24 @@ def test_what_is_ours_and_what_is_the_papers_is_told_apart(name: str) -> None:
     for key in ("train_batch_size", "learning_rate", "use_ema", "calibration_batches", "target", "channel_multiple"):
         assert re.search(rf"^{key}:.*# ours", text, flags=re.MULTILINE), key
     assert re.search("^# Written for (one process|four processes)", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_recipes_of_latent_models(name: str) -> None:
+    """What such runs need, and where each setting is from."""
+    settings = parse_arguments(["--recipe", name, "--output_dir", "runs/x"]).to_dict()
+    assert settings["pretrained_model_name_or_path"].endswith(LATENT[name]) and "/" in settings["dataset_name"]
+    needed = {"target": "macs", "use_ema": True, "mixed_precision": "bf16", "checkpointing_steps": 1000, "random_flip": True}
+    assert {key: settings[key] for key in needed} == needed
+    assert settings["distillation_weight"] == 1  # learned variances have no other target
+    assert settings["resolution"] == (512 if name == "sd15" else 256)
+    assert (settings["caption_column"] is not None) == (name == "sd15")
+    text = (ROOT / f"training/recipes/{name}.yaml").read_text()
+    assert f"--recipe {name} --output_dir" in text and max(map(len, text.splitlines())) <= 127
+    for key in keys_of(name):
+        if key not in ("pretrained_model_name_or_path", "dataset_name", "image_column", "label_column", "caption_column"):
+            beside = re.search(rf"^{key}:.*# (source|ours)", text, flags=re.MULTILINE)
+            assert beside or key == "ema_max_decay", key
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+"""One-shot pruning of a whole pipeline from calibration images, without training.
+
+    pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
+    small = prune_pipeline(pipe, images, class_labels=labels, target="macs", ratio=0.2)
+
+It works for every pipeline that the training script prunes. Images are encoded by the VAE of the pipeline, and prompts by its
+text encoders. A share of labels or prompts is replaced by the null label or the empty prompt, as in training, so that
+classifier-free guidance keeps working.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from .argument_fields import FRACTION, check_range
+from .diffusion.batch import DiffusionBatch
+from .diffusion.class_labels import check_labels, label_dropout_of
+from .diffusion.latents import LatentCodec
+from .diffusion.process import training_process
+from .diffusion.prompts import PromptEncoder
+from .families.base import Family
+from .families.lookup import FAMILIES
+from .loading.pipeline_layouts import LAYOUTS
+from .metrics.model_size import spatial_size
+from .model_spec import ModelSpec
+from .one_shot import images_to_tensor, one_shot_config
+from .pruner import GradientFlowPruner
+
+__all__ = ["prune_pipeline"]
+
+CAPTION_DROPOUT = 0.1
+
+
+def prune_pipeline(
+    pipe: DiffusionPipeline,
+    images,
+    *,
+    class_labels: Tensor | None = None,
+    prompts: Sequence[str] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    label_dropout: float | None = None,
+    null_label: int | None = None,
+    caption_dropout: float = CAPTION_DROPOUT,
+    **options,
+) -> DiffusionPipeline:
+    """Prune the denoiser of a pipeline in one shot.
+
+    Args:
+        pipe: A dense pipeline; it is not modified.
+        images: Calibration images of the size that the pipeline generates (see `images_to_tensor`).
+        class_labels: Labels with shape `(images,)`, for models with class labels.
+        prompts: One prompt for each image, for models of text.
+        batch_size: Number of images in a calibration batch (>= 1).
+        seed: Seed of latents, noise, timesteps and dropout.
+        label_dropout: Share of labels replaced by the null label, in [0, 1) (default: 0.1 with a null label).
+        null_label: Label for "no label" (default: that of the architecture, if it has one).
+        caption_dropout: Share of prompts replaced by the empty prompt, in [0, 1).
+        **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`.
+
+    Returns:
+        A pipeline of the same class, with the same other components.
+
+    Raises:
+        ValueError: The pipeline is not supported, the budget cannot be met, or images, labels or prompts do not fit.
+    """
+    check_range(FRACTION, caption_dropout=caption_dropout)
+    config = one_shot_config(batch_size, options)
+    family, denoiser = _denoiser(pipe)
+    family.check_trainable(denoiser.config)
+    spec = _spec(pipe, denoiser)
+    pixels = images_to_tensor(images, spec.channels)
+    if tuple(pixels.shape[2:]) != spec.size:
+        size = "x".join(map(str, spec.size))
+        raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the pipeline makes images of {size}")
+    generator = torch.Generator().manual_seed(seed)
+    conditioning = _labels(spec, class_labels, len(pixels), null_label, label_dropout, generator)
+    conditioning |= _texts(spec, prompts, len(pixels), caption_dropout, generator, denoiser.device)
+    clean = pixels
+    if spec.codec is not None:
+        with spec.codec.on(denoiser.device):
+            moments = spec.codec.encode(pixels)
+        shape = (len(pixels), *spec.codec.latent_shape(*spec.size))
+        clean = spec.codec.draw(moments, torch.randn(shape, generator=generator))
+    process = training_process(pipe.scheduler)
+    noise = torch.randn(clean.shape, generator=generator)
+    timesteps = torch.randint(0, process.config.num_train_timesteps, (len(clean),), generator=generator)
+    pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, pipe.scheduler)
+    pruner.step(0, DiffusionBatch(clean, noise, timesteps, conditioning).split(batch_size))
+    small = copy.copy(pipe)
+    small.register_modules(**{family.component: pruner.compact()})
+    return small
+
+
+def _denoiser(pipe: DiffusionPipeline) -> tuple[Family, nn.Module]:
+    """Denoiser of a pipeline, and its family."""
+    name = type(pipe).__name__
+    for family in FAMILIES:
+        model = pipe.components.get(family.component)
+        if name in family.pipelines and isinstance(model, family.dense_class):
+            if family.is_pruned(model):
+                raise ValueError(f"the {family.component} of the pipeline is already pruned")
+            return family, model
+    raise ValueError(f"a {name} cannot be pruned; supported: {', '.join(LAYOUTS)}")
+
+
+def _spec(pipe: DiffusionPipeline, denoiser: nn.Module) -> ModelSpec:
+    """Images and conditioning of a pipeline. Its frozen models are copied, since they encode in float32."""
+    layout, codec, prompts = LAYOUTS[type(pipe).__name__], None, None
+    components = {name: copy.deepcopy(pipe.components[name]) for name in layout.loaded}
+    if layout.autoencoder is not None:
+        codec = LatentCodec(components[layout.autoencoder])
+    if layout.text:
+        image_size = codec.image_shape(*spatial_size(denoiser))[1:]
+        zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
+        prompts = PromptEncoder.of_pipeline(components, image_size, zeros)
+    return ModelSpec.of(denoiser, codec, prompts)
+
+
+def _labels(
+    spec: ModelSpec,
+    labels: Tensor | None,
+    count: int,
+    null_label: int | None,
+    label_dropout: float | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Class labels as conditioning, some of them replaced by the null label."""
+    if (labels is None) != (spec.labels is None):
+        raise ValueError(
+            "class_labels=None must be labels of the images: the model is class conditional"
+            if labels is None
+            else "class_labels must be None: the model takes no labels"
+        )
+    dropout = label_dropout_of(spec.labels, null_label, label_dropout)
+    if labels is None:
+        return {}
+    if len(labels) != count:
+        raise ValueError(f"class_labels has {len(labels)} labels for {count} images")
+    if dropout is None:
+        return {"class_labels": labels}
+    check_labels(labels.tolist(), dropout.null_label)
+    return {"class_labels": dropout.several(labels, generator)}
+
+
+def _texts(
+    spec: ModelSpec,
+    prompts: Sequence[str] | None,
+    count: int,
+    dropout: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Embeddings of prompts as conditioning, some of them replaced by those of the empty prompt."""
+    if (prompts is None) != (spec.prompts is None):
+        raise ValueError(
+            "prompts=None must be a prompt for each image: the model takes text"
+            if prompts is None
+            else "prompts must be None: the model takes no text"
+        )
+    if prompts is None:
+        return {}
+    if isinstance(prompts, str) or len(prompts) != count:
+        raise ValueError(f"prompts must be a list of {count} texts, one for each image")
+    spec.prompts.warn_of_long(prompts)
+    with spec.prompts.on(device):
+        encoded, null = spec.prompts.encode(prompts), spec.prompts.null()
+    dropped = torch.randperm(count, generator=generator)[: max(1, round(dropout * count)) if dropout else 0]
+    for name, values in null.items():
+        encoded[name] = encoded[name].clone()
+        encoded[name][dropped] = values
+    return encoded

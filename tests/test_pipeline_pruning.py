@@ -1,0 +1,86 @@
+"""pipeline_pruning.py: one call prunes the denoiser of any pipeline, and changes nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from diffusers_gfprune import prune_pipeline
+from diffusers_gfprune.families.lookup import FAMILIES
+from diffusers_gfprune.fingerprints import tensors_fingerprint
+from diffusers_gfprune.metrics.model_size import count_macs
+from helpers.architectures import build
+from helpers.latent_pipelines import CAPTIONS, PIPELINES
+
+BUDGET = {"target": "macs", "ratio": 0.3, "channel_multiple": 1}
+
+
+def images(count: int = 8, size: int = 16) -> Tensor:
+    """Images in [-1, 1]."""
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def given(name: str, count: int = 8) -> dict:
+    """The conditions that a pipeline needs."""
+    prompts = [CAPTIONS[number % len(CAPTIONS)] for number in range(count)]
+    return {"dit": {"class_labels": torch.arange(count) % 4}, "ldm": {}}.get(name, {"prompts": prompts})
+
+
+def component(pipe: DiffusionPipeline) -> str:
+    return next(family.component for family in FAMILIES if type(pipe).__name__ in family.pipelines)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_denoiser_is_pruned_and_nothing_else_changes(name: str, tmp_path: Path) -> None:
+    pipe = PIPELINES[name](tmp_path / name)
+    models = {key: value for key, value in pipe.components.items() if isinstance(value, torch.nn.Module)}
+    before = {key: tensors_fingerprint(value.state_dict()) for key, value in models.items()}
+    dense = getattr(pipe, denoiser := component(pipe))
+    small = prune_pipeline(pipe, images(), **given(name), **BUDGET)
+    assert type(small) is type(pipe) and getattr(pipe, denoiser) is dense
+    assert count_macs(getattr(small, denoiser)) == pytest.approx(0.7 * count_macs(dense), rel=0.03)
+    assert {key: tensors_fingerprint(value.state_dict()) for key, value in models.items()} == before
+    assert all(getattr(small, key) is value for key, value in models.items() if key != denoiser)
+    small.save_pretrained(tmp_path / "small")
+    found = getattr(DiffusionPipeline.from_pretrained(tmp_path / "small"), denoiser)
+    assert type(found) is type(getattr(small, denoiser))
+
+
+def test_pipelines_of_pixels_are_pruned_as_by_prune() -> None:
+    pipe = DDPMPipeline(build("base"), DDPMScheduler())
+    pixels = images(size=8)[:, :1]
+    small = prune_pipeline(pipe, pixels, **BUDGET)
+    assert count_macs(small.unet) < 0.75 * count_macs(pipe.unet)
+    with pytest.raises(ValueError, match="the unet of the pipeline is already pruned"):
+        prune_pipeline(small, pixels, **BUDGET)
+
+
+def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:
+    pipe = PIPELINES["dit"](tmp_path / "dit")
+    small = [prune_pipeline(pipe, images(), **given("dit"), seed=seed, **BUDGET).transformer for seed in (0, 0)]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in small)))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("dit", {"class_labels": None}, "class_labels=None must be labels of the images"),
+        ("dit", {"class_labels": torch.zeros(3, dtype=torch.long)}, "class_labels has 3 labels for 8 images"),
+        ("dit", {"class_labels": torch.full((8,), 4)}, "class_labels has null_label=4, which no image may have"),
+        ("dit", {"prompts": list("abcdefgh")}, "prompts must be None: the model takes no text"),
+        ("ldm", {"class_labels": torch.zeros(8, dtype=torch.long)}, "class_labels must be None: the model takes no labels"),
+        ("ldm", {"images": images(size=8)}, "images have 8x8 pixels, but the pipeline makes images of 16x16"),
+        ("sd", {"prompts": None}, "prompts=None must be a prompt for each image"),
+        ("sd", {"prompts": "a cat"}, "prompts must be a list of 8 texts"),
+        ("sd", {"caption_dropout": 1.0}, "caption_dropout=1.0 must be in"),
+        ("ldm", {"total_steps": 5}, "total_steps=5: one-shot pruning has no schedule"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(name: str, arguments: dict, message: str, tmp_path: Path) -> None:
+    options = {"images": images(), **given(name), **BUDGET, **arguments}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        prune_pipeline(PIPELINES[name](tmp_path / name), **options)
