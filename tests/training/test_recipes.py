@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 REAL = ["celeba_hq", "cifar10", "lsun_bedroom", "lsun_church"]
 LATENT = {"dit_imagenet": "DiT-XL-2-256", "ldm_celebahq": "ldm-celebahq-256", "sd15": "stable-diffusion-v1-5"}
+LATENT_DIGITS = ["digits_dit", "digits_ldm", "digits_text"]
 KNOWN = {
     *("learning_rate", "train_batch_size", "use_ema", "mixed_precision", "hub_token", "preset", "recipe", "report_to"),
     *("criterion", "mask_schedule", "soft_fraction", "update_interval", "output_dir", "interpolate_masks"),
@@ -198,16 +199,25 @@ def keys_of(name: str) -> list[str]:
 
 
 def test_recipes_that_are_shipped() -> None:
-    assert shipped_recipes() == sorted(["digits", *REAL, *LATENT])
+    assert shipped_recipes() == sorted(["digits", *LATENT_DIGITS, *REAL, *LATENT])
 
 
 def test_digits_is_what_make_prune_passes() -> None:
     """The Makefile and the recipe must stay consistent."""
     lines = (ROOT / "Makefile").read_text().partition("\nprune:")[2].partition("\n\n")[0].replace("\\\n", " ")
-    words = shlex.split(lines.partition("training/prune_ddpm.py")[2].replace("$(ARGS)", ""))
+    words = shlex.split(lines.partition("training/prune_ddpm.py")[2].replace("$(addprefix _,$(FAMILY)) $(ARGS)", ""))
     from_make, from_recipe = parse_arguments(words).to_dict(), parse_arguments(["--recipe", "digits"]).to_dict()
     assert {**from_make, "recipe": "digits"} == from_recipe
     assert from_recipe["max_train_steps"] == 1500 and from_recipe["output_dir"] == "runs/digits-gfpruned"
+
+
+@pytest.mark.parametrize("name", LATENT_DIGITS)
+def test_recipes_of_latent_digits(name: str) -> None:
+    """They train a trained model that ships here, each in a folder of its own."""
+    settings = parse_arguments(["--recipe", name]).to_dict()
+    assert (Path(settings["pretrained_model_name_or_path"]) / "model_index.json").is_file()
+    assert settings["output_dir"] == f"runs/{name.replace('_', '-')}-gfpruned"
+    assert (settings["caption_column"] is not None) == (name == "digits_text")
 
 
 @pytest.mark.parametrize("name", REAL)
