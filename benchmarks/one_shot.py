@@ -2,6 +2,7 @@
 
     python benchmarks/one_shot.py --dataset digits
     python benchmarks/one_shot.py --dataset cifar10 --dataset_name uoft-cs/cifar10
+    python benchmarks/one_shot.py --dataset digits-dit      also digits-ldm, digits-text: latent models of the digits
     python benchmarks/one_shot.py --write
 
 Each row prunes the trained model of a data set once, from four calibration batches, and stops there. Two figures tell what is
@@ -11,8 +12,9 @@ left:
               predict noise, whose mean square is 1
     SSIM      of samples from the same noise, by DDIM with 50 steps
 
-The first two rows are `prune()` with its default, `ranking="joint"`, and with the ranking of training runs. The other criteria
-remove the same share of every group, as published. Random is the mean over three seeds.
+The first two rows are `prune()` with its default, `ranking="joint"`, and with the ranking of training runs. The next two
+remove whole residual blocks as well, or nothing else, and may miss a budget, which the table says. The other criteria remove
+the same share of every group, as published. Random is the mean over three seeds.
 
 Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--write` updates the tables in `benchmarks/README.md`.
 """
@@ -25,20 +27,22 @@ import json
 from pathlib import Path
 
 import torch
-from study_settings import BASE, DATASETS
+from study_settings import BASE, DATASETS, LATENT
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.data.batches import calibration_batches
 from diffusers_gfprune.data.images import load_images
+from diffusers_gfprune.data.sources import HeldOut
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.metrics.conditions import text_conditions
 from diffusers_gfprune.metrics.fidelity import ssim_to_reference
-from diffusers_gfprune.metrics.model_size import spatial_size
-from diffusers_gfprune.metrics.sampling import sample_images
+from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.model_spec import ModelSpec
+from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -53,6 +57,8 @@ UNIFORM = {"ranking": "group"}
 ROWS = {
     "gradient flow, chosen together (default of `prune()`)": {"criterion": "gradient-flow", "ranking": "joint"},
     "gradient flow, widths by sensitivity (default of training)": {"criterion": "gradient-flow"},
+    "gradient flow, channels and blocks together": {"criterion": "gradient-flow", "ranking": "joint", "depth": "allow"},
+    "gradient flow, blocks only": {"criterion": "gradient-flow", "ranking": "joint", "depth": "only"},
     "Diff-Pruning": {"criterion": "diff-pruning", **UNIFORM},
     "Taylor": {"criterion": "taylor", **UNIFORM},
     "magnitude": {"criterion": "magnitude", **UNIFORM},
@@ -60,10 +66,12 @@ ROWS = {
 }
 
 
-def held_out_batch(images: Tensor, num_train_timesteps: int) -> DiffusionBatch:
-    """Held-out images with fixed noise, at timesteps spread evenly."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    return DiffusionBatch(images, noise, torch.linspace(0, num_train_timesteps - 1, len(images)).long())
+def held_out_batch(images: HeldOut, count: int, num_train_timesteps: int) -> DiffusionBatch:
+    """The first held-out images with fixed noise, at timesteps spread evenly."""
+    clean = images.samples[:count]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.linspace(0, num_train_timesteps - 1, len(clean)).long()
+    return DiffusionBatch(clean, noise, timesteps, {name: rows[:count] for name, rows in images.conditioning.items()})
 
 
 @torch.no_grad()
@@ -75,16 +83,22 @@ def predict(unet: nn.Module, batch: DiffusionBatch, scheduler) -> Tensor:
 def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_images: int) -> dict:
     """Damage and SSIM of every row at every ratio."""
     args = parse_arguments([*BASE[dataset], *words])
-    unet, scheduler, *_ = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    images, held_out = load_images(args.data, ModelSpec.of(unet))
-    timesteps, size = scheduler.config.num_train_timesteps, spatial_size(unet)
+    pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
+    unet, scheduler, codec = pipeline.denoiser, pipeline.process, pipeline.codec
+    images, held_out = load_images(args.data, ModelSpec.of(unet, codec, pipeline.prompts))
+    images.prepare()
     batches = calibration_batches(
-        images, BATCHES, args.training.train_batch_size, num_train_timesteps=timesteps, seed=0, step=0
+        *(images, BATCHES, args.training.train_batch_size),
+        num_train_timesteps=scheduler.config.num_train_timesteps,
+        seed=0,
+        step=0,
     )
-    batch = held_out_batch(held_out.samples[: 2 * num_images], timesteps)
+    batch = held_out_batch(held_out, 2 * num_images, scheduler.config.num_train_timesteps)
+    settings = SamplingSettings(num_images, STEPS, seed=0)
+    prompts = None if pipeline.prompts is None else text_conditions(held_out.conditioning, images.null_conditioning())
 
     def sample(model: nn.Module) -> Tensor:
-        return sample_images(model, scheduler, num_images, size, STEPS)
+        return settings.sample(model, pipeline.scheduler, codec=codec, conditions=prompts)
 
     dense, samples = predict(unet, batch, scheduler), sample(unet)
 
@@ -110,6 +124,13 @@ def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_image
     }
 
 
+def cell(ratio: float, figures: dict) -> str:
+    """Figures of a row at a ratio, with the removed share of the MACs if it is another one."""
+    removed = figures["macs_removed"]
+    missed = f" (at {removed:.0%})" if abs(removed - ratio) > BUDGET_TOLERANCE else ""
+    return f"{figures['damage']:.4f}, {figures['ssim']:.3f}{missed}"
+
+
 def table(results: dict[str, dict]) -> str:
     """Markdown tables, one for each data set."""
     parts = []
@@ -119,8 +140,7 @@ def table(results: dict[str, dict]) -> str:
         parts.append(f"{dataset}: damage, SSIM to the dense samples, at the removed share of the MACs\n")
         parts += [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(ratios)}"]
         for title, row in measured["rows"].items():
-            cells = (f"{row[ratio]['damage']:.4f}, {row[ratio]['ssim']:.3f}" for ratio in ratios)
-            parts.append(f"| {title} | {' | '.join(cells)} |")
+            parts.append(f"| {title} | {' | '.join(cell(float(ratio), row[ratio]) for ratio in ratios)} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -136,7 +156,7 @@ def write(document: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=DATASETS, help="data set to measure")
+    parser.add_argument("--dataset", choices=(*DATASETS, *LATENT), help="model to measure, by its data set")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="removed shares of the MACs, in (0, 1)")
     parser.add_argument("--images", type=int, default=IMAGES, help="number of samples for SSIM (>= 1)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -152,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(options.results / f"{options.dataset}.json", measured)
         print(table({options.dataset: measured}))
     if options.write:
-        files = {name: options.results / f"{name}.json" for name in DATASETS}
+        files = {name: options.results / f"{name}.json" for name in (*DATASETS, *LATENT)}
         write(README, table({name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}))
 
 

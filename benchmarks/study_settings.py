@@ -23,14 +23,17 @@ from dataclasses import dataclass, field
 
 from diffusers_gfprune.criteria import find_criterion
 
-__all__ = ["BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "SCORES", "SETTINGS", "TEACHERS", "Setting"]
+__all__ = ["BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "LATENT", "SCORES", "SETTINGS", "TEACHERS", "Setting"]
 
 DATASETS = ("digits", "cifar10")
+# Latent models of the digits, which `one_shot.py` measures, too
+LATENT = ("digits-dit", "digits-ldm", "digits-text")
 
 # Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves.
 BASE = {
     "digits": ("--recipe", "digits"),
     "cifar10": ("--recipe", "benchmarks/cifar10/prune.yaml"),
+    **{name: ("--recipe", name.replace("-", "_")) for name in LATENT},
 }
 TEACHERS = {"digits": "training/digits/teacher", "cifar10": "benchmarks/cifar10/teacher"}
 CURVE_STEPS = {"digits": 250, "cifar10": 200}
