@@ -1,6 +1,6 @@
 """Print what the latent digits models can do: sizes, reconstruction, right digits, distance to real digits.
 
-    python training/digits/check_teachers.py                       # the models that ship here (three minutes on one core)
+    python training/digits/check_teachers.py                       # the models that ship here (a minute on one core)
     python training/digits/check_teachers.py --dit runs/digits-dit --pictures_dir runs/pictures
 
 Samples are averaged over blocks of 4x4 pixels and all channels. A support vector classifier, which saw the 1,500 training

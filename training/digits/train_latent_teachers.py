@@ -50,8 +50,7 @@ from diffusers_gfprune.run_folder import write_json
 
 LABELS = 10
 CONDITION_DROPOUT = 0.1  # share of dropped labels or captions
-STEPS = {"dit": 4000, "ldm": 3000, "text": 3500}
-BATCHES = {"dit": 128, "ldm": 64, "text": 64}
+STEPS = {"dit": 7000, "ldm": 3000, "text": 3500}
 UNET = {"sample_size": 8, "block_out_channels": (48, 48), "layers_per_block": 1, "norm_num_groups": 16, "dropout": 0.1}
 TEXT_WIDTH = 48
 
@@ -63,13 +62,11 @@ class TeacherArguments(LatentTrainArguments):
     kind: str = argument("dit", "Which model to train.", choices=tuple(STEPS))
     autoencoder: str = argument("", "Folder of the trained `AutoencoderKL`, or of the `VQModel` for ldm.")
     max_train_steps: int | None = argument(None, f"Number of optimizer steps (>= 1; default: {STEPS}).")
-    train_batch_size: int | None = argument(None, f"Number of images per step (>= 1; default: {BATCHES}).")
+    train_batch_size: int = argument(64, "Number of images per step (>= 1).")
 
     def __post_init__(self) -> None:
         if self.max_train_steps is None:
             self.max_train_steps = STEPS[self.kind]
-        if self.train_batch_size is None:
-            self.train_batch_size = BATCHES[self.kind]
         super().__post_init__()
         if not (Path(self.autoencoder) / "config.json").is_file():
             raise ValueError(f"autoencoder={self.autoencoder} is not a folder that train_autoencoder.py has written")
