@@ -149,9 +149,11 @@ class Family(ABC):
     def predict(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
         """Predictions of the model: noise, samples or velocities, in the dtype and shape of `inputs.sample`.
 
-        The arguments are those of `output`.
+        The arguments are those of `output`. Only learned variances are left out, so that a check of the shape finds a model
+        with any other number of channels.
         """
-        return self.output(model, inputs)[:, : inputs.sample.shape[1]]
+        output, channels = self.output(model, inputs), inputs.sample.shape[1]
+        return output[:, :channels] if output.shape[1] == 2 * channels else output
 
     def prepare_training(self, model: nn.Module) -> nn.Module:
         """Switch off, in place, what a model does in training mode to its conditioning; returns the model."""

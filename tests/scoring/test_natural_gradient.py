@@ -128,9 +128,9 @@ def test_batches_in_half_precision_are_scored_in_full(dtype: torch.dtype) -> Non
 
 
 def test_a_prediction_of_another_shape_is_refused() -> None:
-    """As of models that predict a variance, too."""
-    unet = UNet2DModel(**{**BASE, "out_channels": 2})
-    with pytest.raises(ValueError, match=r"the prediction has shape \(4, 2, 8, 8\), its target has \(4, 1, 8, 8\)"):
+    """Only twice the channels are a prediction with its variances."""
+    unet = UNet2DModel(**{**BASE, "out_channels": 3})
+    with pytest.raises(ValueError, match=r"the prediction has shape \(4, 3, 8, 8\), its target has \(4, 1, 8, 8\)"):
         scores(unet, [batch_of(unet, 4)])
 
 
