@@ -133,6 +133,7 @@ def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
     assert ssim == {title: (seconds, [0.45, 0.9])}
 
 
+@pytest.mark.slow
 def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
     """For the settings that have results, with what each does."""
     kept = study.result_file("digits", SETTINGS["two-phase"], 0).read_text()

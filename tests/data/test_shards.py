@@ -202,6 +202,7 @@ def in_two_processes(folder: Path) -> list[tuple[int, str]]:
     return [(process.returncode, error) for process, error in zip(running, errors)]
 
 
+@pytest.mark.slow
 def test_two_processes_encode_as_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):

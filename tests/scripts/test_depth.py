@@ -26,6 +26,7 @@ DIGITS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_that_removes_blocks_only(tmp_path: Path) -> None:
     """Plan, results, report and card name the same blocks; the distance to block outputs of the teacher copes with them."""
     output = tmp_path / "run"

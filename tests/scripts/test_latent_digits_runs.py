@@ -18,7 +18,8 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["dit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ldm", "text"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_half_the_macs_of_a_trained_latent_model(kind: str, tmp_path: Path) -> None:
     """Even after six steps, samples resemble those of the dense model, since trained weights are kept."""
     output, cache = tmp_path / "run", tmp_path / "encoded"
