@@ -29,7 +29,8 @@ def train(kind: str, autoencoder: Path, output_dir: Path, *more: str) -> subproc
     return run_script("training/digits/train_latent_teachers.py", *words, *SHORT, *more)
 
 
-@pytest.mark.parametrize(("kind", "teachers"), [pytest.param("kl", ["dit", "text"], marks=pytest.mark.slow), ("vq", ["ldm"])])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "teachers"), [("kl", ["dit", "text"]), ("vq", ["ldm"])])
 def test_scripts_leave_pipelines(kind: str, teachers: list[str], tmp_path: Path) -> None:
     """Two steps of the autoencoder, as users start it, then of each teacher in its latents."""
     words = ["training/digits/train_autoencoder.py", "--kind", kind, "--output_dir", str(tmp_path / "vae"), *SHORT]
