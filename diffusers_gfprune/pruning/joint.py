@@ -51,6 +51,7 @@ ROUNDS = 5  # of local search
 MOVES = 300  # of pairs of groups in a round
 NEAR = 5e-4  # of the dense cost: distance to the target where the search stops
 NEAR_BY_BLOCKS = BUDGET_TOLERANCE / 2  # the same if only blocks are removed
+GAP_DECIMALS = 9  # of the dense cost: distances to the target that count as equal
 TRADES = 4  # blocks that are tried in a round
 
 
@@ -263,22 +264,27 @@ def _move_pairs(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence
         rises = np.concatenate([alone, pairs.ravel()])
         gap = costs.removed(search.widths) - ratio
         gaps = np.abs(gap + np.concatenate([saved, (saved[:, None] + saved).ravel()]))
+        most = max(close, abs(gap) * (1 - LEAST_GAIN))  # distance to the target after the step
         near = np.isfinite(rises) & (gaps <= close)
         if abs(gap) <= close:
             near &= rises < -LEAST_GAIN * search.damage()
             candidates = np.flatnonzero(near)[np.argsort(rises[near], kind="stable")]
         elif near.any():
             candidates = np.flatnonzero(near)[np.argsort(rises[near], kind="stable")]
-        else:
-            nearer = np.isfinite(rises) & (gaps < abs(gap))
-            candidates = np.flatnonzero(nearer)[np.argsort(gaps[nearer], kind="stable")]
+        else:  # among equally near ones, such as blocks of the same size, those with the least damage
+            gaps = np.round(gaps, GAP_DECIMALS)
+            chosen = np.isfinite(rises) & (gaps < most)
+            if not chosen.any():
+                most = round(abs(gap), GAP_DECIMALS)
+                chosen = (gaps == most) & (rises < -LEAST_GAIN * search.damage())
+            candidates = np.flatnonzero(chosen)[np.lexsort((rises[chosen], gaps[chosen]))]
         # The costs of two steps do not quite add up, so that candidates are checked
         for candidate in candidates[:SHORTLIST].tolist():
             pair = [candidate] if candidate < len(steps) else divmod(candidate - len(steps), len(steps))
             widths = search.widths.copy()
             for number in pair:
                 widths[steps[number].group] = steps[number].width
-            if abs(costs.removed(widths) - ratio) <= max(close, abs(gap) * (1 - LEAST_GAIN)):
+            if round(abs(costs.removed(widths) - ratio), GAP_DECIMALS) <= most:
                 for number in pair:
                     search.take(steps[number])
                     costs.forget(steps[number].group)

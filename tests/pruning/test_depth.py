@@ -237,3 +237,16 @@ def test_joint_choice_of_blocks_only() -> None:
     kept = choose_jointly(cost, MACS, 0.4, cost.ladders(channels=False), damage)
     assert [k for k in range(4) if not kept[f"block {k}"]] == [1, 3]
     assert all(kept[f"inside {k}"].all() for k in range(4))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_joint_choice_of_blocks_for_a_budget_between_two_numbers_of_them(seed: int) -> None:
+    """One block saves 16 %, two save 32 %: for 20 %, the block with the least damage is removed."""
+    cost = BlockCosts([16] * 5)
+    damage = random_damage(cost, 1.0, seed)
+    everything = {group.name: torch.ones(group.num_units, dtype=torch.bool) for group in cost.groups}
+    single = [
+        predicted_damage(cost.groups, everything | {f"block {k}": torch.zeros(1, dtype=torch.bool)}, damage) for k in range(5)
+    ]
+    kept = choose_jointly(cost, MACS, 0.2, cost.ladders(channels=False), damage)
+    assert [k for k in range(5) if not kept[f"block {k}"]] == [int(np.argmin(single))]
