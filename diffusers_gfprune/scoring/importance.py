@@ -224,7 +224,7 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
     passes=2.0,
     block_passes=1 / 3,  # a forward
     weight_gradients=False,
-    activation_memory=3.2,  # 4.0 (digits), 3.2 (CIFAR-10) and 1.8 times (a transformer), with the allocator's overhead
+    activation_memory=3.2,  # 4.0 (digits) and 3.2 times (CIFAR-10) by the peaks of benchmarks/cost.py, overhead included
 )
 def _gradient_flow(context: ScoringContext) -> Scores:
     return prediction_changes(context)
