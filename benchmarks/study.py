@@ -3,6 +3,7 @@
     python benchmarks/study.py --dataset digits                     missing runs, three seeds each
     python benchmarks/study.py --dataset digits --part main --jobs 2
     python benchmarks/study.py --dataset cifar10 --dataset_name uoft-cs/cifar10
+    python benchmarks/study.py --dataset digits-dit                 also digits-ldm, digits-text: latent models of the digits
     python benchmarks/study.py --quick                              everything at reduced size, in runs/study-quick
 
 Each run writes one JSON file to `benchmarks/results/study/<dataset>/`. Existing files are kept; a file from other arguments is
@@ -22,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from study_settings import BASE, CURVE_STEPS, DATASETS, SETTINGS, TEACHERS, Setting
+from study_digits import DISTANCE_TITLE, script_environment
+from study_settings import BASE, CURVE_STEPS, DATASETS, LATENT, SETTINGS, TEACHERS, Setting
 
 from diffusers_gfprune.reports.results import ModelFigures, Results, read_results
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -58,8 +60,23 @@ def result_file(dataset: str, setting: Setting, seed: int, results: Path = RESUL
     return results / dataset / f"{setting.name}-seed{seed}.json"
 
 
-def record(setting: Setting, dataset: str, seed: int, results: Results, report: dict) -> dict:
-    """Content of a results file: results, curves, rankings and provenance."""
+def record(
+    setting: Setting, dataset: str, seed: int, results: Results, report: dict, digits: dict[str, dict] | None = None
+) -> dict:
+    """Content of a results file: results, curves, rankings and provenance.
+
+    Args:
+        setting: The setting.
+        dataset: The data set.
+        seed: Seed of the run.
+        results: Its `results.json`.
+        report: Its `pruning_report.json`.
+        digits: For latent models, figures of `study_digits.py` by name of the model, `"dense"` and `"pruned"`.
+    """
+    evaluation, digits = results.evaluation, digits or {}
+    if digits:
+        distances = {**evaluation.get("distances", {}), "fd_digits": {"title": DISTANCE_TITLE}}
+        evaluation = {**evaluation, "distances": distances}
     curves = report.get("curves", {})
     names = ("quality_steps", "quality", "validation_steps", "validation_loss", "compaction")
     shown = ("step", "phase", "sparsity", "mask_value", "revived_units", "newly_pruned_units")
@@ -70,15 +87,15 @@ def record(setting: Setting, dataset: str, seed: int, results: Results, report: 
         "seed": seed,
         "command": report.get("command"),
         "commit": commit(),
-        "dense": figures(results.reference_model),
-        "pruned": figures(results.model),
-        "evaluation": results.evaluation,
+        "dense": {**figures(results.reference_model), **digits.get("dense", {})},
+        "pruned": {**figures(results.model), **digits.get("pruned", {})},
+        "evaluation": evaluation,
         "steps": report["phases"]["total_steps"],
         "phases": report["phases"],
         "curves": {name: curves[name] for name in names if name in curves},
         "rankings": [{name: update[name] for name in shown} for update in report.get("mask_updates", [])],
         "widths": {group["name"]: group["kept_channels"] for group in report.get("channel_groups", [])},
-        **{name: report[name] for name in ("peer",) if name in report},
+        **{name: report[name] for name in ("peer", "removed_blocks") if report.get(name)},
     }
 
 
@@ -98,8 +115,8 @@ def commit() -> str | None:
 
 def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], curve_steps: int | None = None) -> list[str]:
     """Arguments of a run of `training/prune_ddpm.py`."""
-    steps = curve_steps or setting.curve_steps or CURVE_STEPS[dataset]
-    curves = ("--eval_steps", str(steps)) if setting.curves else ()
+    steps = curve_steps or setting.curve_steps or CURVE_STEPS.get(dataset)
+    curves = ("--eval_steps", str(steps)) if setting.curves and steps is not None else ()
     seeds = ("--seed", str(seed), "--pruning_seed", str(seed))  # random choices depend on the seed, too
     return [*BASE[dataset], *setting.arguments, *setting.own.get(dataset, ()), *curves, *seeds, *extra]
 
@@ -158,30 +175,50 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
     words = arguments_of(setting, dataset, seed, extra, curve_steps)
     remembered = ["benchmarks/study_run.py", "--teacher_cache", str(options.runs / f"teacher-{dataset}-seed{seed}")]
     command = [sys.executable, *remembered, script, *words, *more, "--output_dir", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     print(f"--- {name}", flush=True)
     log = folder.with_name(f"{folder.name}.log")
-    if not (folder / "results.json").exists():
-        with log.open("a") as file:
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        if done.returncode != 0:
-            print(f"*** {name} failed with status {done.returncode}; see {log}", file=sys.stderr, flush=True)
-            options.failed.append(name)
-            return
+    done = (folder / "results.json").exists() or logged(command, log, options.threads)
+    digits = None
+    if done and dataset in LATENT:
+        paths = {"dense": dense_digits(dataset, options), "pruned": folder / "digits.json"}
+        done = paths["pruned"].exists() or logged(digits_command(folder, paths["pruned"]), log, options.threads)
+        digits = {which: json.loads(path.read_text()) for which, path in paths.items()} if done else None
+    if not done:
+        print(f"*** {name} failed; see {log}", file=sys.stderr, flush=True)
+        options.failed.append(name)
+        return
     results, report = read_results(folder), json.loads((folder / "pruning_report.json").read_text())
     target.parent.mkdir(parents=True, exist_ok=True)
     complete = target.with_suffix(".tmp")
-    complete.write_text(json.dumps(record(setting, dataset, seed, results, report), indent=1) + "\n")
+    complete.write_text(json.dumps(record(setting, dataset, seed, results, report, digits), indent=1) + "\n")
     os.replace(complete, target)
     shutil.rmtree(folder)
-    measured = {name: value for name, value in results.model.quality.items() if name.startswith(("fd_", "ssim"))}
+    measured = {**results.model.quality, **(digits or {}).get("pruned", {})}
+    measured = {name: value for name, value in measured.items() if name.startswith(("fd_", "ssim", "right"))}
     print(f"    {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in measured.items()), flush=True)
+
+
+def logged(command: list[str], log: Path, threads: int) -> bool:
+    """Run a command with its output appended to a log; returns whether it succeeded."""
+    environment = {**script_environment(), "OMP_NUM_THREADS": str(threads)}
+    with log.open("a") as file:
+        return subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode == 0
+
+
+def digits_command(pipeline: Path, output: Path) -> list[str]:
+    """Command that measures the samples of a latent pipeline."""
+    return [sys.executable, "benchmarks/study_digits.py", str(pipeline), "--output", str(output)]
+
+
+def dense_digits(dataset: str, options: argparse.Namespace) -> Path:
+    """File with the figures of a dense latent model, which `main` makes."""
+    return options.runs / f"digits-of-dense-{dataset}.json"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; unknown arguments are passed to the runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=DATASETS)
+    parser.add_argument("--dataset", choices=(*DATASETS, *LATENT))
     parser.add_argument("--quick", action="store_true", help="Run everything at reduced size, as a test.")
     parser.add_argument("--folder", type=Path, default=QUICK, help="Folder of results and runs of --quick.")
     parser.add_argument("--part", nargs="+", choices=sorted({s.part for s in SETTINGS.values()}), help="Parts (default: all).")
@@ -220,6 +257,11 @@ def main(argv: list[str] | None = None) -> None:
     ]
     # Scratch uses the widths of the default setting, which runs first
     work = [(s, seed) for late in (False, True) for seed in options.seeds for s in chosen if (s.kind == "scratch") == late]
+    if options.dataset in LATENT and not (dense := dense_digits(options.dataset, options)).exists():
+        options.runs.mkdir(parents=True, exist_ok=True)
+        log = dense.with_suffix(".log")
+        if not logged(digits_command(ROOT / teacher, dense), log, options.threads):
+            sys.exit(f"study.py: error: the dense model of dataset={options.dataset} cannot be measured; see {log}")
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda item: run(item[0], options.dataset, item[1], options), work))
     if options.failed:

@@ -29,8 +29,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
-from study_baselines import prune_once
+from diffusers import ModelMixin
+from study_baselines import example_of, layer_widths, prune_once
 from study_records import (
     BUDGETS,
     CHANNELS,
@@ -44,20 +44,22 @@ from study_records import (
     widths_key,
     widths_of,
 )
-from study_settings import DATASETS, SETTINGS, TEACHERS
+from study_settings import EVERY, LATENT, SETTINGS, TEACHERS
 from torch import nn
 
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.latency.layer_times import machine_description
 from diffusers_gfprune.metrics.model_size import count_macs
 from diffusers_gfprune.metrics.speed import SpeedSetting, measure_speed
+from diffusers_gfprune.pruning.blocks import trace_blocks
 from diffusers_gfprune.pruning.budget import select_units, width_ladder
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
+from diffusers_gfprune.trained_pipelines import load_pipeline
 
 OUTPUT = ROOT / "benchmarks/results/study_latency.json"
-BATCH_SIZES = {"digits": (16, 128), "cifar10": (16,)}
-PARTS = ("main", "budget", "widths", "metric")  # others are short runs, with the widths of these
+BATCH_SIZES = {"digits": (16, 128), "cifar10": (16,), **dict.fromkeys(LATENT, (16,))}
+PARTS = ("main", "budget", "widths", "metric", "depth")  # others are short runs, with the widths of these
 ROUNDS = 60
 NAMES = [
     *(name for name, setting in SETTINGS.items() if setting.part in PARTS),
@@ -70,27 +72,32 @@ def native_groups(channels: int, dense_groups: int) -> int:
     return next(groups for groups in range(dense_groups, 0, -1) if channels % groups == 0)
 
 
-def narrowed(dense: UNet2DModel, widths: dict[str, int], ragged: bool = False) -> tuple[nn.Module, str]:
+def narrowed(dense: ModelMixin, widths: dict[str, int], ragged: bool = False) -> tuple[nn.Module, str]:
     """A model with the given channels in each group, and how it was built (see the module docstring).
 
     Args:
         dense: The dense model.
-        widths: Channels of each group.
+        widths: Channels of each group, and 0 for each removed block. With removed blocks, groups that are not named are
+            whole, and groups inside of blocks have 0 channels.
         ragged: Whether norms keep groups of unequal size, unless whole groups are kept.
 
     Raises:
         ValueError: The widths are not those of the dense model's groups.
     """
-    groups = trace_channel_groups(dense)
-    if {group.name for group in groups} != set(widths):
-        raise ValueError("widths are not those of the dense model's channel groups")
-    whole = all(widths[group.name] in width_ladder(group) for group in groups)
+    groups, blocks = trace_channel_groups(dense), {block.name: block for block in trace_blocks(dense)}
+    removed = [blocks[name] for name in widths if name in blocks]
+    channels = {group.name: group.num_channels for group in groups}
+    if not widths.keys() <= channels.keys() | blocks.keys() or (not removed and widths.keys() != channels.keys()):
+        raise ValueError("widths are not those of the dense model's channel groups and blocks")
+    channels |= {name: width for name, width in widths.items() if width > 0}
+    whole = all(channels[group.name] in width_ladder(group) for group in groups)
     if not whole:
         groups = [replace(g, units=tuple((c,) for c in range(g.num_channels)), fixed=()) for g in groups]
     generator = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.num_units, generator=generator) for group in groups}
-    masks = {group.name: select_units(group, scores[group.name], widths[group.name]).float() for group in groups}
-    small = compact(dense, plan_compaction(dense, groups, masks))
+    masks = {group.name: select_units(group, scores[group.name], channels[group.name]).float() for group in groups}
+    masks |= {block.name: torch.zeros(1) for block in removed}
+    small = compact(dense, plan_compaction(dense, [*groups, *removed], masks))
     if whole or ragged:
         return small, "units" if whole else "ragged norms"
     theirs = dict(dense.named_modules())
@@ -101,7 +108,7 @@ def narrowed(dense: UNet2DModel, widths: dict[str, int], ragged: bool = False) -
     return small, "native norms"
 
 
-def pruned_again(dense: UNet2DModel, peer: dict) -> nn.Module:
+def pruned_again(dense: ModelMixin, peer: dict) -> nn.Module:
     """Torch-Pruning's model at the ratio of a row.
 
     Raises:
@@ -109,18 +116,16 @@ def pruned_again(dense: UNet2DModel, peer: dict) -> nn.Module:
     """
     for parameter in dense.parameters():
         parameter.grad = torch.randn_like(parameter)  # its importance reads them; with one ratio, widths do not depend on them
-    size, channels = dense.config.sample_size, dense.config.in_channels
-    example = {"sample": torch.zeros(1, channels, size, size), "timestep": torch.ones(1, dtype=torch.long)}
-    small = prune_once(dense, example, peer["pruning_ratio"])
+    small = prune_once(dense, example_of(dense), peer["pruning_ratio"])
     dense.zero_grad()
     small.zero_grad()
-    found = {name: m.out_channels for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
-    if found != peer["widths"]:
+    widths = layer_widths(small)
+    if any(widths.get(name) != width for name, width in peer["widths"].items()):  # older rows have convolutions only
         raise ValueError(f"Torch-Pruning at ratio={peer['pruning_ratio']} no longer gives the widths of the row")
     return small
 
 
-def model_of(run: Run, widths: dict[str, int], dense: UNet2DModel, ragged: bool = False) -> tuple[nn.Module, str]:
+def model_of(run: Run, widths: dict[str, int], dense: ModelMixin, ragged: bool = False) -> tuple[nn.Module, str]:
     """The model of a run with the dense model's weights, and how it was built (see the module docstring).
 
     Raises:
@@ -169,7 +174,7 @@ def measure(
         By setting and seed: `widths`, the key of the widths; `macs_removed`; `built`, how the model was built; `speed` by
         batch size (`time_model`). Rows of runs that are gone, or that have other widths now, are left out unless measured.
     """
-    dense = UNet2DModel.from_pretrained(ROOT / TEACHERS[dataset] / "unet", use_safetensors=True).eval()
+    dense = load_pipeline(str(ROOT / TEACHERS[dataset])).denoiser.eval()
 
     def complete(row: dict) -> bool:
         return all(row["speed"].get(str(n), {}).get("rounds", 0) >= rounds for n in BATCH_SIZES[dataset])
@@ -210,7 +215,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="Names of settings, or `default` (default: all rows).")
-    parser.add_argument("--dataset", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--dataset", nargs="+", choices=EVERY, default=list(EVERY))
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="Number of rounds per model (>= 6).")
     parser.add_argument("--overwrite", action="store_true", help="Measure the chosen rows again.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the study's results, for widths.")
@@ -230,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     machine = {**machine_description(torch.device("cpu")), "python": platform.python_version()}
     content = json.loads(args.output.read_text()) if args.output.is_file() else {"machine": machine, "rows": {}}
     if content["machine"] != machine:
-        if not args.overwrite or args.only is not None or set(args.dataset) != set(DATASETS):
+        if not args.overwrite or args.only is not None or set(args.dataset) != set(EVERY):
             raise ValueError(f"output={args.output} is of another machine: measure all rows again with --overwrite")
         content = {"machine": machine, "rows": {}}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from study_settings import SETTINGS
+from study_settings import LATENT, SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/study"
@@ -20,8 +20,14 @@ CHANNELS = {
 }
 DEFAULT = "two-phase"
 BUDGETS = ("-30", "", "-70")  # endings of the names of a setting at 30, 50 and 70 % of the MACs removed
-DISTANCE = {"digits": "fd_pixels", "cifar10": "fd_efflite0"}
-TITLES = {"digits": "digits, 8x8", "cifar10": "CIFAR-10, 16x16"}
+DISTANCE = {"digits": "fd_pixels", "cifar10": "fd_efflite0", **dict.fromkeys(LATENT, "fd_digits")}
+TITLES = {
+    "digits": "digits, 8x8",
+    "cifar10": "CIFAR-10, 16x16",
+    "digits-dit": "digits in latents, class-conditional DiT",
+    "digits-ldm": "digits in latents, unconditional UNet",
+    "digits-text": "digits in latents, text-conditional UNet",
+}
 
 Run = dict
 Found = dict[str, list[Run]]
@@ -74,6 +80,11 @@ def title_of(name: str) -> str:
     return SETTINGS[name].title if name in SETTINGS else CHANNELS[re.sub(r"-\d+$", "", name)]
 
 
+def removed_blocks_of(run: Run) -> list[str]:
+    """Blocks that a run removed."""
+    return run.get("removed_blocks", [])
+
+
 def widths_of(run: Run, found: Found) -> dict[str, int] | None:
     """The widths that a run recorded; those of a run with its seed, MACs and parameters if it recorded none (`scratch`).
 
@@ -82,9 +93,10 @@ def widths_of(run: Run, found: Found) -> dict[str, int] | None:
         found: Runs of its data set.
 
     Returns:
-        Channels of each group, or of each convolution for Torch-Pruning's models; None if they are not known.
+        Channels of each group, or of each layer for Torch-Pruning's models, and 0 for each removed block; None if they are
+        not known.
     """
-    own = run.get("peer", {}).get("widths") or run["widths"]
+    own = {**(run.get("peer", {}).get("widths") or run["widths"]), **dict.fromkeys(removed_blocks_of(run), 0)}
     if own:
         return own
 

@@ -33,7 +33,7 @@ from study_records import (
     of_part,
     spread,
 )
-from study_settings import DATASETS, SCORES, SETTINGS
+from study_settings import DATASETS, LATENT, SCORES, SETTINGS, SHARED
 from study_speed import NOT_MEASURED, Speeds, batch_sizes, equal_time_table, load_speeds
 from study_time import OUTPUT as TIMES
 from study_time import seconds
@@ -46,6 +46,7 @@ PICTURES = ROOT / "benchmarks/pictures"
 SPEED_PICTURE = "quality_over_measured_time.png"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 COLUMNS = {"step_loss": "step loss", "distance": "", "ssim_to_dense": "SSIM to dense", "psnr_to_dense": "PSNR to dense"}
+RIGHT_DIGITS = "right_digits"  # of models with a condition
 
 # The rows that the README shows
 RIVALS = ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
@@ -57,19 +58,20 @@ def main_table(found: Found, dataset: str, names: Sequence[str], speeds: Speeds 
     distance = first["evaluation"]["distances"][DISTANCE[dataset]]["title"]
     shown = {name: by_batch for name, by_batch in (speeds or {}).items() if name in names}
     sizes = batch_sizes(shown)
-    titles = [distance if name == "distance" else title for name, title in COLUMNS.items()]
+    columns = {**COLUMNS, **({RIGHT_DIGITS: "right digits"} if RIGHT_DIGITS in first["dense"] else {})}
+    titles = [distance if name == "distance" else title for name, title in columns.items()]
     titles += [f"times as fast, batch {size}" for size in sizes]
     lines = ["| setting | seeds | MACs | " + " | ".join(titles) + " |", "|---|---|---|" + "---|" * len(titles)]
-    dense = [figure(first, dataset, name, "dense") for name in COLUMNS]
+    dense = [figure(first, dataset, name, "dense") for name in columns]
     cells = [
-        "1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.{decimals(v)}f}" for name, v in zip(COLUMNS, dense)
+        "1" if name == "ssim_to_dense" else "-" if v is None else f"{v:.{decimals(v)}f}" for name, v in zip(columns, dense)
     ] + ["1"] * len(sizes)
     lines.append(f"| dense | - | {first['dense']['macs'] / 1e6:.1f}M | " + " | ".join(cells) + " |")
     for name in names:
         setting, runs = SETTINGS[name], found.get(name, [])
         if not runs:
             continue
-        cells = [spread([figure(run, dataset, column) for run in runs]) for column in COLUMNS]
+        cells = [spread([figure(run, dataset, column) for run in runs]) for column in columns]
         cells += [str(shown.get(name, {}).get(size, "-")) for size in sizes]
         macs = statistics.mean(run["pruned"]["macs"] for run in runs) / 1e6
         lines.append(f"| {setting.title} | {len(runs)} | {macs:.1f}M | " + " | ".join(cells) + " |")
@@ -250,15 +252,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--latencies", type=Path, default=LATENCIES, help="Results of study_latency.py.")
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     args = parser.parse_args(argv)
-    data = {dataset: found for dataset in DATASETS if (found := load(dataset, args.results))}
-    if not data and not args.write:
+    data, latent = ({d: found for d in some if (found := load(d, args.results))} for some in (DATASETS, LATENT))
+    if not data and not latent and not args.write:
         raise SystemExit(f"study_report.py: error: results={args.results} holds no results: run benchmarks/study.py first")
     everything = {dataset: {**found, **load_channels(dataset, args.results)} for dataset, found in data.items()}
-    speeds = load_speeds(args.latencies, everything)
+    speeds = load_speeds(args.latencies, {**everything, **latent})
     made = tables(everything, speeds)
+    rows = (*SHARED, *of_part("depth"))
+    made |= {f"latent {d}": main_table(found, d, rows, speeds[d]) for d, found in latent.items()}
     # The picture exists only where speeds were measured
     made["speed picture"] = (
-        f"![quality over measured time](pictures/{SPEED_PICTURE})" if any(speeds.values()) else NOT_MEASURED
+        f"![quality over measured time](pictures/{SPEED_PICTURE})" if any(speeds[d] for d in everything) else NOT_MEASURED
     )
     times = json.loads(args.times.read_text()) if args.times.is_file() else None
     if times is not None:
@@ -277,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
             plot_curves(args.pictures / "quality_at_rankings.png", data, ITERATIONS)
         if any(SETTINGS[name].part == "budget" for found in data.values() for name in found):
             plot_budgets(args.pictures / "quality_over_macs.png", data)
-        if any(speeds.values()):
+        if any(speeds[dataset] for dataset in everything):
             plot_speeds(args.pictures / SPEED_PICTURE, everything, speeds)
     if args.write:
         for document in DOCUMENTS:

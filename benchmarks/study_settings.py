@@ -11,31 +11,40 @@ Parts of the study:
     iterations  the same, with sample quality at every ranking until masks freeze
     revival     whether pruned channels may be revived
     scores      options of the score that arXiv 2501.09464 leaves open
+    depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
 
-The last five study the two phases. They run on the digits, for a third of the steps: more short runs are affordable, and they
-differ more, since long fine-tuning reduces the differences.
+The five before the last study the two phases. They run on the digits, for a third of the steps: more short runs are
+affordable, and they differ more, since long fine-tuning reduces the differences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diffusers_gfprune.criteria import find_criterion
 
-__all__ = ["BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "LATENT", "SCORES", "SETTINGS", "TEACHERS", "Setting"]
+__all__ = [
+    *("BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "EVERY", "LATENT", "SCORES", "SETTINGS", "SHARED", "TEACHERS"),
+    "Setting",
+]
 
 DATASETS = ("digits", "cifar10")
-# Latent models of the digits, which `one_shot.py` measures, too
+# Latent models of the digits
 LATENT = ("digits-dit", "digits-ldm", "digits-text")
+EVERY = (*DATASETS, *LATENT)
 
-# Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves.
+# Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves, for data sets that have them.
 BASE = {
     "digits": ("--recipe", "digits"),
     "cifar10": ("--recipe", "benchmarks/cifar10/prune.yaml"),
     **{name: ("--recipe", name.replace("-", "_")) for name in LATENT},
 }
-TEACHERS = {"digits": "training/digits/teacher", "cifar10": "benchmarks/cifar10/teacher"}
+TEACHERS = {
+    "digits": "training/digits/teacher",
+    "cifar10": "benchmarks/cifar10/teacher",
+    **{name: f"training/digits/{name.removeprefix('digits-')}" for name in LATENT},
+}
 CURVE_STEPS = {"digits": 250, "cifar10": 200}
 
 # Titles of the criteria that are compared in full
@@ -54,11 +63,11 @@ class Setting:
         title: In tables.
         part: Of the study.
         arguments: Of `training/prune_ddpm.py`, after those of `BASE`.
-        curves: Whether sample quality is measured along the way, too.
+        curves: Whether sample quality is measured along the way, too, on data sets with curves.
         curve_steps: Steps between two points of these curves; None: those of the data set.
         datasets: Data sets that it is run on.
         own: Further arguments by data set.
-        kind: `"prune"` runs `prune_ddpm.py`; `"scratch"` and `"torch-pruning"` run `study_baselines.py`.
+        kind: `"prune"` runs `prune_ddpm.py`; `"scratch"`, `"torch-pruning"` and `"by-hand"` run `study_baselines.py`.
     """
 
     name: str
@@ -78,6 +87,8 @@ WEIGHTS = ("--criterion", "gradient-flow-weights")
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
+# Rows of the main part that latent models have, too
+SHARED = ("two-phase", *(f"one-shot-{name}" for name in ("gradient-flow", "diff-pruning", "magnitude")), "torch-pruning")
 # Rankings at every tenth of the soft phase, the default of the script; both recipes rank less often
 TENTHS = {"digits": ("--update_interval", "15"), "cifar10": ("--update_interval", "6")}
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
@@ -109,7 +120,7 @@ def _main() -> list[Setting]:
     title = "gradient flow as published, two phases"
     found.append(Setting("paper", f"{title}, no teacher", "main", published, curves=True, own=TENTHS))
     found.append(Setting("paper-teacher", title, "main", taught, own=TENTHS))
-    return found
+    return [replace(setting, datasets=EVERY) if setting.name in SHARED else setting for setting in found]
 
 
 def _budgets() -> list[Setting]:
@@ -222,8 +233,17 @@ def _scores() -> list[Setting]:
     return [Setting(name, title, "scores", (*arguments, *SHORT), datasets=DIGITS) for name, title, arguments in rows]
 
 
+def _depth() -> list[Setting]:
+    rows = [
+        ("depth-allow", "gradient flow, two phases, channels and blocks", ("--depth", "allow"), "prune"),
+        ("depth-only", "gradient flow, two phases, blocks only", ("--depth", "only"), "prune"),
+        ("by-hand", "blocks by hand (every other layer, or as in BK-SDM)", (), "by-hand"),
+    ]
+    return [Setting(name, title, "depth", arguments, datasets=LATENT, kind=kind) for name, title, arguments, kind in rows]
+
+
 SETTINGS = {
     setting.name: setting
-    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores)
+    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores, _depth)
     for setting in part()
 }
