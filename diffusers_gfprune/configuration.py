@@ -137,7 +137,7 @@ class GFPruneConfig:
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "How pruning is distributed over groups: by the least predicted change of the predictions (joint, for "
+            "help": "How pruning is distributed over groups: by the least joint change of the predictions (joint, for "
             "gradient-flow; best without training), the same share for all (group), more for groups with high cost and low "
             "scores (sensitivity), or the lowest-scored units of all groups (global). Default: sensitivity for gradient flow, "
             "group for other criteria. "

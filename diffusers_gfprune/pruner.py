@@ -10,7 +10,7 @@ predictions (`criterion="gradient-flow"`), which rank the units of a trained net
 soft phase are interpolated linearly between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly
 higher (`revival_margin`). Layers differ in importance: scores also determine the share of channels that each group loses
 (`ranking="sensitivity"`). Without training after it, units of all groups are better chosen together, by what they change
-jointly (`ranking="joint"`).
+jointly, and the best of a few such choices is found by measuring what they change (`ranking="joint"`).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class GradientFlowPruner:
         if widths is None and self.config.ranking == "joint":
             if self.ranking.changes is None:
                 raise ValueError("units were not ranked yet: ranking=joint needs joint changes, or pass widths")
-            return self.choice.joint_units(ratio, scores, self.ranking.changes)
+            return self.choice.joint_units(ratio, scores, self.ranking.changes)[0]
         return self.choice.best_units(scores, self.choice.widths(ratio, scores) if widths is None else widths)
 
     def kept_channels(self) -> np.ndarray:

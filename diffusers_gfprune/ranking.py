@@ -2,6 +2,9 @@
 
 Rankings are noisy. Scores are averaged over rankings (`score_decay`), and a pruned unit is revived only if it is clearly
 better than a kept one (`revival_margin`).
+
+With `ranking="joint"`, there are a few choices with different widths and blocks. The one with the least measured damage is
+taken (`scoring.removals`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from .configuration import GFPruneConfig
 from .diffusion.batch import DiffusionBatch
 from .scoring.importance import average_scores, score_units, score_units_jointly
+from .scoring.removals import removal_damage
 from .unit_choice import UnitChoice
 
 __all__ = ["Ranking"]
@@ -57,10 +61,14 @@ class Ranking:
         first = self.scores is None
         self._score(batches, kept, self.config.score_decay)
         chosen = self._choose(share, kept, widths)
-        if first and self.config.score_at == "midpoint" and not all(units.all() for units in chosen.values()):
-            self._score(batches, chosen, decay=0.0)
+        if first and self.config.score_at == "midpoint" and not all(units.all() for units in chosen[0].values()):
+            self._score(batches, chosen[0], decay=0.0)
             chosen = self._choose(share, kept, widths)
-        return chosen
+        if len(chosen) == 1:
+            return chosen[0]
+        groups = self.choice.cost.groups
+        damage = removal_damage(self.unet, groups, batches, self.noise_scheduler, self.config, chosen)
+        return chosen[damage.index(min(damage))]
 
     def _score(self, batches: Sequence[DiffusionBatch], kept: Mapping[str, Tensor], decay: float) -> None:
         """Score units, with masks of 1/2 for those that are not kept if `score_at="midpoint"`, and average with before."""
@@ -75,8 +83,8 @@ class Ranking:
                 latest = score_units(*arguments), None
         self.scores, self.changes = average_scores((self.scores, self.changes), latest, decay)
 
-    def _choose(self, share: float, kept: Mapping[str, Tensor], widths: np.ndarray | None) -> dict[str, Tensor]:
-        """Choose units by the averaged scores, with a bonus for kept units."""
+    def _choose(self, share: float, kept: Mapping[str, Tensor], widths: np.ndarray | None) -> list[dict[str, Tensor]]:
+        """Choose units by the averaged scores, with a bonus for kept units. Several choices are to be measured."""
         ratio, margin, ranking = share * self.config.ratio, self.config.revival_margin, self.config.ranking
         pruned = any((~units).any() for units in kept.values())
         # In float64: in float32, adding a large bonus would lose digits of the scores of kept units.
@@ -96,4 +104,4 @@ class Ranking:
             if not all(kept[name].all() for name in blocks):
                 chosen |= {name: self.scores[name] * (1 + margin * kept[name]) for name in blocks}
             widths = self.choice.widths(ratio, chosen)
-        return self.choice.best_units(ranked, widths)
+        return [self.choice.best_units(ranked, widths)]

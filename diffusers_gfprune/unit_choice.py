@@ -10,7 +10,7 @@ highest-scored units of each group.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +27,7 @@ from .pruning.budget import (
 )
 from .pruning.cost_model import CostModel
 from .pruning.depth import check_reachable, choose_blocks, plan_widths, remove_by_sensitivity, remove_per_group, widths_stay
-from .pruning.joint import SEPARATE, UnitDamage, choose_jointly, exchange_units
+from .pruning.joint import SEPARATE, UnitDamage, exchange_units, joint_candidates
 from .scoring.importance import normalize_scores
 
 __all__ = ["UnitChoice", "possible_widths"]
@@ -107,12 +107,16 @@ class UnitChoice:
         if widths_stay(cost, ladders):
             return choose_blocks(cost, target, ratio, damage)
         if self.config.ranking == "sensitivity" and not (cost.inner and exponent == 0):
-            allocate = remove_by_sensitivity if cost.inner else allocate_by_sensitivity
-            return allocate(cost, target, ratio, ladders, ordered, exponent)
+            return self._sensitive_widths(ratio, ordered)
         if self.config.ranking in ("group", "sensitivity"):
             return remove_per_group(cost, target, ratio, ladders, damage)
         comparable = normalize_scores(scores, [cost.groups[block].name for block in cost.inner])
         return allocate_global(cost, target, ratio, ladders, [comparable[group.name] for group in cost.groups])
+
+    def _sensitive_widths(self, ratio: float, scores: Sequence[Tensor]) -> np.ndarray:
+        """Widths by sensitivity, and blocks if they are removable, from the scores of each group."""
+        allocate = remove_by_sensitivity if self.cost.inner else allocate_by_sensitivity
+        return allocate(self.cost, self.config.target, ratio, self.ladders, scores, self.config.sensitivity_exponent)
 
     def best_units(self, scores: Mapping[str, Tensor], widths: np.ndarray) -> dict[str, Tensor]:
         """The highest-scored units of each group: True for kept units by group name, each with shape `(num_units,)`."""
@@ -128,8 +132,12 @@ class UnitChoice:
         changes: Mapping[str, Tensor],
         bonus: Mapping[str, Tensor] | None = None,
         start: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Units with the least predicted change of the predictions (`pruning.joint`).
+    ) -> list[dict[str, Tensor]]:
+        """Choices of units with a low predicted change of the predictions: those of `pruning.joint`, the lowest first, and
+        widths by sensitivity with the highest-scored units of each group.
+
+        Both predictions fail at times: the first where changes do not add up, the second where damage does not follow the
+        assumed curve. They are to be measured (`scoring.removals`).
 
         Args:
             ratio: Share of the target cost to remove, in [0, 1].
@@ -139,13 +147,21 @@ class UnitChoice:
             start: True for the units to start from; widths of groups are not changed then (default: all units).
 
         Returns:
-            True for kept units by group name, each with shape `(num_units,)`.
+            Choices that meet the budget, one with `start`: True for kept units by group name, each with shape `(num_units,)`.
         """
         separate = {name: SEPARATE * values.double() + (bonus or {}).get(name, 0) for name, values in scores.items()}
         damage, attention_unit = UnitDamage(changes, separate), self.config.attention_unit
         if start is not None:
-            return exchange_units(self.cost.groups, start, damage, attention_unit)
-        return choose_jointly(self.cost, self.config.target, ratio, self.ladders, damage, attention_unit)
+            return [exchange_units(self.cost.groups, start, damage, attention_unit)]
+        cost, target, ladders = self.cost, self.config.target, self.ladders
+        choices = joint_candidates(cost, target, ratio, ladders, damage, attention_unit)
+        if ratio == 0 or widths_stay(cost, ladders) or self.config.sensitivity_exponent == 0:
+            return choices
+        ranked = {name: values.double() + (bonus or {}).get(name, 0) for name, values in scores.items()}
+        widths = self._sensitive_widths(ratio, [scores[group.name] for group in cost.groups])
+        if abs(cost.removed(target, widths) - ratio) > BUDGET_TOLERANCE:
+            return choices
+        return [*choices, self.best_units(ranked, widths)]
 
     def warn_if_missed(self, share: float) -> None:
         """Warn if the removed share of the target cost is not the one asked for."""

@@ -8,7 +8,7 @@ import torch
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.one_shot import prune_unet
-from diffusers_gfprune.scoring import importance
+from diffusers_gfprune.scoring import importance, removals
 from helpers.architectures import build
 from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one_shot
 
@@ -80,6 +80,26 @@ def test_the_first_choice_is_made_again_halfway(monkeypatch: pytest.MonkeyPatch)
     dense = GradientFlowPruner(build("fine-units"), one_shot(ratio=0.5, score_at="dense", **JOINT), SCHEDULER)
     dense.step(0, batches())
     assert seen == [[1.0]]
+
+
+@pytest.mark.parametrize("depth", ["none", "allow"])
+def test_the_choice_with_the_least_measured_damage_is_kept(depth: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the choices of the search, and that of widths by sensitivity."""
+    measured: list[list[float]] = []
+
+    def spy(*arguments) -> list[float]:
+        damage = removals.removal_damage(*arguments)
+        assert len(damage) == len(arguments[-1]) > 1
+        measured.append(damage)
+        chosen.append(arguments[-1][damage.index(min(damage))])
+        return damage
+
+    chosen: list[dict] = []
+    monkeypatch.setattr("diffusers_gfprune.ranking.removal_damage", spy)
+    pruner = GradientFlowPruner(build("fine-units"), one_shot(ratio=0.4, depth=depth, **JOINT), SCHEDULER)
+    pruner.step(0, batches())
+    assert len(measured) == 1  # once, after the second scoring
+    assert all(torch.equal(units, pruner.kept[name]) for name, units in chosen[0].items())
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ per saved cost. (2) Units are exchanged within groups, and pairs of groups take 
 falls; the same steps bring the cost to the target. (3) With removable blocks, the search runs with and without them, and goes
 on from the lower D: a block is removed or restored, other groups widen or narrow until the budget is met, and the result is
 kept if D is lower.
+
+The damage of a block is measured, that of channels is predicted, and predictions of many channels are too low or too high by a
+common factor. Choices with other blocks are therefore candidates as well (`joint_candidates`), which are measured in the end
+(`scoring.removals`).
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from .channel_groups import ChannelGroup
 from .cost_model import CostModel
 from .joint_search import LEAST_GAIN, SHORTLIST, Search, Step, UnitDamage
 
-__all__ = ["SEPARATE", "UnitDamage", "choose_jointly", "exchange_units", "predicted_damage"]
+__all__ = ["SEPARATE", "UnitDamage", "choose_jointly", "exchange_units", "joint_candidates", "predicted_damage"]
 
 SEPARATE = 1.0  # weight of the second term of D, for what fills `UnitDamage.separate`
 ROUNDS = 5  # of local search
@@ -53,6 +57,7 @@ NEAR = 5e-4  # of the dense cost: distance to the target where the search stops
 NEAR_BY_BLOCKS = BUDGET_TOLERANCE / 2  # the same if only blocks are removed
 GAP_DECIMALS = 9  # of the dense cost: distances to the target that count as equal
 TRADES = 4  # blocks that are tried in a round
+CANDIDATES = 6  # sets of removed blocks
 
 
 class _StepCosts:
@@ -103,7 +108,23 @@ def choose_jointly(
     damage: UnitDamage,
     attention_unit: str = "head_dim",
 ) -> dict[str, Tensor]:
-    """Choose the units to keep, with the least predicted damage for a budget.
+    """Choose the units to keep, with the least predicted damage for a budget: the first of `joint_candidates`.
+
+    Returns:
+        True for kept units by group name, each with shape `(num_units,)`.
+    """
+    return joint_candidates(cost, target, ratio, ladders, damage, attention_unit)[0]
+
+
+def joint_candidates(
+    cost: CostModel,
+    target: str,
+    ratio: float,
+    ladders: Sequence[Sequence[int]],
+    damage: UnitDamage,
+    attention_unit: str = "head_dim",
+) -> list[dict[str, Tensor]]:
+    """Choices of units for a budget that differ in their removed blocks, with the least predicted damage first.
 
     Args:
         cost: The cost model.
@@ -114,25 +135,59 @@ def choose_jointly(
         attention_unit: As in `width_ladder`.
 
     Returns:
-        True for kept units by group name, each with shape `(num_units,)`.
+        At most `CANDIDATES` choices: True for kept units by group name, each with shape `(num_units,)`. All miss the budget by
+        as little as the first; without removable blocks, there is one.
     """
     search, costs = Search(cost.groups, damage, attention_unit), _StepCosts(cost, target)
     rungs = [np.array(ladder) for ladder in ladders]
     only_blocks = all(len(ladder) == 1 for index, ladder in enumerate(rungs) if index not in search.inner)
     near = NEAR_BY_BLOCKS if only_blocks else NEAR
+    best = _BestByBlocks(search, costs, ratio, near)
     _search(search, costs, ratio, rungs, near)
-    if not search.inner or only_blocks:
-        return search.units()
-    with_blocks, rank = search.state(), _rank(search, costs, ratio, near)
-    search.return_to(Search(cost.groups, damage, attention_unit).state())
-    costs.forget()
-    _search(search, costs, ratio, [rung[:1] if index in search.inner else rung for index, rung in enumerate(rungs)], near)
-    if rank < _rank(search, costs, ratio, near):
-        search.return_to(with_blocks)
+    best.note()
+    if search.inner and not only_blocks:
+        search.return_to(Search(cost.groups, damage, attention_unit).state())
         costs.forget()
-    while _trade_block(search, costs, ratio, rungs, near):
-        pass
-    return search.units()
+        _search(search, costs, ratio, [rung[:1] if index in search.inner else rung for index, rung in enumerate(rungs)], near)
+        best.note()
+        best.return_to_first()
+        while _trade_block(search, costs, ratio, rungs, near, best):
+            pass
+    return best.units()
+
+
+class _BestByBlocks:
+    """The state with the lowest rank (`_rank`) for each set of removed blocks that the search has visited."""
+
+    def __init__(self, search: Search, costs: _StepCosts, ratio: float, near: float) -> None:
+        self._search, self._costs, self._ratio, self._near = search, costs, ratio, near
+        self._states: dict[frozenset[int], tuple[tuple[float, float], tuple]] = {}
+
+    def note(self) -> tuple[float, float]:
+        """Remember the present state if it is the best with its blocks; returns its rank."""
+        removed = frozenset(block for block in self._search.inner if self._search.widths[block] == 0)
+        rank = _rank(self._search, self._costs, self._ratio, self._near)
+        if removed not in self._states or rank < self._states[removed][0]:
+            self._states[removed] = rank, self._search.state()
+        return rank
+
+    def _in_order(self) -> list[tuple[tuple[float, float], tuple]]:
+        return sorted(self._states.values(), key=lambda noted: noted[0])
+
+    def return_to_first(self) -> None:
+        """Go back to the state with the lowest rank."""
+        self._search.return_to(self._in_order()[0][1])
+        self._costs.forget()
+
+    def units(self) -> list[dict[str, Tensor]]:
+        """Kept units of the best states, those that miss the budget by more than the first left out."""
+        ordered = self._in_order()
+        chosen = []
+        for (missed, _), state in ordered[:CANDIDATES]:
+            if missed <= ordered[0][0][0]:
+                self._search.return_to(state)
+                chosen.append(self._search.units())
+        return chosen
 
 
 def _search(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray], near: float) -> None:
@@ -148,7 +203,9 @@ def _rank(search: Search, costs: _StepCosts, ratio: float, near: float) -> tuple
     return max(0.0, abs(costs.removed(search.widths) - ratio) - near), search.damage()
 
 
-def _trade_block(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray], near: float) -> bool:
+def _trade_block(
+    search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray], near: float, best: _BestByBlocks
+) -> bool:
     """Remove or restore a block against the widths of other groups, if D falls. Returns whether it did."""
     rank, state = _rank(search, costs, ratio, near), search.state()
     price = max((refund for refund, _ in _widenings(search, costs, rungs)), default=0.0)
@@ -163,7 +220,7 @@ def _trade_block(search: Search, costs: _StepCosts, ratio: float, rungs: Sequenc
         costs.forget()
         _restore_greedily(search, costs, ratio, rungs)
         _search(search, costs, ratio, rungs, near)
-        missed, damage = _rank(search, costs, ratio, near)
+        missed, damage = best.note()
         if (missed, damage) < (rank[0], rank[1] * (1 - LEAST_GAIN)):
             return True
         search.return_to(state)

@@ -41,7 +41,10 @@ from .hessian_product import HESSIAN_PRODUCTS
 from .mode import scoring_mode
 from .natural_gradient import joint_changes, prediction_changes
 
-__all__ = ["ScoringContext", "average_scores", "normalize_scores", "score_units", "score_units_jointly"]
+__all__ = [
+    *("ScoringContext", "average_scores", "normalize_scores", "score_units", "score_units_jointly"),
+    "scoring_context",
+]
 
 # For criteria that do not use images
 WEIGHTS_ONLY = {"derivatives": 0, "needs_batches": False, "passes": 0.0}
@@ -92,7 +95,7 @@ def score_units(
         ValueError: The criterion is unknown, batches are missing, shapes of batches differ between ranks, or scores are not
             finite or differ between ranks. The last three are raised on all ranks.
     """
-    with _scoring(unet, groups, batches, noise_scheduler, config) as (criterion, context):
+    with scoring_context(unet, groups, batches, noise_scheduler, config) as (criterion, context):
         scores = criterion.function(context)
     _check_scores(scores)
     return scores
@@ -112,7 +115,7 @@ def score_units_jointly(
     """
     if find_criterion(config.criterion).joint is None:
         raise ValueError(f"criterion={config.criterion} does not measure joint changes")
-    with _scoring(unet, groups, batches, noise_scheduler, config) as (criterion, context):
+    with scoring_context(unet, groups, batches, noise_scheduler, config) as (criterion, context):
         joint = criterion.joint(context)
     _check_scores(joint.scores)
     check_identical({f"joint changes of {name}": values for name, values in joint.changes.items()})
@@ -120,14 +123,17 @@ def score_units_jointly(
 
 
 @contextmanager
-def _scoring(
+def scoring_context(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
     batches: Sequence[DiffusionBatch],
     noise_scheduler,
     config: GFPruneConfig,
 ) -> Iterator[tuple[Criterion, ScoringContext]]:
-    """Context in which a criterion can be computed: batches are checked, and the model is in `scoring_mode`."""
+    """Context in which a criterion can be computed: batches are checked, and the model is in `scoring_mode`.
+
+    The arguments and errors are those of `score_units`.
+    """
     criterion = find_criterion(config.criterion)
     _check_batches(batches, criterion)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
