@@ -33,7 +33,7 @@ from study_records import (
     of_part,
     spread,
 )
-from study_settings import DATASETS, LATENT, SCORES, SETTINGS, SHARED
+from study_settings import DATASETS, EVERY, LATENT, SCORES, SETTINGS, SHARED
 from study_speed import NOT_MEASURED, Speeds, batch_sizes, equal_time_table, load_speeds
 from study_time import OUTPUT as TIMES
 from study_time import seconds
@@ -107,16 +107,30 @@ def approximation_table(path: Path) -> str:
 def sensitivity_table(folder: Path) -> str:
     """A table of how well summed scores predict the damage of pruning a group, and scores that of single channels."""
     lines = [
-        "| model | criterion | groups: correlation of logarithms | rank correlation | decades | channels: rank correlation |",
+        "| model | criterion | groups: correlation of logarithms | rank correlation | decades | units: rank correlation |",
         "|---" * 6 + "|",
     ]
-    for dataset in DATASETS:
+    for dataset in EVERY:
         if (folder / f"{dataset}.json").is_file():
             found = json.loads((folder / f"{dataset}.json").read_text())
             for criterion, row in found["by_criterion"].items():
                 cells = f"{row['log_pearson']:.2f} | {row['spearman']:.2f} | {row['decades']:.1f}"
                 cells += f" of {found['damage_decades']:.1f} | {row['within_groups']:.2f}"
                 lines.append(f"| {TITLES[dataset]} | {SCORES[criterion]} | {cells} |")
+    return "\n".join(lines)
+
+
+def kinds_table(folder: Path) -> str:
+    """A table of the rank correlation of scores and damage of units within groups, by the kind of their layers."""
+    found = {d: json.loads(path.read_text()) for d in EVERY if (path := folder / f"{d}.json").is_file()}
+    rows = {d: results["by_criterion"] for d, results in found.items() if "kinds" in results}
+    kinds = list(dict.fromkeys(kind for by in rows.values() for row in by.values() for kind in row["within_groups_by_kind"]))
+    lines = ["| model | criterion | " + " | ".join(kinds) + " |", "|---" * (2 + len(kinds)) + "|"]
+    for dataset, by_criterion in rows.items():
+        for criterion, row in by_criterion.items():
+            values = [row["within_groups_by_kind"].get(kind) for kind in kinds]
+            cells = " | ".join("-" if value is None else f"{value:.2f}" for value in values)
+            lines.append(f"| {TITLES[dataset]} | {SCORES[criterion]} | {cells} |")
     return "\n".join(lines)
 
 
@@ -271,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         made["approximation"] = approximation_table(APPROXIMATION)
     if SENSITIVITY.is_dir():
         made["sensitivity"] = sensitivity_table(SENSITIVITY)
+        made["sensitivity by kind"] = kinds_table(SENSITIVITY)
     for name, table in made.items():
         print(f"\n{name}\n\n{table}")
     if data:

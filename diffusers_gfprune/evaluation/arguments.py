@@ -11,8 +11,8 @@ from transformers import HfArgumentParser
 
 from ..argument_fields import argument, at_least, check_fields
 from ..data.images import DataArguments
+from ..metrics.ddim import TIMESTEP_SPACINGS
 from ..metrics.quality import SamplingSettings
-from ..metrics.sampling import TIMESTEP_SPACINGS
 from ..metrics.speed import DTYPES
 from .run_arguments import SpeedArguments
 

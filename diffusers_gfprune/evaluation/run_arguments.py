@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
-from ..metrics.sampling import TIMESTEP_SPACINGS
+from ..metrics.ddim import TIMESTEP_SPACINGS
 from ..metrics.speed import DTYPES, SpeedSetting, parse_settings
 
 __all__ = ["EvaluationArguments", "SpeedArguments"]

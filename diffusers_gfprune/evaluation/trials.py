@@ -13,11 +13,11 @@ from ..diffusion.latents import LatentCodec
 from ..errors import first_line, portable_error
 from ..families.lookup import family_of
 from ..metrics.conditions import guided
+from ..metrics.ddim import make_sampler
 from ..metrics.eval_mode import evaluating
 from ..metrics.features import FeatureNetwork
 from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings, extract_features
-from ..metrics.sampling import make_sampler
 from ..metrics.speed import SpeedSetting, measure_speed, seconds_of
 
 __all__ = ["describe_speed", "try_features", "try_sampling", "try_speed"]

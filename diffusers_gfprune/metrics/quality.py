@@ -17,6 +17,7 @@ from ..argument_fields import NOT_NEGATIVE, SHARE, Range, at_least, check_fields
 from ..diffusion.latents import LatentCodec
 from ..families.lookup import family_of
 from .conditions import SampleConditions, label_conditions
+from .ddim import TIMESTEP_SPACINGS, fit_spacing
 from .fidelity import (
     SSIM_WINDOW,
     frechet_distance,
@@ -26,7 +27,7 @@ from .fidelity import (
     ssim_to_reference,
 )
 from .model_size import spatial_size
-from .sampling import TIMESTEP_SPACINGS, fit_spacing, sample_images, to_uint8
+from .sampling import sample_images, to_uint8
 
 __all__ = ["Quality", "SamplingSettings", "extract_features", "kernel_metric"]
 

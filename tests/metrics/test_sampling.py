@@ -1,26 +1,17 @@
-"""metrics/sampling.py: image i is a function of model, seed and i; every timestep spacing against a known answer."""
+"""metrics/sampling.py: image i is a function of model, seed and i."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from diffusers_gfprune.diffusion.process import TRAINABLE_SCHEDULERS
 from diffusers_gfprune.metrics.conditions import SampleConditions
-from diffusers_gfprune.metrics.sampling import (
-    SpacedDDIMScheduler,
-    fit_spacing,
-    image_generators,
-    make_sampler,
-    sample_images,
-    to_uint8,
-)
+from diffusers_gfprune.metrics.sampling import denoised, image_generators, sample_images, to_uint8
 from helpers.architectures import build
 from helpers.zero_model import Zero
 
@@ -114,149 +105,6 @@ def test_noise_of_images_is_gaussian_and_independent() -> None:
     assert abs((noise[:-1] * noise[1:]).mean().item()) < 4 / np.sqrt(noise.numel())
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_steps_are_those_of_diffusers(prediction_type: str, spacing: str, eta: float) -> None:
-    """Where the number of steps divides the timesteps, every step is that of Diffusers, to rounding."""
-    options = {"prediction_type": prediction_type, "timestep_spacing": spacing}
-    ours, theirs = SpacedDDIMScheduler(**options), DDIMScheduler(**options)
-    ours.set_timesteps(10)
-    theirs.set_timesteps(10)
-    assert torch.equal(ours.timesteps, theirs.timesteps)
-    generator = torch.Generator().manual_seed(0)
-    for timestep in ours.timesteps:
-        x, prediction, noise = (torch.randn(2, 1, 4, 4, generator=generator) for _ in range(3))
-        moved = ours.step(prediction, timestep, x, eta=eta, variance_noise=noise).prev_sample
-        expected = theirs.step(prediction, timestep, x, eta=eta, variance_noise=noise).prev_sample
-        torch.testing.assert_close(moved, expected)
-
-
-@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 10), ("trailing", 501), ("trailing", 7), ("leading", 7)])
-def test_every_step_goes_to_the_next_timestep(spacing: str, steps: int) -> None:
-    """Diffusers 0.42.1 goes from timestep 999 to 899 with linspace of 10 steps, and next predicts at 888."""
-    scheduler = SpacedDDIMScheduler(timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
-    visited = scheduler.timesteps.tolist()
-    assert len(visited) == steps and [scheduler.previous[t] for t in visited] == [*visited[1:], -1]
-    x = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    clean, noise = torch.full_like(x, 0.3), x
-    first, second = visited[:2]
-    moved = scheduler.step(noise, first, scheduler.add_noise(clean, noise, torch.tensor([first]))).prev_sample
-    torch.testing.assert_close(moved, scheduler.add_noise(clean, noise, torch.tensor([second])), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("timesteps", "steps", "spacing", "expected", "said"),
-    [
-        (1000, 100, "leading", (100, "leading"), []),
-        (1000, 1000, "leading", (1000, "leading"), []),
-        (1000, 300, "leading", (300, "leading"), []),  # spans 900
-        (1000, 501, "leading", (501, "trailing"), ["would start at timestep 500 of 1000"]),
-        (1000, 750, "leading", (750, "trailing"), ["would start at timestep 749 of 1000"]),
-        (1000, 501, "linspace", (501, "linspace"), []),
-        (50, 100, "leading", (50, "leading"), ["num_inference_steps=100 is more than the 50 timesteps"]),
-        (50, 100, "quadratic", (50, "quadratic"), ["50 are used"]),
-        (1, 1, "leading", (1, "leading"), []),
-    ],
-)
-def test_spacing_is_made_to_fit(timesteps: int, steps: int, spacing: str, expected: tuple, said: list[str]) -> None:
-    scheduler = DDPMScheduler(num_train_timesteps=timesteps)
-    *fitted, changes = fit_spacing(scheduler, steps, spacing)
-    assert tuple(fitted) == expected and len(changes) == len(said)
-    assert all(text in change for text, change in zip(said, changes))
-    sampler = make_sampler(scheduler, *expected)
-    if steps > 10 and spacing != "quadratic":
-        assert sampler.timesteps[0] >= 0.89 * timesteps
-
-
-def test_an_offset_that_goes_past_the_last_timestep_is_made_to_fit() -> None:
-    """With leading spacing over all timesteps, Diffusers adds the offset to the last one, too."""
-    scheduler = DDIMScheduler(num_train_timesteps=100, steps_offset=1)
-    steps, spacing, changes = fit_spacing(scheduler, 100, "leading")
-    assert (steps, spacing) == (100, "trailing") and "steps_offset=1" in changes[0]
-    assert make_sampler(scheduler, 100, "trailing").timesteps.tolist() == list(range(99, -1, -1))
-    assert fit_spacing(scheduler, 50, "leading") == (50, "leading", ())
-
-
-@pytest.mark.parametrize("schedule", ["sigmoid", "laplace", "linear"])
-def test_the_sampler_has_the_betas_of_the_model(schedule: str) -> None:
-    """DDIMScheduler of Diffusers 0.42.1 makes only some of DDPMScheduler's beta schedules."""
-    scheduler = DDPMScheduler(num_train_timesteps=50, beta_schedule=schedule, clip_sample=False)
-    sampler = make_sampler(scheduler, 10)
-    torch.testing.assert_close(sampler.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-6, atol=1e-8)
-    assert not sampler.config.clip_sample
-
-
-@pytest.mark.parametrize("name", TRAINABLE_SCHEDULERS)
-def test_every_accepted_scheduler_can_be_sampled(name: str) -> None:
-    """With the same timesteps and betas, whatever the model was saved with."""
-    options = {"num_train_timesteps": 50, "beta_end": 0.1, "prediction_type": "v_prediction"}
-    sampler = make_sampler(getattr(diffusers, name)(**options), 10)
-    torch.testing.assert_close(sampler.alphas_cumprod, DDPMScheduler(**options).alphas_cumprod)
-    assert sampler.timesteps.tolist() == list(range(45, -1, -5)) and sampler.config.prediction_type == "v_prediction"
-
-
-@pytest.mark.parametrize(
-    ("options", "steps", "spacing", "message"),
-    [
-        ({}, 101, "leading", "num_inference_steps=101 must be from 1 to 100, the timesteps"),
-        ({}, 0, "leading", "num_inference_steps=0 must be from 1"),
-        ({}, 51, "leading", "num_inference_steps=51 would start at timestep 50 of 100 and leave out .*: use trailing"),
-        (
-            {"rescale_betas_zero_snr": True},
-            10,
-            "trailing",
-            "starts at timestep 99, where rescale_betas_zero_snr=True .*epsilon",
-        ),
-        ({"rescale_betas_zero_snr": True}, 10, "linspace", "timestep_spacing=linspace starts at timestep 99"),
-        ({"steps_offset": 1}, 100, "leading", "would start at timestep 100 of 100, because of steps_offset=1"),
-    ],
-)
-def test_what_cannot_be_sampled_is_refused(options: dict, steps: int, spacing: str, message: str) -> None:
-    """In one line that names the arguments."""
-    with pytest.raises(ValueError, match=message):
-        make_sampler(DDPMScheduler(num_train_timesteps=100, **options), steps, spacing)
-
-
-def test_zero_terminal_snr_is_sampled_where_it_can_be() -> None:
-    """By leading spacing, which leaves out the last timestep, and by any spacing where the model predicts v."""
-    options = {"num_train_timesteps": 100, "rescale_betas_zero_snr": True}
-    model = Zero()
-    model.config = SimpleNamespace(in_channels=1)
-    for scheduler, spacing in (
-        (DDPMScheduler(**options), "leading"),
-        (DDPMScheduler(**options, prediction_type="v_prediction"), "trailing"),
-    ):
-        assert sample_images(model, scheduler, 2, (4, 4), num_inference_steps=10, timestep_spacing=spacing).isfinite().all()
-
-
-def test_quadratic_timesteps_are_squares() -> None:
-    """Those of Song et al., without the lowest ones that round to the same."""
-    scheduler = SpacedDDIMScheduler()
-    scheduler.set_timesteps(10, quadratic=True)
-    assert scheduler.timesteps.tolist() == [800, 632, 483, 355, 246, 158, 88, 39, 9, 0]
-    assert scheduler.previous[800] == 632 and scheduler.previous[9] == 0 and scheduler.previous[0] == -1
-    scheduler.set_timesteps(100, quadratic=True)
-    published = [int(t) for t in np.linspace(0, np.sqrt(800), 100) ** 2]
-    assert sorted(scheduler.timesteps.tolist()) == sorted(set(published)) and len(set(published)) == 96
-
-
-def test_quadratic_spacing_recovers_a_known_image() -> None:
-    """A model that always points at one image leads there by any sequence of timesteps."""
-    target = torch.linspace(-0.9, 0.9, 16).view(1, 1, 4, 4)
-
-    class Pointing(Zero):
-        def forward(self, sample, timestep, class_labels=None):
-            return SimpleNamespace(sample=target.expand_as(sample))
-
-    model = Pointing()
-    model.config = SimpleNamespace(in_channels=1)
-    scheduler = DDPMScheduler(prediction_type="sample")
-    images = sample_images(model, scheduler, 2, (4, 4), num_inference_steps=7, timestep_spacing="quadratic")
-    torch.testing.assert_close(images, (target / 2 + 0.5).expand(2, -1, -1, -1), rtol=0, atol=0.5001 / 255)
-
-
 def test_spacing_and_eta_change_samples_and_repeat(unet: UNet2DModel) -> None:
     images = draw(unet)
     for options in ({"timestep_spacing": "quadratic"}, {"timestep_spacing": "trailing"}, {"eta": 1.0}):
@@ -274,15 +122,15 @@ def test_bad_arguments_are_refused(unet: UNet2DModel, options: dict, message: st
         draw(unet, **options)
 
 
-def test_a_stochastic_step_without_noise_is_refused() -> None:
-    scheduler = SpacedDDIMScheduler()
-    scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="variance_noise=None must be a tensor of noise with eta=0.5"):
-        scheduler.step(torch.zeros(1, 1, 2, 2), 900, torch.zeros(1, 1, 2, 2), eta=0.5)
-
-
 def test_samples_that_are_not_finite_are_refused() -> None:
     model = Zero()
     model.config, model.forward = SimpleNamespace(in_channels=1), lambda x, *args, **kw: SimpleNamespace(sample=x * torch.nan)
     with pytest.raises(ValueError, match="samples 2 to 3 are not finite"):
         sample_images(model, DDPMScheduler(), 3, (4, 4), num_inference_steps=1, batch_size=2, first=2)
+
+
+def test_denoised_samples_are_images_before_rounding(unet: UNet2DModel) -> None:
+    images = draw(unet, 5, seed=3)
+    parts = list(denoised(unet, DDPMScheduler(), range(1, 5), (8, 8), 3, 3, batch_size=3))
+    assert [len(part) for part in parts] == [3, 1]
+    assert torch.equal(to_uint8(torch.cat(parts) / 2 + 0.5), to_uint8(images[1:]))
