@@ -47,7 +47,8 @@ QUICK_ARGUMENTS = (
 FORMAT_VERSION = 1
 # Arguments that do not affect the results of a run
 MACHINE = (
-    *("--evaluation_cache_dir", "--speed_batch_sizes", "--resume_from_checkpoint", "--checkpointing_steps"),
+    *("--evaluation_cache_dir", "--teacher_images_dir", "--speed_batch_sizes"),
+    *("--resume_from_checkpoint", "--checkpointing_steps"),
     "--latency_batch_size",  # in older runs
     *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps"),
 )
@@ -166,6 +167,8 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
     extra = ["--evaluation_cache_dir", str(options.runs / "cache"), "--speed_batch_sizes", "0", *options.extra]
     if options.dataset_name is not None:
         extra += ["--dataset_name", options.dataset_name]
+    if "--train_data" in setting.arguments:
+        extra += ["--teacher_images_dir", str(options.runs / "teacher-images")]
     script, more = "training/prune_ddpm.py", ["--resume_from_checkpoint", "latest", "--checkpointing_steps", "250"]
     if setting.kind != "prune":
         script, more = (

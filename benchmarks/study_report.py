@@ -212,6 +212,7 @@ BESIDE = {
     "budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
     "metric": ("two-phase", "one-shot-gradient-flow", "two-phase-group", "one-shot-group"),
     "scores": ("short",),
+    "data": ("two-phase",),
 }
 
 
@@ -231,7 +232,7 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
         "rivals": rows(lambda: RIVALS),
         **{
             part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part)))
-            for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores")
+            for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data")
         },
         "iterations": iterations_table,
         "revival": revival_table,

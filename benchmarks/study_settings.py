@@ -11,9 +11,10 @@ Parts of the study:
     iterations  the same, with sample quality at every ranking until masks freeze
     revival     whether pruned channels may be revived
     scores      options of the score that arXiv 2501.09464 leaves open
+    data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
 
-The five before the last study the two phases. They run on the digits, for a third of the steps: more short runs are
+The five from phases to scores study the two phases. They run on the digits, for a third of the steps: more short runs are
 affordable, and they differ more, since long fine-tuning reduces the differences.
 """
 
@@ -233,6 +234,15 @@ def _scores() -> list[Setting]:
     return [Setting(name, title, "scores", (*arguments, *SHORT), datasets=DIGITS) for name, title, arguments in rows]
 
 
+def _data() -> list[Setting]:
+    def drawn(images: int, steps: int) -> tuple[str, ...]:
+        return ("--num_teacher_images", str(images), "--teacher_num_inference_steps", str(steps))
+
+    title = "gradient flow, two phases, without data"
+    own = {"digits": drawn(1500, 50), "cifar10": drawn(4000, 25)}
+    return [Setting("without-data", title, "data", ("--train_data", "teacher"), own=own)]
+
+
 def _depth() -> list[Setting]:
     rows = [
         ("depth-allow", "gradient flow, two phases, channels and blocks", ("--depth", "allow"), "prune"),
@@ -244,6 +254,6 @@ def _depth() -> list[Setting]:
 
 SETTINGS = {
     setting.name: setting
-    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores, _depth)
+    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores, _data, _depth)
     for setting in part()
 }

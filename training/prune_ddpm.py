@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from diffusers_gfprune.data.batches import BrokenImages
-from diffusers_gfprune.data.images import load_images
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
@@ -30,7 +29,6 @@ from diffusers_gfprune.hub import push_folder
 from diffusers_gfprune.interruption import Interruption
 from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.step_loss import StepLoss
-from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.objectives.objective import Objective
 from diffusers_gfprune.reports.provenance import command_line, describe_base_model, describe_dataset
 from diffusers_gfprune.run_folder import RunFolder
@@ -44,6 +42,7 @@ from diffusers_gfprune.training.run_setup import (
     Run,
     check_training,
     estimate_run,
+    load_run_images,
     make_batches,
     make_calibration,
     make_pruner,
@@ -90,10 +89,10 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
         unet, noise_scheduler = pipeline.denoiser, pipeline.process
         check_training(args, unet)
-        images, held_out = load_images(args.data, ModelSpec.of(unet, pipeline.codec, pipeline.prompts))
+        dense = copy.deepcopy(unet).eval().requires_grad_(False)
+        images, held_out, measured = run_images = load_run_images(args, pipeline, dense)
     # Add the detected null label, caption column and dropout, for checkpoints and the report
     args = dataclasses.replace(args, data=dataclasses.replace(args.data, **images.choices()))
-    dense = copy.deepcopy(unet).eval().requires_grad_(False)
     make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
     identity = run_identity(args, dense, pipeline.codec, pipeline.prompts)
@@ -103,11 +102,11 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         folder.check()
     captioned = None if pipeline.prompts is None else held_out
     sample_quality = SampleQuality(
-        args.evaluation, dense, pipeline.scheduler, images, accelerator.device, pipeline.codec, captioned
+        args.evaluation, dense, pipeline.scheduler, measured, accelerator.device, pipeline.codec, captioned
     )
     origin = {
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
-        "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir),
+        "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir, args.teacher.train_data == "teacher"),
         "command": command_line(args.words),
         "pipeline": describe_pipeline(pipeline),
     }
@@ -127,7 +126,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         if main_process:
             folder.prepare(parameter_bytes(dense), resuming=checkpoint is not None)
         accelerator.wait_for_everyone()
-        images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
+        run_images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
         state = TrainingState(args, accelerator, unet, pruner, checkpoint)
         if checkpoint is not None:
             accelerator.print(f"resuming from {checkpoint.path.name}")

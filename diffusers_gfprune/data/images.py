@@ -94,9 +94,7 @@ class DataArguments:
         "Crop non-square images at the centre instead of at random places. Images of latent models are always cropped at the "
         "centre, since they are encoded only once.",
     )
-    random_flip: bool = argument(
-        False, "Flip half of the images left to right. Latent models need both versions: encoding takes twice the time."
-    )
+    random_flip: bool = argument(False, "Flip half of the images left to right; latent models encode both versions.")
     validation_images: int = argument(
         256, "Number of held-out images for the step loss (>= 1), from the split of --validation_split_name."
     )

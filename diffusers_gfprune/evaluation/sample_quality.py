@@ -24,17 +24,16 @@ from ..data.decoding import EncodedImage, content_digest
 from ..data.sources import HeldOut, ImageSource, readable_images
 from ..diffusion.latents import LatentCodec
 from ..families.lookup import family_of
-from ..fingerprints import tensors_fingerprint
 from ..metrics.cache import TensorCache
 from ..metrics.conditions import SampleConditions, label_conditions, text_conditions
 from ..metrics.features import FeatureNetwork, feature_network
-from ..metrics.model_size import uses_tf32
 from ..metrics.quality import Quality, SamplingSettings, extract_features
 from ..metrics.sampling import image_shape, to_uint8
+from ..reports.model_identity import model_identity
 from ..reports.provenance import installed_versions
 from .run_arguments import EvaluationArguments
 
-__all__ = ["RealFeatures", "SampleQuality", "dense_samples", "feature_identity", "model_identity", "shard_size"]
+__all__ = ["RealFeatures", "SampleQuality", "dense_samples", "feature_identity", "shard_size"]
 
 # A covariance of pixels needs more images than pixels, and its square root takes cubic time.
 MAX_PIXEL_DIMENSIONS = 1024
@@ -64,24 +63,6 @@ def sampling_settings(args: EvaluationArguments, null_label: int | None = None) 
         null_label=null_label,
         guidance_scale=args.guidance_scale,
     )
-
-
-def model_identity(
-    unet: nn.Module, scheduler, codec: LatentCodec | None = None, conditions: SampleConditions | None = None
-) -> dict:
-    """Everything that samples of a model depend on, except the sampling settings, as JSON values."""
-    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    return {
-        "weights": tensors_fingerprint(unet.state_dict()),
-        "unet": repr(sorted(config.items())),
-        "scheduler": repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))),
-        "device": next(unet.parameters()).device.type,
-        "tf32": uses_tf32(next(unet.parameters()).device),
-        "dtype": str(next(unet.parameters()).dtype),
-        "versions": installed_versions("diffusers-gfprune", "diffusers", "torch"),
-        **({} if codec is None else {"codec": codec.identity()}),
-        **({} if conditions is None else conditions.description),
-    }
 
 
 def dense_samples(

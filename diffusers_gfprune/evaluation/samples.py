@@ -18,8 +18,9 @@ from ..metrics.conditions import SampleConditions
 from ..metrics.fidelity import SSIM_WINDOW, psnr, ssim_of_pairs
 from ..metrics.quality import SamplingSettings, extract_features
 from ..metrics.sampling import to_uint8
+from ..reports.model_identity import model_identity
 from .inputs import FolderImages
-from .sample_quality import feature_identity, model_identity, shard_size
+from .sample_quality import feature_identity, shard_size
 
 __all__ = ["ImageSource", "Samples", "folder_source", "model_source", "shards"]
 

@@ -128,7 +128,7 @@ def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardDa
     # The base model's Hub id, or the Hub ids of the models that a local base model was made from
     if (base_model := base["hub_id"] or base.get("derived_from")) is not None:
         options = {"base_model": base_model, "base_model_relation": "finetune"}
-    if dataset["hub_id"] is not None:
+    if dataset["hub_id"] is not None and not dataset.get("drawn"):
         options["datasets"] = [dataset["hub_id"]]
     if eval_results:
         options.update(model_name=model_name, eval_results=eval_results, metrics=sorted({metric["id"] for metric in metrics}))

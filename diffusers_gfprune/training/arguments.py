@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
 from ..configuration import DEVICES, PRESETS, GFPruneConfig
 from ..data.images import DataArguments
+from ..data.teacher_images import TeacherArguments
 from ..evaluation.run_arguments import EvaluationArguments
 from ..hub import check_repo_id
 from ..objectives.objective import ObjectiveArguments
@@ -35,9 +36,7 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    pretrained_model_name_or_path: str = argument(
-        help="Trained diffusion pipeline, as a Hub id or a local folder; docs/supported.md lists the kinds."
-    )
+    pretrained_model_name_or_path: str = argument(help="Trained pipeline: a Hub id or a local folder (docs/supported.md).")
     revision: str | None = argument(None, "Branch, tag or commit of the Hub repository.")
 
 
@@ -47,9 +46,7 @@ class OutputArguments:
 
     _argument_group_name = "run"
 
-    recipe: str | None = argument(
-        None, "YAML file with arguments, or the name of one in training/recipes. The command line overrides it."
-    )
+    recipe: str | None = argument(None, "YAML file with arguments, or one of training/recipes by name. The command line wins.")
     output_dir: str = argument("runs/ddpm-gfpruned", "Folder for the pruned pipeline.")
     overwrite_output_dir: bool = argument(False, "Replace output_dir if it exists.")
     dry_run: bool = argument(False, "Print the plan and stop.")
@@ -127,6 +124,7 @@ class Arguments:
     model: ModelArguments
     run: OutputArguments
     data: DataArguments
+    teacher: TeacherArguments
     pruning: PruningArguments
     training: TrainingArguments
     objective: ObjectiveArguments
@@ -152,8 +150,8 @@ class Arguments:
 
 
 GROUPS = (
-    *(ModelArguments, OutputArguments, DataArguments, PruningArguments, TrainingArguments, ObjectiveArguments),
-    *(PrecisionArguments, CheckpointArguments, TrackingArguments, EvaluationArguments, HubArguments),
+    *(ModelArguments, OutputArguments, DataArguments, TeacherArguments, PruningArguments, TrainingArguments),
+    *(ObjectiveArguments, PrecisionArguments, CheckpointArguments, TrackingArguments, EvaluationArguments, HubArguments),
 )
 
 
@@ -166,7 +164,8 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(
         GROUPS,
-        usage="%(prog)s --pretrained_model_name_or_path MODEL (--dataset_name NAME | --train_data_dir FOLDER) [arguments]",
+        usage="%(prog)s --pretrained_model_name_or_path MODEL "
+        "(--dataset_name NAME | --train_data_dir FOLDER | --train_data teacher) [arguments]",
         description="Prune a trained diffusion pipeline by gradient flow in two phases, fine-tune it, and save it.",
         allow_abbrev=False,
     )

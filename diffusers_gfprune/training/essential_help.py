@@ -14,6 +14,7 @@ ESSENTIAL = {
     "model": ("pretrained_model_name_or_path",),
     "run": ("recipe", "output_dir", "overwrite_output_dir", "dry_run", "preset", "seed"),
     "data": ("dataset_name", "train_data_dir", "random_flip"),
+    "teacher images": ("train_data",),
     "pruning": ("target", "ratio", "criterion", "ranking", "soft_fraction", "hard_fraction", "calibration_batches"),
     "training": (
         *("max_train_steps", "train_batch_size", "learning_rate", "lr_scheduler", "lr_warmup_steps", "use_ema"),

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,9 @@ from torch import nn
 
 from .. import GradientFlowPruner
 from ..data.batches import BrokenImages, calibration_batches, train_dataloader
+from ..data.images import load_images
+from ..data.sources import HeldOut, ImageSource
+from ..data.teacher_images import TeacherImages
 from ..diffusion.batch import DiffusionBatch
 from ..diffusion.latents import LatentCodec
 from ..diffusion.prompts import PromptEncoder
@@ -24,6 +28,7 @@ from ..families.lookup import family_of
 from ..fingerprints import tensors_fingerprint
 from ..metrics.cache import default_cache_dir
 from ..metrics.step_loss import StepLoss
+from ..model_spec import ModelSpec
 from ..objectives.objective import Objective
 from ..run_folder import RunFolder
 from ..trained_pipelines import TrainedPipeline
@@ -33,8 +38,10 @@ from .estimate import StepEstimate, estimate_step
 
 __all__ = [
     "Run",
+    "RunImages",
     "check_training",
     "estimate_run",
+    "load_run_images",
     "make_batches",
     "make_calibration",
     "make_pruner",
@@ -187,11 +194,55 @@ def run_identity(
 
 def run_settings(args: Arguments, accelerator: Accelerator) -> dict:
     """Settings that affect the result and may change on resuming, with a warning."""
-    groups = (args.data, args.pruning, args.training, args.objective, args.precision)
+    groups = (args.data, args.teacher, args.pruning, args.training, args.objective, args.precision)
     settings = {name: value for group in groups for name, value in vars(group).items()}
     settings["mixed_precision"] = accelerator.mixed_precision
     settings["num_processes"] = accelerator.num_processes
     return json.loads(json.dumps(settings))  # the types that a checkpoint restores
+
+
+class RunImages(NamedTuple):
+    """Images of a run.
+
+    Attributes:
+        training: Images to score and train on.
+        held_out: Held-out images for the step loss.
+        measured: Images that samples are compared with: those of training, unless the dense model draws these and there is a
+            data set besides.
+    """
+
+    training: ImageSource
+    held_out: HeldOut
+    measured: ImageSource
+
+    def prepare(self, device: torch.device) -> None:
+        """Draw or encode all images and captions that are needed. All processes must call this method."""
+        self.training.prepare(device)
+        if self.measured is not self.training:
+            self.measured.prepare_held_out(device)
+
+
+def load_run_images(args: Arguments, pipeline: TrainedPipeline, dense: ModelMixin) -> RunImages:
+    """Find the images of a run. None is drawn or encoded here.
+
+    Args:
+        args: The command line.
+        pipeline: The pipeline.
+        dense: Its denoiser, which draws images if asked for.
+
+    Raises:
+        ValueError: There is no data set, or images do not fit the model.
+    """
+    spec = ModelSpec.of(dense, pipeline.codec, pipeline.prompts)
+    given = args.data.dataset_name is not None or args.data.train_data_dir is not None
+    if args.teacher.train_data == "images":
+        images, held_out = load_images(args.data, spec)
+        return RunImages(images, held_out, images)
+    drawn = TeacherImages(args.teacher, args.data, dense, pipeline.scheduler, spec)
+    if not given:
+        return RunImages(drawn, drawn.held_out, drawn)
+    images, held_out = load_images(args.data, spec)
+    return RunImages(drawn, held_out, images)
 
 
 def make_batches(args: Arguments, accelerator: Accelerator, images, noise_scheduler, first_batch: int):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from diffusers_gfprune.data.decoding import ImageDecoder
 from diffusers_gfprune.evaluation import sample_quality as measuring
-from diffusers_gfprune.evaluation.sample_quality import RealFeatures, SampleQuality, model_identity, shard_size
+from diffusers_gfprune.evaluation.sample_quality import RealFeatures, SampleQuality, shard_size
 from diffusers_gfprune.metrics.cache import TensorCache
 from diffusers_gfprune.metrics.fidelity import frechet_distance_pixels, ssim_to_reference
 from diffusers_gfprune.metrics.quality import SamplingSettings
+from diffusers_gfprune.reports.model_identity import model_identity
 from diffusers_gfprune.training.arguments import EvaluationArguments
 from helpers.architectures import build, pruned
 from helpers.images import encode, load, model_spec, write_folder, write_parquet

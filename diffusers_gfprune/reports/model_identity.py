@@ -1,0 +1,31 @@
+"""Everything that samples of a model depend on, as a key of caches."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..diffusion.latents import LatentCodec
+from ..fingerprints import tensors_fingerprint
+from ..metrics.conditions import SampleConditions
+from ..metrics.model_size import uses_tf32
+from .provenance import installed_versions
+
+__all__ = ["model_identity"]
+
+
+def model_identity(
+    unet: nn.Module, scheduler, codec: LatentCodec | None = None, conditions: SampleConditions | None = None
+) -> dict:
+    """Everything that samples of a model depend on, except the sampling settings, as JSON values."""
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    return {
+        "weights": tensors_fingerprint(unet.state_dict()),
+        "unet": repr(sorted(config.items())),
+        "scheduler": repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))),
+        "device": next(unet.parameters()).device.type,
+        "tf32": uses_tf32(next(unet.parameters()).device),
+        "dtype": str(next(unet.parameters()).dtype),
+        "versions": installed_versions("diffusers-gfprune", "diffusers", "torch"),
+        **({} if codec is None else {"codec": codec.identity()}),
+        **({} if conditions is None else conditions.description),
+    }

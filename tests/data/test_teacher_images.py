@@ -1,0 +1,180 @@
+"""data/teacher_images.py: images are those that the model samples, drawn once, and serve like those of a data set."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+
+from diffusers_gfprune.data import teacher_images
+from diffusers_gfprune.data.batches import calibration_batches, train_dataloader
+from diffusers_gfprune.data.images import DataArguments
+from diffusers_gfprune.data.teacher_images import TeacherArguments, TeacherImages, read_prompts
+from diffusers_gfprune.diffusion.latents import LatentCodec
+from diffusers_gfprune.evaluation.sample_quality import RealFeatures
+from diffusers_gfprune.metrics.cache import TensorCache
+from diffusers_gfprune.metrics.conditions import SampleConditions, label_conditions
+from diffusers_gfprune.metrics.features import feature_network
+from diffusers_gfprune.metrics.sampling import denoised, sample_images
+from diffusers_gfprune.model_spec import ModelSpec
+from helpers.architectures import build
+from helpers.latent_models import autoencoder
+from helpers.latent_pipelines import DIT, LATENT_SIZE
+
+SCHEDULER = DDPMScheduler()
+STEPS = 2
+
+
+def teacher(folder: Path, model, codec: LatentCodec | None = None, count: int = 6, data: dict | None = None, **options):
+    """Images of a model; `validation_images` is 3."""
+    given = {"num_teacher_images": count, "teacher_num_inference_steps": STEPS, "teacher_images_dir": str(folder), **options}
+    arguments = TeacherArguments(train_data="teacher", **given)
+    data = DataArguments(**{"validation_images": 3, **(data or {})})
+    return TeacherImages(arguments, data, model, SCHEDULER, ModelSpec.of(model, codec))
+
+
+def dit() -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(**DIT).eval()
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    return build("base").eval()
+
+
+@pytest.fixture
+def drawn(unet: UNet2DModel, tmp_path: Path) -> TeacherImages:
+    images = teacher(tmp_path, unet)
+    images.prepare()
+    return images
+
+
+# --- what is drawn ------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_samples_of_the_model(drawn: TeacherImages, unet: UNet2DModel) -> None:
+    """Training images first, then held-out ones, in 8 bits."""
+    expected = sample_images(unet, SCHEDULER, 9, (8, 8), STEPS, seed=TeacherImages.SEED) * 2 - 1
+    torch.testing.assert_close(drawn.head(6), expected[:6], rtol=0, atol=1e-6)
+    torch.testing.assert_close(drawn.held_out.samples, expected[6:], rtol=0, atol=1e-6)
+    assert drawn.num_images == 6 and len(drawn.held_out) == 3 and drawn.held_out.conditioning == {}
+    assert torch.equal(torch.stack([drawn.clean(row) for row in range(6)]), drawn.head(6))
+
+
+def test_latents_are_kept_as_they_are_and_have_labels_in_turn(tmp_path: Path) -> None:
+    codec, model = LatentCodec(autoencoder()), dit()
+    images = teacher(tmp_path, model, codec)
+    images.prepare()
+    conditions = label_conditions(images.decoder.labels, images.decoder.null_label)
+    size = (LATENT_SIZE, LATENT_SIZE)
+    (expected,) = denoised(model, SCHEDULER, range(9), size, STEPS, TeacherImages.SEED, conditions=conditions, latents=True)
+    torch.testing.assert_close(torch.stack([images.clean(row) for row in range(9)]), expected, rtol=1e-4, atol=1e-5)
+    pixels = (codec.decode(expected[:6]).clamp(-1, 1) + 1) * 127.5
+    assert (images.head(6) * 127.5 + 127.5 - pixels).abs().max() <= 1
+    assert [images[index].label for index in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert images.held_out.conditioning["class_labels"].tolist() == [2, 3, 0]
+
+
+def test_batches_have_dropped_labels_and_flips(tmp_path: Path, unet: UNet2DModel) -> None:
+    images = teacher(tmp_path, dit(), LatentCodec(autoencoder()), data={"label_dropout": 0.5})
+    images.prepare()
+    (batch,) = calibration_batches(images, 1, 6, num_train_timesteps=1000, seed=0, step=0)
+    assert batch.clean.shape == (6, 4, LATENT_SIZE, LATENT_SIZE) and (batch.conditioning["class_labels"] == 4).sum() == 3
+    flipped = teacher(tmp_path, unet, data={"random_flip": True})
+    flipped.prepare()
+    known = torch.stack([flipped.clean(row) for row in range(6)])
+    loader = train_dataloader(flipped, 6, seed=0, num_train_timesteps=1000)
+    clean = torch.cat([batch.clean for batch, _ in itertools.islice(loader, 4)])
+    same, mirrored = ((clean[:, None] == other).flatten(2).all(dim=2).any(dim=1) for other in (known, known.flip(-1)))
+    assert (same | mirrored).all() and same.any() and mirrored.any()
+
+
+# --- once ---------------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_drawn_once(
+    drawn: TeacherImages, unet: UNet2DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the same model and sampler; a stopped run keeps its shards."""
+    calls = []
+
+    def spy(*arguments, **options):
+        calls.append(arguments[2])
+        return denoised(*arguments, **options)
+
+    monkeypatch.setattr(teacher_images, "denoised", spy)
+    again = teacher(tmp_path, unet)
+    again.prepare()
+    assert calls == [] and torch.equal(again.head(6), drawn.head(6))
+    other = teacher(tmp_path, unet, teacher_num_inference_steps=STEPS + 1)
+    other.prepare()
+    assert calls == [range(9)] and not torch.equal(other.head(6), drawn.head(6))
+    calls.clear()
+    monkeypatch.setattr("diffusers_gfprune.data.shards.SHARD_ROWS", 4)
+    stopped = teacher(tmp_path / "parts", unet)
+
+    def stops(*arguments, **options):
+        return spy(*arguments, **options) if len(calls) < 2 else 1 / 0
+
+    monkeypatch.setattr(teacher_images, "denoised", stops)
+    with pytest.raises(ZeroDivisionError):
+        stopped.prepare()
+    monkeypatch.setattr(teacher_images, "denoised", spy)
+    resumed = teacher(tmp_path / "parts", unet)
+    resumed.prepare()
+    assert calls == [range(4), range(4, 8), range(8, 9)] and torch.equal(resumed.head(6), drawn.head(6))
+
+
+def test_images_go_to_loading_processes_and_features(drawn: TeacherImages) -> None:
+    """The model does not go with them. Features are those of the images as files."""
+    copied = pickle.loads(pickle.dumps(drawn))  # noqa: S301 - made here
+    assert torch.equal(copied.clean(5), drawn.clean(5)) and copied._teacher is None
+    network = feature_network("pixels")
+    features = RealFeatures(drawn, [network], TensorCache(None)).features()["pixels"]
+    torch.testing.assert_close(features, network(((drawn.head(6) + 1) * 127.5).round().to(torch.uint8)))
+
+
+def test_the_plan_says_what_is_drawn(unet: UNet2DModel, tmp_path: Path) -> None:
+    lines = " ".join(teacher(tmp_path, unet).summary.lines())
+    assert (
+        "6 training images" in lines and f"drawn by the dense model in {STEPS} DDIM steps" in lines and str(tmp_path) in lines
+    )
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["num_teacher_images", "teacher_num_inference_steps"])
+def test_numbers_are_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        TeacherArguments(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["teacher_images_dir", "teacher_prompts"])
+def test_arguments_without_effect_are_refused(name: str) -> None:
+    TeacherArguments(train_data="teacher", **{name: "x"})
+    with pytest.raises(ValueError, match=f"{name}=x needs train_data=teacher"):
+        TeacherArguments(**{name: "x"})
+
+
+def test_what_does_not_fit_the_model_is_refused(unet: UNet2DModel, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
+    with pytest.raises(ValueError, match="does not fit the model, which takes no text"):
+        teacher(tmp_path, unet, teacher_prompts=str(tmp_path / "prompts.txt"))
+    with pytest.raises(ValueError, match="guidance_scale=2 must be 1: the model is unconditional"):
+        teacher(tmp_path, unet, teacher_guidance_scale=2.0)
+    with pytest.raises(ValueError, match="random_flip=True must be False for latents"):
+        teacher(tmp_path, dit(), LatentCodec(autoencoder()), data={"random_flip": True})
+    for content, message in ((b"\n \n", "holds no prompt"), (b"\xff\xfe", "it is not UTF-8")):
+        (tmp_path / "bad.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(str(tmp_path / "bad.txt"))
+    with pytest.raises(ValueError, match="teacher_prompts=.*missing.txt cannot be read: No such file"):
+        read_prompts(str(tmp_path / "missing.txt"))
+    assert SampleConditions().of([1]) == {}
