@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     inputs = (args.model.pretrained_model_name_or_path, args.data.dataset_name, args.data.train_data_dir)
     folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir, inputs)
     folder.check_outside(
-        evaluation_cache_dir=args.evaluation.evaluation_cache_dir, encoding_cache_dir=args.data.encoding_cache_dir
+        evaluation_cache_dir=args.evaluation.evaluation_cache_dir,
+        encoding_cache_dir=args.data.encoding_cache_dir,
+        teacher_images_dir=args.teacher.teacher_images_dir,
     )
     resuming = args.checkpoints.resume_from_checkpoint is not None
     accelerator = run_accelerator(args, folder)

@@ -45,6 +45,8 @@ class Shards:
         ready: Context in which `make` is called, which is entered only if there is something to make.
         title: Label of the progress bar.
         unit: What a row is, for the progress bar.
+        argument: Name of the argument that gives the folder, for error messages.
+        most_rows: Limit of the rows of a shard (default: `SHARD_ROWS`). A run that is stopped loses a shard at most.
     """
 
     kind: str
@@ -55,11 +57,13 @@ class Shards:
     ready: Callable[[], AbstractContextManager]
     title: str
     unit: str
+    argument: str = "encoding_cache_dir"
+    most_rows: int | None = None
 
     @property
     def size(self) -> int:
         """Number of rows in each shard except the last one."""
-        return max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
+        return max(1, min(self.most_rows or SHARD_ROWS, SHARD_BYTES // self.row_bytes))
 
     def spans(self) -> list[range]:
         """Rows of each shard."""
@@ -124,7 +128,7 @@ def make_shards(shards: Shards, folder: Path) -> ShardedRows:
     fail_together(error)
     todo = [number for number, (name, key) in enumerate(zip(names, keys)) if not _is_made(folder / name, key)]
     spans = shards.spans()[process_rank() :: world_size()]
-    _check_space(folder, sum(len(spans[number]) for number in todo) * shards.row_bytes)
+    _check_space(folder, sum(len(spans[number]) for number in todo) * shards.row_bytes, shards.argument)
     try:
         _make(shards, folder, [(folder / names[number], keys[number], spans[number]) for number in todo])
     except Exception as caught:
@@ -151,11 +155,11 @@ def _make(shards: Shards, folder: Path, todo: Sequence[tuple[Path, Mapping, rang
             try:
                 write_entry(path, {name: values.contiguous() for name, values in tensors.items()}, key)
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"encoding_cache_dir={folder}: {path.name} cannot be written: {error}") from error
+                raise ValueError(f"{shards.argument}={folder}: {path.name} cannot be written: {error}") from error
             bar.update(len(span))
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def _check_space(folder: Path, needed: int, argument: str) -> None:
     """Check that a folder can be written, and that its disk has space for the files of all processes."""
     error = None
     try:
@@ -164,10 +168,10 @@ def _check_space(folder: Path, needed: int) -> None:
         free = shutil.disk_usage(folder).free
         if needed > free:
             error = ValueError(
-                f"encoding_cache_dir={folder} needs {format_size(needed, 0)}, but the disk has {format_size(free, 0)} free"
+                f"{argument}={folder} needs {format_size(needed, 0)}, but the disk has {format_size(free, 0)} free"
             )
     except OSError as caught:
-        error = ValueError(f"encoding_cache_dir={folder} cannot be written: {caught.strerror}")
+        error = ValueError(f"{argument}={folder} cannot be written: {caught.strerror}")
     fail_together(error)
 
 

@@ -50,6 +50,7 @@ from .splits import DataSummary
 __all__ = ["TeacherArguments", "TeacherImages", "read_prompts"]
 
 BATCH_SIZE = 64  # images in one forward pass
+SHARD_IMAGES = 256  # drawing takes long, and a run that is stopped loses a shard at most
 SOURCE = "train_data=teacher"
 
 
@@ -236,8 +237,12 @@ class TeacherImages(IndexedSource):
             return moved([denoiser, *([] if spec.codec is None else [spec.codec.vae])], device)
 
         row_bytes = math.prod(self.decoder.shape) + (4 * math.prod(self._shape) if self._is_latent else 0)
-        count = self.num_images + len(self.held_out)
-        return Shards("teacher-images", count, row_bytes, describe, make, ready, "drawing images (dense)", "image")
+        return Shards(
+            *("teacher-images", self.num_images + len(self.held_out), row_bytes),
+            *(describe, make, ready, "drawing images (dense)", "image"),
+            argument="teacher_images_dir",
+            most_rows=SHARD_IMAGES,
+        )
 
     # --- images ---
 

@@ -115,7 +115,7 @@ def test_images_are_drawn_once(
     other.prepare()
     assert calls == [range(9)] and not torch.equal(other.head(6), drawn.head(6))
     calls.clear()
-    monkeypatch.setattr("diffusers_gfprune.data.shards.SHARD_ROWS", 4)
+    monkeypatch.setattr(teacher_images, "SHARD_IMAGES", 4)
     stopped = teacher(tmp_path / "parts", unet)
 
     def stops(*arguments, **options):
