@@ -83,6 +83,19 @@ def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
     assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
 
 
+@pytest.mark.parametrize("depth", ["allow", "only"])
+def test_removed_blocks_save_their_time(depth: str, machine: Machine) -> None:
+    """With channels, or alone; then the nearest set of blocks is taken."""
+    dense = build("three-levels")
+    config = GFPruneConfig(**{**CONFIG.to_dict(), "depth": depth, "ratio": 0.3})
+    pruner = GradientFlowPruner(copy.deepcopy(dense), config)
+    pruner.step(0, [])
+    small = pruner.compact()
+    assert small.config.removed_blocks and (small.config.layer_channels != {}) == (depth == "allow")
+    assert machine.share(small) == pytest.approx(0.3, abs=0.03)
+    assert pruner.check_latency(dense, small).pair.share == machine.share(small)
+
+
 def test_a_run_that_goes_on_measures_nothing_and_plans_the_same(machine: Machine) -> None:
     """Times are never measured the same twice: the checkpoint's are taken over, before widths or masks are."""
     unet = build("three-levels")
