@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from .diffusion.pixel_values import image_values, unused_range
 from .metrics.model_size import spatial_size
 from .pruner import GradientFlowPruner
 
-__all__ = ["calibration_batches", "images_to_tensor", "one_shot_config", "prune_unet"]
+__all__ = ["calibration_batches", "images_to_tensor", "one_shot_config", "prune_unet", "recovery_batches"]
+
+RECOVERY_SAMPLES = 512  # noisy images for recovery: images are used repeatedly, with other noise
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,28 @@ def calibration_batches(
     return DiffusionBatch(images, noise, timesteps, conditioning).split(batch_size)
 
 
+def recovery_batches(batches: Sequence[DiffusionBatch], noise_scheduler, seed: int = 0) -> list[DiffusionBatch]:
+    """Batches for recovery: calibration batches, then their images again with other noise and timesteps.
+
+    Args:
+        batches: Calibration batches, at least one.
+        noise_scheduler: A Diffusers scheduler; timesteps are uniform over its training timesteps.
+        seed: Seed for noise and timesteps.
+
+    Returns:
+        Batches with `RECOVERY_SAMPLES` images or slightly more, or the given ones if these are more.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    repeated = list(batches)
+    steps = noise_scheduler.config.num_train_timesteps
+    for batch in itertools.cycle(batches):
+        if sum(len(batch) for batch in repeated) >= RECOVERY_SAMPLES:
+            return repeated
+        noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
+        timesteps = torch.randint(0, steps, (len(batch),), generator=generator).to(batch.timesteps)
+        repeated.append(DiffusionBatch(batch.clean, noise, timesteps, batch.conditioning))
+
+
 def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfig:
     """The configuration of pruning in one shot, with the ranking that leaves the least damage without training.
 
@@ -143,6 +168,7 @@ def prune_unet(
     seed: int = 0,
     label_dropout: float | None = None,
     null_label: int | None = None,
+    recovery: bool = True,
     **options,
 ) -> ModelMixin:
     """Prune a copy of a dense UNet in one shot.
@@ -157,6 +183,7 @@ def prune_unet(
         label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
             the model's training.
         null_label: Label for "no label", in models trained for classifier-free guidance.
+        recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
         **options: Fields of `GFPruneConfig`. The default of `ranking` is `"joint"` for criteria that support it, such as the
             default criterion: without training, it leaves the least damage.
 
@@ -179,5 +206,8 @@ def prune_unet(
             raise ValueError(f"null_label={null_label} needs class_labels for the images")
         check_labels(class_labels.tolist(), dropout.null_label)
     pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler, sample_size=tuple(pixels.shape[2:]))
-    pruner.step(0, calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed, dropout))
+    batches = calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed, dropout)
+    pruner.step(0, batches)
+    if recovery:
+        pruner.recover(unet, recovery_batches(batches, noise_scheduler, seed))
     return pruner.compact()

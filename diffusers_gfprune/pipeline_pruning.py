@@ -28,7 +28,7 @@ from .families.lookup import FAMILIES
 from .loading.pipeline_layouts import LAYOUTS
 from .metrics.model_size import spatial_size
 from .model_spec import ModelSpec
-from .one_shot import images_to_tensor, one_shot_config
+from .one_shot import images_to_tensor, one_shot_config, recovery_batches
 from .pruner import GradientFlowPruner
 
 __all__ = ["prune_pipeline"]
@@ -47,6 +47,7 @@ def prune_pipeline(
     label_dropout: float | None = None,
     null_label: int | None = None,
     caption_dropout: float = CAPTION_DROPOUT,
+    recovery: bool = True,
     **options,
 ) -> DiffusionPipeline:
     """Prune the denoiser of a pipeline in one shot.
@@ -61,6 +62,7 @@ def prune_pipeline(
         label_dropout: Share of labels replaced by the null label, in [0, 1) (default: 0.1 with a null label).
         null_label: Label for "no label" (default: that of the architecture, if it has one).
         caption_dropout: Share of prompts replaced by the empty prompt, in [0, 1).
+        recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
         **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`.
 
     Returns:
@@ -91,7 +93,10 @@ def prune_pipeline(
     noise = torch.randn(clean.shape, generator=generator)
     timesteps = torch.randint(0, process.config.num_train_timesteps, (len(clean),), generator=generator)
     pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, pipe.scheduler)
-    pruner.step(0, DiffusionBatch(clean, noise, timesteps, conditioning).split(batch_size))
+    batches = DiffusionBatch(clean, noise, timesteps, conditioning).split(batch_size)
+    pruner.step(0, batches)
+    if recovery:
+        pruner.recover(denoiser, recovery_batches(batches, process, seed))
     small = copy.copy(pipe)
     small.register_modules(**{family.component: pruner.compact()})
     return small

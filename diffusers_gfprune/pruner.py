@@ -37,6 +37,7 @@ from .pruning.blocks import trace_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
+from .pruning.recovery import RIDGE, recover
 from .ranking import Ranking
 from .scoring.context import check_batch
 from .unit_choice import UnitChoice, possible_widths
@@ -356,6 +357,31 @@ class GradientFlowPruner:
     def compaction_plan(self) -> CompactionPlan:
         """The plan of `compact`; masks must be binary."""
         return plan_compaction(self.unet, self.groups, self.unit_masks)
+
+    def recover(
+        self, dense: ModelMixin, calibration_batches: Sequence[CalibrationBatch], ridge: float = RIDGE
+    ) -> dict[str, float]:
+        """Mend most of what pruning changed in closed form (`pruning.recovery`). Call it before `compact`, with binary masks.
+
+        The weights of layers that read pruned channels are changed in place, where they are kept. `detach` then returns a
+        model with these changes.
+
+        Args:
+            dense: A model with the predictions to recover, on the same device: a copy of the dense model, before pruning.
+            calibration_batches: Batches as in `step`; with several processes, the rows of each rank.
+            ridge: Penalty on changes of weights, relative to the mean squared input of each layer (> 0).
+
+        Returns:
+            The relative gap of each mended layer before it was mended, by name in the order of execution.
+
+        Raises:
+            ValueError: Masks are not binary, a batch does not fit the model, or the models differ.
+        """
+        self._check_masked()
+        batches = [DiffusionBatch.of(batch) for batch in calibration_batches]
+        for batch in batches:
+            check_batch(self.unet, self.noise_scheduler, batch)
+        return recover(dense, self.unet, self.compaction_plan(), batches, self.noise_scheduler, ridge)
 
     def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> ModelMixin:
         """Build the small model from binary masks. Its outputs equal those of the masked model.

@@ -14,6 +14,7 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 | layers that are never pruned | `boundary`, `never_pruned` |
 | attention blocks | `attentions` |
 | residual blocks, and those whose branch can be removed | `residual_blocks`, `removable_blocks` |
+| streams that branches are added to | `residual_streams` |
 | blocks whose outputs distillation compares | `block_outputs` |
 
 The pruned class itself updates static attributes that depend on layer widths (`Upsample2D.channels`, ...), since it must work
@@ -175,6 +176,16 @@ class Family(ABC):
         """Residual blocks whose branch can be removed, in the model's order: the names of the layers whose outputs the branch
         adds to the stream, by block name. Blocks are not nested. Without all of them, the model must still read its
         timestep and conditioning."""
+
+    def residual_streams(self, model: nn.Module) -> dict[str, tuple[str, str]]:
+        """Layers whose output is added to a stream as it is, and where the stream is found.
+
+        Returns:
+            By name of the layer: the name of another module, and `"input"` if the stream is the first argument of that module,
+            or `"output"` if it is its output. The stream is known before the layer runs and has the shape of its output, up
+            to an image as tokens. Layers that are missing here are right as well, but do not make up for their stream.
+        """
+        return {}
 
     @abstractmethod
     def block_outputs(self, model: nn.Module) -> dict[str, str]:

@@ -187,6 +187,18 @@ class UNet2DFamily(Family):
                 blocks[name] = (f"{name}.to_out.0",)
         return blocks
 
+    def residual_streams(self, model: nn.Module) -> dict[str, tuple[str, str]]:
+        streams = {}
+        for name, module in model.named_modules():
+            if isinstance(module, ResnetBlock2D):
+                if module.conv_shortcut is not None:  # it runs after the branch
+                    streams[f"{name}.conv_shortcut"] = (f"{name}.conv2", "output")
+                elif module.upsample is None and module.downsample is None:
+                    streams[f"{name}.conv2"] = (name, "input")
+            elif isinstance(module, Attention) and module.residual_connection:
+                streams[f"{name}.to_out.0"] = (name, "input")
+        return streams
+
     def block_outputs(self, model: nn.Module) -> dict[str, str]:
         names = [f"{kind}_blocks.{index}" for kind in ("down", "up") for index in range(len(getattr(model, f"{kind}_blocks")))]
         if model.mid_block is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
@@ -221,6 +222,17 @@ class UNet2DConditionFamily(UNet2DFamily):
                     reads_text = True
                 blocks |= found
         return blocks
+
+    def residual_streams(self, model: nn.Module) -> dict[str, tuple[str, str]]:
+        streams = super().residual_streams(model)
+        for name, module in model.named_modules():
+            if isinstance(module, Transformer2DModel):
+                streams[f"{name}.proj_out"] = (name, "input")
+            elif isinstance(module, BasicTransformerBlock):
+                for layer, norm in (("attn1.to_out.0", "norm1"), ("attn2.to_out.0", "norm2"), ("ff.net.2", "norm3")):
+                    if getattr(module, layer.partition(".")[0]) is not None:
+                        streams[f"{name}.{layer}"] = (f"{name}.{norm}", "input")
+        return streams
 
     # --- inputs and outputs ---
 

@@ -79,7 +79,8 @@ class PruneDDPMPipeline(DDPMPipeline):
             **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`, and: `batch_size` (default 32);
                 `class_labels` with shape `(images,)`, for conditional models; `null_label` and `label_dropout`, for models
                 with classifier-free guidance: the label for "no label", and the share of labels that it replaces (default
-                0.1); `seed` for noise and timesteps (default 0).
+                0.1); `seed` for noise and timesteps (default 0); `recovery=False` to leave out the least-squares correction
+                of the layers that read pruned channels.
 
         Returns:
             A new pipeline with a `GFPrunedUNet2DModel`; this one is unchanged.

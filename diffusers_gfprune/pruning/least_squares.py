@@ -1,0 +1,122 @@
+"""Least squares for one layer, from sums that are streamed over batches.
+
+A linear or convolutional layer reads rows x of features and writes W x + b. The change of its weights that brings the outputs
+nearest to outputs that miss by a gap e, and its change of the bias, solve
+
+    min over dW, db of   sum |dW x + db - e|^2  +  lambda |dW|^2
+
+The sum runs over all rows: the tokens of a linear layer, or the patches of a convolution. The solution needs the sums
+G = sum x x^T and C = sum x e^T only, with x extended by a 1 for the bias: (G + lambda I) [dW db]^T = C. The penalty is on the
+change, so that lambda -> infinity leaves the weights as they are, and the bias is free: a constant gap is mended exactly.
+lambda is `ridge` times the mean of sum x_i^2 over features i.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed import mean_over_ranks
+
+__all__ = ["LeastSquares", "features", "output_rows"]
+
+CHUNK_VALUES = 2**24  # of features at a time: 64 MiB in float32
+
+
+def features(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each output of a layer is linear in, with shape `(batch, rows, channels * kernel height * kernel width)`.
+
+    Args:
+        layer: A `Conv2d` or `Linear` layer.
+        x: Its input with shape `(batch, channels, height, width)` or `(batch, *, channels)`; of some channels, or all.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
+    """Outputs of a layer in the order of `features`, with shape `(batch, rows, channels)`."""
+    return y.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else y.reshape(len(y), -1, y.shape[-1])
+
+
+class LeastSquares:
+    """The sums of one layer.
+
+    Args:
+        layer: A `Conv2d` or `Linear` layer of the masked model.
+        inputs: Indices of the input channels it may use, int64.
+        outputs: Indices of the output channels to mend, int64.
+    """
+
+    def __init__(self, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        self.layer, self.inputs, self.outputs = layer, inputs, outputs
+        self.bias = layer.bias is not None
+        kernel = layer.weight[0, 0].numel()
+        size = len(inputs) * kernel + self.bias
+        empty = {"dtype": torch.float64, "device": layer.weight.device}
+        self.gram = torch.zeros(size, size, **empty)  # G, of features and the 1
+        self.cross = torch.zeros(size, len(outputs), **empty)  # C
+        self.squares = torch.zeros(2, **empty)  # of gaps, and of wanted outputs
+        self.generator = torch.Generator().manual_seed(0)  # draws rows, one sample after another
+
+    def add(self, x: Tensor, gap: Tensor, wanted: Tensor, rows: int) -> None:
+        """Add a batch.
+
+        Args:
+            x: Input of the layer, with all channels.
+            gap: What its output misses, with all channels.
+            wanted: Output that it should have, of the same shape, as a scale for the gap.
+            rows: Number of rows to use of each sample (>= 1). If there are more, they are drawn at random for each sample.
+        """
+        channel = 1 if isinstance(self.layer, nn.Conv2d) else x.ndim - 1
+        x = x.index_select(channel, self.inputs)
+        gap = output_rows(self.layer, gap).index_select(2, self.outputs)
+        wanted = output_rows(self.layer, wanted).index_select(2, self.outputs)
+        self.squares += torch.stack([gap.float().square().sum(), wanted.float().square().sum()])
+        per_sample = gap.shape[1]
+        chunk = max(1, CHUNK_VALUES // (per_sample * len(self.gram)))
+        for inputs, gaps in zip(x.split(chunk), gap.split(chunk)):
+            inputs = features(self.layer, inputs)
+            if rows < per_sample:
+                order = torch.rand(len(gaps), per_sample, generator=self.generator).argsort(dim=1)[:, :rows]
+                sample = torch.arange(len(gaps))[:, None]
+                inputs, gaps = inputs[sample, order.to(inputs.device)], gaps[sample, order.to(gaps.device)]
+            inputs, gaps = inputs.flatten(0, 1).float(), gaps.flatten(0, 1).float()
+            if self.bias:
+                inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
+            self.gram += inputs.T @ inputs
+            self.cross += inputs.T @ gaps
+
+    def reduce(self) -> float:
+        """Add up the sums of all processes.
+
+        Returns:
+            Size of the gap relative to that of the outputs (>= 0).
+        """
+        mean_over_ranks([self.gram, self.cross, self.squares])  # the scale of all sums is free
+        gap, wanted = self.squares.tolist()
+        return (gap / wanted) ** 0.5 if wanted > 0 else 0.0
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """The changes of weight and bias.
+
+        Args:
+            ridge: lambda relative to the mean of sum x_i^2 (> 0).
+
+        Returns:
+            Change of the weight at `outputs` and `inputs`, float64 with shape `(outputs, inputs, *kernel)`, and of the bias
+            at `outputs`, None without a bias.
+
+        Raises:
+            torch.linalg.LinAlgError: An input is not finite.
+        """
+        size = len(self.gram) - self.bias
+        gram = self.gram.clone()
+        diagonal = gram.diagonal()
+        scale = diagonal[:size].mean()
+        diagonal[:size] += ridge * scale if scale > 0 else 1.0  # without any input, nothing is changed
+        solution = torch.linalg.solve(gram, self.cross)
+        weight = solution[:size].T.reshape(len(self.outputs), len(self.inputs), *self.layer.weight.shape[2:])
+        return weight, solution[size] if self.bias else None

@@ -1,0 +1,252 @@
+"""Recovery: the layers that read pruned channels make up for them, by least squares and before any training.
+
+Let x be what a layer reads in the masked model, and y what the same layer writes in the dense one, both for the same
+calibration batches. Layers are mended in the order of execution, at their kept channels:
+
+    (W, b)  <-  (W + dW, b + db),      min over dW, db of   sum |(W + dW) x + b + db - y|^2  +  lambda |dW|^2
+
+x includes the errors and corrections of all earlier layers. Where a branch is added to a stream that a layer cannot change,
+the last layer of the branch also makes up for the gap of the stream: it gets the target y + s_dense - s_masked, with s the
+stream (`Family.residual_streams`). This also mends what removed blocks leave. The corrections are folded into the weights:
+the model has the same layers and cost as before.
+
+Sources: the update of the remaining weights when one is removed is that of Optimal Brain Surgeon (Hassibi and Stork, 1993),
+with the Hessian of each layer's squared error as in SparseGPT (Frantar and Alistarh, arXiv 2301.00774). Reconstruction of the
+outputs of the layer after pruned channels is that of ThiNet (Luo et al., arXiv 1707.06342).
+
+Both models run side by side in one pass (`side_by_side`), in which each layer is mended before the next one runs, if all rows
+fit into memory; otherwise one layer after another, with sums over several passes (`least_squares`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.batch import DiffusionBatch
+from ..distributed import mean_over_ranks
+from ..families.lookup import family_of
+from .compaction import CompactionPlan
+from .least_squares import LeastSquares
+from .masking import dense_parameters
+from .side_by_side import Pair, side_by_side
+
+__all__ = ["RIDGE", "ROWS", "recover"]
+
+RIDGE = 0.1  # lambda, relative to the mean squared feature
+ROWS = 2**14  # that a layer reads at most, over all batches
+NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
+PASS_BYTES = 4 * 2**30  # of layer outputs in a pass, on the CPU
+
+
+class _Done(Exception):
+    """Ends a pass at the layer whose sums it was for."""
+
+
+@torch.no_grad()
+def recover(
+    dense: nn.Module,
+    masked: nn.Module,
+    plan: CompactionPlan,
+    batches: Sequence[DiffusionBatch],
+    process,
+    ridge: float = RIDGE,
+    rows: int = ROWS,
+    pass_bytes: int | None = None,
+) -> dict[str, float]:
+    """Mend the weights of a masked model in place.
+
+    Args:
+        dense: The dense model, on the same device.
+        masked: The masked model, with binary masks.
+        plan: Its compaction plan, whose kept channels are mended.
+        batches: Calibration batches; with several processes, the rows of this rank.
+        process: The scheduler that adds the noise.
+        ridge: Penalty lambda on changes of weights, relative to the mean squared feature of the layer (> 0).
+        rows: Number of rows (patches or tokens) that a layer reads at most, over all batches (>= 1).
+        pass_bytes: Memory for layer outputs in a pass, in bytes (default: half of what is free on a GPU, 4 GiB on a CPU).
+            Batches are joined or split to meet it.
+
+    Returns:
+        For each mended layer by name, in the order of execution: the size of its gap before, relative to its outputs.
+
+    Raises:
+        ValueError: An argument is out of range, there is no batch, or the models do not have the same layers.
+    """
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge={ridge} must be a number greater than 0")
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1")
+    if not batches:
+        raise ValueError("recovery needs at least one calibration batch")
+    shapes = [{n: p.shape for n, p in dense_parameters(model).items()} for model in (dense, masked)]
+    if shapes[0] != shapes[1]:
+        name = next(iter(set(shapes[0].items()) ^ set(shapes[1].items())))[0]
+        raise ValueError(f"the dense model must have the layers of the masked one: {name} differs")
+    run = _Recovery(dense, masked, plan, ridge, rows)
+    run.check_bytes(batches[0], process)
+    limit = _memory(next(dense.parameters()).device) if pass_bytes is None else pass_bytes
+    joined = _concatenate(batches).split(max(1, limit // run.bytes_of_a_row))
+    run.mend(joined, process)
+    return run.mended
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else PASS_BYTES
+
+
+def _concatenate(batches: Sequence[DiffusionBatch]) -> DiffusionBatch:
+    """All rows in one batch."""
+    first = batches[0]
+    tensors = [torch.cat(parts) for parts in zip(*(batch.tensors() for batch in batches))]
+    return DiffusionBatch(*tensors[:3], dict(zip(first.conditioning, tensors[3:])))
+
+
+class _Recovery:
+    """State of one recovery."""
+
+    def __init__(self, dense: nn.Module, masked: nn.Module, plan: CompactionPlan, ridge: float, rows: int) -> None:
+        self.dense, self.masked, self.plan, self.ridge, self.rows = dense, masked, plan, ridge, rows
+        self.parameters = dense_parameters(masked)
+        self.streams: Mapping[str, tuple[str, str]] = family_of(dense).residual_streams(dense)
+        self.device, self.dtype = next(dense.parameters()).device, next(dense.parameters()).dtype
+        self.gaps: dict[tuple[str, str], Tensor] = {}
+        self.mended: dict[str, float] = {}
+        self.layers: list[str] = []
+        self.bytes_of_a_row = 1
+        self.total_samples = 1
+
+    def check_bytes(self, batch: DiffusionBatch, process) -> None:
+        """Run one sample, to find the order of layers and the size of their outputs."""
+        counted = []
+
+        def visit(name: str, layer: nn.Module, pair: Pair) -> bool:
+            self.layers.append(name)
+            counted.append(2 * pair.dense_output.numel() * pair.dense_output.element_size())
+            return False
+
+        self._run(batch.split(1)[0], process, visit)
+        self.bytes_of_a_row = sum(counted)
+
+    def mend(self, batches: Sequence[DiffusionBatch], process) -> None:
+        """Mend all layers in the order of execution."""
+        self.total_samples = sum(len(batch) for batch in batches)
+        if len(batches) == 1:
+
+            def visit(name: str, layer: nn.Module, pair: Pair) -> bool:
+                changed = False
+                if self._can_mend(name, layer):
+                    sums = self._sums(name, layer)
+                    self._add(sums, name, layer, pair)
+                    changed = self._fold(name, sums)
+                self._remember(name, layer, pair)
+                return changed
+
+            self._run(batches[0], process, visit)
+            return
+        for name in self.layers:
+            if self._can_mend(name, self.masked.get_submodule(name)):
+                self._mend_layer(name, batches, process)
+
+    def _mend_layer(self, mended: str, batches: Sequence[DiffusionBatch], process) -> None:
+        """Mend one layer with sums over passes that end there."""
+        sums = self._sums(mended, self.masked.get_submodule(mended))
+
+        def visit(name: str, layer: nn.Module, pair: Pair) -> bool:
+            if name == mended:
+                self._add(sums, name, layer, pair)
+                raise _Done
+            self._remember(name, layer, pair)
+            return False
+
+        for batch in batches:
+            try:
+                self._run(batch, process, visit)
+            except _Done:
+                pass
+        self._fold(mended, sums)
+
+    def _run(self, batch: DiffusionBatch, process, visit: Callable[[str, nn.Module, Pair], bool]) -> None:
+        inputs = batch.to(self.device).inputs(process, self.dtype)
+        try:
+            with self._streams(), side_by_side(self.dense, self.masked, visit) as run:
+                run(inputs)
+        finally:
+            self.gaps.clear()
+
+    # --- one layer ---
+
+    def _can_mend(self, name: str, layer: nn.Module) -> bool:
+        if isinstance(layer, nn.Conv2d):
+            usual = layer.groups == 1 and layer.padding_mode == "zeros"
+        else:
+            usual = isinstance(layer, nn.Linear)
+        return usual and f"{name}.weight" not in self.plan.dropped
+
+    def _indices(self, name: str, dim: int) -> Tensor:
+        kept = self.plan.kept.get((f"{name}.weight", dim))
+        weight = self.parameters[f"{name}.weight"]
+        return torch.arange(weight.shape[dim], device=weight.device) if kept is None else kept.to(weight.device)
+
+    def _sums(self, name: str, layer: nn.Module) -> LeastSquares:
+        return LeastSquares(layer, self._indices(name, 1), self._indices(name, 0))
+
+    def _add(self, sums: LeastSquares, name: str, layer: nn.Module, pair: Pair) -> None:
+        gap = pair.dense_output - pair.masked_output
+        if name in self.streams:
+            gap = gap + _shaped(self.gaps[self.streams[name]], gap)
+        sums.add(pair.masked_input, gap, pair.dense_output, max(1, self.rows // self.total_samples))
+
+    def _fold(self, name: str, sums: LeastSquares) -> bool:
+        """Add the changes to the parameters of a layer, if it has a gap. Returns whether it has."""
+        gap = sums.reduce()
+        if gap <= NO_GAP:
+            return False
+        changes = [change for change in sums.solve(self.ridge) if change is not None]
+        mean_over_ranks(changes)  # so that all processes have the same bits
+        weight = self.parameters[f"{name}.weight"].data
+        rows = weight[sums.outputs]
+        rows[:, sums.inputs] += changes[0].to(weight.dtype)
+        weight[sums.outputs] = rows
+        if len(changes) > 1:
+            bias = self.parameters[f"{name}.bias"].data
+            bias[sums.outputs] += changes[1].to(bias.dtype)
+        self.mended[name] = gap
+        return True
+
+    # --- streams ---
+
+    def _remember(self, name: str, layer: nn.Module, pair: Pair) -> None:
+        """Keep the gap that is left after a layer, if another layer is to make up for it."""
+        if (name, "output") in self.streams.values():
+            self.gaps[name, "output"] = pair.dense_output - layer(pair.masked_input)
+
+    @contextmanager
+    def _streams(self) -> Iterator[None]:
+        """Context in which the gaps of streams are kept when they enter the block that adds to them."""
+
+        def remember(name: str):
+            def hook(_, args, kwargs):
+                stream = args[0] if args else kwargs["hidden_states"]
+                ours, theirs = stream.chunk(2)
+                self.gaps[name, "input"] = ours - theirs
+
+            return hook
+
+        modules = dict(self.dense.named_modules())
+        entered = {name for name, side in self.streams.values() if side == "input"}
+        handles = [modules[name].register_forward_pre_hook(remember(name), with_kwargs=True) for name in sorted(entered)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _shaped(gap: Tensor, like: Tensor) -> Tensor:
+    """A gap with the shape of a layer's output: attention writes images as tokens."""
+    return gap.flatten(2).transpose(1, 2) if gap.ndim == 4 and like.ndim == 3 else gap

@@ -1,0 +1,199 @@
+"""Recovery: known answers, every family, and what must not change."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from torch import Tensor
+
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.pruning import recovery
+from diffusers_gfprune.pruning.blocks import trace_groups
+from diffusers_gfprune.pruning.channel_groups import ChannelGroup
+from diffusers_gfprune.pruning.compaction import CompactionPlan, compact, plan_compaction
+from diffusers_gfprune.pruning.masking import attach, dense_parameters
+from diffusers_gfprune.pruning.recovery import recover
+from helpers import families
+from helpers.architectures import build, random_masks
+
+PROCESS = DDPMScheduler(num_train_timesteps=100)
+TEACHER = Path(__file__).resolve().parents[2] / "training/digits/teacher/unet"
+
+
+def batch_for(model: ModelMixin, size: int = 16, seed: int = 0) -> DiffusionBatch:
+    """A batch of noise, with random conditioning."""
+    sample, _, conditioning = families.inputs(model, size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(sample.shape, generator=generator)
+    return DiffusionBatch(sample, noise, torch.randint(0, 100, (size,), generator=generator), conditioning)
+
+
+def masked(dense: ModelMixin, masks: dict[str, Tensor], depth: str = "none") -> tuple[ModelMixin, CompactionPlan]:
+    """A masked copy of a model, and its plan."""
+    model = copy.deepcopy(dense)
+    groups = trace_groups(model, depth)
+    attach(model, groups).set(masks)
+    return model, plan_compaction(model, groups, model.channel_masks.as_dict())
+
+
+@torch.no_grad()
+def damage(dense: ModelMixin, model: ModelMixin, batch: DiffusionBatch) -> float:
+    """Mean squared change of all outputs, learned variances included."""
+    inputs, family = batch.inputs(PROCESS), family_of(dense)
+    return (family.output(model, inputs) - family.output(dense, inputs)).square().mean().item()
+
+
+def one_unit(groups: list[ChannelGroup], producer: str) -> dict[str, Tensor]:
+    """Masks that remove the second unit of the group whose channels a layer writes."""
+    group = next(g for g in groups if any(p.module == producer and p.role == "output" for p in g.slices))
+    mask = torch.ones(group.num_units)
+    mask[1] = 0
+    return {group.name: mask}
+
+
+def test_a_copy_of_a_kept_unit_is_replaced_exactly() -> None:
+    """Two units of a residual block compute the same: when one goes, the next layer reads the other one instead."""
+    dense = build("base")
+    block = dense.down_blocks[0].resnets[0]
+    with torch.no_grad():  # units are norm groups of 4 channels
+        for parameter in (*block.conv1.parameters(), *block.time_emb_proj.parameters(), *block.norm2.parameters()):
+            parameter[4:8] = parameter[:4]
+    model, plan = masked(dense, one_unit(trace_groups(dense), "down_blocks.0.resnets.0.conv1"))
+    held_out = batch_for(dense, seed=1)
+    before = damage(dense, model, held_out)
+    mended = recover(dense, model, plan, [batch_for(dense)], PROCESS, ridge=1e-9)
+    assert list(mended)[0] == "down_blocks.0.resnets.0.conv2"
+    assert damage(dense, model, held_out) < 1e-6 * before
+
+
+def test_a_constant_unit_is_folded_into_the_bias() -> None:
+    dense = families.build("dit", "base")
+    with torch.no_grad():  # hidden channels of a feed-forward layer are units of one
+        dense.transformer_blocks[0].ff.net[0].proj.weight[1] = 0
+    model, plan = masked(dense, one_unit(trace_groups(dense), "transformer_blocks.0.ff.net.0.proj"))
+    assert damage(dense, model, batch_for(dense, seed=1)) > 1e-6
+    weight = model.transformer_blocks[0].ff.net[2].weight.clone()
+    mended = recover(dense, model, plan, [batch_for(dense)], PROCESS)
+    assert list(mended) == ["transformer_blocks.0.ff.net.2"]
+    torch.testing.assert_close(model.transformer_blocks[0].ff.net[2].weight, weight, rtol=0, atol=1e-5)
+    assert damage(dense, model, batch_for(dense, seed=1)) < 1e-9
+
+
+def test_layers_before_the_first_removed_unit_do_not_change() -> None:
+    dense = build("base")
+    model, plan = masked(dense, one_unit(trace_groups(dense), "up_blocks.0.resnets.0.conv1"))
+    before = {name: parameter.clone() for name, parameter in dense_parameters(model).items()}
+    mended = recover(dense, model, plan, [batch_for(dense)], PROCESS)
+    changed = {name.rpartition(".")[0] for name, p in dense_parameters(model).items() if not torch.equal(p, before[name])}
+    assert changed == set(mended)
+    assert "up_blocks.0.resnets.0.conv2" in changed and "conv_out" in changed
+    assert not any(name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block")) for name in changed)
+
+
+def test_nothing_changes_without_removed_units() -> None:
+    dense = build("base")
+    model, plan = masked(dense, {})
+    assert recover(dense, model, plan, [batch_for(dense)], PROCESS) == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "depth"),
+    [
+        ("dit", "base", "none"),
+        ("dit", "learned-variances", "allow"),
+        ("condition", "base", "allow"),
+        ("condition", "text-time", "none"),
+        ("condition", "two-layers", "only"),
+    ],
+)
+def test_families(family: str, name: str, depth: str) -> None:
+    dense = families.build(family, name)
+    check_damage_falls(dense, depth)
+
+
+@pytest.mark.parametrize("name", ["scale-shift", "class-embedding", "resnet-sampler-blocks"])
+def test_unets(name: str) -> None:
+    check_damage_falls(build(name), "allow")
+
+
+def check_damage_falls(dense: ModelMixin, depth: str) -> None:
+    """Half of everything is removed at random: what is left is nearer to the dense model, in its small form, too."""
+    groups = trace_groups(dense, depth)
+    model, plan = masked(dense, random_masks(groups, seed=3), depth)
+    held_out = batch_for(dense, 32, seed=1)
+    before = damage(dense, model, held_out)
+    recover(dense, model, plan, [batch_for(dense, 64)], PROCESS)
+    after = damage(dense, model, held_out)
+    assert after < 0.7 * before
+    assert damage(dense, compact(model, plan), held_out) == pytest.approx(after, rel=1e-2)
+
+
+@pytest.mark.parametrize("rows", [10**6, 100], ids=["all rows", "drawn rows"])
+def test_several_passes_give_what_one_gives(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little memory, batches are split, and layers are mended one after another."""
+    dense = build("one-level")
+    masks = one_unit(trace_groups(dense), "mid_block.resnets.1.conv1")
+    once, plan = masked(dense, masks)
+    again, batches = masked(dense, masks)[0], [batch_for(dense, 3), batch_for(dense, 4, seed=1)]
+    sizes, run = [], recovery._Recovery._run
+    found = recover(dense, once, plan, batches, PROCESS, rows=rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery._Recovery, "_run", lambda self, batch, *a: (sizes.append(len(batch)), run(self, batch, *a)))
+        also = recover(dense, again, plan, batches, PROCESS, rows=rows, pass_bytes=2**20)
+    assert list(found) == list(also) and len(found) > 5
+    assert max(sizes) <= 3 and len(sizes) > 10
+    before = dense_parameters(dense)
+    for (name, one), two in zip(dense_parameters(once).items(), dense_parameters(again).values()):
+        change = float((one - before[name]).abs().max())
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3 * change)
+
+
+def test_models_are_left_in_their_mode_and_without_hooks() -> None:
+    dense = build("base").train()
+    model, plan = masked(dense, one_unit(trace_groups(dense), "up_blocks.0.resnets.0.conv1"))
+    weights = copy.deepcopy(dense.state_dict())
+    recover(dense, model, plan, [batch_for(dense)], PROCESS)
+    assert dense.training and model.training and dense.mid_block.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
+    assert all(torch.equal(value, weights[name]) for name, value in dense.state_dict().items())
+
+
+def test_damage_of_the_trained_digits_model_falls() -> None:
+    """A tenth of every group of the digits model goes."""
+    dense = UNet2DModel.from_pretrained(TEACHER).eval()
+    groups = trace_groups(dense)
+    generator = torch.Generator().manual_seed(0)
+    masks = {}
+    for group in (group for group in groups if group.attention is None and group.num_units > 1):
+        masks[group.name] = torch.ones(group.num_units)
+        masks[group.name][torch.randperm(group.num_units, generator=generator)[: max(1, group.num_units // 10)]] = 0
+    model, plan = masked(dense, masks)
+    held_out = batch_for(dense, 32, seed=1)
+    before = damage(dense, model, held_out)
+    recover(dense, model, plan, [batch_for(dense, 64)], PROCESS)
+    assert damage(dense, model, held_out) < before / 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ridge": 0.0}, "ridge=0.0 must be a number greater than 0"),
+        ({"ridge": float("nan")}, "ridge=nan must be"),
+        ({"rows": 0}, "rows=0 must be at least 1"),
+        ({"batches": []}, "recovery needs at least one calibration batch"),
+        ({"dense": "two-layers"}, "must have the layers of the masked one: .* differs"),
+    ],
+)
+def test_bad_input(options: dict, message: str) -> None:
+    dense = build("base")
+    model, plan = masked(dense, {})
+    options = {"dense": dense, "batches": [batch_for(dense)], **options}
+    if isinstance(options["dense"], str):
+        options["dense"] = build(options["dense"])
+    with pytest.raises(ValueError, match=message):
+        recover(masked=model, plan=plan, process=PROCESS, **options)
