@@ -12,11 +12,13 @@ left:
               predict noise, whose mean square is 1
     SSIM      of samples from the same noise, by DDIM with 50 steps
 
-The first two rows are `prune()` with its default, `ranking="joint"`, and with the ranking of training runs. The next two
-remove whole residual blocks as well, or nothing else, and may miss a budget, which the table says. The other criteria remove
-the same share of every group, as published. Random is the mean over three seeds.
+The first row is `prune()` with its defaults: units are chosen together, and the layers that read removed ones make up for them
+by least squares (`recovery`), with the images of the calibration batches. The next two are without recovery, and with the
+ranking of training runs. Two more remove whole residual blocks as well, or nothing else, and may miss a budget, which the
+table says. The other criteria remove the same share of every group, as published. Random is the mean over three seeds.
 
-Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--write` updates the tables in `benchmarks/README.md`.
+Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--rows recovery` measures only the rows with this word in
+their title and keeps the others of the file. `--write` updates the tables in `benchmarks/README.md`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +45,7 @@ from diffusers_gfprune.metrics.conditions import text_conditions
 from diffusers_gfprune.metrics.fidelity import ssim_to_reference
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.model_spec import ModelSpec
+from diffusers_gfprune.one_shot import recovery_batches
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.trained_pipelines import load_pipeline
@@ -54,13 +58,18 @@ RATIOS = (0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)  # of random scores
 BATCHES, IMAGES, STEPS = 4, 128, 50
 UNIFORM = {"ranking": "group"}
+TOGETHER = {"criterion": "gradient-flow", "ranking": "joint"}
+RECOVERED = ", with recovery"
 ROWS = {
-    "gradient flow, chosen together (default of `prune()`)": {"criterion": "gradient-flow", "ranking": "joint"},
+    f"gradient flow, chosen together{RECOVERED} (default of `prune()`)": {**TOGETHER, "recovery": True},
+    "gradient flow, chosen together": TOGETHER,
     "gradient flow, widths by sensitivity (default of training)": {"criterion": "gradient-flow"},
     "gradient flow, channels and blocks together": {"criterion": "gradient-flow", "ranking": "joint", "depth": "allow"},
     "gradient flow, blocks only": {"criterion": "gradient-flow", "ranking": "joint", "depth": "only"},
+    f"Diff-Pruning{RECOVERED}": {"criterion": "diff-pruning", **UNIFORM, "recovery": True},
     "Diff-Pruning": {"criterion": "diff-pruning", **UNIFORM},
     "Taylor": {"criterion": "taylor", **UNIFORM},
+    f"magnitude{RECOVERED}": {"criterion": "magnitude", **UNIFORM, "recovery": True},
     "magnitude": {"criterion": "magnitude", **UNIFORM},
     "random": {"criterion": "random", **UNIFORM},
 }
@@ -80,8 +89,8 @@ def predict(unet: nn.Module, batch: DiffusionBatch, scheduler) -> Tensor:
     return family_of(unet).predict(unet.eval(), batch.inputs(scheduler))
 
 
-def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_images: int) -> dict:
-    """Damage and SSIM of every row at every ratio."""
+def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_images: int, titles: Sequence[str]) -> dict:
+    """Damage and SSIM of some rows at every ratio."""
     args = parse_arguments([*BASE[dataset], *words])
     pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
     unet, scheduler, codec = pipeline.denoiser, pipeline.process, pipeline.codec
@@ -103,15 +112,19 @@ def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_image
     dense, samples = predict(unet, batch, scheduler), sample(unet)
 
     def row(ratio: float, options: dict) -> dict:
+        options = dict(options)
+        recovery = options.pop("recovery", False)
         config = GFPruneConfig.from_preset("one-shot", total_steps=1, ratio=ratio, **options)
         pruner = GradientFlowPruner(copy.deepcopy(unet), config, scheduler)
         update = pruner.step(0, batches)
+        if recovery:
+            pruner.recover(unet, recovery_batches(batches, scheduler))
         small = pruner.compact()
         damage = (predict(small, batch, scheduler) - dense).square().mean().item()
         return {"macs_removed": update.sparsity, "damage": damage, "ssim": ssim_to_reference(sample(small), samples)}
 
-    cases = [(ratio, title) for ratio in ratios for title in ROWS]
-    rows: dict[str, dict] = {title: {} for title in ROWS}
+    cases = [(ratio, title) for ratio in ratios for title in titles]
+    rows: dict[str, dict] = {title: {} for title in titles}
     for ratio, title in tqdm(cases, desc=dataset):
         seeds = SEEDS if title == "random" else SEEDS[:1]
         runs = [row(ratio, {**ROWS[title], "pruning_seed": seed}) for seed in seeds]
@@ -122,6 +135,19 @@ def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_image
         "num_inference_steps": STEPS,
         "rows": rows,
     }
+
+
+def merged(earlier: dict, measured: dict) -> dict:
+    """Results with the rows of earlier ones that were not measured again.
+
+    Raises:
+        ValueError: The earlier results are of other images or steps.
+    """
+    for name in ("calibration_images", "images", "num_inference_steps"):
+        if earlier[name] != measured[name]:
+            raise ValueError(f"{name}={measured[name]} must be {earlier[name]}, as for the other rows in the results")
+    rows = {**earlier["rows"], **measured["rows"]}
+    return {**measured, "rows": {title: rows[title] for title in ROWS if title in rows}}
 
 
 def cell(ratio: float, figures: dict) -> str:
@@ -135,7 +161,7 @@ def table(results: dict[str, dict]) -> str:
     """Markdown tables, one for each data set."""
     parts = []
     for dataset, measured in results.items():
-        ratios = list(next(iter(measured["rows"].values())))
+        ratios = list(max(measured["rows"].values(), key=len))
         names = [f"{float(ratio):.0%}" for ratio in ratios]
         parts.append(f"{dataset}: damage, SSIM to the dense samples, at the removed share of the MACs\n")
         parts += [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(ratios)}"]
@@ -160,16 +186,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="removed shares of the MACs, in (0, 1)")
     parser.add_argument("--images", type=int, default=IMAGES, help="number of samples for SSIM (>= 1)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--rows", default="", help="measure only rows with this in their title; others stay as they are")
     parser.add_argument("--write", action="store_true", help="update the tables in benchmarks/README.md")
     options, words = parser.parse_known_args(argv)
     if not options.dataset and not options.write:
         raise ValueError("dataset must be given, or write")
     if options.images < 1:
         raise ValueError(f"images={options.images} must be at least 1")
+    titles = [title for title in ROWS if options.rows in title]
+    if not titles:
+        raise ValueError(f"rows={options.rows} must be a part of a title: {'; '.join(ROWS)}")
     if options.dataset:
-        measured = measure(options.dataset, words, tuple(options.ratios), options.images)
+        measured = measure(options.dataset, words, tuple(options.ratios), options.images, titles)
         options.results.mkdir(parents=True, exist_ok=True)
-        write_json(options.results / f"{options.dataset}.json", measured)
+        file = options.results / f"{options.dataset}.json"
+        if options.rows and file.is_file():
+            measured = merged(json.loads(file.read_text()), measured)
+        write_json(file, measured)
         print(table({options.dataset: measured}))
     if options.write:
         files = {name: options.results / f"{name}.json" for name in (*DATASETS, *LATENT)}

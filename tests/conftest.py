@@ -32,6 +32,14 @@ def no_accelerator_left():
     forget_accelerator()
 
 
+@pytest.fixture(autouse=True)
+def little_recovery(monkeypatch: pytest.MonkeyPatch):
+    """Pruning in one call uses few samples for recovery, to save time."""
+    from diffusers_gfprune import one_shot
+
+    monkeypatch.setattr(one_shot, "RECOVERY_SAMPLES", 32)
+
+
 @pytest.fixture
 def scripted():
     """The script of the criterion "scripted", empty before and after."""

@@ -10,10 +10,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
 from diffusers_gfprune import prune_pipeline
-from diffusers_gfprune.families.lookup import FAMILIES
+from diffusers_gfprune.families.lookup import FAMILIES, family_of
 from diffusers_gfprune.fingerprints import tensors_fingerprint
 from diffusers_gfprune.metrics.model_size import count_macs
 from helpers.architectures import build
+from helpers.families import inputs
 from helpers.latent_pipelines import CAPTIONS, PIPELINES
 
 BUDGET = {"target": "macs", "ratio": 0.3, "channel_multiple": 1}
@@ -57,6 +58,21 @@ def test_pipelines_of_pixels_are_pruned_as_by_prune() -> None:
     assert count_macs(small.unet) < 0.75 * count_macs(pipe.unet)
     with pytest.raises(ValueError, match="the unet of the pipeline is already pruned"):
         prune_pipeline(small, pixels, **BUDGET)
+
+
+def test_recovery_brings_predictions_back(tmp_path: Path) -> None:
+    """Latents and labels of the calibration images are used; the widths are the same."""
+    pipe = PIPELINES["dit"](tmp_path / "dit")
+    dense = pipe.transformer
+    options = given("dit") | BUDGET
+    plain, mended = (prune_pipeline(pipe, images(), **options, recovery=recovery).transformer for recovery in (False, True))
+    assert dict(plain.config) == dict(mended.config)
+    batch, family = inputs(dense, 16), family_of(dense)
+    batch.conditioning["class_labels"] %= 4
+    with torch.no_grad():
+        expected, *found = (family.predict(model.eval(), batch) for model in (dense, plain, mended))
+    errors = [(prediction - expected).square().mean() for prediction in found]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ from .side_by_side import Pair, side_by_side
 
 __all__ = ["RIDGE", "ROWS", "recover"]
 
-RIDGE = 0.1  # lambda, relative to the mean squared feature
-ROWS = 2**14  # that a layer reads at most, over all batches
+RIDGE = 0.03  # lambda, relative to the mean squared feature
+ROWS = 2**15  # that a layer reads at most, over all batches
 NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
 PASS_BYTES = 4 * 2**30  # of layer outputs in a pass, on the CPU
 

@@ -12,19 +12,36 @@ def test_joint_choices_leave_the_least_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the digits at 20 %: the model that is pruned is the trained one, and both figures agree on the order."""
-    joint, sensitivity, with_blocks, _, rival, *_ = one_shot.ROWS
-    monkeypatch.setattr(one_shot, "ROWS", {title: one_shot.ROWS[title] for title in (joint, with_blocks, sensitivity, rival)})
+    recovered, joint, sensitivity, with_blocks, _, _, rival, *_ = one_shot.ROWS
+    titles = (recovered, joint, with_blocks, sensitivity, rival)
+    monkeypatch.setattr(one_shot, "ROWS", {title: one_shot.ROWS[title] for title in titles})
     words = ["--dataset", "digits", "--ratios", "0.2", "--images", "8", "--results", str(tmp_path)]
     one_shot.main([*words, "--train_batch_size", "16"])
     measured = one_shot.json.loads((tmp_path / "digits.json").read_text())
     rows = {title: row["0.2"] for title, row in measured["rows"].items()}
     assert list(rows) == list(one_shot.ROWS)
     assert all(row["macs_removed"] == pytest.approx(0.2, abs=0.01) for row in rows.values())
-    joint, with_blocks, *others = rows.values()
+    recovered, joint, with_blocks, *others = rows.values()
+    assert recovered["damage"] < joint["damage"] / 2 and recovered["ssim"] > joint["ssim"]
     assert with_blocks["damage"] < 1.3 * joint["damage"]
     assert all(joint["damage"] < 0.7 * row["damage"] and joint["ssim"] > row["ssim"] + 0.05 for row in others)
     assert measured["calibration_images"] == 64 and measured["images"] == 8
     assert f"| {joint['damage']:.4f}, {joint['ssim']:.3f} |" in capsys.readouterr().out
+
+
+def test_some_rows_are_measured_and_others_kept(tmp_path: Path) -> None:
+    words = ["--dataset", "digits", "--ratios", "0.2", "--images", "8", "--results", str(tmp_path), "--train_batch_size", "16"]
+    one_shot.main([*words, "--rows", "magnitude"])
+    file = tmp_path / "digits.json"
+    first = one_shot.json.loads(file.read_text())
+    recovered, plain = (row["0.2"] for row in first["rows"].values())
+    assert recovered["macs_removed"] == plain["macs_removed"] and recovered["damage"] < plain["damage"] / 2
+    one_shot.main([*words, "--rows", "Diff-Pruning, with"])
+    then = one_shot.json.loads(file.read_text())
+    assert [title for title in one_shot.ROWS if title in then["rows"]] == list(then["rows"]) and len(then["rows"]) == 3
+    assert all(then["rows"][title] == row for title, row in first["rows"].items())
+    with pytest.raises(ValueError, match="images=9 must be 8, as for the other rows"):
+        one_shot.merged(then, {**then, "images": 9})
 
 
 def test_the_table_has_a_row_for_each_criterion() -> None:
@@ -51,7 +68,11 @@ def test_tables_replace_what_stood_between_the_marks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "dataset must be given, or write"), (["--dataset", "digits", "--images", "0"], "images=0 must be at least 1")],
+    [
+        ([], "dataset must be given, or write"),
+        (["--dataset", "digits", "--images", "0"], "images=0 must be at least 1"),
+        (["--dataset", "digits", "--rows", "luck"], "rows=luck must be a part of a title: gradient flow"),
+    ],
 )
 def test_bad_arguments_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 from torch import Tensor
 
+from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.pruning import recovery
@@ -20,6 +21,7 @@ from diffusers_gfprune.pruning.masking import attach, dense_parameters
 from diffusers_gfprune.pruning.recovery import recover
 from helpers import families
 from helpers.architectures import build, random_masks
+from helpers.pruners import SCHEDULER, batches, one_shot
 
 PROCESS = DDPMScheduler(num_train_timesteps=100)
 TEACHER = Path(__file__).resolve().parents[2] / "training/digits/teacher/unet"
@@ -133,18 +135,17 @@ def check_damage_falls(dense: ModelMixin, depth: str) -> None:
     assert damage(dense, compact(model, plan), held_out) == pytest.approx(after, rel=1e-2)
 
 
-@pytest.mark.parametrize("rows", [10**6, 100], ids=["all rows", "drawn rows"])
-def test_several_passes_give_what_one_gives(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With little memory, batches are split, and layers are mended one after another."""
+def test_several_passes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little memory, batches are split, and layers are mended one after another. Rows are drawn alike."""
     dense = build("one-level")
     masks = one_unit(trace_groups(dense), "mid_block.resnets.1.conv1")
     once, plan = masked(dense, masks)
     again, batches = masked(dense, masks)[0], [batch_for(dense, 3), batch_for(dense, 4, seed=1)]
     sizes, run = [], recovery._Recovery._run
-    found = recover(dense, once, plan, batches, PROCESS, rows=rows)
+    found = recover(dense, once, plan, batches, PROCESS, rows=100)
     with monkeypatch.context() as patched:
         patched.setattr(recovery._Recovery, "_run", lambda self, batch, *a: (sizes.append(len(batch)), run(self, batch, *a)))
-        also = recover(dense, again, plan, batches, PROCESS, rows=rows, pass_bytes=2**20)
+        also = recover(dense, again, plan, batches, PROCESS, rows=100, pass_bytes=2**20)
     assert list(found) == list(also) and len(found) > 5
     assert max(sizes) <= 3 and len(sizes) > 10
     before = dense_parameters(dense)
@@ -177,6 +178,24 @@ def test_damage_of_the_trained_digits_model_falls() -> None:
     before = damage(dense, model, held_out)
     recover(dense, model, plan, [batch_for(dense, 64)], PROCESS)
     assert damage(dense, model, held_out) < before / 3
+
+
+def test_a_pruner_mends_what_it_pruned() -> None:
+    dense = build("base")
+    pruner = GradientFlowPruner(copy.deepcopy(dense), one_shot(ratio=0.3), SCHEDULER)
+    held_out = batch_for(dense, 32, seed=1)
+    with pytest.raises(ValueError, match="timesteps range from"):
+        pruner.recover(dense, [DiffusionBatch(held_out.clean, held_out.noise, held_out.timesteps + 100)])
+    pruner.step(0, batches())
+    before = damage(dense, pruner.unet, held_out)
+    assert len(pruner.recover(dense, [batch_for(dense, 64)])) > 10
+    assert damage(dense, pruner.compact(), held_out) < 0.7 * before
+    pruner.unet.channel_masks.set({pruner.groups[0].name: torch.full((pruner.groups[0].num_units,), 0.5)})
+    with pytest.raises(ValueError, match="only binary masks can be compacted"):
+        pruner.recover(dense, batches())
+    pruner.detach()
+    with pytest.raises(ValueError, match="the masks of the model were removed"):
+        pruner.recover(dense, batches())
 
 
 @pytest.mark.parametrize(
