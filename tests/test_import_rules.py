@@ -24,8 +24,8 @@ LAYERS = [
     "fingerprints",
     "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
-    *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_pruning", "reports", "hub", "__init__"),
-    *("trained_pipelines", "data", "evaluation", "objectives", "training"),
+    *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_parts", "pipeline_pruning", "reports", "hub"),
+    *("__init__", "trained_pipelines", "data", "evaluation", "objectives", "training"),
 ]
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too
 HEAVY = ("data", "evaluation", "objectives", "training", "scripts")
