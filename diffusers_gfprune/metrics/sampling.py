@@ -273,7 +273,8 @@ def sample_images(
     check_range(SHARE, eta=eta)
     conditions = SampleConditions() if conditions is None else conditions
     conditions.check_guidance(guidance_scale)
-    family, parameter = family_of(unet), next(unet.parameters())
+    family = family_of(unet)
+    parameter = next(unet.parameters(), unet)  # exported models have no parameters, but a device and a dtype
     ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing, latents=codec is not None)
     shape = (unet.config.in_channels, *size)
 
