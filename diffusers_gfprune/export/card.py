@@ -82,7 +82,7 @@ In a pipeline of Diffusers, in the place of its `{component}`:
 ```python
 from diffusers_gfprune.export import load_exported
 
-{component} = load_exported("."{trust})
+{component} = load_exported("."{trust})  # the folder of this file
 ```
 
 With the runtime alone, in this folder:

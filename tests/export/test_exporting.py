@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_gfprune.export import exporting, load_exported
 from diffusers_gfprune.export.description import FORMATS
-from helpers.scripts import files_limited_to
+from helpers.scripts import ROOT, files_limited_to
 from helpers.tiny_pipelines import stock_samples, tiny_pipeline
 
 FILES = {"onnx": {"model.onnx"}, "openvino": {"model.xml", "model.bin"}, "torch": {"model.pt2"}}
@@ -26,19 +26,19 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def code_of(folder: Path) -> list[str]:
-    """Examples in the README of an export."""
-    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+def code_of(text: Path) -> list[str]:
+    """Examples in a text."""
+    return re.findall(r"```python\n(.*?)```", text.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_export_samples_in_the_stock_pipeline_and_runs_alone(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, folder = tiny_pipeline(), tmp_path / "export"
+    pipe, folder = tiny_pipeline(), tmp_path / "exports/digits"
     description = pipe.export(folder, format=format)
     assert files(folder) == COMMON | FILES[format]
-    assert files(tmp_path) == {f"export/{name}" for name in files(folder)}
+    assert files(tmp_path) == {f"exports/digits/{name}" for name in files(folder)}
     assert {(row["batch_size"], row["timestep"]) for row in description.checks} >= {(1, 0), (3, 0), (1, 999), (3, 999)}
     assert description.max_relative_error < ROUNDING
     assert json.loads((folder / "export.json").read_text())["max_relative_error"] == description.max_relative_error
@@ -56,14 +56,20 @@ def test_an_export_samples_in_the_stock_pipeline_and_runs_alone(
     with torch.no_grad():
         torch.testing.assert_close(exported(sample, 7).sample, pipe.unet(sample, 7).sample, rtol=1e-4, atol=1e-4)
 
-    in_pipeline, alone = code_of(folder)
-    monkeypatch.chdir(folder)
-    names: dict = {}
-    exec(in_pipeline, names)
-    exec(alone, names)
-    with torch.no_grad():
-        wanted = pipe.unet(torch.from_numpy(names["inputs"]["sample"]), torch.tensor([999])).sample
-    np.testing.assert_allclose(names["prediction"], wanted.numpy(), rtol=1e-4, atol=1e-4)
+    # Examples: of the export, in its folder, and of the documentation, where the export is `exports/digits`
+    in_pipeline, alone = code_of(folder / "README.md")
+    in_docs = [code for code in code_of(ROOT / "docs/guides/export.md") if f"/{description.file}" in code]
+    assert len(in_docs) == (0 if format == "torch" else 1)
+    for code, place in [(in_pipeline, folder), (alone, folder), *((code, tmp_path) for code in in_docs)]:
+        monkeypatch.chdir(place)
+        names: dict = {}
+        exec(code, names)
+        if "prediction" in names:
+            with torch.no_grad():
+                wanted = pipe.unet(torch.from_numpy(names["inputs"]["sample"]), torch.tensor([999])).sample
+            np.testing.assert_allclose(names["prediction"], wanted.numpy(), rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(names["unet"](sample, 7).sample, exported(sample, 7).sample)
 
 
 def test_fp16_with_a_fixed_number_of_samples(tmp_path: Path) -> None:
