@@ -15,20 +15,15 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from .argument_fields import FRACTION, check_range
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import check_labels, label_dropout_of
-from .diffusion.latents import LatentCodec
 from .diffusion.process import training_process
-from .diffusion.prompts import PromptEncoder
-from .families.base import Family
-from .families.lookup import FAMILIES
-from .loading.pipeline_layouts import LAYOUTS
-from .metrics.model_size import spatial_size
 from .model_spec import ModelSpec
 from .one_shot import images_to_tensor, one_shot_config, recovery_batches
+from .pipeline_parts import PipelineParts
 from .pruner import GradientFlowPruner
 
 __all__ = ["prune_pipeline"]
@@ -73,9 +68,10 @@ def prune_pipeline(
     """
     check_range(FRACTION, caption_dropout=caption_dropout)
     config = one_shot_config(batch_size, options)
-    family, denoiser = _denoiser(pipe)
+    parts = PipelineParts.of(pipe)
+    family, denoiser = parts.family, parts.denoiser
     family.check_trainable(denoiser.config)
-    spec = _spec(pipe, denoiser)
+    spec = ModelSpec.of(denoiser, parts.codec, parts.prompts)
     pixels = images_to_tensor(images, spec.channels)
     if tuple(pixels.shape[2:]) != spec.size:
         size = "x".join(map(str, spec.size))
@@ -100,31 +96,6 @@ def prune_pipeline(
     small = copy.copy(pipe)
     small.register_modules(**{family.component: pruner.compact()})
     return small
-
-
-def _denoiser(pipe: DiffusionPipeline) -> tuple[Family, nn.Module]:
-    """Denoiser of a pipeline, and its family."""
-    name = type(pipe).__name__
-    for family in FAMILIES:
-        model = pipe.components.get(family.component)
-        if name in family.pipelines and isinstance(model, family.dense_class):
-            if family.is_pruned(model):
-                raise ValueError(f"the {family.component} of the pipeline is already pruned")
-            return family, model
-    raise ValueError(f"a {name} cannot be pruned; supported: {', '.join(LAYOUTS)}")
-
-
-def _spec(pipe: DiffusionPipeline, denoiser: nn.Module) -> ModelSpec:
-    """Images and conditioning of a pipeline. Its frozen models are copied, since they encode in float32."""
-    layout, codec, prompts = LAYOUTS[type(pipe).__name__], None, None
-    components = {name: copy.deepcopy(pipe.components[name]) for name in layout.loaded}
-    if layout.autoencoder is not None:
-        codec = LatentCodec(components[layout.autoencoder])
-    if layout.text:
-        image_size = codec.image_shape(*spatial_size(denoiser))[1:]
-        zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
-        prompts = PromptEncoder.of_pipeline(components, image_size, zeros)
-    return ModelSpec.of(denoiser, codec, prompts)
 
 
 def _labels(

@@ -24,8 +24,8 @@ LAYERS = [
     "fingerprints",
     "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
-    *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_pruning", "reports", "hub", "__init__"),
-    *("trained_pipelines", "data", "evaluation", "objectives", "training"),
+    *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_parts", "pipeline_pruning", "reports", "hub"),
+    *("__init__", "trained_pipelines", "export", "data", "evaluation", "objectives", "training"),
 ]
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too
 HEAVY = ("data", "evaluation", "objectives", "training", "scripts")
@@ -142,8 +142,8 @@ def test_imports_go_downwards(path: Path) -> None:
     """What scores knows nothing of what trains, and so on; lazy imports would be a way around."""
     layer = parts(path)[0]
     allowed = {*LAYERS[: LAYERS.index(layer)], *({layer} if len(parts(path)) > 1 else ())}
-    if layer == "remote":  # see test_only_prune_reaches_into_the_package_from_a_remote_file
-        allowed.add("one_shot")
+    if layer == "remote":  # see test_only_two_methods_reach_into_the_package_from_a_remote_file
+        allowed |= {"one_shot", "export"}
     assert {module[0] for module in our_imports(path)} <= allowed
 
 
@@ -171,16 +171,16 @@ def test_import_is_light() -> None:
 
 
 def test_optional_packages_are_imported_when_used() -> None:
-    """bitsandbytes is for those who train with it."""
+    """bitsandbytes is for those who train with it, runtimes are for those who export."""
     for path in ALL:
         imported = [module.partition(".")[0] for module in imported_modules(module_level(ast.parse(path.read_text())))]
-        assert "bitsandbytes" not in imported, path
+        assert not {"bitsandbytes", "nncf", "onnx", "onnxruntime", "openvino"} & set(imported), path
 
 
-def test_only_prune_reaches_into_the_package_from_a_remote_file() -> None:
-    """One lazy import makes one-call pruning possible where the package is installed; a second would need a reason."""
+def test_only_two_methods_reach_into_the_package_from_a_remote_file() -> None:
+    """Lazy imports make one-call pruning and exports possible where the package is installed; more would need a reason."""
     lazy = [module for text in SHIPPED.values() for module in imported_modules(ast.walk(ast.parse(text))) if is_ours(module)]
-    assert lazy == ["diffusers_gfprune.one_shot"]
+    assert lazy == ["diffusers_gfprune.one_shot", "diffusers_gfprune.export"]
 
 
 def test_import_registers_the_package_with_diffusers() -> None:

@@ -9,6 +9,7 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 | the pipelines of the model, and its component name | `pipelines`, `component` |
 | which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_timesteps` |
 | inputs for tracing and measuring | `example_inputs`, `tracing_size` |
+| what pipelines use of an exported model | `output_class`, `attributes_for_pipelines` |
 | calling the model | `output`, `predict`, `has_learned_variance`, `check_conditioning`, `class_labels` |
 | training mode without the model's own label dropout | `prepare_training` |
 | layers that are never pruned | `boundary`, `never_pruned` |
@@ -31,6 +32,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
@@ -45,6 +47,7 @@ class Family(ABC):
     Attributes:
         dense_class: The class in Diffusers.
         pruned_class: Its subclass in `remote/`. Models of other subclasses belong to the family, too.
+        output_class: Class that the model's `forward` returns.
         attention_class: Class of attention modules.
         component: Component name of the model in its pipelines.
         pipelines: Names of the supported pipelines.
@@ -55,6 +58,7 @@ class Family(ABC):
 
     dense_class: ClassVar[type[ModelMixin]]
     pruned_class: ClassVar[type[ModelMixin]]
+    output_class: ClassVar[type[BaseOutput]]
     attention_class: ClassVar[type[nn.Module]]
     component: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
@@ -155,6 +159,10 @@ class Family(ABC):
         """
         output, channels = self.output(model, inputs), inputs.sample.shape[1]
         return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+    def attributes_for_pipelines(self, config: Mapping[str, Any]) -> dict[str, object]:
+        """Attributes by name that pipelines read from the model, beside its `config`, `dtype` and `device`."""
+        return {}
 
     def prepare_training(self, model: nn.Module) -> nn.Module:
         """Switch off, in place, what a model does in training mode to its conditioning; returns the model."""

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
@@ -58,6 +59,7 @@ class DiTTransformer2DFamily(Family):
 
     dense_class = DiTTransformer2DModel
     pruned_class = GFPrunedDiTTransformer2DModel
+    output_class = Transformer2DModelOutput
     attention_class = Attention
     component = "transformer"
     pipelines = ("DiTPipeline",)

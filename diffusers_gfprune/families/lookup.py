@@ -19,13 +19,13 @@ def _supported() -> str:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model, dense, masked or pruned.
+    """The family of a model: dense, masked, pruned or exported.
 
     Raises:
         ValueError: The model does not belong to a supported family.
     """
     for family in FAMILIES:
-        if isinstance(model, family.dense_class):
+        if isinstance(model, family.dense_class) or getattr(model, "family", None) is family:  # exports have the attribute
             return family
     raise ValueError(f"a {type(model).__name__} cannot be pruned; supported: {_supported()}")
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
@@ -73,6 +74,7 @@ class UNet2DFamily(Family):
 
     dense_class = UNet2DModel
     pruned_class = GFPrunedUNet2DModel
+    output_class = UNet2DOutput
     attention_class = Attention
     component = COMPONENTS[0]
     pipelines = (*PIPELINES, "LDMPipeline")

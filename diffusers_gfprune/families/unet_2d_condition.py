@@ -8,12 +8,14 @@ transformers, hidden states keep their width, since layer norms read all of thei
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
@@ -106,6 +108,7 @@ class UNet2DConditionFamily(UNet2DFamily):
 
     dense_class = UNet2DConditionModel
     pruned_class = GFPrunedUNet2DConditionModel
+    output_class = UNet2DConditionOutput
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LDMTextToImagePipeline")
     never_pruned = frozenset()
 
@@ -298,6 +301,11 @@ class UNet2DConditionFamily(UNet2DFamily):
             embedded = len(wanted) > 1 and name not in ("time_ids", "encoder_attention_mask")
             if embedded and not values.is_floating_point():
                 raise ValueError(f"{name} have dtype {values.dtype}; they must be embeddings, in floating point")
+
+    def attributes_for_pipelines(self, config: Mapping[str, Any]) -> dict[str, object]:
+        """SDXL's pipeline compares the width of its embeddings with that of this layer."""
+        width = config["projection_class_embeddings_input_dim"]
+        return {} if width is None else {"add_embedding": SimpleNamespace(linear_1=SimpleNamespace(in_features=width))}
 
     def output(self, model: Callable[..., Any], inputs: ModelInputs) -> Tensor:
         added = {name: inputs.conditioning[name] for name in ("text_embeds", "time_ids") if name in inputs.conditioning}

@@ -80,7 +80,7 @@ def denoised(
     check_range(SHARE, eta=eta)
     conditions = SampleConditions() if conditions is None else conditions
     conditions.check_guidance(guidance_scale)
-    family, parameter = family_of(unet), next(unet.parameters())
+    family, parameter = family_of(unet), _placed_like(unet)
     ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing, latents=latents)
     shape = (unet.config.in_channels, *size)
 
@@ -107,6 +107,11 @@ def denoised(
                 x = ddim.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample
             check_finite(x, some)
             yield x
+
+
+def _placed_like(unet: nn.Module) -> Tensor | nn.Module:
+    """What has the device and the dtype of a model: a parameter, or the model itself if it was exported and has none."""
+    return next(unet.parameters(), unet)
 
 
 def check_finite(samples: Tensor, numbers: range) -> None:
@@ -163,7 +168,7 @@ def sample_images(
     """
     numbers, images = range(first, first + num_images), []
     options = {"guidance_scale": guidance_scale, "timestep_spacing": timestep_spacing, "eta": eta}
-    with nullcontext() if codec is None else codec.on(next(unet.parameters()).device):
+    with nullcontext() if codec is None else codec.on(_placed_like(unet).device):
         for x in denoised(
             *(unet, scheduler, numbers, size, num_inference_steps, seed, batch_size, conditions, progress),
             latents=codec is not None,

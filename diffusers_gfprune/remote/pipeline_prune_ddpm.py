@@ -1,4 +1,4 @@
-"""PruneDDPMPipeline: `DDPMPipeline` for dense and pruned models, with one-shot pruning if the package is installed."""
+"""PruneDDPMPipeline: `DDPMPipeline` for dense and pruned models. With the package installed, it prunes and exports."""
 
 from __future__ import annotations
 
@@ -96,6 +96,28 @@ class PruneDDPMPipeline(DDPMPipeline):
 
         unet = prune_unet(self.unet, self.scheduler, images, **options)
         return type(self)(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))
+
+    def export(self, output_dir, **options):
+        """Export the UNet, dense or pruned, with the scheduler's configuration.
+
+        Args:
+            output_dir: Folder of the export, which appears when it is complete and checked against PyTorch.
+            **options: Fields of `ExportOptions`, such as `format="onnx"`, `"openvino"` or `"torch"`, `dtype="fp32"`,
+                `"fp16"` or `"int8"`, and `batch="dynamic"` or a number of samples.
+
+        Returns:
+            An `ExportDescription` with the errors of the export.
+
+        Raises:
+            ImportError: The package `diffusers_gfprune` or the runtime is not installed.
+            ValueError: An option is not supported, the folder cannot be written, or the export differs from the UNet.
+        """
+        try:
+            from diffusers_gfprune.export import export_pipeline
+        except ModuleNotFoundError as error:
+            raise ImportError("export() needs the package diffusers-gfprune to be installed") from error
+
+        return export_pipeline(self, output_dir, **options)
 
     @classmethod
     @functools.wraps(DDPMPipeline.load_config.__func__)

@@ -1,0 +1,115 @@
+"""A denoiser as a program of tensors: what all formats are made from.
+
+`torch.export` traces the denoiser once, as a function
+
+    sample (batch, channels, height, width), timestep (batch,), conditioning ...  ->  out_sample
+
+of float32 samples and embeddings, int64 timesteps and labels. Weights may have another dtype: the program converts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.batch import ModelInputs
+from ..families.lookup import family_of
+from ..metrics.model_size import spatial_size
+from ..pipeline_parts import PipelineParts
+from .description import TensorDescription
+
+__all__ = ["MOST_SAMPLES", "OUTPUT", "describe_inputs", "random_inputs", "to_tensors", "trace"]
+
+OUTPUT = "out_sample"
+# Diffusers' `Upsample2D` has a branch for 64 samples and more, so that a traced program holds for fewer only. The branch
+# changes the memory format, and no value.
+MOST_SAMPLES = 63
+TRACED_SAMPLES = 2  # torch.export takes an axis of length 1 for a constant
+
+
+class TensorModel(nn.Module):
+    """A denoiser that takes and returns tensors.
+
+    Args:
+        denoiser: The denoiser.
+        names: Names of its conditioning.
+    """
+
+    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.denoiser, self.names, self.family = denoiser, tuple(names), family_of(denoiser)
+
+    def forward(self, sample: Tensor, timestep: Tensor, *conditioning: Tensor) -> Tensor:
+        """All output channels in float32; see the module docstring for the arguments."""
+        dtype = self.denoiser.dtype
+        converted = [values.to(dtype) if values.is_floating_point() else values for values in conditioning]
+        inputs = ModelInputs(sample.to(dtype), timestep, dict(zip(self.names, converted)))
+        return self.family.output(self.denoiser, inputs).float()
+
+
+def to_tensors(inputs: ModelInputs) -> dict[str, Tensor]:
+    """Inputs by name, in the order of a program: floating point as float32, integers as int64."""
+    named = {"sample": inputs.sample, "timestep": inputs.timesteps, **inputs.conditioning}
+    return {name: values.float() if values.is_floating_point() else values.long() for name, values in named.items()}
+
+
+def random_inputs(parts: PipelineParts, batch_size: int, timestep: int = 0, seed: int = 0) -> ModelInputs:
+    """Noise and random conditioning, on the CPU.
+
+    Args:
+        parts: Parts of the pipeline; text encoders say how many tokens a prompt has.
+        batch_size: Number of samples.
+        timestep: Timestep of all samples.
+        seed: Seed of all values.
+    """
+    family, denoiser = parts.family, parts.denoiser
+    generator = torch.Generator().manual_seed(seed)
+    labels = family.class_labels(denoiser.config) if parts.prompts is None else None
+    zeros = family.example_inputs(denoiser, *spatial_size(denoiser), batch_size)
+    conditioning = dict(zeros.conditioning)
+    if parts.prompts is not None:
+        conditioning |= {name: torch.zeros(batch_size, *shape) for name, shape in parts.prompts.shapes.items()}
+
+    def values(like: Tensor) -> Tensor:
+        if like.is_floating_point():
+            return torch.randn(like.shape, generator=generator)
+        return torch.randint(0, 1 if labels is None else labels.count, like.shape, generator=generator)
+
+    timesteps = torch.full((batch_size,), timestep)
+    return ModelInputs(values(zeros.sample), timesteps, {name: values(like) for name, like in conditioning.items()})
+
+
+def describe_inputs(inputs: Mapping[str, Tensor], batch_size: int | None) -> dict[str, TensorDescription]:
+    """Dtypes and shapes of a program's inputs.
+
+    Args:
+        inputs: Example inputs.
+        batch_size: Number of samples of every forward pass; None for any number.
+    """
+    return {
+        name: TensorDescription(str(values.dtype).removeprefix("torch."), (batch_size, *values.shape[1:]))
+        for name, values in inputs.items()
+    }
+
+
+@torch.no_grad()
+def trace(parts: PipelineParts, denoiser: nn.Module, batch_size: int | None) -> torch.export.ExportedProgram:
+    """Trace a denoiser.
+
+    Args:
+        parts: Parts of its pipeline.
+        denoiser: The denoiser, or a copy in another dtype, on the CPU.
+        batch_size: Number of samples of every forward pass; None for any number.
+    """
+    inputs = to_tensors(random_inputs(parts, batch_size or TRACED_SAMPLES))
+    sample, timestep, *conditioning = inputs
+    shapes = None
+    if batch_size is None:
+        axes = {0: torch.export.Dim("batch", min=1, max=MOST_SAMPLES)}
+        shapes = {"sample": axes, "timestep": axes}
+        if conditioning:
+            shapes["conditioning"] = (axes,) * len(conditioning)
+    model = TensorModel(denoiser, conditioning).eval()
+    return torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes)

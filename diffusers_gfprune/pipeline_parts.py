@@ -1,0 +1,69 @@
+"""The parts of a pipeline that measuring its denoiser needs: the denoiser, its scheduler, VAE and text encoders."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+from diffusers import DiffusionPipeline, ModelMixin
+
+from .diffusion.latents import LatentCodec
+from .diffusion.prompts import PromptEncoder
+from .families.base import Family
+from .families.lookup import FAMILIES
+from .loading.pipeline_layouts import LAYOUTS
+from .metrics.model_size import spatial_size
+
+__all__ = ["PipelineParts"]
+
+
+class PipelineParts(NamedTuple):
+    """Parts of a supported pipeline.
+
+    Attributes:
+        family: Family of the denoiser.
+        denoiser: The denoiser, dense or pruned; not a copy.
+        scheduler: The scheduler of the pipeline.
+        codec: Encodes images to latents and decodes samples; None for pixels.
+        prompts: Encodes prompts; None unless text is the condition.
+    """
+
+    family: Family
+    denoiser: ModelMixin
+    scheduler: object
+    codec: LatentCodec | None = None
+    prompts: PromptEncoder | None = None
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline, pruned: bool = False) -> PipelineParts:
+        """The parts of a pipeline in memory. VAE and text encoders are copied, since they encode in float32.
+
+        Args:
+            pipe: A pipeline of one of the classes in `LAYOUTS`.
+            pruned: Whether a pruned denoiser is accepted.
+
+        Raises:
+            ValueError: The pipeline is not supported, or its denoiser is pruned.
+        """
+        family, denoiser = _denoiser(pipe, pruned)
+        layout, codec, prompts = LAYOUTS[type(pipe).__name__], None, None
+        components = {name: copy.deepcopy(pipe.components[name]) for name in layout.loaded}
+        if layout.autoencoder is not None:
+            codec = LatentCodec(components[layout.autoencoder])
+        if layout.text:
+            image_size = codec.image_shape(*spatial_size(denoiser))[1:]
+            zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
+            prompts = PromptEncoder.of_pipeline(components, image_size, zeros)
+        return cls(family, denoiser, pipe.scheduler, codec, prompts)
+
+
+def _denoiser(pipe: DiffusionPipeline, pruned: bool) -> tuple[Family, ModelMixin]:
+    """Family and denoiser of a pipeline."""
+    name = type(pipe).__name__
+    for family in FAMILIES:
+        model = pipe.components.get(family.component)
+        if name in family.pipelines and isinstance(model, family.dense_class):
+            if family.is_pruned(model) and not pruned:
+                raise ValueError(f"the {family.component} of the pipeline is already pruned")
+            return family, model
+    raise ValueError(f"a {name} is not supported; supported: {', '.join(LAYOUTS)}")
