@@ -18,6 +18,9 @@ from .criteria import find_criterion
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from .diffusion.pixel_values import image_values, unused_range
+from .drawn_images import NUM_TEACHER_IMAGES, draw_images
+from .families.lookup import family_of
+from .metrics.conditions import label_conditions
 from .metrics.model_size import spatial_size
 from .pruner import GradientFlowPruner
 
@@ -162,13 +165,14 @@ def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfi
 def prune_unet(
     unet,
     noise_scheduler,
-    images,
+    images=None,
     batch_size: int = 32,
     class_labels: Tensor | None = None,
     seed: int = 0,
     label_dropout: float | None = None,
     null_label: int | None = None,
     recovery: bool = True,
+    num_teacher_images: int = NUM_TEACHER_IMAGES,
     **options,
 ) -> ModelMixin:
     """Prune a copy of a dense UNet in one shot.
@@ -176,14 +180,15 @@ def prune_unet(
     Args:
         unet: The dense model; it is not modified.
         noise_scheduler: Its scheduler.
-        images: Calibration images (see `images_to_tensor`).
+        images: Calibration images (see `images_to_tensor`); None: the dense model draws them, with its classes in turn.
         batch_size: Number of images in a calibration batch.
-        class_labels: Labels with shape `(images,)`, for conditional models.
+        class_labels: Labels with shape `(images,)`, for conditional models; not with `images=None`.
         seed: Seed for calibration noise, timesteps and label dropout.
         label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
             the model's training.
         null_label: Label for "no label", in models trained for classifier-free guidance.
         recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
+        num_teacher_images: Number of images that are drawn with `images=None` (>= 1).
         **options: Fields of `GFPruneConfig`. The default of `ranking` is `"joint"` for criteria that support it, such as the
             default criterion: without training, it leaves the least damage.
 
@@ -194,6 +199,12 @@ def prune_unet(
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
     config = one_shot_config(batch_size, options)
+    if images is None:
+        if class_labels is not None:
+            raise ValueError("class_labels must be None with images=None: the model draws images of its classes in turn")
+        conditions = label_conditions(family_of(unet).class_labels(unet.config), null_label)
+        class_labels = conditions.of(range(num_teacher_images)).get("class_labels")
+        images = draw_images(unet, noise_scheduler, num_teacher_images, conditions, seed=seed)
     pixels = images_to_tensor(images, unet.config.in_channels)
     if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):
         size = "x".join(map(str, spatial_size(unet)))

@@ -2,6 +2,7 @@
 
     pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256")
     small = prune_pipeline(pipe, images, class_labels=labels, target="macs", ratio=0.2)
+    small = prune_pipeline(pipe, target="macs", ratio=0.2)  # the dense model draws the images
 
 It works for every pipeline that the training script prunes. Images are encoded by the VAE of the pipeline, and prompts by its
 text encoders. A share of labels or prompts is replaced by the null label or the empty prompt, as in training, so that
@@ -21,6 +22,8 @@ from .argument_fields import FRACTION, check_range
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import check_labels, label_dropout_of
 from .diffusion.process import training_process
+from .drawn_images import NUM_TEACHER_IMAGES, draw_images
+from .metrics.conditions import SampleConditions, label_conditions
 from .model_spec import ModelSpec
 from .one_shot import images_to_tensor, one_shot_config, recovery_batches
 from .pipeline_parts import PipelineParts
@@ -33,7 +36,7 @@ CAPTION_DROPOUT = 0.1
 
 def prune_pipeline(
     pipe: DiffusionPipeline,
-    images,
+    images=None,
     *,
     class_labels: Tensor | None = None,
     prompts: Sequence[str] | None = None,
@@ -43,21 +46,24 @@ def prune_pipeline(
     null_label: int | None = None,
     caption_dropout: float = CAPTION_DROPOUT,
     recovery: bool = True,
+    num_teacher_images: int = NUM_TEACHER_IMAGES,
     **options,
 ) -> DiffusionPipeline:
     """Prune the denoiser of a pipeline in one shot.
 
     Args:
         pipe: A dense pipeline; it is not modified.
-        images: Calibration images of the size that the pipeline generates (see `images_to_tensor`).
-        class_labels: Labels with shape `(images,)`, for models with class labels.
-        prompts: One prompt for each image, for models of text.
+        images: Calibration images of the size that the pipeline generates (see `images_to_tensor`); None: the dense model
+            draws them, with its classes in turn, or with `prompts`.
+        class_labels: Labels with shape `(images,)`, for models with class labels; not with `images=None`.
+        prompts: One prompt for each image, for models of text; with `images=None`, images have them in turn.
         batch_size: Number of images in a calibration batch (>= 1).
         seed: Seed of latents, noise, timesteps and dropout.
         label_dropout: Share of labels replaced by the null label, in [0, 1) (default: 0.1 with a null label).
         null_label: Label for "no label" (default: that of the architecture, if it has one).
         caption_dropout: Share of prompts replaced by the empty prompt, in [0, 1).
         recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
+        num_teacher_images: Number of images that are drawn with `images=None` (>= 1).
         **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`.
 
     Returns:
@@ -72,6 +78,8 @@ def prune_pipeline(
     family, denoiser = parts.family, parts.denoiser
     family.check_trainable(denoiser.config)
     spec = ModelSpec.of(denoiser, parts.codec, parts.prompts)
+    if images is None:
+        images, class_labels, prompts = _drawn(parts, spec, num_teacher_images, class_labels, prompts, null_label, seed)
     pixels = images_to_tensor(images, spec.channels)
     if tuple(pixels.shape[2:]) != spec.size:
         size = "x".join(map(str, spec.size))
@@ -96,6 +104,31 @@ def prune_pipeline(
     small = copy.copy(pipe)
     small.register_modules(**{family.component: pruner.compact()})
     return small
+
+
+def _drawn(
+    parts: PipelineParts,
+    spec: ModelSpec,
+    count: int,
+    class_labels: Tensor | None,
+    prompts: Sequence[str] | None,
+    null_label: int | None,
+    seed: int,
+) -> tuple[Tensor, Tensor | None, list[str] | None]:
+    """Images that the dense model draws, with their labels or prompts."""
+    if class_labels is not None:
+        raise ValueError("class_labels must be None with images=None: the model draws images of its classes in turn")
+    if isinstance(prompts, str) or (prompts is not None and len(prompts) == 0):
+        raise ValueError("prompts must be a list of texts, at least one")
+    if prompts is not None:
+        prompts = [prompts[number % len(prompts)] for number in range(count)]
+    device = parts.denoiser.device
+    conditions = label_conditions(spec.labels, null_label)
+    if spec.prompts is not None or prompts is not None:
+        texts = _texts(spec, prompts, count, 0.0, torch.Generator(), device)
+        conditions = SampleConditions(texts)
+    images = draw_images(parts.denoiser, parts.scheduler, count, conditions, spec.codec, seed)
+    return images, conditions.of(range(count)).get("class_labels"), prompts
 
 
 def _labels(

@@ -24,6 +24,7 @@ LAYERS = [
     "fingerprints",
     "run_folder",
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
+    "drawn_images",
     *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_parts", "pipeline_pruning", "reports", "hub"),
     *("__init__", "trained_pipelines", "export", "data", "evaluation", "objectives", "training"),
 ]

@@ -9,7 +9,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from diffusers_gfprune import prune_pipeline
+from diffusers_gfprune import PruneDDPMPipeline, prune_pipeline
+from diffusers_gfprune.drawn_images import draw_images
 from diffusers_gfprune.families.lookup import FAMILIES, family_of
 from diffusers_gfprune.fingerprints import tensors_fingerprint
 from diffusers_gfprune.metrics.model_size import count_macs
@@ -100,3 +101,48 @@ def test_what_does_not_fit_is_one_line(name: str, arguments: dict, message: str,
     options = {"images": images(), **given(name), **BUDGET, **arguments}
     with pytest.raises(ValueError, match=f"^{message}"):
         prune_pipeline(PIPELINES[name](tmp_path / name), **options)
+
+
+# --- without data -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dit", "ldm", "sd"])
+def test_without_images_the_model_draws_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its classes or the prompts in turn; the result is that of the same images."""
+    seen: dict = {}
+
+    def spy(*arguments, **options) -> Tensor:
+        seen["images"] = draw_images(*arguments, **options, num_inference_steps=2)
+        return seen["images"]
+
+    monkeypatch.setattr("diffusers_gfprune.pipeline_pruning.draw_images", spy)
+    pipe = PIPELINES[name](tmp_path / name)
+    prompts = {"prompts": list(CAPTIONS[:2])} if name == "sd" else {}
+    small = prune_pipeline(pipe, num_teacher_images=6, recovery=False, **prompts, **BUDGET)
+    assert seen["images"].shape == (6, 3, 16, 16) and seen["images"].abs().max() <= 1
+    repeated = {"prompts": [CAPTIONS[number % 2] for number in range(6)]} if name == "sd" else {}
+    labels = {"class_labels": torch.arange(6) % 4} if name == "dit" else {}
+    same = prune_pipeline(pipe, seen["images"], recovery=False, **repeated, **labels, **BUDGET)
+    denoiser = component(pipe)
+    assert getattr(small, denoiser).config.layer_channels == getattr(same, denoiser).config.layer_channels
+    weights, others = (tensors_fingerprint(getattr(each, denoiser).state_dict()) for each in (small, same))
+    assert weights == others
+
+
+def test_prune_draws_images_with_labels() -> None:
+    unet = build("class-embedding")
+    pipe = PruneDDPMPipeline(unet, DDPMScheduler(num_train_timesteps=10))
+    small = pipe.prune(num_teacher_images=8, recovery=False, **BUDGET)
+    assert count_macs(small.unet) < 0.75 * count_macs(unet)
+    with pytest.raises(ValueError, match="num_teacher_images=0 must be at least 1"):
+        pipe.prune(num_teacher_images=0, **BUDGET)
+    with pytest.raises(ValueError, match="class_labels must be None with images=None"):
+        pipe.prune(class_labels=torch.zeros(8, dtype=torch.long), **BUDGET)
+
+
+def test_drawing_needs_prompts_where_the_model_takes_text(tmp_path: Path) -> None:
+    pipe = PIPELINES["sd"](tmp_path / "sd")
+    with pytest.raises(ValueError, match="prompts=None must be a prompt for each image: the model takes text"):
+        prune_pipeline(pipe, num_teacher_images=2, **BUDGET)
+    with pytest.raises(ValueError, match="prompts must be a list of texts, at least one"):
+        prune_pipeline(pipe, prompts=[], num_teacher_images=2, **BUDGET)

@@ -70,12 +70,13 @@ class PruneDDPMPipeline(DDPMPipeline):
 
     _card: str | None = None
 
-    def prune(self, images, **options) -> PruneDDPMPipeline:
+    def prune(self, images=None, **options) -> PruneDDPMPipeline:
         """Prune the UNet by gradient flow, in one shot and without training.
 
         Args:
             images: Calibration images like the training images: a tensor in [-1, 1] with shape
-                `(images, channels, height, width)`, or a list of PIL images of the model's size.
+                `(images, channels, height, width)`, or a list of PIL images of the model's size. None: the dense model draws
+                `num_teacher_images` (default 128).
             **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`, and: `batch_size` (default 32);
                 `class_labels` with shape `(images,)`, for conditional models; `null_label` and `label_dropout`, for models
                 with classifier-free guidance: the label for "no label", and the share of labels that it replaces (default
