@@ -154,7 +154,7 @@ def cell(ratio: float, figures: dict) -> str:
     """Figures of a row at a ratio, with the removed share of the MACs if it is another one."""
     removed = figures["macs_removed"]
     missed = f" (at {removed:.0%})" if abs(removed - ratio) > BUDGET_TOLERANCE else ""
-    return f"{figures['damage']:.4f}, {figures['ssim']:.3f}{missed}"
+    return f"{figures['damage']:.5f}, {figures['ssim']:.3f}{missed}"
 
 
 def table(results: dict[str, dict]) -> str:
