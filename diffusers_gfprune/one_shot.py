@@ -52,7 +52,7 @@ def images_to_tensor(images, channels: int) -> Tensor:
     if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (images, {channels}, height, width)")
     if images.dtype == torch.uint8:
-        return images.float().div_(255).mul_(2).sub_(1)
+        return images.float().div_(255).mul_(2).sub_(1).contiguous()  # other strides round differently
     if not images.is_floating_point():
         raise ValueError(f"images are a tensor of {images.dtype}, not uint8 or floating point in [-1, 1]")
     least, most = images.min().item(), images.max().item()
@@ -65,7 +65,7 @@ def images_to_tensor(images, channels: int) -> Tensor:
             least,
             most,
         )
-    return images.float()
+    return images.float().contiguous()
 
 
 def _stack(images, channels: int) -> Tensor:
