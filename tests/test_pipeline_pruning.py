@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_one_line(name: str, arguments: dict, message: str,
 # --- without data -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dit", pytest.param("ldm", marks=pytest.mark.slow), "sd"])
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ldm", "sd"))])
 def test_without_images_the_model_draws_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its classes or the prompts in turn; the result is that of the same images."""
     seen: dict = {}

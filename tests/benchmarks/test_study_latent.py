@@ -20,6 +20,7 @@ from diffusers_gfprune.trained_pipelines import load_pipeline
 from helpers.scripts import ROOT, assert_one_error, run_script
 from helpers.study import run_of
 
+FIRST = [LATENT[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LATENT[1:])]
 BY_HAND = {
     "digits-dit": [f"transformer_blocks.{index}" for index in (1, 3, 5, 2, 4)],
     # Second pairs of both stages, outer first; the middle; the first pairs, inner first
@@ -45,7 +46,7 @@ def test_blocks_go_in_the_order_of_their_sources(name: str, models: dict[str, Mo
     assert order_by_hand(models[name]) == BY_HAND[name]
 
 
-@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize("name", FIRST)
 def test_blocks_by_hand_are_those_nearest_to_the_budget(name: str, models: dict[str, ModelMixin]) -> None:
     dense, order = models[name], order_by_hand(models[name])
     small, removed = remove_by_hand(dense, 0.5)
@@ -72,7 +73,7 @@ def test_a_model_is_built_again_with_its_widths_and_without_its_blocks(models: d
 # --- Torch-Pruning ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize("name", FIRST)
 def test_torch_pruning_prunes_latent_models(name: str, models: dict[str, ModelMixin]) -> None:
     dense = models[name]
     for parameter in dense.parameters():
@@ -102,6 +103,7 @@ def test_figures_of_digits_are_kept_beside_those_of_the_run(tmp_path: Path) -> N
     assert "0.1000" in dense and dense.endswith("0.9500 |") and "0.3000" in row and row.endswith("0.9000 |")
 
 
+@pytest.mark.slow
 def test_samples_of_the_dense_model_are_right() -> None:
     figures = study_digits.digit_figures(ROOT / TEACHERS["digits-dit"], num_images=100)
     assert figures["right_digits"] > 0.8 and 0 < figures["fd_digits"] < 1

@@ -72,6 +72,7 @@ def test_an_export_samples_in_the_stock_pipeline_and_runs_alone(
             assert torch.equal(names["unet"](sample, 7).sample, exported(sample, 7).sample)
 
 
+@pytest.mark.slow
 def test_fp16_with_a_fixed_number_of_samples(tmp_path: Path) -> None:
     pipe, folder = tiny_pipeline(), tmp_path / "export"
     pipe.unet.train()

@@ -83,7 +83,7 @@ def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
     assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
 
 
-@pytest.mark.parametrize("depth", ["allow", "only"])
+@pytest.mark.parametrize("depth", [pytest.param("allow", marks=pytest.mark.slow), "only"])
 def test_removed_blocks_save_their_time(depth: str, machine: Machine) -> None:
     """With channels, or alone; then the nearest set of blocks is taken."""
     dense = build("three-levels")

@@ -109,8 +109,8 @@ def test_nothing_changes_without_removed_units() -> None:
         ("dit", "base", "none"),
         ("dit", "learned-variances", "allow"),
         ("condition", "base", "allow"),
-        ("condition", "text-time", "none"),
-        ("condition", "two-layers", "only"),
+        pytest.param("condition", "text-time", "none", marks=pytest.mark.slow),
+        pytest.param("condition", "two-layers", "only", marks=pytest.mark.slow),
     ],
 )
 def test_families(family: str, name: str, depth: str) -> None:

@@ -37,7 +37,7 @@ def choices(pruner: GradientFlowPruner) -> list[dict[str, Tensor]]:
     return [everything, everything | half, everything | {block.name: torch.zeros(1, dtype=torch.bool)}]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_damage_is_that_of_the_compacted_models(dtype: torch.dtype) -> None:
     """Masks in use do not matter, and are the same afterwards; half precision is measured in float32."""
     dense = build("fine-units").to(dtype).eval()

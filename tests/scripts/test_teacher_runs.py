@@ -39,6 +39,7 @@ def test_a_text_model_is_pruned_from_prompts_alone(tmp_path: Path) -> None:
     assert StableDiffusionPipeline.from_pretrained(output, trust_remote_code=True).unet.config.layer_channels
 
 
+@pytest.mark.slow
 def test_a_data_set_besides_is_for_measurements(tmp_path: Path) -> None:
     digits, output = ROOT / "training/digits", tmp_path / "out"
     places = ["--pretrained_model_name_or_path", digits / "teacher", "--dataset_name", digits, "--output_dir", output]
