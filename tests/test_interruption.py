@@ -14,7 +14,6 @@ import pytest
 from diffusers_gfprune import interruption
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal
 
-
 # In a new interpreter: native libraries that other tests load (runtimes of exports) have threads that a signal may reach
 NOTED = """
 import os, signal, sys

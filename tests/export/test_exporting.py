@@ -17,6 +17,9 @@ from diffusers_gfprune.export.description import FORMATS
 from helpers.scripts import ROOT, files_limited_to
 from helpers.tiny_pipelines import stock_samples, tiny_pipeline
 
+# Not beside the tests of signals: after a runtime has run in a process, handlers in Python crash it
+pytestmark = pytest.mark.slow
+
 FILES = {"onnx": {"model.onnx"}, "openvino": {"model.xml", "model.bin"}, "torch": {"model.pt2"}}
 COMMON = {"README.md", "config.json", "export.json", "scheduler/scheduler_config.json"}
 ROUNDING = 1e-5  # relative, in float32

@@ -14,6 +14,9 @@ from diffusers_gfprune.export.model import ExportedModel
 from diffusers_gfprune.families.lookup import family_of
 from helpers.tiny_pipelines import tiny_pipeline
 
+# Not beside the tests of signals: after a runtime has run in a process, handlers in Python crash it
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
