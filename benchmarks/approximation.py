@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import UNet2DModel
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,6 +37,7 @@ from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel
 from diffusers_gfprune.scoring.context import ScoringContext
 from diffusers_gfprune.scoring.hessian_product import HESSIAN_PRODUCTS
 from diffusers_gfprune.scoring.mode import scoring_mode
+from diffusers_gfprune.trained_pipelines import load_pipeline
 
 matplotlib.use("Agg")
 
@@ -52,13 +53,13 @@ class Measure:
 
     Args:
         unet: The model.
-        scheduler: The scheduler that adds the noise.
+        process: Process of the model's training.
         batches: Calibration batches.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler, batches: list) -> None:
+    def __init__(self, unet: UNet2DModel, process, batches: list) -> None:
         self.groups = trace_channel_groups(unet)
-        self.context = ScoringContext(unet, self.groups, batches, scheduler, GFPruneConfig())
+        self.context = ScoringContext(unet, self.groups, batches, process, GFPruneConfig())
         self.unet, self.parameters = unet.eval(), self.context.parameters
         with scoring_mode(unet, list(self.parameters.values()), True, 2):
             product = HESSIAN_PRODUCTS["exact"](self.context, batches)
@@ -167,16 +168,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/approximation.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "benchmarks/pictures/approximation.png")
     args = parser.parse_args(argv)
-    pipeline = DDPMPipeline.from_pretrained(ROOT / "training/digits/teacher", use_safetensors=True)
+    pipeline = load_pipeline(str(ROOT / "training/digits/teacher"))
     images, _ = load_images(DataArguments(dataset_name=str(ROOT / "training/digits")), ModelSpec.of(pipeline.denoiser))
     batches = calibration_batches(
-        images, args.batches, 64, num_train_timesteps=1000, seed=0, step=0, rank=0, world_size=1, broken=BrokenImages(0)
+        images, args.batches, 64, process=pipeline.process, seed=0, step=0, rank=0, world_size=1, broken=BrokenImages(0)
     )
     torch.manual_seed(0)
     models = {"trained": pipeline.denoiser, "before training": UNet2DModel.from_config(pipeline.denoiser.config)}
     results: dict = {"batches": args.batches, "batch_size": 64, "models": {}}
     for name, unet in models.items():
-        measure = Measure(unet, pipeline.scheduler, batches)
+        measure = Measure(unet, pipeline.process, batches)
         results["models"][name] = {
             "squared_gradient_norm": measure.base,
             "loss": measure.loss(),

@@ -28,6 +28,7 @@ from models import batches_for, build, dense_config, torch_pruning_model
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.schedulers import training_process
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import attach, detach
@@ -47,13 +48,13 @@ class Trainer:
 
     def __init__(self, unet: UNet2DModel, batches) -> None:
         self.unet, self.batches = unet.train(), batches
-        self.scheduler = DDPMScheduler()
+        self.process = training_process(DDPMScheduler())
         self.optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
 
     def steps(self) -> None:
         """One step on every batch."""
         for batch in map(DiffusionBatch.of, self.batches):
-            noisy, timesteps, _ = batch.inputs(self.scheduler)
+            noisy, timesteps, _ = batch.inputs(self.process)
             loss = torch.nn.functional.mse_loss(self.unet(noisy, timesteps).sample, batch.noise)
             loss.backward()
             self.optimizer.step()
@@ -101,7 +102,7 @@ def scorer(unet: UNet2DModel, batches, hvp: str = "none", hessian_batches: str =
     config = GFPruneConfig(**options)
     pruner = GradientFlowPruner(unet, config)
     batches = [DiffusionBatch.of(batch) for batch in batches]
-    return lambda: score_units(unet, pruner.groups, batches, pruner.noise_scheduler, config)
+    return lambda: score_units(unet, pruner.groups, batches, pruner.process, config)
 
 
 def measure_scoring(model: str, hvp: str, hessian_batches: str = "each") -> dict[str, float]:

@@ -39,6 +39,7 @@ from diffusers_gfprune.data.batches import calibration_batches
 from diffusers_gfprune.data.images import load_images
 from diffusers_gfprune.data.sources import HeldOut
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.process import DiffusionProcess
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.conditions import text_conditions
@@ -75,52 +76,52 @@ ROWS = {
 }
 
 
-def held_out_batch(images: HeldOut, count: int, num_train_timesteps: int) -> DiffusionBatch:
+def held_out_batch(images: HeldOut, count: int, process: DiffusionProcess) -> DiffusionBatch:
     """The first held-out images with fixed noise, at timesteps spread evenly."""
     clean = images.samples[:count]
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    timesteps = torch.linspace(0, num_train_timesteps - 1, len(clean)).long()
+    timesteps = torch.linspace(*process.timestep_range, len(clean)).long()
     return DiffusionBatch(clean, noise, timesteps, {name: rows[:count] for name, rows in images.conditioning.items()})
 
 
 @torch.no_grad()
-def predict(unet: nn.Module, batch: DiffusionBatch, scheduler) -> Tensor:
+def predict(unet: nn.Module, batch: DiffusionBatch, process: DiffusionProcess) -> Tensor:
     """Predictions for a batch."""
-    return family_of(unet).predict(unet.eval(), batch.inputs(scheduler))
+    return family_of(unet).predict(unet.eval(), batch.inputs(process))
 
 
 def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_images: int, titles: Sequence[str]) -> dict:
     """Damage and SSIM of some rows at every ratio."""
     args = parse_arguments([*BASE[dataset], *words])
     pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    unet, scheduler, codec = pipeline.denoiser, pipeline.process, pipeline.codec
+    unet, process, codec = pipeline.denoiser, pipeline.process, pipeline.codec
     images, held_out = load_images(args.data, ModelSpec.of(unet, codec, pipeline.prompts))
     images.prepare()
     batches = calibration_batches(
         *(images, BATCHES, args.training.train_batch_size),
-        num_train_timesteps=scheduler.config.num_train_timesteps,
+        process=process,
         seed=0,
         step=0,
     )
-    batch = held_out_batch(held_out, 2 * num_images, scheduler.config.num_train_timesteps)
+    batch = held_out_batch(held_out, 2 * num_images, process)
     settings = SamplingSettings(num_images, STEPS, seed=0)
     prompts = None if pipeline.prompts is None else text_conditions(held_out.conditioning, images.null_conditioning())
 
     def sample(model: nn.Module) -> Tensor:
         return settings.sample(model, pipeline.scheduler, codec=codec, conditions=prompts)
 
-    dense, samples = predict(unet, batch, scheduler), sample(unet)
+    dense, samples = predict(unet, batch, process), sample(unet)
 
     def row(ratio: float, options: dict) -> dict:
         options = dict(options)
         recovery = options.pop("recovery", False)
         config = GFPruneConfig.from_preset("one-shot", total_steps=1, ratio=ratio, **options)
-        pruner = GradientFlowPruner(copy.deepcopy(unet), config, scheduler)
+        pruner = GradientFlowPruner(copy.deepcopy(unet), config, process)
         update = pruner.step(0, batches)
         if recovery:
-            pruner.recover(unet, recovery_batches(batches, scheduler))
+            pruner.recover(unet, recovery_batches(batches, process))
         small = pruner.compact()
-        damage = (predict(small, batch, scheduler) - dense).square().mean().item()
+        damage = (predict(small, batch, process) - dense).square().mean().item()
         return {"macs_removed": update.sparsity, "damage": damage, "ssim": ssim_to_reference(sample(small), samples)}
 
     cases = [(ratio, title) for ratio in ratios for title in titles]

@@ -74,7 +74,7 @@ def kind_of(group: ChannelGroup, unet: nn.Module) -> str:
 
 def predictor(pruner: GradientFlowPruner, batch: DiffusionBatch) -> Callable[[], Tensor]:
     """A function that predicts noise on a batch with the current masks."""
-    inputs = batch.inputs(pruner.noise_scheduler)
+    inputs = batch.inputs(pruner.process)
     pruner.unet.eval()
     return lambda: family_of(pruner.unet).predict(pruner.unet, inputs)
 
@@ -127,19 +127,18 @@ def measure(dataset: str, words: list[str], halves: int = HALVES, units: int = U
     """Sums of scores and damages of all groups of a data set's model, and their correlations."""
     args = parse_arguments([*BASE[dataset], *words])
     pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    unet, scheduler = pipeline.denoiser, pipeline.process
+    unet, process = pipeline.denoiser, pipeline.process
     images, _ = load_images(args.data, ModelSpec.of(unet, pipeline.codec, pipeline.prompts))
     images.prepare("cpu")
     number, size = args.pruning.calibration_batches, args.training.train_batch_size
-    timesteps = scheduler.config.num_train_timesteps
-    *batches, unseen = calibration_batches(images, number + 1, size, num_train_timesteps=timesteps, seed=0, step=0)
-    pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), scheduler)
+    *batches, unseen = calibration_batches(images, number + 1, size, process=process, seed=0, step=0)
+    pruner = GradientFlowPruner(unet, GFPruneConfig(ratio=0.5), process)
     damage = damages(pruner, unseen, halves)
     of_units = unit_damages(pruner, unseen, units)
     kinds = {group.name: kind_of(group, unet) for group in pruner.groups}
     sums, rows = {}, {}
     for criterion in SCORES:
-        scores = score_units(unet, pruner.groups, batches, scheduler, GFPruneConfig(criterion=criterion))
+        scores = score_units(unet, pruner.groups, batches, process, GFPruneConfig(criterion=criterion))
         sums[criterion] = {name: values.abs().sum().item() for name, values in scores.items()}
         pairs = [(sums[criterion][name], damage[name]) for name in damage]
         logs = [[math.log10(value) for value in column] for column in zip(*pairs)]

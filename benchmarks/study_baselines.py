@@ -69,7 +69,7 @@ def attention_scales(unet: nn.Module) -> dict[str, float]:
     return {name: (m.to_q.out_features / m.heads) ** -0.5 for name, m in found.items()}
 
 
-def accumulate_gradients(model: nn.Module, noise_scheduler, images: DiffusionBatch, seed: int) -> int:
+def accumulate_gradients(model: nn.Module, process, images: DiffusionBatch, seed: int) -> int:
     """Sum gradients of the loss on one batch over timesteps 0, 1, 2, ... until it is small, as in `ddpm_prune.py`.
 
     Only the images of the batch and their conditioning are used.
@@ -81,15 +81,15 @@ def accumulate_gradients(model: nn.Module, noise_scheduler, images: DiffusionBat
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.clean.shape, generator=generator)
     largest = 0.0
-    for step in range(noise_scheduler.config.num_train_timesteps):
+    for step in range(process.num_train_timesteps):
         batch = DiffusionBatch(images.clean, noise, torch.full((len(noise),), step), images.conditioning)
-        prediction = family_of(model).predict(model, batch.inputs(noise_scheduler))
-        loss = nn.functional.mse_loss(prediction, batch.target(noise_scheduler))
+        prediction = family_of(model).predict(model, batch.inputs(process))
+        loss = nn.functional.mse_loss(prediction, batch.target(process))
         loss.backward()
         largest = max(largest, loss.item())
         if loss.item() < largest * LOSS_THRESHOLD:
             return step + 1
-    return noise_scheduler.config.num_train_timesteps
+    return process.num_train_timesteps
 
 
 def never_pruned(model: nn.Module) -> list[nn.Module]:
@@ -140,11 +140,11 @@ def example_of(model: nn.Module) -> dict[str, object]:
 
 
 def torch_pruning(
-    args: Arguments, model: nn.Module, noise_scheduler, batch: DiffusionBatch, step_loss: StepLoss
+    args: Arguments, model: nn.Module, process, batch: DiffusionBatch, step_loss: StepLoss
 ) -> tuple[nn.Module, dict]:
     """Torch-Pruning's model nearest to the budget, and a report of the pruning."""
     dense_macs = count_macs(model)
-    timesteps = accumulate_gradients(model, noise_scheduler, batch, args.run.seed)
+    timesteps = accumulate_gradients(model, process, batch, args.run.seed)
     example = example_of(model)
     best, tried = None, {}
     for percent in range(10, 90, 2):
@@ -201,8 +201,7 @@ def gradient_batch(args: Arguments, pipeline: TrainedPipeline, images: ImageSour
     if pipeline.codec is None:
         clean = images.head(size)
         return DiffusionBatch(clean, torch.zeros_like(clean), torch.zeros(len(clean), dtype=torch.long))
-    steps = pipeline.process.config.num_train_timesteps
-    return calibration_batches(images, 1, size, num_train_timesteps=steps, seed=args.run.seed, step=0)[0]
+    return calibration_batches(images, 1, size, process=pipeline.process, seed=args.run.seed, step=0)[0]
 
 
 def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.Module, dict]:
@@ -213,7 +212,7 @@ def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.
     return with_widths(unet, json.loads(path.read_text())["widths"], args.run.seed), {}
 
 
-def fine_tune(args: Arguments, student: nn.Module, objective: Objective, noise_scheduler, images) -> nn.Module:
+def fine_tune(args: Arguments, student: nn.Module, objective: Objective, process, images) -> nn.Module:
     """Train as `prune_ddpm.py` does after compaction, for all steps of the run; returns the averaged weights."""
     t = args.training
     student.train().requires_grad_(True)
@@ -229,9 +228,7 @@ def fine_tune(args: Arguments, student: nn.Module, objective: Objective, noise_s
         t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
     )
     ema = EMAModel(student.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75) if t.use_ema else None
-    batches = train_dataloader(
-        images, t.train_batch_size, seed=args.run.seed, num_train_timesteps=noise_scheduler.config.num_train_timesteps
-    )
+    batches = train_dataloader(images, t.train_batch_size, seed=args.run.seed, process=process)
     for step, (batch, _) in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
         seed_everything(args.run.seed, step, 0)
         loss, _ = objective(model, batch)
@@ -263,24 +260,24 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     args = parse_arguments(words)
     accelerator = Accelerator(cpu=True)
     pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-    model, noise_scheduler = pipeline.denoiser, pipeline.process
+    model, process = pipeline.denoiser, pipeline.process
     images, held_out = load_images(args.data, ModelSpec.of(model, pipeline.codec, pipeline.prompts))
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     captioned = None if pipeline.prompts is None else held_out
     quality = SampleQuality(args.evaluation, dense, pipeline.scheduler, images, accelerator.device, pipeline.codec, captioned)
     images.prepare(accelerator.device)
-    step_loss = StepLoss(held_out.samples, noise_scheduler, held_out.conditioning)
+    step_loss = StepLoss(held_out.samples, process, held_out.conditioning)
     if options.baseline == "scratch":
         student, extra = scratch(args, model, options.results)
     elif options.baseline == "by-hand":
         student, extra = by_hand(args, model)
     else:
-        student, extra = torch_pruning(args, model, noise_scheduler, gradient_batch(args, pipeline, images), step_loss)
+        student, extra = torch_pruning(args, model, process, gradient_batch(args, pipeline, images), step_loss)
     print(f"{options.baseline}: {count_parameters(student):,} parameters, {count_macs(student):,} MACs", flush=True)
-    objective = Objective(args.objective, noise_scheduler, teacher=dense)
+    objective = Objective(args.objective, process, teacher=dense)
     if teacher is not None:
         objective.teacher = teacher(objective)
-    student = fine_tune(args, student, objective, noise_scheduler, images)
+    student = fine_tune(args, student, objective, process, images)
     losses = [measure_step_losses(step_loss, each, images.null_conditioning()) for each in (dense, student)]
     measured, _, _ = results(args, dense, student, quality, len(held_out), losses)
     folder = Path(args.run.output_dir)

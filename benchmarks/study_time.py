@@ -72,7 +72,7 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
         score = config.criterion
         if score not in scoring:
             pruner = GradientFlowPruner(copy.deepcopy(dense), config)
-            scoring[score] = ratio(lambda p=pruner, c=config: score_units(p.unet, p.groups, several, p.noise_scheduler, c))
+            scoring[score] = ratio(lambda p=pruner, c=config: score_units(p.unet, p.groups, several, p.process, c))
         widths = json.loads(path.read_text())["widths"]
         if tuple(widths.items()) not in compacted:
             compacted[tuple(widths.items())] = ratio(Trainer(with_widths(dense, widths), batches).steps)

@@ -29,6 +29,7 @@ class Criterion:
         title: Title in tables (default: the name).
         derivatives: Order of the derivatives of the loss: 0, 1, or 2 if Hessian-vector products may be computed.
         needs_batches: Whether calibration batches are used; otherwise scores depend on weights only.
+        needs_target: Whether the loss of a batch is used, which needs a target of the model's process.
         keeps_activations: Whether layer outputs are read, which gradient checkpointing would recompute.
         ranking: Default of `GFPruneConfig.ranking`, one of `RANKINGS`.
         sensitivity_exponent: Default of `GFPruneConfig.sensitivity_exponent`, >= 0.
@@ -49,6 +50,7 @@ class Criterion:
     title: str = ""
     derivatives: int = 2
     needs_batches: bool = True
+    needs_target: bool = True
     keeps_activations: bool = False
     ranking: str = "group"
     sensitivity_exponent: float = 0.3

@@ -1,6 +1,6 @@
 """Calibration images that the dense model draws itself, for pruning without data and without training.
 
-The samples are those of `data.teacher_images`, for a handful of images: by DDIM, with number i a function of the seed and i.
+The samples are those of `data.teacher_images`, for a handful of images: with number i a function of the seed and i.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from .argument_fields import at_least, check_range
 from .diffusion.latents import LatentCodec
+from .diffusion.schedulers import training_process
 from .metrics.conditions import SampleConditions
-from .metrics.ddim import fit_spacing
 from .metrics.model_size import spatial_size
 from .metrics.sampling import sample_images
 
 __all__ = ["NUM_TEACHER_IMAGES", "draw_images"]
 
 NUM_TEACHER_IMAGES = 128
-NUM_INFERENCE_STEPS = 50
 BATCH_SIZE = 64
 
 
@@ -28,7 +27,7 @@ def draw_images(
     conditions: SampleConditions | None = None,
     codec: LatentCodec | None = None,
     seed: int = 0,
-    num_inference_steps: int = NUM_INFERENCE_STEPS,
+    num_inference_steps: int | None = None,
 ) -> Tensor:
     """Draw images.
 
@@ -39,7 +38,8 @@ def draw_images(
         conditions: Class labels or prompts of the images; None: the model is unconditional.
         codec: Decodes latents; None: samples are pixels.
         seed: Seed of the noise (>= 0).
-        num_inference_steps: Number of DDIM steps (>= 1), limited to the timesteps of the model.
+        num_inference_steps: Number of steps (>= 1), limited to the timesteps of the model; None: 50 DDIM steps for DDPMs,
+            one step for consistency models.
 
     Returns:
         float32 in [-1, 1] with shape `(num_images, channels, height, width)`, on the CPU.
@@ -48,9 +48,10 @@ def draw_images(
         ValueError: A number is out of range, or the model or its scheduler cannot be sampled.
     """
     check_range(at_least(1), num_teacher_images=num_images)
-    steps, spacing, _ = fit_spacing(scheduler, num_inference_steps, "leading")
+    process = training_process(scheduler)
+    steps, spacing, _ = process.fit_sampling(num_inference_steps or process.default_drawing_steps)
     images = sample_images(
-        *(denoiser, scheduler, num_images, spatial_size(denoiser), steps, seed, BATCH_SIZE, conditions, "drawing images"),
+        *(denoiser, process, num_images, spatial_size(denoiser), steps, seed, BATCH_SIZE, conditions, "drawing images"),
         codec=codec,
         timestep_spacing=spacing,
     )

@@ -25,6 +25,7 @@ class ModelSpec:
         labels: Class labels; None: the model takes none.
         codec: The VAE of a latent model; None: the model takes pixels.
         prompts: Text encoders of a text-conditional model; None: the model takes no captions.
+        vector_size: Number of values of the vectors that the model is conditioned on; None: it takes none.
     """
 
     size: tuple[int, int]
@@ -32,6 +33,12 @@ class ModelSpec:
     labels: ClassLabels | None = None
     codec: LatentCodec | None = None
     prompts: PromptEncoder | None = None
+    vector_size: int | None = None
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether images have conditions that only a data set or its user can give: captions or vectors."""
+        return self.prompts is not None or self.vector_size is not None
 
     @classmethod
     def of(cls, model: nn.Module, codec: LatentCodec | None = None, prompts: PromptEncoder | None = None) -> ModelSpec:
@@ -55,4 +62,7 @@ class ModelSpec:
             size = (sides[0], sides[1])
         elif channels not in (1, 3):
             raise ValueError(f"in_channels={channels} of the model must be 1 (greyscale) or 3 (RGB)")
-        return cls(size, channels, family.class_labels(config), codec, prompts)
+        vector_size = family.vector_size(config)
+        if vector_size is not None and codec is not None:
+            raise ValueError("class_embed_type=identity must be None in latent pipelines: only models of pixels take vectors")
+        return cls(size, channels, family.class_labels(config), codec, prompts, vector_size)

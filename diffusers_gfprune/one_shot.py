@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,24 @@ from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 
+from .argument_fields import at_least, check_range
 from .configuration import GFPruneConfig
 from .criteria import find_criterion
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from .diffusion.pixel_values import image_values, unused_range
+from .diffusion.schedulers import training_process
 from .drawn_images import NUM_TEACHER_IMAGES, draw_images
 from .families.lookup import family_of
-from .metrics.conditions import label_conditions
+from .loading.pipeline_layouts import check_process
+from .metrics.conditions import SampleConditions, conditions_of_vectors, label_conditions
 from .metrics.model_size import spatial_size
 from .pruner import GradientFlowPruner
 
-__all__ = ["calibration_batches", "images_to_tensor", "one_shot_config", "prune_unet", "recovery_batches"]
+__all__ = [
+    *("calibration_batches", "drawn_conditions", "images_to_tensor", "one_shot_config", "prune_unet", "recovery_batches"),
+    "with_vectors",
+]
 
 RECOVERY_SAMPLES = 512  # noisy images for recovery: images are used repeatedly, with other noise
 
@@ -92,7 +98,7 @@ def _stack(images, channels: int) -> Tensor:
 
 def calibration_batches(
     images: Tensor,
-    noise_scheduler,
+    scheduler,
     batch_size: int = 32,
     class_labels: Tensor | None = None,
     seed: int = 0,
@@ -102,40 +108,39 @@ def calibration_batches(
 
     Args:
         images: Images in [-1, 1] with shape `(images, channels, height, width)`.
-        noise_scheduler: A Diffusers scheduler; timesteps are uniform over its training timesteps.
+        scheduler: Scheduler of the model, or its process; timesteps are those of its training.
         batch_size: Number of images in a batch (>= 1).
-        class_labels: Labels with shape `(images,)`.
+        class_labels: Labels with shape `(images,)`, or vectors with shape `(images, size)`.
         seed: Seed for noise, timesteps and label dropout.
         label_dropout: Label dropout, if any.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator)
-    timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(images),), generator=generator)
+    timesteps = training_process(scheduler).random_timesteps(len(images), generator)
     if label_dropout is not None:
         class_labels = label_dropout.several(class_labels, generator)
     conditioning = {} if class_labels is None else {"class_labels": class_labels}
     return DiffusionBatch(images, noise, timesteps, conditioning).split(batch_size)
 
 
-def recovery_batches(batches: Sequence[DiffusionBatch], noise_scheduler, seed: int = 0) -> list[DiffusionBatch]:
+def recovery_batches(batches: Sequence[DiffusionBatch], scheduler, seed: int = 0) -> list[DiffusionBatch]:
     """Batches for recovery: calibration batches, then their images again with other noise and timesteps.
 
     Args:
         batches: Calibration batches, at least one.
-        noise_scheduler: A Diffusers scheduler; timesteps are uniform over its training timesteps.
+        scheduler: Scheduler of the model, or its process; timesteps are those of its training.
         seed: Seed for noise and timesteps.
 
     Returns:
         Batches with `RECOVERY_SAMPLES` images or slightly more, or the given ones if these are more.
     """
     generator = torch.Generator().manual_seed(seed + 1)
-    repeated = list(batches)
-    steps = noise_scheduler.config.num_train_timesteps
+    repeated, process = list(batches), training_process(scheduler)
     for batch in itertools.cycle(batches):
         if sum(len(batch) for batch in repeated) >= RECOVERY_SAMPLES:
             return repeated
         noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
-        timesteps = torch.randint(0, steps, (len(batch),), generator=generator).to(batch.timesteps)
+        timesteps = process.random_timesteps(len(batch), generator).to(batch.timesteps)
         repeated.append(DiffusionBatch(batch.clean, noise, timesteps, batch.conditioning))
 
 
@@ -164,31 +169,38 @@ def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfi
 
 def prune_unet(
     unet,
-    noise_scheduler,
+    scheduler,
     images=None,
     batch_size: int = 32,
-    class_labels: Tensor | None = None,
+    class_labels: Tensor | Callable[[range], Tensor] | None = None,
     seed: int = 0,
     label_dropout: float | None = None,
     null_label: int | None = None,
     recovery: bool = True,
     num_teacher_images: int = NUM_TEACHER_IMAGES,
+    num_inference_steps: int | None = None,
+    pipeline: str | None = None,
     **options,
 ) -> ModelMixin:
     """Prune a copy of a dense UNet in one shot.
 
     Args:
         unet: The dense model; it is not modified.
-        noise_scheduler: Its scheduler.
+        scheduler: Its scheduler.
         images: Calibration images (see `images_to_tensor`); None: the dense model draws them, with its classes in turn.
         batch_size: Number of images in a calibration batch.
-        class_labels: Labels with shape `(images,)`, for conditional models; not with `images=None`.
+        class_labels: Labels with shape `(images,)`, for conditional models; not with `images=None`. For models with
+            `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function that maps a range of image
+            numbers to them; with `images=None`, drawn images have the vectors in turn.
         seed: Seed for calibration noise, timesteps and label dropout.
         label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
             the model's training.
         null_label: Label for "no label", in models trained for classifier-free guidance.
         recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
         num_teacher_images: Number of images that are drawn with `images=None` (>= 1).
+        num_inference_steps: For consistency models, the steps that the pruned model will be sampled with: only their noise
+            levels are used (default: all levels, half of the images at the highest).
+        pipeline: Name of the pipeline that the model is sampled with, to check that it can; None: it is not checked.
         **options: Fields of `GFPruneConfig`. The default of `ranking` is `"joint"` for criteria that support it, such as the
             default criterion: without training, it leaves the least damage.
 
@@ -199,13 +211,18 @@ def prune_unet(
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
     config = one_shot_config(batch_size, options)
+    process = training_process(scheduler)
+    if pipeline is not None:
+        check_process(pipeline, process)
+    family_of(unet).check_process(unet.config, process)
+    process = process.sampled_in(num_inference_steps)
     if images is None:
-        if class_labels is not None:
-            raise ValueError("class_labels must be None with images=None: the model draws images of its classes in turn")
-        conditions = label_conditions(family_of(unet).class_labels(unet.config), null_label)
+        check_range(at_least(1), num_teacher_images=num_teacher_images)
+        conditions = drawn_conditions(unet, class_labels, num_teacher_images, null_label)
         class_labels = conditions.of(range(num_teacher_images)).get("class_labels")
-        images = draw_images(unet, noise_scheduler, num_teacher_images, conditions, seed=seed)
+        images = draw_images(unet, process, num_teacher_images, conditions, None, seed, num_inference_steps)
     pixels = images_to_tensor(images, unet.config.in_channels)
+    class_labels = with_vectors(unet, class_labels, len(pixels))
     if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):
         size = "x".join(map(str, spatial_size(unet)))
         raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the model's sample_size is {size}")
@@ -216,9 +233,42 @@ def prune_unet(
         if class_labels is None:
             raise ValueError(f"null_label={null_label} needs class_labels for the images")
         check_labels(class_labels.tolist(), dropout.null_label)
-    pruner = GradientFlowPruner(copy.deepcopy(unet), config, noise_scheduler, sample_size=tuple(pixels.shape[2:]))
-    batches = calibration_batches(pixels, noise_scheduler, batch_size, class_labels, seed, dropout)
+    pruner = GradientFlowPruner(copy.deepcopy(unet), config, process, sample_size=tuple(pixels.shape[2:]))
+    batches = calibration_batches(pixels, process, batch_size, class_labels, seed, dropout)
     pruner.step(0, batches)
     if recovery:
-        pruner.recover(unet, recovery_batches(batches, noise_scheduler, seed))
+        pruner.recover(unet, recovery_batches(batches, process, seed))
     return pruner.compact()
+
+
+def drawn_conditions(
+    unet: ModelMixin, class_labels: Tensor | Callable[[range], Tensor] | None, count: int, null_label: int | None
+) -> SampleConditions:
+    """Conditions of `count` images that a model draws: its classes in turn, or the given vectors.
+
+    Raises:
+        ValueError: Labels are given, or vectors are missing or do not fit the model.
+    """
+    family = family_of(unet)
+    if (size := family.vector_size(unet.config)) is not None:
+        return conditions_of_vectors(class_labels, count, size)
+    if class_labels is not None:
+        raise ValueError("class_labels must be None with images=None: the model draws images of its classes in turn")
+    return label_conditions(family.class_labels(unet.config), null_label)
+
+
+def with_vectors(unet: ModelMixin, class_labels: Tensor | Callable[[range], Tensor] | None, count: int) -> Tensor | None:
+    """Class labels as given, or the vectors of `count` images for models that take them.
+
+    Raises:
+        ValueError: Vectors are missing or do not fit the model, or a function is given to a model that takes none.
+    """
+    size = family_of(unet).vector_size(unet.config)
+    if size is not None:
+        vectors = conditions_of_vectors(class_labels, count, size).rows["class_labels"]
+        if len(vectors) != count:
+            raise ValueError(f"class_labels has {len(vectors)} vectors for {count} images")
+        return vectors
+    if callable(class_labels) and not isinstance(class_labels, Tensor):
+        raise ValueError("class_labels must be a tensor: functions are for models that take vectors")
+    return class_labels

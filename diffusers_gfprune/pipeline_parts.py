@@ -9,9 +9,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from .diffusion.latents import LatentCodec
 from .diffusion.prompts import PromptEncoder
+from .diffusion.schedulers import training_process
 from .families.base import Family
 from .families.lookup import FAMILIES
-from .loading.pipeline_layouts import LAYOUTS
+from .loading.pipeline_layouts import LAYOUTS, check_process
 from .metrics.model_size import spatial_size
 
 __all__ = ["PipelineParts"]
@@ -26,6 +27,7 @@ class PipelineParts(NamedTuple):
         scheduler: The scheduler of the pipeline.
         codec: Encodes images to latents and decodes samples; None for pixels.
         prompts: Encodes prompts; None unless text is the condition.
+        pipeline: Name of the pipeline's class.
     """
 
     family: Family
@@ -33,6 +35,7 @@ class PipelineParts(NamedTuple):
     scheduler: object
     codec: LatentCodec | None = None
     prompts: PromptEncoder | None = None
+    pipeline: str = "DDPMPipeline"
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline, pruned: bool = False) -> PipelineParts:
@@ -54,7 +57,17 @@ class PipelineParts(NamedTuple):
             image_size = codec.image_shape(*spatial_size(denoiser))[1:]
             zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
             prompts = PromptEncoder.of_pipeline(components, image_size, zeros)
-        return cls(family, denoiser, pipe.scheduler, codec, prompts)
+        return cls(family, denoiser, pipe.scheduler, codec, prompts, type(pipe).__name__)
+
+    def check_process(self) -> None:
+        """Check that the pipeline samples the process of its scheduler, and that the denoiser can embed its timesteps.
+
+        Raises:
+            ValueError: The scheduler is not supported, or not in this pipeline.
+        """
+        process = training_process(self.scheduler)
+        check_process(self.pipeline, process)
+        self.family.check_process(self.denoiser.config, process)
 
 
 def _denoiser(pipe: DiffusionPipeline, pruned: bool) -> tuple[Family, ModelMixin]:

@@ -12,20 +12,20 @@ classifier-free guidance keeps working.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from .argument_fields import FRACTION, check_range
+from .argument_fields import FRACTION, at_least, check_range
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import check_labels, label_dropout_of
-from .diffusion.process import training_process
+from .diffusion.schedulers import training_process
 from .drawn_images import NUM_TEACHER_IMAGES, draw_images
-from .metrics.conditions import SampleConditions, label_conditions
+from .metrics.conditions import SampleConditions
 from .model_spec import ModelSpec
-from .one_shot import images_to_tensor, one_shot_config, recovery_batches
+from .one_shot import drawn_conditions, images_to_tensor, one_shot_config, recovery_batches, with_vectors
 from .pipeline_parts import PipelineParts
 from .pruner import GradientFlowPruner
 
@@ -38,7 +38,7 @@ def prune_pipeline(
     pipe: DiffusionPipeline,
     images=None,
     *,
-    class_labels: Tensor | None = None,
+    class_labels: Tensor | Callable[[range], Tensor] | None = None,
     prompts: Sequence[str] | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -47,6 +47,7 @@ def prune_pipeline(
     caption_dropout: float = CAPTION_DROPOUT,
     recovery: bool = True,
     num_teacher_images: int = NUM_TEACHER_IMAGES,
+    num_inference_steps: int | None = None,
     **options,
 ) -> DiffusionPipeline:
     """Prune the denoiser of a pipeline in one shot.
@@ -55,7 +56,9 @@ def prune_pipeline(
         pipe: A dense pipeline; it is not modified.
         images: Calibration images of the size that the pipeline generates (see `images_to_tensor`); None: the dense model
             draws them, with its classes in turn, or with `prompts`.
-        class_labels: Labels with shape `(images,)`, for models with class labels; not with `images=None`.
+        class_labels: Labels with shape `(images,)`, for models with class labels; not with `images=None`. For models with
+            `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function that maps a range of image
+            numbers to them; with `images=None`, drawn images have the vectors in turn.
         prompts: One prompt for each image, for models of text; with `images=None`, images have them in turn.
         batch_size: Number of images in a calibration batch (>= 1).
         seed: Seed of latents, noise, timesteps and dropout.
@@ -64,6 +67,8 @@ def prune_pipeline(
         caption_dropout: Share of prompts replaced by the empty prompt, in [0, 1).
         recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
         num_teacher_images: Number of images that are drawn with `images=None` (>= 1).
+        num_inference_steps: For consistency models, the steps that the pruned model will be sampled with: only their noise
+            levels are used (default: all levels, half of the images at the highest).
         **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`.
 
     Returns:
@@ -77,14 +82,19 @@ def prune_pipeline(
     parts = PipelineParts.of(pipe)
     family, denoiser = parts.family, parts.denoiser
     family.check_trainable(denoiser.config)
+    parts.check_process()
+    process = training_process(pipe.scheduler).sampled_in(num_inference_steps)
     spec = ModelSpec.of(denoiser, parts.codec, parts.prompts)
     if images is None:
-        images, class_labels, prompts = _drawn(parts, spec, num_teacher_images, class_labels, prompts, null_label, seed)
+        check_range(at_least(1), num_teacher_images=num_teacher_images)
+        drawn = _drawn(parts, spec, num_teacher_images, class_labels, prompts, null_label, seed, num_inference_steps)
+        images, class_labels, prompts = drawn
     pixels = images_to_tensor(images, spec.channels)
     if tuple(pixels.shape[2:]) != spec.size:
         size = "x".join(map(str, spec.size))
         raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the pipeline makes images of {size}")
     generator = torch.Generator().manual_seed(seed)
+    class_labels = with_vectors(denoiser, class_labels, len(pixels))
     conditioning = _labels(spec, class_labels, len(pixels), null_label, label_dropout, generator)
     conditioning |= _texts(spec, prompts, len(pixels), caption_dropout, generator, denoiser.device)
     clean = pixels
@@ -93,10 +103,9 @@ def prune_pipeline(
             moments = spec.codec.encode(pixels)
         shape = (len(pixels), *spec.codec.latent_shape(*spec.size))
         clean = spec.codec.draw(moments, torch.randn(shape, generator=generator))
-    process = training_process(pipe.scheduler)
     noise = torch.randn(clean.shape, generator=generator)
-    timesteps = torch.randint(0, process.config.num_train_timesteps, (len(clean),), generator=generator)
-    pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, pipe.scheduler)
+    timesteps = process.random_timesteps(len(clean), generator)
+    pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, process)
     batches = DiffusionBatch(clean, noise, timesteps, conditioning).split(batch_size)
     pruner.step(0, batches)
     if recovery:
@@ -110,24 +119,23 @@ def _drawn(
     parts: PipelineParts,
     spec: ModelSpec,
     count: int,
-    class_labels: Tensor | None,
+    class_labels: Tensor | Callable[[range], Tensor] | None,
     prompts: Sequence[str] | None,
     null_label: int | None,
     seed: int,
+    num_inference_steps: int | None,
 ) -> tuple[Tensor, Tensor | None, list[str] | None]:
     """Images that the dense model draws, with their labels or prompts."""
-    if class_labels is not None:
-        raise ValueError("class_labels must be None with images=None: the model draws images of its classes in turn")
+    conditions = drawn_conditions(parts.denoiser, class_labels, count, null_label)
     if isinstance(prompts, str) or (prompts is not None and len(prompts) == 0):
         raise ValueError("prompts must be a list of texts, at least one")
     if prompts is not None:
         prompts = [prompts[number % len(prompts)] for number in range(count)]
     device = parts.denoiser.device
-    conditions = label_conditions(spec.labels, null_label)
     if spec.prompts is not None or prompts is not None:
         texts = _texts(spec, prompts, count, 0.0, torch.Generator(), device)
         conditions = SampleConditions(texts)
-    images = draw_images(parts.denoiser, parts.scheduler, count, conditions, spec.codec, seed)
+    images = draw_images(parts.denoiser, parts.scheduler, count, conditions, spec.codec, seed, num_inference_steps)
     return images, conditions.of(range(count)).get("class_labels"), prompts
 
 
@@ -139,7 +147,9 @@ def _labels(
     label_dropout: float | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Class labels as conditioning, some of them replaced by the null label."""
+    """Class labels as conditioning, some of them replaced by the null label, or vectors."""
+    if spec.vector_size is not None:
+        return {"class_labels": labels}
     if (labels is None) != (spec.labels is None):
         raise ValueError(
             "class_labels=None must be labels of the images: the model is class conditional"

@@ -27,7 +27,7 @@ from torch import Tensor
 from .configuration import GFPruneConfig
 from .criteria import find_criterion
 from .diffusion.batch import DiffusionBatch
-from .diffusion.process import training_process
+from .diffusion.schedulers import training_process
 from .distributed import check_identical
 from .families.lookup import family_of
 from .latency.budget import measured_latency_model
@@ -39,7 +39,7 @@ from .pruning.cost_model import CostModel
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
 from .pruning.recovery import RIDGE, recover
 from .ranking import Ranking
-from .scoring.context import check_batch
+from .scoring.context import check_batch, check_criterion
 from .unit_choice import UnitChoice, possible_widths
 
 __all__ = ["GradientFlowPruner", "MaskUpdate"]
@@ -68,12 +68,14 @@ class GradientFlowPruner:
         ```
 
     Attributes:
+        process: The process of the model's training.
         latency: With `target="latency"`, the measured times from which widths are planned, as JSON values; else None.
 
     Args:
         unet: A dense model of a supported family (`families.lookup.FAMILIES`).
         config: All options.
-        noise_scheduler: Scheduler of the model. It adds the noise to calibration images (default: `DDPMScheduler()`).
+        noise_scheduler: Scheduler of the model, or its process, which adds the noise to calibration images (default:
+            `DDPMScheduler()`).
         sample_size: Height and width in pixels for counting and measuring costs (default: the model's).
         latency: With `target="latency"`, the attribute `latency` of an earlier pruner, which replaces the measurements.
             Otherwise layers and models of planned widths are timed on the model's device, which takes minutes.
@@ -94,8 +96,9 @@ class GradientFlowPruner:
     ) -> None:
         self.unet = unet
         self.config = config
-        self.noise_scheduler = DDPMScheduler() if noise_scheduler is None else training_process(noise_scheduler)
-        family_of(unet).check_timesteps(unet.config, self.noise_scheduler.config.num_train_timesteps)
+        self.process = training_process(DDPMScheduler() if noise_scheduler is None else noise_scheduler)
+        check_criterion(config.criterion, self.process)
+        family_of(unet).check_process(unet.config, self.process)
         self._sample_size = sample_size
         self.schedule = config.schedule()
         self.history: list[MaskUpdate] = []
@@ -203,7 +206,7 @@ class GradientFlowPruner:
         self.choice = UnitChoice(self.cost, self.config, self._device_type())
         self.channel_multiple, self.ladders = self.choice.channel_multiple, self.choice.ladders
         self.planned_widths = self.choice.planned_widths
-        self.ranking = Ranking(self.unet, self.noise_scheduler, self.config, self.choice)
+        self.ranking = Ranking(self.unet, self.process, self.config, self.choice)
 
     def _fixed_widths(self, share: float) -> np.ndarray | None:
         """Widths that a ranking must keep: None before one has met the whole budget, or if they do not depend on scores.
@@ -263,7 +266,7 @@ class GradientFlowPruner:
 
     def _update(self, step: int, batches: Sequence[DiffusionBatch]) -> MaskUpdate:
         for batch in batches if find_criterion(self.config.criterion).needs_batches else ():
-            check_batch(self.unet, self.noise_scheduler, batch)
+            check_batch(self.unet, self.process, batch)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
         chosen = self.ranking.rank(batches, share, self.kept, self._fixed_widths(share))
@@ -380,8 +383,8 @@ class GradientFlowPruner:
         self._check_masked()
         batches = [DiffusionBatch.of(batch) for batch in calibration_batches]
         for batch in batches:
-            check_batch(self.unet, self.noise_scheduler, batch)
-        return recover(dense, self.unet, self.compaction_plan(), batches, self.noise_scheduler, ridge)
+            check_batch(self.unet, self.process, batch)
+        return recover(dense, self.unet, self.compaction_plan(), batches, self.process, ridge)
 
     def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> ModelMixin:
         """Build the small model from binary masks. Its outputs equal those of the masked model.

@@ -34,13 +34,13 @@ class Ranking:
 
     Args:
         unet: The masked model.
-        noise_scheduler: The Diffusers scheduler that adds the noise.
+        process: The process of the model's training.
         config: All options.
         choice: Chooses units for the budget.
     """
 
-    def __init__(self, unet: nn.Module, noise_scheduler, config: GFPruneConfig, choice: UnitChoice) -> None:
-        self.unet, self.noise_scheduler, self.config, self.choice = unet, noise_scheduler, config, choice
+    def __init__(self, unet: nn.Module, process, config: GFPruneConfig, choice: UnitChoice) -> None:
+        self.unet, self.process, self.config, self.choice = unet, process, config, choice
         self.scores: dict[str, Tensor] | None = None
         self.changes: dict[str, Tensor] | None = None
 
@@ -67,12 +67,12 @@ class Ranking:
         if len(chosen) == 1:
             return chosen[0]
         groups = self.choice.cost.groups
-        damage = removal_damage(self.unet, groups, batches, self.noise_scheduler, self.config, chosen)
+        damage = removal_damage(self.unet, groups, batches, self.process, self.config, chosen)
         return chosen[damage.index(min(damage))]
 
     def _score(self, batches: Sequence[DiffusionBatch], kept: Mapping[str, Tensor], decay: float) -> None:
         """Score units, with masks of 1/2 for those that are not kept if `score_at="midpoint"`, and average with before."""
-        arguments = (self.unet, self.choice.cost.groups, batches, self.noise_scheduler, self.config)
+        arguments = (self.unet, self.choice.cost.groups, batches, self.process, self.config)
         halved = {name: torch.where(units, 1.0, 0.5) for name, units in kept.items()}
         at_midpoint = self.config.score_at == "midpoint"
         with self.unet.channel_masks.replaced(halved) if at_midpoint else nullcontext():

@@ -1,8 +1,8 @@
 """Load trained pipelines with strict checks, and save them whole in their own class.
 
 A pipeline can be pruned if its class and components in `model_index.json` (`loading.pipeline_layouts`) and the class of its
-scheduler (`diffusion.process`) are supported, and all weights that are used fit their configs (`loading.components`). Code of
-the repository does not run, and pickles are not read.
+scheduler (`diffusion.schedulers`) are supported, and all weights that are used fit their configs (`loading.components`). Code
+of the repository does not run, and pickles are not read.
 
 A pruned pipeline is the dense one with another denoiser: the files of all other components are copied, byte for byte.
 """
@@ -26,9 +26,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from . import PruneDDPMPipeline
+from .diffusion.ddpm import check_variance_type
 from .diffusion.latents import LatentCodec
-from .diffusion.process import check_scheduler_class, check_variance_type, is_ddpm_sampled_by_euler, training_process
+from .diffusion.process import DiffusionProcess
 from .diffusion.prompts import PromptEncoder
+from .diffusion.schedulers import check_scheduler_class, is_ddpm_sampled_by_euler, training_process
 from .errors import HUB_ERRORS, first_line
 from .families.base import Family
 from .families.lookup import FAMILIES, family_of
@@ -40,7 +42,7 @@ from .loading.components import (
     variant_of,
     variant_to_load,
 )
-from .loading.pipeline_layouts import LAYOUTS, PACKAGE, PipelineLayout, check_index, components_of
+from .loading.pipeline_layouts import LAYOUTS, PACKAGE, PipelineLayout, check_index, check_process, components_of
 from .metrics.model_size import spatial_size
 
 __all__ = ["TrainedPipeline", "load_pipeline"]
@@ -69,7 +71,7 @@ class TrainedPipeline(NamedTuple):
         denoiser: The model that is pruned, on the CPU, in float32.
         scheduler: The scheduler, with the class and configuration in which it was saved; for SDXL's Euler scheduler, the
             `DDPMScheduler` of its training.
-        process: Scheduler that adds the noise of the training.
+        process: Process of the training.
         kind: Class of the pipeline.
         folder: The loaded folder, with the files of all components.
         index: Content of its `model_index.json`.
@@ -79,7 +81,7 @@ class TrainedPipeline(NamedTuple):
 
     denoiser: ModelMixin
     scheduler: object
-    process: DDPMScheduler
+    process: DiffusionProcess
     kind: type[DiffusionPipeline]
     folder: Path
     index: dict
@@ -143,10 +145,11 @@ def load_pipeline(
         layout = check_index(index, component)
         scheduler = _load_scheduler(folder, index, latents=layout.autoencoder is not None)
         process = training_process(scheduler)
+        check_process(name, process)
         classes = [kind for family in families for kind in _classes(family, pruned)]
         denoiser = load_model(folder, component, index[component][1], {kind.__name__: kind for kind in classes})
         family = family_of(denoiser)
-        family.check_timesteps(denoiser.config, process.config.num_train_timesteps)
+        family.check_process(denoiser.config, process)
     try:
         family.check_trainable(denoiser.config)
     except ValueError as error:

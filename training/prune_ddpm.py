@@ -29,6 +29,7 @@ from diffusers_gfprune.hub import push_folder
 from diffusers_gfprune.interruption import Interruption
 from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.step_loss import StepLoss
+from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.objectives.objective import Objective
 from diffusers_gfprune.reports.provenance import command_line, describe_base_model, describe_dataset
 from diffusers_gfprune.run_folder import RunFolder
@@ -89,31 +90,32 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # downloads once
         pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
-        unet, noise_scheduler = pipeline.denoiser, pipeline.process
-        check_training(args, unet)
+        unet, process = pipeline.denoiser, pipeline.process
+        check_training(args, unet, process)
         dense = copy.deepcopy(unet).eval().requires_grad_(False)
         images, held_out, measured = run_images = load_run_images(args, pipeline, dense)
     # Add the detected null label, caption column and dropout, for checkpoints and the report
     args = dataclasses.replace(args, data=dataclasses.replace(args.data, **images.choices()))
-    make_batches(args, accelerator, images, noise_scheduler, first_batch=0)  # checks that there are enough images
+    make_batches(args, accelerator, images, process, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
     identity = run_identity(args, dense, pipeline.codec, pipeline.prompts)
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
-    pruner = make_pruner(args, accelerator, unet, noise_scheduler, checkpoint)
+    pruner = make_pruner(args, accelerator, unet, process, checkpoint)
     if main_process and checkpoint is None and not args.run.dry_run:
         folder.check()
-    captioned = None if pipeline.prompts is None else held_out
+    spec = ModelSpec.of(dense, pipeline.codec, pipeline.prompts)
+    conditioned = held_out if spec.takes_rows else None
     sample_quality = SampleQuality(
-        args.evaluation, dense, pipeline.scheduler, measured, accelerator.device, pipeline.codec, captioned
+        args.evaluation, dense, pipeline.scheduler, measured, accelerator.device, pipeline.codec, conditioned
     )
     origin = {
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
-        "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir, args.teacher.train_data == "teacher"),
+        "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir, images.drawn_by),
         "command": command_line(args.words),
         "pipeline": describe_pipeline(pipeline),
     }
     if main_process:
-        estimate = estimate_run(args, accelerator, dense, noise_scheduler)
+        estimate = estimate_run(args, accelerator, dense, process)
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
         for change in sample_quality.changes:
             warn(accelerator, f"warning: {change}")
@@ -133,11 +135,13 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         if checkpoint is not None:
             accelerator.print(f"resuming from {checkpoint.path.name}")
         step_loss = StepLoss(
-            held_out.samples, noise_scheduler, held_out.conditioning, batch_size=args.evaluation.eval_batch_size
+            *(held_out.samples, process, held_out.conditioning),
+            batch_size=args.evaluation.eval_batch_size,
+            reference=dense,
         )
         dense.to(accelerator.device)
         dense_step_losses = measure_step_losses(step_loss, dense, images.null_conditioning()) if main_process else {}
-        objective = Objective(args.objective, noise_scheduler, teacher=dense, channel_masks=unet.channel_masks)
+        objective = Objective(args.objective, process, teacher=dense, channel_masks=unet.channel_masks)
         if teacher is not None:
             objective.teacher = teacher(objective)
         if args.objective.needs_teacher and args.precision.torch_compile != "no":

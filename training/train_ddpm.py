@@ -33,6 +33,7 @@ from diffusers_gfprune.argument_fields import argument, at_least, check_fields
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.schedulers import training_process
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.trials import try_sampling
 from diffusers_gfprune.families.lookup import family_named, family_of
@@ -159,11 +160,12 @@ def main() -> None:
         raise ValueError(f"model_config={args.model_config} is not a valid UNet2DModel config: {error}") from error
     if unet.config.sample_size is None:
         raise ValueError(f"model_config={args.model_config} has no sample_size")
-    noise_scheduler = DDPMScheduler()
+    scheduler = DDPMScheduler()
+    process = training_process(scheduler)
     images, held_out = load_images(data_args, ModelSpec.of(unet))
     if main_process:
         print("\n".join(f"{title:5} {line}" for title, line in zip(("data:", "", ""), images.summary.lines())))
-    step_loss = StepLoss(held_out.samples, noise_scheduler, held_out.conditioning)
+    step_loss = StepLoss(held_out.samples, process, held_out.conditioning)
     state = DenseTraining(args, unet.to(accelerator.device).train(), accelerator)
     free = ("model_config", "output_dir", "resume_from_checkpoint", "checkpointing_steps")
     identity = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}
@@ -182,7 +184,7 @@ def main() -> None:
         images,
         args.train_batch_size,
         seed=SEED,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        process=process,
         first_batch=state.step,
         num_workers=data_args.dataloader_num_workers,
         rank=accelerator.process_index,
@@ -191,7 +193,7 @@ def main() -> None:
     broken = BrokenImages(data_args.max_broken_images, state.broken)
     shown = SamplingSettings(num_images=32, seed=0, null_label=images.decoder.null_label)
     if main_process:
-        try_sampling(f"model_config={args.model_config}", unet, noise_scheduler, shown)
+        try_sampling(f"model_config={args.model_config}", unet, scheduler, shown)
         folder.try_writing(parameter_bytes(unet))
 
     with folder if main_process else contextlib.nullcontext():
@@ -206,7 +208,7 @@ def main() -> None:
                 broken.add(unread)
                 batch = batch.to(accelerator.device, non_blocking=True)
                 seed_everything(SEED, state.step, accelerator.process_index)
-                training_step(args, state, batch, noise_scheduler, accelerator)
+                training_step(args, state, batch, process, accelerator)
                 progress.update()
                 if state.step % args.validation_steps == 0 and main_process:
                     state.ema.store(unet.parameters())
@@ -227,14 +229,14 @@ def main() -> None:
             print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
         if main_process:
             state.ema.copy_to(unet.parameters())
-            save(DDPMPipeline(unet=unet, scheduler=noise_scheduler), folder, shown)
+            save(DDPMPipeline(unet=unet, scheduler=scheduler), folder, shown)
     accelerator.end_training()
 
 
-def training_step(args: TrainArguments, state: DenseTraining, batch: DiffusionBatch, noise_scheduler, accelerator) -> None:
+def training_step(args: TrainArguments, state: DenseTraining, batch: DiffusionBatch, process, accelerator) -> None:
     """Forward, backward and update."""
-    prediction = family_of(state.unet).predict(state.model, batch.inputs(noise_scheduler))
-    loss = torch.nn.functional.mse_loss(prediction.float(), batch.target(noise_scheduler))
+    prediction = family_of(state.unet).predict(state.model, batch.inputs(process))
+    loss = torch.nn.functional.mse_loss(prediction.float(), batch.target(process))
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()} in step {state.step}: lower learning_rate={args.learning_rate}")
     accelerator.backward(loss)

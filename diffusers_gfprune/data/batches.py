@@ -12,10 +12,10 @@ is seeded by (seed, epoch). A batch therefore does not depend on the number of p
 Streams are different: the images of a rank also depend on the numbers of processes and workers, which divide the shards. If
 these are unchanged, a resumed stream also gives exactly the same batches.
 
-Calibration batches are a function of (seed, step). Their timesteps are spread evenly: image j of g gets t = ⌊(j + u) T / g⌋
-with u uniform in [0, 1), which lowers the variance of the scores. If labels are dropped (`class_labels`), image j of all
-batches drops its label if {u + j (√5 - 1) / 2} < p, with one u per ranking. This sequence is evenly spread, so every ranking
-has the right share of null labels, at all noise levels.
+Calibration batches are a function of (seed, step). Their timesteps are spread evenly: image j of g gets that at
+(j + u) / g in the distribution of the training, with u uniform in [0, 1), which lowers the variance of the scores. If labels
+are dropped (`class_labels`), image j of all batches drops its label if {u + j (√5 - 1) / 2} < p, with one u per ranking. This
+sequence is evenly spread, so every ranking has the right share of null labels, at all noise levels.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from ..argument_fields import at_least, check_range
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.process import DiffusionProcess
 from ..errors import one_line
 from ..interruption import notice_dead_workers_at_next_batch, obey_only_parent
 from .decoding import NETWORK_ERRORS, BrokenImages, EncodedImage
@@ -69,7 +70,7 @@ class _Plan:
 
     batch_size: int
     seed: int
-    num_train_timesteps: int
+    process: DiffusionProcess
     first_batch: int
     rank: int
     world_size: int
@@ -78,7 +79,7 @@ class _Plan:
         """Rows of this process in global batch `number`."""
         first = (number * self.world_size + self.rank) * self.batch_size
         examples = [read_example(images, image, self.seed, DRAW, first + row) for row, image in enumerate(encoded)]
-        return stack_examples(examples, [example.time for example in examples], self.num_train_timesteps)
+        return stack_examples(examples, [example.time for example in examples], self.process)
 
 
 class _RowBatches(Dataset):
@@ -209,7 +210,7 @@ def train_dataloader(
     batch_size: int,
     *,
     seed: int,
-    num_train_timesteps: int,
+    process: DiffusionProcess,
     first_batch: int = 0,
     num_workers: int = 0,
     rank: int = 0,
@@ -219,8 +220,8 @@ def train_dataloader(
 
     Each item is a pair:
 
-    - a `DiffusionBatch`: images and noise, float32 with shape `(batch_size, channels, height, width)`; timesteps, int64 with
-      shape `(batch_size,)`, uniform in [0, num_train_timesteps); `class_labels` alike, if the model is class conditional;
+    - a `DiffusionBatch`: images and noise, float32 with shape `(batch_size, channels, height, width)`; timesteps of the
+      process with shape `(batch_size,)`; `class_labels`, int64 with this shape, if the model is class conditional;
     - names of unreadable images, each of which was replaced by another image. More than ten in a row raise a `ValueError`, as
       does a label that the model does not have.
 
@@ -228,7 +229,7 @@ def train_dataloader(
         images: The training images.
         batch_size: Number of images per batch of this process.
         seed: Seed; it determines a batch together with the batch number.
-        num_train_timesteps: Number of timesteps of the diffusion process.
+        process: Process of the model's training.
         first_batch: Number of the first batch. Skipping batches does not change the later ones. A stream reads the skipped
             images without decoding them.
         num_workers: Number of processes that load images (0: load in this process). Batches of a stream depend on it.
@@ -238,10 +239,10 @@ def train_dataloader(
     Raises:
         ValueError: There are too few images for one global batch, too few shards for the workers, or a number is out of range.
     """
-    check_range(at_least(1), train_batch_size=batch_size, num_train_timesteps=num_train_timesteps)
+    check_range(at_least(1), train_batch_size=batch_size)
     check_range(at_least(0), seed=seed, first_batch=first_batch, dataloader_num_workers=num_workers)
     _check_rank(rank, world_size)
-    plan = _Plan(batch_size, seed, num_train_timesteps, first_batch, rank, world_size)
+    plan = _Plan(batch_size, seed, process, first_batch, rank, world_size)
     common = {
         "batch_size": None,
         "collate_fn": _as_it_is,
@@ -260,7 +261,7 @@ def calibration_batches(
     num_batches: int,
     batch_size: int,
     *,
-    num_train_timesteps: int,
+    process: DiffusionProcess,
     seed: int,
     step: int,
     rank: int = 0,
@@ -273,7 +274,7 @@ def calibration_batches(
         images: The training images.
         num_batches: Number of batches (>= 1).
         batch_size: Number of images in a batch on each process (fewer if there are not enough images).
-        num_train_timesteps: Number of timesteps of the diffusion process.
+        process: Process of the model's training.
         seed: Seed of the run.
         step: Step of the ranking.
         rank: Number of this process, which decodes only its own block of every global batch.
@@ -281,8 +282,8 @@ def calibration_batches(
         broken: Counts unreadable images that were replaced.
 
     Returns:
-        Batches: images and noise, float32 with shape `(n, channels, height, width)`, timesteps, int64 with shape `(n,)`, and
-        `class_labels` alike if the model is class conditional.
+        Batches: images and noise, float32 with shape `(n, channels, height, width)`, timesteps of the process with
+        shape `(n,)`, and `class_labels`, int64 with this shape, if the model is class conditional.
 
     Raises:
         ValueError: There are fewer images than processes, or a number is out of range.
@@ -291,7 +292,6 @@ def calibration_batches(
         at_least(1),
         calibration_batches=num_batches,
         calibration_batch_size=batch_size,
-        num_train_timesteps=num_train_timesteps,
     )
     check_range(at_least(0), seed=seed, step=step)
     _check_rank(rank, world_size)
@@ -311,7 +311,7 @@ def calibration_batches(
         ]
         earlier += size
         times = [(first + row + example.time) / size for row, example in enumerate(examples)]
-        batch, unread = stack_examples(examples, times, num_train_timesteps)
+        batch, unread = stack_examples(examples, times, process)
         if broken is not None:
             broken.add(unread)
         batches.append(batch)

@@ -75,6 +75,8 @@ def find_columns(rows, requested: Columns, source: str, spec: ModelSpec) -> Colu
         label = _column(rows, requested.label, datasets.ClassLabel, "label_column")
         if label is None:
             raise ValueError(f"the model is class conditional, but {rows.column_names} holds no class labels")
+    if spec.vector_size is not None:
+        label = _vector_column(rows, requested.label, spec.vector_size)
     if spec.prompts is not None:
         caption = caption_column(rows, requested.caption)
     return Columns(image, label, caption)
@@ -118,6 +120,25 @@ def _has_values(rows, column: str, count: int) -> bool:
     rows = rows.select_columns([column])
     values = rows[:count][column] if isinstance(rows, datasets.Dataset) else [row[column] for row in islice(rows, count)]
     return not values or any(value is not None and value != -1 for value in values)
+
+
+def _vector_column(rows, requested: str | None, size: int) -> str:
+    """Column of conditioning vectors: the requested one, else the only one of floating-point lists."""
+    if requested is not None and requested not in rows.column_names:
+        raise ValueError(f"label_column={requested} is not a column of the data set, which has {rows.column_names}")
+    found = [name for name, feature in rows.features.items() if _is_vector(feature, size)]
+    if requested is not None:
+        found = [name for name in found if name == requested]
+    if len(found) == 1:
+        return found[0]
+    named = f"label_column={requested} must be a column" if requested is not None else "the data set must have one column"
+    raise ValueError(f"{named} of lists of {size} floating-point values, which the model takes as class_labels")
+
+
+def _is_vector(feature, size: int) -> bool:
+    values = getattr(feature, "feature", None)  # of a list
+    length = getattr(feature, "length", -1)
+    return length in (-1, size) and isinstance(values, datasets.Value) and values.dtype.startswith("float")
 
 
 def _column(rows, requested: str | None, kind: type, argument: str) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from torch import Tensor
@@ -94,12 +95,12 @@ class EncodedImage(NamedTuple):
 
     Attributes:
         encoded: Bytes and path, one of which may be None; None if the row has no image.
-        label: Class label; None unless the model is class conditional.
+        label: Class label, or conditioning vector as a list of numbers; None unless the model takes one.
         position: Row number; for a stream, shard number and row number in the shard.
     """
 
     encoded: dict | None
-    label: int | None
+    label: int | list[float] | None
     position: tuple[int, ...]
 
     @property
@@ -123,7 +124,7 @@ class ImageDecoder:
         column: Name of the image column, for messages.
         feature: Type of the column.
         spec: Size and channels of the model's images, and its labels.
-        label_column: Name of the column of class labels; None if the model is not class conditional.
+        label_column: Name of the column of class labels or vectors; None if the model takes none.
         center_crop: Crop at the centre, not at random.
         random_flip: Flip half of the images left to right.
         label_dropout: Rule for dropping labels; None: the model has no null label.
@@ -145,7 +146,7 @@ class ImageDecoder:
     ) -> None:
         self.column, self.label_column = column, label_column
         self.feature, self.mode = datasets.Image(), feature.mode
-        self.size, self.channels, self.labels = spec.size, spec.channels, spec.labels
+        self.size, self.channels, self.labels, self.vector_size = spec.size, spec.channels, spec.labels, spec.vector_size
         self.center_crop, self.random_flip, self.label_dropout = center_crop, random_flip, label_dropout
         self.enlarge = False
 
@@ -154,7 +155,7 @@ class ImageDecoder:
         """The null label, if the model has one."""
         return None if self.label_dropout is None else self.label_dropout.null_label
 
-    def dropped(self, label: int | None, uniform: float) -> int | None:
+    def dropped(self, label: int | list[float] | None, uniform: float) -> int | list[float] | None:
         """The label, or the null label if a random number in [0, 1) decides to drop it."""
         return label if self.label_dropout is None or label is None else self.label_dropout.one(label, uniform)
 
@@ -200,6 +201,8 @@ class ImageDecoder:
             raise self._broken(image, str(error)) from error
         if self.labels is not None:
             self.check_label(image)
+        if self.vector_size is not None:
+            self.check_vector(image)
         return picture
 
     def __call__(self, image: EncodedImage, uniforms: Sequence[float] | None = None) -> Tensor:
@@ -263,6 +266,17 @@ class ImageDecoder:
             raise ValueError(f"label {image.label} of {image.name} must be at least 0 and less than {argument}={count}")
         if image.label == self.null_label:
             raise ValueError(f"label {image.label} of {image.name} must not be null_label={self.null_label}")
+
+    def check_vector(self, image: EncodedImage) -> None:
+        """Check that the vector of an image fits the model.
+
+        Raises:
+            ValueError: It does not.
+        """
+        vector = image.label
+        if not isinstance(vector, Sequence) or len(vector) != self.vector_size or not np.isfinite(vector).all():
+            given = f"{len(vector)} values" if isinstance(vector, Sequence) else f"{vector}"
+            raise ValueError(f"the vector of {image.name} has {given}, but must have {self.vector_size} finite values")
 
     def _broken(self, image: EncodedImage, reason: str) -> BrokenImage:
         return BrokenImage(f"{image.name} of column {self.column}: {reason}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.process import DiffusionProcess
 from .decoding import BrokenImage, EncodedImage
 from .sources import ImageSource
 
@@ -64,15 +65,14 @@ def read_example(images: ImageSource, image: EncodedImage, seed: int, *key: int,
 
 
 def stack_examples(
-    examples: Sequence[Example], times: Iterable[float], num_train_timesteps: int
+    examples: Sequence[Example], times: Iterable[float], process: DiffusionProcess
 ) -> tuple[DiffusionBatch, list[str]]:
-    """A batch with timesteps at `times`, given as shares of `num_train_timesteps`, and the names of broken images."""
-    timesteps = [min(int(time * num_train_timesteps), num_train_timesteps - 1) for time in times]
+    """A batch with timesteps at `times` in the distribution of a process's training, and the names of broken images."""
     names = examples[0].conditioning
     batch = DiffusionBatch(
         torch.stack([example.sample for example in examples]),
         torch.stack([example.noise for example in examples]),
-        torch.tensor(timesteps),
+        process.timesteps_at(torch.tensor(list(times), dtype=torch.float64)),
         {name: torch.stack([example.conditioning[name] for example in examples]) for name in names},
     )
     return batch, list(dict.fromkeys(name for example in examples for name in example.broken))

@@ -44,11 +44,13 @@ class ImageSource(ABC):
         decoder: Decoder of the images.
         num_images: Number of images; None: unknown.
         summary: Source and number of images, for the plan (set by `load_images`).
+        drawn_by: How the dense model drew the images, in words; None: they are those of a data set.
     """
 
     decoder: ImageDecoder
     num_images: int | None
     summary: DataSummary | None = None
+    drawn_by: str | None = None
 
     @abstractmethod
     def in_order(self) -> Iterator[EncodedImage]:

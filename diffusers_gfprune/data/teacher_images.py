@@ -32,9 +32,9 @@ from torchvision.transforms.functional import to_pil_image
 from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
 from ..diffusion.class_labels import label_dropout_of
 from ..diffusion.placement import moved
+from ..diffusion.schedulers import training_process
 from ..metrics.cache import default_cache_dir
-from ..metrics.conditions import SampleConditions, label_conditions
-from ..metrics.ddim import fit_spacing
+from ..metrics.conditions import SampleConditions, conditions_of_vectors, label_conditions
 from ..metrics.model_size import spatial_size
 from ..metrics.sampling import denoised, to_uint8
 from ..model_spec import ModelSpec
@@ -66,7 +66,9 @@ class TeacherArguments:
         choices=["images", "teacher"],
     )
     num_teacher_images: int = argument(5000, "Number of training images, with train_data=teacher (>= 1).")
-    teacher_num_inference_steps: int = argument(50, "Number of DDIM steps for each of them (>= 1).")
+    teacher_num_inference_steps: int | None = argument(
+        None, "Number of sampling steps for each of them (>= 1; default: 50 DDIM steps, 1 for consistency models)."
+    )
     teacher_guidance_scale: float = argument(1.0, "Scale of classifier-free guidance for them (1: none, as in training).")
     teacher_prompts: str | None = argument(
         None, "Text file with a prompt in each line, for text-conditional models: images have them in turn."
@@ -123,6 +125,7 @@ class TeacherImages(IndexedSource):
         denoiser: The dense model. It is not kept longer than needed.
         scheduler: Scheduler of its pipeline.
         spec: VAE, text encoders and labels of the model.
+        vectors: Conditioning vectors of images in turn, for models that take them, with shape `(n, size)`.
 
     Attributes:
         held_out: The held-out images, which are drawn after the training images.
@@ -134,7 +137,15 @@ class TeacherImages(IndexedSource):
 
     SEED = 0  # of the noise; evaluations have another one
 
-    def __init__(self, args: TeacherArguments, data: DataArguments, denoiser: ModelMixin, scheduler, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        args: TeacherArguments,
+        data: DataArguments,
+        denoiser: ModelMixin,
+        scheduler,
+        spec: ModelSpec,
+        vectors: Tensor | None = None,
+    ) -> None:
         self.args, self.num_images = args, args.num_teacher_images
         self.decoder = ImageDecoder(
             *("image", datasets.Image(), spec),
@@ -145,12 +156,18 @@ class TeacherImages(IndexedSource):
         )
         if data.random_flip and spec.codec is not None:
             raise ValueError("random_flip=True must be False for latents that the model draws: they cannot be flipped")
-        self._conditions = label_conditions(spec.labels, self.decoder.null_label)
+        if spec.vector_size is not None:
+            self._conditions = conditions_of_vectors(vectors, args.num_teacher_images, spec.vector_size)
+        else:
+            self._conditions = label_conditions(spec.labels, self.decoder.null_label)
         self.texts = self._captions(data, spec)
         if self.texts is None:
             self._conditions.check_guidance(args.teacher_guidance_scale)
-        steps, spacing, self._changes = fit_spacing(scheduler, args.teacher_num_inference_steps, "leading")
+        process = training_process(scheduler)
+        wanted = args.teacher_num_inference_steps or process.default_drawing_steps
+        steps, spacing, self._changes = process.fit_sampling(wanted)
         self._sampler = {"num_inference_steps": steps, "timestep_spacing": spacing}
+        self.drawn_by = f"{steps} step{'s' if steps > 1 else ''} of {process.sampler_title}"
         folder = args.teacher_images_dir
         self.folder = default_cache_dir() / "teacher_images" if folder is None else Path(folder)
         self._shape = (denoiser.config.in_channels, *spatial_size(denoiser))
@@ -214,10 +231,11 @@ class TeacherImages(IndexedSource):
         if self.texts is not None:
             digest = hashlib.sha256(json.dumps(self.texts.texts).encode()).hexdigest()
             prompts = {"prompts": digest, "text_encoders": spec.prompts.identity()}
+        vectors = dict(self._conditions.description)
         null = {} if self.decoder.null_label is None else {"null_label": self.decoder.null_label}
 
         def describe(span: range) -> dict:
-            return {**identity, **options, **prompts, **null, "seed": self.SEED, "first": span.start}
+            return {**identity, **options, **prompts, **vectors, **null, "seed": self.SEED, "first": span.start}
 
         def make(span: range) -> dict[str, Tensor]:
             parts = list(
@@ -249,9 +267,9 @@ class TeacherImages(IndexedSource):
     def __getitem__(self, index: int) -> EncodedImage:
         return EncodedImage(None, self._label(index), (index,))
 
-    def _label(self, index: int) -> int | None:
+    def _label(self, index: int) -> int | list[float] | None:
         labels = self._conditions.of([index]).get("class_labels")
-        return None if labels is None else int(labels)
+        return None if labels is None else labels[0].tolist()
 
     @property
     def pixels(self) -> PixelRows:
@@ -290,8 +308,7 @@ class TeacherImages(IndexedSource):
         return super().null_conditioning() if self.texts is None else dict(self.texts.null)
 
     def notes(self) -> tuple[str, ...]:
-        steps = self._sampler["num_inference_steps"]
-        notes = [f"drawn by the dense model in {steps} DDIM steps, and kept in {self.folder}", *self._changes]
+        notes = [f"drawn by the dense model in {self.drawn_by}, and kept in {self.folder}", *self._changes]
         if self.texts is not None:
             notes.append(f"{len(self.texts.texts):,} prompts in turn; {self.texts.dropout:.0%} are replaced by the empty one")
         return tuple(notes)

@@ -1,9 +1,7 @@
 """Batches of images with noise, and the inputs and targets of a model.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          (Ho et al., arXiv 2006.11239, equation 4)
-
-The target is eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans and Ho, arXiv 2202.00512), depending on the
-`prediction_type` of the process. A process is a Diffusers scheduler with `add_noise`, as returned by `training_process`.
+How noise is added, what the model is fed and what it should predict is up to a `DiffusionProcess`, as returned by
+`schedulers.training_process`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ class ModelInputs(NamedTuple):
 
     Attributes:
         sample: Noisy images, floating point with shape `(batch, channels, height, width)`.
-        timesteps: Integers with shape `(batch,)`, or a single one.
+        timesteps: Timesteps as the model takes them, integers or floating point with shape `(batch,)`, or a single one.
         conditioning: Further arguments by name, such as `class_labels` with shape `(batch,)` or `encoder_hidden_states` with
             shape `(batch, tokens, channels)`; empty for unconditional models.
     """
@@ -41,7 +39,8 @@ class DiffusionBatch:
         clean: Images in [-1, 1], or latents as the model denoises them, floating point with shape
             `(batch, channels, height, width)`.
         noise: Gaussian noise of the same shape and dtype.
-        timesteps: Integers with shape `(batch,)`.
+        timesteps: Timesteps as the model takes them, with shape `(batch,)`: int64, or float32 for processes of continuous
+            noise levels.
         conditioning: Further arguments of the model by name, with one row for each image, such as `class_labels`, int64 with
             shape `(batch,)`, or `encoder_hidden_states`, floating point with shape `(batch, tokens, channels)`. The family's
             `predict` passes them to the model. Empty for unconditional models.
@@ -99,10 +98,10 @@ class DiffusionBatch:
         """Inputs of a model: noisy images, timesteps and conditioning.
 
         Args:
-            process: The process that adds the noise.
+            process: The `DiffusionProcess` of the model.
             dtype: Dtype of the noisy images and of embeddings in the conditioning (default: unchanged).
         """
-        noisy = process.add_noise(self.clean, self.noise, self.timesteps)
+        noisy = process.scale_model_input(process.add_noise(self.clean, self.noise, self.timesteps), self.timesteps)
         if dtype is None:
             return ModelInputs(noisy, self.timesteps, self.conditioning)
         # Labels of one number, which may be timesteps, are not rounded
@@ -113,23 +112,16 @@ class DiffusionBatch:
         """Target of the prediction, with the shape of `noise`.
 
         Raises:
-            ValueError: The `prediction_type` of the process is not `epsilon`, `sample` or `v_prediction`.
+            ValueError: The process has no target.
         """
-        prediction_type = process.config.prediction_type
-        if prediction_type == "epsilon":
-            return self.noise
-        if prediction_type == "sample":
-            return self.clean
-        if prediction_type == "v_prediction":
-            return process.get_velocity(self.clean, self.noise, self.timesteps)
-        raise ValueError(f"prediction_type={prediction_type} must be 'epsilon', 'sample' or 'v_prediction'")
+        return process.target(self.clean, self.noise, self.timesteps)
 
-    def check(self, channels: int, num_train_timesteps: int) -> None:
+    def check(self, channels: int, process) -> None:
         """Check that a batch fits a model and a process. The model's family checks the conditioning.
 
         Args:
             channels: `in_channels` of the model.
-            num_train_timesteps: `num_train_timesteps` of the process.
+            process: The process.
 
         Raises:
             ValueError: A tensor has a wrong shape, dtype or range.
@@ -142,7 +134,7 @@ class DiffusionBatch:
             raise ValueError(f"clean images have shape {tuple(clean.shape)}: a calibration batch needs at least one image")
         if noise.shape != clean.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, but clean images have {tuple(clean.shape)}")
-        check_integers("timesteps", self.timesteps, len(clean), num_train_timesteps)
+        process.check_timesteps(self.timesteps, len(clean))
 
 
 def check_integers(name: str, values: Tensor, size: int, count: int, because: str = "") -> None:

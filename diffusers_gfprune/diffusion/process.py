@@ -1,181 +1,268 @@
-"""The diffusion process of a model's training, and the schedulers that are supported for it.
+"""The protocol of a *process*: all that training, scoring and sampling need to know of how noise is added and removed.
 
-The training loss, the scores and the step loss add noise as in Ho et al. (arXiv 2006.11239, equation 4),
+A process is made from the scheduler of a trained pipeline (`schedulers.training_process`). With an image x_0, Gaussian noise
+eps and a timestep t, it says
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    abar_t = prod_(s <= t) (1 - beta_s),    t = 0, ..., T - 1 an integer,
+    noisy image        x_t = add_noise(x_0, eps, t)
+    input              the model is called with scale_model_input(x_t, t) and with t itself
+    target             what the model predicts, as far as it follows from x_0 and eps
+    sampling           a Diffusers scheduler for measurements
 
-with the betas of the model, which predicts eps, x_0 or v. A Diffusers scheduler is supported if it has these betas and passes
-x_t to the model without scaling. Schedulers with continuous noise levels scale the input and have fractional timesteps; those
-of flow matching or distilled models use another process. Their configurations look alike and load into other classes without
-an error, so that the class decides. `TRAINABLE_SCHEDULERS` and `REFUSED_SCHEDULERS` contain all schedulers of Diffusers 0.42
-(checked by a test); other schedulers are not supported.
+| process | timesteps | scales its input | target | sampled by |
+|---|---|---|---|---|
+| `ddpm.DDPMProcess` | integers | no | eps, x_0 or v | DDIM |
+| `consistency.ConsistencyProcess` | 250 log sigma | yes | none: the teacher's output | its own multistep rule |
+| `edm.EDMProcess` | log(sigma) / 4 | yes | the preconditioned x_0 | Euler's method |
+| `flow_matching.FlowMatchingProcess` | 1000 sigma | no | eps - x_0 | Euler's method |
+
+A batch keeps timesteps as the model takes them, so that processes of discrete and of continuous noise levels look alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from diffusers import DDPMScheduler
+from torch import Tensor
 
-from ..errors import one_line
+__all__ = ["TIMESTEP_SPACINGS", "DiffusionProcess", "Sampler", "SchedulerSampler", "gaussian_noise", "per_image"]
 
-__all__ = [
-    "REFUSED_SCHEDULERS",
-    "TRAINABLE_SCHEDULERS",
-    "check_scheduler_class",
-    "check_variance_type",
-    "is_ddpm_sampled_by_euler",
-    "training_process",
-]
-
-# Samplers of the same process: with the same betas they add the same noise (tests/diffusion/test_process.py)
-TRAINABLE_SCHEDULERS = (
-    "DDPMScheduler",
-    "DDPMParallelScheduler",
-    "DDIMScheduler",
-    "DDIMParallelScheduler",
-    "PNDMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-)
-
-_FLOW = "it is for flow matching"
-_REFUSED = {
-    "it has continuous noise levels": (
-        *("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"),
-        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
-        *("KDPM2DiscreteScheduler", "KarrasVeScheduler", "LMSDiscreteScheduler", "ScoreSdeVeScheduler"),
-        *("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "ScoreSdeVpScheduler"),
-    ),
-    _FLOW: (
-        *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-        *("HeliosScheduler", "LTXEulerAncestralRFScheduler", "PiflowScheduler", "MiniMaxH3Scheduler"),
-        "RFD4ProteinaScheduler",
-    ),
-    "it is for distilled models, which noise prediction would undo": (
-        *("CMStochasticIterativeScheduler", "ConsistencyDecoderScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"),
-        *("LCMScheduler", "SCMScheduler", "TCDScheduler"),
-    ),
-    "it is for discrete tokens": (
-        *("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"),
-        "VQDiffusionScheduler",
-    ),
-    "its process is not that of a DDPM": (
-        *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDPMWuerstchenScheduler", "RePaintScheduler"),
-        "UnCLIPScheduler",
-    ),
-    "it inverts images and does not sample": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
-}
-# Reason for each scheduler that is not supported
-REFUSED_SCHEDULERS = {name: reason for reason, names in _REFUSED.items() for name in names}
-LEARNED_VARIANCES = ("learned", "learned_range")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# Entries of a scheduler's configuration that define the process
-_PROCESS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
-    "rescale_betas_zero_snr",
-)
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
+DEFAULT_SPACING = TIMESTEP_SPACINGS[0]
 
 
-def check_scheduler_class(name: str, *bases: str) -> None:
-    """Check the class of a scheduler.
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """One value for each image, with shape `(batch,)`, shaped and typed to multiply images like `like`."""
+    return values.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def gaussian_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise of images with a shape `(channels, height, width)`, each from its own generator; float32 on the CPU."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+class Sampler(ABC):
+    """Samples one batch of images, step by step, from noise with the standard deviation `init_noise_sigma`.
+
+    Attributes:
+        timesteps: Timesteps in the order of the steps, with shape `(steps,)`, on the CPU.
+        init_noise_sigma: Standard deviation of the noise that sampling starts from.
+    """
+
+    timesteps: Tensor
+    init_noise_sigma: float = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """The model's input for noisy images at one of `timesteps`."""
+        return sample
+
+    @abstractmethod
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Noisy images at the next timestep, or images after the last one.
+
+        Args:
+            model_output: Output of the model, float32 with the shape of `sample`.
+            timestep: One of `timesteps`.
+            sample: Noisy images, float32 with shape `(batch, channels, height, width)`.
+            generators: Random generators on the CPU, one for each image.
+        """
+
+
+class SchedulerSampler(Sampler):
+    """A Diffusers scheduler with its timesteps set, used as pipelines use it.
 
     Args:
-        name: Name of the class.
-        bases: Names of its base classes.
-
-    Raises:
-        ValueError: Neither the class nor a base class is in `TRAINABLE_SCHEDULERS`.
+        scheduler: The scheduler. It counts its steps, so that it samples one batch.
     """
-    if not any(known in TRAINABLE_SCHEDULERS for known in (name, *bases)):
-        reason = next((REFUSED_SCHEDULERS[known] for known in (name, *bases) if known in REFUSED_SCHEDULERS), "it is unknown")
-        supported = ", ".join(known.removesuffix("Scheduler") for known in TRAINABLE_SCHEDULERS)
-        raise ValueError(f"scheduler={name} is not supported, {reason}; supported (each with Scheduler): {supported}")
+
+    def __init__(self, scheduler) -> None:
+        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
+        self.init_noise_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return sample if scale is None else scale(sample, timestep)
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return self.scheduler.step(model_output, timestep, sample, generator=list(generators), return_dict=False)[0]
 
 
-def training_process(scheduler) -> DDPMScheduler:
-    """The training process of a scheduler's model, as a scheduler that adds its noise.
+class DiffusionProcess(ABC):
+    """How a model was trained and is sampled. It is a function of the scheduler's configuration, and has no state.
 
-    Args:
-        scheduler: Scheduler of a trained pipeline.
-
-    Returns:
-        A `DDPMScheduler` with the same timesteps, betas and `prediction_type`, for `add_noise` and `get_velocity`. Some
-        samplers only add noise at their current timesteps.
-
-    Raises:
-        ValueError: The scheduler is not in `TRAINABLE_SCHEDULERS`, or its configuration defines another process.
+    Attributes:
+        name: Name in reports.
+        title: What a model of this process is, for messages.
+        sampler_title: Sampler of measurements, for plans and cards.
+        default_steps: Steps of the sampler in measurements, unless others are requested.
+        default_drawing_steps: Likewise for images that the dense model draws to train on.
+        has_target: Whether an image and its noise determine what the model should predict. Otherwise only the output of a
+            dense model does, and losses are distances to it.
+        has_integer_timesteps: Whether timesteps are integers from 0 to `num_train_timesteps - 1`.
+        scheduler: Scheduler that defines the process.
+        model_scheduler: Scheduler of the model's pipeline.
+        num_train_timesteps: Number of timesteps of the training.
     """
-    check_scheduler_class(*(kind.__name__ for kind in type(scheduler).__mro__))
-    config = scheduler.config
-    if config.get("use_flow_sigmas"):
-        raise ValueError(f"use_flow_sigmas=True of the scheduler is not supported, {_FLOW}: it must be False")
-    if config.prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"prediction_type={config.prediction_type} of the scheduler is not supported: it must be one of "
-            f"{', '.join(PREDICTION_TYPES)}"
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    sampler_title: ClassVar[str]
+    default_steps: ClassVar[int]
+    default_drawing_steps: ClassVar[int]
+    has_target: ClassVar[bool] = True
+    has_integer_timesteps: ClassVar[bool] = False
+
+    def __init__(self, scheduler) -> None:
+        self.scheduler = self.model_scheduler = scheduler
+        self.num_train_timesteps = scheduler.config.num_train_timesteps
+
+    def sampled_in(self, num_inference_steps: int | None) -> DiffusionProcess:
+        """The process at the noise levels of a sampler with so many steps; None: at those of the training.
+
+        Raises:
+            ValueError: Models of this process are sampled at all noise levels.
+        """
+        if num_inference_steps is not None:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} must be None: it is for consistency models, and the model is "
+                f"{self.title}"
+            )
+        return self
+
+    # --- timesteps ---
+
+    @abstractmethod
+    def timesteps_at(self, times: Tensor) -> Tensor:
+        """Timesteps of a training at given places of its distribution.
+
+        Args:
+            times: Values in [0, 1), float64. Uniform values give the timesteps of the training.
+
+        Returns:
+            Timesteps with the shape of `times`: int64 or float32.
+        """
+
+    @property
+    @abstractmethod
+    def timestep_range(self) -> tuple[float, float]:
+        """The lowest and the highest timestep."""
+
+    def random_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps of a training with shape `(count,)`, from a generator on the CPU."""
+        return self.timesteps_at(torch.rand(count, generator=generator, dtype=torch.float64))
+
+    def grid_timesteps(self, count: int) -> Tensor:
+        """Evenly spread timesteps with shape `(count,)`, from low to high noise."""
+        return self.timesteps_at((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+
+    def check_timesteps(self, timesteps: Tensor, size: int) -> None:
+        """Check the timesteps of `size` images.
+
+        Raises:
+            ValueError: Shape, dtype or range are wrong.
+        """
+        low, high = self.timestep_range
+        wanted = f"they must be floating point from {low:g} to {high:g}, for {self.title}"
+        if not timesteps.is_floating_point():
+            raise ValueError(f"timesteps have dtype {timesteps.dtype}; {wanted}")
+        if timesteps.shape != (size,):
+            raise ValueError(f"timesteps have shape {tuple(timesteps.shape)}, not {(size,)}; {wanted}")
+        slack = 1e-4 * (high - low)  # rounding
+        if not bool(((timesteps >= low - slack) & (timesteps <= high + slack)).all()):
+            raise ValueError(f"timesteps range from {timesteps.min():g} to {timesteps.max():g}; {wanted}")
+
+    # --- noise, inputs, outputs ---
+
+    @abstractmethod
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy images.
+
+        Args:
+            clean: Images with shape `(batch, channels, height, width)`.
+            noise: Gaussian noise of the same shape.
+            timesteps: Timesteps with shape `(batch,)`.
+        """
+
+    def scale_model_input(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The model's input for noisy images; shapes are those of `add_noise`."""
+        return noisy
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model should predict; shapes are those of `add_noise`.
+
+        Raises:
+            ValueError: The process has no target.
+        """
+
+    def output_scale(self, timesteps: Tensor) -> Tensor | None:
+        """Factors of outputs in losses and damage, with shape `(batch,)`; None: outputs are compared as they are."""
+        return None
+
+    # --- sampling ---
+
+    def fit_sampling(
+        self, num_inference_steps: int | None, timestep_spacing: str | None = DEFAULT_SPACING
+    ) -> tuple[int, str | None, tuple[str, ...]]:
+        """Settings of the sampler that the process can do.
+
+        Args:
+            num_inference_steps: Requested number of steps (>= 1); None: the default.
+            timestep_spacing: Requested spacing, one of `TIMESTEP_SPACINGS`.
+
+        Returns:
+            Number of steps, spacing (None if the sampler has only one), and the changes to what was requested, one line each.
+
+        Raises:
+            ValueError: The process has another spacing.
+        """
+        self._check_spacing(timestep_spacing)
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        if steps <= self.num_train_timesteps:
+            return steps, None, ()
+        change = (
+            f"num_inference_steps={steps} is more than the {self.num_train_timesteps} timesteps that the model was trained "
+            f"with: {self.num_train_timesteps} are used"
         )
-    steps = config.num_train_timesteps
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_train_timesteps={steps} of the scheduler must be an integer of at least 1")
-    try:
-        process = DDPMScheduler(**{name: config[name] for name in _PROCESS if name in config})
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"the betas of the scheduler cannot be computed: {one_line(error)}") from error
-    _check_noise_levels(process, scheduler)
-    return process
+        return self.num_train_timesteps, None, (change,)
 
+    @abstractmethod
+    def sampler(
+        self,
+        num_inference_steps: int | None = None,
+        timestep_spacing: str | None = DEFAULT_SPACING,
+        eta: float = 0.0,
+        latents: bool = False,
+    ) -> Sampler:
+        """A sampler for one batch.
 
-def is_ddpm_sampled_by_euler(name: str, config: Mapping) -> bool:
-    """Whether a scheduler is Euler's method for a model that was trained as a DDPM with the same betas.
+        Args:
+            num_inference_steps: Number of steps (>= 1); None: the default.
+            timestep_spacing: One of `TIMESTEP_SPACINGS`, or None, for processes that have a choice.
+            eta: Share of DDPM's noise in each step, in [0, 1].
+            latents: Whether samples are latents, which have no range to clip to.
 
-    Stable Diffusion XL is saved with it, and trained as a `DDPMScheduler` of the same configuration (as in Diffusers'
-    `train_text_to_image_sdxl.py`). Distilled models are saved with it, too, but with trailing timesteps.
+        Raises:
+            ValueError: The process cannot be sampled with these settings.
+        """
 
-    Args:
-        name: Name of the scheduler's class.
-        config: Its configuration.
-    """
-    discrete = config.get("timestep_type", "discrete") == "discrete"
-    return name == "EulerDiscreteScheduler" and discrete and config.get("timestep_spacing") == "leading"
+    def _check_spacing(self, timestep_spacing: str | None) -> None:
+        if timestep_spacing not in (None, DEFAULT_SPACING):
+            raise ValueError(
+                f"timestep_spacing={timestep_spacing} must be left out: it is for DDIM, and the model is {self.title}"
+            )
 
-
-def check_variance_type(scheduler, learned_variance: bool, pipeline_splits: bool) -> None:
-    """Check that a scheduler and a model agree on learned variances.
-
-    Args:
-        scheduler: Scheduler of a trained pipeline.
-        learned_variance: Whether the model outputs twice the channels of its sample.
-        pipeline_splits: Whether the pipeline gives the scheduler only the first half of these channels, as `DiTPipeline` does.
-
-    Raises:
-        ValueError: The scheduler needs variances that the model does not have, or cannot read its output.
-    """
-    kind = scheduler.config.get("variance_type")
-    if kind in LEARNED_VARIANCES and not learned_variance:
-        raise ValueError(
-            f"variance_type={kind} of the scheduler needs a model with learned variances, whose out_channels are twice its "
-            f"in_channels"
-        )
-    if learned_variance and not pipeline_splits and kind not in LEARNED_VARIANCES:
-        raise ValueError(
-            f"the model has learned variances, which variance_type={kind} of the scheduler does not read: it must be "
-            f"{' or '.join(LEARNED_VARIANCES)}"
-        )
-
-
-def _check_noise_levels(process: DDPMScheduler, scheduler) -> None:
-    """Check that betas are valid, and that the scheduler has the corresponding noise levels."""
-    betas, abar, steps = process.betas, process.alphas_cumprod, process.config.num_train_timesteps
-    if len(betas) != steps:
-        raise ValueError(f"trained_betas of the scheduler has {len(betas)} values, not num_train_timesteps={steps}")
-    if not (torch.isfinite(betas).all() and (betas > 0).all() and (betas <= 1).all()):
-        ends = f"beta_start={process.config.beta_start}, beta_end={process.config.beta_end}"
-        raise ValueError(f"the betas of the scheduler ({ends}) must be greater than 0 and at most 1")
-    theirs = getattr(scheduler, "alphas_cumprod", None)
-    if theirs is None or theirs.shape != abar.shape or not torch.allclose(theirs.cpu().float(), abar, rtol=1e-4, atol=1e-6):
-        raise ValueError(f"scheduler={type(scheduler).__name__} has other noise levels than those of a DDPM with its betas")
+    def _checked_steps(self, num_inference_steps: int | None, timestep_spacing: str | None, eta: float) -> int:
+        """The number of steps of a sampler without DDIM's options."""
+        self._check_spacing(timestep_spacing)
+        if eta:
+            raise ValueError(f"eta={eta:g} must be 0: it is for DDIM, and the model is {self.title}")
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps={steps} must be from 1 to {self.num_train_timesteps}, the timesteps the model was "
+                f"trained with"
+            )
+        return steps

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from ..argument_fields import argument, at_least, check_fields
 from ..data.images import DataArguments
-from ..metrics.ddim import TIMESTEP_SPACINGS
+from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.quality import SamplingSettings
 from ..metrics.speed import DTYPES
 from .run_arguments import SpeedArguments
@@ -83,7 +83,9 @@ class SampleArguments:
         "Number of samples of each model (>= 2; 0: no sampling; default: 50,000), or number of first images of images_dir to "
         "use (default: all).",
     )
-    num_inference_steps: int = argument(100, "Number of DDIM steps (>= 1).")
+    num_inference_steps: int | None = argument(
+        None, "Number of sampling steps (>= 1; default: 100 DDIM steps, 1 for consistency models)."
+    )
     timestep_spacing: str = argument(
         "leading",
         "How DDIM spaces its timesteps: evenly as in Diffusers, or quadratic, as in papers on CIFAR-10.",

@@ -31,7 +31,7 @@ __all__ = ["check_run", "merged_run_results", "updated_run"]
 # Metrics that an evaluation replaces
 SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
 # Settings that not all evaluations have
-OPTIONAL = ("null_label", "guidance_scale", "num_prompts", "prompts")
+OPTIONAL = ("null_label", "guidance_scale", "num_prompts", "prompts", "num_vectors", "vectors")
 # In this order: the card refers to the others
 REPLACED = (PICTURES["samples"], "results.json", EVAL_RESULTS, "README.md")
 

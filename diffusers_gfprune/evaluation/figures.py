@@ -52,10 +52,11 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
     elif not count:
         lines.append(f"  {'samples':16} none")
     else:
-        drawn = (
-            f"{settings.num_inference_steps} steps ({settings.timestep_spacing}), eta {settings.eta:g}, seed {settings.seed}"
-        ) + (f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else "")
-        lines.append(f"  {'samples':16} {count:,} of each model: DDIM, {drawn}")
+        spacing = "" if settings.timestep_spacing is None else f" ({settings.timestep_spacing}), eta {settings.eta:g}"
+        steps = f"{settings.num_inference_steps} step{'s' if settings.num_inference_steps > 1 else ''}"
+        drawn = f"{steps}{spacing}, seed {settings.seed}"
+        drawn += f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else ""
+        lines.append(f"  {'samples':16} {count:,} of each model: {settings.sampler}, {drawn}")
         left = f"{sum(missing):,} of {count * len(inputs.models):,} remain to be drawn"
         shared = f" by {processes} processes" if processes > 1 else ""
         lines.append(f"  {'':16} {left}{shared}, in about {format_duration(seconds / processes)}")
@@ -84,16 +85,25 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
     Raises:
         ValueError: The model's loss is not finite.
     """
-    unet, scheduler = inputs.models[argument].denoiser, inputs.models[argument].scheduler
+    unet, scheduler, process = (getattr(inputs.models[argument], name) for name in ("denoiser", "scheduler", "process"))
+    reference = inputs.models["reference_model"].denoiser if "reference_model" in inputs.models else None
     name = getattr(args.model, argument)
     revision = args.model.revision if argument == "model" else args.model.reference_revision
     held_out, null = inputs.held_out, inputs.images.null_conditioning()
-    step_loss = StepLoss(held_out.samples, scheduler, held_out.conditioning, grid=args.cost.step_loss_timesteps)
-    losses = step_loss.by_timestep(unet)
-    met = [int((step_loss.timesteps == timestep).sum()) for timestep in losses]
-    mean = math.fsum(loss * count for loss, count in zip(losses.values(), met)) / sum(met)
-    if not math.isfinite(mean):
-        raise ValueError(f"{argument}={name}: the step loss in {args.model.dtype} must be finite, not {mean}")
+    losses: dict = {}
+    if process.has_target or reference is not None:
+        options = {"grid": args.cost.step_loss_timesteps, "reference": reference}
+        step_loss = StepLoss(held_out.samples, process, held_out.conditioning, **options)
+        by_timestep = step_loss.by_timestep(unet)
+        met = [int((step_loss.timesteps == timestep).sum()) for timestep in by_timestep]
+        mean = math.fsum(loss * count for loss, count in zip(by_timestep.values(), met)) / sum(met)
+        if not math.isfinite(mean):
+            raise ValueError(f"{argument}={name}: the step loss in {args.model.dtype} must be finite, not {mean}")
+        losses = {
+            "step_loss": mean,
+            "step_loss_null_label": step_loss.with_conditioning(null)(unet) if null else None,
+            "step_loss_by_timestep": {_key(timestep): loss for timestep, loss in by_timestep.items()},
+        }
     return ModelFigures(
         name=str(portable(name)),
         revision=describe_base_model(name, revision)["revision"],
@@ -103,10 +113,12 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
         macs=count_macs(unet),
         weight_file_bytes=weight_file_bytes(unet),
         scheduler={key: _finite(value) for key, value in scheduler.config.items() if not key.startswith("_")},
-        step_loss=mean,
-        step_loss_null_label=step_loss.with_conditioning(null)(unet) if null else None,
-        step_loss_by_timestep={str(timestep): loss for timestep, loss in losses.items()},
+        **losses,
     )
+
+
+def _key(timestep: float) -> str:
+    return str(timestep) if isinstance(timestep, int) else f"{timestep:g}"
 
 
 def _finite(value: object) -> object:

@@ -22,7 +22,7 @@ from ..data.sources import HeldOut, ImageSource
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
 from ..errors import HUB_ERRORS, one_line
 from ..families.lookup import family_of
-from ..metrics.conditions import SampleConditions, label_conditions, text_conditions
+from ..metrics.conditions import SampleConditions, label_conditions, row_conditions
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings
@@ -148,15 +148,22 @@ class Inputs:
         labels = family_of(denoiser).class_labels(denoiser.config)
         return None if labels is None else labels.count
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether samples have the captions or vectors of held-out images."""
+        pipeline = self.models["model"]
+        family = family_of(pipeline.denoiser)
+        return pipeline.prompts is not None or family.vector_size(pipeline.denoiser.config) is not None
+
     @functools.cached_property
     def conditions(self) -> SampleConditions:
-        """What samples of the models are conditioned on: captions of held-out images, or classes, in turn.
+        """What samples of the models are conditioned on: captions or vectors of held-out images, or classes, in turn.
 
         Captions must be encoded before (`images.prepare`).
         """
         pipeline = self.models["model"]
-        if pipeline.prompts is not None:
-            return text_conditions(self.held_out.conditioning, self.images.null_conditioning())
+        if self.takes_rows:
+            return row_conditions(self.held_out.conditioning, self.images.null_conditioning())
         labels = family_of(pipeline.denoiser).class_labels(pipeline.denoiser.config)
         return label_conditions(labels, self.settings.null_label)
 
@@ -190,9 +197,9 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     networks = _load_networks(args, device, images.decoder.shape, [count, *available]) if count else []
     settings, changes = replace(s.settings(), null_label=images.decoder.null_label), ()
     if models:
-        settings, changes = settings.fitted(models["model"].scheduler)  # both models have the same number of timesteps
+        settings, changes = settings.fitted(models["model"].process)  # both models have the same number of timesteps
     inputs = Inputs(models, folder_images, images, held_out, networks, count, settings, changes if count else ())
-    if models and models["model"].prompts is None:
+    if models and not inputs.takes_rows:
         inputs.conditions.check_guidance(settings.guidance_scale)
     return inputs
 
@@ -227,8 +234,8 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, Tra
         if name is None:
             continue
         pipeline = load_pipeline(name, revision, argument, pruned=True)
-        steps = pipeline.scheduler.config.num_train_timesteps
-        if args.cost.step_loss_timesteps > steps:
+        steps = pipeline.process.num_train_timesteps
+        if pipeline.process.has_integer_timesteps and args.cost.step_loss_timesteps > steps:
             raise ValueError(
                 f"step_loss_timesteps={args.cost.step_loss_timesteps} must be at most the {steps} timesteps that "
                 f"{argument}={name} was trained with"
@@ -256,7 +263,10 @@ def _makes(pipeline: TrainedPipeline) -> str:
     if pipeline.prompts is not None:  # prompts are encoded once for both models
         encoders = json.dumps(pipeline.prompts.identity(), sort_keys=True)
         made += f", from text by encoders {hashlib.sha256(encoders.encode()).hexdigest()[:8]}"
-    return f"{made} in {pipeline.scheduler.config.num_train_timesteps} timesteps"
+    size = family_of(denoiser).vector_size(denoiser.config)
+    made += "" if size is None else f", from vectors of {size} values"
+    made += f" in {pipeline.process.num_train_timesteps} timesteps"
+    return made if pipeline.process.name == "ddpm" else f"{made} of {pipeline.process.title}"
 
 
 def _load_networks(

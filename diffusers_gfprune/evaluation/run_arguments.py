@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
-from ..metrics.ddim import TIMESTEP_SPACINGS
+from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.speed import DTYPES, SpeedSetting, parse_settings
 
 __all__ = ["EvaluationArguments", "SpeedArguments"]
@@ -69,7 +69,9 @@ class EvaluationArguments(SpeedArguments):
         None, "Folder that keeps samples of the dense model and features of real images for later runs."
     )
     eval_batch_size: int = argument(128, "Number of samples in one forward pass (>= 1).")
-    ddim_num_inference_steps: int = argument(100, "Number of DDIM steps for these samples (>= 1).")
+    ddim_num_inference_steps: int | None = argument(
+        None, "Number of sampling steps for these samples (>= 1; default: 100 DDIM steps, 1 for consistency models)."
+    )
     timestep_spacing: str = argument("leading", "How DDIM spaces its timesteps.", choices=TIMESTEP_SPACINGS)
     eval_seed: int = argument(1234, "Seed for the samples' noise (>= 0).")
     guidance_scale: float = argument(

@@ -25,7 +25,7 @@ from ..data.sources import HeldOut, ImageSource, readable_images
 from ..diffusion.latents import LatentCodec
 from ..families.lookup import family_of
 from ..metrics.cache import TensorCache
-from ..metrics.conditions import SampleConditions, label_conditions, text_conditions
+from ..metrics.conditions import SampleConditions, label_conditions, row_conditions
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.quality import Quality, SamplingSettings, extract_features
 from ..metrics.sampling import image_shape, to_uint8
@@ -220,7 +220,8 @@ class SampleQuality:
         images: Training images.
         device: Device of the models.
         codec: Decodes latents; None: samples are pixels.
-        held_out: Held-out images, for models of text: samples have their captions. They are read at the first measurement.
+        held_out: Held-out images, for models of text or with vectors: samples have their captions or vectors. They are read at
+            the first measurement.
 
     Attributes:
         settings: Settings of the sampler, fitted to the model's timesteps.
@@ -240,7 +241,7 @@ class SampleQuality:
         self.args, self.dense, self.scheduler, self.images, self.device = args, dense, scheduler, images, device
         self.codec, self.held_out = codec, held_out
         self.settings, self.changes = sampling_settings(args, images.decoder.null_label).fitted(scheduler)
-        if args.eval_images and not self.has_null:
+        if args.eval_images and not self.has_null and args.guidance_scale != 1:
             self.conditions.check_guidance(args.guidance_scale)
         self.network = self._network() if args.eval_images else None
         self.cache = TensorCache(None if args.evaluation_cache_dir is None else Path(args.evaluation_cache_dir))
@@ -248,13 +249,15 @@ class SampleQuality:
     @property
     def has_null(self) -> bool:
         """Whether the model has a null label, or a null prompt."""
-        return self.held_out is not None or bool(self.conditions.null)
+        if self.held_out is None:
+            return bool(self.conditions.null)
+        return family_of(self.dense).vector_size(self.dense.config) is None
 
     @functools.cached_property
     def conditions(self) -> SampleConditions:
         """What samples are conditioned on: captions of held-out images, or the classes of the model, in turn."""
         if self.held_out is not None:
-            return text_conditions(self.held_out.conditioning, self.images.null_conditioning())
+            return row_conditions(self.held_out.conditioning, self.images.null_conditioning())
         return label_conditions(family_of(self.dense).class_labels(self.dense.config), self.images.decoder.null_label)
 
     def _network(self) -> FeatureNetwork | None:

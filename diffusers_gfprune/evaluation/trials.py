@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..diffusion.latents import LatentCodec
+from ..diffusion.schedulers import training_process
 from ..errors import first_line, portable_error
 from ..families.lookup import family_of
 from ..metrics.conditions import guided
-from ..metrics.ddim import make_sampler
 from ..metrics.eval_mode import evaluating
 from ..metrics.features import FeatureNetwork
 from ..metrics.model_size import spatial_size
@@ -55,15 +55,18 @@ def try_sampling(
             dtype), or the model or the sampler's step gives values that are not finite.
     """
     parameter = next(unet.parameters())
-    sampler = make_sampler(scheduler, settings.num_inference_steps, settings.timestep_spacing, latents=codec is not None)
+    sampler = training_process(scheduler).sampler(
+        settings.num_inference_steps, settings.timestep_spacing, settings.eta, latents=codec is not None
+    )
     batch_size = _trial_batch(unet, min(settings.batch_size, settings.num_images))
     dtype = str(parameter.dtype).removeprefix("torch.")
     family = family_of(unet)
     inputs = family.example_inputs(unet, *spatial_size(unet), batch_size, parameter.device, parameter.dtype)
     noise = torch.randn(inputs.sample.shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)
-    timestep = sampler.timesteps[0]
+    noise, timestep = noise * sampler.init_noise_sigma, sampler.timesteps[0]
     timesteps = timestep.to(parameter.device).expand(batch_size)
-    inputs = inputs._replace(sample=noise.to(parameter.dtype), timesteps=timesteps)
+    scaled = sampler.scale_model_input(noise, timestep)
+    inputs = inputs._replace(sample=scaled.to(parameter.dtype), timesteps=timesteps)
 
     def predict() -> torch.Tensor:
         forward = partial(family.predict, unet)
@@ -81,9 +84,9 @@ def try_sampling(
         raise ValueError(f"{argument}: a forward pass {where} fails: {first_line(error)}") from error
     if not finite:
         raise ValueError(f"{argument} predicts values that are not finite in {dtype}")
-    sample = sampler.step(prediction, timestep, noise).prev_sample
+    sample = sampler.step(prediction, timestep, noise, [torch.Generator().manual_seed(0) for _ in range(batch_size)])
     if not sample.isfinite().all():
-        raise ValueError(f"{argument}: a DDIM step from timestep {int(timestep)} gives values that are not finite")
+        raise ValueError(f"{argument}: a {settings.sampler} step from timestep {timestep:g} gives values that are not finite")
     if codec is not None:
         with codec.on(parameter.device):
             if not codec.decode(sample[:1]).isfinite().all():

@@ -64,7 +64,7 @@ def export_card(description: ExportDescription, component: str) -> str:
         if name == "sample":
             value = f'np.random.standard_normal({shape}).astype("float32")'
         elif name == "timestep":
-            value = f"np.full({shape}, 999)"
+            value = f"np.full({shape}, 999)" if entry.dtype == "int64" else f'np.ones({shape}, "{entry.dtype}")'
         lines.append(f'    "{name}": {value},')
     alone = ALONE[description.format].format(
         inputs="\n".join([*lines, "}"]), output=OUTPUT, config=NO_HINT if description.dtype == "fp16" else HINT

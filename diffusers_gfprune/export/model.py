@@ -74,7 +74,8 @@ class ExportedModel(ModelMixin, ConfigMixin):
 
         Args:
             sample: Noisy samples with shape `(batch, channels, height, width)`.
-            timestep: One whole number, or one for each sample with shape `(batch,)`.
+            timestep: One number, or one for each sample with shape `(batch,)`; whole numbers unless the process of the model
+                has continuous noise levels.
             encoder_hidden_states: Embeddings of text with shape `(batch, tokens, channels)`, for models of text.
             class_labels: Labels with shape `(batch,)`, for models of classes.
             added_cond_kwargs: `text_embeds` and `time_ids`, for SDXL.
@@ -90,7 +91,7 @@ class ExportedModel(ModelMixin, ConfigMixin):
         given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **others}
         given |= added_cond_kwargs or {}
         timesteps = torch.as_tensor(timestep)
-        if timesteps.is_floating_point():
+        if timesteps.is_floating_point() and not self.description.inputs["timestep"].dtype.startswith("float"):
             if not bool((timesteps == timesteps.round()).all()):
                 raise ValueError(f"timestep={timestep} must be whole: exports take the timesteps of training")
             timesteps = timesteps.long()

@@ -4,7 +4,8 @@
 
     sample (batch, channels, height, width), timestep (batch,), conditioning ...  ->  out_sample
 
-of float32 samples and embeddings, int64 timesteps and labels. Weights may have another dtype: the program converts.
+of float32 samples and embeddings, and int64 timesteps and labels. Timesteps are float32 if the model's process has continuous
+noise levels. Weights may have another dtype: the program converts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
+from ..diffusion.schedulers import training_process
 from ..families.lookup import family_of
 from ..metrics.model_size import spatial_size
 from ..pipeline_parts import PipelineParts
@@ -55,7 +57,7 @@ def to_tensors(inputs: ModelInputs) -> dict[str, Tensor]:
     return {name: values.float() if values.is_floating_point() else values.long() for name, values in named.items()}
 
 
-def random_inputs(parts: PipelineParts, batch_size: int, timestep: int = 0, seed: int = 0) -> ModelInputs:
+def random_inputs(parts: PipelineParts, batch_size: int, timestep: float = 0, seed: int = 0) -> ModelInputs:
     """Noise and random conditioning, on the CPU.
 
     Args:
@@ -77,7 +79,8 @@ def random_inputs(parts: PipelineParts, batch_size: int, timestep: int = 0, seed
             return torch.randn(like.shape, generator=generator)
         return torch.randint(0, 1 if labels is None else labels.count, like.shape, generator=generator)
 
-    timesteps = torch.full((batch_size,), timestep)
+    integers = training_process(parts.scheduler).has_integer_timesteps
+    timesteps = torch.full((batch_size,), timestep, dtype=torch.int64 if integers else torch.float32)
     return ModelInputs(values(zeros.sample), timesteps, {name: values(like) for name, like in conditioning.items()})
 
 

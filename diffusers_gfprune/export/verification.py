@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
+from ..diffusion.schedulers import training_process
 from ..metrics.conditions import text_conditions
 from ..metrics.fidelity import SSIM_WINDOW, psnr_to_reference, ssim_to_reference
 from ..metrics.quality import SamplingSettings
@@ -42,12 +43,15 @@ def relative_errors(parts: PipelineParts, exported: nn.Module, batch_size: int |
     Returns:
         A dict for each batch size and timestep: `batch_size`, `timestep` and `max_relative_error`.
     """
-    last = parts.scheduler.config.num_train_timesteps - 1
-    timesteps = sorted({round(last * step / (TIMESTEPS - 1)) for step in range(TIMESTEPS)})
+    process = training_process(parts.scheduler)
+    low, high = process.timestep_range
+    timesteps = sorted({low + (high - low) * step / (TIMESTEPS - 1) for step in range(TIMESTEPS)})
+    if process.has_integer_timesteps:
+        timesteps = sorted({round(timestep) for timestep in timesteps})
     rows = []
     for size in BATCH_SIZES if batch_size is None else (batch_size,):
         for timestep in timesteps:
-            inputs = random_inputs(parts, size, timestep, seed=timestep)
+            inputs = random_inputs(parts, size, timestep, seed=timesteps.index(timestep))
             wanted = parts.family.output(parts.denoiser, inputs)
             error = (parts.family.output(exported, inputs) - wanted).abs().max() / wanted.abs().max()
             rows.append({"batch_size": size, "timestep": timestep, "max_relative_error": error.item()})
@@ -89,11 +93,12 @@ def sampled_reference(
         parts: Parts of the pipeline.
         batch_size: Number of samples of every forward pass; None for all at once.
         num_images: Number of samples (>= 1), rounded up to whole batches.
-        num_inference_steps: Number of DDIM steps (>= 1).
+        num_inference_steps: Number of sampling steps (>= 1), of DDPMs; others have the default of their process.
         prompts: Prompts of the samples in turn, for models of text.
     """
     batch = num_images if batch_size is None else batch_size
-    settings = SamplingSettings(-(-num_images // batch) * batch, num_inference_steps, batch_size=batch)
+    steps = num_inference_steps if training_process(parts.scheduler).has_integer_timesteps else None
+    settings = SamplingSettings(-(-num_images // batch) * batch, steps, batch_size=batch)
     settings, _ = settings.fitted(parts.scheduler)
     conditions = None
     if parts.prompts is not None:

@@ -7,10 +7,10 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 |---|---|
 | the dense and the pruned class | `dense_class`, `pruned_class` |
 | the pipelines of the model, and its component name | `pipelines`, `component` |
-| which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_timesteps` |
+| which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_process` |
 | inputs for tracing and measuring | `example_inputs`, `tracing_size` |
 | what pipelines use of an exported model | `output_class`, `attributes_for_pipelines` |
-| calling the model | `output`, `predict`, `has_learned_variance`, `check_conditioning`, `class_labels` |
+| calling the model | `output`, `predict`, `has_learned_variance`, `check_conditioning`, `class_labels`, `vector_size` |
 | training mode without the model's own label dropout | `prepare_training` |
 | layers that are never pruned | `boundary`, `never_pruned` |
 | attention blocks | `attentions` |
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
 from ..diffusion.class_labels import ClassLabels
+from ..diffusion.process import DiffusionProcess
 
 __all__ = ["Family"]
 
@@ -89,8 +90,8 @@ class Family(ABC):
         """Check that the package has a training loss for a configuration. Messages complete "the model has ..."."""
 
     @abstractmethod
-    def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
-        """Check that a model can embed all timesteps of a process with `num_train_timesteps` (>= 1)."""
+    def check_process(self, config: Mapping[str, Any], process: DiffusionProcess) -> None:
+        """Check that a model can embed all timesteps of a process."""
 
     # --- inputs and outputs ---
 
@@ -127,12 +128,16 @@ class Family(ABC):
         """Class labels of a model, which training data must have; None if it takes none.
 
         Raises:
-            ValueError: The model takes other labels than numbers of classes.
+            ValueError: The model takes other conditions than numbers of classes or vectors.
         """
         kind, count = config["class_embed_type"], config["num_class_embeds"]
-        if kind is not None:
-            raise ValueError(f"class_embed_type={kind} must be None: only class labels are supported")
-        return None if count is None else ClassLabels(count)
+        if kind not in (None, "identity"):
+            raise ValueError(f"class_embed_type={kind} must be None or identity: class labels and vectors are supported")
+        return None if count is None or kind is not None else ClassLabels(count)
+
+    def vector_size(self, config: Mapping[str, Any]) -> int | None:
+        """Number of values of the vector that the model takes as `class_labels`; None if it takes none."""
+        return None
 
     def has_learned_variance(self, config: Mapping[str, Any]) -> bool:
         """Whether the model outputs twice the channels of its sample: the prediction, then the variances of sampling steps."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
 from ..diffusion.class_labels import ClassLabels
+from ..diffusion.process import DiffusionProcess
 from ..remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .base import Family
 from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, is_int, refuse
@@ -94,7 +95,7 @@ class DiTTransformer2DFamily(Family):
     def check_trainable(self, config: Mapping[str, Any]) -> None:
         """All supported configurations can be trained."""
 
-    def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
+    def check_process(self, config: Mapping[str, Any], process: DiffusionProcess) -> None:
         """Any timestep can be embedded."""
 
     # --- inputs and outputs ---

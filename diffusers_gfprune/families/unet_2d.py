@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
+from ..diffusion.process import DiffusionProcess
 from ..remote.pipeline_prune_ddpm import COMPONENTS, PIPELINES
 from ..remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .base import Family
@@ -77,7 +78,7 @@ class UNet2DFamily(Family):
     output_class = UNet2DOutput
     attention_class = Attention
     component = COMPONENTS[0]
-    pipelines = (*PIPELINES, "LDMPipeline")
+    pipelines = (*PIPELINES, "ConsistencyModelPipeline", "LDMPipeline")
     boundary = {"conv_in": 0, "conv_out": 1}
     never_pruned = frozenset({"time_proj"})  # the table of learned time embeddings
 
@@ -118,12 +119,19 @@ class UNet2DFamily(Family):
         if config["sample_size"] is None:
             raise ValueError("sample_size=None in its config: set it to the size the model was trained at")
 
-    def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
-        rows = config["num_train_timesteps"]
-        if config["time_embedding_type"] == "learned" and rows < num_train_timesteps:
+    def check_process(self, config: Mapping[str, Any], process: DiffusionProcess) -> None:
+        kind, rows = config["time_embedding_type"], config["num_train_timesteps"]
+        if kind == "fourier" and process.timestep_range[0] < 0:
             raise ValueError(
-                f"num_train_timesteps={num_train_timesteps} of the scheduler must be at most num_train_timesteps={rows} of "
-                f"the model, whose time embedding is learned"
+                f"time_embedding_type=fourier must be positional: outputs would be divided by timesteps, which are 0 or less "
+                f"at low noise levels of {process.title}"
+            )
+        if kind == "learned" and not process.has_integer_timesteps:
+            raise ValueError(f"time_embedding_type=learned must be positional: timesteps of {process.title} are no integers")
+        if kind == "learned" and rows < process.num_train_timesteps:
+            raise ValueError(
+                f"num_train_timesteps={process.num_train_timesteps} of the scheduler must be at most "
+                f"num_train_timesteps={rows} of the model, whose time embedding is learned"
             )
 
     # --- inputs ---
@@ -174,6 +182,11 @@ class UNet2DFamily(Family):
         else:
             count = config.num_class_embeds
             check_integers("class_labels", labels, size, count, f"with num_class_embeds={count} of the model, ")
+
+    def vector_size(self, config: Mapping[str, Any]) -> int | None:
+        if config["class_embed_type"] != "identity":
+            return None
+        return config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
 
     # --- parts ---
 

@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs, check_integers
+from ..diffusion.process import DiffusionProcess
 from ..remote.unet_2d_condition_gfpruned import GFPrunedUNet2DConditionModel
 from .limits import MAX_WIDTH, ConfigLimits, check_freq_shift, check_sample_size, is_int, refuse
 from .unet_2d import MAX_LAYERS, UNet2DFamily
@@ -209,7 +210,7 @@ class UNet2DConditionFamily(UNet2DFamily):
         if config["sample_size"] is None:
             raise ValueError("sample_size=None in its config: set it to the size the model was trained at")
 
-    def check_timesteps(self, config: Mapping[str, Any], num_train_timesteps: int) -> None:
+    def check_process(self, config: Mapping[str, Any], process: DiffusionProcess) -> None:
         """Any timestep can be embedded."""
 
     # --- parts ---

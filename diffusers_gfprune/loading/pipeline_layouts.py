@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..diffusion.process import DiffusionProcess
 from ..remote.pipeline_prune_ddpm import PIPELINES, check_pipeline_index
 
-__all__ = ["LAYOUTS", "PACKAGE", "PipelineLayout", "check_index", "components_of"]
+__all__ = ["LAYOUTS", "PACKAGE", "PipelineLayout", "check_index", "check_process", "components_of"]
 
 # Library of pruned models in `model_index.json`
 PACKAGE = "diffusers_gfprune"
@@ -28,12 +29,14 @@ class PipelineLayout:
         autoencoder: Encodes images to latents and decodes samples; None for pixels.
         text: Pairs of a tokenizer and its text encoder.
         carried: Components that may be there and are copied.
+        processes: Names of the processes that the pipeline samples rightly, see `diffusion.process`.
         splits_variances: Whether the pipeline removes learned variances from the output before its scheduler sees it.
     """
 
     autoencoder: str | None = None
     text: tuple[tuple[str, str], ...] = ()
     carried: tuple[str, ...] = ()
+    processes: tuple[str, ...] = ("ddpm",)
     splits_variances: bool = False
 
     @property
@@ -46,6 +49,7 @@ class PipelineLayout:
 _CLIP = ("tokenizer", "text_encoder")
 LAYOUTS = {
     **dict.fromkeys(PIPELINES, PipelineLayout()),
+    "ConsistencyModelPipeline": PipelineLayout(processes=("consistency",)),
     "LDMPipeline": PipelineLayout("vqvae"),
     "DiTPipeline": PipelineLayout("vae", splits_variances=True),
     "StableDiffusionPipeline": PipelineLayout("vae", (_CLIP,), ("safety_checker", "feature_extractor", "image_encoder")),
@@ -54,6 +58,24 @@ LAYOUTS = {
     ),
     "LDMTextToImagePipeline": PipelineLayout("vqvae", (("tokenizer", "bert"),)),
 }
+
+
+def check_process(pipeline: str, process: DiffusionProcess) -> None:
+    """Check that a pipeline samples models of a process.
+
+    Args:
+        pipeline: Name of the pipeline's class, in `LAYOUTS`.
+        process: Process of its scheduler.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if process.name not in LAYOUTS[pipeline].processes:
+        right = [name for name, layout in LAYOUTS.items() if process.name in layout.processes and name != "PruneDDPMPipeline"]
+        raise ValueError(
+            f"scheduler={type(process.model_scheduler).__name__} is of {process.title}, which a {pipeline} does not sample; "
+            f"pipelines for it: {', '.join(right)}"
+        )
 
 
 def components_of(index: Mapping) -> dict[str, tuple[str, str]]:
@@ -81,7 +103,7 @@ def check_index(index: Mapping, denoiser: str) -> PipelineLayout:
         ValueError: The pipeline is not supported, or it lacks a component or has another one.
     """
     layout = LAYOUTS[index["_class_name"]]
-    if layout.autoencoder is None:
+    if index["_class_name"] in PIPELINES:
         check_pipeline_index(index)
         return layout
     name, present = index["_class_name"], components_of(index)

@@ -1,4 +1,4 @@
-"""Conditions of samples: class labels or prompts in turn, and what guidance needs.
+"""Conditions of samples: class labels, vectors or prompts in turn, and what guidance needs.
 
 Image number i has row i mod n of n conditions, so that its condition depends on its number only. Classifier-free guidance (Ho
 and Salimans, arXiv 2207.12598) with the scale s samples with
@@ -20,7 +20,10 @@ from ..diffusion.batch import ModelInputs
 from ..diffusion.class_labels import ClassLabels
 from ..fingerprints import tensors_fingerprint
 
-__all__ = ["SampleConditions", "guided", "label_conditions", "text_conditions"]
+__all__ = [
+    *("SampleConditions", "conditions_of_vectors", "guided", "label_conditions", "row_conditions"),
+    *("text_conditions", "vector_conditions"),
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,43 @@ def label_conditions(labels: ClassLabels | None, null_label: int | None = None) 
     return SampleConditions({"class_labels": classes}, null)
 
 
+def vector_conditions(vectors: Tensor) -> SampleConditions:
+    """Conditioning vectors in turn, for models that take them as `class_labels`.
+
+    Args:
+        vectors: Vectors of some images, such as held-out ones, floating point with shape `(n, size)`.
+    """
+    return SampleConditions(
+        {"class_labels": vectors}, {}, {"num_vectors": len(vectors), "vectors": tensors_fingerprint({"vectors": vectors})}
+    )
+
+
+def conditions_of_vectors(given: Tensor | Callable[[range], Tensor] | None, count: int, size: int) -> SampleConditions:
+    """Conditions of `count` images from vectors, or from a function of the numbers of images.
+
+    Args:
+        given: Floating point with shape `(n, size)`, in turn, or a function that returns them for a range of numbers.
+        count: Number of images (>= 1).
+        size: Number of values of the model's vectors.
+
+    Raises:
+        ValueError: There are none, or they have another dtype or shape.
+    """
+    if given is None:
+        raise ValueError(
+            f"class_labels=None must be vectors of {size} values, or a function that makes them: the model takes them"
+        )
+    vectors = torch.as_tensor(given(range(count)) if callable(given) else given)
+    if not vectors.is_floating_point() or vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != size:
+        raise ValueError(
+            f"class_labels have shape {tuple(vectors.shape)}, {vectors.dtype}; the model takes vectors, floating point with "
+            f"shape (images, {size})"
+        )
+    if not bool(vectors.isfinite().all()):
+        raise ValueError("class_labels must be finite")
+    return vector_conditions(vectors.detach().float().cpu())
+
+
 def text_conditions(conditioning: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> SampleConditions:
     """The prompts of some images in turn, such as held-out ones.
 
@@ -82,6 +122,18 @@ def text_conditions(conditioning: Mapping[str, Tensor], null: Mapping[str, Tenso
     count = len(next(iter(conditioning.values())))
     fingerprint = tensors_fingerprint({**conditioning, **{f"null {name}": values for name, values in null.items()}})
     return SampleConditions(conditioning, null, {"num_prompts": count, "prompts": fingerprint})
+
+
+def row_conditions(conditioning: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> SampleConditions:
+    """The captions or vectors of some images in turn, such as held-out ones.
+
+    Args:
+        conditioning: Conditioning by name, each with shape `(n, ...)`: embeddings of captions, or vectors as `class_labels`.
+        null: Conditioning for "no prompt" by name, each with shape `(1, ...)`; empty for vectors.
+    """
+    if set(conditioning) == {"class_labels"}:
+        return vector_conditions(conditioning["class_labels"])
+    return text_conditions(conditioning, null)
 
 
 def guided(

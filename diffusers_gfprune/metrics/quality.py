@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..argument_fields import NOT_NEGATIVE, SHARE, Range, at_least, check_fields
 from ..diffusion.latents import LatentCodec
+from ..diffusion.process import TIMESTEP_SPACINGS
+from ..diffusion.schedulers import training_process
 from ..families.lookup import family_of
 from .conditions import SampleConditions, label_conditions
-from .ddim import TIMESTEP_SPACINGS, fit_spacing
 from .fidelity import (
     SSIM_WINDOW,
     frechet_distance,
@@ -43,27 +44,29 @@ class SamplingSettings:
 
     Attributes:
         num_images: Number of samples (>= 1).
-        num_inference_steps: Number of DDIM steps (>= 1).
-        timestep_spacing: One of `TIMESTEP_SPACINGS`.
+        num_inference_steps: Number of steps (>= 1); None: the default of the model's process.
+        timestep_spacing: One of `TIMESTEP_SPACINGS`; None: the sampler has only one.
         eta: Share of DDPM's noise in each step, in [0, 1]; 0 is deterministic.
         seed: Seed for the noise (>= 0).
         batch_size: Number of images in one forward pass (>= 1). Samples do not depend on it.
         null_label: Null label of a conditional model, which is not sampled.
         guidance_scale: Scale of classifier-free guidance; 1: none.
+        sampler: Name of the sampler, set by `fitted`.
     """
 
     num_images: int = 1000
-    num_inference_steps: int = 100
-    timestep_spacing: str = "leading"
+    num_inference_steps: int | None = None
+    timestep_spacing: str | None = "leading"
     eta: float = 0.0
     seed: int = 1234
     batch_size: int = 128
     null_label: int | None = None
     guidance_scale: float = 1.0
+    sampler: str = "DDIM"
 
     def __post_init__(self) -> None:
         check_fields(self, at_least(1), "num_images", "num_inference_steps", "batch_size")
-        if self.timestep_spacing not in TIMESTEP_SPACINGS:
+        if self.timestep_spacing not in (None, *TIMESTEP_SPACINGS):
             raise ValueError(f"timestep_spacing={self.timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
         check_fields(self, SHARE, "eta")
         check_fields(self, NOT_NEGATIVE, "seed")
@@ -76,12 +79,20 @@ class SamplingSettings:
             del values["null_label"]
         if self.guidance_scale == 1:
             del values["guidance_scale"]
-        return {"sampler": "DDIM", **values}
+        return {"sampler": self.sampler, **values}
 
     def fitted(self, scheduler) -> tuple[SamplingSettings, tuple[str, ...]]:
-        """Settings fitted to a model's scheduler, and the changes, one line each (see `fit_spacing`)."""
-        steps, spacing, changes = fit_spacing(scheduler, self.num_inference_steps, self.timestep_spacing)
-        return replace(self, num_inference_steps=steps, timestep_spacing=spacing), changes
+        """Settings fitted to a model's process, and the changes, one line each (see `DiffusionProcess.fit_sampling`).
+
+        Raises:
+            ValueError: The model's sampler has no such spacing, or no `eta`.
+        """
+        process = training_process(scheduler)
+        steps, spacing, changes = process.fit_sampling(self.num_inference_steps, self.timestep_spacing)
+        fitted = replace(self, num_inference_steps=steps, timestep_spacing=spacing, sampler=process.sampler_title)
+        if self.eta and spacing is None:
+            raise ValueError(f"eta={self.eta:g} must be 0: it is for DDIM, and the model is {process.title}")
+        return fitted, changes
 
     def sample(
         self,

@@ -1,6 +1,6 @@
 """Sampling for measurements: image number i depends only on the model, the sampler's settings, the seed and i.
 
-The sampler is DDIM (`ddim`). Latents are decoded. Images are rounded to 8 bits, as in image files.
+The sampler is that of the model's process: DDIM for DDPMs. Latents are decoded. Images are rounded to 8 bits, as in files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from ..argument_fields import SHARE, check_range
 from ..diffusion.batch import ModelInputs
 from ..diffusion.latents import LatentCodec
+from ..diffusion.process import gaussian_noise
+from ..diffusion.schedulers import training_process
 from ..families.lookup import family_of
 from .conditions import SampleConditions, guided
-from .ddim import make_sampler
 from .eval_mode import evaluating
 from .model_size import spatial_size
 
@@ -37,10 +38,6 @@ def image_generators(seed: int, numbers: range) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(value) for value in seeds]
 
 
-def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1] as 8-bit values."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
@@ -52,7 +49,7 @@ def denoised(
     scheduler,
     numbers: range,
     size: tuple[int, int],
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = 50,
     seed: int = 0,
     batch_size: int = 128,
     conditions: SampleConditions | None = None,
@@ -60,7 +57,7 @@ def denoised(
     *,
     latents: bool = False,
     guidance_scale: float = 1.0,
-    timestep_spacing: str = "leading",
+    timestep_spacing: str | None = "leading",
     eta: float = 0.0,
 ) -> Iterator[Tensor]:
     """Samples of a model in batches, before they are decoded or rounded.
@@ -81,7 +78,9 @@ def denoised(
     conditions = SampleConditions() if conditions is None else conditions
     conditions.check_guidance(guidance_scale)
     family, parameter = family_of(unet), _placed_like(unet)
-    ddim = make_sampler(scheduler, num_inference_steps, timestep_spacing, latents=latents)
+    process = training_process(scheduler)
+    settings = (num_inference_steps, timestep_spacing, eta, latents)
+    process.sampler(*settings)  # checks
     shape = (unet.config.in_channels, *size)
 
     def placed(conditioning: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,15 +95,15 @@ def denoised(
     with evaluating(unet):
         for start in tqdm(range(0, len(numbers), batch_size), desc=progress, disable=progress is None):
             some = numbers[start : start + batch_size]
-            generators = image_generators(seed, some)
+            generators, sampler = image_generators(seed, some), process.sampler(*settings)
 
-            x = _noise(shape, generators).to(parameter.device)
+            x = gaussian_noise(shape, generators).to(parameter.device) * sampler.init_noise_sigma
             conditioning, null = placed(conditions.of(some)), placed(conditions.without(len(some)))
-            for timestep in ddim.timesteps:
-                inputs = ModelInputs(x.to(parameter.dtype), timestep.to(parameter.device).expand(len(x)), conditioning)
+            for timestep in sampler.timesteps:
+                scaled = sampler.scale_model_input(x, timestep).to(parameter.dtype)
+                inputs = ModelInputs(scaled, timestep.to(parameter.device).expand(len(x)), conditioning)
                 prediction = guided(predict, inputs, null, guidance_scale).float()
-                fresh = _noise(shape, generators).to(parameter.device) if eta > 0 else None
-                x = ddim.step(prediction, timestep, x, eta=eta, variance_noise=fresh).prev_sample
+                x = sampler.step(prediction, timestep, x, generators)
             check_finite(x, some)
             yield x
 
@@ -130,7 +129,7 @@ def sample_images(
     scheduler,
     num_images: int,
     size: tuple[int, int],
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = 50,
     seed: int = 0,
     batch_size: int = 128,
     conditions: SampleConditions | None = None,
@@ -138,26 +137,28 @@ def sample_images(
     *,
     codec: LatentCodec | None = None,
     guidance_scale: float = 1.0,
-    timestep_spacing: str = "leading",
+    timestep_spacing: str | None = "leading",
     eta: float = 0.0,
     first: int = 0,
 ) -> Tensor:
-    """Sample with DDIM. Models sampled with the same seed start from the same noise; images do not depend on the batch size.
+    """Sample a model by the sampler of its process.
+
+    Models sampled with the same seed start from the same noise; images do not depend on the batch size.
 
     Args:
         unet: Denoiser of any family.
-        scheduler: Scheduler of the model; DDIM takes over its configuration.
+        scheduler: Scheduler of the model, or its process.
         num_images: Number of images (>= 1).
         size: Height and width of the model's samples: pixels or latents.
-        num_inference_steps: Number of DDIM steps (>= 1; see `make_sampler`).
+        num_inference_steps: Number of steps (>= 1); None: the default of the process.
         seed: Seed for the noise (>= 0).
         batch_size: Number of images in one forward pass (>= 1).
         conditions: Class labels or prompts of the images; None: the model is unconditional.
         progress: Label of a progress bar; None: no bar.
         codec: Decodes latents, meanwhile on the model's device; None: samples are pixels.
         guidance_scale: Scale of classifier-free guidance; 1: none.
-        timestep_spacing: One of `TIMESTEP_SPACINGS`.
-        eta: Share of DDPM's noise in each step, in [0, 1].
+        timestep_spacing: One of `TIMESTEP_SPACINGS`, for DDIM; None: the default.
+        eta: Share of DDPM's noise in each step, in [0, 1]; for DDIM.
         first: Number of the first image.
 
     Returns:

@@ -1,10 +1,13 @@
-"""Step loss: the noise-prediction error on held-out images, with fixed noise and a fixed timestep grid.
+"""Step loss: the prediction error on held-out images, with fixed noise and a fixed timestep grid. For DDPMs,
 
     L(theta) = mean over images x, grid timesteps t of  || eps - eps_theta(sqrt(abar_t) x + sqrt(1 - abar_t) eps, t) ||^2
 
 Ho et al., "Denoising Diffusion Probabilistic Models", equation 14, https://arxiv.org/abs/2006.11239. Noise and timesteps
 are drawn once from `seed`, so evaluations differ only by the model. A curve of this loss over training shows jumps that are
 hidden by the noise of the training loss.
+
+Where images and noise determine no target, as for consistency models, the loss is the distance to the outputs of a reference
+model, the dense one. It is then 0 for that model.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import DiffusionBatch
-from ..diffusion.process import training_process
+from ..diffusion.process import per_image
+from ..diffusion.schedulers import training_process
 from ..families.lookup import family_of
 from .eval_mode import evaluating
 
@@ -30,30 +34,37 @@ class StepLoss:
     Args:
         images: Held-out images in [-1, 1], or latents as the model denoises them, with shape
             `(images, channels, height, width)`.
-        noise_scheduler: Scheduler of the model (see `diffusion.process`); its timesteps span the grid.
+        scheduler: Scheduler of the model, or its process; its timesteps span the grid.
         conditioning: Conditioning of each image by name, for conditional models, such as `class_labels` with shape
             `(images,)`.
         grid: Number of evenly spread timesteps (>= 1; limited to the scheduler's). The numbers of images per timestep differ
             by at most one. With fewer than 1,024 images, each image is used at several timesteps.
         seed: Seed for the noise.
         batch_size: Number of images in one forward pass.
+        reference: Model whose outputs are the targets, for processes without any other; ignored if the process has targets.
+
+    Raises:
+        ValueError: A number is out of range, or the process needs a reference model.
     """
 
     def __init__(
         self,
         images: Tensor,
-        noise_scheduler,
+        scheduler,
         conditioning: Mapping[str, Tensor] | None = None,
         grid: int = 16,
         seed: int = 0,
         batch_size: int = 256,
+        reference: nn.Module | None = None,
     ) -> None:
         if grid < 1:
             raise ValueError(f"grid={grid} must be at least 1 timestep")
-        self.noise_scheduler = training_process(noise_scheduler)
-        steps = noise_scheduler.config.num_train_timesteps
-        grid = min(grid, steps)
-        timesteps = ((torch.arange(grid) + 0.5) * steps / grid).long()  # (grid,)
+        self.process = training_process(scheduler)
+        self.reference = None if self.process.has_target else reference
+        if not self.process.has_target and reference is None:
+            raise ValueError(f"reference=None must be the dense model: {self.process.title} has no other target")
+        timesteps = self.process.grid_timesteps(grid)
+        grid = len(timesteps)
         # Repetition r of image i uses timestep (i + r * grid // repeats) mod grid of the grid.
         number = max(1, len(images))
         repeats = max(min(grid, 1024 // number), -(-grid // number))
@@ -79,11 +90,12 @@ class StepLoss:
         errors = self._errors(model)
         return math.fsum(errors.tolist()) / len(errors)
 
-    def by_timestep(self, model: nn.Module) -> dict[int, float]:
+    def by_timestep(self, model: nn.Module) -> dict[float, float]:
         """Mean squared error of `model` at each timestep of the grid, over the images of that timestep.
 
         Returns:
-            Errors by timestep, in ascending order. Their mean is the step loss if all timesteps have equally many images.
+            Errors by timestep, integers or floating point, in ascending order. Their mean is the step loss if all timesteps
+            have equally many images.
         """
         errors = self._errors(model)
         grid = sorted(set(self.timesteps.tolist()))
@@ -97,10 +109,19 @@ class StepLoss:
         with evaluating(model):
             for start in range(0, len(self.image_of), self.batch_size):
                 batch = self._batch(slice(start, start + self.batch_size)).to(parameter.device)
-                prediction = family.predict(model, batch.inputs(self.noise_scheduler, parameter.dtype)).float()
-                target = batch.target(self.noise_scheduler)
-                errors.append(((prediction - target) ** 2).mean(dim=(1, 2, 3)).double().cpu())
+                gap = family.predict(model, batch.inputs(self.process, parameter.dtype)).float() - self._target(batch)
+                if (scale := self.process.output_scale(batch.timesteps)) is not None:
+                    gap = gap * per_image(scale, gap)
+                errors.append((gap**2).mean(dim=(1, 2, 3)).double().cpu())
         return torch.cat(errors)
+
+    def _target(self, batch: DiffusionBatch) -> Tensor:
+        if self.reference is None:
+            return batch.target(self.process)
+        family, parameter = family_of(self.reference), next(self.reference.parameters())
+        with evaluating(self.reference):
+            inputs = batch.to(parameter.device).inputs(self.process, parameter.dtype)
+            return family.predict(self.reference, inputs).float().to(batch.clean.device)
 
     def _batch(self, chunk: slice) -> DiffusionBatch:
         """A batch of pairs of an image and a timestep."""

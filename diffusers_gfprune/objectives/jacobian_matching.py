@@ -58,11 +58,11 @@ def default_step(device: torch.device) -> float:
     return STEPS[_precision(device)]
 
 
-def with_steps(noise_scheduler, batch: DiffusionBatch, directions: Tensor | None, step: float) -> tuple[ModelInputs, Tensor]:
+def with_steps(process, batch: DiffusionBatch, directions: Tensor | None, step: float) -> tuple[ModelInputs, Tensor]:
     """Noisy images, followed by the same images after a step.
 
     Args:
-        noise_scheduler: A Diffusers scheduler with `add_noise`.
+        process: The `DiffusionProcess` of the model.
         batch: The images.
         directions: Gaussian noise with the shape of the batch's noise.
         step: Length of the step along `directions`, in standard deviations of the noise (> 0).
@@ -76,8 +76,8 @@ def with_steps(noise_scheduler, batch: DiffusionBatch, directions: Tensor | None
     """
     if directions is None:
         raise ValueError("directions=None: sensitivity matching needs them")
-    plain = batch.inputs(noise_scheduler)
-    stepped = replace(batch, noise=batch.noise + step * directions).inputs(noise_scheduler)
+    plain = batch.inputs(process)
+    stepped = replace(batch, noise=batch.noise + step * directions).inputs(process)
     # The model rounds its input to its precision. With rounding here, the length of the actual step is known.
     both = torch.cat([plain.sample, stepped.sample]).to(_precision(batch.clean.device)).float()
     first, second = both.chunk(2)

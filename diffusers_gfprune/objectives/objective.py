@@ -1,9 +1,11 @@
-"""Training loss of the pruned model: noise prediction, and distillation from the dense model (the teacher).
+"""Training loss of the pruned model: the prediction of its process, and distillation from the dense model (the teacher).
 
     L = (1 - w) |e - target|^2 + w |e - E|^2 + w_f D_f + w_s D_s
 
 e is the student's prediction, E the teacher's, w `distillation_weight`; squares are means over images, channels and pixels.
-The teacher's prediction approximates the mean of the noise given the noisy image: the same target with less variance.
+The teacher's prediction approximates the mean of the target given the noisy image: the same target with less variance. Where
+images and noise determine no target, as for consistency models, w is 1. If the process scales outputs (`output_scale`), both
+terms are distances between scaled outputs.
 
 With `snr_gamma`, the squares of both terms are weighted by timestep, see `snr_weights.py`. Further terms are:
 
@@ -29,6 +31,9 @@ from torch.nn.functional import dropout, mse_loss
 
 from ..argument_fields import SHARE, Range, argument, check_fields
 from ..diffusion.batch import DiffusionBatch, ModelInputs
+from ..diffusion.ddpm import DDPMProcess
+from ..diffusion.process import DiffusionProcess
+from ..diffusion.schedulers import training_process
 from ..families.lookup import family_of
 from ..pruning.masking import ChannelMasks
 from .distillation_features import BlockOutputDistance
@@ -104,6 +109,22 @@ class ObjectiveArguments:
                 f"(out_channels={model.config.out_channels}), which only the dense model as a teacher keeps"
             )
 
+    def check_process(self, process: DiffusionProcess) -> None:
+        """Check that the loss can be computed for a process.
+
+        Raises:
+            ValueError: The loss needs a target that the process does not have, or a weight that is defined for DDPMs only.
+        """
+        if not process.has_target and self.distillation_weight != 1:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight:g} must be 1: the model is {process.title}, which has no "
+                f"target but the output of the dense model"
+            )
+        if self.snr_gamma is not None and not isinstance(process, DDPMProcess):
+            raise ValueError(
+                f"snr_gamma={self.snr_gamma:g} must be left out: it is for DDPMs, and the model is {process.title}"
+            )
+
     def extra_forwards(self, student_cost: float = 1.0) -> float:
         """Additional cost of a training step, in forward passes of the dense model; a backward counts as two of them.
 
@@ -174,7 +195,7 @@ class NoisePrediction(nn.Module):
 
         Args:
             sample: Noisy images with shape `(batch, channels, height, width)`.
-            timesteps: Integers with shape `(batch,)`.
+            timesteps: Timesteps of the process with shape `(batch,)`.
             conditioning: As in `ModelInputs`, for conditional models.
             return_features: Whether to return block outputs as well.
             pairs: Whether the two halves of the batch are compared image by image, and share their dropout.
@@ -203,22 +224,23 @@ class Objective:
 
     Args:
         arguments: Weights of the terms.
-        noise_scheduler: A Diffusers scheduler with `add_noise`.
+        scheduler: Scheduler of the model, or its process.
         teacher: The dense model, on the device of the batches. It is set to evaluation mode, without gradients.
         channel_masks: The student's masks, for block outputs: the `channel_masks` of the masked model, also after compaction.
 
     Raises:
-        ValueError: An argument that a term needs is missing.
+        ValueError: An argument that a term needs is missing, or the loss cannot be computed for the process.
     """
 
     def __init__(
         self,
         arguments: ObjectiveArguments,
-        noise_scheduler,
+        scheduler,
         teacher: nn.Module | None = None,
         channel_masks: ChannelMasks | None = None,
     ) -> None:
-        self.arguments, self.noise_scheduler = arguments, noise_scheduler
+        self.arguments, self.process = arguments, training_process(scheduler)
+        arguments.check_process(self.process)
         self.weights = {
             "noise": 1 - arguments.distillation_weight,
             "distillation": arguments.distillation_weight,
@@ -250,9 +272,9 @@ class Objective:
             directions: For Jacobian matching, Gaussian noise with the shape of the batch's noise, independent of it.
 
         Returns:
-            The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`; `distillation` if the
-            teacher runs; `variance` if the model has learned variances; `features` and `sensitivity` if they have a weight.
-            The device is not synchronized.
+            The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`, the distance to the target
+            of the process, if it has one; `distillation` if the teacher runs; `variance` if the model has learned
+            variances; `features` and `sensitivity` if they have a weight. The device is not synchronized.
 
         Raises:
             ValueError: `directions` are needed but missing.
@@ -260,15 +282,16 @@ class Objective:
         size = len(batch)
         if self.arguments.needs_directions:
             step = self.arguments.jacobian_step or default_step(batch.clean.device)
-            inputs, step_lengths = with_steps(self.noise_scheduler, batch, directions, step)
+            inputs, step_lengths = with_steps(self.process, batch, directions, step)
         else:
-            inputs = batch.inputs(self.noise_scheduler)
+            inputs = batch.inputs(self.process)
 
         channels = batch.clean.shape[1]
         output, features = self._output(model, inputs)
         prediction = output[:, :channels]
-        target = batch.target(self.noise_scheduler).float()
-        terms = {"noise": self._distance(prediction[:size], target, batch)}
+        terms = {}
+        if self.process.has_target:
+            terms["noise"] = self._distance(prediction[:size], batch.target(self.process).float(), batch)
         if self.arguments.needs_teacher:
             with torch.no_grad():
                 teacher_output, teacher_features = self._output(self.teacher, inputs)
@@ -286,10 +309,14 @@ class Objective:
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _distance(self, prediction: Tensor, target: Tensor, batch: DiffusionBatch) -> Tensor:
-        """Mean squared error, weighted by timestep with `snr_gamma`."""
-        if self.arguments.snr_gamma is None:
+        """Mean squared error, weighted by timestep with `snr_gamma` or by the scale of outputs."""
+        scale = self.process.output_scale(batch.timesteps)
+        if self.arguments.snr_gamma is None and scale is None:
             return mse_loss(prediction, target)
-        weights = min_snr_weights(self.noise_scheduler, batch.timesteps, self.arguments.snr_gamma)
+        if scale is None:
+            weights = min_snr_weights(self.process, batch.timesteps, self.arguments.snr_gamma)
+        else:
+            weights = scale**2
         return ((prediction - target).square().flatten(1).mean(dim=1) * weights).mean()
 
     def _output(self, model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:

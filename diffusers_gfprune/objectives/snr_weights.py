@@ -24,22 +24,15 @@ def min_snr_weights(process, timesteps: Tensor, gamma: float) -> Tensor:
     """Weights of the squared errors of a batch.
 
     Args:
-        process: A Diffusers scheduler with `alphas_cumprod`.
+        process: A `DDPMProcess`.
         timesteps: Integers with shape `(batch,)`.
         gamma: Upper limit of the signal-to-noise ratio (> 0).
 
     Returns:
         float32 with shape `(batch,)`. They are finite at a timestep that only noise is left at, too (SNR 0).
-
-    Raises:
-        ValueError: The `prediction_type` of the process is not supported.
     """
-    snr = compute_snr(process, timesteps)
-    prediction_type = process.config.prediction_type
-    if prediction_type == "epsilon":
+    snr = compute_snr(process.scheduler, timesteps)
+    if process.prediction_type == "epsilon":
         return torch.clamp(gamma / snr, max=1)
-    if prediction_type == "v_prediction":
-        return torch.clamp(snr, max=gamma) / (snr + 1)
-    if prediction_type == "sample":
-        return torch.clamp(snr, max=gamma)
-    raise ValueError(f"prediction_type={prediction_type} must be 'epsilon', 'v_prediction' or 'sample'")
+    weights = torch.clamp(snr, max=gamma)
+    return weights / (snr + 1) if process.prediction_type == "v_prediction" else weights

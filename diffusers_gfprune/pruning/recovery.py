@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.schedulers import training_process
 from ..distributed import mean_over_ranks
 from ..families.lookup import family_of
 from .compaction import CompactionPlan
@@ -65,7 +66,7 @@ def recover(
         masked: The masked model, with binary masks.
         plan: Its compaction plan, whose kept channels are mended.
         batches: Calibration batches; with several processes, the rows of this rank.
-        process: The scheduler that adds the noise.
+        process: Scheduler of the model, or its process.
         ridge: Penalty lambda on changes of weights, relative to the mean squared feature of the layer (> 0).
         rows: Number of rows (patches or tokens) that a layer reads at most, over all batches (>= 1).
         pass_bytes: Memory for layer outputs in a pass, in bytes (default: half of what is free on a GPU, 4 GiB on a CPU).
@@ -88,6 +89,7 @@ def recover(
         name = next(iter(set(shapes[0].items()) ^ set(shapes[1].items())))[0]
         raise ValueError(f"the dense model must have the layers of the masked one: {name} differs")
     run = _Recovery(dense, masked, plan, ridge, rows)
+    process = training_process(process)
     run.check_bytes(batches[0], process)
     limit = _memory(next(dense.parameters()).device) if pass_bytes is None else pass_bytes
     joined = _concatenate(batches).split(max(1, limit // run.bytes_of_a_row))

@@ -95,7 +95,7 @@ class PruneDDPMPipeline(DDPMPipeline):
         except ImportError as error:
             raise ImportError("prune() needs the package diffusers-gfprune to be installed") from error
 
-        unet = prune_unet(self.unet, self.scheduler, images, **options)
+        unet = prune_unet(self.unet, self.scheduler, images, pipeline=PruneDDPMPipeline.__name__, **options)
         return type(self)(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))
 
     def export(self, output_dir, **options):

@@ -27,7 +27,7 @@ from huggingface_hub import (
 from ..configuration import criterion_of
 from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
-from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, task_of
+from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, process_of, task_of
 from .results import PRUNING_RUN, ModelFigures, Results
 
 __all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
@@ -44,12 +44,24 @@ CITATIONS = """\
   journal = {arXiv preprint arXiv:2501.09464},
   year    = {2025}
 }
+"""
+# Papers of the processes of the dense models, by `DiffusionProcess.name`
+PROCESS_CITATIONS = {
+    "ddpm": """\
 @inproceedings{ho2020denoising,
   title     = {Denoising Diffusion Probabilistic Models},
   author    = {Ho, Jonathan and Jain, Ajay and Abbeel, Pieter},
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2020}
-}"""
+}""",
+    "consistency": """\
+@inproceedings{song2023consistency,
+  title     = {Consistency Models},
+  author    = {Song, Yang and Dhariwal, Prafulla and Chen, Mark and Sutskever, Ilya},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2023}
+}""",
+}
 
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = frozenset(
@@ -223,7 +235,8 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             confidence=CONFIDENCE,
             revived=sum(_revived(update) for update in report["mask_updates"]),
             license_known=report["base_model"]["license"] not in (None, "unknown"),
-            citations=CITATIONS,
+            process=process_of(pipeline),
+            citations=CITATIONS + PROCESS_CITATIONS[process_of(pipeline)],
         )
         metadata = _metadata(results, report, model_name).to_yaml()
     except jinja2.UndefinedError as error:

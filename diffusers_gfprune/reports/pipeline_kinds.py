@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["TASKS", "example_of", "kind_of", "pipeline_of", "task_of"]
+__all__ = ["TASKS", "example_of", "kind_of", "pipeline_of", "process_of", "task_of"]
 
 UNCONDITIONAL, TEXT_TO_IMAGE = TASKS = ("unconditional-image-generation", "text-to-image")
 # Tags of pipelines; others are of DDPMs
 KINDS = {
+    "ConsistencyModelPipeline": "consistency-model",
     "DiTPipeline": "dit",
     "LDMPipeline": "latent-diffusion",
     "LDMTextToImagePipeline": "latent-diffusion",
@@ -22,11 +23,16 @@ IMAGENET_CLASSES = 1000
 
 
 def pipeline_of(report: Mapping) -> Mapping:
-    """The entry `pipeline` of a report of any format version: `class_name`, `component` and `condition`.
+    """The entry `pipeline` of a report of any format version: `class_name`, `component`, `process` and `condition`.
 
     With the condition `"class labels"`, it also has `num_classes`.
     """
     return report.get("pipeline", DDPM)
+
+
+def process_of(pipeline: Mapping) -> str:
+    """Name of the process (`DiffusionProcess.name`). Reports of earlier versions are of DDPMs, and do not say so."""
+    return pipeline.get("process", "ddpm")
 
 
 def task_of(pipeline: Mapping) -> str:
@@ -46,4 +52,6 @@ def example_of(pipeline: Mapping) -> str:
     if pipeline["condition"] == "class labels" and pipeline["class_name"] == "DiTPipeline":
         guidance = "" if pipeline["num_classes"] == IMAGENET_CLASSES else ", guidance_scale=1"
         return f"pipe(class_labels=[0]{guidance}).images.pop()"
+    if pipeline["condition"] == "vectors":
+        return "pipe.unet(noisy_images, timesteps, class_labels=vectors).sample  # no stock pipeline passes vectors"
     return "pipe().images.pop()"

@@ -67,16 +67,21 @@ def plot_step_loss(path: Path, losses: Mapping[str, Mapping[str, float]]) -> Non
 
     Args:
         path: PNG file.
-        losses: Losses by timestep, by model name; a dense reference comes last.
+        losses: Losses by timestep, by model name; a dense reference comes last. Where its losses are 0, since they are
+            distances to its own outputs, it is left out, and so are ratios.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
-    reference = list(losses.values())[-1]
+    is_distance = not any(list(losses.values())[-1].values())
+    losses = dict(list(losses.items())[:-1]) if is_distance and len(losses) > 1 else losses
+    figure, axes = plt.subplots(1, 1 if is_distance else 2, figsize=(10, 3.4), constrained_layout=True, squeeze=False)
+    axes, reference = axes[0], list(losses.values())[-1]
     for name, by_timestep in losses.items():
-        timesteps = [int(timestep) for timestep in by_timestep]
+        timesteps = [float(timestep) for timestep in by_timestep]
         axes[0].semilogy(timesteps, list(by_timestep.values()), marker=".", label=name)
-        axes[1].plot(timesteps, [loss / reference[t] for t, loss in by_timestep.items()], marker=".", label=name)
+        if not is_distance:
+            axes[1].plot(timesteps, [loss / reference[t] for t, loss in by_timestep.items()], marker=".", label=name)
     axes[0].set_title("step loss on held-out images")
-    axes[1].set_title(f"the same, divided by that of {list(losses)[-1]}")
+    if not is_distance:
+        axes[1].set_title(f"the same, divided by that of {list(losses)[-1]}")
     for axis in axes:
         axis.set_xlabel("timestep (high: much noise)")
         axis.legend(fontsize=7)

@@ -116,24 +116,25 @@ def _origins(folder: Path, base_model: object) -> list[str]:
 
 
 def describe_dataset(
-    dataset_name: str | None, train_data_dir: str | None, drawn: bool = False
+    dataset_name: str | None, train_data_dir: str | None, drawn: str | None = None
 ) -> dict[str, str | bool | None]:
     """The data set of a run.
 
     Args:
         dataset_name: A Hub id or a local folder.
         train_data_dir: A local folder.
-        drawn: Whether the dense model drew the training images. A data set is then for measurements only.
+        drawn: How the dense model drew the training images, in words. A data set is then for measurements only. None: it
+            drew none.
 
     Returns:
-        `name`; `hub_id`, which is None unless it is known; and with `drawn`: `drawn` and `measured`, whether there is a data
-        set for measurements.
+        `name`; `hub_id`, which is None unless it is known; and with `drawn`: `drawn`, which is True, `sampler`, the given
+        words, and `measured`, whether there is a data set for measurements.
     """
-    if drawn:
+    if drawn is not None:
         measured = dataset_name is not None or train_data_dir is not None
         source = {"name": "images drawn by the dense model", "hub_id": None}
         source = describe_dataset(dataset_name, train_data_dir) if measured else source
-        return {**source, "drawn": True, "measured": measured}
+        return {**source, "drawn": True, "sampler": drawn, "measured": measured}
     if dataset_name is not None and not os.path.exists(dataset_name) and HUB_ID.fullmatch(dataset_name):
         return {"name": dataset_name, "hub_id": dataset_name}
     return {"name": str(portable(dataset_name or train_data_dir)), "hub_id": None}

@@ -41,7 +41,8 @@ class ModelFigures:
         parameters: Number of trainable values.
         macs: Multiply-accumulates of one forward pass at batch size 1.
         weight_file_bytes: Size of the weights as safetensors, in bytes.
-        step_loss: Mean squared error of the noise prediction on held-out images.
+        step_loss: Mean squared error of the prediction on held-out images; for consistency models, its distance to that of the
+            dense model, which then has 0.
         step_loss_by_timestep: Step loss by timestep.
         quality: Distances and similarities by metric, such as `fid`, `kid`, `fd_efflite0`, `ssim_to_dense`.
         speed: One entry per setting: the rows of `metrics.speed.measure_speed` without `model`.

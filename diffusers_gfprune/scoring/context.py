@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import GFPruneConfig
+from ..criteria import criteria, find_criterion
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.process import DiffusionProcess, per_image
 from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.masking import dense_parameters
 
-__all__ = ["JointScores", "Scores", "ScoringContext", "check_batch"]
+__all__ = ["JointScores", "Scores", "ScoringContext", "check_batch", "check_criterion"]
 
 Scores = dict[str, Tensor]
 
@@ -40,19 +42,32 @@ class JointScores:
     changes: dict[str, Tensor]
 
 
-def check_batch(unet: nn.Module, noise_scheduler, batch: DiffusionBatch) -> None:
+def check_batch(unet: nn.Module, process, batch: DiffusionBatch) -> None:
     """Check that a calibration batch fits the model.
 
     Args:
         unet: The model.
-        noise_scheduler: The scheduler that adds the noise.
+        process: The process of the model's training.
         batch: The batch.
 
     Raises:
         ValueError: A tensor has a wrong shape, dtype or range, or class labels are missing or not supported.
     """
-    batch.check(unet.config.in_channels, noise_scheduler.config.num_train_timesteps)
+    batch.check(unet.config.in_channels, process)
     family_of(unet).check_conditioning(unet, batch.conditioning, len(batch))
+
+
+def check_criterion(name: str, process: DiffusionProcess) -> None:
+    """Check that a criterion can score models of a process.
+
+    Raises:
+        ValueError: The criterion is unknown, or it needs a target that the process does not have.
+    """
+    if find_criterion(name).needs_target and not process.has_target:
+        free = ", ".join(other for other in criteria() if not find_criterion(other).needs_target)
+        raise ValueError(
+            f"criterion={name} must be one of {free}: the model is {process.title}, which has no target for a loss"
+        )
 
 
 @dataclass
@@ -63,7 +78,7 @@ class ScoringContext:
         unet: The model, in evaluation mode, with float32 weights.
         groups: Its channel groups.
         batches: Calibration batches; with several processes, the rows of this rank.
-        noise_scheduler: The Diffusers scheduler that adds the noise.
+        process: The process of the model's training.
         config: All options.
         parameters: Parameters with a slice in a group, by dense name.
     """
@@ -71,7 +86,7 @@ class ScoringContext:
     unet: nn.Module
     groups: Sequence[ChannelGroup]
     batches: Sequence[DiffusionBatch]
-    noise_scheduler: object
+    process: DiffusionProcess
     config: GFPruneConfig
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
@@ -92,21 +107,24 @@ class ScoringContext:
     def predictions(self, batch: DiffusionBatch) -> Tensor:
         """Predictions for the noisy images of a batch, float32 with the shape of the images.
 
+        If the process scales outputs in sampling (`output_scale`), these are the scaled ones.
+
         Raises:
             ValueError: The prediction has another shape.
         """
-        inputs = batch.to(self.device).inputs(self.noise_scheduler, self.unet.dtype)
+        inputs = batch.to(self.device).inputs(self.process, self.unet.dtype)
         prediction = family_of(self.unet).predict(self.unet, inputs).float()
         if prediction.shape != inputs.sample.shape:
             raise ValueError(
                 f"the prediction has shape {tuple(prediction.shape)}, its target has {tuple(inputs.sample.shape)}"
             )
-        return prediction
+        scale = self.process.output_scale(batch.timesteps)
+        return prediction if scale is None else prediction * per_image(scale, prediction)
 
     def sample_losses(self, batch: DiffusionBatch) -> Tensor:
-        """Mean squared error of each sample, with shape `(batch,)`."""
+        """Mean squared error of each sample, with shape `(batch,)`; the process needs a target."""
         prediction = self.predictions(batch)
-        target = batch.to(self.device).target(self.noise_scheduler)
+        target = batch.to(self.device).target(self.process)
         return ((prediction - target) ** 2).mean(dim=(1, 2, 3))
 
     def gradients(self, loss: Tensor, create_graph: bool = False) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ A criterion is a function that maps a `ScoringContext` to scores by group name, 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from ..configuration import GFPruneConfig
 from ..criteria import Criterion, find_criterion, register_criterion
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.schedulers import training_process
 from ..distributed import check_identical, gather_rows
 from ..pruning.channel_groups import ChannelGroup
 from .context import JointScores, Scores, ScoringContext
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 # For criteria that do not use images
-WEIGHTS_ONLY = {"derivatives": 0, "needs_batches": False, "passes": 0.0}
+WEIGHTS_ONLY = {"derivatives": 0, "needs_batches": False, "needs_target": False, "passes": 0.0}
 
 
 def _check_batches(batches: Sequence[DiffusionBatch], criterion: Criterion) -> None:
@@ -73,7 +75,7 @@ def score_units(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
     batches: Sequence[DiffusionBatch],
-    noise_scheduler,
+    process,
     config: GFPruneConfig,
 ) -> Scores:
     """Score all units with `config.criterion`. Weights, masks, gradients and mode of the model are not changed.
@@ -85,7 +87,7 @@ def score_units(
         unet: The dense or masked model.
         groups: Its channel groups.
         batches: Calibration batches (see `ScoringContext`).
-        noise_scheduler: The Diffusers scheduler that adds the noise.
+        process: Scheduler of the model, or its process.
         config: The criterion and its options.
 
     Returns:
@@ -95,7 +97,7 @@ def score_units(
         ValueError: The criterion is unknown, batches are missing, shapes of batches differ between ranks, or scores are not
             finite or differ between ranks. The last three are raised on all ranks.
     """
-    with scoring_context(unet, groups, batches, noise_scheduler, config) as (criterion, context):
+    with scoring_context(unet, groups, batches, process, config) as (criterion, context):
         scores = criterion.function(context)
     _check_scores(scores)
     return scores
@@ -105,7 +107,7 @@ def score_units_jointly(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
     batches: Sequence[DiffusionBatch],
-    noise_scheduler,
+    process,
     config: GFPruneConfig,
 ) -> JointScores:
     """`score_units` with the joint changes of units, for a criterion that measures them (`Criterion.joint`).
@@ -115,7 +117,7 @@ def score_units_jointly(
     """
     if find_criterion(config.criterion).joint is None:
         raise ValueError(f"criterion={config.criterion} does not measure joint changes")
-    with scoring_context(unet, groups, batches, noise_scheduler, config) as (criterion, context):
+    with scoring_context(unet, groups, batches, process, config) as (criterion, context):
         joint = criterion.joint(context)
     _check_scores(joint.scores)
     check_identical({f"joint changes of {name}": values for name, values in joint.changes.items()})
@@ -127,7 +129,7 @@ def scoring_context(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
     batches: Sequence[DiffusionBatch],
-    noise_scheduler,
+    process,
     config: GFPruneConfig,
 ) -> Iterator[tuple[Criterion, ScoringContext]]:
     """Context in which a criterion can be computed: batches are checked, and the model is in `scoring_mode`.
@@ -138,7 +140,7 @@ def scoring_context(
     _check_batches(batches, criterion)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
         unet = copy.deepcopy(unet).float()
-    context = ScoringContext(unet, groups, batches, noise_scheduler, config)
+    context = ScoringContext(unet, groups, batches, training_process(process), config)
     mode = scoring_mode(
         unet,
         list(context.parameters.values()),
@@ -225,6 +227,7 @@ def _mean_scores(parts: Sequence[Scores]) -> Scores:
     title="gradient flow",
     derivatives=1,
     joint=joint_changes,
+    needs_target=False,
     keeps_activations=True,  # hooks do not see the outputs that checkpointing recomputes
     ranking="sensitivity",
     passes=2.0,
@@ -272,13 +275,13 @@ def _diff_pruning(context: ScoringContext) -> Scores:
     # buckets of neighbouring timesteps.
     order = timesteps.argsort(stable=True)
     bucket_losses = [bucket.mean().item() for bucket in losses[order].chunk(min(20, len(order)))]
-    last, largest = timesteps[order[-1]].item(), 0.0
+    end, largest = math.inf, 0.0
     for bucket, bucket_loss in zip(timesteps[order].chunk(len(bucket_losses)), bucket_losses):
         largest = max(largest, bucket_loss)
         if bucket_loss < largest * context.config.diff_pruning_threshold:
-            last = bucket[0].item() - 1
+            end = bucket[0].item()
             break
-    counted = ((batch, (batch.timesteps <= last).float().to(context.device)) for batch in context.batches)
+    counted = ((batch, (batch.timesteps < end).float().to(context.device)) for batch in context.batches)
     total = context.summed_gradients(context.loss(batch, weights) for batch, weights in counted)
     return context.reduce({n: context.parameters[n].detach() * g for n, g in total.items()}, "sum_abs")
 

@@ -28,7 +28,7 @@ def removal_damage(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
     batches: Sequence[DiffusionBatch],
-    noise_scheduler,
+    process,
     config: GFPruneConfig,
     candidates: Sequence[Mapping[str, Tensor]],
 ) -> list[float]:
@@ -38,7 +38,7 @@ def removal_damage(
         unet: The masked model.
         groups: Its channel groups.
         batches: Calibration batches; with several processes, the rows of this rank.
-        noise_scheduler: The Diffusers scheduler that adds the noise.
+        process: Scheduler of the model, or its process.
         config: All options.
         candidates: True for kept units by group name, each with shape `(num_units,)`.
 
@@ -48,7 +48,7 @@ def removal_damage(
     Raises:
         ValueError: As `importance.score_units`.
     """
-    with scoring_context(unet, groups, batches, noise_scheduler, config) as (_, context):
+    with scoring_context(unet, groups, batches, process, config) as (_, context):
         masks = context.unet.channel_masks
         total = torch.zeros(len(candidates), dtype=torch.float64, device=context.device)
         for batch in context.batches:

@@ -57,7 +57,7 @@ def check_hessian_gradient_product(
     unet: nn.Module,
     groups: Sequence[ChannelGroup],
     batches: Sequence[DiffusionBatch],
-    noise_scheduler,
+    process,
     config: GFPruneConfig,
 ) -> dict:
     """Compare gradient-flow scores by double backward with those by finite differences, on the same batches.
@@ -68,7 +68,7 @@ def check_hessian_gradient_product(
         unet: The dense or masked model; it is not changed.
         groups: Channel groups of the model.
         batches: Calibration batches, as for `score_units`.
-        noise_scheduler: The Diffusers scheduler that adds the noise.
+        process: Scheduler of the model, or its process.
         config: Options of the scores; `criterion` and `hvp` are ignored.
 
     Returns:
@@ -81,7 +81,7 @@ def check_hessian_gradient_product(
             unet,
             groups,
             batches,
-            noise_scheduler,
+            process,
             replace(config, criterion="gradient-flow-weights", ranking=None, score_at=None, hvp=hvp),
         )
         for hvp in ("exact", "finite-difference")
@@ -107,9 +107,10 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[DiffusionBatch]) -> dict[str, float]:
-    """Noise-prediction loss if pruning ended now, with units chosen by the pruner's scores and by magnitude.
+    """Prediction loss if pruning ended now, with units chosen by the pruner's scores and by magnitude.
 
-    Both choices meet the full budget with the same share of every group. The model is not trained in between.
+    Both choices meet the full budget with the same share of every group. The model is not trained in between. For processes
+    without a target, the loss is the mean squared change of the predictions, and 0 for the dense model.
 
     Args:
         pruner: The pruner after a ranking; its masks are not changed. Comparisons early in the run are fairer, since weights
@@ -133,7 +134,7 @@ def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[Diffusi
         pruner.groups,
         replace(pruner.config, criterion="magnitude", ranking=None, score_at=None),
     )
-    magnitude = score_units(unet, groups, [], pruner.noise_scheduler, config)
+    magnitude = score_units(unet, groups, [], pruner.process, config)
     magnitude = {name: values.cpu() for name, values in magnitude.items()}
     everything = {group.name: torch.ones(group.num_units) for group in groups}
     choices = {
@@ -142,20 +143,31 @@ def compare_with_magnitude(pruner: GradientFlowPruner, batches: Sequence[Diffusi
         "loss_magnitude": pruner.choose_units(magnitude, widths=pruner.planned_widths),
     }
     before = unet.channel_masks.as_dict()
-    context = ScoringContext(unet, groups, batches, pruner.noise_scheduler, config)
-    losses = {}
+    context = ScoringContext(unet, groups, batches, pruner.process, config)
+    losses, targets = {}, None
     try:
-        for name, masks in choices.items():
+        for name, masks in choices.items():  # the dense model first
             unet.channel_masks.set({group: mask.float() for group, mask in masks.items()})
-            losses[name] = _mean_loss(context)
+            if targets is None and not pruner.process.has_target:
+                targets = _predictions(context)
+            losses[name] = _mean_loss(context, targets)
     finally:
         unet.channel_masks.set(before, check=False)  # heads may differ during pruning
     return losses
 
 
-def _mean_loss(context: ScoringContext) -> float:
+def _predictions(context: ScoringContext) -> list[Tensor]:
     with scoring_mode(context.unet, [], differentiate=0):
-        loss: Tensor = torch.stack([context.loss(batch) for batch in context.batches]).mean()
+        return [context.predictions(batch) for batch in context.batches]
+
+
+def _mean_loss(context: ScoringContext, targets: Sequence[Tensor] | None) -> float:
+    """Mean loss over batches and ranks; with the given targets if the process has none."""
+    if targets is not None:
+        loss = torch.stack([(now - then).square().mean() for now, then in zip(_predictions(context), targets)]).mean()
+    else:
+        with scoring_mode(context.unet, [], differentiate=0):
+            loss = torch.stack([context.loss(batch) for batch in context.batches]).mean()
     mean_over_ranks([loss])
     return loss.item()
 

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..criteria import find_criterion
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.schedulers import training_process
 from ..families.lookup import family_of
 from ..formatting import format_size
 from ..metrics.model_size import parameter_bytes, spatial_size
@@ -159,7 +160,7 @@ def _time(step: Callable[[int], float], batch_size: int, fits: Callable[[int], b
 
 
 def _forward_backward(
-    unet: nn.Module, noise_scheduler, batch_size: int, *, device: torch.device, mixed_precision: str, peaks: dict[int, int]
+    unet: nn.Module, process, batch_size: int, *, device: torch.device, mixed_precision: str, peaks: dict[int, int]
 ) -> float:
     """Seconds of a forward and backward; on CUDA, sets `peaks[batch_size]` to the peak of allocated bytes."""
     cuda = device.type == "cuda"
@@ -168,12 +169,14 @@ def _forward_backward(
     inputs = family.example_inputs(unet, *spatial_size(unet), batch_size, device, next(unet.parameters()).dtype)
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(inputs.sample.shape, generator=generator).to(device) for _ in range(2))
+    timesteps = process.timesteps_at(torch.zeros(batch_size, dtype=torch.float64)).to(device)
 
     def step() -> None:
-        batch = DiffusionBatch(clean, noise, inputs.timesteps, inputs.conditioning)
+        batch = DiffusionBatch(clean, noise, timesteps, inputs.conditioning)
         with _autocast(device, mixed_precision):
-            prediction = family.predict(unet, batch.inputs(noise_scheduler, inputs.sample.dtype))
-        torch.nn.functional.mse_loss(prediction.float(), batch.target(noise_scheduler).float()).backward()
+            prediction = family.predict(unet, batch.inputs(process, inputs.sample.dtype))
+        target = batch.target(process) if process.has_target else noise
+        torch.nn.functional.mse_loss(prediction.float(), target.float()).backward()
 
     if cuda:
         torch.cuda.synchronize(device)
@@ -187,7 +190,7 @@ def _forward_backward(
 
 def estimate_step(
     unet: nn.Module,
-    noise_scheduler,
+    process,
     batch_size: int,
     *,
     device: torch.device | str,
@@ -199,7 +202,7 @@ def estimate_step(
 
     Args:
         unet: The dense model, on any device.
-        noise_scheduler: The Diffusers scheduler that adds the noise.
+        process: Scheduler of the model, or its process.
         batch_size: Number of images in the step (>= 1).
         device: Training device.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
@@ -209,7 +212,7 @@ def estimate_step(
     Raises:
         ValueError: A single image does not fit into the device's memory.
     """
-    device = torch.device(device)
+    device, process = torch.device(device), training_process(process)
     scoring_batch_size = scoring_batch_size or batch_size
     activations = count_activations(
         unet,
@@ -229,7 +232,7 @@ def estimate_step(
         twin = copy.deepcopy(unet).to(device).train().requires_grad_(True)
         if gradient_checkpointing:
             twin.enable_gradient_checkpointing()
-        step = partial(_forward_backward, twin, noise_scheduler, device=device, mixed_precision=mixed_precision, peaks=peaks)
+        step = partial(_forward_backward, twin, process, device=device, mixed_precision=mixed_precision, peaks=peaks)
         try:
             seconds, timed = _time(step, batch_size, fits, TIME_LIMIT)
         except torch.OutOfMemoryError as error:

@@ -227,14 +227,21 @@ def _schedule_curves(pruner: GradientFlowPruner) -> dict[str, list]:
 
 
 def describe_pipeline(pipeline: TrainedPipeline) -> dict:
-    """Class of the pipeline, component of its denoiser, and its condition, for the report."""
+    """Class of the pipeline, component of its denoiser, its process, and its condition, for the report."""
     family = family_of(pipeline.denoiser)
     labels = family.class_labels(pipeline.denoiser.config)
-    described = {"class_name": pipeline.kind.__name__, "component": family.component, "condition": None}
+    described = {
+        "class_name": pipeline.kind.__name__,
+        "component": family.component,
+        "process": pipeline.process.name,
+        "condition": None,
+    }
     if pipeline.prompts is not None:
         return {**described, "condition": "text"}
     if labels is not None:
         return {**described, "condition": "class labels", "num_classes": labels.count}
+    if family.vector_size(pipeline.denoiser.config) is not None:
+        return {**described, "condition": "vectors"}
     return described
 
 

@@ -21,6 +21,7 @@ from ..data.sources import HeldOut, ImageSource
 from ..data.teacher_images import TeacherImages
 from ..diffusion.batch import DiffusionBatch
 from ..diffusion.latents import LatentCodec
+from ..diffusion.process import DiffusionProcess
 from ..diffusion.prompts import PromptEncoder
 from ..evaluation.processes import make_accelerator
 from ..evaluation.sample_quality import SampleQuality
@@ -130,7 +131,7 @@ def run_accelerator(args: Arguments, folder: RunFolder) -> Accelerator:
 
 
 def make_pruner(
-    args: Arguments, accelerator: Accelerator, unet: ModelMixin, noise_scheduler, checkpoint: Checkpoint | None
+    args: Arguments, accelerator: Accelerator, unet: ModelMixin, process: DiffusionProcess, checkpoint: Checkpoint | None
 ) -> GradientFlowPruner:
     """Create the pruner of a run and attach its masks.
 
@@ -146,16 +147,17 @@ def make_pruner(
     known = None if checkpoint is None else checkpoint.values["pruner"].get("latency")
     folder = args.evaluation.evaluation_cache_dir
     cache_dir = default_cache_dir() if folder is None else Path(folder)
-    return GradientFlowPruner(unet, config, noise_scheduler, latency=known, latency_cache_dir=cache_dir)
+    return GradientFlowPruner(unet, config, process, latency=known, latency_cache_dir=cache_dir)
 
 
-def check_training(args: Arguments, dense: nn.Module) -> None:
-    """Check that arguments have an effect on a model.
+def check_training(args: Arguments, dense: nn.Module, process: DiffusionProcess) -> None:
+    """Check that arguments have an effect on a model and its process.
 
     Raises:
         ValueError: An argument does not fit the model.
     """
     args.objective.check_model(dense)
+    args.objective.check_process(process)
     if args.training.dropout is not None and not family_of(dense).residual_blocks(dense):
         kind = type(dense).__name__
         raise ValueError(f"dropout={args.training.dropout} is that of residual blocks, of which a {kind} has none")
@@ -238,20 +240,26 @@ def load_run_images(args: Arguments, pipeline: TrainedPipeline, dense: ModelMixi
     if args.teacher.train_data == "images":
         images, held_out = load_images(args.data, spec)
         return RunImages(images, held_out, images)
-    drawn = TeacherImages(args.teacher, args.data, dense, pipeline.scheduler, spec)
+    if not given and spec.vector_size is not None:
+        raise ValueError(
+            f"train_data=teacher needs dataset_name or train_data_dir with vectors of {spec.vector_size} values, which the "
+            f"model takes as class_labels"
+        )
     if not given:
+        drawn = TeacherImages(args.teacher, args.data, dense, pipeline.scheduler, spec)
         return RunImages(drawn, drawn.held_out, drawn)
     images, held_out = load_images(args.data, spec)
-    return RunImages(drawn, held_out, images)
+    vectors = held_out.conditioning["class_labels"] if spec.vector_size is not None else None
+    return RunImages(TeacherImages(args.teacher, args.data, dense, pipeline.scheduler, spec, vectors), held_out, images)
 
 
-def make_batches(args: Arguments, accelerator: Accelerator, images, noise_scheduler, first_batch: int):
+def make_batches(args: Arguments, accelerator: Accelerator, images, process: DiffusionProcess, first_batch: int):
     """Endless training batches of this process."""
     return train_dataloader(
         images,
         args.training.train_batch_size,
         seed=args.run.seed,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        process=process,
         first_batch=first_batch,
         num_workers=args.data.dataloader_num_workers,
         rank=accelerator.process_index,
@@ -266,7 +274,7 @@ def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[Diffusio
         run.images,
         args.pruning.calibration_batches,
         args.pruning.calibration_batch_size or args.training.train_batch_size,
-        num_train_timesteps=run.pipeline.process.config.num_train_timesteps,
+        process=run.pipeline.process,
         seed=args.run.seed,
         step=step,
         rank=accelerator.process_index,
@@ -275,11 +283,11 @@ def make_calibration(run: Run, step: int, broken: BrokenImages) -> list[Diffusio
     )
 
 
-def estimate_run(args: Arguments, accelerator: Accelerator, dense: nn.Module, noise_scheduler) -> StepEstimate:
+def estimate_run(args: Arguments, accelerator: Accelerator, dense: nn.Module, process: DiffusionProcess) -> StepEstimate:
     """Time and memory of a dense step of this run."""
     return estimate_step(
         dense,
-        noise_scheduler,
+        process,
         args.training.train_batch_size,
         device=accelerator.device,
         mixed_precision=accelerator.mixed_precision,

@@ -127,13 +127,15 @@ def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence
     if len(pruner.history) == 1 and find_criterion(pruner.config.criterion).needs_batches:
         diagnostics["comparison"] = compare_with_magnitude(pruner, batches)
         if run.args.pruning.check_scores:
-            arguments = (state.unet, pruner.groups, batches, pruner.noise_scheduler, pruner.config)
+            arguments = (state.unet, pruner.groups, batches, pruner.process, pruner.config)
             diagnostics["hessian_check"] = check_hessian_gradient_product(*arguments)
             agreement = diagnostics["hessian_check"]["rank_correlation"]
             run.accelerator.print(
                 f"Hessian-gradient products: rank correlation with finite differences {agreement:.4f} or more"
             )
     validation = zip(state.curves.validation_steps, state.curves.validation_loss)
+    if not pruner.process.has_target:  # distances to the dense model start at 0 and always rise
+        validation = ()
     known = {warning["kind"] for warning in diagnostics["warnings"]}
     for diagnosis in diagnose(
         pruner.history, validation, pruner.config, diagnostics["comparison"], diagnostics["hessian_check"]

@@ -19,6 +19,7 @@ from diffusers_gfprune.data.draws import random_generator
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.diffusion.class_labels import ClassLabels
 from helpers.images import encode, load, model_spec, numbered, numbers_of, write_folder, write_parquet
+from helpers.processes import ddpm
 
 TRUNCATED = numbered(7)[:45]
 NUMBERED = [numbered(number) for number in range(26)]  # of which two are held out
@@ -38,7 +39,7 @@ def make_images(tmp_path: Path, kind: str, config=None, numbered_images=NUMBERED
 
 
 def loader(images, batch_size: int = 4, **options):
-    return train_dataloader(images, batch_size, **{"seed": 3, "num_train_timesteps": 1000, **options})
+    return train_dataloader(images, batch_size, **{"seed": 3, "process": ddpm(1000), **options})
 
 
 def take(images, count: int, batch_size: int = 4, **options) -> list[dict]:
@@ -73,7 +74,7 @@ def test_batch_types(tmp_path: Path) -> None:
 
 
 def test_noise_and_timesteps_have_the_right_distribution(tmp_path: Path) -> None:
-    batches = take(make_images(tmp_path, "rows"), 60, batch_size=24, num_train_timesteps=10)
+    batches = take(make_images(tmp_path, "rows"), 60, batch_size=24, process=ddpm(10))
     noise = torch.cat([batch["noise"] for batch in batches])
     assert noise.mean().abs() < 0.01 and (noise.std() - 1).abs() < 0.01
     counts = torch.bincount(torch.cat([batch["timesteps"] for batch in batches]), minlength=10)
@@ -154,7 +155,7 @@ def test_global_generators_are_left_alone(kind: str, num_workers: int, tmp_path:
     images = make_images(tmp_path, kind)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     take(images, 3, num_workers=num_workers)
-    calibration_batches(images, 1, 4, num_train_timesteps=1000, seed=0, step=0)
+    calibration_batches(images, 1, 4, process=ddpm(1000), seed=0, step=0)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1]) and random.getstate() == states[2]
 
@@ -276,7 +277,7 @@ def test_signals_to_the_run_do_not_end_its_workers(tmp_path: Path) -> None:
 
 
 def calibrate(images, num_batches: int = 2, batch_size: int = 8, **options) -> list[tuple]:
-    options = {"num_train_timesteps": 1000, "seed": 0, "step": 5, **options}
+    options = {"process": ddpm(1000), "seed": 0, "step": 5, **options}
     return [tuple(batch.tensors()) for batch in calibration_batches(images, num_batches, batch_size, **options)]
 
 

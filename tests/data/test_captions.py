@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from diffusers_gfprune.data.batches import calibration_batches, train_dataloader
 from diffusers_gfprune.data.captions import RowCaptions, caption_column, read_captions
 from helpers.latent_data import latent_spec, load_latents, noise_image, prompt_encoder, write_images
+from helpers.processes import ddpm
 
 CAPTIONS = ["zero", "one", "two", "three"] * 3 + ["two", "aa"]
 IMAGES = [noise_image(number) for number in range(len(CAPTIONS))]
@@ -73,7 +74,7 @@ def test_batches_have_the_conditioning_of_their_captions(tmp_path: Path) -> None
     images, held_out = load_latents(folder, latent_spec(prompts=prompts), caption_dropout=0.25)
     assert images.choices() == {"caption_column": "text", "caption_dropout": 0.25}
     known = prompts.encode(["zero", "one", "two", "three", "aa", ""])["encoder_hidden_states"]
-    batches = list(itertools.islice(train_dataloader(images, 4, seed=0, num_train_timesteps=10), 90))
+    batches = list(itertools.islice(train_dataloader(images, 4, seed=0, process=ddpm(10)), 90))
     states = torch.cat([batch.conditioning["encoder_hidden_states"] for batch, _ in batches])
     distances = (states[:, None] - known).abs().amax(dim=(2, 3))
     assert distances.min(dim=1).values.max() < 1e-5 and states.shape[1:] == (8, 16)
@@ -97,7 +98,7 @@ def test_calibration_drops_the_right_share(tmp_path: Path) -> None:
     )
     null = images.null_conditioning()["encoder_hidden_states"]
     for step in range(3):
-        batches = calibration_batches(images, 5, 12, num_train_timesteps=1000, seed=0, step=step)
+        batches = calibration_batches(images, 5, 12, process=ddpm(1000), seed=0, step=step)
         states = torch.cat([batch.conditioning["encoder_hidden_states"] for batch in batches])
         assert 5 <= (states == null).all(dim=(1, 2)).sum() <= 7  # a tenth of 60
 
@@ -108,7 +109,7 @@ def test_conditioning_of_sdxl_has_the_sizes_of_the_image(tmp_path: Path) -> None
     images, held_out = load_latents(
         write_images(tmp_path / "data", wide, list("abcdef")), latent_spec(prompts=prompts), caption_dropout=0.5
     )
-    (batch, _), *_ = itertools.islice(train_dataloader(images, 4, seed=0, num_train_timesteps=10), 1)
+    (batch, _), *_ = itertools.islice(train_dataloader(images, 4, seed=0, process=ddpm(10)), 1)
     shapes = {name: tuple(values.shape) for name, values in batch.conditioning.items()}
     assert shapes == {"encoder_hidden_states": (4, 8, 40), "text_embeds": (4, 12), "time_ids": (4, 6)}
     assert batch.conditioning["time_ids"].tolist() == [[20, 40, 0, 8, 16, 16]] * 4  # also without a caption

@@ -18,6 +18,7 @@ from diffusers_gfprune.data.batches import train_dataloader
 from diffusers_gfprune.data.decoding import BrokenImage, BrokenImages, EncodedImage, ImageDecoder
 from diffusers_gfprune.data.images import DataArguments
 from helpers.images import encode, load, model_spec, numbered, numbers_of, write_folder, write_parquet
+from helpers.processes import ddpm
 
 TRUNCATED = numbered(7)[:45]
 SMALL = encode(np.zeros((4, 9), dtype=np.uint8))
@@ -252,7 +253,7 @@ def test_misfits_are_alike_wherever_they_stand(
     assert "enlarged" not in caplog.text
     assert numbers_of(images.head(99)) == list(range(31)) and not images.decoder.enlarge
     assert images.summary.num_held_out == 2
-    batches = train_dataloader(images, 8, seed=0, num_train_timesteps=10)
+    batches = train_dataloader(images, 8, seed=0, process=ddpm(10))
     met = {name for _, (_, broken) in zip(range(12), batches) for name in broken}
     assert met == {f"row {row}" + (" of shard 0" if streaming else "") for row in (0, 1, 32)}
     with pytest.raises(ValueError, match="split train: max_broken_images=1 is exceeded: 2 images .* row 0"):

@@ -17,12 +17,13 @@ from diffusers_gfprune.diffusion.latents import LatentCodec
 from helpers.images import numbered
 from helpers.latent_data import DIT_LABELS, SIZE, latent_spec, load_latents, noise_image, write_images
 from helpers.latent_models import autoencoder, vq_model
+from helpers.processes import ddpm
 
 IMAGES = [noise_image(number) for number in range(14)]
 
 
 def batches(images, count: int, batch_size: int = 4, **options) -> list[dict[str, Tensor]]:
-    loader = train_dataloader(images, batch_size, **{"seed": 3, "num_train_timesteps": 1000, **options})
+    loader = train_dataloader(images, batch_size, **{"seed": 3, "process": ddpm(1000), **options})
     taken = list(itertools.islice(loader, count))
     assert all(broken == [] for _, broken in taken)
     return [{"clean": batch.clean, "noise": batch.noise, "t": batch.timesteps, **batch.conditioning} for batch, _ in taken]
@@ -120,14 +121,14 @@ def test_labels_are_dropped_to_the_null_label_of_the_model(tmp_path: Path) -> No
     assert images.null_conditioning()["class_labels"].tolist() == [4]
     labels = torch.cat([batch["class_labels"] for batch in batches(images, 60)])
     assert 0.15 < (labels == 4).float().mean() < 0.35
-    options = {"num_train_timesteps": 1000, "seed": 0, "step": 0}
+    options = {"process": ddpm(1000), "seed": 0, "step": 0}
     used = torch.cat([b.conditioning["class_labels"] for b in calibration_batches(images, 4, 12, **options)])
     assert 11 <= (used == 4).sum() <= 13  # of 48
 
 
 def test_calibration_batches_are_latents_of_the_step(tmp_path: Path) -> None:
     images, _ = load_latents(write_images(tmp_path / "data", IMAGES), latent_spec())
-    options = {"num_train_timesteps": 1000, "seed": 0, "broken": BrokenImages(0)}
+    options = {"process": ddpm(1000), "seed": 0, "broken": BrokenImages(0)}
     first, again, other = (calibration_batches(images, 2, 4, step=step, **options) for step in (5, 5, 6))
     assert torch.equal(first[0].clean, again[0].clean) and not torch.equal(first[0].clean, other[0].clean)
     assert first[0].clean.shape == (4, 4, 8, 8)
@@ -141,7 +142,7 @@ def test_broken_images_are_replaced_and_counted(tmp_path: Path, caplog: pytest.L
         images, held_out = load_latents(tmp_path / "data", latent_spec(), validation_images=3)
     assert "1 held-out images do not fit the model and are left out" in caplog.messages
     assert len(held_out) == 2 == len(held_out.samples)
-    loader = train_dataloader(images, 5, seed=0, num_train_timesteps=10)
+    loader = train_dataloader(images, 5, seed=0, process=ddpm(10))
     seen = BrokenImages(9)
     for batch, broken in itertools.islice(loader, 3):
         seen.add(broken)

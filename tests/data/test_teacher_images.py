@@ -24,6 +24,7 @@ from diffusers_gfprune.model_spec import ModelSpec
 from helpers.architectures import build
 from helpers.latent_models import autoencoder
 from helpers.latent_pipelines import DIT, LATENT_SIZE
+from helpers.processes import ddpm
 
 SCHEDULER = DDPMScheduler()
 STEPS = 2
@@ -83,12 +84,12 @@ def test_latents_are_kept_as_they_are_and_have_labels_in_turn(tmp_path: Path) ->
 def test_batches_have_dropped_labels_and_flips(tmp_path: Path, unet: UNet2DModel) -> None:
     images = teacher(tmp_path, dit(), LatentCodec(autoencoder()), data={"label_dropout": 0.5})
     images.prepare()
-    (batch,) = calibration_batches(images, 1, 6, num_train_timesteps=1000, seed=0, step=0)
+    (batch,) = calibration_batches(images, 1, 6, process=ddpm(1000), seed=0, step=0)
     assert batch.clean.shape == (6, 4, LATENT_SIZE, LATENT_SIZE) and (batch.conditioning["class_labels"] == 4).sum() == 3
     flipped = teacher(tmp_path, unet, data={"random_flip": True})
     flipped.prepare()
     known = torch.stack([flipped.clean(row) for row in range(6)])
-    loader = train_dataloader(flipped, 6, seed=0, num_train_timesteps=1000)
+    loader = train_dataloader(flipped, 6, seed=0, process=ddpm(1000))
     clean = torch.cat([batch.clean for batch, _ in itertools.islice(loader, 4)])
     same, mirrored = ((clean[:, None] == other).flatten(2).all(dim=2).any(dim=1) for other in (known, known.flip(-1)))
     assert (same | mirrored).all() and same.any() and mirrored.any()

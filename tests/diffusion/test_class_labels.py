@@ -20,6 +20,7 @@ from diffusers_gfprune.reports.model_card import render_card
 from diffusers_gfprune.scripts import prune_ddpm
 from helpers.architectures import build
 from helpers.images import load, model_spec
+from helpers.processes import ddpm
 from helpers.pruners import SCHEDULER, images
 from helpers.scripts import plain_runs
 
@@ -100,7 +101,7 @@ def conditional(**options):
 
 def drawn(source, count: int = 8, first_batch: int = 0, **options) -> list[DiffusionBatch]:
     """Training batches of 16 images."""
-    loader = training_batches.train_dataloader(source, 16, seed=3, num_train_timesteps=100, first_batch=first_batch, **options)
+    loader = training_batches.train_dataloader(source, 16, seed=3, process=ddpm(100), first_batch=first_batch, **options)
     return [batch for (batch, _), _ in zip(loader, range(count))]
 
 
@@ -128,7 +129,7 @@ def test_which_labels_are_dropped_is_a_function_of_the_draw() -> None:
     whole = drawn(source, 4)
     assert torch.equal(labels_of(drawn(source, 1, first_batch=3)[0]), labels_of(whole[3]))
     halves = [
-        next(iter(training_batches.train_dataloader(source, 8, seed=3, num_train_timesteps=100, rank=rank, world_size=2)))[0]
+        next(iter(training_batches.train_dataloader(source, 8, seed=3, process=ddpm(100), rank=rank, world_size=2)))[0]
         for rank in range(2)
     ]
     assert torch.equal(torch.cat([labels_of(half) for half in halves]), labels_of(whole[0]))
@@ -137,7 +138,7 @@ def test_which_labels_are_dropped_is_a_function_of_the_draw() -> None:
 def test_calibration_batches_drop_labels_evenly() -> None:
     """In their share, at noise levels of all kinds, and the same on any number of processes."""
     source = conditional(label_dropout=0.25)
-    options = {"num_train_timesteps": 100, "seed": 0, "step": 5}
+    options = {"process": ddpm(100), "seed": 0, "step": 5}
     found = training_batches.calibration_batches(source, 2, 64, **options)
     for batch in found:
         for quarter in labels_of(batch).split(16):  # in the order of timesteps

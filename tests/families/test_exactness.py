@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoModel, DDPMScheduler
+from diffusers import AutoModel
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +28,7 @@ from diffusers_gfprune.scoring.natural_gradient import PROBES, _probe, predictio
 from helpers.architectures import random_masks
 from helpers.compaction import relative_error
 from helpers.families import ALL, ARCHITECTURES, BASES, build, inputs, pruned, run, traced
+from helpers.processes import ddpm
 
 
 @pytest.mark.parametrize(("family", "name"), ALL)
@@ -140,10 +141,10 @@ def test_the_pruner_scores_and_meets_a_budget(family: str, criterion: str) -> No
 @pytest.mark.parametrize("family", BASES)
 def test_scores_are_derivatives_by_masks(family: str) -> None:
     """E (r^T df/dm_c)^2 with the same probes r, also for layers that the forward calls twice."""
-    model, groups, scheduler = build(family), list(traced(family)), DDPMScheduler()
+    model, groups, process = build(family), list(traced(family)), ddpm()
     sample, timesteps, conditioning = inputs(model, batch_size=1)
     batch = DiffusionBatch(sample, torch.randn(sample.shape), timesteps, conditioning)
-    context = ScoringContext(model, groups, [batch], scheduler, GFPruneConfig(total_steps=10))
+    context = ScoringContext(model, groups, [batch], process, GFPruneConfig(total_steps=10))
     scores = prediction_changes(context)
     for group in groups:
         mask = torch.ones(group.num_channels, requires_grad=True)
@@ -153,7 +154,7 @@ def test_scores_are_derivatives_by_masks(family: str) -> None:
             factor = torch.ones(weight.shape[piece.dim]).index_put((torch.tensor(piece.positions),), mask)
             weights[piece.name] = weight * factor.view([-1 if dim == piece.dim else 1 for dim in range(weight.ndim)])
         masked = functools.partial(functional_call, model, weights)
-        found = family_of(model).predict(lambda *args, **kwargs: masked(args, kwargs), batch.inputs(scheduler))  # noqa: B023
+        found = family_of(model).predict(lambda *args, **kwargs: masked(args, kwargs), batch.inputs(process))  # noqa: B023
         changes = [
             torch.autograd.grad(found, mask, _probe(batch, number), retain_graph=True)[0].square() for number in range(PROBES)
         ]
@@ -170,13 +171,13 @@ def test_masks_follow_the_schedule_while_training(family: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     sample, timesteps, conditioning = inputs(model, batch_size=4)
     batch = DiffusionBatch(sample.clamp(-1, 1), torch.randn(sample.shape), timesteps, conditioning)
-    scheduler = DDPMScheduler()
+    process = ddpm()
     for step in range(10):
         pruner.step(step, [batch])
         if pruner.finished:
             break
-        prediction = family_of(model).predict(model, batch.inputs(scheduler))
-        (prediction - batch.target(scheduler)).square().mean().backward()
+        prediction = family_of(model).predict(model, batch.inputs(process))
+        (prediction - batch.target(process)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert pruner.finished

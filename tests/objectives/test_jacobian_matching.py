@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.objectives.jacobian_matching import default_step, sensitivity_distance, with_steps
 from helpers.architectures import build
+from helpers.processes import ddpm
 
-SCHEDULER = DDPMScheduler(num_train_timesteps=1000)
+PROCESS = ddpm(num_train_timesteps=1000)
 CPU = torch.device("cpu")
 
 
@@ -35,23 +35,23 @@ def test_known_answers_for_linear_models(precision):
     # Powers of two do not round: the only thing to go wrong is the length of the step, for t = 0 as for any other.
     with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
         step = default_step(CPU)
-        (images, *_), lengths = with_steps(SCHEDULER, *batch(), step)
+        (images, *_), lengths = with_steps(PROCESS, *batch(), step)
     assert images.shape == (16, 1, 8, 8) and images.dtype == torch.float32
     found = sensitivity_distance(scaled(images, 2, precision), scaled(images, 0.5, precision), lengths)
     assert found.item() == pytest.approx((2**2 - 0.5**2) ** 2 / 64, rel=1e-3)
 
 
 def test_turning_the_response_changes_nothing():
-    (images, *_), lengths = with_steps(SCHEDULER, *batch(), 0.01)
+    (images, *_), lengths = with_steps(PROCESS, *batch(), 0.01)
     assert sensitivity_distance(images.flip(-1), images, lengths) < 1e-8
 
 
 def test_steps_are_in_standard_deviations_of_the_noise_along_the_directions():
     data, directions = batch()
-    (images, doubled, _), lengths = with_steps(SCHEDULER, data, directions, 0.25)
+    (images, doubled, _), lengths = with_steps(PROCESS, data, directions, 0.25)
     plain, stepped = images.chunk(2)
-    assert torch.equal(plain, SCHEDULER.add_noise(data.clean, data.noise, data.timesteps))
-    deviations = (1 - SCHEDULER.alphas_cumprod[data.timesteps]).sqrt()
+    assert torch.equal(plain, PROCESS.add_noise(data.clean, data.noise, data.timesteps))
+    deviations = (1 - PROCESS.scheduler.alphas_cumprod[data.timesteps]).sqrt()
     expected = 0.25 * deviations[:, None, None, None] * directions
     torch.testing.assert_close(stepped - plain, expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(lengths, expected.flatten(1).norm(dim=1), rtol=1e-3, atol=0)
@@ -68,7 +68,7 @@ def test_differences_are_the_exact_products_of_a_unet():
     student, teacher = build(seed=0), build(seed=1)
     data, directions = batch()
     timesteps = data.timesteps
-    plain = SCHEDULER.add_noise(data.clean, data.noise, timesteps)
+    plain = PROCESS.add_noise(data.clean, data.noise, timesteps)
     direction = directions / directions.flatten(1).norm(dim=1)[:, None, None, None]
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no forward-mode derivative
         products = [
@@ -77,7 +77,7 @@ def test_differences_are_the_exact_products_of_a_unet():
         ]
     stretches = [product.square().sum(dim=1) for product in products]
     with torch.no_grad():
-        (images, doubled, _), lengths = with_steps(SCHEDULER, data, directions, default_step(CPU))
+        (images, doubled, _), lengths = with_steps(PROCESS, data, directions, default_step(CPU))
         assert torch.equal(doubled, torch.cat([timesteps, timesteps]))
         found = sensitivity_distance(student(images, doubled).sample, teacher(images, doubled).sample, lengths)
     expected = (stretches[0] - stretches[1]).square().mean() / 64
@@ -86,7 +86,7 @@ def test_differences_are_the_exact_products_of_a_unet():
 
 def test_step_that_rounds_to_nothing_has_no_response():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (images, *_), lengths = with_steps(SCHEDULER, *batch(), 1e-9)
+        (images, *_), lengths = with_steps(PROCESS, *batch(), 1e-9)
     assert lengths.max() == 0
     assert sensitivity_distance(images, 2 * images, lengths) == 0
 
@@ -94,4 +94,4 @@ def test_step_that_rounds_to_nothing_has_no_response():
 def test_directions_are_needed():
     data, _ = batch()
     with pytest.raises(ValueError, match="directions=None: sensitivity matching needs them"):
-        with_steps(SCHEDULER, data, None, 0.01)
+        with_steps(PROCESS, data, None, 0.01)

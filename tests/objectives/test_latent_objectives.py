@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 from torch.nn.functional import mse_loss
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.ddpm import DDPMProcess
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective, ObjectiveArguments
 from diffusers_gfprune.objectives.snr_weights import min_snr_weights
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import ChannelMasks
 from helpers.families import build
+from helpers.processes import ddpm
 
 LEARNED = "learned-variances"
 EVERYTHING = {"distillation_weight": 0.5, "feature_distillation_weight": 0.1, "sensitivity_matching_weight": 0.01}
@@ -33,9 +34,9 @@ def batch(model: nn.Module, size: int = 4) -> DiffusionBatch:
     return DiffusionBatch(clean, noise, timesteps, conditioning)
 
 
-def objective(teacher: nn.Module, process: DDPMScheduler | None = None, **weights: float) -> Objective:
+def objective(teacher: nn.Module, process: DDPMProcess | None = None, **weights: float) -> Objective:
     masks = ChannelMasks(trace_channel_groups(teacher))
-    return Objective(ObjectiveArguments(**weights), process or DDPMScheduler(), teacher, masks)
+    return Objective(ObjectiveArguments(**weights), process or ddpm(), teacher, masks)
 
 
 @pytest.mark.parametrize("family", ["dit", "condition"])
@@ -44,7 +45,7 @@ def test_the_variance_half_is_kept_at_the_teachers(family: str) -> None:
     student, teacher = build(family, LEARNED), build(family, LEARNED, seed=1)
     data = batch(student)
     loss, terms = objective(teacher, distillation_weight=0.75)(NoisePrediction(student), data)
-    inputs = data.inputs(DDPMScheduler())
+    inputs = data.inputs(ddpm())
     with torch.no_grad():
         own, theirs = (family_of(model).output(model, inputs) for model in (student, teacher))
     assert own.shape == (4, 8, 8, 8)
@@ -82,7 +83,7 @@ def test_a_transformer_in_training_does_not_drop_labels_by_itself() -> None:
     """Each block would drop others, with a probability of 0.1, and the teacher none."""
     model = build("dit")
     data = batch(model)
-    inputs = data.inputs(DDPMScheduler())
+    inputs = data.inputs(ddpm())
     wanted = family_of(model).output(model, inputs)
     torch.manual_seed(0)
     dropping = [family_of(model).output(model.train(), inputs) for _ in range(4)]
@@ -95,7 +96,7 @@ def test_a_transformer_in_training_does_not_drop_labels_by_itself() -> None:
 def test_min_snr_weighs_noise_and_distillation(prediction_type: str) -> None:
     """Each image's error by its timestep; the variance is not weighed."""
     student, teacher = build("dit", LEARNED), build("dit", LEARNED, seed=1)
-    process, data = DDPMScheduler(prediction_type=prediction_type), batch(student)
+    process, data = ddpm(prediction_type=prediction_type), batch(student)
     _, plain = objective(teacher, process)(NoisePrediction(student), data)
     _, terms = objective(teacher, process, snr_gamma=5.0)(NoisePrediction(student), data)
     weights = min_snr_weights(process, data.timesteps, 5.0)

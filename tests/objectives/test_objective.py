@@ -8,17 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.ddpm import DDPMProcess
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective, ObjectiveArguments
 from diffusers_gfprune.pruning.masking import ChannelMasks
 from helpers.architectures import BASE, build
 from helpers.compaction import compacted, masked, traced
+from helpers.processes import ddpm
 
 EVERYTHING = {
     "distillation_weight": 0.5,
@@ -28,9 +30,9 @@ EVERYTHING = {
 KINDS = [{}, {"distillation_weight": 1.0}, {"feature_distillation_weight": 1.0}, EVERYTHING]
 
 
-def scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+def scheduler(prediction_type: str = "epsilon") -> DDPMProcess:
     """A short one."""
-    return DDPMScheduler(num_train_timesteps=100, prediction_type=prediction_type)
+    return ddpm(num_train_timesteps=100, prediction_type=prediction_type)
 
 
 @functools.lru_cache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from torch import Tensor
 
 from diffusers_gfprune import GradientFlowPruner
@@ -21,9 +21,10 @@ from diffusers_gfprune.pruning.masking import attach, dense_parameters
 from diffusers_gfprune.pruning.recovery import recover
 from helpers import families
 from helpers.architectures import build, random_masks
+from helpers.processes import ddpm
 from helpers.pruners import SCHEDULER, batches, one_shot
 
-PROCESS = DDPMScheduler(num_train_timesteps=100)
+PROCESS = ddpm(100)
 TEACHER = Path(__file__).resolve().parents[2] / "training/digits/teacher/unet"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -19,9 +19,10 @@ from diffusers_gfprune.scoring import natural_gradient
 from diffusers_gfprune.scoring.context import JointScores, ScoringContext
 from diffusers_gfprune.scoring.importance import average_scores, score_units, score_units_jointly
 from helpers.architectures import ARCHITECTURES, BASE, build, inputs
+from helpers.processes import ddpm
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEDULER = DDPMScheduler()
+SCHEDULER = ddpm()
 CONFIG = GFPruneConfig()
 
 

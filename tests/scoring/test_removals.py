@@ -15,14 +15,16 @@ from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.pruning.blocks import RemovableBlock
 from diffusers_gfprune.scoring.removals import removal_damage
 from helpers.architectures import build
-from helpers.pruners import SCHEDULER, images
+from helpers.processes import ddpm
+from helpers.pruners import images
 
+PROCESS = ddpm(100)
 CONFIG = GFPruneConfig(total_steps=1, depth="allow", ratio=0.3)
 
 
 def predict(unet: nn.Module, batch: DiffusionBatch) -> Tensor:
     with torch.no_grad():
-        return family_of(unet).predict(unet, batch.inputs(SCHEDULER))
+        return family_of(unet).predict(unet, batch.inputs(PROCESS))
 
 
 def choices(pruner: GradientFlowPruner) -> list[dict[str, Tensor]]:
@@ -41,8 +43,8 @@ def choices(pruner: GradientFlowPruner) -> list[dict[str, Tensor]]:
 def test_damage_is_that_of_the_compacted_models(dtype: torch.dtype) -> None:
     """Masks in use do not matter, and are the same afterwards; half precision is measured in float32."""
     dense = build("fine-units").to(dtype).eval()
-    pruner = GradientFlowPruner(copy.deepcopy(dense), CONFIG, SCHEDULER)
-    batches = calibration_batches(images(12), SCHEDULER, batch_size=8)
+    pruner = GradientFlowPruner(copy.deepcopy(dense), CONFIG, PROCESS)
+    batches = calibration_batches(images(12), PROCESS, batch_size=8)
     expected = []
     for kept in choices(pruner):
         pruner.set_masks({group.name: group.per_channel(kept[group.name].float()) for group in pruner.groups})
@@ -51,12 +53,12 @@ def test_damage_is_that_of_the_compacted_models(dtype: torch.dtype) -> None:
         expected.append(float(sum(changes) / len(changes)))
     before = {name: mask * 0.5 for name, mask in pruner.masks.items()}
     pruner.unet.channel_masks.set({name: mask * 0.5 for name, mask in pruner.unit_masks.items()}, check=False)
-    measured = removal_damage(pruner.unet, pruner.groups, batches, SCHEDULER, CONFIG, choices(pruner))
+    measured = removal_damage(pruner.unet, pruner.groups, batches, PROCESS, CONFIG, choices(pruner))
     assert measured == pytest.approx(expected, rel=1e-3, abs=1e-9) and measured[0] == 0 < min(measured[1:])
     assert all(torch.equal(mask, before[name]) for name, mask in pruner.masks.items())
 
 
 def test_batches_are_checked() -> None:
-    pruner = GradientFlowPruner(build("fine-units"), CONFIG, SCHEDULER)
+    pruner = GradientFlowPruner(build("fine-units"), CONFIG, PROCESS)
     with pytest.raises(ValueError, match="needs calibration batches, got none"):
-        removal_damage(pruner.unet, pruner.groups, [], SCHEDULER, CONFIG, choices(pruner))
+        removal_damage(pruner.unet, pruner.groups, [], PROCESS, CONFIG, choices(pruner))

@@ -26,7 +26,7 @@ from train_latent_teachers import Batch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
-from diffusers_gfprune.diffusion.process import training_process
+from diffusers_gfprune.diffusion.schedulers import training_process
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from helpers.scripts import ROOT
 

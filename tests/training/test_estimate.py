@@ -153,7 +153,7 @@ def test_scoring_holds_what_the_plan_says(name, size, hvp, teacher) -> None:
     pruner = GradientFlowPruner(unet, config)
     batches = [batch_for(unet, size), batch_for(unet, size)]
     with LiveBytes() as live:
-        score_units(unet, pruner.groups, batches, pruner.noise_scheduler, config)
+        score_units(unet, pruner.groups, batches, pruner.process, config)
     held = 3 * estimate.weight_bytes  # weights, and the moments of a run under way
     assert 1 / BOUND < memory_plan(estimate, 0, **options).scoring / (held + live.peak) < BOUND
 

@@ -1,4 +1,4 @@
-"""diffusion/process.py: every scheduler of Diffusers is known by name, and accepted ones add the noise of a DDPM."""
+"""diffusion/schedulers.py, ddpm.py: every scheduler of Diffusers is known by name, and accepted ones add the right noise."""
 
 from __future__ import annotations
 
@@ -18,15 +18,12 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from diffusers_gfprune import GradientFlowPruner, PruneDDPMPipeline
-from diffusers_gfprune.diffusion.process import (
-    REFUSED_SCHEDULERS,
-    TRAINABLE_SCHEDULERS,
-    check_variance_type,
-    training_process,
-)
+from diffusers_gfprune.diffusion.ddpm import DDPMProcess, check_variance_type
+from diffusers_gfprune.diffusion.schedulers import REFUSED_SCHEDULERS, TRAINABLE_SCHEDULERS, training_process
 from helpers.architectures import build, inputs
 from helpers.pruners import one_shot
 
+DDPM = [name for name, process in TRAINABLE_SCHEDULERS.items() if process is DDPMProcess]
 BETAS = {"num_train_timesteps": 50, "beta_start": 0.001, "beta_end": 0.1}
 
 
@@ -44,7 +41,7 @@ def test_every_scheduler_of_diffusers_is_in_one_of_the_two_lists() -> None:
     assert all_schedulers() == {*TRAINABLE_SCHEDULERS, *REFUSED_SCHEDULERS}
 
 
-@pytest.mark.parametrize("name", TRAINABLE_SCHEDULERS)
+@pytest.mark.parametrize("name", DDPM)
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "trained"])
 def test_accepted_schedulers_add_the_noise_of_their_process(name: str, betas: str) -> None:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, by the scheduler's `add_noise` and by this formula."""
@@ -58,7 +55,8 @@ def test_accepted_schedulers_add_the_noise_of_their_process(name: str, betas: st
     torch.testing.assert_close(noisy, abar.sqrt() * clean + (1 - abar).sqrt() * noise)
     scheduler.set_timesteps(50)  # many samplers add noise only at timesteps that they are set to
     torch.testing.assert_close(scheduler.add_noise(clean, noise, timesteps), noisy, rtol=1e-4, atol=1e-5)
-    assert process.config.prediction_type == "epsilon" and process.config.num_train_timesteps == 50
+    assert process.prediction_type == "epsilon" and process.num_train_timesteps == 50
+    assert training_process(process) is process and process.model_scheduler is scheduler
 
 
 def instance(name: str):
@@ -81,7 +79,7 @@ def test_subclasses_are_what_they_inherit_from() -> None:
     class Other(EulerDiscreteScheduler):
         pass
 
-    assert training_process(Mine(**BETAS)).config.beta_end == 0.1
+    assert training_process(Mine(**BETAS)).scheduler.config.beta_end == 0.1
     with pytest.raises(ValueError, match="scheduler=Other is not supported, it has continuous noise levels"):
         training_process(Other(**BETAS))
 
@@ -105,7 +103,7 @@ def test_processes_that_are_none_are_refused(scheduler, message: str) -> None:
 def test_learned_variances_belong_to_the_model_and_to_the_scheduler(kind: str) -> None:
     """`DiTPipeline` removes them from the output itself, so that any scheduler will do."""
     learned, fixed = DDPMScheduler(variance_type=kind, **BETAS), DDPMScheduler(**BETAS)
-    assert torch.equal(training_process(learned).betas, fixed.betas)
+    assert torch.equal(training_process(learned).scheduler.betas, fixed.betas)
     check_variance_type(learned, learned_variance=True, pipeline_splits=False)
     check_variance_type(fixed, learned_variance=False, pipeline_splits=False)
     check_variance_type(DDIMScheduler(**BETAS), learned_variance=True, pipeline_splits=True)

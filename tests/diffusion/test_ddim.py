@@ -1,4 +1,4 @@
-"""metrics/ddim.py: every timestep spacing against a known answer, and steps against those of Diffusers."""
+"""diffusion/ddim.py: every timestep spacing against a known answer, and steps against those of Diffusers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusers_gfprune.diffusion.process import TRAINABLE_SCHEDULERS
-from diffusers_gfprune.metrics.ddim import SpacedDDIMScheduler, fit_spacing, make_sampler
+from diffusers_gfprune.diffusion.ddim import SpacedDDIMScheduler, fit_spacing, make_sampler
+from diffusers_gfprune.diffusion.ddpm import DDPMProcess
+from diffusers_gfprune.diffusion.schedulers import TRAINABLE_SCHEDULERS
 from diffusers_gfprune.metrics.sampling import sample_images
 from helpers.zero_model import Zero
+
+DDPM = [name for name, process in TRAINABLE_SCHEDULERS.items() if process is DDPMProcess]
+
+
+def sampler_of(scheduler, *options) -> SpacedDDIMScheduler:
+    """DDIM for a model with this scheduler."""
+    return make_sampler(DDPMProcess(scheduler), *options)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -67,7 +75,7 @@ def test_spacing_is_made_to_fit(timesteps: int, steps: int, spacing: str, expect
     *fitted, changes = fit_spacing(scheduler, steps, spacing)
     assert tuple(fitted) == expected and len(changes) == len(said)
     assert all(text in change for text, change in zip(said, changes))
-    sampler = make_sampler(scheduler, *expected)
+    sampler = sampler_of(scheduler, *expected)
     if steps > 10 and spacing != "quadratic":
         assert sampler.timesteps[0] >= 0.89 * timesteps
 
@@ -77,7 +85,7 @@ def test_an_offset_that_goes_past_the_last_timestep_is_made_to_fit() -> None:
     scheduler = DDIMScheduler(num_train_timesteps=100, steps_offset=1)
     steps, spacing, changes = fit_spacing(scheduler, 100, "leading")
     assert (steps, spacing) == (100, "trailing") and "steps_offset=1" in changes[0]
-    assert make_sampler(scheduler, 100, "trailing").timesteps.tolist() == list(range(99, -1, -1))
+    assert sampler_of(scheduler, 100, "trailing").timesteps.tolist() == list(range(99, -1, -1))
     assert fit_spacing(scheduler, 50, "leading") == (50, "leading", ())
 
 
@@ -85,16 +93,16 @@ def test_an_offset_that_goes_past_the_last_timestep_is_made_to_fit() -> None:
 def test_the_sampler_has_the_betas_of_the_model(schedule: str) -> None:
     """DDIMScheduler of Diffusers 0.42.1 makes only some of DDPMScheduler's beta schedules."""
     scheduler = DDPMScheduler(num_train_timesteps=50, beta_schedule=schedule, clip_sample=False)
-    sampler = make_sampler(scheduler, 10)
+    sampler = sampler_of(scheduler, 10)
     torch.testing.assert_close(sampler.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-6, atol=1e-8)
     assert not sampler.config.clip_sample
 
 
-@pytest.mark.parametrize("name", TRAINABLE_SCHEDULERS)
+@pytest.mark.parametrize("name", DDPM)
 def test_every_accepted_scheduler_can_be_sampled(name: str) -> None:
     """With the same timesteps and betas, whatever the model was saved with."""
     options = {"num_train_timesteps": 50, "beta_end": 0.1, "prediction_type": "v_prediction"}
-    sampler = make_sampler(getattr(diffusers, name)(**options), 10)
+    sampler = sampler_of(getattr(diffusers, name)(**options), 10)
     torch.testing.assert_close(sampler.alphas_cumprod, DDPMScheduler(**options).alphas_cumprod)
     assert sampler.timesteps.tolist() == list(range(45, -1, -5)) and sampler.config.prediction_type == "v_prediction"
 
@@ -118,7 +126,7 @@ def test_every_accepted_scheduler_can_be_sampled(name: str) -> None:
 def test_what_cannot_be_sampled_is_refused(options: dict, steps: int, spacing: str, message: str) -> None:
     """In one line that names the arguments."""
     with pytest.raises(ValueError, match=message):
-        make_sampler(DDPMScheduler(num_train_timesteps=100, **options), steps, spacing)
+        sampler_of(DDPMScheduler(num_train_timesteps=100, **options), steps, spacing)
 
 
 def test_zero_terminal_snr_is_sampled_where_it_can_be() -> None:

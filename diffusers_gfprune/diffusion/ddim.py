@@ -22,11 +22,10 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from ..diffusion.process import training_process
+from .process import TIMESTEP_SPACINGS
 
-__all__ = ["TIMESTEP_SPACINGS", "SpacedDDIMScheduler", "fit_spacing", "make_sampler"]
+__all__ = ["SpacedDDIMScheduler", "fit_spacing", "make_sampler"]
 
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 # Minimum share of the timesteps that leading spacing must span; it spans all if their number is divisible by the steps.
 # After 0.9 of the linear schedule of Ho et al., 1.7 % of the image is left.
 LEADING_SHARE = 0.9
@@ -143,12 +142,12 @@ class SpacedDDIMScheduler(DDIMScheduler):
 
 
 def make_sampler(
-    scheduler, num_inference_steps: int, timestep_spacing: str = "leading", latents: bool = False
+    process, num_inference_steps: int, timestep_spacing: str = "leading", latents: bool = False
 ) -> SpacedDDIMScheduler:
     """DDIM for a trained model, with its timesteps set.
 
     Args:
-        scheduler: Scheduler of the model (see `diffusion.process`). DDIM takes over its configuration and betas.
+        process: The `DDPMProcess` of the model. DDIM takes over the configuration of its scheduler, and its betas.
         num_inference_steps: Number of steps S (>= 1, at most the model's timesteps).
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
         latents: Whether samples are latents. They have no range to clip to, unless the scheduler's configuration says so.
@@ -158,8 +157,8 @@ def make_sampler(
     """
     if timestep_spacing not in TIMESTEP_SPACINGS:
         raise ValueError(f"timestep_spacing={timestep_spacing} must be one of {', '.join(TIMESTEP_SPACINGS)}")
-    process = training_process(scheduler)
-    steps = process.config.num_train_timesteps
+    scheduler, training = process.model_scheduler, process.scheduler
+    steps = process.num_train_timesteps
     if not 1 <= num_inference_steps <= steps:
         raise ValueError(
             f"num_inference_steps={num_inference_steps} must be from 1 to {steps}, the timesteps the model was trained with"
@@ -171,14 +170,14 @@ def make_sampler(
     options: dict = {} if quadratic else {"timestep_spacing": timestep_spacing}
     if latents and "clip_sample" not in scheduler.config:
         options["clip_sample"] = False
-    if process.config.trained_betas is None and process.config.beta_schedule not in DDIM_BETA_SCHEDULES:
-        options |= {"trained_betas": process.betas.tolist(), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
+    if training.config.trained_betas is None and training.config.beta_schedule not in DDIM_BETA_SCHEDULES:
+        options |= {"trained_betas": training.betas.tolist(), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
     ddim = SpacedDDIMScheduler.from_config(scheduler.config, **options)
     ddim.set_timesteps(num_inference_steps, quadratic=quadratic)
     first = int(ddim.timesteps[0])
-    if ddim.alphas_cumprod[first] <= 0 and process.config.prediction_type == "epsilon":
+    if ddim.alphas_cumprod[first] <= 0 and training.config.prediction_type == "epsilon":
         cause = (
-            "rescale_betas_zero_snr=True" if process.config.rescale_betas_zero_snr else f"beta_end={process.config.beta_end}"
+            "rescale_betas_zero_snr=True" if training.config.rescale_betas_zero_snr else f"beta_end={training.config.beta_end}"
         )
         raise ValueError(
             f"timestep_spacing={timestep_spacing} starts at timestep {first}, where {cause} of the scheduler leaves only "
