@@ -32,7 +32,9 @@ __all__ = [
     "with_vectors",
 ]
 
-RECOVERY_SAMPLES = 512  # noisy images for recovery: images are used repeatedly, with other noise
+# Noisy images for recovery: images are used repeatedly, with other noise. A large one has many rows for every layer, so that
+# fewer do
+RECOVERY_SAMPLES, FEWEST_RECOVERY_SAMPLES, RECOVERY_POSITIONS = 512, 64, 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -132,12 +134,14 @@ def recovery_batches(batches: Sequence[DiffusionBatch], scheduler, seed: int = 0
         seed: Seed for noise and timesteps.
 
     Returns:
-        Batches with `RECOVERY_SAMPLES` images or slightly more, or the given ones if these are more.
+        Batches with `RECOVERY_SAMPLES` images or slightly more, fewer of large images, or the given ones if these are more.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     repeated, process = list(batches), training_process(scheduler)
+    fitting = RECOVERY_POSITIONS // batches[0].clean[0, 0].numel()
+    wanted = min(RECOVERY_SAMPLES, max(FEWEST_RECOVERY_SAMPLES, fitting))
     for batch in itertools.cycle(batches):
-        if sum(len(batch) for batch in repeated) >= RECOVERY_SAMPLES:
+        if sum(len(batch) for batch in repeated) >= wanted:
             return repeated
         noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
         timesteps = process.random_timesteps(len(batch), generator).to(batch.timesteps)

@@ -31,6 +31,7 @@ from ..diffusion.batch import DiffusionBatch
 from ..diffusion.schedulers import training_process
 from ..distributed import mean_over_ranks
 from ..families.lookup import family_of
+from ..metrics.peak_memory import allocated_at_most
 from .compaction import CompactionPlan
 from .least_squares import LeastSquares
 from .masking import dense_parameters
@@ -41,7 +42,7 @@ __all__ = ["RIDGE", "ROWS", "recover"]
 RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
 NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
-PASS_BYTES = 4 * 2**30  # of layer outputs in a pass, on the CPU
+PASS_BYTES = 4 * 2**30  # of a pass, on the CPU
 
 
 class _Done(Exception):
@@ -69,7 +70,7 @@ def recover(
         process: Scheduler of the model, or its process.
         ridge: Penalty lambda on changes of weights, relative to the mean squared feature of the layer (> 0).
         rows: Number of rows (patches or tokens) that a layer reads at most, over all batches (>= 1).
-        pass_bytes: Memory for layer outputs in a pass, in bytes (default: half of what is free on a GPU, 4 GiB on a CPU).
+        pass_bytes: Memory of a pass, in bytes (default: half of what is free on a GPU, 4 GiB on a CPU).
             Batches are joined or split to meet it.
 
     Returns:
@@ -123,16 +124,15 @@ class _Recovery:
         self.total_samples = 1
 
     def check_bytes(self, batch: DiffusionBatch, process) -> None:
-        """Run one sample, to find the order of layers and the size of their outputs."""
-        counted = []
+        """Run one sample, to find the order of layers and the memory of a pass."""
 
         def visit(name: str, layer: nn.Module, pair: Pair) -> bool:
             self.layers.append(name)
-            counted.append(2 * pair.dense_output.numel() * pair.dense_output.element_size())
+            self._remember(name, layer, pair)
             return False
 
-        self._run(batch.split(1)[0], process, visit)
-        self.bytes_of_a_row = sum(counted)
+        sample = batch.split(1)[0]
+        self.bytes_of_a_row = max(1, allocated_at_most(lambda: self._run(sample, process, visit), self.device))
 
     def mend(self, batches: Sequence[DiffusionBatch], process) -> None:
         """Mend all layers in the order of execution."""
