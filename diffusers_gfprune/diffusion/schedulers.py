@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from .consistency import ConsistencyProcess
 from .ddpm import DDPMProcess
+from .edm import EDMProcess
+from .flow_matching import FlowMatchingProcess
 from .process import DiffusionProcess
 
 __all__ = [
@@ -38,20 +40,20 @@ _DDPM = (
 TRAINABLE_SCHEDULERS: Mapping[str, type[DiffusionProcess]] = {
     **dict.fromkeys(_DDPM, DDPMProcess),
     "CMStochasticIterativeScheduler": ConsistencyProcess,
+    "EDMEulerScheduler": EDMProcess,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchingProcess,
 }
 
-_FLOW = "it is for flow matching"
 _REFUSED = {
-    "it has continuous noise levels": (
-        *("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EulerAncestralDiscreteScheduler"),
-        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler"),
-        *("KDPM2DiscreteScheduler", "KarrasVeScheduler", "LMSDiscreteScheduler", "ScoreSdeVeScheduler"),
-        *("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "ScoreSdeVpScheduler"),
+    "it has other continuous noise levels than EDM's": (
+        *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "IPNDMScheduler"),
+        *("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KarrasVeScheduler", "LMSDiscreteScheduler"),
+        *("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler"),
     ),
-    _FLOW: (
-        *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-        *("HeliosScheduler", "LTXEulerAncestralRFScheduler", "PiflowScheduler", "MiniMaxH3Scheduler"),
-        "RFD4ProteinaScheduler",
+    "it is a sampler of EDMs that EDMEulerScheduler can be saved in place of": ("EDMDPMSolverMultistepScheduler",),
+    "it is for flow matching in pipelines of other models than UNets": (
+        *("FlowMapEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "HeliosScheduler"),
+        *("LTXEulerAncestralRFScheduler", "PiflowScheduler", "MiniMaxH3Scheduler", "RFD4ProteinaScheduler"),
     ),
     "it is for distilled models, which noise prediction would undo": (
         *("ConsistencyDecoderScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler", "LCMScheduler", "SCMScheduler"),

@@ -47,14 +47,18 @@ class PipelineLayout:
 
 
 _CLIP = ("tokenizer", "text_encoder")
+_NOISE = ("ddpm", "edm")  # of pipelines that scale noise and inputs as their scheduler says
 LAYOUTS = {
     **dict.fromkeys(PIPELINES, PipelineLayout()),
+    **dict.fromkeys(("DDPMPipeline", "PruneDDPMPipeline"), PipelineLayout(processes=("ddpm", "flow matching"))),
     "ConsistencyModelPipeline": PipelineLayout(processes=("consistency",)),
-    "LDMPipeline": PipelineLayout("vqvae"),
+    "LDMPipeline": PipelineLayout("vqvae", processes=_NOISE),
     "DiTPipeline": PipelineLayout("vae", splits_variances=True),
-    "StableDiffusionPipeline": PipelineLayout("vae", (_CLIP,), ("safety_checker", "feature_extractor", "image_encoder")),
+    "StableDiffusionPipeline": PipelineLayout(
+        "vae", (_CLIP,), ("safety_checker", "feature_extractor", "image_encoder"), processes=_NOISE
+    ),
     "StableDiffusionXLPipeline": PipelineLayout(
-        "vae", (_CLIP, ("tokenizer_2", "text_encoder_2")), ("feature_extractor", "image_encoder")
+        "vae", (_CLIP, ("tokenizer_2", "text_encoder_2")), ("feature_extractor", "image_encoder"), processes=_NOISE
     ),
     "LDMTextToImagePipeline": PipelineLayout("vqvae", (("tokenizer", "bert"),)),
 }

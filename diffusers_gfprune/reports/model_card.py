@@ -61,6 +61,20 @@ PROCESS_CITATIONS = {
   booktitle = {International Conference on Machine Learning},
   year      = {2023}
 }""",
+    "edm": """\
+@inproceedings{karras2022elucidating,
+  title     = {Elucidating the Design Space of Diffusion-Based Generative Models},
+  author    = {Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}""",
+    "flow matching": """\
+@inproceedings{lipman2023flow,
+  title     = {Flow Matching for Generative Modeling},
+  author    = {Lipman, Yaron and Chen, Ricky T. Q. and Ben-Hamu, Heli and Nickel, Maximilian and Le, Matt},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2023}
+}""",
 }
 
 # https://huggingface.co/docs/hub/repositories-licenses
