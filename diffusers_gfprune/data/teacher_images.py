@@ -67,7 +67,7 @@ class TeacherArguments:
     )
     num_teacher_images: int = argument(5000, "Number of training images, with train_data=teacher (>= 1).")
     teacher_num_inference_steps: int | None = argument(
-        None, "Number of sampling steps for each of them (>= 1; default: 50 DDIM steps, 1 for consistency models)."
+        None, "Number of sampling steps for each of them (>= 1; default: 50, 1 for consistency models)."
     )
     teacher_guidance_scale: float = argument(1.0, "Scale of classifier-free guidance for them (1: none, as in training).")
     teacher_prompts: str | None = argument(

@@ -84,7 +84,7 @@ class SampleArguments:
         "use (default: all).",
     )
     num_inference_steps: int | None = argument(
-        None, "Number of sampling steps (>= 1; default: 100 DDIM steps, 1 for consistency models)."
+        None, "Number of sampling steps (>= 1; default: 100 DDIM steps, 1 for consistency models, else 50)."
     )
     timestep_spacing: str = argument(
         "leading",

@@ -70,7 +70,7 @@ class EvaluationArguments(SpeedArguments):
     )
     eval_batch_size: int = argument(128, "Number of samples in one forward pass (>= 1).")
     ddim_num_inference_steps: int | None = argument(
-        None, "Number of sampling steps for these samples (>= 1; default: 100 DDIM steps, 1 for consistency models)."
+        None, "Number of sampling steps for these samples (>= 1; default: 100 DDIM steps, 1 for consistency models, else 50)."
     )
     timestep_spacing: str = argument("leading", "How DDIM spaces its timesteps.", choices=TIMESTEP_SPACINGS)
     eval_seed: int = argument(1234, "Seed for the samples' noise (>= 0).")

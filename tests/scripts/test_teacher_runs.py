@@ -33,7 +33,7 @@ def test_a_text_model_is_pruned_from_prompts_alone(tmp_path: Path) -> None:
     run(*places, "--teacher_prompts", prompts)
     report = json.loads((output / "pruning_report.json").read_text())
     nothing = {"name": "images drawn by the dense model", "hub_id": None, "drawn": True, "measured": False}
-    assert report["dataset"] == nothing
+    assert report["dataset"] == {**nothing, "sampler": "2 steps of DDIM"}
     card = (output / "README.md").read_text()
     assert "scored and trained on 16 images that the dense model drew" in card and "not with real ones" in card
     assert StableDiffusionPipeline.from_pretrained(output, trust_remote_code=True).unet.config.layer_channels
