@@ -30,7 +30,12 @@ from .diffusion.ddpm import check_variance_type
 from .diffusion.latents import LatentCodec
 from .diffusion.process import DiffusionProcess
 from .diffusion.prompts import PromptEncoder
-from .diffusion.schedulers import check_scheduler_class, is_ddpm_sampled_by_euler, training_process
+from .diffusion.schedulers import (
+    TRAINABLE_SCHEDULERS,
+    check_scheduler_class,
+    is_ddpm_sampled_by_euler,
+    training_process,
+)
 from .errors import HUB_ERRORS, first_line
 from .families.base import Family
 from .families.lookup import FAMILIES, family_of
@@ -209,7 +214,10 @@ def _load_scheduler(folder: Path, index: dict, latents: bool):
     if latents and is_ddpm_sampled_by_euler(component, config):  # its files are copied as they are
         return DDPMScheduler.from_config({**config, "clip_sample": config.get("clip_sample", False)})
     check_scheduler_class(component)
-    check_scheduler_class(config.get("_class_name", component))  # Diffusers does not check the class of the configuration
+    named = config.get("_class_name", component)  # Diffusers does not check the class of the configuration
+    check_scheduler_class(named)
+    if TRAINABLE_SCHEDULERS[named] is not TRAINABLE_SCHEDULERS[component]:
+        raise ValueError(f"its scheduler is a {component}, but scheduler_config.json is of a {named}")
     return getattr(diffusers, component).from_pretrained(component_folder(folder, "scheduler"))
 
 

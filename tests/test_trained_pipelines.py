@@ -16,7 +16,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     PNDMPipeline,
     PNDMScheduler,
 )
@@ -141,7 +141,7 @@ def test_another_pipeline_is_refused(name: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "reason"), [(FlowMatchEulerDiscreteScheduler, "flow matching"), (EulerDiscreteScheduler, "noise levels")]
+    ("scheduler", "reason"), [(FlowMatchHeunDiscreteScheduler, "flow matching"), (EulerDiscreteScheduler, "noise levels")]
 )
 def test_other_processes_are_refused(scheduler: type, reason: str, tmp_path: Path) -> None:
     """Their configuration would be poured into a DDPM's."""

@@ -172,6 +172,7 @@ FILTERS = {
     "milliseconds": lambda value: "-" if value is None else f"{value:.2f} ms",
     "share": lambda value: f"{value:.0%}",
     "figure": lambda value: f"{value:.4g}",
+    "steps": lambda value: "one step" if value == 1 else f"{value} steps",
 }
 
 

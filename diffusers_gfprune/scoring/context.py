@@ -17,6 +17,7 @@ from ..configuration import GFPruneConfig
 from ..criteria import criteria, find_criterion
 from ..diffusion.batch import DiffusionBatch
 from ..diffusion.process import DiffusionProcess, per_image
+from ..diffusion.schedulers import training_process
 from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from ..pruning.channel_groups import ChannelGroup
@@ -78,7 +79,7 @@ class ScoringContext:
         unet: The model, in evaluation mode, with float32 weights.
         groups: Its channel groups.
         batches: Calibration batches; with several processes, the rows of this rank.
-        process: The process of the model's training.
+        process: The process of the model's training; it may be given as a scheduler.
         config: All options.
         parameters: Parameters with a slice in a group, by dense name.
     """
@@ -91,6 +92,7 @@ class ScoringContext:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.process = training_process(self.process)
         names = {piece.name for group in self.groups for piece in group.slices}
         self.parameters = {n: p for n, p in dense_parameters(self.unet).items() if n in names}
 

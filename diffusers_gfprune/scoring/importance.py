@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from ..configuration import GFPruneConfig
 from ..criteria import Criterion, find_criterion, register_criterion
 from ..diffusion.batch import DiffusionBatch
-from ..diffusion.schedulers import training_process
 from ..distributed import check_identical, gather_rows
 from ..pruning.channel_groups import ChannelGroup
 from .context import JointScores, Scores, ScoringContext
@@ -140,7 +139,7 @@ def scoring_context(
     _check_batches(batches, criterion)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
         unet = copy.deepcopy(unet).float()
-    context = ScoringContext(unet, groups, batches, training_process(process), config)
+    context = ScoringContext(unet, groups, batches, process, config)
     mode = scoring_mode(
         unet,
         list(context.parameters.values()),

@@ -16,7 +16,7 @@ def test_defaults() -> None:
     """50,000 samples of 100 evenly spaced steps, FID where its weights are."""
     args = parse_evaluate_arguments([*MODEL])
     settings = args.samples.settings()
-    assert (settings.num_images, settings.num_inference_steps, settings.timestep_spacing) == (50_000, 100, "leading")
+    assert (settings.num_images, settings.num_inference_steps, settings.timestep_spacing) == (50_000, None, "leading")
     assert args.samples.features == ["auto"] and args.output_dir == "runs/b-evaluation"
     assert [(s.batch_size, s.dtype, s.mode) for s in args.cost.speed_settings()] == [
         (1, "float32", "eager"),

@@ -146,7 +146,7 @@ def test_several_passes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> 
     found = recover(dense, once, plan, batches, PROCESS, rows=100)
     with monkeypatch.context() as patched:
         patched.setattr(recovery._Recovery, "_run", lambda self, batch, *a: (sizes.append(len(batch)), run(self, batch, *a)))
-        also = recover(dense, again, plan, batches, PROCESS, rows=100, pass_bytes=2**20)
+        also = recover(dense, again, plan, batches, PROCESS, rows=100, pass_bytes=2**19)
     assert list(found) == list(also) and len(found) > 5
     assert max(sizes) <= 3 and len(sizes) > 10
     before = dense_parameters(dense)

@@ -9,10 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
+from diffusers_gfprune.diffusion.schedulers import TRAINABLE_SCHEDULERS
 from diffusers_gfprune.reports import model_card
 from diffusers_gfprune.reports.model_card import (
     CITATIONS,
     LICENSES,
+    PROCESS_CITATIONS,
     check_card,
     check_eval_results,
     is_as_rendered,
@@ -394,4 +396,5 @@ def test_edited_cards_are_told_from_rendered_ones(files):
 
 def test_licences_and_citations():
     assert {"apache-2.0", "mit", "cc-by-4.0", "openrail", "unknown", "other"} <= LICENSES
-    assert "2501.09464" in CITATIONS and "Denoising Diffusion Probabilistic Models" in CITATIONS
+    assert "2501.09464" in CITATIONS and "Denoising Diffusion Probabilistic Models" in PROCESS_CITATIONS["ddpm"]
+    assert set(PROCESS_CITATIONS) == {process.name for process in TRAINABLE_SCHEDULERS.values()}

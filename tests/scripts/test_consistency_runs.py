@@ -65,7 +65,7 @@ def test_the_card_says_how_it_was_trained_and_measured(finished: Path) -> None:
     text = " ".join(card.split())
     assert "trained by the output of the dense model alone" in text and "on the noise itself" not in text
     assert "mean squared distance to the images that the dense model makes in one step" in text
-    assert "multistep consistency sampling with 1 step, seed" in text and "spacing" not in text
+    assert "multistep consistency sampling with one step, seed" in text and "spacing" not in text
     assert "(1 step of multistep consistency sampling)" in text and "not with real ones" in text
     assert "song2023consistency" in card and "ho2020denoising" not in card and "- consistency-model\n" in card
 
