@@ -34,7 +34,7 @@ __all__ = [
 
 # Noisy images for recovery: images are used repeatedly, with other noise. A large one has many rows for every layer, so that
 # fewer do
-RECOVERY_SAMPLES, FEWEST_RECOVERY_SAMPLES, RECOVERY_POSITIONS = 512, 64, 2**20
+RECOVERY_SAMPLES, FEWEST_RECOVERY_SAMPLES, RECOVERY_POSITIONS = 512, 32, 2**19
 
 logger = logging.getLogger(__name__)
 

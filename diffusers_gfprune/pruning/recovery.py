@@ -21,6 +21,7 @@ fit into memory; otherwise one layer after another, with sums over several passe
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -42,7 +43,7 @@ __all__ = ["RIDGE", "ROWS", "recover"]
 RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
 NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
-PASS_BYTES = 4 * 2**30  # of a pass, on the CPU
+PASS_BYTES = 4 * 2**30  # of a pass, on the CPU, or half of what is free if that is more
 
 
 class _Done(Exception):
@@ -70,7 +71,7 @@ def recover(
         process: Scheduler of the model, or its process.
         ridge: Penalty lambda on changes of weights, relative to the mean squared feature of the layer (> 0).
         rows: Number of rows (patches or tokens) that a layer reads at most, over all batches (>= 1).
-        pass_bytes: Memory of a pass, in bytes (default: half of what is free on a GPU, 4 GiB on a CPU).
+        pass_bytes: Memory of a pass, in bytes (default: half of what is free; on a CPU, at least 4 GiB).
             Batches are joined or split to meet it.
 
     Returns:
@@ -99,7 +100,13 @@ def recover(
 
 
 def _memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else PASS_BYTES
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not Linux
+        free = 0
+    return max(PASS_BYTES, free // 2)
 
 
 def _concatenate(batches: Sequence[DiffusionBatch]) -> DiffusionBatch:
