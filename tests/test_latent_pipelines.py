@@ -226,7 +226,7 @@ def test_a_pipeline_that_is_sampled_by_euler_is_trained_as_a_ddpm(tmp_path: Path
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
         pipe.save_pretrained(tmp_path / spacing)
     found = load_pipeline(str(tmp_path / "leading"))
-    assert torch.equal(found.process.betas, DDPMScheduler(**BETAS).betas) and not found.scheduler.config.clip_sample
+    assert torch.equal(found.process.scheduler.betas, DDPMScheduler(**BETAS).betas) and not found.scheduler.config.clip_sample
     found.save(found.denoiser, tmp_path / "saved")
     files = [(tmp_path / name / "scheduler/scheduler_config.json").read_bytes() for name in ("leading", "saved")]
     assert files[0] == files[1]
@@ -239,6 +239,6 @@ def test_learned_variances_need_a_scheduler_that_fits(tmp_path: Path) -> None:
     unet = UNet2DModel(**{**BASE, "out_channels": 2 * BASE["in_channels"]})
     for kind in ("fixed_small", "learned_range"):
         DDPMPipeline(unet, DDPMScheduler(variance_type=kind)).save_pretrained(tmp_path / kind)
-    assert load_pipeline(str(tmp_path / "learned_range")).process.config.variance_type == "fixed_small"
+    assert load_pipeline(str(tmp_path / "learned_range")).process.scheduler.config.variance_type == "fixed_small"
     with pytest.raises(ValueError, match="the model has learned variances, which variance_type=fixed_small"):
         load_pipeline(str(tmp_path / "fixed_small"))
