@@ -190,7 +190,7 @@ MISFITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing component": ("sd", edit_json("model_index.json", text_encoder=[None, None]), "has no component text_encoder"),
     "scheduler": (
         *("dit", edit_json("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")),
-        "scheduler=FlowMatchEulerDiscreteScheduler is not supported, it is for flow matching",
+        "scheduler_config.json is of a FlowMatchEulerDiscreteScheduler",
     ),
     "size": ("sd", edit_json("unet/config.json", sample_size=None), "sample_size=None"),
 }
