@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from diffusers_gfprune.configuration import GFPruneConfig
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.ddpm import DDPMProcess
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
 from diffusers_gfprune.scoring.importance import score_units
 from helpers.toy import Toy
@@ -40,6 +41,13 @@ class TwoChannels(Toy):
         return UNet2DOutput(sample=self.second(self.first(sample)))
 
 
+class Noiseless(DDPMProcess):
+    """A process that adds no noise."""
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return clean
+
+
 def two_channel_scores(
     model: TwoChannels, images: Sequence[float] = (1.0,), timesteps: Sequence[int] = (0,), units=((0,), (1,)), **options
 ) -> list[float]:
@@ -49,12 +57,9 @@ def two_channel_scores(
     if model.first.bias is not None:
         slices.append(GroupSlice("first", "bias", 0, (0, 1), "output"))
     group = ChannelGroup("first", 2, tuple(slices), units)
-    scheduler = SimpleNamespace(
-        config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda clean, noise, timesteps: clean
-    )
     clean = torch.tensor(images).view(-1, 1, 1, 1)
     batch = DiffusionBatch(clean, torch.zeros_like(clean), torch.tensor(timesteps))
-    return score_units(model, [group], [batch], scheduler, GFPruneConfig(**options))["first"].tolist()
+    return score_units(model, [group], [batch], Noiseless(DDPMScheduler()), GFPruneConfig(**options))["first"].tolist()
 
 
 def hand_model() -> TwoChannels:
