@@ -1,0 +1,49 @@
+"""The command line: `python -m diffusers_gfprune.demo runs/digits-gfpruned [--reference google/ddpm-cifar10-32]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from ..errors import one_line_errors
+from ..extras import check_extra
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_gfprune.demo",
+        description="Open a page that shows images of a pruned model beside those of the dense one.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("pretrained_model_name_or_path", help="folder or Hub id of the pruned pipeline")
+    parser.add_argument(
+        "--reference", help="folder or Hub id of the dense pipeline (default: the one that the report of the run names)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the pruned pipeline on the Hub")
+    parser.add_argument("--reference_revision", help="branch, tag or commit of --reference on the Hub")
+    parser.add_argument("--device", help="device to sample on (default: a GPU, if there is one)")
+    parser.add_argument("--dtype", default="float32", help="float32 (default), float16 or bfloat16")
+    parser.add_argument("--server_name", help="address to serve at (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--server_port", type=int, help="port to serve at (default: the first free one from 7860)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
+    name, options = arguments.pop("pretrained_model_name_or_path"), {}
+    for argument in ("server_name", "server_port"):
+        options[argument] = arguments.pop(argument)
+    with one_line_errors(parser.prog):
+        check_extra("demo")
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        from .models import load_models
+        from .page import launch, make_page
+
+        launch(make_page(load_models(name, **arguments)), **options)
+
+
+if __name__ == "__main__":
+    main()

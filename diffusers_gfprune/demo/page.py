@@ -1,0 +1,116 @@
+"""The page itself, of gradio. It loads nothing from other hosts, and sends nothing to them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import gradio as gr
+
+from ..errors import one_line
+from ..reports.plots import plot_widths
+from .drawing import MAX_IMAGES, Settings, draw, try_drawing
+from .models import Models
+from .pictures import GAIN, compare, describe_models, difference, picture
+
+__all__ = ["launch", "make_page"]
+
+# Fonts of the system: those of gradio's themes come from another host
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+SMALL = 64  # pixels of images that many fit of on the page
+
+
+def _inputs(models: Models) -> dict[str, gr.components.Component]:
+    """Inputs by field of `Settings`: those that the model takes."""
+    choices, defaults = models.choices, Settings()
+    count = 9 if max(choices.image_size) <= SMALL else 1
+    steps = min(defaults.num_inference_steps, choices.num_train_timesteps)
+    inputs = {}
+    if choices.has_prompts:
+        inputs["prompts"] = gr.Textbox("", label="prompts, one a line", lines=3)
+    if choices.classes:
+        names = [(choices.class_names.get(label, str(label)), label) for label in choices.classes]
+        inputs["class_labels"] = gr.Dropdown(names, value=[], multiselect=True, label="class labels (none: all in turn)")
+    inputs["num_images"] = gr.Slider(1, MAX_IMAGES, count, step=1, label="images")
+    inputs["num_inference_steps"] = gr.Slider(1, choices.num_train_timesteps, steps, step=1, label="steps")
+    inputs["scheduler"] = gr.Dropdown(list(choices.schedulers), value=choices.schedulers[0], label="scheduler")
+    inputs["seed"] = gr.Number(defaults.seed, precision=0, label="seed")
+    if choices.guidance_scale is not None:
+        inputs["guidance_scale"] = gr.Slider(0, 20, choices.guidance_scale, step=0.1, label="guidance scale")
+    return inputs
+
+
+def make_page(models: Models) -> gr.Blocks:
+    """The page of a pruned model, beside the dense one if that is there.
+
+    Args:
+        models: The models, which are tried first.
+
+    Raises:
+        ValueError: A model cannot be sampled.
+    """
+    try_drawing(models)
+    title = f"{models.pruned.name}, pruned"
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(f"# {title}\nImages from the same noise. A pair of images has the same place in both pictures.")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                inputs = _inputs(models)
+                button = gr.Button("Draw", variant="primary")
+            with gr.Column(scale=4), gr.Row():
+                labels = ["pruned"]
+                if models.reference is not None:
+                    labels = ["dense", "pruned", f"difference, times {GAIN}"]
+                pictures = [gr.Image(label=label, format="png", interactive=False) for label in labels]
+        figures = gr.Markdown()
+        gr.Markdown(describe_models(models))
+        if models.report is not None:
+            with gr.Accordion("Widths of the layers"):
+                gr.Image(_widths(models.report), format="png", interactive=False, show_label=False)
+
+        def draw_both(*values):
+            try:
+                settings = _settings(dict(zip(inputs, values)))
+                reference = models.reference and draw(models.reference, settings, models.choices)
+                drawn = draw(models.pruned, settings, models.choices)
+            except (ValueError, RuntimeError) as error:  # RuntimeError: no memory is left
+                raise gr.Error(one_line(error)) from error
+            shown = [drawn.images]
+            if reference is not None:
+                shown = [reference.images, drawn.images, difference(drawn.images, reference.images)]
+            return [*map(picture, shown), compare(drawn, reference)]
+
+        button.click(draw_both, list(inputs.values()), [*pictures, figures], api_name="draw")
+    return page
+
+
+def _settings(values: dict) -> Settings:
+    """Settings from the values of the inputs."""
+    if "prompts" in values:
+        lines = [line.strip() for line in (values["prompts"] or "").splitlines()]
+        values["prompts"] = [line for line in lines if line] or [""]
+    return Settings(**values)
+
+
+def _widths(report: dict):
+    """Diagram of the widths, as on the model card."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, "widths.png")
+        plot_widths(path, report)
+        with Image.open(path) as image:
+            return image.copy()
+
+
+def launch(page: gr.Blocks, **options) -> None:
+    """Serve a page until the process is stopped.
+
+    Args:
+        page: The page.
+        **options: Arguments of `gradio.Blocks.launch`, such as `server_name` and `server_port`.
+
+    Raises:
+        OSError: The port is in use.
+    """
+    page.launch(theme=gr.themes.Default(**FONTS), **options)
