@@ -69,7 +69,9 @@ class Settings:
         check_fields(self, GUIDANCE, "guidance_scale")
         for label in self.class_labels:
             if label not in choices.classes:
-                labels = f"from {choices.classes[0]} to {choices.classes[-1]}" if choices.classes else "empty: the model takes none"
+                labels = (
+                    f"from {choices.classes[0]} to {choices.classes[-1]}" if choices.classes else "empty: the model takes none"
+                )
                 raise ValueError(f"class_labels={label} must be {labels}")
 
 
@@ -150,6 +152,12 @@ def _set_scheduler(model: ShownModel, settings: Settings) -> tuple[int, tuple[st
     steps, fitted, changes = fit_spacing(scheduler, int(settings.num_inference_steps), spacing)
     if fitted != spacing:
         scheduler = kind.from_config(config, timestep_spacing=fitted)
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError) as error:  # some need several steps
+        raise ValueError(
+            f"num_inference_steps={steps} is not possible with scheduler={settings.scheduler}: {one_line(error)}"
+        ) from error
     model.pipeline.scheduler = scheduler
     return steps, changes
 

@@ -196,7 +196,9 @@ def _matching(trained: TrainedPipeline, reference: str, revision: str | None) ->
 def _shown(name: str, trained: TrainedPipeline, device: torch.device, dtype: str) -> ShownModel:
     denoiser = trained.denoiser.requires_grad_(False).eval()
     parameters, macs = count_parameters(denoiser), count_macs(denoiser)
-    pipeline = trained.stock().to(device, getattr(torch, dtype))
+    pipeline = trained.stock().to(device)
+    if dtype != "float32":  # in which it is loaded
+        pipeline.to(getattr(torch, dtype))
     pipeline.set_progress_bar_config(leave=False)
     return ShownModel(name, pipeline, pipeline.scheduler, parameters, macs)
 

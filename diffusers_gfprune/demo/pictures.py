@@ -6,6 +6,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from ..metrics.fidelity import SSIM_WINDOW, psnr_to_reference, ssim_to_reference
+from ..metrics.sampling import to_uint8
 from ..reports.plots import sample_grid
 from .drawing import Drawing
 from .models import Models, ShownModel
@@ -25,7 +26,7 @@ def picture(images: Tensor):
         images: Images in [0, 1] with shape `(n, channels, height, width)`.
     """
     columns = next(columns for columns in range(1, len(images) + 1) if columns**2 >= len(images))
-    return to_pil_image(sample_grid(list(images), columns, ENLARGED))
+    return to_pil_image(to_uint8(sample_grid(list(images), columns, ENLARGED)))  # of floats it would round down
 
 
 def difference(images: Tensor, reference: Tensor) -> Tensor:

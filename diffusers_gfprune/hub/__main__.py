@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _print_files(args)
             return
         options = {"token": args.token, "private": args.private, "revision": args.revision}
-        url = push_folder(
-            args.folder, args.repo_id, **options, commit_message=args.commit_message, space_id=args.space
-        )
+        url = push_folder(args.folder, args.repo_id, **options, commit_message=args.commit_message, space_id=args.space)
         print(f"pushed: {url}")
         if args.space is not None:
             print(f"pushed: {push_space(args.folder, args.repo_id, args.space, **options)}")

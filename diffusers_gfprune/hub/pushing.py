@@ -108,9 +108,7 @@ def check_repo_id(repo_id: str, argument: str = "repo_id") -> None:
         raise ValueError(f"{argument}={repo_id} is not a valid repository name: {one_line(error)}") from error
 
 
-def prepare_repo(
-    repo_id: str, *, token: str | None = None, private: bool | None = None, space_sdk: str | None = None
-) -> str:
+def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None = None, space_sdk: str | None = None) -> str:
     """Create a repository if it does not exist, and check write access.
 
     Args:

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from diffusers_gfprune.hub import PushError, push_folder, push_space, write_space
 from diffusers_gfprune.hub.__main__ import main
-from diffusers_gfprune.hub.spaces import GRADIO_VERSION, requirements
+from diffusers_gfprune.hub.spaces import GRADIO_VERSION, LEFT_OUT, requirements
 from helpers.hub import contents, digest, make_run
 from helpers.hub_server import READ, WRITE, HubServer
 from helpers.scripts import ROOT
@@ -76,6 +76,14 @@ def test_requirements_are_those_of_the_extra() -> None:
     assert requirements() == sorted({f"{line.name}{line.specifier}" for line in named} - {f"gradio{gradio.specifier}"})
 
 
+def test_no_module_of_a_space_needs_those_left_out(tmp_path: Path) -> None:
+    left_out = re.compile(rf"^from \.+({'|'.join(LEFT_OUT)})\b", re.MULTILINE)
+    modules = [Path(tmp_path, name) for name in write_space(tmp_path, REPO, SPACE, REPORT) if name.endswith(".py")]
+    assert len(modules) > 80
+    assert not [path for path in modules if left_out.search(path.read_text())]
+
+
+@pytest.mark.slow  # imports everything anew
 def test_source_in_a_space_is_enough_for_the_page(tmp_path: Path) -> None:
     """It is imported from there, even where another version is installed."""
     write_space(tmp_path, REPO, SPACE, REPORT)
@@ -136,7 +144,9 @@ def test_space_that_may_not_be_written(server: HubServer, run: Path) -> None:
 def test_malformed_name_is_found_before_anything_is_pushed(server: HubServer, run: Path) -> None:
     with pytest.raises(SystemExit) as error:
         main(["push", str(run), REPO, "--space", "a/b/c"])
-    assert re.fullmatch(r"python -m diffusers_gfprune.hub: error: space=a/b/c is not a valid repository name: .*", error.value.code)
+    assert re.fullmatch(
+        r"python -m diffusers_gfprune.hub: error: space=a/b/c is not a valid repository name: .*", error.value.code
+    )
     assert server.requests == []
 
 

@@ -78,7 +78,11 @@ def test_space_is_pushed_at_the_end(pushed) -> None:
 def test_saved_models_are_pushed_on_the_way_and_a_failure_does_not_stop_the_run(pushed) -> None:
     server, _, run = pushed
     assert "push to alice/digits failed: the server returned status 500; training continues" in run.stderr
-    commits = [request.status for request in server.requests if request.method == "POST" and "/models/alice/digits/commit/" in request.path]
+    commits = [
+        request.status
+        for request in server.requests
+        if request.method == "POST" and "/models/alice/digits/commit/" in request.path
+    ]
     assert commits == [500, 200, 200, 200]  # after steps 3, 6 and 9, and at the end
 
 
