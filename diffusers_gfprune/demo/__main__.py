@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import socket
 from collections.abc import Sequence
 
 from ..errors import one_line_errors
@@ -29,6 +29,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_address(server_name: str | None, server_port: int | None) -> None:
+    """Check an address before models are loaded.
+
+    Raises:
+        ValueError: Nothing can be served there.
+    """
+    if server_port is not None and not 1 <= server_port <= 65535:
+        raise ValueError(f"server_port={server_port} must be from 1 to 65535")
+    address = server_name or "127.0.0.1"
+    try:
+        socket.create_server((address, server_port or 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+    except OSError as error:
+        given = f"server_name={server_name}" if server_port is None else f"server_port={server_port}"
+        raise ValueError(f"{given} cannot be used: {error.strerror or error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
@@ -38,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         options[argument] = arguments.pop(argument)
     with one_line_errors(parser.prog):
         check_extra("demo")
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        check_address(**options)
         from .models import load_models
+
+        models = load_models(name, **arguments)
         from .page import launch, make_page
 
-        launch(make_page(load_models(name, **arguments)), **options)
+        launch(make_page(models), **options)
 
 
 if __name__ == "__main__":

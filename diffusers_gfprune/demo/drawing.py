@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import diffusers
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from ..argument_fields import check_fields

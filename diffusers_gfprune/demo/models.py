@@ -20,6 +20,7 @@ from ..families.lookup import family_of
 from ..metrics.model_size import count_macs, count_parameters
 from ..metrics.sampling import image_shape
 from ..reports.pipeline_kinds import IMAGENET_CLASSES
+from ..reports.provenance import portable
 from ..trained_pipelines import TrainedPipeline, load_pipeline
 
 __all__ = ["Choices", "Models", "ShownModel", "load_models"]
@@ -35,7 +36,7 @@ class ShownModel:
     """A model of the page.
 
     Attributes:
-        name: Folder or Hub id.
+        name: Hub id, relative path, or last part of an absolute one.
         pipeline: The pipeline as Diffusers loads it.
         scheduler: Its own scheduler, whose configuration other schedulers take over.
         parameters: Number of parameters of the denoiser.
@@ -200,7 +201,7 @@ def _shown(name: str, trained: TrainedPipeline, device: torch.device, dtype: str
     if dtype != "float32":  # in which it is loaded
         pipeline.to(getattr(torch, dtype))
     pipeline.set_progress_bar_config(leave=False)
-    return ShownModel(name, pipeline, pipeline.scheduler, parameters, macs)
+    return ShownModel(str(portable(name)), pipeline, pipeline.scheduler, parameters, macs)
 
 
 def choices_of(trained: TrainedPipeline, pipeline: DiffusionPipeline, null_label: int | None = None) -> Choices:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from ..errors import one_line
 from ..reports.plots import plot_widths
@@ -50,25 +52,26 @@ def make_page(models: Models) -> gr.Blocks:
         ValueError: A model cannot be sampled.
     """
     try_drawing(models)
-    title = f"{models.pruned.name}, pruned"
+    title = models.pruned.name
+    of_both = "of the dense and of the pruned model, from the same noise: the two images of a pair have the same place"
     with gr.Blocks(title=title, analytics_enabled=False) as page:
-        gr.Markdown(f"# {title}\nImages from the same noise. A pair of images has the same place in both pictures.")
+        gr.Markdown(f"# {title}\nImages {of_both if models.reference else 'of the pruned model'}.")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 inputs = _inputs(models)
                 button = gr.Button("Draw", variant="primary")
-            with gr.Column(scale=4), gr.Row():
-                labels = ["pruned"]
-                if models.reference is not None:
-                    labels = ["dense", "pruned", f"difference, times {GAIN}"]
-                pictures = [gr.Image(label=label, format="png", interactive=False) for label in labels]
-        figures = gr.Markdown()
+            with gr.Column(scale=4):
+                with gr.Row():
+                    titles = ["dense", "pruned", f"difference, times {GAIN}"] if models.reference else ["pruned"]
+                    pictures = [_picture(title) for title in titles]
+                figures = gr.Markdown()
         gr.Markdown(describe_models(models))
         if models.report is not None:
             with gr.Accordion("Widths of the layers"):
-                gr.Image(_widths(models.report), format="png", interactive=False, show_label=False)
+                gr.Image(_widths(models.report), format="png", interactive=False, show_label=False, buttons=["fullscreen"])
 
-        def draw_both(*values):
+        # gradio puts its progress bar, which shows those of the pipelines, at the place of its parameter
+        def draw_both(progress=gr.Progress(track_tqdm=True), *values):  # noqa: B008
             try:
                 settings = _settings(dict(zip(inputs, values)))
                 reference = models.reference and draw(models.reference, settings, models.choices)
@@ -84,6 +87,13 @@ def make_page(models: Models) -> gr.Blocks:
     return page
 
 
+def _picture(title: str) -> gr.Image:
+    """A place for a picture, below its title, which would cover a part of it inside."""
+    with gr.Column(min_width=200):
+        gr.Markdown(f"**{title}**")
+        return gr.Image(format="png", interactive=False, show_label=False, buttons=[], alt_text=title)
+
+
 def _settings(values: dict) -> Settings:
     """Settings from the values of the inputs."""
     if "prompts" in values:
@@ -94,8 +104,6 @@ def _settings(values: dict) -> Settings:
 
 def _widths(report: dict):
     """Diagram of the widths, as on the model card."""
-    from PIL import Image
-
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "widths.png")
         plot_widths(path, report)
@@ -113,4 +121,5 @@ def launch(page: gr.Blocks, **options) -> None:
     Raises:
         OSError: The port is in use.
     """
-    page.launch(theme=gr.themes.Default(**FONTS), **options)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page.launch(theme=gr.themes.Default(**FONTS), footer_links=["api", "gradio"], run_history=False, **options)

@@ -96,7 +96,10 @@ def is_large(path: str, size: int, sample: bytes) -> bool:
 
 
 def card_metadata(card: str, kind: str = "models") -> dict[str, Any]:
-    """The metadata of a card, of a repository of this kind; raises ValueError with what the Hub would object to, one objection a line."""
+    """The metadata of a card in a repository of this kind.
+
+    Raises ValueError with what the Hub would object to, one objection a line.
+    """
     found = CARD_METADATA.match(card)
     if not found:
         return {}
