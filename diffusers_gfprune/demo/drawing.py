@@ -125,14 +125,18 @@ def draw(model: ShownModel, settings: Settings, choices: Choices) -> Drawing:
     return Drawing(to_uint8(images).float() / 255, seconds, changes)
 
 
-def try_drawing(models: Models) -> None:
-    """Draw an image of each model in one step, to find errors before the page opens. The first call of a model is slow, too.
+def try_drawing(models: Models, num_images: int = 1) -> None:
+    """Draw images of each model in one step: errors are found before the page opens, and the first call is often slow.
+
+    Args:
+        models: The models.
+        num_images: Number of images.
 
     Raises:
         ValueError: A model cannot be sampled.
     """
     scale = models.choices.guidance_scale
-    settings = Settings(1, 1, models.choices.schedulers[0], guidance_scale=1.0 if scale is None else scale)
+    settings = Settings(num_images, 1, models.choices.schedulers[0], guidance_scale=1.0 if scale is None else scale)
     for model in filter(None, (models.pruned, models.reference)):
         try:
             draw(model, settings, models.choices)

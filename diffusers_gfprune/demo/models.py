@@ -19,8 +19,10 @@ from ..errors import HUB_ERRORS, one_line
 from ..families.lookup import family_of
 from ..metrics.model_size import count_macs, count_parameters
 from ..metrics.sampling import image_shape
+from ..metrics.speedup import compare_speeds
 from ..reports.pipeline_kinds import IMAGENET_CLASSES
 from ..reports.provenance import portable
+from ..reports.results import read_results
 from ..trained_pipelines import TrainedPipeline, load_pipeline
 
 __all__ = ["Choices", "Models", "ShownModel", "load_models"]
@@ -82,6 +84,7 @@ class Models:
         reference: The dense model; None if it was not found.
         choices: What can be chosen.
         report: Content of `pruning_report.json`; None if there is none.
+        speed: How fast the pruned model is, as the run measured it; None if it did not.
         notice: Why there is no reference; None if there is one.
     """
 
@@ -89,6 +92,7 @@ class Models:
     reference: ShownModel | None
     choices: Choices
     report: Mapping | None = None
+    speed: str | None = None
     notice: str | None = None
 
 
@@ -137,6 +141,7 @@ def load_models(
         reference=None if dense is None else _shown(reference, dense, place, dtype),
         choices=choices_of(trained, shown.pipeline, (report or {}).get("arguments", {}).get("null_label")),
         report=report,
+        speed=measured_speed(name, revision),
         notice=notice,
     )
 
@@ -155,16 +160,45 @@ def _place(device: str | None) -> torch.device:
     return place
 
 
+def _of_run(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a run, or of a pushed one; None if there is none."""
+    with suppress(*HUB_ERRORS):
+        path = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(name, file, revision=revision))
+        return path if path.is_file() else None
+    return None
+
+
 def read_report(name: str, revision: str | None = None) -> dict | None:
     """The report of a run, or of a pushed one; None if there is none.
 
     Args:
         name: Folder or Hub id of the pruned pipeline.
         revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: It is not JSON.
     """
-    with suppress(ValueError, *HUB_ERRORS):
-        path = Path(name, REPORT) if Path(name).is_dir() else hf_hub_download(name, REPORT, revision=revision)
-        return json.loads(Path(path).read_text("utf-8"))
+    path = _of_run(name, REPORT, revision)
+    try:
+        return None if path is None else json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {one_line(error)}") from error
+
+
+def measured_speed(name: str, revision: str | None = None) -> str | None:
+    """How fast the pruned model is compared with the dense one, as the run measured it; None if it did not.
+
+    Args:
+        name: Folder or Hub id of the pruned pipeline.
+        revision: Branch, tag or commit on the Hub.
+    """
+    path = _of_run(name, "results.json", revision)
+    with suppress(ValueError, KeyError):  # other results, or older ones
+        results = None if path is None else read_results(path)
+        if results is not None and results.reference_model is not None and results.model.speed:
+            rows = compare_speeds(results.reference_model.speed, results.model.speed)
+            words = "; ".join(f"{row['title']}: {row['words']}" for row in rows)
+            return f"A forward pass on {results.model.speed[-1]['hardware']}, as the run measured it. {words}."
     return None
 
 

@@ -22,10 +22,13 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 SMALL = 64  # pixels of images that many fit of on the page
 
 
+def _default_images(models: Models) -> int:
+    return 9 if max(models.choices.image_size) <= SMALL else 1
+
+
 def _inputs(models: Models) -> dict[str, gr.components.Component]:
     """Inputs by field of `Settings`: those that the model takes."""
     choices, defaults = models.choices, Settings()
-    count = 9 if max(choices.image_size) <= SMALL else 1
     steps = min(defaults.num_inference_steps, choices.num_train_timesteps)
     inputs = {}
     if choices.has_prompts:
@@ -33,7 +36,7 @@ def _inputs(models: Models) -> dict[str, gr.components.Component]:
     if choices.classes:
         names = [(choices.class_names.get(label, str(label)), label) for label in choices.classes]
         inputs["class_labels"] = gr.Dropdown(names, value=[], multiselect=True, label="class labels (none: all in turn)")
-    inputs["num_images"] = gr.Slider(1, MAX_IMAGES, count, step=1, label="images")
+    inputs["num_images"] = gr.Slider(1, MAX_IMAGES, _default_images(models), step=1, label="images")
     inputs["num_inference_steps"] = gr.Slider(1, choices.num_train_timesteps, steps, step=1, label="steps")
     inputs["scheduler"] = gr.Dropdown(list(choices.schedulers), value=choices.schedulers[0], label="scheduler")
     inputs["seed"] = gr.Number(defaults.seed, precision=0, label="seed")
@@ -51,7 +54,7 @@ def make_page(models: Models) -> gr.Blocks:
     Raises:
         ValueError: A model cannot be sampled.
     """
-    try_drawing(models)
+    try_drawing(models, _default_images(models))
     title = models.pruned.name
     of_both = "of the dense and of the pruned model, from the same noise: the two images of a pair have the same place"
     with gr.Blocks(title=title, analytics_enabled=False) as page:
@@ -111,15 +114,20 @@ def _widths(report: dict):
             return image.copy()
 
 
-def launch(page: gr.Blocks, **options) -> None:
-    """Serve a page until the process is stopped.
+def launch(page: gr.Blocks, block: bool = True, **options) -> None:
+    """Serve a page.
 
     Args:
         page: The page.
+        block: Whether to wait until the process is stopped.
         **options: Arguments of `gradio.Blocks.launch`, such as `server_name` and `server_port`.
 
     Raises:
         OSError: The port is in use.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page.launch(theme=gr.themes.Default(**FONTS), footer_links=["api", "gradio"], run_history=False, **options)
+    shown = {"theme": gr.themes.Default(**FONTS), "footer_links": ["api", "gradio"], "run_history": False}
+    page.launch(prevent_thread_lock=True, quiet=True, **shown, **options)
+    print(f"serving {page.local_url} until it is stopped by Ctrl+C", flush=True)
+    if block:
+        page.block_thread()

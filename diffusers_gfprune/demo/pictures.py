@@ -39,8 +39,7 @@ def compare(drawn: Drawing, reference: Drawing | None) -> str:
     if reference is None:
         lines = [f"**{drawn.seconds:.2f} s**"]
     else:
-        ratio = reference.seconds / drawn.seconds
-        lines = [f"dense **{reference.seconds:.2f} s**, pruned **{drawn.seconds:.2f} s**: {ratio:.2f} times as fast"]
+        lines = [f"dense **{reference.seconds:.2f} s**, pruned **{drawn.seconds:.2f} s**"]
         psnr = psnr_to_reference(drawn.images, reference.images)
         similar = ["equal images"] if psnr is None else [f"PSNR {psnr:.1f} dB"]
         if psnr is not None and min(drawn.images.shape[-2:]) >= SSIM_WINDOW:
@@ -62,4 +61,5 @@ def describe_models(models: Models) -> str:
     if models.reference is not None:
         removed = [1 - getattr(models.pruned, name) / getattr(models.reference, name) for name in ("parameters", "macs")]
         rows.append(f"| removed | | {removed[0]:.1%} | {removed[1]:.1%} |")
-    return "\n".join([*rows, *([] if models.notice is None else ["", models.notice])])
+    more = [text for text in (models.speed, models.notice) if text is not None]
+    return "\n".join([*rows, *(line for text in more for line in ("", text))])

@@ -51,7 +51,7 @@ def test_a_click_makes_the_images(url: str, browser, tmp_path: Path) -> None:
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     page.goto(url)
     page.get_by_role("button", name="Draw").click()
-    page.wait_for_selector("text=times as fast", timeout=60_000)
+    page.wait_for_selector("text=PSNR", timeout=60_000)
     images = "Array.from(document.querySelectorAll('img')).filter(image => image.naturalWidth > 100).length"
     page.wait_for_function(f"{images} >= 4")  # dense, pruned, difference, widths
     problems = [problem for problem in problems if not re.search(r"queue/data\?.*ERR_ABORTED", problem)]

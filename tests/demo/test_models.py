@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,16 @@ def test_reference_is_what_the_report_names(folders: Path, run: Path, monkeypatc
     models = load_models(str(run))
     assert (models.reference.name, models.notice) == ("dense", None)
     assert models.pruned.macs < models.reference.macs and models.pruned.parameters < models.reference.parameters
-    assert models.report["channel_groups"]
+    assert models.report["channel_groups"] and models.speed is None
+
+
+def test_speed_is_what_the_run_measured(run: Path) -> None:
+    (run / "results.json").write_bytes((CARD / "results.json").read_bytes())
+    assert re.match(
+        r"A forward pass on AMD EPYC, as the run measured it. batch 1, eager: 1.13 times as fast", load_models(str(run)).speed
+    )
+    (run / "results.json").write_text("{}")
+    assert load_models(str(run)).speed is None
 
 
 def test_reference_on_the_hub(folders: Path, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def serve_demo(run: Path, dense: Path) -> Iterator[tuple[Models, str]]:
 
     models = load_models(str(run), str(dense))
     page = make_page(models)
-    launch(page, prevent_thread_lock=True, quiet=True)
+    launch(page, block=False)
     try:
         yield models, page.local_url
     finally:
