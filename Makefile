@@ -7,7 +7,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # Additional arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow test-faults quality style docs teacher latent-teachers cifar10-teacher benchmark study study-quick clean
+.PHONY: help install prune test test-slow test-browser test-faults quality style docs teacher latent-teachers cifar10-teacher benchmark study study-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,14 @@ test: install ## run the tests
 
 test-slow: install ## run the tests that take longer than a minute
 	$(VENV)/bin/python -m pytest -m slow
+
+test-browser: $(VENV)/.browser-installed ## open the demo page in headless Chromium (that of CHROMIUM=..., or Playwright's)
+	$(VENV)/bin/python -m pytest -m slow -rs tests/demo/test_browser.py
+
+$(VENV)/.browser-installed: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check playwright
+	$(if $(CHROMIUM),,$(VENV)/bin/playwright install chromium)
+	touch $@
 
 test-faults: install ## kill runs at random times and check that resumed runs end the same (about twelve minutes)
 	$(VENV)/bin/python -m pytest -m "slow or not slow" tests/scripts/test_faults.py tests/scripts/test_several_processes.py

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from gradio_client import Client
 from huggingface_hub import HfApi, SpaceCard, file_download
 from huggingface_hub.utils import _http
 from packaging.requirements import Requirement
+from PIL import Image
 
 from diffusers_gfprune.hub import PushError, push_folder, push_space, write_space
 from diffusers_gfprune.hub.__main__ import main
@@ -84,13 +88,35 @@ def test_no_module_of_a_space_needs_those_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # imports everything anew
-def test_source_in_a_space_is_enough_for_the_page(tmp_path: Path) -> None:
-    """It is imported from there, even where another version is installed."""
-    write_space(tmp_path, REPO, SPACE, REPORT)
-    code = "import diffusers_gfprune.demo.page as page, sys; print(page.__file__)"
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(tmp_path / "diffusers_gfprune/demo/page.py"), done.stderr
+def test_app_of_a_space_draws(server: HubServer, run: Path, tmp_path: Path) -> None:
+    """As the Hub starts it: with the source in the Space, even where another version is installed."""
+    main(["push", str(run), REPO, "--space", SPACE])
+    for name, data in in_space(server).items():
+        path = tmp_path / "space" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"PYTHONPATH": "", "GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **server.environment(tmp_path / "cache"), **variables}
+    with open(tmp_path / "log", "w+") as log:
+        app = subprocess.Popen(
+            [sys.executable, "-v", "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=log
+        )
+        try:
+            while app.poll() is None and "serving http:" not in (tmp_path / "log").read_text():
+                time.sleep(0.5)
+            assert app.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            picture, figures = Client(f"http://127.0.0.1:{port}", verbose=False).predict(
+                1, 2, "DDIMScheduler", 0, api_name="/draw"
+            )
+        finally:
+            app.kill()
+            app.wait()
+    with Image.open(picture) as image:
+        assert image.size == (128, 128)
+    assert re.fullmatch(r"\*\*\d+\.\d\d s\*\*", figures)
+    assert str(tmp_path / "space/diffusers_gfprune/demo/page.py") in (tmp_path / "log").read_text()
 
 
 # --- pushing -----------------------------------------------------------------------------------------------------------
