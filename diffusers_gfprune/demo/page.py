@@ -17,7 +17,7 @@ from .pictures import GAIN, compare, describe_models, difference, picture
 
 __all__ = ["launch", "make_page"]
 
-# Fonts of the system: those of gradio's themes come from another host
+# Fonts of the system: bold letters of those that come with gradio's default theme were seen in two fonts
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 SMALL = 64  # pixels of images that many fit of on the page
 
