@@ -18,6 +18,7 @@ from .criteria import find_criterion
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from .diffusion.pixel_values import image_values, unused_range
+from .distributed import process_rank, world_size
 from .drawn_images import NUM_TEACHER_IMAGES, draw_images
 from .families.lookup import family_of
 from .metrics.conditions import label_conditions
@@ -121,22 +122,25 @@ def recovery_batches(batches: Sequence[DiffusionBatch], noise_scheduler, seed: i
     """Batches for recovery: calibration batches, then their images again with other noise and timesteps.
 
     Args:
-        batches: Calibration batches, at least one.
+        batches: Calibration batches, at least one; with several processes, the rows of this rank.
         noise_scheduler: A Diffusers scheduler; timesteps are uniform over its training timesteps.
         seed: Seed for noise and timesteps.
 
     Returns:
-        Batches with `RECOVERY_SAMPLES` images or slightly more, or the given ones if these are more.
+        Batches with `RECOVERY_SAMPLES` images or slightly more, over all processes, or the given ones if these are more.
     """
     generator = torch.Generator().manual_seed(seed + 1)
-    repeated = list(batches)
+    repeated, ranks = list(batches), world_size()
     steps = noise_scheduler.config.num_train_timesteps
     for batch in itertools.cycle(batches):
-        if sum(len(batch) for batch in repeated) >= RECOVERY_SAMPLES:
+        if ranks * sum(len(batch) for batch in repeated) >= RECOVERY_SAMPLES:
             return repeated
-        noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
-        timesteps = torch.randint(0, steps, (len(batch),), generator=generator).to(batch.timesteps)
-        repeated.append(DiffusionBatch(batch.clean, noise, timesteps, batch.conditioning))
+        size = len(batch)
+        # All ranks draw for the images of all, and take what is theirs
+        noise = torch.randn(ranks * size, *batch.noise.shape[1:], generator=generator).to(batch.noise)
+        timesteps = torch.randint(0, steps, (ranks * size,), generator=generator).to(batch.timesteps)
+        own = slice(process_rank() * size, (process_rank() + 1) * size)
+        repeated.append(DiffusionBatch(batch.clean, noise[own], timesteps[own], batch.conditioning))
 
 
 def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfig:

@@ -36,6 +36,7 @@ from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
 from diffusers_gfprune.training.finishing import finish, prepared_repository, save_model
+from diffusers_gfprune.training.recovery import recover_layers
 from diffusers_gfprune.training.rehearsal import rehearse_run
 from diffusers_gfprune.training.reporting import describe_pipeline, describe_plan, measure_step_losses
 from diffusers_gfprune.training.run_setup import (
@@ -222,7 +223,7 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
 
 
 def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: BrokenImages) -> bool:
-    """Set masks by the schedule, look for failures after a ranking, and compact the model when masks freeze.
+    """Set masks by the schedule, look for failures after a ranking, recover and compact the model when masks freeze.
 
     Returns:
         Whether channels were ranked.
@@ -245,15 +246,16 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
         validate(run, state, tracking)
         look_for_failures(run, state, used)
     if state.pruner.finished:
-        masked = run.step_loss(state.unet) if run.accelerator.is_main_process else math.nan
+        main_process = run.accelerator.is_main_process
+        losses = {"step_loss_masked": run.step_loss(state.unet) if main_process else math.nan}
+        if run.args.pruning.recovery == "compaction":
+            clock = time.perf_counter()
+            recover_layers(run, state, used or calibration())
+            state.curves.seconds["recovery"] = time.perf_counter() - clock
+            losses["step_loss_recovered"] = run.step_loss(state.unet) if main_process else math.nan
         state.compact()
-        if run.accelerator.is_main_process:
-            compacted = run.step_loss(state.unet)
-            state.curves.compaction = {
-                "step": state.step,
-                "step_loss_masked": masked,
-                "step_loss_compacted": compacted,
-            }
+        if main_process:
+            state.curves.compaction = {"step": state.step, **losses, "step_loss_compacted": run.step_loss(state.unet)}
     return update is not None
 
 

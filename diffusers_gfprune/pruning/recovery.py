@@ -20,6 +20,7 @@ fit into memory; otherwise one layer after another, with sums over several passe
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import DiffusionBatch
-from ..distributed import mean_over_ranks
+from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from .compaction import CompactionPlan
-from .least_squares import LeastSquares
+from .least_squares import MAX_FEATURES, LeastSquares
 from .masking import dense_parameters
 from .side_by_side import Pair, side_by_side
 
@@ -41,6 +42,8 @@ RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
 NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
 PASS_BYTES = 4 * 2**30  # of layer outputs in a pass, on the CPU
+
+logger = logging.getLogger(__name__)
 
 
 class _Done(Exception):
@@ -67,7 +70,7 @@ def recover(
         batches: Calibration batches; with several processes, the rows of this rank.
         process: The scheduler that adds the noise.
         ridge: Penalty lambda on changes of weights, relative to the mean squared feature of the layer (> 0).
-        rows: Number of rows (patches or tokens) that a layer reads at most, over all batches (>= 1).
+        rows: Number of rows (patches or tokens) that a layer reads at most, over all batches and processes (>= 1).
         pass_bytes: Memory for layer outputs in a pass, in bytes (default: half of what is free on a GPU, 4 GiB on a CPU).
             Batches are joined or split to meet it.
 
@@ -134,7 +137,7 @@ class _Recovery:
 
     def mend(self, batches: Sequence[DiffusionBatch], process) -> None:
         """Mend all layers in the order of execution."""
-        self.total_samples = sum(len(batch) for batch in batches)
+        self.total_samples = world_size() * sum(len(batch) for batch in batches)
         if len(batches) == 1:
 
             def visit(name: str, layer: nn.Module, pair: Pair) -> bool:
@@ -185,7 +188,12 @@ class _Recovery:
             usual = layer.groups == 1 and layer.padding_mode == "zeros"
         else:
             usual = isinstance(layer, nn.Linear)
-        return usual and f"{name}.weight" not in self.plan.dropped
+        if not usual or f"{name}.weight" in self.plan.dropped:
+            return False
+        inputs = len(self._indices(name, 1))
+        if inputs > MAX_FEATURES:
+            logger.warning("%s reads %d channels, more than %d, and is left as it is by recovery", name, inputs, MAX_FEATURES)
+        return inputs <= MAX_FEATURES
 
     def _indices(self, name: str, dim: int) -> Tensor:
         kept = self.plan.kept.get((f"{name}.weight", dim))

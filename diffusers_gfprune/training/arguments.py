@@ -28,6 +28,7 @@ __all__ = ["Arguments", "parse_arguments"]
 
 # The published method has no teacher. With one, samples of the pruned model are closer to the dense model's (README).
 SCRIPT_PRESETS = {**PRESETS, "paper": {**PRESETS["paper"], "distillation_weight": 0.0}}
+RECOVERIES = ("none", "compaction")
 
 
 @dataclass
@@ -73,11 +74,19 @@ class PruningArguments(GFPruneConfig):
         None, "Images in a calibration batch, per process (>= 1; default: train_batch_size)."
     )
 
+    recovery: str = argument(
+        "none",
+        "Least squares for the layers that read pruned channels: before compaction, towards the dense model's layer outputs "
+        "(compaction), or none.",
+        choices=RECOVERIES,
+    )
     check_scores: bool = argument(False, "Compare the Hessian-gradient product with finite differences at the first ranking.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, at_least(1), "calibration_batches", "calibration_batch_size")
+        if self.recovery not in RECOVERIES:
+            raise ValueError(f"recovery={self.recovery} must be one of {', '.join(RECOVERIES)}")
         if self.check_scores and not self.takes_hessian:
             raise ValueError(
                 f"check_scores=True needs criterion=gradient-flow-weights, not {self.criterion}, which takes no Hessian"
