@@ -36,7 +36,7 @@ from .least_squares import MAX_FEATURES, LeastSquares
 from .masking import dense_parameters
 from .side_by_side import Pair, side_by_side
 
-__all__ = ["RIDGE", "ROWS", "recover"]
+__all__ = ["RIDGE", "ROWS", "recover", "recovery_macs"]
 
 RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
@@ -96,6 +96,23 @@ def recover(
     joined = _concatenate(batches).split(max(1, limit // run.bytes_of_a_row))
     run.mend(joined, process)
     return run.mended
+
+
+def recovery_macs(model: nn.Module, rows: int = ROWS) -> int:
+    """MACs of the sums over features and their solution, at most, for a dense model: `rows` rows of every layer.
+
+    Args:
+        model: The dense or masked model.
+        rows: As in `recover`.
+    """
+    total = 0
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            outputs, inputs = layer.weight.shape[:2]
+            size = layer.weight[0].numel()
+            size = size if size <= MAX_FEATURES else inputs
+            total += rows * size * (size + outputs) + size**3 // 3
+    return total
 
 
 def _memory(device: torch.device) -> int:
