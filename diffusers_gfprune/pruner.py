@@ -298,6 +298,14 @@ class GradientFlowPruner:
         self.unet.channel_masks.set(self._path.at(step), check=done)  # heads may differ until the goal
         self._path = None if done else self._path
 
+    def goal(self, step: int) -> tuple[int, dict[str, Tensor]]:
+        """The step at which masks reach the goal of the last ranking, and the masks there, each with shape `(num_units,)`.
+
+        Args:
+            step: The current step, which is returned if masks have reached it.
+        """
+        return (step, self.unit_masks) if self._path is None else (self._path.goal_step, self._path.goals)
+
     # --- checkpoints ---
 
     def state_dict(self) -> dict:

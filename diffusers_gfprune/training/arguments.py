@@ -23,12 +23,12 @@ from ..objectives.objective import ObjectiveArguments
 from .essential_help import add_help_all
 from .optimization_arguments import CheckpointArguments, PrecisionArguments, TrackingArguments, TrainingArguments
 from .recipes import expand_recipe
+from .recovery import RECOVERIES
 
 __all__ = ["Arguments", "parse_arguments"]
 
 # The published method has no teacher. With one, samples of the pruned model are closer to the dense model's (README).
 SCRIPT_PRESETS = {**PRESETS, "paper": {**PRESETS["paper"], "distillation_weight": 0.0}}
-RECOVERIES = ("none", "compaction")
 
 
 @dataclass
@@ -76,8 +76,8 @@ class PruningArguments(GFPruneConfig):
 
     recovery: str = argument(
         "none",
-        "Least squares for the layers that read pruned channels: before compaction, towards the dense model's layer outputs "
-        "(compaction), or none.",
+        "Least squares for the layers that read pruned channels, towards the dense model's layer outputs: when masks freeze, "
+        "right before compaction; at all rankings, where changes of weights follow the masks; or none.",
         choices=RECOVERIES,
     )
     check_scores: bool = argument(False, "Compare the Hessian-gradient product with finite differences at the first ranking.")

@@ -91,7 +91,9 @@ def describe_plan(
     lines += [f"  {title:10} {line}" for title, line in zip(itertools.chain(["data"], itertools.repeat("")), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
-    recovery = "" if args.pruning.recovery == "none" else ", recovery before compaction"
+    recovery = {"none": "", "compaction": ", recovery before compaction", "rankings": ", recovery at each"}[
+        args.pruning.recovery
+    ]
     timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
@@ -131,11 +133,12 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     # A dense forward is a third of a dense step
     masked = 1.1 * step + args.objective.extra_forwards() * step / 3
     small = left * step + args.objective.extra_forwards(left) * step / 3
+    recoveries = {"none": 0, "compaction": 1, "rankings": rankings}[args.pruning.recovery]
     recovery = 0.0
-    if args.pruning.recovery == "compaction":
+    if recoveries:
         seconds_per_mac = estimate.seconds / (3 * t.train_batch_size * pruner.cost.macs(pruner.cost.dense))
         forwards = 2 * max(images, RECOVERY_SAMPLES) * pruner.cost.macs(pruner.cost.dense)
-        recovery = seconds_per_mac * (forwards + left * recovery_macs(pruner.unet))
+        recovery = recoveries * seconds_per_mac * (forwards + left * recovery_macs(pruner.unet))
     return masked * end + scoring + recovery + small * (config.total_steps - end)
 
 

@@ -18,7 +18,6 @@ from helpers.resume import (
 )
 
 RECOVERY = ("--recovery", "compaction")
-COMPACTED_AT = 8  # in runs of `helpers.resume`
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +41,23 @@ def test_one_shot_starts_from_a_mended_model(tmp_path: Path) -> None:
     assert losses["step_loss_compacted"] == pytest.approx(losses["step_loss_recovered"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [(), pytest.param(("--channels_last", "--mixed_precision", "bf16", "--distillation_weight", 0), marks=pytest.mark.slow)],
-    ids=["plain", "bf16, no teacher"],
-)
-def test_a_run_that_resumes_right_before_recovery_is_the_same(tmp_path: Path, words: tuple[object, ...]) -> None:
-    words = (*RECOVERY, *words, "--checkpointing_steps", COMPACTED_AT)
+# When masks freeze, right before recovery; and between two rankings of the soft phase, where a part of the changes is made
+RESUMED = {
+    "compaction": (8, ("--recovery", "compaction")),
+    "rankings": (3, ("--recovery", "rankings")),
+    "bf16": (3, ("--recovery", "rankings", "--channels_last", "--mixed_precision", "bf16", "--distillation_weight", 0)),
+}
+
+
+@pytest.mark.parametrize("name", ["compaction", "rankings", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_run_that_resumes_is_the_same(tmp_path: Path, name: str) -> None:
+    step, words = RESUMED[name]
+    words = (*words, "--checkpointing_steps", step)
     run, kept = uninterrupted(tmp_path, *words)
-    place(kept, tmp_path / "again", COMPACTED_AT)
+    place(kept, tmp_path / "again", step)
+    assert (kept / f"checkpoint-{step}/recovery.safetensors").is_file() == (step == 3)
     with checkpoints_kept(tmp_path / "kept-again") as again:
         run_here(tmp_path / "again", *words, "--resume_from_checkpoint", "latest")
-    assert "step_loss_recovered" in compaction(run)
+    assert ("step_loss_recovered" in compaction(run)) == (name == "compaction")
     assert_same_state(last_checkpoint(kept), last_checkpoint(again))
     assert_same_result(run, tmp_path / "again")
