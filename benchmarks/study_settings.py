@@ -13,7 +13,8 @@ Parts of the study:
     scores      options of the score that arXiv 2501.09464 leaves open
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
-    recovery    least squares before compaction, in two phases and in one shot, at 30, 50 and 70 % of the MACs removed
+    recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
+                MACs removed
 
 The five from phases to scores study the two phases. They run on the digits, for a third of the steps: more short runs are
 affordable, and they differ more, since long fine-tuning reduces the differences.
@@ -266,8 +267,9 @@ def _recovery() -> list[Setting]:
     for percent in (50, 30, 70):
         ending, words = ("", "") if percent == 50 else (f"-{percent}", f", {percent} % removed")
         for name, title, arguments in rows:
-            for recovery in ("none", "compaction"):
-                told = "" if recovery == "none" else ", with recovery"
+            # In one shot, both kinds of recovery are the same
+            for recovery in ("none", "compaction", "rankings")[: 3 if name == "two-phase" else 2]:
+                told = {"none": "", "compaction": ", with recovery", "rankings": ", with recovery at rankings"}[recovery]
                 chosen = (*arguments, "--recovery", recovery, "--ratio", f"0.{percent // 10}")
                 found.append(
                     Setting(
