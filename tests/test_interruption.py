@@ -14,24 +14,16 @@ import pytest
 from diffusers_gfprune import interruption
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal
 
-# In a new interpreter: native libraries that other tests load (runtimes of exports) have threads that a signal may reach
-NOTED = """
-import os, signal, sys
-from diffusers_gfprune.interruption import Interruption
-number = int(sys.argv[1])
-before = signal.getsignal(number)
-with Interruption() as interruption:
-    assert interruption.signal is None
-    os.kill(os.getpid(), number)
-    assert interruption.signal == number
-    assert signal.getsignal(number) is before
-assert signal.getsignal(number) is before
-"""
-
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_noted(number: int) -> None:
-    subprocess.run([sys.executable, "-c", NOTED, str(int(number))], check=True)
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        assert interruption.signal is None
+        os.kill(os.getpid(), number)
+        assert interruption.signal == number
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_second_ctrl_c_is_not_waited_for() -> None:

@@ -5,9 +5,9 @@ and measured on samples of the dense model where the images of its training are 
 the model, the sampler and i alone (`metrics.sampling`). Its class is number i mod n of the model's n classes, its prompt
 number i mod n of n given prompts.
 
-Images are drawn once, before training, in shards (`shards`): a run that was stopped goes on where it was, later runs of the
-same model use the same images, and several processes divide the work. Samples of latent models are kept as latents, so that
-the VAE need not encode what it has decoded, and as pixels for measurements.
+Images are drawn once, before training, in shards (`shards`). A run that was stopped draws the missing shards, later runs of
+the same model use the same images, and several processes divide the work. Samples of latent models are kept as latents, so
+that the VAE need not encode what it has decoded, and as pixels for measurements.
 """
 
 from __future__ import annotations

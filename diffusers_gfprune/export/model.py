@@ -103,7 +103,7 @@ class ExportedModel(ModelMixin, ConfigMixin):
         """Inputs in their dtypes on the CPU, in the order of the export, after a check of names and shapes."""
         inputs, model = self.description.inputs, self.description.model_class
         if unknown := [name for name in named if name not in inputs]:
-            raise ValueError(f"{unknown[0]} is no input of this export of a {model}, which takes {', '.join(inputs)}")
+            raise ValueError(f"this export of a {model} takes {', '.join(inputs)}, not {unknown[0]}")
         if missing := [name for name in inputs if name not in named]:
             raise ValueError(f"this export of a {model} needs {missing[0]}")
         tensors = {}

@@ -6,6 +6,7 @@ code, so that archives need trust, as code does; the other formats are data.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,13 +87,24 @@ def _open_onnx(path: Path, description: ExportDescription, options: Mapping[str,
     return run, {entry.name: tuple(entry.shape) for entry in session.get_inputs()}
 
 
-def _open_openvino(path: Path, description: ExportDescription, options: Mapping[str, Any]) -> tuple[Runner, dict[str, tuple]]:
+@functools.cache
+def _openvino_core():
+    """The one `openvino.Core` of this process, which is never freed.
+
+    Its CPU plugin gives the main thread an alternate stack for signals, which Python's handlers run on. If two cores are freed
+    in the order in which they were made, that stack is freed while it is in use, and the next Ctrl-C is a segmentation fault
+    (OpenVINO 2026.4.1).
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _open_openvino(path: Path, description: ExportDescription, options: Mapping[str, Any]) -> tuple[Runner, dict[str, tuple]]:
     # Without the hint, CPUs with bfloat16 compute in it
     precision = {} if description.dtype == "fp16" else {"INFERENCE_PRECISION_HINT": "f32"}
     options = {"device_name": "CPU", **options, "config": {**precision, **options.get("config", {})}}
-    model = openvino.Core().compile_model(path, **options)
+    model = _openvino_core().compile_model(path, **options)
 
     def run(tensors: Mapping[str, Tensor]) -> Tensor:
         found = model({name: values.numpy() for name, values in tensors.items()})

@@ -95,7 +95,7 @@ def has_compiler() -> bool:
 
     try:
         get_cpp_compiler()
-    except Exception:  # torch._inductor.exc.InvalidCxxCompiler, which is no public name
+    except Exception:  # torch._inductor.exc.InvalidCxxCompiler is private
         return False
     return True
 

@@ -8,6 +8,7 @@ import one_shot
 import pytest
 
 
+@pytest.mark.slow
 def test_joint_choices_leave_the_least_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_processes_fail_together(tmp_path: Path) -> None:
     """One line of error for all of them, and none is left waiting."""
     script = tmp_path / "work.py"

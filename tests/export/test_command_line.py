@@ -11,9 +11,6 @@ from diffusers_gfprune.export import load_exported
 from helpers.scripts import run_script
 from helpers.tiny_pipelines import tiny_pipeline
 
-# Not beside the tests of signals: after a runtime has run in a process, handlers in Python crash it
-pytestmark = pytest.mark.slow
-
 PROGRAM = "python -m diffusers_gfprune.export: error: "
 
 

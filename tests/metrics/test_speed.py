@@ -291,6 +291,7 @@ def test_a_mistake_is_no_entry() -> None:
 # --- compilation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_models_are_measured() -> None:
     """Compilation fuses the chain of operations, and what is never made takes no memory."""
     eager, compiled = measure_speed({"tiny": Tiny()}, parse_settings([64], modes=["eager", "compiled"]), repeats=2)

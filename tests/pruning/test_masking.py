@@ -39,11 +39,14 @@ def test_ones_change_nothing(name: str):
 
 @pytest.mark.parametrize("name", ["base", "scale-shift", "three-levels", "one-norm-group"])
 def test_masked_arithmetic_with_ones_changes_nothing(name: str):
-    """The same with the shortcut for all-ones masks off, which otherwise would hide an error of the masks."""
+    """The same with the shortcut for all-ones masks off, which otherwise would hide an error of the masks.
+
+    Within the rounding of float64: masked weights lie elsewhere in memory, where kernels may sum in another order.
+    """
     unet, masks = masked(name, seed=None)
     before = run(unet)
     masks.all_ones = False
-    assert torch.equal(run(unet), before)
+    torch.testing.assert_close(run(unet), before, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -64,6 +64,7 @@ def test_the_plan_lists_blocks(tmp_path: Path) -> None:
     assert "ranking=sensitivity will choose other widths and blocks, by scores" in run.stdout
 
 
+@pytest.mark.slow
 def test_going_on_with_blocks_ends_in_the_same_state(tmp_path: Path) -> None:
     """From the soft phase, and from after compaction."""
     words = ("--depth", "only", "--ratio", 0.3)
