@@ -7,7 +7,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines
 # Additional arguments for `make prune`, such as ARGS="--overwrite_output_dir"
 ARGS ?=
 
-.PHONY: help install prune test test-slow test-faults quality style docs teacher latent-teachers cifar10-teacher benchmark study study-quick clean
+.PHONY: help install prune test test-slow test-browser test-faults fresh matrix quality style docs teacher latent-teachers cifar10-teacher benchmark study study-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -28,8 +28,27 @@ test: install ## run the tests
 test-slow: install ## run the tests that take longer than a minute
 	$(VENV)/bin/python -m pytest -m slow
 
+test-browser: $(VENV)/.browser-installed ## open the demo page in headless Chromium (that of CHROMIUM=..., or Playwright's)
+	$(VENV)/bin/python -m pytest -m slow -rs tests/demo/test_browser.py
+
+$(VENV)/.browser-installed: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check playwright
+	$(if $(CHROMIUM),,$(VENV)/bin/playwright install chromium)
+	touch $@
+
 test-faults: install ## kill runs at random times and check that resumed runs end the same (about twelve minutes)
 	$(VENV)/bin/python -m pytest -m "slow or not slow" tests/scripts/test_faults.py tests/scripts/test_several_processes.py
+
+fresh: install ## install into an empty environment: time and size, into benchmarks/results/
+	$(VENV)/bin/python benchmarks/fresh_install.py --no_cache_dir --write
+
+# Versions of Python and PyTorch, and tests, for `make matrix`
+PYTHONS ?= 3.10 3.11 3.12 3.13
+TORCHES ?= current 2.6.0
+MATRIX_TESTS ?= tests/pruning tests/remote tests/families tests/loading tests/test_pruner.py tests/test_pipeline_pruning.py
+
+matrix: install ## run tests of pruned models with each Python of PYTHONS and each PyTorch of TORCHES, in empty environments
+	$(VENV)/bin/python benchmarks/fresh_install.py --python $(PYTHONS) --torch $(TORCHES) --tests $(MATRIX_TESTS)
 
 quality: install ## check style
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""Check that the packages of the extra `training` are installed."""
+"""Check that the packages of an extra are installed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import importlib.util
 
 __all__ = ["check_extra"]
 
-# Import names
-TRAINING = ("accelerate", "cleanfid", "datasets", "matplotlib", "psutil", "skimage", "torchvision", "transformers")
+# Import names by extra
+EXTRAS = {
+    "training": ("accelerate", "cleanfid", "datasets", "matplotlib", "psutil", "skimage", "torchvision", "transformers"),
+    "demo": ("gradio", "matplotlib", "skimage", "torchvision", "transformers"),
+}
 
 
-def check_extra() -> None:
-    """Check for the packages that data, training and evaluation need.
+def check_extra(name: str = "training") -> None:
+    """Check for the packages of an extra: those that data, training and evaluation need, or those of the demo page.
+
+    Args:
+        name: `"training"` or `"demo"`.
 
     Raises:
         ImportError: A package is not installed. The message contains the command that installs them.
     """
-    missing = [name for name in TRAINING if importlib.util.find_spec(name) is None]
+    missing = [package for package in EXTRAS[name] if importlib.util.find_spec(package) is None]
     if missing:
-        raise ImportError(f"{', '.join(missing)} not installed: pip install 'diffusers-gfprune[training]'")
+        raise ImportError(f"{', '.join(missing)} not installed: pip install 'diffusers-gfprune[{name}]'")

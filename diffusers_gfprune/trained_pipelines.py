@@ -10,6 +10,7 @@ A pruned pipeline is the dense one with another denoiser: the files of all other
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import diffusers
 import transformers
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, PNDMPipeline, PNDMScheduler
 from diffusers.pipelines.latent_diffusion import LDMBertModel
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -42,6 +43,7 @@ from .loading.components import (
 )
 from .loading.pipeline_layouts import LAYOUTS, PACKAGE, PipelineLayout, check_index, components_of
 from .metrics.model_size import spatial_size
+from .metrics.sampling import image_shape
 
 __all__ = ["TrainedPipeline", "load_pipeline"]
 
@@ -85,6 +87,34 @@ class TrainedPipeline(NamedTuple):
     index: dict
     codec: LatentCodec | None = None
     prompts: PromptEncoder | None = None
+
+    def makes(self) -> str:
+        """What the pipeline makes, in words, which are equal for pipelines whose images can be compared one by one."""
+        denoiser, codec = self.denoiser, self.codec
+        channels, height, width = image_shape(denoiser, codec)
+        made = f"{height}x{width} images of {channels} channels"
+        if codec is not None:
+            size = "x".join(map(str, (denoiser.config.in_channels, *spatial_size(denoiser))))
+            made += f" from latents of {size}"
+        labels = family_of(denoiser).class_labels(denoiser.config)
+        made += "" if labels is None else f", {labels.count} classes"
+        if self.prompts is not None:  # prompts are encoded once for both models
+            encoders = json.dumps(self.prompts.identity(), sort_keys=True)
+            made += f", from text by encoders {hashlib.sha256(encoders.encode()).hexdigest()[:8]}"
+        return f"{made} in {self.scheduler.config.num_train_timesteps} timesteps"
+
+    def stock(self) -> DiffusionPipeline:
+        """The pipeline as Diffusers loads it, with the loaded components. A pipeline of pixels is a `PNDMPipeline` if this is
+        its scheduler, and otherwise a `DDPMPipeline`, which samples with any other scheduler."""
+        if self.codec is None:
+            kind = PNDMPipeline if isinstance(self.scheduler, PNDMScheduler) else DDPMPipeline
+            return kind(unet=self.denoiser, scheduler=self.scheduler)
+        layout = LAYOUTS[self.kind.__name__]
+        loaded = {family_of(self.denoiser).component: self.denoiser, layout.autoencoder: self.codec.vae}
+        if self.prompts is not None:
+            for names, *parts in zip(layout.text, self.prompts.tokenizers, self.prompts.encoders):
+                loaded |= zip(names, parts)
+        return self.kind.from_pretrained(self.folder, use_safetensors=True, local_files_only=True, **loaded)
 
     def save(self, denoiser: ModelMixin, folder: str | os.PathLike) -> None:
         """Save the pipeline with another denoiser.

@@ -26,10 +26,10 @@ LAYERS = [
     *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
     "drawn_images",
     *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_parts", "pipeline_pruning", "reports", "hub"),
-    *("__init__", "trained_pipelines", "export", "data", "evaluation", "objectives", "training"),
+    *("__init__", "trained_pipelines", "demo", "export", "data", "evaluation", "objectives", "training"),
 ]
 # What `import diffusers_gfprune` must not load: it is for those who only load a pruned pipeline, too
-HEAVY = ("data", "evaluation", "objectives", "training", "scripts")
+HEAVY = ("data", "demo", "evaluation", "objectives", "training", "scripts")
 # Levels of imports inside one package
 MOST_LEVELS = 7
 # What is saved with models and pipelines

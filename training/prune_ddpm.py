@@ -25,7 +25,7 @@ from diffusers_gfprune.data.batches import BrokenImages
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
-from diffusers_gfprune.hub import push_folder
+from diffusers_gfprune.hub import push_folder, push_space
 from diffusers_gfprune.interruption import Interruption
 from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.step_loss import StepLoss
@@ -35,7 +35,7 @@ from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
-from diffusers_gfprune.training.finishing import finish, prepared_repository, save_model
+from diffusers_gfprune.training.finishing import finish, prepared_repository, prepared_space, save_model
 from diffusers_gfprune.training.recovery import follow_changes, plan_changes
 from diffusers_gfprune.training.rehearsal import rehearse_run
 from diffusers_gfprune.training.reporting import describe_pipeline, describe_plan, measure_step_losses
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     if args.run.dry_run:
         return
     repo_id = prepared_repository(args) if args.hub.push_to_hub and main_process else None
+    space_id = prepared_space(args) if main_process else None
 
     # 2. training state, losses and teacher
     with folder if main_process else contextlib.nullcontext():
@@ -169,8 +170,10 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         if main_process:
             finish(run, state)
     if repo_id is not None:
-        url = push_folder(args.run.output_dir, repo_id, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
-        print(f"pushed: {url}")
+        access = {"token": args.hub.hub_token, "private": args.hub.hub_private_repo or None}
+        print(f"pushed: {push_folder(args.run.output_dir, repo_id, **access, space_id=space_id)}")
+        if space_id is not None:
+            print(f"pushed: {push_space(args.run.output_dir, repo_id, space_id, **access)}")
 
 
 def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Interruption) -> None:

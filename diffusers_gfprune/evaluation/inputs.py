@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,9 +23,8 @@ from ..errors import HUB_ERRORS, one_line
 from ..families.lookup import family_of
 from ..metrics.conditions import SampleConditions, label_conditions, text_conditions
 from ..metrics.features import FeatureNetwork, feature_network
-from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings
-from ..metrics.sampling import image_shape, to_uint8
+from ..metrics.sampling import to_uint8
 from ..model_spec import ModelSpec
 from ..reports.results import read_results
 from ..trained_pipelines import TrainedPipeline, load_pipeline
@@ -238,25 +236,10 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, Tra
             pipeline.denoiser.to(getattr(torch, m.dtype))
         models[argument] = pipeline
     if len(models) == 2:
-        makes = [_makes(pipeline) for pipeline in models.values()]
+        makes = [pipeline.makes() for pipeline in models.values()]
         if makes[0] != makes[1]:
             raise ValueError(f"reference_model={m.reference_model} generates {makes[1]}, but the model {makes[0]}")
     return models
-
-
-def _makes(pipeline: TrainedPipeline) -> str:
-    denoiser, codec = pipeline.denoiser, pipeline.codec
-    channels, height, width = image_shape(denoiser, codec)
-    made = f"{height}x{width} images of {channels} channels"
-    if codec is not None:
-        size = "x".join(map(str, (denoiser.config.in_channels, *spatial_size(denoiser))))
-        made += f" from latents of {size}"
-    labels = family_of(denoiser).class_labels(denoiser.config)
-    made += "" if labels is None else f", {labels.count} classes"
-    if pipeline.prompts is not None:  # prompts are encoded once for both models
-        encoders = json.dumps(pipeline.prompts.identity(), sort_keys=True)
-        made += f", from text by encoders {hashlib.sha256(encoders.encode()).hexdigest()[:8]}"
-    return f"{made} in {pipeline.scheduler.config.num_train_timesteps} timesteps"
 
 
 def _load_networks(

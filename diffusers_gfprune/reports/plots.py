@@ -15,7 +15,7 @@ from torchvision.utils import make_grid, save_image
 
 SHOWN_QUALITY = ("fid", "ssim_to_dense")
 
-__all__ = ["plot_pruning", "plot_step_loss", "plot_widths", "save_sample_grid", "save_sample_rows"]
+__all__ = ["plot_pruning", "plot_step_loss", "plot_widths", "sample_grid", "save_sample_grid", "save_sample_rows"]
 
 
 def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 16, rows: int = 2) -> None:
@@ -33,9 +33,18 @@ def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 1
     save_sample_rows(path, [row for pair in pairs for row in pair], columns=columns)
 
 
-def _grid(images: Sequence[Tensor], columns: int) -> Tensor:
-    """A grid of images, with small ones enlarged to about 48 pixels."""
-    scale = max(1, 48 // images[0].shape[-1])
+def sample_grid(images: Sequence[Tensor], columns: int, pixels: int = 48) -> Tensor:
+    """A grid of images on grey.
+
+    Args:
+        images: Images in [0, 1], each with shape `(channels, height, width)`.
+        columns: Number of images in a row.
+        pixels: Size to which small images are enlarged, by a whole factor.
+
+    Returns:
+        A picture in [0, 1] with shape `(3, height, width)`.
+    """
+    scale = max(1, pixels // images[0].shape[-1])
     enlarged = [image.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for image in images]
     return make_grid(enlarged, nrow=columns, padding=2, pad_value=0.5)
 
@@ -51,11 +60,11 @@ def save_sample_rows(path: Path, rows: Sequence[Tensor], titles: Sequence[str] =
     """
     columns = min(columns, *(len(row) for row in rows))
     if not titles:
-        save_image(_grid([image for row in rows for image in row[:columns]], columns), path)
+        save_image(sample_grid([image for row in rows for image in row[:columns]], columns), path)
         return
     figure, axes = plt.subplots(len(rows), 1, figsize=(0.6 * columns, 0.9 * len(rows)), squeeze=False)
     for axis, row, title in zip(axes[:, 0], rows, titles):
-        axis.imshow(_grid(list(row[:columns]), columns).permute(1, 2, 0).numpy())
+        axis.imshow(sample_grid(list(row[:columns]), columns).permute(1, 2, 0).numpy())
         axis.set_title(title, fontsize=7, loc="left", pad=2)
         axis.axis("off")
     figure.savefig(path, dpi=130, bbox_inches="tight")

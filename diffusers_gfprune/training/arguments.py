@@ -111,17 +111,22 @@ class HubArguments:
 
     push_to_hub: bool = argument(False, "Push the pruned pipeline and its card to the Hub.")
     hub_model_id: str | None = argument(None, "Repository, as namespace/name or name (default: the name of output_dir).")
-    hub_private_repo: bool = argument(False, "Make the repository private.")
+    hub_private_repo: bool = argument(False, "Make the repository and the Space private.")
     hub_token: str | None = argument(None, "Access token (default: HF_TOKEN, or the token saved by `hf auth login`).")
     hub_strategy: str = argument(
         "end", "When to push: at the end only, or also after every saved model.", choices=["end", "every_save"]
+    )
+    push_space: str | None = argument(
+        None, "Space to push, too: a page that shows the pruned model beside the dense one, as namespace/name or name."
     )
 
     def __post_init__(self) -> None:
         self.hub_token = self.hub_token.strip() if self.hub_token else None
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "hub_model_id")
-        given = [name for name in ("hub_model_id", "hub_private_repo") if getattr(self, name)]
+        if self.push_space is not None:
+            check_repo_id(self.push_space, "push_space")
+        given = [name for name in ("hub_model_id", "hub_private_repo", "push_space") if getattr(self, name)]
         if given and not self.push_to_hub:
             raise ValueError(f"{given[0]}={getattr(self, given[0])} needs --push_to_hub")
 

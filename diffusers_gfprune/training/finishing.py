@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..errors import HUB_ERRORS, hub_error_reason
-from ..hub import PushError, prepare_repo, push_checkpoint, update_card
+from ..hub import PushError, prepare_repo, prepare_space, push_checkpoint, update_card
 from ..metrics.speedup import compare_speeds
 from ..reports.plots import plot_pruning, plot_widths, save_sample_grid
 from ..reports.results import Results
@@ -19,7 +19,7 @@ from .reporting import measure_step_losses, pruning_report, results
 from .run_setup import Run
 from .state import TrainingState
 
-__all__ = ["finish", "prepared_repository", "save_model"]
+__all__ = ["finish", "prepared_repository", "prepared_space", "save_model"]
 
 
 def prepared_repository(args: Arguments) -> str:
@@ -33,6 +33,19 @@ def prepared_repository(args: Arguments) -> str:
         return prepare_repo(name, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
     except HUB_ERRORS as error:
         raise ValueError(f"push_to_hub to {name} would fail: {hub_error_reason(error)}") from error
+
+
+def prepared_space(args: Arguments) -> str | None:
+    """Create the Space to push to if needed, and check write access before training; None if there is none to push.
+
+    Raises:
+        ValueError: The Space cannot be created or written.
+    """
+    name = args.hub.push_space
+    try:
+        return name and prepare_space(name, token=args.hub.hub_token, private=args.hub.hub_private_repo or None)
+    except HUB_ERRORS as error:
+        raise ValueError(f"push_space to {name} would fail: {hub_error_reason(error)}") from error
 
 
 def save_model(run: Run, state: TrainingState) -> None:

@@ -2,7 +2,7 @@
 
 Sampling, features, timing, the card and the files of a run are needed only at its end. Each is tried once, at minimal size:
 one sampler step from pure noise, features of two images, one timed forward, a compiled function, a card with made-up figures,
-and a file of the size of the weights, which is deleted. `--dry_run` does the same.
+the files of a Space, and a file of the size of the weights, which is deleted. `--dry_run` does the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import GradientFlowPruner
 from ..evaluation.sample_quality import SampleQuality
 from ..evaluation.trials import describe_speed, try_features, try_sampling, try_speed
 from ..formatting import format_size
-from ..hub import check_nothing_private
+from ..hub import check_nothing_private, write_space
 from ..metrics.model_size import parameter_bytes
 from ..metrics.sampling import image_shape
 from ..reports.model_card import render_card
@@ -115,3 +115,5 @@ def rehearse_card(
             for name, content in (("results.json", results.to_dict()), ("pruning_report.json", report)):
                 write_json(Path(place, name), content)
             check_nothing_private(place, ["README.md", "results.json", "pruning_report.json"], args.hub.hub_token)
+            if args.hub.push_space is not None:
+                write_space(Path(place, "space"), args.hub.hub_model_id or "model", args.hub.push_space, report)

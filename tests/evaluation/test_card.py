@@ -105,7 +105,7 @@ def test_run_without_a_card_gets_one(arguments: list, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        "diffusers_gfprune.hub.check_card",
+        "diffusers_gfprune.hub.pushing.check_card",
         "diffusers_gfprune.evaluation.card.write_json",
         "diffusers_gfprune.run_folder.RunFolder.publish",
     ],

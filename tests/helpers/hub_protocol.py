@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from helpers.hub_storage import Commit, HubError, Repository, card_metadata, is_large
+from helpers.hub_storage import SDKS, Commit, HubError, Repository, card_metadata, is_large
 
 
 @dataclass
@@ -171,7 +171,8 @@ class Hub:
     @_route("POST", "/api/validate-yaml")
     def _validate_yaml(self, call: Call) -> Answer:
         try:
-            metadata = card_metadata(call.json()["content"])
+            wanted = call.json()
+            metadata = card_metadata(wanted["content"], wanted.get("repoType", "model") + "s")
         except ValueError as error:
             return json_answer({"errors": [{"message": line} for line in str(error).splitlines()], "warnings": []}, 400)
         warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
@@ -185,6 +186,8 @@ class Hub:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", wanted["name"]):
             raise HubError(400, f"Invalid name {wanted['name']}")
         kind, name = wanted.get("type", "model") + "s", f"{namespace}/{wanted['name']}"
+        if kind == "spaces" and wanted.get("sdk") not in SDKS:
+            raise HubError(400, f"sdk must be one of {', '.join(SDKS)}")
         url = f"{self.endpoint}/{'' if kind == 'models' else kind + '/'}{name}"
         if (kind, name) in self.repositories:
             # The client reads the address from this answer too.

@@ -24,6 +24,9 @@ GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for s
 REGULAR_SIZE_LIMIT = 10_000_000
 # The metadata of a card are the YAML between the first two lines of dashes.
 CARD_METADATA = re.compile(r"\A\s*---\r?\n(.*?\r?\n)??---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+# Settings of a Space
+SDKS = ("gradio", "docker", "static", "streamlit")
+COLORS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 
 
 class HubError(Exception):
@@ -92,8 +95,11 @@ def is_large(path: str, size: int, sample: bytes) -> bool:
     return path.endswith(LFS_SUFFIXES) or size > REGULAR_SIZE_LIMIT or b"\0" in sample
 
 
-def card_metadata(card: str) -> dict[str, Any]:
-    """The metadata of a model card; raises ValueError with what the Hub would object to, one objection a line."""
+def card_metadata(card: str, kind: str = "models") -> dict[str, Any]:
+    """The metadata of a card in a repository of this kind.
+
+    Raises ValueError with what the Hub would object to, one objection a line.
+    """
     found = CARD_METADATA.match(card)
     if not found:
         return {}
@@ -115,6 +121,7 @@ def card_metadata(card: str) -> dict[str, Any]:
     ):
         if metadata.get(key) is not None and not isinstance(metadata[key], types):
             problems.append(f'"{key}" must be {wanted}')
+    problems += _space_problems(metadata) if kind == "spaces" else []
     if not problems:
         problems += [
             f'"tags[{i}]" must be a string' for i, tag in enumerate(metadata.get("tags") or []) if type(tag) is not str
@@ -123,6 +130,22 @@ def card_metadata(card: str) -> dict[str, Any]:
     if problems:
         raise ValueError("\n".join(problems))
     return metadata
+
+
+def _space_problems(metadata: dict[str, Any]) -> list[str]:
+    """What the card of a Space needs and has not: its settings."""
+    problems = []
+    for key, allowed in (("sdk", SDKS), ("colorFrom", COLORS), ("colorTo", COLORS)):
+        if (key == "sdk" or key in metadata) and metadata.get(key) not in allowed:
+            problems.append(f'"{key}" must be one of [{", ".join(allowed)}]')
+    if len(metadata.get("short_description") or "") > 60:
+        problems.append('"short_description" length must be less than or equal to 60 characters long')
+    for key in ("sdk_version", "python_version", "app_file", "title", "emoji"):
+        if metadata.get(key) is not None and not isinstance(metadata[key], str):
+            problems.append(f'"{key}" must be a string')
+    if not isinstance(metadata.get("models", []), list):
+        problems.append('"models" must be an array')
+    return problems
 
 
 def _model_index_problems(model_index: list[Any]) -> list[str]:
@@ -242,7 +265,7 @@ class Repository:
                 raise HubError(400, f"Unknown operation {key}")
         if "README.md" in tree:
             try:
-                card_metadata(tree["README.md"].content.decode())
+                card_metadata(tree["README.md"].content.decode(), self.kind)
             except ValueError as error:
                 raise HubError(400, f"Invalid metadata in README.md: {error}") from error
         return self.commit(branch, tree, header.get("summary", ""), header.get("description", ""), author)
@@ -300,12 +323,14 @@ class Repository:
         card: dict[str, Any] = {}
         if "README.md" in commit.tree:
             try:
-                card = card_metadata(commit.tree["README.md"].content.decode())
+                card = card_metadata(commit.tree["README.md"].content.decode(), self.kind)
             except ValueError:
                 pass  # only where a test put a broken card there itself
         info |= {key: card[key] for key in ("library_name", "pipeline_tag", "model-index") if key in card}
         if card:
             info["cardData"] = card
+        if self.kind == "spaces":
+            info["sdk"] = card.get("sdk")
         library, license = card.get("library_name"), card.get("license")
         tags = [library] if library else []
         tags += ["safetensors"] if any(path.endswith(".safetensors") for path in commit.tree) else []

@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard, file_download, parse_eval_result_entries,
 from huggingface_hub.utils import _http
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
-from diffusers_gfprune.hub import PushError, files_to_push, main, push_checkpoint, push_folder, update_card
+from diffusers_gfprune.hub import PushError, files_to_push, push_checkpoint, push_folder, update_card
+from diffusers_gfprune.hub.__main__ import main
 from diffusers_gfprune.remote.pipeline_prune_ddpm import rename_in_card
 from helpers.hub import contents, digest, make_run
 from helpers.hub_server import OTHER, READ, WRITE, HubServer

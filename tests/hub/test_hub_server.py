@@ -378,3 +378,19 @@ def test_data_sets_have_their_own_names(server: HubServer, api: HfApi) -> None:
     assert Path(api.hf_hub_download(REPO, "a.parquet", repo_type="dataset")).read_bytes() == b"PAR1"
     assert not api.repo_exists(REPO)
     assert server.files(REPO, repo_type="dataset")["a.parquet"] == b"PAR1"
+
+
+def test_spaces_need_settings(server: HubServer, api: HfApi) -> None:
+    api.create_repo("alice/space", repo_type="space", space_sdk="gradio")
+    for settings, message in (
+        ("title: x", r'"sdk" must be one of \[gradio, '),
+        ("sdk: gradio\ncolorFrom: grey", r'"colorFrom" must be one of \[red, '),
+        (f"sdk: gradio\nshort_description: {'x' * 61}", '"short_description" length must be less than or equal to 60'),
+        ("sdk: gradio\nsdk_version: 6.3", '"sdk_version" must be a string'),
+    ):
+        card = f"---\n{settings}\n---\n".encode()
+        with pytest.raises(ValueError, match=message):
+            api.upload_file(repo_id="alice/space", repo_type="space", path_in_repo="README.md", path_or_fileobj=card)
+    card = b"---\nsdk: gradio\ncolorFrom: gray\n---\n"
+    api.upload_file(repo_id="alice/space", repo_type="space", path_in_repo="README.md", path_or_fileobj=card)
+    assert api.space_info("alice/space").sdk == "gradio"

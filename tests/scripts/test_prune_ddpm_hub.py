@@ -50,6 +50,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer
     with HubServer() as server:
         server.fail("POST", "/api/models/.*/commit/.*")
         options = ("--push_to_hub", "--hub_model_id", "alice/digits", "--hub_private_repo", "--hub_token", WRITE)
+        options += ("--push_space", "alice/demo")
         options += ("--save_model_steps", 3, "--hub_strategy", "every_save", "--max_train_steps", 10, *UNMEASURED)
         run = run_elsewhere(server, folder, *options, token=None)
         yield server, folder / "run", run
@@ -64,10 +65,24 @@ def test_run_is_pushed_whole(pushed) -> None:
     assert f"pushed: {server.endpoint}/alice/digits/commit/" in run.stdout
 
 
+def test_space_is_pushed_at_the_end(pushed) -> None:
+    server, _, run = pushed
+    app = server.files("alice/demo", repo_type="space")["app.py"].decode()
+    assert "load_models('alice/digits')" in app and server.repositories[("spaces", "alice/demo")].private
+    assert run.stdout.splitlines()[-1] == f"pushed: {server.endpoint}/spaces/alice/demo"
+    created = [request.path for request in server.requests].index("/api/spaces/alice/demo/auth-check/write")
+    commits = [number for number, request in enumerate(server.requests) if "/commit/" in request.path]
+    assert created < min(commits)  # before training
+
+
 def test_saved_models_are_pushed_on_the_way_and_a_failure_does_not_stop_the_run(pushed) -> None:
     server, _, run = pushed
     assert "push to alice/digits failed: the server returned status 500; training continues" in run.stderr
-    commits = [request.status for request in server.requests if request.method == "POST" and "/commit/" in request.path]
+    commits = [
+        request.status
+        for request in server.requests
+        if request.method == "POST" and "/models/alice/digits/commit/" in request.path
+    ]
     assert commits == [500, 200, 200, 200]  # after steps 3, 6 and 9, and at the end
 
 
@@ -106,6 +121,8 @@ def test_push_that_fails_at_the_end_leaves_the_run_whole(run_quickly, tmp_path: 
         ),
         (["--push_to_hub", "--hub_model_id", "bob/x"], WRITE, "push_to_hub to bob/x would fail: .*write access"),
         (["--push_to_hub"], None, "push_to_hub to run would fail: .*token"),
+        (["--push_to_hub", "--push_space", "bob/x"], WRITE, "push_space to bob/x would fail: .*write access"),
+        (["--push_space", "alice/x"], WRITE, "push_space=alice/x needs --push_to_hub"),
     ],
 )
 def test_what_cannot_be_pushed_is_said_before_training(run_quickly, tmp_path: Path, arguments, token, message) -> None:
