@@ -1,4 +1,4 @@
-"""Overhead of a run over plain training steps: masks and scores, the teacher, checkpoints, trackers.
+"""Overhead of a run over plain training steps: masks and scores, recovery, the teacher, checkpoints, trackers.
 
     python benchmarks/overhead.py                 writes benchmarks/results/overhead.json for both recipes (about ten minutes)
 
@@ -7,6 +7,7 @@ the recipes' lengths and intervals:
 
     pruning part    masked step + rankings x calibration batches x scoring / steps of phases 1 and 2
     whole run       the same over phases 1 and 2, then compacted steps to the end; one-shot pruning ranks once instead
+    recovery        time of least squares before compaction, which is in none of the other rows / time of a step
     checkpoints     time to save the masked model with moments and average / time of the steps between checkpoints
     tracking        time to log a point (and a ranking) to tensorboard / time of the steps between points
 
@@ -31,6 +32,8 @@ from diffusers import UNet2DModel
 from models import batches_for, build
 
 from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.one_shot import recovery_batches
 from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -42,10 +45,11 @@ from diffusers_gfprune.training.tracking import Tracking
 ROOT = Path(__file__).resolve().parent.parent
 
 
-BATCH_SIZES, REPEATS, SCORING_BATCHES = (
+BATCH_SIZES, REPEATS, SCORING_BATCHES, RECOVERIES = (
     {"digits": 64, "cifar10": 16},
     {"digits": 15, "cifar10": 3},
     {"digits": 2, "cifar10": 1},
+    {"digits": 5, "cifar10": 1},
 )
 
 
@@ -92,7 +96,11 @@ def measure_steps(model: str, hvp: str) -> dict[str, float]:
     }
     found = {name: paired(first, second, repeats) for name, (first, second) in pairs.items()}
     ratios = {name: result["ratio"] for name, result in found.items()}
-    return {**ratios, "plain_step_seconds": found["masked_step"]["baseline_ms"] / 1000, "batch_size": size}
+    pruner = half_masked(copy.deepcopy(dense))
+    images = recovery_batches([DiffusionBatch.of(batch) for batch in batches], pruner.noise_scheduler)
+    recovery = median_seconds(lambda index: pruner.recover(dense, images), RECOVERIES[model])
+    seconds = {"plain_step_seconds": found["masked_step"]["baseline_ms"] / 1000, "recovery_seconds": recovery}
+    return {**ratios, **seconds, "batch_size": size}
 
 
 def measure_state(model: str, words: list[str]) -> dict[str, float]:
@@ -148,6 +156,7 @@ def put_together(recipe: str, words: list[str], steps: dict[str, float], state: 
         "pruning_part": two_phase / pruning_steps,
         "whole_run": (two_phase + fine_tuning) / total,
         "whole_run_one_shot": (ranking + steps["compacted_step"] * total) / total,
+        "recovery_in_steps": steps["recovery_seconds"] / step_seconds,
         "teacher_while_fine_tuning": steps["distilled_compacted_step"] / steps["compacted_step"],
         "checkpoint_in_steps": state["checkpoint_seconds"] / step_seconds,
         "checkpoint_share": state["checkpoint_seconds"] / (args.checkpoints.checkpointing_steps * step_seconds),
@@ -164,6 +173,7 @@ def table(found: dict) -> str:
         ("rankings in the run", "", "rankings", "{:.0f}"),
         ("whole run / as many dense steps", "", "whole_run", "{:.2f}"),
         ("whole run, one-shot pruning, then fine-tuning", "", "whole_run_one_shot", "{:.2f}"),
+        ("recovery, in dense steps", "", "recovery_in_steps", "{:.0f}"),
         ("fine-tuning step with the dense model as teacher / without", "", "teacher_while_fine_tuning", "{:.2f}"),
         ("a checkpoint, in dense steps", "", "checkpoint_in_steps", "{:.2f}"),
         ("checkpoints at the recipe's interval", "≤ 3 %", "checkpoint_share", "{:.3%}"),
@@ -172,7 +182,8 @@ def table(found: dict) -> str:
     models = [model for model in BATCH_SIZES if model in found]
     lines = [f"| | wanted | {' | '.join(f'recipe {model}' for model in models)} |", "|---" * (2 + len(models)) + "|"]
     for title, wanted, key, form in rows:
-        cells = " | ".join(form.format(found[model]["together"][key]) for model in models)
+        values = [found[model]["together"].get(key) for model in models]
+        cells = " | ".join("-" if value is None else form.format(value) for value in values)
         lines.append(f"| {title} | {wanted} | {cells} |")
     return "\n".join(lines)
 

@@ -232,7 +232,7 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
         "rivals": rows(lambda: RIVALS),
         **{
             part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part)))
-            for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data")
+            for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "recovery")
         },
         "iterations": iterations_table,
         "revival": revival_table,
@@ -274,7 +274,9 @@ def main(argv: list[str] | None = None) -> None:
     speeds = load_speeds(args.latencies, {**everything, **latent})
     made = tables(everything, speeds)
     rows = (*SHARED, *of_part("depth"))
-    made |= {f"latent {d}": main_table(found, d, rows, speeds[d]) for d, found in latent.items()}
+    for d, found in latent.items():
+        made |= {f"latent {d}": main_table(found, d, rows, speeds[d])}
+        made |= {f"recovery {d}": main_table(found, d, of_part("recovery"))}
     # The picture exists only where speeds were measured
     made["speed picture"] = (
         f"![quality over measured time](pictures/{SPEED_PICTURE})" if any(speeds[d] for d in everything) else NOT_MEASURED

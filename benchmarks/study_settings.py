@@ -13,6 +13,8 @@ Parts of the study:
     scores      options of the score that arXiv 2501.09464 leaves open
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
+    recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
+                MACs removed
 
 The five from phases to scores study the two phases. They run on the digits, for a third of the steps: more short runs are
 affordable, and they differ more, since long fine-tuning reduces the differences.
@@ -252,8 +254,38 @@ def _depth() -> list[Setting]:
     return [Setting(name, title, "depth", arguments, datasets=LATENT, kind=kind) for name, title, arguments, kind in rows]
 
 
+def _recovery() -> list[Setting]:
+    joint = (*ONE_SHOT, "--ranking", "joint")
+    diff_pruning = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)
+    rows = [
+        ("two-phase", "gradient flow, two phases", ()),
+        ("one-shot", "gradient flow, one-shot", ONE_SHOT),
+        ("joint", "gradient flow, one-shot, units chosen together", joint),
+        ("diff-pruning", "Diff-Pruning, one-shot", diff_pruning),
+    ]
+    found = []
+    for percent in (50, 30, 70):
+        ending, words = ("", "") if percent == 50 else (f"-{percent}", f", {percent} % removed")
+        for name, title, arguments in rows:
+            # In one shot, both kinds of recovery are the same
+            for recovery in ("none", "compaction", "rankings")[: 3 if name == "two-phase" else 2]:
+                told = {"none": "", "compaction": ", with recovery", "rankings": ", with recovery at rankings"}[recovery]
+                chosen = (*arguments, "--recovery", recovery, "--ratio", f"0.{percent // 10}")
+                found.append(
+                    Setting(
+                        f"recovery-{recovery}-{name}{ending}",
+                        f"{title}{told}{words}",
+                        "recovery",
+                        chosen,
+                        datasets=("digits", *LATENT),
+                        own={"digits": SHORT},
+                    )
+                )
+    return found
+
+
 SETTINGS = {
     setting.name: setting
-    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores, _data, _depth)
+    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores, _data, _depth, _recovery)
     for setting in part()
 }

@@ -301,6 +301,14 @@ class GradientFlowPruner:
         self.unet.channel_masks.set(self._path.at(step), check=done)  # heads may differ until the goal
         self._path = None if done else self._path
 
+    def goal(self, step: int) -> tuple[int, dict[str, Tensor]]:
+        """The step at which masks reach the goal of the last ranking, and the masks there, each with shape `(num_units,)`.
+
+        Args:
+            step: The current step, which is returned if masks have reached it.
+        """
+        return (step, self.unit_masks) if self._path is None else (self._path.goal_step, self._path.goals)
+
     # --- checkpoints ---
 
     def state_dict(self) -> dict:
@@ -362,7 +370,7 @@ class GradientFlowPruner:
         return plan_compaction(self.unet, self.groups, self.unit_masks)
 
     def recover(
-        self, dense: ModelMixin, calibration_batches: Sequence[CalibrationBatch], ridge: float = RIDGE
+        self, dense: ModelMixin, calibration_batches: Sequence[CalibrationBatch], ridge: float = RIDGE, ema=None
     ) -> dict[str, float]:
         """Mend most of what pruning changed in closed form (`pruning.recovery`). Call it before `compact`, with binary masks.
 
@@ -373,18 +381,29 @@ class GradientFlowPruner:
             dense: A model with the predictions to recover, on the same device: a copy of the dense model, before pruning.
             calibration_batches: Batches as in `step`; with several processes, the rows of each rank.
             ridge: Penalty on changes of weights, relative to the mean squared input of each layer (> 0).
+            ema: A Diffusers `EMAModel` of the masked model, whose averages change by as much as the weights.
 
         Returns:
             The relative gap of each mended layer before it was mended, by name in the order of execution.
 
         Raises:
-            ValueError: Masks are not binary, a batch does not fit the model, or the models differ.
+            ValueError: Masks are not binary, a batch does not fit the model, the models differ, or the average belongs to
+                another model.
         """
         self._check_masked()
         batches = [DiffusionBatch.of(batch) for batch in calibration_batches]
         for batch in batches:
             check_batch(self.unet, self.process, batch)
-        return recover(dense, self.unet, self.compaction_plan(), batches, self.process, ridge)
+        plan = self.compaction_plan()
+        if ema is None:
+            return recover(dense, self.unet, plan, batches, self.process, ridge)
+        check_ema(ema, self.unet)
+        before = [parameter.detach().clone() for parameter in self.unet.parameters()]
+        gaps = recover(dense, self.unet, plan, batches, self.process, ridge)
+        with torch.no_grad():
+            for shadow, old, new in zip(ema.shadow_params, before, self.unet.parameters()):
+                shadow += (new - old).to(shadow)
+        return gaps
 
     def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> ModelMixin:
         """Build the small model from binary masks. Its outputs equal those of the masked model.

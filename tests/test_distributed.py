@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffusers_gfprune import distributed
 from diffusers_gfprune.distributed import check_identical, gather_rows, mean_over_ranks, world_size
+from helpers.architectures import build
 from helpers.distributed_worker import CRITERIA, main, message
 from helpers.scripts import ROOT
 
@@ -95,6 +96,25 @@ def test_a_pruning_run_is_that_of_one_process(runs: tuple[Result, Result, Result
     for key, expected in trained[0].items():
         torch.testing.assert_close(trained[1][key], expected, rtol=1e-3, atol=0 if key in masks else 1e-4)
         assert torch.equal(trained[1][key], trained[2][key]), key
+
+
+def test_recovery_is_that_of_one_process(runs: tuple[Result, Result, Result]) -> None:
+    """Sums of all ranks; both have the same weights, bit for bit."""
+    single, *ranks = ({k: v for k, v in run.tensors.items() if k.startswith("recovered/")} for run in runs)
+    dense = {f"recovered/{name}": weight for name, weight in build("fine-units").named_parameters()}
+    assert sum(not torch.equal(single[name], weight) for name, weight in dense.items()) > 20
+    for name, expected in single.items():
+        change = float((expected - dense[name]).abs().max())
+        torch.testing.assert_close(ranks[0][name], expected, rtol=0, atol=1e-3 * change + 1e-6)
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+
+
+def test_images_of_recovery_are_those_of_one_process(runs: tuple[Result, Result, Result]) -> None:
+    """Each rank has its rows of the same noise."""
+    assert len({result.values["recovery batches"] for result in runs}) == 1
+    for index in range(3):  # images, noise, timesteps
+        single, first, second = (result.tensors[f"repeated/{index}"] for result in runs)
+        assert torch.equal(torch.cat([first, second]), single)
 
 
 def test_comparison_with_magnitude_is_that_of_one_process(runs: tuple[Result, Result, Result]) -> None:

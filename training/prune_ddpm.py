@@ -37,6 +37,7 @@ from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
 from diffusers_gfprune.training.finishing import finish, prepared_repository, prepared_space, save_model
+from diffusers_gfprune.training.recovery import follow_changes, plan_changes
 from diffusers_gfprune.training.rehearsal import rehearse_run
 from diffusers_gfprune.training.reporting import describe_pipeline, describe_plan, measure_step_losses
 from diffusers_gfprune.training.run_setup import (
@@ -229,7 +230,7 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
 
 
 def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: BrokenImages) -> bool:
-    """Set masks by the schedule, look for failures after a ranking, and compact the model when masks freeze.
+    """Set masks by the schedule, look for failures after a ranking, recover and compact the model when masks freeze.
 
     Returns:
         Whether channels were ranked.
@@ -248,20 +249,32 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
     update = state.pruner.step(state.step, calibration)
     if update is not None:
         state.curves.seconds["scoring"] += time.perf_counter() - clock
+        if run.args.pruning.recovery == "rankings":
+            plan_recovery(run, state, used)
+    follow_changes(state)
+    if update is not None:
         tracking.log_ranking(state, update)
         validate(run, state, tracking)
         look_for_failures(run, state, used)
     if state.pruner.finished:
-        masked = run.step_loss(state.unet) if run.accelerator.is_main_process else math.nan
+        main_process = run.accelerator.is_main_process
+        losses = {"step_loss_masked": run.step_loss(state.unet) if main_process else math.nan}
+        if run.args.pruning.recovery == "compaction":
+            plan_recovery(run, state, used or calibration())
+            follow_changes(state)
+            losses["step_loss_recovered"] = run.step_loss(state.unet) if main_process else math.nan
         state.compact()
-        if run.accelerator.is_main_process:
-            compacted = run.step_loss(state.unet)
-            state.curves.compaction = {
-                "step": state.step,
-                "step_loss_masked": masked,
-                "step_loss_compacted": compacted,
-            }
+        if main_process:
+            state.curves.compaction = {"step": state.step, **losses, "step_loss_compacted": run.step_loss(state.unet)}
     return update is not None
+
+
+def plan_recovery(run: Run, state: TrainingState, batches: list[DiffusionBatch]) -> None:
+    """Plan changes of weights that make up for what the last ranking removes, from its calibration batches."""
+    clock = time.perf_counter()
+    plan_changes(state, run.sample_quality.dense, batches, run.args.run.seed, run.accelerator.device)
+    seconds = state.curves.seconds
+    seconds["recovery"] = seconds.get("recovery", 0.0) + time.perf_counter() - clock
 
 
 def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenImages):

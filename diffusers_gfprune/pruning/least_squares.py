@@ -9,6 +9,10 @@ The sum runs over all rows: the tokens of a linear layer, or the patches of a co
 G = sum x x^T and C = sum x e^T only, with x extended by a 1 for the bias: (G + lambda I) [dW db]^T = C. The penalty is on the
 change, so that lambda -> infinity leaves the weights as they are, and the bias is free: a constant gap is mended exactly.
 lambda is `ridge` times the mean of sum x_i^2 over features i.
+
+G has as many rows as there are features: C k^2 for a kernel of k x k and C input channels. For C = 2,560 and k = 3 it would
+take 4 GiB. Where there are more than `MAX_FEATURES`, only the weights at the centre of the kernel change, which read C
+features.
 """
 
 from __future__ import annotations
@@ -17,23 +21,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import mean_over_ranks
+from ..distributed import mean_over_ranks, process_rank
 
-__all__ = ["LeastSquares", "features", "output_rows"]
+__all__ = ["MAX_FEATURES", "LeastSquares", "features", "output_rows"]
 
 CHUNK_VALUES = 2**24  # of features at a time: 64 MiB in float32
+MAX_FEATURES = 2**13  # 512 MiB for G, in float64
 
 
-def features(layer: nn.Module, x: Tensor) -> Tensor:
+def features(layer: nn.Module, x: Tensor, centre: bool = False) -> Tensor:
     """What each output of a layer is linear in, with shape `(batch, rows, channels * kernel height * kernel width)`.
 
     Args:
         layer: A `Conv2d` or `Linear` layer.
         x: Its input with shape `(batch, channels, height, width)` or `(batch, *, channels)`; of some channels, or all.
+        centre: For convolutions, only what the centre of the kernel reads: `(batch, rows, channels)`.
     """
-    if isinstance(layer, nn.Conv2d):
-        return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
-    return x.reshape(len(x), -1, x.shape[-1])
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(len(x), -1, x.shape[-1])
+    if centre:
+        return _at_centre(layer, x).flatten(2).transpose(1, 2)
+    return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+
+
+def _at_centre(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The values that the centre of the kernel reads, with shape `(batch, channels, output height, output width)`."""
+    margins = []  # in the order of `pad`: the last dimension first; negative ones crop
+    for size, k, d, p, s in zip(x.shape[2:], layer.kernel_size, layer.dilation, layer.padding, layer.stride):
+        outputs = (size + 2 * p - d * (k - 1) - 1) // s + 1
+        first = d * (k // 2) - p
+        margins = [-first, first + s * (outputs - 1) + 1 - size, *margins]
+    return F.pad(x, margins)[:, :, :: layer.stride[0], :: layer.stride[1]]
 
 
 def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
@@ -53,13 +71,14 @@ class LeastSquares:
     def __init__(self, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
         self.layer, self.inputs, self.outputs = layer, inputs, outputs
         self.bias = layer.bias is not None
-        kernel = layer.weight[0, 0].numel()
-        size = len(inputs) * kernel + self.bias
+        self.kernel = tuple(layer.weight.shape[2:])
+        self.centre = len(inputs) * layer.weight[0, 0].numel() > MAX_FEATURES
+        size = len(inputs) * (1 if self.centre else layer.weight[0, 0].numel()) + self.bias
         empty = {"dtype": torch.float64, "device": layer.weight.device}
         self.gram = torch.zeros(size, size, **empty)  # G, of features and the 1
         self.cross = torch.zeros(size, len(outputs), **empty)  # C
         self.squares = torch.zeros(2, **empty)  # of gaps, and of wanted outputs
-        self.generator = torch.Generator().manual_seed(0)  # draws rows, one sample after another
+        self.generator = torch.Generator().manual_seed(process_rank())  # draws rows, one sample after another
 
     def add(self, x: Tensor, gap: Tensor, wanted: Tensor, rows: int) -> None:
         """Add a batch.
@@ -78,7 +97,7 @@ class LeastSquares:
         per_sample = gap.shape[1]
         chunk = max(1, CHUNK_VALUES // (per_sample * len(self.gram)))
         for inputs, gaps in zip(x.split(chunk), gap.split(chunk)):
-            inputs = features(self.layer, inputs)
+            inputs = features(self.layer, inputs, self.centre)
             if rows < per_sample:
                 order = torch.rand(len(gaps), per_sample, generator=self.generator).argsort(dim=1)[:, :rows]
                 sample = torch.arange(len(gaps))[:, None]
@@ -118,5 +137,10 @@ class LeastSquares:
         scale = diagonal[:size].mean()
         diagonal[:size] += ridge * scale if scale > 0 else 1.0  # without any input, nothing is changed
         solution = torch.linalg.solve(gram, self.cross)
-        weight = solution[:size].T.reshape(len(self.outputs), len(self.inputs), *self.layer.weight.shape[2:])
-        return weight, solution[size] if self.bias else None
+        weight = solution[:size].T
+        if self.centre:
+            whole = weight.new_zeros(len(self.outputs), len(self.inputs), *self.kernel)
+            whole[(..., *(k // 2 for k in self.kernel))] = weight
+            weight = whole
+        bias = solution[size] if self.bias else None
+        return weight.reshape(len(self.outputs), len(self.inputs), *self.kernel), bias

@@ -20,6 +20,7 @@ fit into memory; otherwise one layer after another, with sums over several passe
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,20 +31,22 @@ from torch import Tensor, nn
 
 from ..diffusion.batch import DiffusionBatch
 from ..diffusion.schedulers import training_process
-from ..distributed import mean_over_ranks
+from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from ..metrics.peak_memory import allocated_at_most
 from .compaction import CompactionPlan
-from .least_squares import LeastSquares
+from .least_squares import MAX_FEATURES, LeastSquares
 from .masking import dense_parameters
 from .side_by_side import Pair, side_by_side
 
-__all__ = ["RIDGE", "ROWS", "recover"]
+__all__ = ["RIDGE", "ROWS", "recover", "recovery_macs"]
 
 RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
 NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
-PASS_BYTES = 4 * 2**30  # of a pass, on the CPU, or half of what is free if that is more
+PASS_BYTES = 4 * 2**30  # of a pass on the CPU, or a quarter of its memory if that is more
+
+logger = logging.getLogger(__name__)
 
 
 class _Done(Exception):
@@ -70,9 +73,9 @@ def recover(
         batches: Calibration batches; with several processes, the rows of this rank.
         process: Scheduler of the model, or its process.
         ridge: Penalty lambda on changes of weights, relative to the mean squared feature of the layer (> 0).
-        rows: Number of rows (patches or tokens) that a layer reads at most, over all batches (>= 1).
-        pass_bytes: Memory of a pass, in bytes (default: half of what is free; on a CPU, at least 4 GiB).
-            Batches are joined or split to meet it.
+        rows: Number of rows (patches or tokens) that a layer reads at most, over all batches and processes (>= 1).
+        pass_bytes: Memory of a pass, in bytes (default: half of what is free on a GPU; on a CPU a quarter of its memory, at
+            least 4 GiB). Batches are joined or split to meet it.
 
     Returns:
         For each mended layer by name, in the order of execution: the size of its gap before, relative to its outputs.
@@ -99,14 +102,31 @@ def recover(
     return run.mended
 
 
+def recovery_macs(model: nn.Module, rows: int = ROWS) -> int:
+    """MACs of the sums over features and their solution, at most, for a dense model: `rows` rows of every layer.
+
+    Args:
+        model: The dense or masked model.
+        rows: As in `recover`.
+    """
+    total = 0
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            outputs, inputs = layer.weight.shape[:2]
+            size = layer.weight[0].numel()
+            size = size if size <= MAX_FEATURES else inputs
+            total += rows * size * (size + outputs) + size**3 // 3
+    return total
+
+
 def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not Linux
-        free = 0
-    return max(PASS_BYTES, free // 2)
+    try:  # not what is free now: passes, and with them the last bits of sums, are to be the same when a run is repeated
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not POSIX
+        memory = 0
+    return max(PASS_BYTES, memory // 4)
 
 
 def _concatenate(batches: Sequence[DiffusionBatch]) -> DiffusionBatch:
@@ -143,7 +163,7 @@ class _Recovery:
 
     def mend(self, batches: Sequence[DiffusionBatch], process) -> None:
         """Mend all layers in the order of execution."""
-        self.total_samples = sum(len(batch) for batch in batches)
+        self.total_samples = world_size() * sum(len(batch) for batch in batches)
         if len(batches) == 1:
 
             def visit(name: str, layer: nn.Module, pair: Pair) -> bool:
@@ -194,7 +214,12 @@ class _Recovery:
             usual = layer.groups == 1 and layer.padding_mode == "zeros"
         else:
             usual = isinstance(layer, nn.Linear)
-        return usual and f"{name}.weight" not in self.plan.dropped
+        if not usual or f"{name}.weight" in self.plan.dropped:
+            return False
+        inputs = len(self._indices(name, 1))
+        if inputs > MAX_FEATURES:
+            logger.warning("%s reads %d channels, more than %d, and is left as it is by recovery", name, inputs, MAX_FEATURES)
+        return inputs <= MAX_FEATURES
 
     def _indices(self, name: str, dim: int) -> Tensor:
         kept = self.plan.kept.get((f"{name}.weight", dim))

@@ -23,6 +23,7 @@ from ..objectives.objective import ObjectiveArguments
 from .essential_help import add_help_all
 from .optimization_arguments import CheckpointArguments, PrecisionArguments, TrackingArguments, TrainingArguments
 from .recipes import expand_recipe
+from .recovery import RECOVERIES
 
 __all__ = ["Arguments", "parse_arguments"]
 
@@ -73,11 +74,19 @@ class PruningArguments(GFPruneConfig):
         None, "Images in a calibration batch, per process (>= 1; default: train_batch_size)."
     )
 
+    recovery: str = argument(
+        "none",
+        "Least squares for the layers that read pruned channels, towards the dense model's layer outputs: when masks freeze, "
+        "right before compaction; at all rankings, where changes of weights follow the masks; or none.",
+        choices=RECOVERIES,
+    )
     check_scores: bool = argument(False, "Compare the Hessian-gradient product with finite differences at the first ranking.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, at_least(1), "calibration_batches", "calibration_batch_size")
+        if self.recovery not in RECOVERIES:
+            raise ValueError(f"recovery={self.recovery} must be one of {', '.join(RECOVERIES)}")
         if self.check_scores and not self.takes_hessian:
             raise ValueError(
                 f"check_scores=True needs criterion=gradient-flow-weights, not {self.criterion}, which takes no Hessian"

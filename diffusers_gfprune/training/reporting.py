@@ -19,9 +19,11 @@ from ..metrics.model_size import count_macs, count_parameters, spatial_size, wei
 from ..metrics.sampling import image_shape
 from ..metrics.speed import measure_speed
 from ..metrics.step_loss import StepLoss
+from ..one_shot import RECOVERY_SAMPLES
 from ..pruning.blocks import RemovableBlock, removed_blocks
 from ..pruning.cost_model import COUNTED_TARGETS
 from ..pruning.depth import saved_by_blocks
+from ..pruning.recovery import recovery_macs
 from ..reports.provenance import package_versions, portable
 from ..reports.results import PRUNING_RUN, ModelFigures, Results
 from ..trained_pipelines import TrainedPipeline
@@ -89,10 +91,13 @@ def describe_plan(
     lines += [f"  {title:10} {line}" for title, line in zip(itertools.chain(["data"], itertools.repeat("")), data.lines())]
     soft, end = min(schedule.soft_steps, total), min(schedule.end_steps, total)
     updates = [step for step in schedule.update_steps() if step <= total]
+    recovery = {"none": "", "compaction": ", recovery before compaction", "rankings": ", recovery at each"}[
+        args.pruning.recovery
+    ]
     timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
-        f"{args.pruning.calibration_batches} calibration batches",
+        f"{args.pruning.calibration_batches} calibration batches{recovery}",
         f"  time       about {format_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
         f"({estimate.seconds:.3f} s for a dense forward and backward of {estimate.batch_size} images{timed})",
     ]
@@ -115,7 +120,8 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     """Seconds of a run without its evaluation, from the time of a dense step.
 
     As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, scoring a batch
-    takes the passes of the criterion's record, and a compacted step is proportional to its MACs.
+    takes the passes of the criterion's record, and a compacted step is proportional to its MACs. So is recovery: two forwards
+    of its images, and the products of features.
     """
     config, t = pruner.config, args.training
     step = estimate.seconds * t.gradient_accumulation_steps
@@ -127,7 +133,13 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     # A dense forward is a third of a dense step
     masked = 1.1 * step + args.objective.extra_forwards() * step / 3
     small = left * step + args.objective.extra_forwards(left) * step / 3
-    return masked * end + scoring + small * (config.total_steps - end)
+    recoveries = {"none": 0, "compaction": 1, "rankings": rankings}[args.pruning.recovery]
+    recovery = 0.0
+    if recoveries:
+        seconds_per_mac = estimate.seconds / (3 * t.train_batch_size * pruner.cost.macs(pruner.cost.dense))
+        forwards = 2 * max(images, RECOVERY_SAMPLES) * pruner.cost.macs(pruner.cost.dense)
+        recovery = recoveries * seconds_per_mac * (forwards + left * recovery_macs(pruner.unet))
+    return masked * end + scoring + recovery + small * (config.total_steps - end)
 
 
 def measure_step_losses(step_loss: StepLoss, unet: nn.Module, null: Mapping[str, Tensor]) -> dict[str, float]:

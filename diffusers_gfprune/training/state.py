@@ -26,6 +26,7 @@ from ..pruning.masking import MASKS_MODULE, dense_name, dense_parameters
 from .arguments import Arguments
 from .checkpointing import Checkpoint
 from .named_state import load_optimizer_state, load_tensors, optimizer_state
+from .recovery import WeightPath
 
 __all__ = ["Curves", "TrainingState", "seed_everything"]
 
@@ -94,6 +95,7 @@ class TrainingState:
         diagnostics: Known failures of the method that were detected: `comparison`, `hessian_check`, `warnings`.
         recent: Losses since the last point of the loss curve.
         broken: Identifiers of images that could not be read.
+        weight_path: Changes by recovery that are being made, if any.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class TrainingState:
         self.diagnostics: dict = {"comparison": None, "hessian_check": None, "warnings": []}
         self.recent: list[Tensor | float] = []
         self.broken: list[str] = []
+        self.weight_path: WeightPath | None = None
         if checkpoint is not None:
             pruner.load_state_dict({"tensors": checkpoint.tensors["pruner"], "values": checkpoint.values["pruner"]})
             if checkpoint.values["compacted_config"] is not None:
@@ -217,6 +220,8 @@ class TrainingState:
         }
         if self.ema is not None:
             parts["ema"] = dict(zip(parameters, self.ema.shadow_params))
+        if self.weight_path is not None:
+            parts["recovery"] = self.weight_path.changes
         return parts
 
     def values(self) -> dict:
@@ -232,6 +237,7 @@ class TrainingState:
             "pruner": self.pruner.state_dict()["values"],
             "curves": asdict(self.curves),
             "diagnostics": self.diagnostics,
+            "recovery": None if self.weight_path is None else self.weight_path.values(),
             "recent": [float(loss) for loss in self.recent],
             "broken": list(self.broken),
         }
@@ -256,5 +262,8 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.curves, self.diagnostics = Curves(**values["curves"]), values["diagnostics"]
         self.recent, self.broken = list(values["recent"]), list(values["broken"])
+        if values.get("recovery") is not None:  # absent from older checkpoints
+            changes = {name: torch.empty_like(parameters[name]).copy_(t) for name, t in tensors["recovery"].items()}
+            self.weight_path = WeightPath(**values["recovery"], changes=changes)
         self.step = self.saved_step = checkpoint.step
         self._lay_out(base)

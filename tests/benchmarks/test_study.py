@@ -53,7 +53,8 @@ def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> N
     words = study.arguments_of(setting, dataset, 3, ["--output_dir", "runs/x"])
     args = parse_arguments(words)
     assert args.run.seed == args.pruning.pruning_seed == 3
-    assert args.pruning.ratio == (int(name[-2:]) / 100 if setting.part == "budget" else 0.5)
+    percent = name[-2:] if setting.part in ("budget", "recovery") and name[-3:] in ("-30", "-70") else "50"
+    assert args.pruning.ratio == int(percent) / 100
     assert bool(args.evaluation.eval_steps) == (setting.curves and dataset in DATASETS)
     assert (args.objective.distillation_weight == 0) == ("no teacher" in setting.title)
 
@@ -70,8 +71,11 @@ def test_the_teacher_of_the_second_data_set_predicts_noise() -> None:
 
 
 def test_settings_differ() -> None:
-    """No two runs of a data set are the same, but for settings that happen to be the default."""
-    chosen = [s for s in SETTINGS.values() if s.kind == "prune"]
+    """No two runs of a data set are the same, but for settings that happen to be the default.
+
+    Rows without recovery repeat some of the phases, whose results are of an earlier build.
+    """
+    chosen = [s for s in SETTINGS.values() if s.kind == "prune" and not s.name.startswith("recovery-none-")]
     default = vars(parse_arguments(study.arguments_of(SETTINGS["two-phase"], "digits", 0, [])).pruning)
     seen: dict[str, str] = {}
     for setting in chosen:

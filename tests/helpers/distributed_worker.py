@@ -33,7 +33,7 @@ from diffusers_gfprune.distributed import (
     process_rank,
     world_size,
 )
-from diffusers_gfprune.one_shot import calibration_batches
+from diffusers_gfprune.one_shot import calibration_batches, recovery_batches
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.masking import dense_parameters
 from diffusers_gfprune.scoring.importance import score_units, score_units_jointly
@@ -96,6 +96,16 @@ def train(rank: int, ranks: int) -> tuple[GradientFlowPruner, nn.Module]:
         nn.functional.mse_loss(prediction, noise).backward()
         optimizer.step()
     return pruner, unet
+
+
+def recover(batches: list[DiffusionBatch]) -> dict[str, Tensor]:
+    """Weights after pruning in one shot and recovery."""
+    dense = build("fine-units")
+    config = GFPruneConfig.from_preset("one-shot", total_steps=1, ratio=0.3)
+    pruner = GradientFlowPruner(copy.deepcopy(dense), config, SCHEDULER)
+    pruner.step(0, batches)
+    pruner.recover(dense, batches)
+    return dense_parameters(pruner.unet)
 
 
 def message(function: Callable[[], object]) -> str:
@@ -174,6 +184,10 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     values["history"] = [update.to_dict() for update in pruner.history]
     single = [dataclasses.replace(batch, clean=batch.clean.float(), noise=batch.noise.float()) for batch in batches]
     values["comparison"] = compare_with_magnitude(pruner, single)
+    tensors |= {f"recovered/{name}": weight.detach() for name, weight in recover(single).items()}
+    repeated = recovery_batches(single, SCHEDULER)
+    values["recovery batches"] = len(repeated)
+    tensors |= {f"repeated/{index}": column.contiguous() for index, column in enumerate(repeated[-1].tensors())}
 
     mixed = [torch.full((5,), rank + 1.0), torch.full((2, 3), rank + 1.0, dtype=torch.float64)]
     mixed += [torch.full((4,), 60000.0 + 32 * rank, dtype=torch.float16), torch.full((1, 2, 3, 2), rank + 3.0)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusers_gfprune.pruning import least_squares
 from diffusers_gfprune.pruning.least_squares import LeastSquares, features, output_rows
 
 ALL = 10**6  # rows: more than there are
@@ -87,3 +88,34 @@ def test_drawn_rows_are_few() -> None:
     sums = LeastSquares(nn.Conv2d(1, 1, 1), torch.tensor([0]), torch.tensor([0]))
     sums.add(torch.ones(3, 1, 8, 8), torch.ones(3, 1, 8, 8), torch.full((3, 1, 8, 8), 2.0), rows=5)
     assert sums.gram[1, 1] == 15 and sums.reduce() == pytest.approx(0.5)
+
+
+CENTRED = [
+    *(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(3, 5, 3, stride=2), nn.Conv2d(3, 5, 3, stride=2, padding=1)),
+    *(nn.Conv2d(3, 5, 3, padding=4, dilation=2), nn.Conv2d(3, 5, (1, 3), padding=(0, 1)), nn.Conv2d(3, 5, 5, padding=2)),
+]
+
+
+@pytest.mark.parametrize("layer", CENTRED, ids=lambda layer: f"{layer.kernel_size}{layer.stride}{layer.padding}"[:20])
+def test_a_centre_is_what_a_kernel_of_zeros_elsewhere_reads(layer: nn.Conv2d) -> None:
+    x = torch.randn(2, 3, 9, 8)
+    rows, columns = (k // 2 for k in layer.kernel_size)
+    with torch.no_grad():
+        centre = layer.weight[:, :, rows, columns].clone()
+        layer.weight.zero_()[:, :, rows, columns] = centre
+        expected = features(layer, x, centre=True) @ centre.T + layer.bias
+        torch.testing.assert_close(output_rows(layer, layer(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_many_features_change_at_the_centre_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gap that other weights there would close is closed by just these."""
+    monkeypatch.setattr(least_squares, "MAX_FEATURES", 26)
+    layer, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(16, 3, 8, 8)
+    change = torch.zeros(5, 3, 3, 3)
+    change[:, :, 1, 1] = torch.randn(5, 3)
+    with torch.no_grad():
+        gap = torch.nn.functional.conv2d(x, change, torch.ones(5), padding=1)
+        weight, bias = solved(layer, [(x, gap)])
+        assert len(LeastSquares(layer, torch.arange(3), torch.arange(5)).gram) == 4
+    torch.testing.assert_close(weight.float(), change, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias.float(), torch.ones(5), rtol=1e-4, atol=1e-5)

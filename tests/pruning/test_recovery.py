@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ModelMixin, UNet2DModel
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.families.lookup import family_of
-from diffusers_gfprune.pruning import recovery
+from diffusers_gfprune.pruning import least_squares, recovery
 from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup
 from diffusers_gfprune.pruning.compaction import CompactionPlan, compact, plan_compaction
@@ -198,6 +199,47 @@ def test_a_pruner_mends_what_it_pruned() -> None:
     pruner.detach()
     with pytest.raises(ValueError, match="the masks of the model were removed"):
         pruner.recover(dense, batches())
+
+
+@pytest.mark.parametrize(("limit", "left"), [(48, 0.8), (40, 0.85)], ids=["at the centre", "not all"])
+def test_layers_with_large_gram_matrices(
+    limit: int, left: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kernels change at their centre; a layer for which even this is too large stays as it is, which is said."""
+    for module in (least_squares, recovery):
+        monkeypatch.setattr(module, "MAX_FEATURES", limit)
+    dense = build("base")
+    model, plan = masked(dense, random_masks(trace_groups(dense), seed=3))
+    weights = {name: weight.clone() for name, weight in dense_parameters(model).items()}
+    held_out = batch_for(dense, 32, seed=1)
+    before = damage(dense, model, held_out)
+    mended = recover(dense, model, plan, [batch_for(dense, 64)], PROCESS)
+    assert damage(dense, model, held_out) < left * before
+    wide = "up_blocks.0.resnets.1.conv1"  # reads 48 channels
+    assert (f"{wide} reads 48 channels, more than {limit}, and is left as it is" in caplog.text) == (wide not in mended)
+    assert (wide in mended) == (limit == 48)
+    change = dense_parameters(model)["mid_block.resnets.0.conv1.weight"] - weights["mid_block.resnets.0.conv1.weight"]
+    assert change[:, :, 1, 1].abs().max() > 0
+    change[:, :, 1, 1] = 0
+    assert (change == 0).all()
+
+
+def test_averages_change_with_the_weights() -> None:
+    """By as much: an average of other weights keeps its distance to them."""
+    dense = build("base")
+    pruner = GradientFlowPruner(copy.deepcopy(dense), one_shot(ratio=0.3), SCHEDULER)
+    ema = EMAModel(pruner.unet.parameters())
+    with torch.no_grad():
+        for shadow in ema.shadow_params:
+            shadow += 0.25
+    pruner.step(0, batches())
+    pruner.recover(dense, [batch_for(dense, 64)], ema=ema)
+    assert any(not torch.equal(*pair) for pair in zip(dense.parameters(), dense_parameters(pruner.unet).values()))
+    for shadow, parameter in zip(ema.shadow_params, pruner.unet.parameters()):
+        torch.testing.assert_close(shadow, parameter + 0.25, rtol=0, atol=1e-5)
+    ema.shadow_params.pop()
+    with pytest.raises(ValueError, match="ema has .* parameters, but the model has"):
+        pruner.recover(dense, [batch_for(dense, 64)], ema=ema)
 
 
 @pytest.mark.parametrize(

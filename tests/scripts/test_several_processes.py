@@ -34,6 +34,7 @@ FORMS = {
         *("--criterion", "gradient-flow-weights", "--hvp", "finite-difference", "--hessian_batches", "mean"),
         *("--distillation_weight", 0.5),
     ),
+    "recovery": ("--recovery", "rankings", "--distillation_weight", 0),
 }
 
 

@@ -1,0 +1,109 @@
+"""Recovery in a run: least squares for the layers that read pruned channels (`pruning.recovery`).
+
+Targets are the layer outputs of the dense model. `--recovery compaction` mends the model once, when masks freeze. In one shot,
+nothing has been trained by then, and the run starts from a model with most of the damage mended.
+
+`--recovery rankings` mends it at every ranking, for the masks that the ranking leads to. In the soft phase these are reached
+at the next ranking only. A unit whose mask falls from 1 to m takes (1 - m) of what it wrote from the layers that read it, in
+proportion to how far the mask has come. So do the changes of weights, which follow the masks:
+
+    m(s) = m_0 + s (m_1 - m_0)          W(s) = W + s dW          0 <= s <= 1
+
+while W trains as usual. Channels of units that fall are neither used nor mended.
+
+The images are those of the ranking with further noise. Everything is a function of weights, masks, seed and step, and
+checkpoints hold dW, so that a resumed run does the same. Averaged weights change by as much as the weights; the optimizer
+keeps its moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from ..diffusion.batch import DiffusionBatch
+from ..one_shot import recovery_batches
+from ..pruning.compaction import plan_compaction
+from ..pruning.masking import dense_parameters
+from ..pruning.recovery import recover
+
+__all__ = ["RECOVERIES", "WeightPath", "follow_changes", "plan_changes"]
+
+RECOVERIES = ("none", "compaction", "rankings")
+
+
+@dataclass
+class WeightPath:
+    """Changes of weights that are made gradually.
+
+    Attributes:
+        start_step: Step of the ranking.
+        goal_step: Step at which all of the changes are made (>= `start_step`).
+        changes: By dense parameter name, of the parameters' shapes and on their device.
+        done: Share that has been made, in [0, 1].
+    """
+
+    start_step: int
+    goal_step: int
+    changes: dict[str, Tensor]
+    done: float = 0.0
+
+    def share(self, step: int) -> float:
+        """Share of the changes at a step, in [0, 1]."""
+        return 1.0 if step >= self.goal_step else (step - self.start_step) / (self.goal_step - self.start_step)
+
+    def values(self) -> dict[str, float]:
+        """All but the tensors, for JSON."""
+        return {"start_step": self.start_step, "goal_step": self.goal_step, "done": self.done}
+
+
+@torch.no_grad()
+def plan_changes(
+    state, dense: ModelMixin, batches: Sequence[DiffusionBatch], seed: int, device: torch.device | str = "cpu"
+) -> None:
+    """Compute changes of weights for the masks that the last ranking leads to. All processes must call this function.
+
+    Args:
+        state: A `TrainingState`, whose `weight_path` is replaced; its weights stay as they are.
+        dense: The dense model, on any device.
+        batches: This process's rows of calibration batches.
+        seed: Seed of the run, for further noise.
+        device: Training device.
+    """
+    pruner, unet = state.pruner, state.unet
+    goal_step, masks = pruner.goal(state.step)
+    plan = plan_compaction(unet, pruner.groups, {name: kept.float() for name, kept in pruner.kept.items()})
+    home = next(dense.parameters()).device
+    dense.to(device)
+    several = [batch.to(device) for batch in recovery_batches(batches, pruner.process, seed + state.step)]
+    parameters = dense_parameters(unet)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with unet.channel_masks.replaced(masks):
+        recover(dense, unet, plan, several, pruner.process)
+    dense.to(home)
+    changes = {name: p.detach() - before[name] for name, p in parameters.items() if not torch.equal(p, before[name])}
+    for name in changes:
+        parameters[name].copy_(before[name])
+    state.weight_path = WeightPath(state.step, goal_step, changes)
+
+
+@torch.no_grad()
+def follow_changes(state) -> None:
+    """Change weights and averaged weights of a `TrainingState` to their position at its step."""
+    path = state.weight_path
+    if path is None:
+        return
+    share = path.share(state.step)
+    parameters = dense_parameters(state.unet)
+    averages = {} if state.ema is None else dict(zip(parameters, state.ema.shadow_params))
+    for name, change in path.changes.items():
+        for tensors in (parameters, averages):
+            if name in tensors:
+                tensors[name].add_(change.to(tensors[name]), alpha=share - path.done)
+    path.done = share
+    if share == 1:
+        state.weight_path = None

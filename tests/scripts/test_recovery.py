@@ -1,0 +1,63 @@
+"""Recovery in runs of `prune_ddpm.py`: what it does to the loss, and that a resumed run does the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.resume import (
+    assert_same_result,
+    assert_same_state,
+    checkpoints_kept,
+    last_checkpoint,
+    place,
+    run_here,
+    uninterrupted,
+)
+
+RECOVERY = ("--recovery", "compaction")
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calibration batch once more, in place of 512 images."""
+    monkeypatch.setattr("diffusers_gfprune.one_shot.RECOVERY_SAMPLES", 16)
+
+
+def compaction(folder: Path) -> dict[str, float]:
+    """Step losses at compaction."""
+    return json.loads((folder / "pruning_report.json").read_text())["curves"]["compaction"]
+
+
+def test_one_shot_starts_from_a_mended_model(tmp_path: Path) -> None:
+    """Before any training, on held-out images; compaction itself changes nothing."""
+    words = ("--preset", "one-shot", "--max_train_steps", 1, "--train_batch_size", 32, "--checkpointing_steps", 0)
+    run_here(tmp_path / "run", *words, *RECOVERY, "--ratio", 0.3)
+    losses = compaction(tmp_path / "run")
+    assert losses["step"] == 0
+    assert losses["step_loss_recovered"] < 0.8 * losses["step_loss_masked"]
+    assert losses["step_loss_compacted"] == pytest.approx(losses["step_loss_recovered"], rel=1e-4)
+
+
+# When masks freeze, right before recovery; and between two rankings of the soft phase, where a part of the changes is made
+RESUMED = {
+    "compaction": (8, ("--recovery", "compaction")),
+    "rankings": (3, ("--recovery", "rankings")),
+    "bf16": (3, ("--recovery", "rankings", "--channels_last", "--mixed_precision", "bf16", "--distillation_weight", 0)),
+}
+
+
+@pytest.mark.parametrize("name", ["compaction", "rankings", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_run_that_resumes_is_the_same(tmp_path: Path, name: str) -> None:
+    step, words = RESUMED[name]
+    words = (*words, "--checkpointing_steps", step)
+    run, kept = uninterrupted(tmp_path, *words)
+    place(kept, tmp_path / "again", step)
+    assert (kept / f"checkpoint-{step}/recovery.safetensors").is_file() == (step == 3)
+    with checkpoints_kept(tmp_path / "kept-again") as again:
+        run_here(tmp_path / "again", *words, "--resume_from_checkpoint", "latest")
+    assert ("step_loss_recovered" in compaction(run)) == (name == "compaction")
+    assert_same_state(last_checkpoint(kept), last_checkpoint(again))
+    assert_same_result(run, tmp_path / "again")
