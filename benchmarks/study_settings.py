@@ -13,6 +13,7 @@ Parts of the study:
     scores      options of the score that arXiv 2501.09464 leaves open
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
+    features    block outputs of the teacher in the loss, besides its predictions
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
 
@@ -254,6 +255,11 @@ def _depth() -> list[Setting]:
     return [Setting(name, title, "depth", arguments, datasets=LATENT, kind=kind) for name, title, arguments, kind in rows]
 
 
+def _features() -> list[Setting]:
+    title = "gradient flow, two phases, block outputs of the teacher"
+    return [Setting("features", title, "features", ("--feature_distillation_weight", "0.03"), datasets=EVERY)]
+
+
 def _recovery() -> list[Setting]:
     joint = (*ONE_SHOT, "--ranking", "joint")
     diff_pruning = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)
@@ -286,6 +292,19 @@ def _recovery() -> list[Setting]:
 
 SETTINGS = {
     setting.name: setting
-    for part in (_main, _budgets, _widths, _metric, _phases, _schedules, _revival, _scores, _data, _depth, _recovery)
+    for part in (
+        _main,
+        _budgets,
+        _widths,
+        _metric,
+        _phases,
+        _schedules,
+        _revival,
+        _scores,
+        _data,
+        _depth,
+        _features,
+        _recovery,
+    )
     for setting in part()
 }

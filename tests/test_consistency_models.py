@@ -158,6 +158,7 @@ def test_the_loss_is_the_distance_to_the_teacher_alone() -> None:
     assert student.conv_in.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_training_brings_a_pruned_model_back() -> None:
     """A few steps on the teacher's images halve the distance of samples at least."""
     pipe = trained_pipeline()

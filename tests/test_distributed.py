@@ -117,6 +117,7 @@ def test_images_of_recovery_are_those_of_one_process(runs: tuple[Result, Result,
         assert torch.equal(torch.cat([first, second]), single)
 
 
+@pytest.mark.slow
 def test_comparison_with_magnitude_is_that_of_one_process(runs: tuple[Result, Result, Result]) -> None:
     """Losses are means over ranks."""
     single, first, second = (result.values["comparison"] for result in runs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from helpers.hub import PUBLISHED
 
 ABSENT = """
@@ -41,6 +43,7 @@ print(type(pipe.unet).__name__)
     assert done.stdout.split()[-1:] == ["GFPrunedUNet2DModel"], done.stderr
 
 
+@pytest.mark.slow
 def test_one_call_prunes_without_the_extra() -> None:
     code = """
 import torch

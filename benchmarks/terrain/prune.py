@@ -8,8 +8,8 @@
 draws the calibration images in one step, at difficulties in turn. Samples of both models start from the same noise, with the
 same difficulties, and are made in one step, the only number that the model was distilled for. SSIM and PSNR compare the pruned
 model's samples with the dense model's, and so does FD-EffLite0, where there are more images than its 1,280 features
-(`--images 2000`, which takes hours on a CPU). Trained rows go on with the output of the dense model as the only target, on the
-images that it drew.
+(`--images 2000`, which takes hours on a CPU). Trained rows are then trained with the output of the dense model as the only
+target, on the images that it drew.
 
 `--rows TITLE` measures only the rows with this word in their title, and keeps the others of the file.
 """

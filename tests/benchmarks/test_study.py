@@ -175,6 +175,7 @@ def test_a_remembered_teacher_says_the_same_and_is_asked_once(tmp_path: Path) ->
     assert teacher.asked == 2 + 4 + 2
 
 
+@pytest.mark.slow
 def test_a_run_with_a_remembered_teacher_ends_the_same(tmp_path: Path) -> None:
     """To the bit, whether predictions are made or read: three steps ask three times."""
     weights, kept = [], []

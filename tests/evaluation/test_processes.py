@@ -52,6 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict:
         os.chdir(here)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on(whole: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what was made before, to the same figures."""
     process = start(tmp_path)

@@ -91,6 +91,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_works_after_exports_were_freed(tmp_path: Path) -> None:
     """With one OpenVINO core for each export, it is a segmentation fault (OpenVINO 2026.4.1)."""
     tiny_pipeline().export(tmp_path / "export", format="openvino")

@@ -230,6 +230,7 @@ def test_optimizer_and_averages_lose_the_parameters_of_removed_blocks() -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_model_without_blocks_is_like_any_other(tmp_path: Path) -> None:
     """Saved, loaded, checkpointed, compiled and exported."""
     for family, name in ((UNET, "resnet-samplers"), ("condition", "two-layers"), ("dit", "four-layers")):

@@ -41,12 +41,13 @@ def test_ones_change_nothing(name: str):
 def test_masked_arithmetic_with_ones_changes_nothing(name: str):
     """The same with the shortcut for all-ones masks off, which otherwise would hide an error of the masks.
 
-    Within the rounding of float64: masked weights lie elsewhere in memory, where kernels may sum in another order.
+    Within the rounding of float32, in which time embeddings are computed: masked weights lie elsewhere in memory, where
+    kernels may sum in another order.
     """
     unet, masks = masked(name, seed=None)
     before = run(unet)
     masks.all_ones = False
-    torch.testing.assert_close(run(unet), before, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(unet), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -47,6 +47,7 @@ def test_measuring_changes_nothing_else(measured: tuple[Path, Path], whole_run: 
     assert weights(whole_run[0]) == weights(measured[0])
 
 
+@pytest.mark.slow
 def test_curves_go_on_after_an_interruption(measured: tuple[Path, Path], tmp_path: Path) -> None:
     place(measured[1], tmp_path / "run", 9)
     run_here(tmp_path / "run", *CURVES, "--resume_from_checkpoint", "latest")

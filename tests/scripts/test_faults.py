@@ -46,7 +46,8 @@ def kill_again_and_again(output_dir: Path, moments: list[float]) -> int:
     return killed
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 7])
 def test_killed_while_training(whole_run: tuple[Path, Path], tmp_path: Path, step: int) -> None:
     """At a random time after the checkpoint of a step, often in the next step."""
     process = start(tmp_path / "run")

@@ -79,7 +79,7 @@ def run_here(*arguments: str) -> None:
         prune_ddpm.main(list(arguments))
 
 
-@pytest.mark.parametrize("name", ["dit", pytest.param("ldm", marks=pytest.mark.slow), "sd"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dit", "ldm")), "sd"])
 def test_a_pipeline_is_pruned_whole(name: str, world: Path, tmp_path: Path) -> None:
     """Everything that a run leaves, and that it is a pipeline for everybody."""
     done = run(*words(world, name, tmp_path / "run", *EXTRA[name]))

@@ -48,6 +48,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory):
     return final(tmp_path_factory.mktemp("plain"), *LARGE)
 
 
+@pytest.mark.slow
 def test_bf16_keeps_the_channels_that_fp32_keeps(plain, tmp_path: Path) -> None:
     """At half of the MACs of the digits teacher; scores are in full precision, weights have trained in bf16."""
     reduced = final(tmp_path, *LARGE, "--mixed_precision", "bf16")
@@ -60,6 +61,7 @@ def test_bf16_keeps_the_channels_that_fp32_keeps(plain, tmp_path: Path) -> None:
     assert different == []
 
 
+@pytest.mark.slow
 def test_accumulation_and_channels_last_change_rounding_only(tmp_path: Path) -> None:
     """Two batches of 8 images make the step that one of 16 makes, whatever the order of memory."""
     common = (*without_dropout(tmp_path / "model"), "--calibration_batch_size", 16, *FEW)

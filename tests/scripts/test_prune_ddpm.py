@@ -141,6 +141,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_masks_that_freeze_at_the_last_step(tmp_path: Path) -> None:
     """With M at the end of the run there is no fine-tuning, and the result is still compacted."""
     run_here(*digits(tmp_path / "run", "--hard_fraction", 1.0, "--max_train_steps", 6, *UNMEASURED))
@@ -306,6 +307,7 @@ def test_a_bad_model_ends_in_one_clear_line(tmp_path: Path) -> None:
     assert_one_error(run, BAD_MODELS["truncated"][1])
 
 
+@pytest.mark.slow
 def test_errors_through_the_launcher_are_one_clear_line_too(tmp_path: Path) -> None:
     assert_one_error(launch(*digits(tmp_path / "run", "--ratio", 2)), "ratio=2")
 

@@ -49,7 +49,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", ["compaction", "rankings", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("compaction", marks=pytest.mark.slow), "rankings", pytest.param("bf16", marks=pytest.mark.slow)]
+)
 def test_a_run_that_resumes_is_the_same(tmp_path: Path, name: str) -> None:
     step, words = RESUMED[name]
     words = (*words, "--checkpointing_steps", step)

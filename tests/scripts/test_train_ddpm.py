@@ -39,6 +39,7 @@ def train(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in words], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_training_leaves_a_pipeline(tmp_path: Path) -> None:
     run = train(tmp_path)
     assert run.returncode == 0, run.stderr
