@@ -27,7 +27,7 @@ import torch
 from diffusers import CMStochasticIterativeScheduler
 from torch import Tensor
 
-from .process import DEFAULT_SPACING, DiffusionProcess, Sampler, SchedulerSampler, per_image
+from .process import DEFAULT_SPACING, DiffusionProcess, Sampler, SchedulerSampler, check_noise_levels, per_image
 
 __all__ = ["ConsistencyProcess"]
 
@@ -51,17 +51,9 @@ class ConsistencyProcess(DiffusionProcess):
     has_target = False
 
     def __init__(self, scheduler, num_inference_steps: int | None = None) -> None:
-        config, kind = scheduler.config, type(scheduler).__name__
-        steps = config.num_train_timesteps
-        if not isinstance(steps, int) or steps < 2:
-            raise ValueError(f"num_train_timesteps={steps} of the {kind} must be an integer of at least 2")
-        for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
-            value = config[name]
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} of the {kind} must be greater than 0 and finite")
-        if config.sigma_min >= config.sigma_max:
-            raise ValueError(f"sigma_min={config.sigma_min} of the {kind} must be less than sigma_max={config.sigma_max}")
+        check_noise_levels(scheduler, least_steps=2)
         super().__init__(scheduler)
+        config = scheduler.config
         self.sigma_min, self.sigma_max, self.sigma_data = config.sigma_min, config.sigma_max, config.sigma_data
         self.num_inference_steps = num_inference_steps
         if num_inference_steps is not None:

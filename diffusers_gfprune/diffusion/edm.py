@@ -17,7 +17,7 @@ import torch
 from diffusers import EDMEulerScheduler
 from torch import Tensor
 
-from .process import DEFAULT_SPACING, DiffusionProcess, Sampler, SchedulerSampler, per_image
+from .process import DEFAULT_SPACING, DiffusionProcess, Sampler, SchedulerSampler, check_noise_levels, per_image
 
 __all__ = ["EDMProcess"]
 
@@ -41,15 +41,7 @@ class EDMProcess(DiffusionProcess):
 
     def __init__(self, scheduler) -> None:
         config, kind = scheduler.config, type(scheduler).__name__
-        steps = config.num_train_timesteps
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_train_timesteps={steps} of the {kind} must be an integer of at least 1")
-        for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
-            value = config[name]
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} of the {kind} must be greater than 0 and finite")
-        if config.sigma_min >= config.sigma_max:
-            raise ValueError(f"sigma_min={config.sigma_min} of the {kind} must be less than sigma_max={config.sigma_max}")
+        check_noise_levels(scheduler)
         if config.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type={config.prediction_type} of the {kind} must be one of {', '.join(PREDICTION_TYPES)}"

@@ -20,6 +20,7 @@ A batch keeps timesteps as the model takes them, so that processes of discrete a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -27,7 +28,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["TIMESTEP_SPACINGS", "DiffusionProcess", "Sampler", "SchedulerSampler", "gaussian_noise", "per_image"]
+__all__ = [
+    *("TIMESTEP_SPACINGS", "DiffusionProcess", "Sampler", "SchedulerSampler"),
+    *("check_noise_levels", "gaussian_noise", "per_image"),
+]
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 DEFAULT_SPACING = TIMESTEP_SPACINGS[0]
@@ -36,6 +40,24 @@ DEFAULT_SPACING = TIMESTEP_SPACINGS[0]
 def per_image(values: Tensor, like: Tensor) -> Tensor:
     """One value for each image, with shape `(batch,)`, shaped and typed to multiply images like `like`."""
     return values.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def check_noise_levels(scheduler, least_steps: int = 1) -> None:
+    """Check the continuous noise levels of a scheduler.
+
+    Raises:
+        ValueError: It has fewer timesteps than `least_steps`, or sigmas that are not positive, finite and in order.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    steps = config.num_train_timesteps
+    if not isinstance(steps, int) or steps < least_steps:
+        raise ValueError(f"num_train_timesteps={steps} of the {kind} must be an integer of at least {least_steps}")
+    for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
+        value = config[name]
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} of the {kind} must be greater than 0 and finite")
+    if config.sigma_min >= config.sigma_max:
+        raise ValueError(f"sigma_min={config.sigma_min} of the {kind} must be less than sigma_max={config.sigma_max}")
 
 
 def gaussian_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
