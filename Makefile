@@ -43,7 +43,7 @@ fresh: install ## install into an empty environment: time and size, into benchma
 	$(VENV)/bin/python benchmarks/fresh_install.py --no_cache_dir --write
 
 # Versions of Python and PyTorch, and tests, for `make matrix`
-PYTHONS ?= 3.10 3.11 3.12 3.13
+PYTHONS ?= 3.11 3.12 3.13
 TORCHES ?= current 2.6.0
 MATRIX_TESTS ?= tests/pruning tests/remote tests/families tests/loading tests/test_pruner.py tests/test_pipeline_pruning.py
 

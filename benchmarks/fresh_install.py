@@ -4,7 +4,7 @@
 
     python benchmarks/fresh_install.py --write                        # `make fresh`: pip install . with this Python
     python benchmarks/fresh_install.py --torch 2.13.0+cpu --write     # with another build of PyTorch
-    python benchmarks/fresh_install.py --python 3.10 3.13 --torch current 2.6.0 --tests tests/pruning   # `make matrix`
+    python benchmarks/fresh_install.py --python 3.11 3.13 --torch current 2.6.0 --tests tests/pruning   # `make matrix`
 
 Each combination gets a virtual environment of its own, which is deleted afterwards. Times include downloads, from where pip
 finds packages; `--no_cache_dir` leaves out those of earlier installations. The first use prunes a small UNet in one call,
