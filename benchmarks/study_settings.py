@@ -284,7 +284,7 @@ def _recovery() -> list[Setting]:
                         f"{title}{told}{words}",
                         "recovery",
                         chosen,
-                        datasets=("digits", *LATENT),
+                        datasets=EVERY,
                         own={"digits": SHORT},
                     )
                 )
