@@ -13,7 +13,7 @@ Parts of the study:
     scores      options of the score that arXiv 2501.09464 leaves open
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
-    features    block outputs of the teacher in the loss, besides its predictions
+    features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
     convergence runs of a tenth of the steps, beside the rivals' whole runs
@@ -257,8 +257,12 @@ def _depth() -> list[Setting]:
 
 
 def _features() -> list[Setting]:
-    title = "gradient flow, two phases, block outputs of the teacher"
-    return [Setting("features", title, "features", ("--feature_distillation_weight", "0.03"), datasets=EVERY)]
+    title, words = "gradient flow, two phases, block outputs of the teacher", ("--feature_distillation_weight", "0.03")
+    recovery = f"{title}, recovery at rankings"
+    return [
+        Setting("features", title, "features", words, datasets=EVERY),
+        Setting("features-recovery", recovery, "features", (*words, "--recovery", "rankings"), datasets=EVERY),
+    ]
 
 
 def _recovery() -> list[Setting]:
