@@ -58,11 +58,13 @@ logger = logging.getLogger(__name__)
 
 AUTOENCODERS = {name: getattr(diffusers, name) for name in ("AutoencoderKL", "VQModel")}
 TEXT_ENCODERS = {
-    **{name: getattr(transformers, name) for name in ("CLIPTextModel", "CLIPTextModelWithProjection")},
+    **{name: getattr(transformers, name) for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")},
     "LDMBertModel": LDMBertModel,
 }
 TOKENIZERS = {
-    name: getattr(transformers, name) for name in ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
+    f"{name}{fast}": getattr(transformers, f"{name}{fast}")
+    for name in ("CLIPTokenizer", "BertTokenizer", "T5Tokenizer")
+    for fast in ("", "Fast")
 }
 # Errors that loading a malformed repository may raise
 _ERRORS = (
@@ -185,10 +187,11 @@ def load_pipeline(
         scheduler = _load_scheduler(folder, index, latents=layout.autoencoder is not None)
         process = training_process(scheduler)
         check_process(name, process)
-        classes = [kind for family in families for kind in _classes(family, pruned)]
-        denoiser = load_model(folder, component, index[component][1], {kind.__name__: kind for kind in classes})
+        classes = {named: kind for family in families for named, kind in _classes(family, pruned).items()}
+        denoiser = load_model(folder, component, index[component][1], classes)
         family = family_of(denoiser)
         family.check_process(denoiser.config, process)
+        family.check_pipeline(denoiser.config, name)
     try:
         family.check_trainable(denoiser.config)
     except ValueError as error:
@@ -225,8 +228,10 @@ def _families(index: dict) -> tuple[str, list[Family]]:
     return name, [family for family in FAMILIES if name in family.pipelines]
 
 
-def _classes(family: Family, pruned: bool) -> tuple[type[ModelMixin], ...]:
-    return (family.dense_class, family.pruned_class) if pruned else (family.dense_class,)
+def _classes(family: Family, pruned: bool) -> dict[str, type[ModelMixin]]:
+    """Classes of a family's models by the names that repositories give them."""
+    named = dict.fromkeys((family.dense_class.__name__, *family.earlier_names), family.dense_class)
+    return {**named, family.pruned_class.__name__: family.pruned_class} if pruned else named
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -289,6 +294,7 @@ def _load_prompts(
     family, latent_size = family_of(denoiser), spatial_size(denoiser)
     image_size = codec.image_shape(*latent_size)[1:]
     zeros = index.get("force_zeros_for_empty_prompt", True)
-    prompts = PromptEncoder.of_pipeline(components, image_size, force_zeros_for_empty_prompt=zeros)
-    prompts.check_fits(family.example_inputs(denoiser, *family.tracing_size(denoiser.config)).conditioning)
+    takes = family.example_inputs(denoiser, *family.tracing_size(denoiser.config)).conditioning
+    prompts = PromptEncoder.of_pipeline(components, image_size, zeros, layout.max_length, takes)
+    prompts.check_fits(takes)
     return prompts

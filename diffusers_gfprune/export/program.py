@@ -74,14 +74,17 @@ def random_inputs(parts: PipelineParts, batch_size: int, timestep: float = 0, se
     if parts.prompts is not None:
         conditioning |= {name: torch.zeros(batch_size, *shape) for name, shape in parts.prompts.shapes.items()}
 
-    def values(like: Tensor) -> Tensor:
-        if like.is_floating_point():
+    def values(name: str, like: Tensor) -> Tensor:
+        if like.is_floating_point() and not name.endswith("_mask"):
             return torch.randn(like.shape, generator=generator)
-        return torch.randint(0, 1 if labels is None else labels.count, like.shape, generator=generator)
+        count = 2 if name.endswith("_mask") else 1 if labels is None else labels.count
+        return torch.randint(0, count, like.shape, generator=generator)
 
     integers = training_process(parts.scheduler).has_integer_timesteps
     timesteps = torch.full((batch_size,), timestep, dtype=torch.int64 if integers else torch.float32)
-    return ModelInputs(values(zeros.sample), timesteps, {name: values(like) for name, like in conditioning.items()})
+    return ModelInputs(
+        values("sample", zeros.sample), timesteps, {name: values(name, like) for name, like in conditioning.items()}
+    )
 
 
 def describe_inputs(inputs: Mapping[str, Tensor], batch_size: int | None) -> dict[str, TensorDescription]:
