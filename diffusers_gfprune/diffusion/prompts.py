@@ -5,8 +5,8 @@
 | `StableDiffusionPipeline` | `text_encoder` | `encoder_hidden_states` |
 | `LDMTextToImagePipeline` | `bert` | `encoder_hidden_states` |
 | `StableDiffusionXLPipeline` | `text_encoder`, `text_encoder_2` | `encoder_hidden_states`, `text_embeds`, `time_ids` |
-| `PixArtAlphaPipeline` | `text_encoder` (T5) | `encoder_hidden_states`, `encoder_attention_mask`, some: `resolution`, `aspect_ratio` |
 | `PixArtSigmaPipeline` | `text_encoder` (T5) | `encoder_hidden_states`, `encoder_attention_mask` |
+| `PixArtAlphaPipeline` | `text_encoder` (T5) | the same, and `resolution` and `aspect_ratio` at 1024 pixels |
 
 `encoder_hidden_states` are the last states of the text encoder; for SDXL, the last but one states of both, side by side.
 `text_embeds` are the projected states of its second text encoder. `time_ids` are the sizes of the image and of its crop.

@@ -7,7 +7,8 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 |---|---|
 | the dense and the pruned class | `dense_class`, `earlier_names`, `pruned_class` |
 | the pipelines of the model, and its component name | `pipelines`, `component` |
-| which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_process`, `check_pipeline` |
+| which configurations are supported | `check_arguments`, `check_supported`, `check_trainable` |
+| in which processes and pipelines | `check_process`, `check_pipeline` |
 | inputs for tracing and measuring | `example_inputs`, `tracing_size` |
 | what pipelines use of an exported model | `output_class`, `attributes_for_pipelines` |
 | calling the model | `output`, `predict`, `has_learned_variance`, `check_conditioning`, `class_labels`, `vector_size` |
@@ -97,6 +98,8 @@ class Family(ABC):
 
     def check_pipeline(self, config: Mapping[str, Any], pipeline: str) -> None:
         """Check that a pipeline of this class name passes everything that the model takes."""
+        if pipeline not in self.pipelines:
+            raise ValueError(f"a {pipeline} has no {self.dense_class.__name__}; pipelines of it: {', '.join(self.pipelines)}")
 
     # --- inputs and outputs ---
 

@@ -81,7 +81,9 @@ class PixArtTransformer2DFamily(dit_transformer_2d.DiTTransformer2DFamily):
         if text is None:
             raise ValueError("cross_attention_dim=None must be an integer: models without text cannot be pruned")
         if config["caption_channels"] is not None and text != hidden:
-            raise ValueError(f"cross_attention_dim={text} must be {hidden}, the width of the projected text (caption_channels)")
+            raise ValueError(
+                f"cross_attention_dim={text} must be {hidden}, the width of the projected text (caption_channels)"
+            )
         if config["attention_type"] not in (None, "default"):
             raise ValueError(f"attention_type={config['attention_type']} must be default: GLIGEN cannot be pruned")
         if _takes_sizes(config) and hidden % 3:
@@ -90,6 +92,7 @@ class PixArtTransformer2DFamily(dit_transformer_2d.DiTTransformer2DFamily):
 
     def check_pipeline(self, config: Mapping[str, Any], pipeline: str) -> None:
         """`PixArtAlphaPipeline` passes sizes to models with a `sample_size` of 128, and `PixArtSigmaPipeline` never."""
+        super().check_pipeline(config, pipeline)
         if not _takes_sizes(config):
             return
         reason = f"the {pipeline} passes no resolution"
@@ -114,9 +117,7 @@ class PixArtTransformer2DFamily(dit_transformer_2d.DiTTransformer2DFamily):
         if height % patch or width % patch:
             raise ValueError(f"samples of {height}x{width} must have sides that are multiples of patch_size={patch}")
         shapes = self._embedding_shapes(model.config)
-        conditioning = {
-            name: torch.zeros(batch_size, *shape, device=device, dtype=dtype) for name, shape in shapes.items()
-        }
+        conditioning = {name: torch.zeros(batch_size, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
         conditioning[MASK] = torch.ones(batch_size, TEXT_TOKENS, device=device, dtype=torch.long)
         sample = torch.zeros(batch_size, model.config.in_channels, height, width, device=device, dtype=dtype)
         return ModelInputs(sample, torch.zeros(batch_size, device=device, dtype=torch.long), conditioning)
