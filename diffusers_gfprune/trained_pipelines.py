@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -61,10 +62,11 @@ TEXT_ENCODERS = {
     **{name: getattr(transformers, name) for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")},
     "LDMBertModel": LDMBertModel,
 }
+# Tokenizer of each text encoder. Its class may also have the name with "Fast"
 TOKENIZERS = {
-    f"{name}{fast}": getattr(transformers, f"{name}{fast}")
-    for name in ("CLIPTokenizer", "BertTokenizer", "T5Tokenizer")
-    for fast in ("", "Fast")
+    **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "CLIPTokenizer"),
+    "LDMBertModel": "BertTokenizer",
+    "T5EncoderModel": "T5Tokenizer",
 }
 # Errors that loading a malformed repository may raise
 _ERRORS = (
@@ -274,6 +276,23 @@ def _load_codec(folder: Path, index: dict, layout: PipelineLayout, denoiser: Mod
     return codec
 
 
+def _load_tokenizer(folder: Path, class_name: str, wanted: str):
+    """Load a tokenizer.
+
+    Raises:
+        ValueError: It is that of another text encoder, or transformers cannot read its files.
+    """
+    name = folder.name
+    if class_name not in (wanted, f"{wanted}Fast"):
+        raise ValueError(f"its {name} is a {class_name}, not a {wanted}")
+    pieces = sorted(path.name for path in folder.glob("*.model"))
+    if pieces and not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"its {name} has {pieces[0]}, which the package sentencepiece reads: pip install sentencepiece protobuf"
+        )
+    return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+
+
 def _load_prompts(
     folder: Path, index: dict, layout: PipelineLayout, denoiser: ModelMixin, codec: LatentCodec | None
 ) -> PromptEncoder | None:
@@ -286,11 +305,10 @@ def _load_prompts(
         return None
     components = {}
     for tokenizer, encoder in layout.text:
-        name = index[tokenizer][1]
-        if name not in TOKENIZERS:
-            raise ValueError(f"its {tokenizer} is a {name}, not a {' or '.join(TOKENIZERS)}")
-        components[tokenizer] = TOKENIZERS[name].from_pretrained(folder / tokenizer, local_files_only=True)
-        components[encoder] = load_model(folder, encoder, index[encoder][1], TEXT_ENCODERS)
+        name = index[encoder][1]
+        if name in TOKENIZERS:
+            components[tokenizer] = _load_tokenizer(folder / tokenizer, index[tokenizer][1], TOKENIZERS[name])
+        components[encoder] = load_model(folder, encoder, name, TEXT_ENCODERS)
     family, latent_size = family_of(denoiser), spatial_size(denoiser)
     image_size = codec.image_shape(*latent_size)[1:]
     zeros = index.get("force_zeros_for_empty_prompt", True)

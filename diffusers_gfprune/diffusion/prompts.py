@@ -184,7 +184,7 @@ class PromptEncoder:
         """Warn in one line if prompts are too long. Call it before a long encoding."""
         if count := self.count_long(prompts):
             logger.warning(
-                "%d of %d %s are longer than the tokenizer's limit of %d tokens: they are cut, as in Diffusers' pipelines",
+                "%d of %d %s are longer than the limit of %d tokens: they are cut, as in Diffusers' pipelines",
                 *(count, len(prompts), what, self.max_length),
             )
 
