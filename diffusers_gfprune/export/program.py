@@ -124,8 +124,10 @@ def trace(parts: PipelineParts, denoiser: nn.Module, batch_size: int | None) -> 
 
 
 def remove_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
-    """Remove calls of `squeeze(dim)` on axes that are longer than 1, in place. They do nothing in PyTorch, but onnxscript 0.7.2
-    writes them as ONNX's Squeeze, which refuses such axes. PixArt's forward has one."""
+    """Remove calls of `squeeze(dim)` on axes that are longer than 1, in place.
+
+    They do nothing in PyTorch, but onnxscript 0.7.2 writes them as ONNX's Squeeze, which refuses such axes. PixArt has one.
+    """
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten.squeeze.dim:
             source, dim = node.args

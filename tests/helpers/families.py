@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusers_gfprune.diffusion.batch import ModelInputs
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.model_size import spatial_size
+from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 from helpers.architectures import random_masks
@@ -225,7 +226,8 @@ def traced(family: str, name: str = "base") -> tuple[ChannelGroup, ...]:
 
 
 @functools.lru_cache
-def pruned(family: str, name: str = "base", seed: int = 0) -> ModelMixin:
-    """A pruned model. Shared by tests: copy it before changing it."""
-    model, groups = build(family, name), list(traced(family, name))
+def pruned(family: str, name: str = "base", seed: int = 0, depth: str = "none") -> ModelMixin:
+    """A pruned model, without half of its blocks with depth `"allow"`. Shared by tests: copy it before changing it."""
+    model = build(family, name)
+    groups = list(traced(family, name)) if depth == "none" else trace_groups(model, depth)
     return compact(model, plan_compaction(model, groups, random_masks(groups, seed)))
