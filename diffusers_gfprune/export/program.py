@@ -74,14 +74,17 @@ def random_inputs(parts: PipelineParts, batch_size: int, timestep: float = 0, se
     if parts.prompts is not None:
         conditioning |= {name: torch.zeros(batch_size, *shape) for name, shape in parts.prompts.shapes.items()}
 
-    def values(like: Tensor) -> Tensor:
-        if like.is_floating_point():
+    def values(name: str, like: Tensor) -> Tensor:
+        if like.is_floating_point() and not name.endswith("_mask"):
             return torch.randn(like.shape, generator=generator)
-        return torch.randint(0, 1 if labels is None else labels.count, like.shape, generator=generator)
+        count = 2 if name.endswith("_mask") else 1 if labels is None else labels.count
+        return torch.randint(0, count, like.shape, generator=generator)
 
     integers = training_process(parts.scheduler).has_integer_timesteps
     timesteps = torch.full((batch_size,), timestep, dtype=torch.int64 if integers else torch.float32)
-    return ModelInputs(values(zeros.sample), timesteps, {name: values(like) for name, like in conditioning.items()})
+    return ModelInputs(
+        values("sample", zeros.sample), timesteps, {name: values(name, like) for name, like in conditioning.items()}
+    )
 
 
 def describe_inputs(inputs: Mapping[str, Tensor], batch_size: int | None) -> dict[str, TensorDescription]:
@@ -115,4 +118,21 @@ def trace(parts: PipelineParts, denoiser: nn.Module, batch_size: int | None) -> 
         if conditioning:
             shapes["conditioning"] = (axes,) * len(conditioning)
     model = TensorModel(denoiser, conditioning).eval()
-    return torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes)
+    program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes)
+    remove_idle_squeezes(program.graph_module)
+    return program
+
+
+def remove_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
+    """Remove calls of `squeeze(dim)` on axes that are longer than 1, in place.
+
+    They do nothing in PyTorch, but onnxscript 0.7.2 writes them as ONNX's Squeeze, which refuses such axes. PixArt has one.
+    """
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.squeeze.dim:
+            source, dim = node.args
+            length = source.meta["val"].shape[dim]
+            if isinstance(length, int) and length != 1:
+                node.replace_all_uses_with(source)
+                graph_module.graph.erase_node(node)
+    graph_module.recompile()

@@ -109,9 +109,9 @@ def sampled_reference(
         return settings.sample(model, parts.scheduler, codec=parts.codec, conditions=conditions)
 
     def record(model: nn.Module, positional: tuple, named: dict) -> None:
-        conditioning = {**named, **named.get("added_cond_kwargs", {})}
-        conditioning.pop("added_cond_kwargs", None)
-        recorded.append(to_tensors(ModelInputs(*positional, conditioning)))
+        given = {**dict(zip(("sample", "timestep"), positional)), **named, **named.get("added_cond_kwargs", {})}
+        given.pop("added_cond_kwargs", None)
+        recorded.append(to_tensors(ModelInputs(given.pop("sample"), given.pop("timestep"), given)))
 
     handle = parts.denoiser.register_forward_pre_hook(record, with_kwargs=True)
     try:
