@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from .criteria import RANKINGS, find_criterion
@@ -17,8 +17,9 @@ from .runtimes.requirements import RUNTIMES, check_runtimes
 __all__ = ["PRESETS", "GFPruneConfig", "criterion_of"]
 
 DEVICES = ("auto", "cpu", "cuda")
-# Values of `latency_backend`, and the mode of the timed forward pass
-LATENCY_BACKENDS = {"eager": "eager", "compile": "compiled", **{runtime: runtime for runtime in RUNTIMES}}
+# Modes of the timed forward pass, by the value of `latency_backend`
+LATENCY_MODES = {"eager": "eager", "compile": "compiled", **{runtime: runtime for runtime in RUNTIMES}}
+LATENCY_BACKENDS = tuple(LATENCY_MODES)
 HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("midpoint", "dense", "masked")
 AGGREGATIONS = ("signed", "abs", "sum_abs")
@@ -61,7 +62,7 @@ def criterion_of(config: Mapping) -> str:
     return "gradient-flow-weights" if by_weights else config["criterion"]
 
 
-def _choice(default: str, choices: Iterable[str], text: str):
+def _choice(default: str, choices: tuple[str, ...], text: str):
     return field(default=default, metadata={"help": f"{text} Choices: {', '.join(choices)}.", "choices": list(choices)})
 
 
@@ -258,7 +259,7 @@ class GFPruneConfig:
 
     def latency_setting(self) -> SpeedSetting:
         """Settings of the forward pass that `target="latency"` measures."""
-        return SpeedSetting(self.latency_batch_size, self.latency_dtype, LATENCY_BACKENDS[self.latency_backend])
+        return SpeedSetting(self.latency_batch_size, self.latency_dtype, LATENCY_MODES[self.latency_backend])
 
     @property
     def latency_runtime(self) -> str | None:

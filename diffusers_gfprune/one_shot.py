@@ -220,6 +220,7 @@ def prune_unet(
         The pruned model.
 
     Raises:
+        ImportError: The runtime of `latency_backend` is not installed.
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
     config = one_shot_config(batch_size, options)

@@ -17,6 +17,8 @@ from diffusers_gfprune.metrics.peak_memory import allocated_at_most
 from diffusers_gfprune.metrics.speed import SpeedSetting, measure_speed, parse_settings
 from diffusers_gfprune.metrics.speedup import compare_speeds, describe_speedup, median_interval
 from diffusers_gfprune.runtimes.forwards import ConversionError
+from diffusers_gfprune.runtimes.requirements import RUNTIMES
+from helpers import families
 from helpers.architectures import build, pruned
 from helpers.tiny_pipelines import tiny_pipeline
 from helpers.toy import Toy
@@ -272,6 +274,15 @@ def test_models_are_measured_in_a_runtime(runtime: str) -> None:
     assert dense["runtime_version"] == __import__(runtime).__version__
     assert dense["speedup"] == 1 and pruned["speedup"] > 0 and len(pruned["speedup_interval"]) == 2
     assert dense["latency_ms"] > 0 and dense["peak_memory_bytes"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("family", families.BASES)
+def test_models_of_every_family_run_in_runtimes(family: str, runtime: str) -> None:
+    """With labels, or embeddings of text."""
+    (row,) = measure_speed({"dense": families.build(family)}, [SpeedSetting(2, "float32", runtime)], repeats=1, warmup=1)
+    assert row.get("error") is None and row["latency_ms"] > 0
 
 
 def test_what_a_runtime_cannot_run_is_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
