@@ -36,7 +36,7 @@ from .layer_workloads import Inputs, Workload
 __all__ = ["Grid", "layer_shares", "machine_description", "measure_shares"]
 
 Timer = Callable[[Forward, torch.device], float]
-Call = tuple[int, int, int]  # index of a grid, input and output channels
+GridPoint = tuple[int, int, int]  # index of a grid, input and output channels
 
 FORMAT = 1  # of the cache; entries of other formats are measured again
 ROUNDS = (5, 25)  # minimum, maximum
@@ -78,7 +78,7 @@ def machine_description(device: torch.device) -> dict:
 def layer_shares(
     unet: nn.Module,
     grids: Sequence[Grid],
-    calls: Sequence[Call],
+    calls: Sequence[GridPoint],
     setting: SpeedSetting,
     sample_size: int | tuple[int, int] | None = None,
     cache: TensorCache | None = None,
@@ -129,7 +129,7 @@ def layer_shares(
 def measure_shares(
     dense: Forward,
     grids: Sequence[Grid],
-    calls: Sequence[Call],
+    calls: Sequence[GridPoint],
     layers: Layers,
     device: torch.device,
     timer: Timer = seconds_of,
