@@ -105,6 +105,7 @@ def test_the_time_can_be_that_of_a_runtime(machine: Machine, capsys: pytest.Capt
 def test_a_budget_in_a_runtime_from_end_to_end(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is made up: layers and models are exported and timed, and the table is kept for the next time."""
     monkeypatch.setattr(layer_times, "SECONDS", 0.2)
+    monkeypatch.setattr(calibration, "ROUNDS", (7, 25))
     dense = build("three-levels")
     options = {"latency_backend": runtime, "latency_batch_size": 16, "ratio": 0.2}
     config = GFPruneConfig(**{**CONFIG.to_dict(), **options})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from diffusers_gfprune.latency import layer_times
+from diffusers_gfprune.latency import calibration, layer_times
 from diffusers_gfprune.scripts import prune_ddpm
 from helpers.architectures import build
 from helpers.scripts import ROOT, plain_runs
@@ -26,6 +26,7 @@ def test_a_run_with_a_budget_in_a_runtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(layer_times, "SECONDS", 0.2)
+    monkeypatch.setattr(calibration, "ROUNDS", (7, 25))
     DDPMPipeline(unet=build("three-levels"), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model")
     folders = ["--output_dir", tmp_path / "run", "--evaluation_cache_dir", tmp_path / "cache"]
     with plain_runs():
