@@ -214,6 +214,7 @@ BESIDE = {
     "scores": ("short",),
     "data": ("two-phase",),
     "features": ("two-phase",),
+    "convergence": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
 }
 
 
@@ -233,7 +234,10 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
         "rivals": rows(lambda: RIVALS),
         **{
             part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part)))
-            for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "recovery")
+            for part in (
+                *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "recovery"),
+                "convergence",
+            )
         },
         "iterations": iterations_table,
         "revival": revival_table,

@@ -16,6 +16,7 @@ Parts of the study:
     features    block outputs of the teacher in the loss, besides its predictions
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
+    convergence runs of a tenth of the steps, beside the rivals' whole runs
 
 The five from phases to scores study the two phases. They run on the digits, for a third of the steps: more short runs are
 affordable, and they differ more, since long fine-tuning reduces the differences.
@@ -283,11 +284,31 @@ def _recovery() -> list[Setting]:
                         f"{title}{told}{words}",
                         "recovery",
                         chosen,
-                        datasets=("digits", *LATENT),
+                        datasets=EVERY,
                         own={"digits": SHORT},
                     )
                 )
     return found
+
+
+def _convergence() -> list[Setting]:
+    # Rankings, warmup and validation at the same shares of the run as in the recipes
+    own = {
+        "digits": ("--max_train_steps", "150", "--update_interval", "8", "--lr_warmup_steps", "3"),
+        "cifar10": ("--max_train_steps", "60", "--update_interval", "3", "--lr_warmup_steps", "3", "--validation_steps", "10"),
+    }
+    recovery = ("--recovery", "compaction")
+    joint = (*ONE_SHOT, "--ranking", "joint", *recovery)
+    rows = [
+        ("two-phase", "gradient flow, two phases", ()),
+        ("one-shot", "gradient flow, one-shot", ONE_SHOT),
+        ("recovery", "gradient flow, one-shot, with recovery", (*ONE_SHOT, *recovery)),
+        ("joint", "gradient flow, one-shot, units chosen together, with recovery", joint),
+    ]
+    return [
+        Setting(f"tenth-{name}", f"{title}, a tenth of the steps", "convergence", arguments, own=own)
+        for name, title, arguments in rows
+    ]
 
 
 SETTINGS = {
@@ -305,6 +326,7 @@ SETTINGS = {
         _depth,
         _features,
         _recovery,
+        _convergence,
     )
     for setting in part()
 }
