@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import first_line
 from ..families.lookup import family_named
 from .description import ExportDescription
-from .runtimes import Runner, open_export
+from .opening import Runner, open_export
 
 __all__ = ["ExportedModel", "load_exported"]
 

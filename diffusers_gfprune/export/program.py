@@ -1,60 +1,28 @@
-"""A denoiser as a program of tensors: what all formats are made from.
+"""The traced program of a denoiser: what all formats are made from.
 
-`torch.export` traces the denoiser once, as a function
-
-    sample (batch, channels, height, width), timestep (batch,), conditioning ...  ->  out_sample
-
-of float32 samples and embeddings, and int64 timesteps and labels. Timesteps are float32 if the model's process has continuous
-noise levels. Weights may have another dtype: the program converts.
+`torch.export` traces the denoiser once, as a function of tensors (`runtimes.program`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
 from ..diffusion.schedulers import training_process
-from ..families.lookup import family_of
 from ..metrics.model_size import spatial_size
 from ..pipeline_parts import PipelineParts
+from ..runtimes.program import TensorModel, to_tensors
 from .description import TensorDescription
 
-__all__ = ["MOST_SAMPLES", "OUTPUT", "describe_inputs", "random_inputs", "to_tensors", "trace"]
+__all__ = ["MOST_SAMPLES", "describe_inputs", "random_inputs", "trace"]
 
-OUTPUT = "out_sample"
 # Diffusers' `Upsample2D` has a branch for 64 samples and more, so that a traced program holds for fewer only. The branch
 # changes the memory format, and no value.
 MOST_SAMPLES = 63
 TRACED_SAMPLES = 2  # torch.export takes an axis of length 1 for a constant
-
-
-class TensorModel(nn.Module):
-    """A denoiser that takes and returns tensors.
-
-    Args:
-        denoiser: The denoiser.
-        names: Names of its conditioning.
-    """
-
-    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.denoiser, self.names, self.family = denoiser, tuple(names), family_of(denoiser)
-
-    def forward(self, sample: Tensor, timestep: Tensor, *conditioning: Tensor) -> Tensor:
-        """All output channels in float32; see the module docstring for the arguments."""
-        dtype = self.denoiser.dtype
-        converted = [values.to(dtype) if values.is_floating_point() else values for values in conditioning]
-        inputs = ModelInputs(sample.to(dtype), timestep, dict(zip(self.names, converted)))
-        return self.family.output(self.denoiser, inputs).float()
-
-
-def to_tensors(inputs: ModelInputs) -> dict[str, Tensor]:
-    """Inputs by name, in the order of a program: floating point as float32, integers as int64."""
-    named = {"sample": inputs.sample, "timestep": inputs.timesteps, **inputs.conditioning}
-    return {name: values.float() if values.is_floating_point() else values.long() for name, values in named.items()}
 
 
 def random_inputs(parts: PipelineParts, batch_size: int, timestep: float = 0, seed: int = 0) -> ModelInputs:

@@ -22,7 +22,8 @@ from ..metrics.conditions import text_conditions
 from ..metrics.fidelity import SSIM_WINDOW, psnr_to_reference, ssim_to_reference
 from ..metrics.quality import SamplingSettings
 from ..pipeline_parts import PipelineParts
-from .program import random_inputs, to_tensors
+from ..runtimes.program import to_tensors
+from .program import random_inputs
 
 __all__ = ["LIMIT", "Reference", "relative_errors", "sampled_reference"]
 
