@@ -86,21 +86,4 @@ def trace(parts: PipelineParts, denoiser: nn.Module, batch_size: int | None) -> 
         if conditioning:
             shapes["conditioning"] = (axes,) * len(conditioning)
     model = TensorModel(denoiser, conditioning).eval()
-    program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes)
-    remove_idle_squeezes(program.graph_module)
-    return program
-
-
-def remove_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
-    """Remove calls of `squeeze(dim)` on axes that are longer than 1, in place.
-
-    They do nothing in PyTorch, but onnxscript 0.7.2 writes them as ONNX's Squeeze, which refuses such axes. PixArt has one.
-    """
-    for node in list(graph_module.graph.nodes):
-        if node.op == "call_function" and node.target is torch.ops.aten.squeeze.dim:
-            source, dim = node.args
-            length = source.meta["val"].shape[dim]
-            if isinstance(length, int) and length != 1:
-                node.replace_all_uses_with(source)
-                graph_module.graph.erase_node(node)
-    graph_module.recompile()
+    return torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes)

@@ -1,4 +1,4 @@
-"""Conversion of traced programs. The libraries convert; nothing is converted by hand."""
+"""Conversion of traced programs. The libraries convert; nothing is converted by hand, but what one of them gets wrong is left out."""
 
 from __future__ import annotations
 
@@ -8,21 +8,37 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-__all__ = ["quiet_converters", "to_onnx", "to_openvino"]
+__all__ = ["quiet_converters", "remove_idle_squeezes", "to_onnx", "to_openvino"]
 
 
 def to_onnx(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]):
     """Convert a program to ONNX.
 
     Args:
-        program: The program.
+        program: The program. Operations that do nothing are removed from it.
         inputs: Names of its inputs, in order.
         outputs: Names of its outputs, in order.
 
     Returns:
         A `torch.onnx.ONNXProgram`.
     """
+    remove_idle_squeezes(program.graph_module)
     return torch.onnx.export(program, dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs))
+
+
+def remove_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
+    """Remove calls of `squeeze(dim)` on axes that are longer than 1, in place.
+
+    They do nothing in PyTorch, but onnxscript 0.7.2 writes them as ONNX's Squeeze, which refuses such axes. PixArt has one.
+    """
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.squeeze.dim:
+            source, dim = node.args
+            length = source.meta["val"].shape[dim]
+            if isinstance(length, int) and length != 1:
+                node.replace_all_uses_with(source)
+                graph_module.graph.erase_node(node)
+    graph_module.recompile()
 
 
 def to_openvino(program: torch.export.ExportedProgram, inputs: Mapping[str, Sequence[int | None]], outputs: Sequence[str]):

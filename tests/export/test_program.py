@@ -5,29 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-from diffusers_gfprune.export.program import random_inputs, remove_idle_squeezes, to_tensors
+from diffusers_gfprune.export.program import random_inputs, to_tensors
 from diffusers_gfprune.export.verification import sampled_reference
 from diffusers_gfprune.pipeline_parts import PipelineParts
 from helpers.latent_pipelines import PIPELINES
-
-
-class Squeezed(nn.Module):
-    """Squeezes an axis."""
-
-    def forward(self, x: Tensor, dim: int) -> Tensor:
-        return 2 * (x + 1).squeeze(dim)
-
-
-@pytest.mark.parametrize(("dim", "left"), [(1, 0), (-2, 0), (2, 1)])
-def test_only_squeezes_that_do_nothing_are_removed(dim: int, left: int) -> None:
-    x = torch.randn(2, 3, 1)
-    program = torch.export.export(Squeezed(), (x, dim), dynamic_shapes=({0: torch.export.Dim("batch", max=4)}, None))
-    remove_idle_squeezes(program.graph_module)
-    assert [node.target for node in program.graph.nodes].count(torch.ops.aten.squeeze.dim) == left
-    torch.testing.assert_close(program.module()(x, dim), Squeezed()(x, dim))
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])
