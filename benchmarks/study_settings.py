@@ -87,6 +87,7 @@ class Setting:
 
 ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # a single ranking can use more images
 UNIFORM = ("--ranking", "group")  # the same share of every group, as in all published rivals
+MEASURED = ("--ranking", "curves")  # by the damage of narrowing each group
 WEIGHTS = ("--criterion", "gradient-flow-weights")
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
@@ -155,8 +156,23 @@ def _widths() -> list[Setting]:
     rows += [
         ("ranking-global", "gradient flow, two phases, global ranking", ("--ranking", "global")),
         ("ranking-joint", "gradient flow, two phases, units chosen together", ("--ranking", "joint")),
+        ("ranking-curves", "gradient flow, two phases, widths by damage curves", MEASURED),
+        ("one-shot-curves", "gradient flow, one-shot, widths by damage curves", (*ONE_SHOT, *MEASURED)),
     ]
-    return [Setting(name, title, "widths", arguments) for name, title, arguments in rows]
+    # What widths by damage curves are to be level with, at each budget
+    for percent in (30, 70):
+        for name, title, arguments in (
+            ("ranking-curves", "widths by damage curves", MEASURED),
+            ("two-phase-group", "the same share of every group", UNIFORM),
+            ("exponent-0.7", "widths by sensitivity, exponent 0.7", ("--sensitivity_exponent", "0.7")),
+        ):
+            told = f"gradient flow, two phases, {title}, {percent} % removed"
+            rows.append((f"{name}-{percent}", told, (*arguments, "--ratio", f"0.{percent // 10}")))
+    everywhere = ("ranking-curves", "two-phase-group", "exponent-0.7")
+    return [
+        Setting(name, title, "widths", arguments, datasets=EVERY if name in everywhere else DATASETS)
+        for name, title, arguments in rows
+    ]
 
 
 def _metric() -> list[Setting]:
