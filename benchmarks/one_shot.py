@@ -14,8 +14,9 @@ left:
 
 The first row is `prune()` with its defaults: units are chosen together, and the layers that read removed ones make up for them
 by least squares (`recovery`), with the images of the calibration batches. The next two are without recovery, and with the
-ranking of training runs. Two rows have widths by measured damage curves. Two more remove whole residual blocks as well, or nothing else, and may miss a budget, which the
-table says. The other criteria remove the same share of every group, as published. Random is the mean over three seeds.
+ranking of training runs. Two have widths by measured damage curves. Two more remove whole residual blocks as well, or nothing
+else, and may miss a budget, which the table says. The other criteria remove the same share of every group, as published.
+Random is the mean over three seeds.
 
 Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--rows recovery` measures only the rows with this word in
 their title and keeps the others of the file. `--write` updates the tables in `benchmarks/README.md`.
