@@ -214,6 +214,7 @@ BESIDE = {
     "scores": ("short",),
     "data": ("two-phase",),
     "features": ("two-phase",),
+    "igsm": ("two-phase", "one-shot-diff-pruning"),
 }
 
 
@@ -233,7 +234,19 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
         "rivals": rows(lambda: RIVALS),
         **{
             part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part)))
-            for part in ("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "recovery")
+            for part in (
+                "main",
+                "budget",
+                "widths",
+                "metric",
+                "phases",
+                "schedules",
+                "scores",
+                "data",
+                "features",
+                "igsm",
+                "recovery",
+            )
         },
         "iterations": iterations_table,
         "revival": revival_table,
@@ -274,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     everything = {dataset: {**found, **load_channels(dataset, args.results)} for dataset, found in data.items()}
     speeds = load_speeds(args.latencies, {**everything, **latent})
     made = tables(everything, speeds)
-    rows = (*SHARED, *of_part("features"), *of_part("depth"))
+    rows = (*SHARED, *of_part("widths"), *of_part("features"), *of_part("depth"))
     for d, found in latent.items():
         made |= {f"latent {d}": main_table(found, d, rows, speeds[d])}
         made |= {f"recovery {d}": main_table(found, d, of_part("recovery"))}
