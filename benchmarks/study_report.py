@@ -206,6 +206,8 @@ def time_table(data: dict[str, Found], times: dict) -> str:
     return "\n".join(lines)
 
 
+# Parts with a table for each data set
+PARTS = ("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "igsm", "recovery")
 # Rows of other parts to compare the rows of a part with
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
@@ -232,22 +234,7 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
 
     made: dict[str, Callable[[Found, str], str]] = {
         "rivals": rows(lambda: RIVALS),
-        **{
-            part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part)))
-            for part in (
-                "main",
-                "budget",
-                "widths",
-                "metric",
-                "phases",
-                "schedules",
-                "scores",
-                "data",
-                "features",
-                "igsm",
-                "recovery",
-            )
-        },
+        **{part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part))) for part in PARTS},
         "iterations": iterations_table,
         "revival": revival_table,
         "peer": peer_table,
