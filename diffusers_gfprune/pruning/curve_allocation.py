@@ -12,7 +12,8 @@ costs (`cost_model`, or the times of a `LatencyModel`). (1) From dense widths, t
 saved cost takes the next step down its ladder, until the budget is met. Rises are those of the lower convex hull of a curve,
 so that a cheap step behind an expensive one is reached. (2) Groups take up to `REACH` steps, alone or in pairs and in opposite
 directions, as long as the sum falls and the budget is met. (3) With costs that are linear around the widths found so far, and
-so a sum over groups, dynamic programming over cost finds the best widths of all. (2) and (3) are repeated a few times.
+so a sum over groups, dynamic programming over cost finds the best widths of all. (2) and (3) are repeated a few times, and
+once more from the same share of every group.
 
 A removable block (`blocks`) has the widths 1 and 0. Its damage replaces those of the groups inside.
 """
@@ -27,6 +28,7 @@ import numpy as np
 from .budget import BUDGET_TOLERANCE
 from .cost_model import CostModel
 from .damage_curves import DamageCurve
+from .depth import plan_widths
 
 __all__ = ["allocate_by_curves"]
 
@@ -126,19 +128,30 @@ def allocate_by_curves(
         Kept channels of each group, 0 for removed blocks, int64 with shape `(groups,)`.
     """
     search = _Search(cost, target, ladders, curves)
-    rungs = np.zeros(len(ladders), dtype=np.int64)
+    even = np.array([list(ladder).index(n) for ladder, n in zip(ladders, plan_widths(cost, target, ratio, ladders))])
+    starts = [even, _greedy(search, ratio)] if cost.inner else [even]
+    found: list[np.ndarray] = []
+    for start in starts:
+        candidate = _improve(search, ratio, start)
+        for _ in range(ROUNDS):  # from the last widths, not the best ones: another point to be linear around
+            if any(np.array_equal(candidate, earlier) for earlier in found):
+                break
+            found.append(candidate)
+            candidate = _improve(search, ratio, _best_of_linear(search, ratio, candidate))
+    best = min(found, key=lambda candidate: search.rank(candidate, ratio))
+    return search.widths(best).astype(np.int64)
+
+
+def _greedy(search: _Search, ratio: float) -> np.ndarray:
+    """From dense widths, the group or block with the least rise of damage per saved cost takes the next step, until the budget
+    is met."""
+    rungs = np.zeros(len(search.ladders), dtype=np.int64)
     while search.removed(rungs) < ratio:
         saving = [move for move in search.moves(rungs, [1], search.hull) if move.saved > 0]
         if not saving:
             break
         rungs = min(saving, key=lambda move: move.rise / move.saved).rungs
-    found = [_improve(search, ratio, rungs)]
-    for _ in range(ROUNDS):  # from the last widths, not the best ones: another point to be linear around
-        found.append(_improve(search, ratio, _best_of_linear(search, ratio, found[-1])))
-        if any(np.array_equal(found[-1], earlier) for earlier in found[:-1]):
-            break
-    best = min(found, key=lambda candidate: search.rank(candidate, ratio))
-    return search.widths(best).astype(np.int64)
+    return rungs
 
 
 def _best_of_linear(search: _Search, ratio: float, rungs: np.ndarray) -> np.ndarray:
