@@ -40,12 +40,12 @@ from ..pruning.least_squares import MAX_FEATURES, features
 from ..pruning.masking import dense_parameters
 from .context import ScoringContext
 from .importance import scoring_context
+from .sample_damage import MEASURED_SAMPLES, SAMPLES, SAMPLING_STEPS, SampleDamage
 
 __all__ = ["curve_macs", "damage_curves"]
 
 RIDGE = 0.03  # lambda, relative to the mean squared feature, as in recovery
 FIT_SAMPLES = 256  # noisy images that layers are fitted to, over all processes
-MEASURED_SAMPLES = 64  # images that damage is measured on, over all processes
 ROWS = 2**14  # that a layer reads at most, over all of them
 SUM_BYTES = 2**31  # of the sums that are kept at a time
 Reader = tuple[str, Tensor]  # name of a layer, and input channels of a group
@@ -90,11 +90,13 @@ def damage_curves(
             ]
             for group, ladder in zip(groups, ladders)
         }
-        measured_on = _at_most(context.batches, max(1, MEASURED_SAMPLES // world_size()))
         masks = context.unet.channel_masks
         ones = {group.name: torch.ones(group.num_units) for group in groups}
-        with masks.replaced(ones):
-            before = [(batch, context.predictions(batch)) for batch in measured_on]
+        narrower = ones | {name: (~widths[0][1]).float() for name, widths in points.items() if widths}
+        start = _at_most(context.batches, max(1, SAMPLES // world_size()))
+        in_samples = SampleDamage(
+            context, start, ones, narrower, max(1, MEASURED_SAMPLES // world_size()), max(map(len, context.batches))
+        )
         fitted = world_size() * sum(len(batch) for batch in context.batches) + FIT_SAMPLES
         fit = repeated_batches(context.batches, context.process, fitted, seed)[len(context.batches) :]
         damages: dict[str, list[float]] = {}
@@ -105,7 +107,7 @@ def damage_curves(
                 measured = []
                 for _, removed in points[group.name]:
                     with _mended(context, group, removed, sums), masks.replaced(ones | {group.name: (~removed).float()}):
-                        measured.append(_damage(context, before))
+                        measured.append(in_samples.of_present())
                 damages[group.name] = measured
     measured = torch.tensor([value for values in damages.values() for value in values], dtype=torch.float64)
     mean_over_ranks([measured])
@@ -118,20 +120,10 @@ def damage_curves(
     }
 
 
-def _at_most(batches: Sequence[DiffusionBatch], count: int) -> list[DiffusionBatch]:
-    """The first `count` images."""
-    found: list[DiffusionBatch] = []
-    for batch in batches:
-        left = count - sum(map(len, found))
-        if left > 0:
-            found.append(batch.split(left)[0])
-    return found
-
-
-def _damage(context: ScoringContext, before: Sequence[tuple[DiffusionBatch, Tensor]]) -> float:
-    """Mean squared change of predictions, given those of the dense model for some batches of this rank."""
-    squares = sum(float((context.predictions(batch) - dense).double().square().sum()) for batch, dense in before)
-    return squares / sum(dense.numel() for _, dense in before)
+def _at_most(batches: Sequence[DiffusionBatch], count: int) -> DiffusionBatch:
+    """The first `count` images of all batches."""
+    tensors = [torch.cat(parts)[:count] for parts in zip(*(batch.tensors() for batch in batches))]
+    return DiffusionBatch(*tensors[:3], dict(zip(batches[0].conditioning, tensors[3:])))
 
 
 def curve_macs(macs: float, unet: nn.Module, ladders: Sequence[Sequence[int]]) -> int:
@@ -143,9 +135,10 @@ def curve_macs(macs: float, unet: nn.Module, ladders: Sequence[Sequence[int]]) -
         ladders: Possible widths of each group.
     """
     points = sum(len(measured_widths(ladder)) for ladder in ladders)
+    weights = SAMPLES * SAMPLING_STEPS * (SAMPLING_STEPS + 5) // 2
     layers = [layer for layer in unet.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)) and _size(layer) <= MAX_FEATURES]
     sums = sum(ROWS * _size(layer) ** 2 + _size(layer) ** 3 for layer in layers)
-    return int((MEASURED_SAMPLES * (points + 1) + FIT_SAMPLES) * macs + sums)
+    return int((MEASURED_SAMPLES * SAMPLING_STEPS * points + weights + FIT_SAMPLES) * macs + sums)
 
 
 def _readers(context: ScoringContext, group: ChannelGroup) -> list[Reader]:
