@@ -1,23 +1,20 @@
 """Damage of narrowing single groups of channels, with the layers that read them mended: points of damage curves.
 
 A group g is narrowed to a width k: the units with the lowest scores are removed, all other groups stay dense. The layers that
-read the group make up for it by least squares, and the damage is what is left in the predictions f:
-
-    D_g(k) = E |f - f_{g, k}|^2 / (values of an image)
+read the group make up for it by least squares, and the damage D_g(k) is what is left in the samples (`sample_damage`).
 
 Without mending, damage says how much a network relies on channels that it could do without, and training removes most of it in
 a few steps. What linear layers cannot restore from the channels that stay is closer to what training will have to pay for.
 
-A layer reads rows x of features, with x_R those of removed channels and x_K the others, and writes W x + b. With
-P = (E x x^T + lambda I)^-1, where x is extended by a 1 for the bias, the weights W' with W'_R = 0 that bring W' x nearest to
-W x, with a penalty lambda |W' - W|^2, are those of Optimal Brain Surgeon for a set of weights (Hassibi and Stork, 1993):
+A layer reads rows x of features, with x_R those of removed channels, and writes W x + b. With P = (E x x^T + lambda I)^-1, where
+x is extended by a 1 for the bias, the weights W' with W'_R = 0 that bring W' x nearest to W x, with a penalty
+lambda |W' - W|^2, are those of Optimal Brain Surgeon for a set of weights (Hassibi and Stork, 1993):
 
     W' = W - W_R (P_RR)^-1 P_R,:
 
-so that one sum of products serves all widths of all groups that a layer reads. Inputs x are those of the dense model, on
-images of the ranking with further noise; damage is measured on the images of the ranking themselves, whose noise the layers
-were not fitted to. It takes one forward for each width. Differences of groups that are narrowed together are not measured: the
-damage of a set of widths is estimated by the sum over groups (`pruning.curve_allocation`).
+so that one sum of products serves all widths of all groups that a layer reads. Inputs x are those of the dense model, on images
+of the ranking with further noise. Layers with more than `MAX_FEATURES` features, such as 3x3 convolutions of 1,024 channels, are
+not mended. Damage of groups that are narrowed together is not measured: `pruning.curve_allocation` adds up that of single groups.
 """
 
 from __future__ import annotations
