@@ -6,15 +6,16 @@ read the group make up for it by least squares, and the damage D_g(k) is what is
 Without mending, damage says how much a network relies on channels that it could do without, and training removes most of it in
 a few steps. What linear layers cannot restore from the channels that stay is closer to what training will have to pay for.
 
-A layer reads rows x of features, with x_R those of removed channels, and writes W x + b. With P = (E x x^T + lambda I)^-1, where
-x is extended by a 1 for the bias, the weights W' with W'_R = 0 that bring W' x nearest to W x, with a penalty
+A layer reads rows x of features, with x_R those of removed channels, and writes W x + b. With P = (E x x^T + lambda I)^-1,
+where x is extended by a 1 for the bias, the weights W' with W'_R = 0 that bring W' x nearest to W x, with a penalty
 lambda |W' - W|^2, are those of Optimal Brain Surgeon for a set of weights (Hassibi and Stork, 1993):
 
     W' = W - W_R (P_RR)^-1 P_R,:
 
-so that one sum of products serves all widths of all groups that a layer reads. Inputs x are those of the dense model, on images
-of the ranking with further noise. Layers with more than `MAX_FEATURES` features, such as 3x3 convolutions of 1,024 channels, are
-not mended. Damage of groups that are narrowed together is not measured: `pruning.curve_allocation` adds up that of single groups.
+so that one sum of products serves all widths of all groups that a layer reads. Inputs x are those of the dense model, on
+images of the ranking with further noise. Of convolutions with more than `MAX_FEATURES` features, only the weights at the
+centre of the kernel are mended, for what the centre of the kernel read. Damage of groups that are narrowed together is not
+measured: `pruning.curve_allocation` adds up that of single groups.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def curve_macs(macs: float, unet: nn.Module, ladders: Sequence[Sequence[int]]) -
     """
     points = sum(len(measured_widths(ladder)) for ladder in ladders)
     weights = SAMPLES * SAMPLING_STEPS * (SAMPLING_STEPS + 5) // 2
-    layers = [layer for layer in unet.modules() if isinstance(layer, (nn.Conv2d, nn.Linear)) and _size(layer) <= MAX_FEATURES]
+    layers = [layer for layer in unet.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     sums = sum(ROWS * _size(layer) ** 2 + _size(layer) ** 3 for layer in layers)
     return int((MEASURED_SAMPLES * SAMPLING_STEPS * points + weights + FIT_SAMPLES) * macs + sums)
 
@@ -146,14 +147,19 @@ def _readers(context: ScoringContext, group: ChannelGroup) -> list[Reader]:
         usual = isinstance(layer, nn.Linear) or (
             isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
         )
-        if piece.role == "input" and usual and _size(layer) <= MAX_FEATURES:
+        if piece.role == "input" and usual:
             channels.setdefault(piece.module, []).extend(piece.positions)
     return [(name, torch.tensor(positions)) for name, positions in channels.items()]
 
 
+def _at_centre(layer: nn.Module) -> bool:
+    """Whether only the centre of the kernel is mended."""
+    return layer.weight[0].numel() > MAX_FEATURES
+
+
 def _size(layer: nn.Module) -> int:
-    """Number of features."""
-    return layer.weight[0].numel()
+    """Number of features that are used."""
+    return layer.weight.shape[1] if _at_centre(layer) else layer.weight[0].numel()
 
 
 def _parts(context: ScoringContext, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
@@ -190,7 +196,7 @@ class _Sums:
     def add(self, x: Tensor) -> None:
         """Add inputs of the layer."""
         for inputs in x.split(max(1, 2**22 // x[0].numel())):
-            rows = features(self.layer, inputs)
+            rows = features(self.layer, inputs, _at_centre(self.layer))
             if self.rows < rows.shape[1]:
                 order = torch.rand(rows.shape[:2], generator=self.generator).argsort(dim=1)[:, : self.rows]
                 rows = rows[torch.arange(len(rows))[:, None], order.to(rows.device)]
@@ -218,14 +224,19 @@ class _Sums:
         Returns:
             Float64: the change of the weight, which leads to zeros where removed channels are read, and that of the bias.
         """
-        weight = weight.double()
+        shape, centre = weight.shape, tuple(k // 2 for k in weight.shape[2:])
+        weight = (weight[(..., *centre)] if _at_centre(self.layer) else weight).double()
         per_channel = weight[0, 0].numel()
         removed = (channels[:, None] * per_channel + torch.arange(per_channel)).flatten().to(weight.device)
         flat = weight.flatten(1)
         solved = torch.linalg.solve(self.inverse[removed][:, removed], self.inverse[removed])
         change = -flat[:, removed] @ solved
         size = flat.shape[1]
-        return [change[:, :size].reshape(weight.shape), *change[:, size:].T]
+        whole = change[:, :size].reshape(weight.shape)
+        if _at_centre(self.layer):
+            whole = flat.new_zeros(shape)
+            whole[(..., *centre)] = change[:, :size]
+        return [whole, *change[:, size:].T]
 
 
 def _sums_of_readers(
