@@ -13,7 +13,7 @@ from diffusers_gfprune.one_shot import prune_unet
 from diffusers_gfprune.pruning.blocks import RemovableBlock
 from diffusers_gfprune.scoring import group_damage, importance, removals
 from helpers.architectures import build
-from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one_shot
+from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one_shot, quick_curves
 
 JOINT = {"criterion": "gradient-flow", "ranking": "joint"}
 
@@ -139,8 +139,10 @@ def test_pruning_without_training_chooses_units_together() -> None:
 # --- widths by damage curves -------------------------------------------------------------------------------------------
 
 CURVES = {"criterion": "gradient-flow", "ranking": "curves"}
+quick = pytest.mark.usefixtures(quick_curves.__name__)
 
 
+@quick
 @pytest.mark.parametrize(("target", "criterion"), [("macs", "gradient-flow"), ("params", "magnitude")])
 def test_widths_by_damage_curves_meet_the_budget(target: str, criterion: str) -> None:
     """Counted on the small model; criteria that need no images have curves, too."""
@@ -154,6 +156,7 @@ def test_widths_by_damage_curves_meet_the_budget(target: str, criterion: str) ->
     assert pruner.damage_curves.keys() == {group.name for group in pruner.groups}
 
 
+@quick
 def test_damage_is_measured_once_and_survives_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first ranking; widths of later ones follow from it, and stand once the budget is met."""
     measured = []
@@ -191,6 +194,7 @@ def test_damage_is_measured_once_and_survives_a_checkpoint(monkeypatch: pytest.M
         pruner().load_state_dict({"tensors": tensors, "values": {**state, "curves": {}}})
 
 
+@quick
 @pytest.mark.parametrize("depth", ["allow", "only"])
 def test_damage_curves_choose_blocks(depth: str) -> None:
     """Where only blocks may go, they are the ones with the least measured damage."""
@@ -204,6 +208,7 @@ def test_damage_curves_choose_blocks(depth: str) -> None:
     assert removed if depth == "only" else all(pruner.kept[name].all() for name in blocks - removed)
 
 
+@quick
 def test_damage_curves_need_a_ranking_and_images() -> None:
     pruner = GradientFlowPruner(build("fine-units"), one_shot(ratio=0.5, **{**CURVES, "criterion": "magnitude"}), SCHEDULER)
     scores = {group.name: torch.ones(group.num_units) for group in pruner.groups}

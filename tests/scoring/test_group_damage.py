@@ -22,10 +22,11 @@ from diffusers_gfprune.pruning.masking import attach, dense_parameters
 from diffusers_gfprune.scoring import group_damage
 from diffusers_gfprune.scoring.group_damage import damage_curves
 from helpers.architectures import build
-from helpers.pruners import SCHEDULER, batches, images
+from helpers.pruners import SCHEDULER, batches, images, quick_curves
 from helpers.toy import Toy
 
 CONFIG = GFPruneConfig(criterion="magnitude", total_steps=1, channel_multiple=1)
+quick = pytest.mark.usefixtures(quick_curves.__name__)
 CHANNELS = 4
 TEACHER = Path(__file__).resolve().parents[2] / "training/digits/teacher/unet"
 
@@ -122,6 +123,7 @@ def test_a_copy_of_a_kept_unit_is_free_to_remove(monkeypatch: pytest.MonkeyPatch
     assert all(curve.widths == () for other, curve in found.items() if other != name)
 
 
+@quick
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_weights_and_masks_are_as_before(dtype: torch.dtype) -> None:
     """Whatever the masks are, groups are measured with all others dense; blocks have one point, their measured damage."""
@@ -141,6 +143,7 @@ def test_weights_and_masks_are_as_before(dtype: torch.dtype) -> None:
     assert blocks and all(first[name].widths == (0,) and first[name].damages[0] > 0 for name in blocks)
 
 
+@quick
 def test_sums_that_do_not_fit_are_taken_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     pruner = GradientFlowPruner(build("fine-units"), CONFIG, SCHEDULER)
     scores = {group.name: torch.arange(group.num_units).float() for group in pruner.groups}
