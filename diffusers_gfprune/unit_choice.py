@@ -115,7 +115,8 @@ class UnitChoice:
         if widths_stay(cost, ladders):
             return choose_blocks(cost, target, ratio, damage)
         if self.config.ranking == "curves":
-            return allocate_by_curves(cost, target, ratio, ladders, of_groups)
+            even = plan_widths(cost, target, ratio, ladders)
+            return allocate_by_curves(cost, target, ratio, ladders, of_groups, even)
         if self.config.ranking == "sensitivity" and not (cost.inner and exponent == 0):
             return self._sensitive_widths(ratio, ordered)
         if self.config.ranking in ("group", "sensitivity"):

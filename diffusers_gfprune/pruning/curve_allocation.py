@@ -8,14 +8,14 @@ with every n_g from the ladder of its group. The removed units of different grou
 cross terms are as often negative as positive, and a factor that all groups have in common changes no allocation.
 
 C is not a sum over groups, since a layer costs the product of two widths. The search therefore moves along ladders with exact
-costs (`cost_model`, or the times of a `LatencyModel`). (1) From dense widths, the group with the least rise of damage per
-saved cost takes the next step down its ladder, until the budget is met. Rises are those of the lower convex hull of a curve,
-so that a cheap step behind an expensive one is reached. (2) Groups take up to `REACH` steps, alone or in pairs and in opposite
-directions, as long as the sum falls and the budget is met. (3) With costs that are linear around the widths found so far, and
-so a sum over groups, dynamic programming over cost finds the best widths of all. (2) and (3) are repeated a few times, and
-once more from the same share of every group.
+costs (`cost_model`, or the times of a `LatencyModel`). It starts from the same share of every group. (1) Groups take up to
+`REACH` steps, alone or in pairs and in opposite directions, as long as the sum falls and the budget is met. (2) With costs that
+are linear around the widths found so far, and so a sum over groups, dynamic programming over cost finds the best widths of all.
+Both are repeated a few times, and the best widths on the way are taken.
 
-A removable block (`blocks`) has the widths 1 and 0. Its damage replaces those of the groups inside.
+A removable block (`blocks`) has the widths 1 and 0. Its damage replaces those of the groups inside. With blocks, the search also
+starts from dense widths, where the group or block with the least rise of damage per saved cost takes the next step down until
+the budget is met. Rises are those of the lower convex hull of a curve, so that a cheap step behind an expensive one is reached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import numpy as np
 from .budget import BUDGET_TOLERANCE
 from .cost_model import CostModel
 from .damage_curves import DamageCurve
-from .depth import plan_widths
 
 __all__ = ["allocate_by_curves"]
 
@@ -113,7 +112,12 @@ def _lower_hull(ladder: np.ndarray, damage: np.ndarray) -> np.ndarray:
 
 
 def allocate_by_curves(
-    cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], curves: Sequence[DamageCurve]
+    cost: CostModel,
+    target: str,
+    ratio: float,
+    ladders: Sequence[Sequence[int]],
+    curves: Sequence[DamageCurve],
+    start: Sequence[int],
 ) -> np.ndarray:
     """Widths that remove `ratio` of the cost with the least sum of damage.
 
@@ -123,16 +127,17 @@ def allocate_by_curves(
         ratio: Share of the dense cost to remove, in [0, 1].
         ladders: Possible widths of each group (`budget.width_ladder`), also of blocks.
         curves: Damage curve of each group.
+        start: Widths that meet the budget, such as those of `depth.plan_widths`, where the search starts.
 
     Returns:
         Kept channels of each group, 0 for removed blocks, int64 with shape `(groups,)`.
     """
     search = _Search(cost, target, ladders, curves)
-    even = np.array([list(ladder).index(n) for ladder, n in zip(ladders, plan_widths(cost, target, ratio, ladders))])
+    even = np.array([list(ladder).index(width) for ladder, width in zip(ladders, start)])
     starts = [even, _greedy(search, ratio)] if cost.inner else [even]
     found: list[np.ndarray] = []
-    for start in starts:
-        candidate = _improve(search, ratio, start)
+    for first in starts:
+        candidate = _improve(search, ratio, first)
         for _ in range(ROUNDS):  # from the last widths, not the best ones: another point to be linear around
             if any(np.array_equal(candidate, earlier) for earlier in found):
                 break

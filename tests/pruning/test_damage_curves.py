@@ -14,6 +14,7 @@ from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.cost_model import CostModel
 from diffusers_gfprune.pruning.curve_allocation import NEAR, allocate_by_curves
 from diffusers_gfprune.pruning.damage_curves import DamageCurve, measured_widths
+from diffusers_gfprune.pruning.depth import plan_widths
 from helpers.architectures import build
 from helpers.blocks import HIDDEN, BlockCosts
 
@@ -98,6 +99,11 @@ def test_curves_are_read_back() -> None:
 # --- allocation --------------------------------------------------------------------------------------------------------
 
 
+def allocated(cost: CostModel, target: str, ratio: float, ladders: list[list[int]], curves: list[DamageCurve]) -> np.ndarray:
+    """Widths by damage curves, from the same share of every group."""
+    return allocate_by_curves(cost, target, ratio, ladders, curves, plan_widths(cost, target, ratio, ladders))
+
+
 def total(curves: list[DamageCurve], widths: np.ndarray) -> float:
     return sum(curve.at(int(width)) for curve, width in zip(curves, widths))
 
@@ -113,7 +119,7 @@ def test_widths_are_those_of_a_search_through_all(target: str) -> None:
     ratio = cost.removed(target, np.array([ladder[len(ladder) // 2] for ladder in ladders]))
     generator = np.random.default_rng(0)
     curves = [power_curve(ladder, float(10 ** generator.uniform(-3, 0)), generator.uniform(1, 4)) for ladder in ladders]
-    found = allocate_by_curves(cost, target, ratio, ladders, curves)
+    found = allocated(cost, target, ratio, ladders, curves)
     tables = [{width: curve.at(width) for width in ladder} for curve, ladder in zip(curves, ladders)]
     least = min(
         sum(table[width] for table, width in zip(tables, widths))
@@ -131,7 +137,7 @@ def test_shares_follow_from_lagrange_multipliers() -> None:
     cost.cost = lambda target, widths: float(np.sum(widths))
     ladders = [list(range(1000, 0, -1))] * 4
     sizes = [1.0, 2.0, 4.0, 8.0]
-    found = allocate_by_curves(cost, "macs", 0.3, ladders, [power_curve(ladders[0], size, 2.0) for size in sizes])
+    found = allocated(cost, "macs", 0.3, ladders, [power_curve(ladders[0], size, 2.0) for size in sizes])
     share = 1.2 / sum(1 / size for size in sizes)
     assert (1 - found / 1000).tolist() == pytest.approx([share / size for size in sizes], abs=0.004)
 
@@ -143,7 +149,7 @@ def test_a_cheap_step_behind_an_expensive_one_is_reached() -> None:
     cost.cost = lambda target, widths: float(np.sum(widths))
     ladders = [[8, 6, 4, 2]] * 2
     curves = [DamageCurve(8, (6, 4, 2), (0.5, 0.5, 0.5)), DamageCurve(8, (6, 4, 2), (0.3, 0.6, 0.9))]
-    assert allocate_by_curves(cost, "macs", 6 / 16, ladders, curves).tolist() == [2, 8]
+    assert allocated(cost, "macs", 6 / 16, ladders, curves).tolist() == [2, 8]
 
 
 def test_a_block_goes_when_that_does_less_damage() -> None:
@@ -155,9 +161,9 @@ def test_a_block_goes_when_that_does_less_damage() -> None:
         DamageCurve(1, (0,), (0.1,)),
         DamageCurve(1, (0,), (3.0,)),
     ]
-    widths = allocate_by_curves(cost, "macs", 0.4, cost.ladders(), curves)
+    widths = allocated(cost, "macs", 0.4, cost.ladders(), curves)
     assert widths.tolist() == [HIDDEN, HIDDEN, 0, 1]
-    assert allocate_by_curves(cost, "macs", 0.0, cost.ladders(), curves).tolist() == [HIDDEN, HIDDEN, 1, 1]
+    assert allocated(cost, "macs", 0.0, cost.ladders(), curves).tolist() == [HIDDEN, HIDDEN, 1, 1]
     assert all(isinstance(cost.groups[block], RemovableBlock) for block in cost.inner)
 
 
@@ -169,5 +175,5 @@ def test_whole_models_meet_the_budget_to_a_unit() -> None:
     generator = np.random.default_rng(0)
     curves = [power_curve(ladder, float(10 ** generator.uniform(-3, 0)), generator.uniform(1, 4)) for ladder in ladders]
     for ratio in (0.3, 0.7):
-        widths = allocate_by_curves(cost, "macs", ratio, ladders, curves)
+        widths = allocated(cost, "macs", ratio, ladders, curves)
         assert cost.removed("macs", widths) == pytest.approx(ratio, abs=NEAR)
