@@ -4,18 +4,19 @@ With D_g the curve of group g (`damage_curves`), n its width and C the cost of a
 
     min over n of   sum_g D_g(n_g)        such that   C(n) = (1 - ratio) C(dense)
 
-with every n_g from the ladder of its group. The removed units of different groups are taken to do damage independently: their
-cross terms are as often negative as positive, and a factor that all groups have in common changes no allocation.
+with every n_g from the ladder of its group. That damage of several groups adds up is an approximation, since what one group
+loses others may need. A factor that all groups have in common changes no allocation.
 
 C is not a sum over groups, since a layer costs the product of two widths. The search therefore moves along ladders with exact
 costs (`cost_model`, or the times of a `LatencyModel`). It starts from the same share of every group. (1) Groups take up to
-`REACH` steps, alone or in pairs and in opposite directions, as long as the sum falls and the budget is met. (2) With costs that
-are linear around the widths found so far, and so a sum over groups, dynamic programming over cost finds the best widths of all.
-Both are repeated a few times, and the best widths on the way are taken.
+`REACH` steps, alone or in pairs and in opposite directions, as long as the sum falls and the budget is met. (2) With costs
+that are linear around the widths found so far, and so a sum over groups, dynamic programming over cost finds the best widths
+of all. Both are repeated a few times, and the best widths on the way are taken.
 
-A removable block (`blocks`) has the widths 1 and 0. Its damage replaces those of the groups inside. With blocks, the search also
-starts from dense widths, where the group or block with the least rise of damage per saved cost takes the next step down until
-the budget is met. Rises are those of the lower convex hull of a curve, so that a cheap step behind an expensive one is reached.
+A removable block (`blocks`) has the widths 1 and 0. Its damage replaces those of the groups inside. With blocks, the search
+also starts from dense widths, where the group or block with the least rise of damage per saved cost takes the next step down
+until the budget is met. Rises are those of the lower convex hull of a curve, so that a cheap step behind an expensive one is
+reached.
 """
 
 from __future__ import annotations
