@@ -168,7 +168,7 @@ def test_damage_is_measured_once_and_survives_a_checkpoint(monkeypatch: pytest.M
     monkeypatch.setattr("diffusers_gfprune.ranking.damage_curves", spy)
 
     def pruner() -> GradientFlowPruner:
-        return GradientFlowPruner(build("fine-units"), config(ratio=0.5, **CURVES), SCHEDULER)
+        return GradientFlowPruner(build("fine-units"), config(ratio=0.5, update_interval=5, ranking="curves"), SCHEDULER)
 
     whole, first = pruner(), pruner()
     widths = []

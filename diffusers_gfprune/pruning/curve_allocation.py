@@ -8,10 +8,10 @@ with every n_g from the ladder of its group. That damage of several groups adds 
 loses others may need. A factor that all groups have in common changes no allocation.
 
 C is not a sum over groups, since a layer costs the product of two widths. The search therefore moves along ladders with exact
-costs (`cost_model`, or the times of a `LatencyModel`). It starts from the same share of every group. (1) Groups take up to
-`REACH` steps, alone or in pairs and in opposite directions, as long as the sum falls and the budget is met. (2) With costs
-that are linear around the widths found so far, and so a sum over groups, dynamic programming over cost finds the best widths
-of all. Both are repeated a few times, and the best widths on the way are taken.
+costs (`cost_model`, or the times of a `LatencyModel`). It starts from the same share of every group. (1) With costs that are
+linear around the widths found so far, and so a sum over groups, dynamic programming over cost finds the best widths of all.
+(2) Groups take up to `REACH` steps, alone or in pairs and in opposite directions, as long as the sum falls and the budget is
+met. Both are repeated a few times, and the best widths on the way are taken.
 
 A removable block (`blocks`) has the widths 1 and 0. Its damage replaces those of the groups inside. With blocks, the search
 also starts from dense widths, where the group or block with the least rise of damage per saved cost takes the next step down
@@ -34,7 +34,7 @@ __all__ = ["allocate_by_curves"]
 
 NEAR = BUDGET_TOLERANCE / 20  # of the dense cost: distance to the target that counts as met
 REACH = 3  # rungs that a group moves at once in the local search
-MOVES = 500  # of the local search
+MOVES = 50  # of the local search in a round
 SHORTLIST = 32  # pairs whose cost is computed exactly
 GRAIN = 2e-5  # of the dense cost: resolution of the dynamic programming
 ROUNDS = 5  # of the dynamic programming and the local search
@@ -137,13 +137,12 @@ def allocate_by_curves(
     even = np.array([list(ladder).index(width) for ladder, width in zip(ladders, start)])
     starts = [even, _greedy(search, ratio)] if cost.inner else [even]
     found: list[np.ndarray] = []
-    for first in starts:
-        candidate = _improve(search, ratio, first)
-        for _ in range(ROUNDS):  # from the last widths, not the best ones: another point to be linear around
-            if any(np.array_equal(candidate, earlier) for earlier in found):
+    for point in starts:
+        for _ in range(ROUNDS):  # each from the last widths, not the best ones: another point to be linear around
+            point = _improve(search, ratio, _best_of_linear(search, ratio, point))
+            if any(np.array_equal(point, earlier) for earlier in found):
                 break
-            found.append(candidate)
-            candidate = _improve(search, ratio, _best_of_linear(search, ratio, candidate))
+            found.append(point)
     best = min(found, key=lambda candidate: search.rank(candidate, ratio))
     return search.widths(best).astype(np.int64)
 
