@@ -157,6 +157,7 @@ def test_widths_by_damage_curves_meet_the_budget(target: str, criterion: str) ->
 
 
 @quick
+@pytest.mark.slow
 def test_damage_is_measured_once_and_survives_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first ranking; widths of later ones follow from it, and stand once the budget is met."""
     measured = []
