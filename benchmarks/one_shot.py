@@ -14,8 +14,9 @@ left:
 
 The first row is `prune()` with its defaults: units are chosen together, and the layers that read removed ones make up for them
 by least squares (`recovery`), with the images of the calibration batches. The next two are without recovery, and with the
-ranking of training runs. Two more remove whole residual blocks as well, or nothing else, and may miss a budget, which the
-table says. The other criteria remove the same share of every group, as published. Random is the mean over three seeds.
+ranking of training runs. Two have widths by measured damage curves. Two more remove whole residual blocks as well, or nothing
+else, and may miss a budget, which the table says. The other criteria remove the same share of every group, as published.
+Random is the mean over three seeds.
 
 Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--rows recovery` measures only the rows with this word in
 their title and keeps the others of the file. `--write` updates the tables in `benchmarks/README.md`.
@@ -60,11 +61,14 @@ SEEDS = (0, 1, 2)  # of random scores
 BATCHES, IMAGES, STEPS = 4, 128, 50
 UNIFORM = {"ranking": "group"}
 TOGETHER = {"criterion": "gradient-flow", "ranking": "joint"}
+BY_CURVES = {"criterion": "gradient-flow", "ranking": "curves"}
 RECOVERED = ", with recovery"
 ROWS = {
     f"gradient flow, chosen together{RECOVERED} (default of `prune()`)": {**TOGETHER, "recovery": True},
     "gradient flow, chosen together": TOGETHER,
     "gradient flow, widths by sensitivity (default of training)": {"criterion": "gradient-flow"},
+    f"gradient flow, widths by damage curves{RECOVERED}": {**BY_CURVES, "recovery": True},
+    "gradient flow, widths by damage curves": BY_CURVES,
     "gradient flow, channels and blocks together": {"criterion": "gradient-flow", "ranking": "joint", "depth": "allow"},
     "gradient flow, blocks only": {"criterion": "gradient-flow", "ranking": "joint", "depth": "only"},
     f"Diff-Pruning{RECOVERED}": {"criterion": "diff-pruning", **UNIFORM, "recovery": True},

@@ -206,6 +206,11 @@ def time_table(data: dict[str, Found], times: dict) -> str:
     return "\n".join(lines)
 
 
+# Parts with a table for each data set
+PARTS = (
+    *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "igsm", "recovery"),
+    "convergence",
+)
 # Rows of other parts to compare the rows of a part with
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
@@ -214,6 +219,7 @@ BESIDE = {
     "scores": ("short",),
     "data": ("two-phase",),
     "features": ("two-phase",),
+    "igsm": ("two-phase", "one-shot-diff-pruning"),
     "convergence": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
 }
 
@@ -232,13 +238,7 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
 
     made: dict[str, Callable[[Found, str], str]] = {
         "rivals": rows(lambda: RIVALS),
-        **{
-            part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part)))
-            for part in (
-                *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "recovery"),
-                "convergence",
-            )
-        },
+        **{part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part))) for part in PARTS},
         "iterations": iterations_table,
         "revival": revival_table,
         "peer": peer_table,
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     everything = {dataset: {**found, **load_channels(dataset, args.results)} for dataset, found in data.items()}
     speeds = load_speeds(args.latencies, {**everything, **latent})
     made = tables(everything, speeds)
-    rows = (*SHARED, *of_part("features"), *of_part("depth"))
+    rows = (*SHARED, *of_part("widths"), *of_part("features"), *of_part("depth"))
     for d, found in latent.items():
         made |= {f"latent {d}": main_table(found, d, rows, speeds[d])}
         made |= {f"recovery {d}": main_table(found, d, of_part("recovery"))}

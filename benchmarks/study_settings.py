@@ -14,6 +14,7 @@ Parts of the study:
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
     features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
+    igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
     convergence runs of a tenth of the steps, beside the rivals' whole runs
@@ -88,6 +89,7 @@ class Setting:
 
 ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # a single ranking can use more images
 UNIFORM = ("--ranking", "group")  # the same share of every group, as in all published rivals
+MEASURED = ("--ranking", "curves")  # by the damage of narrowing each group
 WEIGHTS = ("--criterion", "gradient-flow-weights")
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
@@ -156,8 +158,23 @@ def _widths() -> list[Setting]:
     rows += [
         ("ranking-global", "gradient flow, two phases, global ranking", ("--ranking", "global")),
         ("ranking-joint", "gradient flow, two phases, units chosen together", ("--ranking", "joint")),
+        ("ranking-curves", "gradient flow, two phases, widths by damage curves", MEASURED),
+        ("one-shot-curves", "gradient flow, one-shot, widths by damage curves", (*ONE_SHOT, *MEASURED)),
     ]
-    return [Setting(name, title, "widths", arguments) for name, title, arguments in rows]
+    # What widths by damage curves are to be level with, at each budget
+    for percent in (30, 70):
+        for name, title, arguments in (
+            ("ranking-curves", "widths by damage curves", MEASURED),
+            ("two-phase-group", "the same share of every group", UNIFORM),
+            ("exponent-0.7", "widths by sensitivity, exponent 0.7", ("--sensitivity_exponent", "0.7")),
+        ):
+            told = f"gradient flow, two phases, {title}, {percent} % removed"
+            rows.append((f"{name}-{percent}", told, (*arguments, "--ratio", f"0.{percent // 10}")))
+    everywhere = ("ranking-curves", "two-phase-group", "exponent-0.7")
+    return [
+        Setting(name, title, "widths", arguments, datasets=EVERY if name in everywhere else DATASETS)
+        for name, title, arguments in rows
+    ]
 
 
 def _metric() -> list[Setting]:
@@ -265,6 +282,29 @@ def _features() -> list[Setting]:
     ]
 
 
+def _igsm() -> list[Setting]:
+    """IGSM (arXiv 2506.05398) as its public code has it, and its losses for the default.
+
+    Its CIFAR-10 scripts prune by Diff-Pruning with threshold 0.04, the same share of every layer, and train with the sums of
+    squares of noise and teacher and 0.1 times that of second-order Jacobian matching, at a constant learning rate of 2e-4 and
+    with dropout 0.1. In means over the values of an image, the last weight is 0.05 for 32x32 RGB pixels. It is scaled by the
+    number of values here, so that terms are as large beside one another as there.
+    """
+    matching = {
+        dataset: ("--sensitivity_matching_weight", f"{0.05 * values / (3 * 32 * 32):.4f}")
+        for dataset, values in (("digits", 8 * 8), ("cifar10", 3 * 16 * 16))
+    }
+    pruned = (*ONE_SHOT, "--criterion", "diff-pruning", "--diff_pruning_threshold", "0.04", *UNIFORM)
+    losses = ("--distillation_weight", "0.5")
+    constant = ("--learning_rate", "2e-4", "--lr_scheduler", "constant", "--lr_warmup_steps", "0")
+    rows = [
+        ("igsm", "IGSM: Diff-Pruning, one-shot, its losses and schedule", (*pruned, *losses, "--dropout", "0.1", *constant)),
+        ("igsm-cosine", "IGSM with the learning rates of all other rows", (*pruned, *losses, "--dropout", "0.1")),
+        ("igsm-losses", "gradient flow, two phases, losses of IGSM", losses),
+    ]
+    return [Setting(name, title, "igsm", arguments, own=matching) for name, title, arguments in rows]
+
+
 def _recovery() -> list[Setting]:
     joint = (*ONE_SHOT, "--ranking", "joint")
     diff_pruning = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)
@@ -329,6 +369,7 @@ SETTINGS = {
         _data,
         _depth,
         _features,
+        _igsm,
         _recovery,
         _convergence,
     )

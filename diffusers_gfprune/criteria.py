@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["RANKINGS", "Criterion", "criteria", "find_criterion", "register_criterion"]
 
-RANKINGS = ("joint", "group", "sensitivity", "global")
+RANKINGS = ("joint", "group", "sensitivity", "curves", "global")
 
 Score = Callable[..., dict[str, Tensor]]
 

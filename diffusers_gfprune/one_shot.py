@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,8 +18,8 @@ from .criteria import find_criterion
 from .diffusion.batch import DiffusionBatch
 from .diffusion.class_labels import LabelDropout, check_labels, make_label_dropout
 from .diffusion.pixel_values import image_values, unused_range
+from .diffusion.repeats import repeated_batches
 from .diffusion.schedulers import training_process
-from .distributed import process_rank, world_size
 from .drawn_images import NUM_TEACHER_IMAGES, draw_images
 from .families.lookup import family_of
 from .loading.pipeline_layouts import check_process
@@ -138,19 +137,9 @@ def recovery_batches(batches: Sequence[DiffusionBatch], scheduler, seed: int = 0
         Batches with `RECOVERY_SAMPLES` images or slightly more, over all processes; fewer of large images, or the given ones
         if these are more.
     """
-    generator = torch.Generator().manual_seed(seed + 1)
-    repeated, process, ranks = list(batches), training_process(scheduler), world_size()
     fitting = RECOVERY_POSITIONS // batches[0].clean[0, 0].numel()
     wanted = min(RECOVERY_SAMPLES, max(FEWEST_RECOVERY_SAMPLES, fitting))
-    for batch in itertools.cycle(batches):
-        if ranks * sum(len(batch) for batch in repeated) >= wanted:
-            return repeated
-        size = len(batch)
-        # All ranks draw for the images of all, and take what is theirs
-        noise = torch.randn(ranks * size, *batch.noise.shape[1:], generator=generator).to(batch.noise)
-        timesteps = process.random_timesteps(ranks * size, generator).to(batch.timesteps)
-        own = slice(process_rank() * size, (process_rank() + 1) * size)
-        repeated.append(DiffusionBatch(batch.clean, noise[own], timesteps[own], batch.conditioning))
+    return repeated_batches(batches, scheduler, wanted, seed)
 
 
 def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfig:

@@ -9,8 +9,9 @@ The defaults differ from the published form in three ways, each an option. Score
 predictions (`criterion="gradient-flow"`), which rank the units of a trained network better. Rankings are noisy: masks of the
 soft phase are interpolated linearly between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly
 higher (`revival_margin`). Layers differ in importance: scores also determine the share of channels that each group loses
-(`ranking="sensitivity"`). Without training after it, units of all groups are better chosen together, by what they change
-jointly, and the best of a few such choices is found by measuring what they change (`ranking="joint"`).
+(`ranking="sensitivity"`); or the damage of narrowing each group is measured (`ranking="curves"`). Without training after it,
+units of all groups are better chosen together, by what they change jointly, and the best of a few such choices is found by
+measuring what they change (`ranking="joint"`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .pruning import masking
 from .pruning.blocks import trace_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
+from .pruning.damage_curves import DamageCurve
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
 from .pruning.recovery import RIDGE, recover
 from .ranking import Ranking
@@ -186,14 +188,17 @@ class GradientFlowPruner:
             True for kept units by group name, each with shape `(num_units,)`.
 
         Raises:
-            ValueError: `ranking="joint"` needs the joint changes of an earlier ranking, or widths.
+            ValueError: `ranking="joint"` and `"curves"` need what an earlier ranking has measured, or widths.
         """
         ratio = self.config.ratio if ratio is None else ratio
         if widths is None and self.config.ranking == "joint":
             if self.ranking.changes is None:
                 raise ValueError("units were not ranked yet: ranking=joint needs joint changes, or pass widths")
             return self.choice.joint_units(ratio, scores, self.ranking.changes)[0]
-        return self.choice.best_units(scores, self.choice.widths(ratio, scores) if widths is None else widths)
+        if widths is None and self.config.ranking == "curves" and self.ranking.curves is None:
+            raise ValueError("units were not ranked yet: ranking=curves needs damage curves, or pass widths")
+        widths = self.choice.widths(ratio, scores, self.ranking.curves) if widths is None else widths
+        return self.choice.best_units(scores, widths)
 
     def kept_channels(self) -> np.ndarray:
         """Channels that each group keeps after the last ranking, int64 with shape `(groups,)`."""
@@ -218,7 +223,7 @@ class GradientFlowPruner:
         After that, units are only exchanged within their groups. Scores change slightly between rankings; with binary masks,
         moving one unit from a group to another would raise the loss without a gain.
         """
-        if not self.history or self._by_hand or self.config.ranking not in ("joint", "sensitivity"):
+        if not self.history or self._by_hand or self.config.ranking not in ("joint", "sensitivity", "curves"):
             return None
         before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
         return self.kept_channels() if share == before == 1 else None
@@ -227,6 +232,11 @@ class GradientFlowPruner:
     def scores(self) -> dict[str, Tensor] | None:
         """Averaged scores by group name, each with shape `(num_units,)`; None before the first ranking."""
         return self.ranking.scores
+
+    @property
+    def damage_curves(self) -> dict[str, DamageCurve] | None:
+        """Measured damage of narrowing each group by name; None before the first ranking, and without `ranking="curves"`."""
+        return self.ranking.curves
 
     # --- the schedule ---
 
@@ -269,7 +279,8 @@ class GradientFlowPruner:
         return update
 
     def _update(self, step: int, batches: Sequence[DiffusionBatch]) -> MaskUpdate:
-        for batch in batches if find_criterion(self.config.criterion).needs_batches else ():
+        needs_batches = find_criterion(self.config.criterion).needs_batches or self.config.ranking == "curves"
+        for batch in batches if needs_batches else ():
             check_batch(self.unet, self.process, batch)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
@@ -334,6 +345,7 @@ class GradientFlowPruner:
             self.finished,
             self._by_hand,
             self.latency,
+            self.ranking.curves,
         )
         return state.to_dict()
 
@@ -355,6 +367,10 @@ class GradientFlowPruner:
             raise ValueError(f"the pruner's state must have the same target as this pruner, target={self.config.target}")
         if self.config.ranking == "joint" and loaded.history and not (loaded.finished or loaded.changes):
             raise ValueError("the pruner's state must have joint changes for ranking=joint: it was saved with another ranking")
+        if self.config.ranking == "curves" and loaded.history and not loaded.curves:
+            raise ValueError(
+                "the pruner's state must have damage curves for ranking=curves: it was saved with another ranking"
+            )
         if loaded.latency is not None:
             self._latency_model.load_dict(loaded.latency["model"])
             self.latency = loaded.latency
@@ -364,7 +380,7 @@ class GradientFlowPruner:
         else:
             self._last_masks = loaded.masks
         self.kept, self.history = loaded.kept, loaded.history
-        self.ranking.scores, self.ranking.changes = loaded.scores, loaded.changes
+        self.ranking.scores, self.ranking.changes, self.ranking.curves = loaded.scores, loaded.changes, loaded.curves
         self.finished, self._path, self._by_hand = loaded.finished, loaded.path, loaded.by_hand
 
     # --- the end ---

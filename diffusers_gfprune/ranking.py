@@ -3,6 +3,9 @@
 Rankings are noisy. Scores are averaged over rankings (`score_decay`), and a pruned unit is revived only if it is clearly
 better than a kept one (`revival_margin`).
 
+With `ranking="curves"`, the damage of narrowing each group is measured at the first ranking, before weights have trained with
+masks (`scoring.group_damage`), and gives the widths of all rankings.
+
 With `ranking="joint"`, there are a few choices with different widths and blocks. The one with the least measured damage is
 taken (`scoring.removals`).
 """
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 
 from .configuration import GFPruneConfig
 from .diffusion.batch import DiffusionBatch
+from .pruning.damage_curves import DamageCurve
+from .scoring.group_damage import damage_curves
 from .scoring.importance import average_scores, score_units, score_units_jointly
 from .scoring.removals import removal_damage
 from .unit_choice import UnitChoice
@@ -31,6 +36,7 @@ class Ranking:
     Attributes:
         scores: Averaged scores by group name, each with shape `(num_units,)`; None before the first ranking.
         changes: Averaged joint changes, each with shape `(rows, num_units)`; None without `ranking="joint"`.
+        curves: Damage curves by group name; None before the first ranking, and without `ranking="curves"`.
 
     Args:
         unet: The masked model.
@@ -43,6 +49,7 @@ class Ranking:
         self.unet, self.process, self.config, self.choice = unet, process, config, choice
         self.scores: dict[str, Tensor] | None = None
         self.changes: dict[str, Tensor] | None = None
+        self.curves: dict[str, DamageCurve] | None = None
 
     def rank(
         self, batches: Sequence[DiffusionBatch], share: float, kept: Mapping[str, Tensor], widths: np.ndarray | None
@@ -60,6 +67,8 @@ class Ranking:
         """
         first = self.scores is None
         self._score(batches, kept, self.config.score_decay)
+        if self.config.ranking == "curves" and self.curves is None:
+            self.curves = self._measure(batches)
         chosen = self._choose(share, kept, widths)
         if first and self.config.score_at == "midpoint" and not all(units.all() for units in chosen[0].values()):
             self._score(batches, chosen[0], decay=0.0)
@@ -83,6 +92,11 @@ class Ranking:
                 latest = score_units(*arguments), None
         self.scores, self.changes = average_scores((self.scores, self.changes), latest, decay)
 
+    def _measure(self, batches: Sequence[DiffusionBatch]) -> dict[str, DamageCurve]:
+        """Damage curves of all groups with the units that have the lowest scores removed first."""
+        groups, ladders = self.choice.cost.groups, self.choice.ladders
+        return damage_curves(self.unet, groups, batches, self.process, self.config, self.scores, ladders)
+
     def _choose(self, share: float, kept: Mapping[str, Tensor], widths: np.ndarray | None) -> list[dict[str, Tensor]]:
         """Choose units by the averaged scores, with a bonus for kept units. Several choices are to be measured."""
         ratio, margin, ranking = share * self.config.ratio, self.config.revival_margin, self.config.ranking
@@ -103,5 +117,5 @@ class Ranking:
             chosen = dict(self.scores) if ranking == "sensitivity" else dict(ranked)
             if not all(kept[name].all() for name in blocks):
                 chosen |= {name: self.scores[name] * (1 + margin * kept[name]) for name in blocks}
-            widths = self.choice.widths(ratio, chosen)
+            widths = self.choice.widths(ratio, chosen, self.curves)
         return [self.choice.best_units(ranked, widths)]

@@ -3,8 +3,8 @@
     scores, joint changes  ->  blocks and widths of groups that meet the budget  ->  the best units of each group
 
 `GFPruneConfig.ranking` determines how. `joint` chooses blocks, widths and units together (`pruning.joint`). The others first
-allocate widths (`pruning.allocation`), with blocks according to `GFPruneConfig.depth` (`pruning.depth`), then keep the
-highest-scored units of each group.
+allocate widths, by scores (`pruning.allocation`) or by measured damage (`pruning.curve_allocation`), with blocks according to
+`GFPruneConfig.depth` (`pruning.depth`), then keep the highest-scored units of each group.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from .pruning.budget import (
     width_ladder,
 )
 from .pruning.cost_model import CostModel
+from .pruning.curve_allocation import allocate_by_curves
+from .pruning.damage_curves import DamageCurve
 from .pruning.depth import check_reachable, choose_blocks, plan_widths, remove_by_sensitivity, remove_per_group, widths_stay
 from .pruning.joint import SEPARATE, UnitDamage, exchange_units, joint_candidates
 from .scoring.importance import normalize_scores
@@ -90,12 +92,15 @@ class UnitChoice:
         """Whether a run ends with `planned_widths`; otherwise widths or blocks depend on scores."""
         return self.config.ranking == "group" and not self.cost.inner
 
-    def widths(self, ratio: float, scores: Mapping[str, Tensor]) -> np.ndarray:
+    def widths(
+        self, ratio: float, scores: Mapping[str, Tensor], curves: Mapping[str, DamageCurve] | None = None
+    ) -> np.ndarray:
         """Kept channels of each group, with shape `(groups,)`, for rankings that allocate widths before units.
 
         Args:
             ratio: Share of the target cost to remove, in [0, 1].
             scores: Scores by group name, each with shape `(num_units,)`.
+            curves: With `ranking="curves"`, the damage curve of each group by name.
         """
         cost, target, ladders = self.cost, self.config.target, self.ladders
         if ratio == 0:
@@ -104,8 +109,14 @@ class UnitChoice:
             return allocate_per_group(cost, target, ratio, ladders)
         ordered, exponent = [scores[group.name] for group in cost.groups], self.config.sensitivity_exponent
         damage = {block: float(ordered[block].abs().sum()) for block in cost.inner}
+        if self.config.ranking == "curves":
+            of_groups = [curves[group.name] for group in cost.groups]
+            damage = {block: of_groups[block].at(0) for block in cost.inner}
         if widths_stay(cost, ladders):
             return choose_blocks(cost, target, ratio, damage)
+        if self.config.ranking == "curves":
+            even = plan_widths(cost, target, ratio, ladders)
+            return allocate_by_curves(cost, target, ratio, ladders, of_groups, even)
         if self.config.ranking == "sensitivity" and not (cost.inner and exponent == 0):
             return self._sensitive_widths(ratio, ordered)
         if self.config.ranking in ("group", "sensitivity"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.one_shot import prune_unet
-from diffusers_gfprune.scoring import importance, removals
+from diffusers_gfprune.pruning.blocks import RemovableBlock
+from diffusers_gfprune.scoring import group_damage, importance, removals
 from helpers.architectures import build
-from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one_shot
+from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one_shot, quick_curves
 
 JOINT = {"criterion": "gradient-flow", "ranking": "joint"}
 
@@ -131,3 +134,86 @@ def test_pruning_without_training_chooses_units_together() -> None:
 
     assert widths() == widths(ranking="joint") != widths(ranking="sensitivity")
     assert widths(criterion="magnitude") == widths(criterion="magnitude", ranking="group")
+
+
+# --- widths by damage curves -------------------------------------------------------------------------------------------
+
+CURVES = {"criterion": "gradient-flow", "ranking": "curves"}
+quick = pytest.mark.usefixtures(quick_curves.__name__)
+
+
+@quick
+@pytest.mark.parametrize(("target", "criterion"), [("macs", "gradient-flow"), ("params", "magnitude")])
+def test_widths_by_damage_curves_meet_the_budget(target: str, criterion: str) -> None:
+    """Counted on the small model; criteria that need no images have curves, too."""
+    options = {**CURVES, "target": target, "criterion": criterion}
+    pruner = GradientFlowPruner(build("fine-units"), one_shot(ratio=0.4, **options), SCHEDULER)
+    assert pruner.damage_curves is None
+    update = pruner.step(0, batches())
+    count = {"macs": count_macs, "params": count_parameters}[target]
+    removed = 1 - count(pruner.compact()) / count(build("fine-units"))
+    assert removed == pytest.approx(0.4, abs=0.01) and update.sparsity == pytest.approx(removed, abs=1e-9)
+    assert pruner.damage_curves.keys() == {group.name for group in pruner.groups}
+
+
+@quick
+@pytest.mark.slow
+def test_damage_is_measured_once_and_survives_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first ranking; widths of later ones follow from it, and stand once the budget is met."""
+    measured = []
+
+    def spy(*arguments):
+        measured.append(curves := group_damage.damage_curves(*arguments))
+        return curves
+
+    monkeypatch.setattr("diffusers_gfprune.ranking.damage_curves", spy)
+
+    def pruner() -> GradientFlowPruner:
+        return GradientFlowPruner(build("fine-units"), config(ratio=0.5, update_interval=5, ranking="curves"), SCHEDULER)
+
+    whole, first = pruner(), pruner()
+    widths = []
+    for step in range(21):
+        if (update := whole.step(step, batches())) is not None:
+            widths.append((update.sparsity, whole.kept_channels().tolist()))
+        if step < 8:
+            first.step(step, batches())
+    assert len(measured) == 2 and measured[0] == whole.damage_curves
+    met = [kept for share, kept in widths if share > 0.49]
+    assert len(widths) > len(met) > 1 and all(kept == met[0] for kept in met)
+    state = json.loads(json.dumps(first.state_dict()["values"]))
+    resumed = pruner()
+    resumed.load_state_dict({"tensors": first.state_dict()["tensors"], "values": state})
+    for step in range(8, 21):
+        resumed.step(step, batches())
+    assert len(measured) == 2 and resumed.damage_curves == whole.damage_curves
+    assert all(torch.equal(mask, resumed.masks[name]) for name, mask in whole.masks.items())
+    tensors = first.state_dict()["tensors"]
+    with pytest.raises(ValueError, match="must have damage curves for ranking=curves"):
+        pruner().load_state_dict({"tensors": tensors, "values": {**state, "curves": None}})
+    with pytest.raises(ValueError, match="must have one damage curve for each channel group"):
+        pruner().load_state_dict({"tensors": tensors, "values": {**state, "curves": {}}})
+
+
+@quick
+@pytest.mark.parametrize("depth", ["allow", "only"])
+def test_damage_curves_choose_blocks(depth: str) -> None:
+    """Where only blocks may go, they are the ones with the least measured damage."""
+    options = {**CURVES, "depth": depth, "criterion": "magnitude", "ratio": 0.2}
+    pruner = GradientFlowPruner(build("fine-units"), one_shot(**options), SCHEDULER)
+    update = pruner.step(0, batches())
+    assert update.sparsity == pytest.approx(0.2, abs=0.05 if depth == "only" else 0.01)
+    blocks = {group.name for group in pruner.groups if isinstance(group, RemovableBlock)}
+    removed = {name for name in blocks if not pruner.kept[name].any()}
+    assert all(pruner.damage_curves[name].widths == (0,) for name in blocks)
+    assert removed if depth == "only" else all(pruner.kept[name].all() for name in blocks - removed)
+
+
+@quick
+def test_damage_curves_need_a_ranking_and_images() -> None:
+    pruner = GradientFlowPruner(build("fine-units"), one_shot(ratio=0.5, **{**CURVES, "criterion": "magnitude"}), SCHEDULER)
+    scores = {group.name: torch.ones(group.num_units) for group in pruner.groups}
+    with pytest.raises(ValueError, match="units were not ranked yet: ranking=curves"):
+        pruner.choose_units(scores)
+    with pytest.raises(ValueError, match="damage curves need at least one calibration batch"):
+        pruner.step(0, [])

@@ -11,6 +11,7 @@
               history              list of `MaskUpdate.to_dict()`
               finished, by_hand    bool
               latency              measured times for a latency budget (`latency.budget`), or null
+              curves               `DamageCurve.to_dict()` by group name with ranking="curves", or null
 
 All other tensors have the shape `(num_units,)`. Group names contain dots, but no slashes. Tensors are stored as safetensors,
 values as JSON, which restore every number bit for bit. Schedule and options are not stored, as they follow from the
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .channel_groups import ChannelGroup
+from .damage_curves import DamageCurve
 from .masking import check_mask
 
 __all__ = ["MaskPath", "MaskUpdate", "PrunerState"]
@@ -104,6 +106,7 @@ class PrunerState:
         finished: Whether masks are frozen.
         by_hand: Whether masks were set explicitly since the last ranking.
         latency: `GradientFlowPruner.latency`.
+        curves: `GradientFlowPruner.damage_curves`.
     """
 
     masks: dict[str, Tensor]
@@ -115,6 +118,7 @@ class PrunerState:
     finished: bool = False
     by_hand: bool = False
     latency: dict | None = None
+    curves: dict[str, DamageCurve] | None = None
 
     def to_dict(self) -> dict:
         """`{"tensors": {flat name: tensor on the CPU}, "values": JSON values}`."""
@@ -134,6 +138,7 @@ class PrunerState:
                 "finished": self.finished,
                 "by_hand": self.by_hand,
                 "latency": self.latency,
+                "curves": None if self.curves is None else {name: curve.to_dict() for name, curve in self.curves.items()},
             },
         }
 
@@ -179,7 +184,7 @@ class PrunerState:
         expected = history[-1].kept_units if history else sum(group.num_units for group in sizes.values())
         if count != expected and not flags["by_hand"]:
             raise ValueError(f"the pruner's state keeps {count} units, but its history has {expected}")
-        # Checkpoints of earlier versions have no latency
+        # Checkpoints of earlier versions have neither latency nor curves
         return cls(
             masks,
             kept,
@@ -189,6 +194,7 @@ class PrunerState:
             history,
             **flags,
             latency=values.get("latency"),
+            curves=_read_curves(values.get("curves"), sizes),
         )
 
 
@@ -230,6 +236,14 @@ def _read_path(path: Mapping, starts: dict[str, Tensor], goals: dict[str, Tensor
     except (KeyError, TypeError):
         pass
     raise ValueError(f"path={path} of the pruner's state must have 0 <= start_step < goal_step")
+
+
+def _read_curves(curves: Mapping | None, groups: Mapping[str, ChannelGroup]) -> dict[str, DamageCurve] | None:
+    if curves is None:
+        return None
+    if not isinstance(curves, Mapping) or curves.keys() != groups.keys():
+        raise ValueError("curves of the pruner's state must have one damage curve for each channel group")
+    return {name: DamageCurve.from_dict(values) for name, values in curves.items()}
 
 
 def _read_history(entries: Iterable[Mapping]) -> list[MaskUpdate]:

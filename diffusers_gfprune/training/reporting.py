@@ -22,10 +22,12 @@ from ..metrics.step_loss import StepLoss
 from ..one_shot import RECOVERY_SAMPLES
 from ..pruning.blocks import RemovableBlock, removed_blocks
 from ..pruning.cost_model import COUNTED_TARGETS
+from ..pruning.damage_curves import measured_widths
 from ..pruning.depth import saved_by_blocks
 from ..pruning.recovery import recovery_macs
 from ..reports.provenance import package_versions, portable
 from ..reports.results import PRUNING_RUN, ModelFigures, Results
+from ..scoring.group_damage import curve_macs
 from ..trained_pipelines import TrainedPipeline
 from .arguments import Arguments
 from .estimate import StepEstimate, machine_memory, memory_plan
@@ -77,7 +79,9 @@ def describe_plan(
     ]
     if not pruner.choice.widths_are_planned:
         others = "other widths and blocks" if cost.inner else "other widths"
-        lines.append(f"  (ranking={config.ranking} will choose {others}, by scores, at the same {config.target})")
+        points = sum(len(measured_widths(ladder)) for ladder in pruner.ladders)
+        by = f"by the damage of {points} narrower groups" if config.ranking == "curves" else "by scores"
+        lines.append(f"  (ranking={config.ranking} will choose {others}, {by}, at the same {config.target})")
     for name in COUNTED_TARGETS:
         before, after = cost.cost(name, cost.dense), cost.cost(name, pruner.planned_widths)
         lines.append(f"  {name:10} {before:>16,.0f} -> {after:>16,.0f}   (-{1 - after / before:.1%})")
@@ -121,7 +125,7 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
 
     As measured on the digits and CIFAR-10 models (benchmarks/cost.py), masks cost about a tenth of a step, scoring a batch
     takes the passes of the criterion's record, and a compacted step is proportional to its MACs. So is recovery: two forwards
-    of its images, and the products of features.
+    of its images, and the products of features. Damage curves take a forward for each point, and such products.
     """
     config, t = pruner.config, args.training
     step = estimate.seconds * t.gradient_accumulation_steps
@@ -133,12 +137,15 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     # A dense forward is a third of a dense step
     masked = 1.1 * step + args.objective.extra_forwards() * step / 3
     small = left * step + args.objective.extra_forwards(left) * step / 3
+    dense_macs = pruner.cost.macs(pruner.cost.dense)
+    seconds_per_mac = estimate.seconds / (3 * t.train_batch_size * dense_macs)
     recoveries = {"none": 0, "compaction": 1, "rankings": rankings}[args.pruning.recovery]
     recovery = 0.0
     if recoveries:
-        seconds_per_mac = estimate.seconds / (3 * t.train_batch_size * pruner.cost.macs(pruner.cost.dense))
-        forwards = 2 * max(images, RECOVERY_SAMPLES) * pruner.cost.macs(pruner.cost.dense)
+        forwards = 2 * max(images, RECOVERY_SAMPLES) * dense_macs
         recovery = recoveries * seconds_per_mac * (forwards + left * recovery_macs(pruner.unet))
+    if config.ranking == "curves":
+        scoring += seconds_per_mac * curve_macs(dense_macs, pruner.unet, pruner.ladders)
     return masked * end + scoring + recovery + small * (config.total_steps - end)
 
 
@@ -304,6 +311,9 @@ def pruning_report(
         ],
         "removed_blocks": sorted(block.name for block in removed_blocks(pruner.groups, pruner.kept)),
         "latency_calibration": None if pruner.latency is None else pruner.latency["calibration"],
+        "damage_curves": None
+        if pruner.damage_curves is None
+        else {name: curve.to_dict() for name, curve in pruner.damage_curves.items() if curve.widths},
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,
         "curves": {**_schedule_curves(pruner), **dataclasses.asdict(curves)},

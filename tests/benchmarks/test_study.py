@@ -53,7 +53,7 @@ def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> N
     words = study.arguments_of(setting, dataset, 3, ["--output_dir", "runs/x"])
     args = parse_arguments(words)
     assert args.run.seed == args.pruning.pruning_seed == 3
-    percent = name[-2:] if setting.part in ("budget", "recovery") and name[-3:] in ("-30", "-70") else "50"
+    percent = name[-2:] if setting.part in ("budget", "widths", "recovery") and name[-3:] in ("-30", "-70") else "50"
     assert args.pruning.ratio == int(percent) / 100
     assert bool(args.evaluation.eval_steps) == (setting.curves and dataset in DATASETS)
     assert (args.objective.distillation_weight == 0) == ("no teacher" in setting.title)
@@ -80,7 +80,7 @@ def test_settings_differ() -> None:
     seen: dict[str, str] = {}
     for setting in chosen:
         args = parse_arguments(study.arguments_of(setting, "digits", 0, []))
-        values = json.dumps([vars(args.pruning), vars(args.objective)], sort_keys=True)
+        values = json.dumps([vars(args.pruning), vars(args.objective), vars(args.training)], sort_keys=True)
         if vars(args.pruning) != default:
             assert values not in seen, f"{setting.name} is {seen.get(values)}"
         seen[values] = setting.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
@@ -70,6 +71,15 @@ def one_shot(**options) -> GFPruneConfig:
     return GFPruneConfig.from_preset(
         "one-shot", **{"total_steps": 1, "criterion": "magnitude", "channel_multiple": 1, **options}
     )
+
+
+@pytest.fixture
+def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage curves of few points, from few samples of few steps, and a small fit."""
+    monkeypatch.setattr("diffusers_gfprune.pruning.damage_curves.SHARES", (0.5,))
+    monkeypatch.setattr("diffusers_gfprune.scoring.sample_damage.SAMPLING_STEPS", 2)
+    for name, value in (("FIT_SAMPLES", 16), ("SAMPLES", 2), ("MEASURED_SAMPLES", 2)):
+        monkeypatch.setattr(f"diffusers_gfprune.scoring.group_damage.{name}", value)
 
 
 def mask_values(pruner: GradientFlowPruner) -> list[float]:
