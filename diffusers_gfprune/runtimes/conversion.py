@@ -1,4 +1,4 @@
-"""Conversion of traced programs. The libraries convert; nothing is converted by hand, but what one of them gets wrong is left out."""
+"""Conversion of traced programs by the libraries of the runtimes. What one of them gets wrong is left out of the program."""
 
 from __future__ import annotations
 
