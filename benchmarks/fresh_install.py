@@ -1,8 +1,10 @@
 """Install the package into empty environments: time, size, a first use, and tests.
 
+`--write` adds rows to benchmarks/results/fresh_install.json and to the table of benchmarks/README.md.
+
     python benchmarks/fresh_install.py --write                        # `make fresh`: pip install . with this Python
     python benchmarks/fresh_install.py --torch 2.13.0+cpu --write     # with another build of PyTorch
-    python benchmarks/fresh_install.py --python 3.10 3.13 --torch current 2.6.0 --tests tests/pruning   # `make matrix`
+    python benchmarks/fresh_install.py --python 3.11 3.13 --torch current 2.6.0 --tests tests/pruning   # `make matrix`
 
 Each combination gets a virtual environment of its own, which is deleted afterwards. Times include downloads, from where pip
 finds packages; `--no_cache_dir` leaves out those of earlier installations. The first use prunes a small UNet in one call,
@@ -23,7 +25,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/fresh_install.json"
+RESULTS, README = ROOT / "benchmarks/results/fresh_install.json", ROOT / "benchmarks/README.md"
+BEGIN, END = "<!-- fresh install -->", "<!-- end -->"
 CURRENT = "current"
 TEST_PACKAGES = ("filelock", "hypothesis", "pytest", "scikit-learn", "torch-pruning>=1.6")
 FIRST_USE = """
@@ -53,12 +56,17 @@ def interpreter(version: str) -> str:
         ValueError: There is none.
     """
     places = [f"python{version}", *map(str, sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))]
-    found = next((path for place in places if (path := shutil.which(place))), None)
+    found = next((path for place in places if (path := shutil.which(place)) and _runs(path)), None)
     if platform.python_version().startswith(f"{version}."):
         found = sys.executable
     if found is None:
         raise ValueError(f"python={version} was not found: there is no python{version} on the path, or in ~/.pyenv")
     return found
+
+
+def _runs(python: str) -> bool:
+    """False for pyenv's stand-in for a version that is not switched on."""
+    return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
 
 
 def folder_size(folder: Path) -> int:
@@ -89,7 +97,7 @@ def install(python: str, torch: str, extra: str | None, tests: list[str], option
         wanted += TEST_PACKAGES if tests else ()
         start = time.perf_counter()
         subprocess.run([inside, "-m", "pip", "install", "--quiet", *options, *wanted], check=True)
-        row = {"extra": extra, "install_seconds": time.perf_counter() - start}
+        row = {"extra": ",".join(extras) or None, "install_seconds": time.perf_counter() - start}
         row["bytes"] = folder_size(Path(place)) - empty
         used = subprocess.run([inside, "-c", FIRST_USE], cwd=place, check=True, capture_output=True, text=True)
         row |= json.loads(used.stdout.splitlines()[-1])
@@ -103,12 +111,12 @@ def install(python: str, torch: str, extra: str | None, tests: list[str], option
 
 
 def table(rows: list[dict]) -> str:
-    """All rows in Markdown."""
+    """All rows in Markdown, sorted by versions."""
     lines = [
         "| Python | torch | extra | installed in | size | import | first use | tests |",
         "|---|---|---|---:|---:|---:|---:|---|",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["extra"] or "", [*map(int, row["python"].split("."))], row["torch"])):
         figures = f"{row['install_seconds']:.0f} s | {row['bytes'] / 2**30:.2f} GiB | {row['import_seconds']:.1f} s"
         ends = f"{row['use_seconds']:.1f} s | {row.get('tests', '-')}"
         lines.append(f"| {row['python']} | {row['torch']} | {row['extra'] or '-'} | {figures} | {ends} |")
@@ -125,7 +133,7 @@ def main() -> None:
     parser.add_argument("--extra", help="extra of the package, such as training or demo")
     parser.add_argument("--tests", nargs="+", default=[], help="tests to run in each environment")
     parser.add_argument("--no_cache_dir", action="store_true", help="download everything, as on a fresh machine")
-    parser.add_argument("--write", action="store_true", help=f"add the rows to {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"add the rows to {RESULTS.relative_to(ROOT)} and to the table")
     args = parser.parse_args()
     try:
         pythons = [interpreter(version) for version in args.python]
@@ -146,6 +154,8 @@ def main() -> None:
         same = {(row["python"], row["torch"], row["extra"]) for row in rows}
         kept = [row for row in kept if (row["python"], row["torch"], row["extra"]) not in same]
         RESULTS.write_text(json.dumps([*kept, *rows], indent=2) + "\n")
+        head, rest = README.read_text().split(BEGIN)
+        README.write_text(f"{head}{BEGIN}\n\n{table([*kept, *rows])}\n\n{END}{rest.split(END, 1)[1]}")
     if failed:
         sys.exit(1)
 

@@ -1,13 +1,15 @@
 """Measured latency with a budget of 40 % of the forward time, compared with a budget of 40 % of the MACs.
 
     python benchmarks/latency_budget.py           writes benchmarks/results/latency_budget.json (about ten minutes)
+    python benchmarks/latency_budget.py --backends onnxruntime openvino   adds the rows of runtimes to it
     python benchmarks/latency_budget.py --table   prints the table of that file
 
-A case is a model of `models.py`, a batch size, and whether forward passes run eagerly or compiled. The pruner plans the same
-share of every group, as far as width ladders allow (ranking by group); in the case `digits-magnitude-16`, magnitudes choose
-the widths (global ranking). The measured share is a median over interleaved rounds of the dense and the pruned model, with its
-standard error. The narrowest model that the ladders allow is measured first: if it saves less than 40 %, the budget is half of
-what it saves; the table shows this.
+A case is a model of `models.py`, a batch size, and whether forward passes run eagerly, compiled, or exported to a runtime, all
+with the same number of threads. In a runtime, the layers and all models are timed there. The pruner plans the same share of
+every group, as far as width ladders allow (ranking by group); in the case `digits-magnitude-16`, magnitudes choose the widths
+(global ranking). The measured share is a median over interleaved rounds of the dense and the pruned model, with its standard
+error. The narrowest model that the ladders allow is measured first: if it saves less than 40 %, the budget is half of what it
+saves; the table shows this.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from diffusers_gfprune.latency.calibration import LATENCY_TOLERANCE, LatencyChec
 from diffusers_gfprune.latency.layer_times import machine_description
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE, width_ladder
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
+from diffusers_gfprune.runtimes.requirements import RUNTIMES, runtime_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIO = 0.4
@@ -47,7 +50,7 @@ class Case:
         model: Name of a model of `models.py`.
         batch_size: Number of samples of a forward pass.
         by_magnitude: Whether magnitudes choose widths.
-        backend: `latency_backend` of the pruner, `"eager"` or `"compile"`.
+        backend: `latency_backend` of the pruner.
     """
 
     model: str
@@ -78,6 +81,11 @@ CASES = {
     "cifar10-16": Case("cifar10", 16),
     "deep-1": Case("deep", 1),
     "deep-4": Case("deep", 4),
+    **{
+        f"{model}-{batch_size}-{runtime}": Case(model, batch_size, backend=runtime)
+        for model, batch_size in (("digits", 16), ("cifar10", 1), ("cifar10", 16), ("deep", 4))
+        for runtime in RUNTIMES
+    },
 }
 
 
@@ -113,6 +121,8 @@ def measure_case(case: Case) -> dict:
         planning_seconds = time.perf_counter() - start
     counted = make_pruner(unet, case.config("macs", ratio), None)
     found = {"most": most, "planning_seconds": planning_seconds, "calibration": timed.latency["calibration"]}
+    if timed.config.latency_runtime is not None:
+        found["versions"] = runtime_versions(timed.config.latency_runtime)
     for target, pruner in (("latency", timed), ("macs", counted)):
         with latency_meter(unet, timed.config.latency_setting(), seconds=CHECK_SECONDS) as measure:
             pair = measure(pruner.compact())
@@ -144,7 +154,9 @@ def table(found: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    backends = list(dict.fromkeys(case.backend for case in CASES.values()))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="cases to measure (default: those of the backends)")
+    parser.add_argument("--backends", nargs="+", choices=backends, default=["eager", "compile"])
     parser.add_argument("--threads", type=int, help="number of PyTorch threads (default: PyTorch's)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/latency_budget.json")
     parser.add_argument("--table", action="store_true", help="print the table of an existing file and stop")
@@ -158,7 +170,7 @@ def main() -> None:
     # Other cases keep their earlier values if they are from the same machine
     found = json.loads(args.output.read_text()) if args.output.exists() else {}
     found = found if found.get("machine") == machine else {"machine": machine, "cases": {}}
-    for name in args.cases:
+    for name in args.cases or [name for name, case in CASES.items() if case.backend in args.backends]:
         found["cases"] = {**found["cases"], name: measure_case(CASES[name])}
         found["cases"] = {case: found["cases"][case] for case in CASES if case in found["cases"]}
         args.output.parent.mkdir(parents=True, exist_ok=True)

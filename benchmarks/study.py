@@ -225,7 +225,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="Run everything at reduced size, as a test.")
     parser.add_argument("--folder", type=Path, default=QUICK, help="Folder of results and runs of --quick.")
     parser.add_argument("--part", nargs="+", choices=sorted({s.part for s in SETTINGS.values()}), help="Parts (default: all).")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="Names of settings (default: all of the parts).")
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(SETTINGS), metavar="NAME", help="Names of settings (default: all of the parts)."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="Number of simultaneous runs.")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per run.")

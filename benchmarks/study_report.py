@@ -207,7 +207,10 @@ def time_table(data: dict[str, Found], times: dict) -> str:
 
 
 # Parts with a table for each data set
-PARTS = ("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "igsm", "recovery")
+PARTS = (
+    *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "igsm", "recovery"),
+    "convergence",
+)
 # Rows of other parts to compare the rows of a part with
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
@@ -217,6 +220,7 @@ BESIDE = {
     "data": ("two-phase",),
     "features": ("two-phase",),
     "igsm": ("two-phase", "one-shot-diff-pruning"),
+    "convergence": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
 }
 
 

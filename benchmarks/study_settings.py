@@ -13,10 +13,11 @@ Parts of the study:
     scores      options of the score that arXiv 2501.09464 leaves open
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
-    features    block outputs of the teacher in the loss, besides its predictions
+    features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
     igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
+    convergence runs of a tenth of the steps, beside the rivals' whole runs
 
 The five from phases to scores study the two phases. They run on the digits, for a third of the steps: more short runs are
 affordable, and they differ more, since long fine-tuning reduces the differences.
@@ -273,8 +274,12 @@ def _depth() -> list[Setting]:
 
 
 def _features() -> list[Setting]:
-    title = "gradient flow, two phases, block outputs of the teacher"
-    return [Setting("features", title, "features", ("--feature_distillation_weight", "0.03"), datasets=EVERY)]
+    title, words = "gradient flow, two phases, block outputs of the teacher", ("--feature_distillation_weight", "0.03")
+    recovery = f"{title}, recovery at rankings"
+    return [
+        Setting("features", title, "features", words, datasets=EVERY),
+        Setting("features-recovery", recovery, "features", (*words, "--recovery", "rankings"), datasets=EVERY),
+    ]
 
 
 def _igsm() -> list[Setting]:
@@ -323,11 +328,31 @@ def _recovery() -> list[Setting]:
                         f"{title}{told}{words}",
                         "recovery",
                         chosen,
-                        datasets=("digits", *LATENT),
+                        datasets=EVERY,
                         own={"digits": SHORT},
                     )
                 )
     return found
+
+
+def _convergence() -> list[Setting]:
+    # Rankings, warmup and validation at the same shares of the run as in the recipes
+    own = {
+        "digits": ("--max_train_steps", "150", "--update_interval", "8", "--lr_warmup_steps", "3"),
+        "cifar10": ("--max_train_steps", "60", "--update_interval", "3", "--lr_warmup_steps", "3", "--validation_steps", "10"),
+    }
+    recovery = ("--recovery", "compaction")
+    joint = (*ONE_SHOT, "--ranking", "joint", *recovery)
+    rows = [
+        ("two-phase", "gradient flow, two phases", ()),
+        ("one-shot", "gradient flow, one-shot", ONE_SHOT),
+        ("recovery", "gradient flow, one-shot, with recovery", (*ONE_SHOT, *recovery)),
+        ("joint", "gradient flow, one-shot, units chosen together, with recovery", joint),
+    ]
+    return [
+        Setting(f"tenth-{name}", f"{title}, a tenth of the steps", "convergence", arguments, own=own)
+        for name, title, arguments in rows
+    ]
 
 
 SETTINGS = {
@@ -346,6 +371,7 @@ SETTINGS = {
         _features,
         _igsm,
         _recovery,
+        _convergence,
     )
     for setting in part()
 }

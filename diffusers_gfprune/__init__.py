@@ -13,6 +13,7 @@ from .pipeline_pruning import prune_pipeline
 from .pruner import GradientFlowPruner
 from .remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .remote.pipeline_prune_ddpm import PruneDDPMPipeline
+from .remote.pixart_transformer_2d_gfpruned import GFPrunedPixArtTransformer2DModel
 from .remote.unet_2d_condition_gfpruned import GFPrunedUNet2DConditionModel
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .version import __version__
@@ -20,6 +21,7 @@ from .version import __version__
 __all__ = [
     "GFPruneConfig",
     "GFPrunedDiTTransformer2DModel",
+    "GFPrunedPixArtTransformer2DModel",
     "GFPrunedUNet2DConditionModel",
     "GFPrunedUNet2DModel",
     "GradientFlowPruner",

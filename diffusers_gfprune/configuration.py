@@ -12,11 +12,14 @@ from .pruning.blocks import DEPTHS
 from .pruning.budget import ATTENTION_UNITS
 from .pruning.cost_model import TARGETS
 from .pruning.schedules import SCHEDULES, PruningSchedule
+from .runtimes.requirements import RUNTIMES, check_runtimes
 
 __all__ = ["PRESETS", "GFPruneConfig", "criterion_of"]
 
 DEVICES = ("auto", "cpu", "cuda")
-LATENCY_BACKENDS = ("eager", "compile")
+# Modes of the timed forward pass, by the value of `latency_backend`
+LATENCY_MODES = {"eager": "eager", "compile": "compiled", **{runtime: runtime for runtime in RUNTIMES}}
+LATENCY_BACKENDS = tuple(LATENCY_MODES)
 HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("midpoint", "dense", "masked")
 AGGREGATIONS = ("signed", "abs", "sum_abs")
@@ -104,7 +107,11 @@ class GFPruneConfig:
     latency_dtype: str = _choice(
         "float32", DTYPES, "Dtype in which the pruned model will run, for target=latency and channel_multiple=auto."
     )
-    latency_backend: str = _choice("eager", LATENCY_BACKENDS, "target=latency: run eagerly or with torch.compile.")
+    latency_backend: str = _choice(
+        "eager",
+        LATENCY_BACKENDS,
+        "target=latency: run eagerly, with torch.compile, or exported to a runtime, which executes on the CPU in float32.",
+    )
 
     # criterion
     criterion: str = field(
@@ -217,6 +224,11 @@ class GFPruneConfig:
             self.channel_multiple = int(self.channel_multiple)
         if self.latency_batch_size < 1:
             raise ValueError(f"latency_batch_size={self.latency_batch_size} must be at least 1")
+        if self.target == "latency":
+            try:
+                self.latency_setting()
+            except ValueError as error:
+                raise ValueError(f"latency_{error}") from error
         for name in ("min_keep_ratio", "score_decay", "diff_pruning_threshold"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -247,7 +259,21 @@ class GFPruneConfig:
 
     def latency_setting(self) -> SpeedSetting:
         """Settings of the forward pass that `target="latency"` measures."""
-        return SpeedSetting(self.latency_batch_size, self.latency_dtype, compiled=self.latency_backend == "compile")
+        return SpeedSetting(self.latency_batch_size, self.latency_dtype, LATENCY_MODES[self.latency_backend])
+
+    @property
+    def latency_runtime(self) -> str | None:
+        """The runtime that `target="latency"` measures in; None: PyTorch, or another target."""
+        return self.latency_setting().runtime if self.target == "latency" else None
+
+    def check_installed(self) -> None:
+        """Check for the runtime that `target="latency"` measures in.
+
+        Raises:
+            ImportError: It is not installed. The message has the command that installs it.
+        """
+        if self.latency_runtime is not None:
+            check_runtimes([self.latency_runtime])
 
     def schedule(self) -> PruningSchedule:
         """The schedule in steps."""

@@ -150,6 +150,7 @@ def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfi
         options: Fields of `GFPruneConfig`.
 
     Raises:
+        ImportError: The runtime of `latency_backend` is not installed.
         ValueError: An option is out of range, or has no meaning without training.
     """
     options = dict(options)
@@ -162,7 +163,9 @@ def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfi
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if options.get("ranking") is None and find_criterion(options.get("criterion", GFPruneConfig.criterion)).joint is not None:
         options["ranking"] = "joint"
-    return GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
+    config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
+    config.check_installed()
+    return config
 
 
 def prune_unet(
@@ -206,6 +209,7 @@ def prune_unet(
         The pruned model.
 
     Raises:
+        ImportError: The runtime of `latency_backend` is not installed.
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
     config = one_shot_config(batch_size, options)

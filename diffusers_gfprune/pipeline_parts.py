@@ -56,18 +56,21 @@ class PipelineParts(NamedTuple):
         if layout.text:
             image_size = codec.image_shape(*spatial_size(denoiser))[1:]
             zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
-            prompts = PromptEncoder.of_pipeline(components, image_size, zeros)
+            takes = family.example_inputs(denoiser, *family.tracing_size(denoiser.config)).conditioning
+            prompts = PromptEncoder.of_pipeline(components, image_size, zeros, layout.max_length, takes)
         return cls(family, denoiser, pipe.scheduler, codec, prompts, type(pipe).__name__)
 
     def check_process(self) -> None:
-        """Check that the pipeline samples the process of its scheduler, and that the denoiser can embed its timesteps.
+        """Check that the pipeline samples the process of its scheduler, and that the denoiser can embed its timesteps and gets
+        all that it takes.
 
         Raises:
-            ValueError: The scheduler is not supported, or not in this pipeline.
+            ValueError: The scheduler is not supported, or not in this pipeline, or the pipeline is one of other models.
         """
         process = training_process(self.scheduler)
         check_process(self.pipeline, process)
         self.family.check_process(self.denoiser.config, process)
+        self.family.check_pipeline(self.denoiser.config, self.pipeline)
 
 
 def _denoiser(pipe: DiffusionPipeline, pruned: bool) -> tuple[Family, ModelMixin]:

@@ -75,6 +75,7 @@ def prune_pipeline(
         A pipeline of the same class, with the same other components.
 
     Raises:
+        ImportError: The runtime of `latency_backend` is not installed.
         ValueError: The pipeline is not supported, the budget cannot be met, or images, labels or prompts do not fit.
     """
     check_range(FRACTION, caption_dropout=caption_dropout)

@@ -80,10 +80,12 @@ class GradientFlowPruner:
             `DDPMScheduler()`).
         sample_size: Height and width in pixels for counting and measuring costs (default: the model's).
         latency: With `target="latency"`, the attribute `latency` of an earlier pruner, which replaces the measurements.
-            Otherwise layers and models of planned widths are timed on the model's device, which takes minutes.
+            Otherwise layers and models of planned widths are timed, on the model's device or in the runtime of
+            `latency_backend`, which takes minutes.
         latency_cache_dir: Cache directory for layer times (default: no cache).
 
     Raises:
+        ImportError: The runtime of `latency_backend` is not installed.
         ValueError: The model or its scheduler cannot be pruned, or the budget cannot be met. The model is unchanged.
     """
 
@@ -96,6 +98,7 @@ class GradientFlowPruner:
         latency: Mapping | None = None,
         latency_cache_dir: Path | None = None,
     ) -> None:
+        config.check_installed()
         self.unet = unet
         self.config = config
         self.process = training_process(DDPMScheduler() if noise_scheduler is None else noise_scheduler)
@@ -117,7 +120,7 @@ class GradientFlowPruner:
                 attention_unit=config.attention_unit,
                 measurements=latency,
                 cache_dir=latency_cache_dir,
-                progress="timing layers",
+                progress=True,
             )
             self.cost.seconds = self._latency_model.seconds
         self._plan_widths()
@@ -204,7 +207,8 @@ class GradientFlowPruner:
     # --- the budget ---
 
     def _device_type(self) -> str:
-        return next(self.unet.parameters()).device.type
+        """Type of the device that the budget is for: in a runtime the CPU, otherwise that of the model."""
+        return "cpu" if self.config.latency_runtime is not None else next(self.unet.parameters()).device.type
 
     def _plan_widths(self) -> None:
         """Compute the widths that are possible. Latency has been measured before."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -58,11 +59,14 @@ logger = logging.getLogger(__name__)
 
 AUTOENCODERS = {name: getattr(diffusers, name) for name in ("AutoencoderKL", "VQModel")}
 TEXT_ENCODERS = {
-    **{name: getattr(transformers, name) for name in ("CLIPTextModel", "CLIPTextModelWithProjection")},
+    **{name: getattr(transformers, name) for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")},
     "LDMBertModel": LDMBertModel,
 }
+# Tokenizer of each text encoder. Its class may also have the name with "Fast"
 TOKENIZERS = {
-    name: getattr(transformers, name) for name in ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
+    **dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "CLIPTokenizer"),
+    "LDMBertModel": "BertTokenizer",
+    "T5EncoderModel": "T5Tokenizer",
 }
 # Errors that loading a malformed repository may raise
 _ERRORS = (
@@ -185,10 +189,11 @@ def load_pipeline(
         scheduler = _load_scheduler(folder, index, latents=layout.autoencoder is not None)
         process = training_process(scheduler)
         check_process(name, process)
-        classes = [kind for family in families for kind in _classes(family, pruned)]
-        denoiser = load_model(folder, component, index[component][1], {kind.__name__: kind for kind in classes})
+        classes = {named: kind for family in families for named, kind in _classes(family, pruned).items()}
+        denoiser = load_model(folder, component, index[component][1], classes)
         family = family_of(denoiser)
         family.check_process(denoiser.config, process)
+        family.check_pipeline(denoiser.config, name)
     try:
         family.check_trainable(denoiser.config)
     except ValueError as error:
@@ -225,8 +230,10 @@ def _families(index: dict) -> tuple[str, list[Family]]:
     return name, [family for family in FAMILIES if name in family.pipelines]
 
 
-def _classes(family: Family, pruned: bool) -> tuple[type[ModelMixin], ...]:
-    return (family.dense_class, family.pruned_class) if pruned else (family.dense_class,)
+def _classes(family: Family, pruned: bool) -> dict[str, type[ModelMixin]]:
+    """Classes of a family's models by the names that repositories give them."""
+    named = dict.fromkeys((family.dense_class.__name__, *family.earlier_names), family.dense_class)
+    return {**named, family.pruned_class.__name__: family.pruned_class} if pruned else named
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -269,6 +276,23 @@ def _load_codec(folder: Path, index: dict, layout: PipelineLayout, denoiser: Mod
     return codec
 
 
+def _load_tokenizer(folder: Path, class_name: str, wanted: str):
+    """Load a tokenizer.
+
+    Raises:
+        ValueError: It is that of another text encoder, or transformers cannot read its files.
+    """
+    name = folder.name
+    if class_name not in (wanted, f"{wanted}Fast"):
+        raise ValueError(f"its {name} is a {class_name}, not a {wanted}")
+    pieces = sorted(path.name for path in folder.glob("*.model"))
+    if pieces and not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"its {name} has {pieces[0]}, which the package sentencepiece reads: pip install sentencepiece protobuf"
+        )
+    return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+
+
 def _load_prompts(
     folder: Path, index: dict, layout: PipelineLayout, denoiser: ModelMixin, codec: LatentCodec | None
 ) -> PromptEncoder | None:
@@ -281,14 +305,14 @@ def _load_prompts(
         return None
     components = {}
     for tokenizer, encoder in layout.text:
-        name = index[tokenizer][1]
-        if name not in TOKENIZERS:
-            raise ValueError(f"its {tokenizer} is a {name}, not a {' or '.join(TOKENIZERS)}")
-        components[tokenizer] = TOKENIZERS[name].from_pretrained(folder / tokenizer, local_files_only=True)
-        components[encoder] = load_model(folder, encoder, index[encoder][1], TEXT_ENCODERS)
+        name = index[encoder][1]
+        if name in TOKENIZERS:
+            components[tokenizer] = _load_tokenizer(folder / tokenizer, index[tokenizer][1], TOKENIZERS[name])
+        components[encoder] = load_model(folder, encoder, name, TEXT_ENCODERS)
     family, latent_size = family_of(denoiser), spatial_size(denoiser)
     image_size = codec.image_shape(*latent_size)[1:]
     zeros = index.get("force_zeros_for_empty_prompt", True)
-    prompts = PromptEncoder.of_pipeline(components, image_size, force_zeros_for_empty_prompt=zeros)
-    prompts.check_fits(family.example_inputs(denoiser, *family.tracing_size(denoiser.config)).conditioning)
+    takes = family.example_inputs(denoiser, *family.tracing_size(denoiser.config)).conditioning
+    prompts = PromptEncoder.of_pipeline(components, image_size, zeros, layout.max_length, takes)
+    prompts.check_fits(takes)
     return prompts

@@ -17,7 +17,7 @@ INVALID = [
     ("attention_unit", "head"),
     ("latency_batch_size", 0),
     ("latency_dtype", "int8"),
-    ("latency_backend", "onnxruntime"),
+    ("latency_backend", "tensorrt"),
     ("target_device", "tpu"),
     ("criterion", "activations"),
     ("hvp", "approximate"),
@@ -74,6 +74,16 @@ def test_every_choice_is_accepted(field) -> None:
     for choice in field.metadata["choices"]:
         assert getattr(GFPruneConfig(**{field.name: choice}), field.name) == choice
     assert getattr(GFPruneConfig(), field.name) in field.metadata["choices"]
+
+
+def test_runtimes_are_measured_in_float32() -> None:
+    """Where time is the target; otherwise the dtype is that of the training device's blocks."""
+    with pytest.raises(ValueError, match="^latency_dtype=bfloat16 must be float32 in openvino$"):
+        GFPruneConfig(target="latency", latency_backend="openvino", latency_dtype="bfloat16")
+    assert GFPruneConfig(latency_backend="openvino", latency_dtype="bfloat16").latency_runtime is None
+    config = GFPruneConfig(target="latency", latency_backend="onnxruntime")
+    assert config.latency_runtime == config.latency_setting().mode == "onnxruntime"
+    assert GFPruneConfig(target="latency", latency_backend="compile").latency_setting().mode == "compiled"
 
 
 def test_widths_are_chosen_by_scores_that_tell_how_much_a_group_matters() -> None:

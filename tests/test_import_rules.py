@@ -23,7 +23,7 @@ LAYERS = [
     *("version", "errors", "extras", "formatting", "argument_fields", "remote", "interruption", "distributed"),
     "fingerprints",
     "run_folder",
-    *("diffusion", "families", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
+    *("diffusion", "families", "runtimes", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
     "drawn_images",
     *("unit_choice", "ranking", "pruner", "one_shot", "model_spec", "pipeline_parts", "pipeline_pruning", "reports", "hub"),
     *("__init__", "trained_pipelines", "demo", "export", "data", "evaluation", "objectives", "training"),

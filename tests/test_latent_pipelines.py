@@ -33,6 +33,8 @@ CALLS = {
     "sd": {"prompt": ["a cat", "a dog"]},
     "sdxl": {"prompt": ["a cat", "a dog"]},
     "ldm-text": {"prompt": ["a cat", "a dog"]},
+    "pixart": {"prompt": ["a cat", "a dog"], "use_resolution_binning": False},
+    "pixart-sigma": {"prompt": ["a cat", "a dog"], "use_resolution_binning": False},
 }
 STOCK = """
 import sys
@@ -81,7 +83,7 @@ def test_a_pipeline_is_loaded_with_all_that_its_training_needs(name: str, saved:
     wanted = getattr(stock, component).state_dict()
     assert all(torch.equal(values, wanted[key]) for key, values in found.denoiser.state_dict().items())
     assert found.codec.latent_channels == found.denoiser.config.in_channels
-    assert (found.prompts is not None) == (name in ("sd", "sdxl", "ldm-text"))
+    assert (found.prompts is not None) == (name not in ("dit", "ldm"))
 
 
 @pytest.mark.parametrize("name", [name if name == "sd" else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES])
@@ -129,6 +131,20 @@ def test_components_that_are_not_used_travel_unloaded(tmp_path: Path) -> None:
         load_pipeline(str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_transformers_of_the_earlier_class_are_loaded(name: str, tmp_path: Path) -> None:
+    """As repositories of DiT and PixArt-alpha name it; the pruned pipeline names the class of this package."""
+    save(name, tmp_path / "model")
+    known = load_pipeline(str(tmp_path / "model"))
+    edit_json("model_index.json", transformer=["diffusers", "Transformer2DModel"])(tmp_path / "model")
+    edit_json("transformer/config.json", _class_name="Transformer2DModel", num_vector_embeds=None)(tmp_path / "model")
+    found = load_pipeline(str(tmp_path / "model"))
+    assert type(found.denoiser) is type(known.denoiser)
+    assert all(torch.equal(values, found.denoiser.state_dict()[key]) for key, values in known.denoiser.state_dict().items())
+    found.save(small := pruned(found), tmp_path / "pruned")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "pruned").transformer) is type(small)
+
+
 def test_a_latent_pipeline_is_downloaded(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +188,11 @@ def another_text_encoder(folder: Path) -> None:
     text_encoder(tokenizer(folder / "tokenizer"), width=24).save_pretrained(folder / "text_encoder")
 
 
+def pieces_alone(folder: Path) -> None:
+    """As published repositories of T5 are."""
+    (folder / "tokenizer/tokenizer.json").rename(folder / "tokenizer/spiece.model")
+
+
 MISFITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "vae": ("dit", another_vae, "the VAE makes latents of 3 channels, but the model has in_channels=4"),
     "text encoder": ("sd", another_text_encoder, "have width 24, but the model needs 16"),
@@ -183,19 +204,23 @@ MISFITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "tokenizer class": (
         *("sd", edit_json("model_index.json", tokenizer=["transformers", "T5Tokenizer"])),
-        "its tokenizer is a T5Tokenizer, not a CLIPTokenizer or",
+        "its tokenizer is a T5Tokenizer, not a CLIPTokenizer",
     ),
     "missing component": ("sd", edit_json("model_index.json", text_encoder=[None, None]), "has no component text_encoder"),
     "scheduler": (
         *("dit", edit_json("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")),
         "scheduler_config.json is of a FlowMatchEulerDiscreteScheduler",
     ),
+    "pieces": ("pixart", pieces_alone, "has spiece.model, which the package sentencepiece reads: pip install sentencepiece"),
     "size": ("sd", edit_json("unet/config.json", sample_size=None), "sample_size=None"),
 }
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_components_that_do_not_fit_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def test_components_that_do_not_fit_are_refused_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers_gfprune.trained_pipelines.importlib.util.find_spec", lambda name: None)  # not installed
     pipeline, change, message = MISFITS[name]
     change(save(pipeline, tmp_path / "model"))
     with pytest.raises(ValueError, match=f"^pretrained_model_name_or_path=.*{message}") as error:
@@ -204,15 +229,19 @@ def test_components_that_do_not_fit_are_refused_in_one_line(name: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "config", "message"),
     [
-        ({"in_channels": 9}, "in_channels=9 and out_channels=4: UNets that read a mask or an image beside the sample"),
-        ({"num_class_embeds": 3}, "num_class_embeds=3: UNets with conditions other than text cannot be trained"),
-        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim=8: UNets with conditions other than text cannot be trained"),
+        (
+            *("pixart-sigma", {"use_additional_conditions": True}),
+            "use_additional_conditions=True must be False: the PixArtSigmaPipeline passes no resolution",
+        ),
+        ("sd", {"in_channels": 9}, "in_channels=9 and out_channels=4: UNets that read a mask or an image beside the sample"),
+        ("sd", {"num_class_embeds": 3}, "num_class_embeds=3: UNets with conditions other than text cannot be trained"),
+        ("sd", {"time_cond_proj_dim": 8}, "time_cond_proj_dim=8: UNets with conditions other than text cannot be trained"),
     ],
 )
-def test_unets_with_other_inputs_are_refused(config: dict, message: str, tmp_path: Path) -> None:
-    save("sd", tmp_path / "model", **config)
+def test_denoisers_with_other_inputs_are_refused(name: str, config: dict, message: str, tmp_path: Path) -> None:
+    save(name, tmp_path / "model", **config)
     with pytest.raises(ValueError, match=message):
         load_pipeline(str(tmp_path / "model"))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.latents import LatentCodec
-from ..diffusion.prompts import PromptEncoder
+from ..diffusion.prompts import SIZES, PromptEncoder
 from .decoding import BrokenImage, EncodedImage, ImageDecoder, content_digest
 from .shards import Shards
 from .sources import ImageRows
@@ -122,7 +122,7 @@ def caption_shards(captions: Sequence[str], prompts: PromptEncoder, device: torc
         device: Device to encode on.
 
     Returns:
-        Shards with the tensors of `PromptEncoder.encode`, except `time_ids`, which belong to the image.
+        Shards with the tensors of `PromptEncoder.encode`, except sizes, which belong to the image.
     """
 
     def describe(span: range) -> dict:
@@ -134,7 +134,7 @@ def caption_shards(captions: Sequence[str], prompts: PromptEncoder, device: torc
 
     def make(span: range) -> dict[str, Tensor]:
         encoded = prompts.encode([captions[number] for number in span])
-        return {name: values for name, values in encoded.items() if name != "time_ids"}
+        return {name: values for name, values in encoded.items() if name not in SIZES}
 
     def ready() -> AbstractContextManager:
         return prompts.on(device)

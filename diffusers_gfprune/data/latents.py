@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.latents import LatentCodec, LatentDraw
-from ..diffusion.prompts import PromptEncoder
+from ..diffusion.prompts import SIZES, PromptEncoder
 from ..model_spec import ModelSpec
 from .captions import RowCaptions, read_captions
 from .decoding import BrokenImage, BrokenImages, EncodedImage
@@ -89,11 +89,14 @@ class CaptionTexts:
             self.null = prompts.null()
 
     def conditioning(self, number: int | None, sizes: Tensor) -> dict[str, Tensor]:
-        """Conditioning of a caption by its number, or without a caption, for an image of some sizes."""
-        return {
-            name: sizes if name == "time_ids" else row[0] if number is None else self.encoded.read(name, number)
-            for name, row in self.null.items()
-        }
+        """Conditioning of a caption by its number, or without a caption, for an image with these `time_ids`."""
+
+        def row_of(name: str, null: Tensor) -> Tensor:
+            if name == "time_ids":
+                return sizes
+            return null[0] if number is None or name in SIZES else self.encoded.read(name, number)  # other sizes are equal
+
+        return {name: row_of(name, null) for name, null in self.null.items()}
 
 
 class LatentRows(IndexedSource):

@@ -111,6 +111,7 @@ def draw(model: ShownModel, settings: Settings, choices: Choices) -> Drawing:
         "prompt": _in_turn(settings.prompts, count),
         "class_labels": _in_turn(labels, count),
         "batch_size": count,
+        "use_resolution_binning": False,  # PixArt's, which knows images of a few sizes only
         "guidance_scale": 1.0 if choices.guidance_scale is None else settings.guidance_scale,
     }
     given = {name: value for name, value in of_images.items() if name in taken}

@@ -198,7 +198,8 @@ def measured_speed(name: str, revision: str | None = None) -> str | None:
         if results is not None and results.reference_model is not None and results.model.speed:
             rows = compare_speeds(results.reference_model.speed, results.model.speed)
             words = "; ".join(f"{row['title']}: {row['words']}" for row in rows)
-            return f"A forward pass on {results.model.speed[-1]['hardware']}, as the run measured it. {words}."
+            hardware = " and ".join(dict.fromkeys(row["hardware"] for row in results.model.speed))
+            return f"A forward pass on {hardware}, as the run measured it. {words}."
     return None
 
 

@@ -5,11 +5,15 @@
 | `StableDiffusionPipeline` | `text_encoder` | `encoder_hidden_states` |
 | `LDMTextToImagePipeline` | `bert` | `encoder_hidden_states` |
 | `StableDiffusionXLPipeline` | `text_encoder`, `text_encoder_2` | `encoder_hidden_states`, `text_embeds`, `time_ids` |
+| `PixArtSigmaPipeline` | `text_encoder` (T5) | `encoder_hidden_states`, `encoder_attention_mask` |
+| `PixArtAlphaPipeline` | `text_encoder` (T5) | the same, and `resolution` and `aspect_ratio` at 1024 pixels |
 
 `encoder_hidden_states` are the last states of the text encoder; for SDXL, the last but one states of both, side by side.
 `text_embeds` are the projected states of its second text encoder. `time_ids` are the sizes of the image and of its crop.
+`encoder_attention_mask` is 1 for tokens of the prompt and 0 for padding, which T5 is the only one to tell apart.
 
-Prompts are encoded as these pipelines do. They are padded and cut to the tokenizer's limit, so all have the same shape.
+Prompts are encoded as these pipelines do. They are padded and cut to the tokenizer's limit, or to the pipeline's own, so all
+have the same shape. Those for T5 are written in lower case, without spaces at the ends, as with `clean_caption=False`.
 Classifier-free guidance needs the conditioning of "no prompt": that of the empty prompt, or, for SDXL, zeros, if
 `force_zeros_for_empty_prompt` is set in the pipeline. Training for guidance replaces prompts by it, see `class_labels`.
 """
@@ -20,7 +24,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,14 +33,16 @@ from torch import Tensor, nn
 from ..fingerprints import model_fingerprint
 from .placement import moved
 
-__all__ = ["PromptEncoder"]
+__all__ = ["SIZES", "PromptEncoder"]
 
 logger = logging.getLogger(__name__)
 
 # Supported text encoders: one, or the first and the second one
-ONE_ENCODER = ("CLIPTextModel", "LDMBertModel")
+ONE_ENCODER = ("CLIPTextModel", "LDMBertModel", "T5EncoderModel")
 TWO_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
-LDM_MAX_LENGTH = 77  # in LDMTextToImagePipeline, whatever the tokenizer's limit
+# Conditioning that is a property of the image, not of its prompt
+SIZES = ("time_ids", "resolution", "aspect_ratio")
+MASK = "encoder_attention_mask"
 BATCH_SIZE = 64  # prompts of one forward pass
 TOKENIZED = 10_000  # prompts of one call of a tokenizer that counts tokens
 
@@ -46,11 +52,12 @@ class PromptEncoder:
 
     Args:
         tokenizers: One tokenizer for each text encoder.
-        text_encoders: A `CLIPTextModel` or `LDMBertModel`, or, for SDXL, a `CLIPTextModel` and a
+        text_encoders: A `CLIPTextModel`, `LDMBertModel` or `T5EncoderModel`, or, for SDXL, a `CLIPTextModel` and a
             `CLIPTextModelWithProjection`. They are frozen, and converted to float32.
-        image_size: Height and width of images in pixels; SDXL needs it.
+        image_size: Height and width of images in pixels; SDXL and `with_sizes` need it.
         max_length: Maximum number of tokens (default: the tokenizer's); never more than the text encoder has positions.
         zeros_for_empty: Whether the conditioning of "no prompt" is zero, for SDXL.
+        with_sizes: Whether `resolution` and `aspect_ratio` belong to the conditioning.
 
     Attributes:
         max_length: Number of tokens of every encoded prompt, with those at its start and end.
@@ -67,6 +74,7 @@ class PromptEncoder:
         image_size: tuple[int, int] | None = None,
         max_length: int | None = None,
         zeros_for_empty: bool = False,
+        with_sizes: bool = False,
     ) -> None:
         names = tuple(type(encoder).__name__ for encoder in text_encoders)
         if not (len(names) == 1 and names[0] in ONE_ENCODER) and names != TWO_ENCODERS:
@@ -76,9 +84,9 @@ class PromptEncoder:
             )
         if len(tokenizers) != len(names) or None in tokenizers:
             raise ValueError(f"{len(names)} text encoders need as many tokenizers")
-        self.is_pooled = len(names) == 2
-        if self.is_pooled and image_size is None:
-            raise ValueError("image_size=None must be height and width of the images, which two text encoders need")
+        self.is_pooled, self.is_masked, self.with_sizes = len(names) == 2, names == ("T5EncoderModel",), with_sizes
+        if (self.is_pooled or with_sizes) and image_size is None:
+            raise ValueError("image_size=None must be height and width of the images, which the model is conditioned on")
         self.tokenizers, self.image_size = tuple(tokenizers), image_size
         self.zeros_for_empty = zeros_for_empty and self.is_pooled
         self.encoders = tuple(encoder.float().eval().requires_grad_(False) for encoder in text_encoders)
@@ -93,6 +101,8 @@ class PromptEncoder:
         components: Mapping[str, object],
         image_size: tuple[int, int] | None = None,
         force_zeros_for_empty_prompt: bool = True,
+        max_length: int | None = None,
+        takes: Collection[str] = (),
     ) -> PromptEncoder | None:
         """The encoder of a pipeline with these components by name; None if it has no text encoder.
 
@@ -100,12 +110,14 @@ class PromptEncoder:
             components: Components as in `model_index.json`.
             image_size: Height and width of images in pixels.
             force_zeros_for_empty_prompt: Value in `model_index.json` of SDXL.
+            max_length: Number of tokens that the pipeline cuts prompts to (default: the tokenizer's limit).
+            takes: Names of the conditioning that the denoiser takes.
 
         Raises:
             ValueError: The text encoders are not supported.
         """
         if components.get("bert") is not None:
-            return cls([components.get("tokenizer")], [components["bert"]], max_length=LDM_MAX_LENGTH)
+            return cls([components.get("tokenizer")], [components["bert"]], max_length=max_length)
         suffixes = [suffix for suffix in ("", "_2") if components.get(f"text_encoder{suffix}") is not None]
         if not suffixes:
             return None
@@ -113,7 +125,9 @@ class PromptEncoder:
             [components.get(f"tokenizer{suffix}") for suffix in suffixes],
             [components[f"text_encoder{suffix}"] for suffix in suffixes],
             image_size=image_size,
+            max_length=max_length,
             zeros_for_empty=force_zeros_for_empty_prompt,
+            with_sizes="resolution" in takes,
         )
 
     @property
@@ -130,7 +144,9 @@ class PromptEncoder:
         shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (self.max_length, width)}
         if self.is_pooled:
             shapes |= {"text_embeds": (self.encoders[1].config.projection_dim,), "time_ids": (6,)}
-        return shapes
+        if self.is_masked:
+            shapes[MASK] = (self.max_length,)
+        return shapes | ({"resolution": (2,), "aspect_ratio": (1,)} if self.with_sizes else {})
 
     def check_fits(self, conditioning: Mapping[str, Tensor]) -> None:
         """Check that a denoiser takes the conditioning.
@@ -147,18 +163,17 @@ class PromptEncoder:
         for name, shape in self.shapes.items():
             if name not in conditioning:
                 raise ValueError(f"the text encoder makes {name}, which the model does not take")
-            if shape[-1] != conditioning[name].shape[-1]:
-                argument = " (cross_attention_dim)" if name == "encoder_hidden_states" else ""
+            if name != MASK and shape[-1] != conditioning[name].shape[-1]:
                 raise ValueError(
-                    f"{name} of the text encoder have width {shape[-1]}, but the model needs "
-                    f"{conditioning[name].shape[-1]}{argument}: it is the text encoder of another model"
+                    f"{name} of the text encoder have width {shape[-1]}, but the model needs {conditioning[name].shape[-1]}: "
+                    f"it is the text encoder of another model"
                 )
 
     def count_long(self, prompts: Sequence[str]) -> int:
         """Number of prompts with more than `max_length` tokens. Only their first tokens are encoded."""
         count = 0
         for start in range(0, len(prompts), TOKENIZED):
-            part, long = list(prompts[start : start + TOKENIZED]), set()
+            part, long = self._written(prompts[start : start + TOKENIZED]), set()
             for tokenizer in self.tokenizers:
                 tokens = tokenizer(part, truncation=True, max_length=self.max_length + 1).input_ids
                 long |= {number for number, ids in enumerate(tokens) if len(ids) > self.max_length}
@@ -169,7 +184,7 @@ class PromptEncoder:
         """Warn in one line if prompts are too long. Call it before a long encoding."""
         if count := self.count_long(prompts):
             logger.warning(
-                "%d of %d %s are longer than the tokenizer's limit of %d tokens: they are cut, as in Diffusers' pipelines",
+                "%d of %d %s are longer than the limit of %d tokens: they are cut, as in Diffusers' pipelines",
                 *(count, len(prompts), what, self.max_length),
             )
 
@@ -183,23 +198,32 @@ class PromptEncoder:
             prompts: Texts; those that are too long are cut.
 
         Returns:
-            Tensors by name, float32 on the CPU, with one row for each prompt; see `shapes`.
+            Tensors by name on the CPU, with one row for each prompt; see `shapes`. They are float32, masks int64.
         """
-        parts = [self._encode(list(prompts[start : start + BATCH_SIZE])) for start in range(0, len(prompts), BATCH_SIZE)]
+        parts = [self._encode(self._written(prompts[k : k + BATCH_SIZE])) for k in range(0, len(prompts), BATCH_SIZE)]
         if not parts:
-            return {name: torch.zeros(0, *shape) for name, shape in self.shapes.items()}
+            return {name: self._zeros(name, 0) for name in self.shapes}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _written(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts as the pipeline writes them before it tokenizes them."""
+        return [prompt.lower().strip() for prompt in prompts] if self.is_masked else list(prompts)
+
+    def _zeros(self, name: str, count: int) -> Tensor:
+        return torch.zeros(count, *self.shapes[name], dtype=torch.long if name == MASK else torch.float32)
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         outputs = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             options = {"padding": "max_length", "max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
             tokens = tokenizer(prompts, **options).to(self.device)
-            masked = getattr(encoder.config, "use_attention_mask", False)
-            options = {"attention_mask": tokens.attention_mask} if masked and not self.is_pooled else {}
+            masked = self.is_masked or (getattr(encoder.config, "use_attention_mask", False) and not self.is_pooled)
+            options = {"attention_mask": tokens.attention_mask} if masked else {}
             outputs.append(encoder(tokens.input_ids, output_hidden_states=self.is_pooled, return_dict=True, **options))
         if not self.is_pooled:
-            return {"encoder_hidden_states": outputs[0].last_hidden_state.float().cpu()}
+            mask = {MASK: tokens.attention_mask.long().cpu()} if self.is_masked else {}
+            states = outputs[0].last_hidden_state.float().cpu()
+            return {"encoder_hidden_states": states, **mask, **(self._image_sizes(len(prompts)) if self.with_sizes else {})}
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return {
             "encoder_hidden_states": states.float().cpu(),
@@ -211,12 +235,17 @@ class PromptEncoder:
         """Those of whole images: original size, upper left corner of the crop, and size of the crop."""
         return torch.tensor([[*self.image_size, 0, 0, *self.image_size]], dtype=torch.float32).expand(count, -1)
 
+    def _image_sizes(self, count: int) -> dict[str, Tensor]:
+        """Height and width in pixels, and their ratio."""
+        height, width = self.image_size
+        sizes = {"resolution": [[height, width]], "aspect_ratio": [[height / width]]}
+        return {name: torch.tensor(row, dtype=torch.float32).expand(count, -1) for name, row in sizes.items()}
+
     def null(self) -> dict[str, Tensor]:
         """Conditioning of "no prompt" for classifier-free guidance, as `encode` returns it, with one row."""
         if not self.zeros_for_empty:
             return self.encode([""])
-        zeros = {name: torch.zeros(1, *shape) for name, shape in self.shapes.items()}
-        return {**zeros, "time_ids": self._time_ids(1)}
+        return {**{name: self._zeros(name, 1) for name in self.shapes}, "time_ids": self._time_ids(1)}
 
     # --- place and identity ---
 
@@ -249,7 +278,8 @@ class PromptEncoder:
 def _limit(tokenizer, encoder: nn.Module, max_length: int | None) -> int:
     """Maximum number of tokens of a prompt."""
     given = tokenizer.model_max_length if max_length is None else max_length
-    return min(given, encoder.config.max_position_embeddings)
+    positions = getattr(encoder.config, "max_position_embeddings", None)  # T5 has relative ones, for any length
+    return given if positions is None else min(given, positions)
 
 
 def _tokenizer_fingerprint(tokenizer) -> str:

@@ -15,7 +15,7 @@ __all__ = ["common_reference", "comparison_table", "differing_machines", "differ
 # What may differ in a comparison: `differing_machines` reports it.
 FREE = ("versions", "hardware", "threads", "num_processes")
 SETTING = ("batch_size", "dtype", "mode", "memory_format")
-MACHINE = ("device", "hardware", "threads", "sample_size")
+MACHINE = ("device", "hardware", "threads", "sample_size", "runtime_version")
 
 
 def differing_settings(results: Sequence[Results]) -> list[str]:

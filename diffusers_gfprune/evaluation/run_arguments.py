@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
 from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.speed import DTYPES, SpeedSetting, parse_settings
+from ..runtimes.requirements import check_runtimes
 
 __all__ = ["EvaluationArguments", "SpeedArguments"]
 
@@ -17,7 +18,10 @@ class SpeedArguments:
 
     speed_batch_sizes: list[int] = argument([1, 16], "Batch sizes to measure speed at (0: speed is not measured).")
     speed_dtypes: list[str] = argument(["float32"], f"Dtypes to measure speed in: {', '.join(DTYPES)}.")
-    speed_modes: list[str] = argument(["eager"], "Modes to measure speed in: eager, compiled, or both.")
+    speed_modes: list[str] = argument(
+        ["eager"],
+        "Modes to measure speed in: eager, compiled (by torch.compile), onnxruntime, openvino (exported, on the CPU).",
+    )
     speed_memory_formats: list[str] = argument(
         ["contiguous"], "Memory formats to measure speed in: contiguous, channels_last, or both."
     )
@@ -26,7 +30,7 @@ class SpeedArguments:
         for size in self.speed_batch_sizes:
             if size < 1 and self.speed_batch_sizes != [0]:
                 raise ValueError(f"speed_batch_sizes={size} must be at least 1, or 0 alone")
-        self.speed_settings()
+        check_runtimes(setting.mode for setting in self.speed_settings())
 
     def speed_settings(self) -> list[SpeedSetting]:
         """Settings to measure speed in; empty if speed is not measured.
@@ -79,7 +83,8 @@ class EvaluationArguments(SpeedArguments):
     )
     speed_modes: list[str] = argument(
         ["eager", "compiled"],
-        "Modes to measure speed in: eager, compiled (takes half a minute or more per model and batch size).",
+        "Modes to measure speed in: eager, compiled (takes half a minute or more per model and batch size), onnxruntime, "
+        "openvino (exported, on the CPU).",
     )
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from ..metrics.features import FeatureNetwork
 from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings, extract_features
 from ..metrics.speed import SpeedSetting, measure_speed, seconds_of
+from ..runtimes.forwards import ConversionError, model_call
 
 __all__ = ["describe_speed", "try_features", "try_sampling", "try_speed"]
 
@@ -109,7 +110,7 @@ def try_features(networks: Sequence[FeatureNetwork], shape: tuple[int, int, int]
 
 
 def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[dict], list[str]]:
-    """Time a forward pass in every dtype and memory format, and compile a function if models are to be compiled.
+    """Time a forward pass in every dtype and memory format, and compile or export a function if models are to be.
 
     A failure does not stop the run: the measurement at the end reports it in a row, too.
 
@@ -131,8 +132,10 @@ def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[d
     except ValueError as error:
         raise ValueError(f"speed cannot be measured ({error}): pass --speed_batch_sizes 0 to skip it") from error
     tried = [f"a timed forward pass{_failure(row.get('error'))}" for row in rows]
-    if any(setting.compiled for setting in settings):
+    if any(setting.mode == "compiled" for setting in settings):
         tried.append(f"a compiled function{_failure(_compilation_error(next(unet.parameters()).device))}")
+    for runtime in dict.fromkeys(setting.runtime for setting in settings if setting.runtime is not None):
+        tried.append(f"a function in {runtime}{_failure(_runtime_error(runtime))}")
     return rows, tried
 
 
@@ -149,6 +152,15 @@ def _compilation_error(device: torch.device) -> str | None:
     return None
 
 
+def _runtime_error(runtime: str) -> str | None:
+    """Why exports to a runtime fail on this machine, in one line. A linear layer is exported."""
+    try:
+        model_call(nn.Linear(2, 2), {"x": torch.ones(1, 2)}, runtime)()
+    except (RuntimeError, ImportError, ConversionError) as error:
+        return portable_error(error)
+    return None
+
+
 def describe_speed(settings: Sequence[SpeedSetting]) -> str:
     """Line of the plan about the timings at the end."""
     lists = [
@@ -156,6 +168,9 @@ def describe_speed(settings: Sequence[SpeedSetting]) -> str:
         *(("", dict.fromkeys(getattr(s, name) for s in settings)) for name in ("dtype", "mode", "memory_format")),
     ]
     words = "; ".join(f"{title} {', '.join(values)}".strip() for title, values in lists)
-    compilations = 2 * sum(setting.compiled for setting in settings)
-    pause = f" ({compilations} compilations, of half a minute or more each)" if compilations else ""
+    compilations = 2 * sum(setting.mode == "compiled" for setting in settings)
+    exports = 2 * sum(setting.runtime is not None for setting in settings)
+    pauses = [f"{compilations} compilations, of half a minute or more each"] if compilations else []
+    pauses += [f"{exports} exports, of seconds to minutes each"] if exports else []
+    pause = f" ({'; '.join(pauses)})" if pauses else ""
     return f"{'speed':10} of both models at the end: {words}{pause}"

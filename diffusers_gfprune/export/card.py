@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..runtimes.program import OUTPUT
 from .description import COMPILED_FILE, ExportDescription
-from .program import OUTPUT
 
 __all__ = ["describe_errors", "export_card"]
 

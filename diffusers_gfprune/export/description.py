@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..run_folder import write_json
+from ..runtimes.requirements import PACKAGES, known_versions
 
 __all__ = [
     "COMPILED_FILE",
@@ -28,12 +28,6 @@ DTYPES = ("fp32", "fp16", "int8")
 # File that a runtime opens
 FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 COMPILED_FILE = "compiled.pt2"
-# Distributions that make an export, by format
-PACKAGES = {
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino",),
-    "torch": (),
-}
 FORMAT_VERSION = 1
 
 
@@ -68,14 +62,8 @@ def parse_batch(batch: str | int) -> int | None:
 
 def installed_versions(format: str, dtype: str) -> dict[str, str]:
     """Versions of the packages that make an export."""
-    names = ["diffusers-gfprune", "torch", "diffusers", *PACKAGES[format], *(["nncf"] if dtype == "int8" else [])]
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a package that was not installed, but is on the path
-            continue
-    return found
+    quantizer = ["nncf"] if dtype == "int8" else []
+    return known_versions(["diffusers-gfprune", "torch", "diffusers", *PACKAGES[format], *quantizer])
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from ..argument_fields import at_least, check_fields
 from ..metrics.model_size import parameter_bytes
 from ..pipeline_parts import PipelineParts
 from ..run_folder import RunFolder, write_json
+from ..runtimes.program import to_tensors
+from ..runtimes.requirements import check_runtime
 from .card import export_card
 from .description import COMPILED_FILE, ExportDescription, check_format, installed_versions, parse_batch
 from .model import ExportedModel, load_exported
-from .program import describe_inputs, random_inputs, to_tensors, trace
-from .requirements import check_runtime
+from .program import describe_inputs, random_inputs, trace
 from .verification import LIMIT, Reference, relative_errors, sampled_reference
 from .writers import compile_program, has_compiler, write_program
 

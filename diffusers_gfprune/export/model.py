@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import first_line
 from ..families.lookup import family_named
 from .description import ExportDescription
-from .runtimes import Runner, open_export
+from .opening import Runner, open_export
 
 __all__ = ["ExportedModel", "load_exported"]
 
@@ -78,9 +78,11 @@ class ExportedModel(ModelMixin, ConfigMixin):
                 has continuous noise levels.
             encoder_hidden_states: Embeddings of text with shape `(batch, tokens, channels)`, for models of text.
             class_labels: Labels with shape `(batch,)`, for models of classes.
-            added_cond_kwargs: `text_embeds` and `time_ids`, for SDXL.
+            added_cond_kwargs: `text_embeds` and `time_ids` for SDXL, `resolution` and `aspect_ratio` for PixArt; None in it
+                is left out.
             return_dict: Whether to return the output class of the exported model, instead of a tuple.
-            **others: Further arguments of the exported model; they must be None.
+            **others: Further arguments of the exported model, such as `encoder_attention_mask`; those that the export does not
+                take must be None.
 
         Returns:
             The output class of the exported model with its `sample`, in the dtype and on the device of `sample`.

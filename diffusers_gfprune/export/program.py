@@ -1,60 +1,28 @@
-"""A denoiser as a program of tensors: what all formats are made from.
+"""The traced program of a denoiser: what all formats are made from.
 
-`torch.export` traces the denoiser once, as a function
-
-    sample (batch, channels, height, width), timestep (batch,), conditioning ...  ->  out_sample
-
-of float32 samples and embeddings, and int64 timesteps and labels. Timesteps are float32 if the model's process has continuous
-noise levels. Weights may have another dtype: the program converts.
+`torch.export` traces the denoiser once, as a function of tensors (`runtimes.program`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
 from ..diffusion.schedulers import training_process
-from ..families.lookup import family_of
 from ..metrics.model_size import spatial_size
 from ..pipeline_parts import PipelineParts
+from ..runtimes.program import TensorModel, to_tensors
 from .description import TensorDescription
 
-__all__ = ["MOST_SAMPLES", "OUTPUT", "describe_inputs", "random_inputs", "to_tensors", "trace"]
+__all__ = ["MOST_SAMPLES", "describe_inputs", "random_inputs", "trace"]
 
-OUTPUT = "out_sample"
 # Diffusers' `Upsample2D` has a branch for 64 samples and more, so that a traced program holds for fewer only. The branch
 # changes the memory format, and no value.
 MOST_SAMPLES = 63
 TRACED_SAMPLES = 2  # torch.export takes an axis of length 1 for a constant
-
-
-class TensorModel(nn.Module):
-    """A denoiser that takes and returns tensors.
-
-    Args:
-        denoiser: The denoiser.
-        names: Names of its conditioning.
-    """
-
-    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.denoiser, self.names, self.family = denoiser, tuple(names), family_of(denoiser)
-
-    def forward(self, sample: Tensor, timestep: Tensor, *conditioning: Tensor) -> Tensor:
-        """All output channels in float32; see the module docstring for the arguments."""
-        dtype = self.denoiser.dtype
-        converted = [values.to(dtype) if values.is_floating_point() else values for values in conditioning]
-        inputs = ModelInputs(sample.to(dtype), timestep, dict(zip(self.names, converted)))
-        return self.family.output(self.denoiser, inputs).float()
-
-
-def to_tensors(inputs: ModelInputs) -> dict[str, Tensor]:
-    """Inputs by name, in the order of a program: floating point as float32, integers as int64."""
-    named = {"sample": inputs.sample, "timestep": inputs.timesteps, **inputs.conditioning}
-    return {name: values.float() if values.is_floating_point() else values.long() for name, values in named.items()}
 
 
 def random_inputs(parts: PipelineParts, batch_size: int, timestep: float = 0, seed: int = 0) -> ModelInputs:
@@ -74,14 +42,17 @@ def random_inputs(parts: PipelineParts, batch_size: int, timestep: float = 0, se
     if parts.prompts is not None:
         conditioning |= {name: torch.zeros(batch_size, *shape) for name, shape in parts.prompts.shapes.items()}
 
-    def values(like: Tensor) -> Tensor:
-        if like.is_floating_point():
+    def values(name: str, like: Tensor) -> Tensor:
+        if like.is_floating_point() and not name.endswith("_mask"):
             return torch.randn(like.shape, generator=generator)
-        return torch.randint(0, 1 if labels is None else labels.count, like.shape, generator=generator)
+        count = 2 if name.endswith("_mask") else 1 if labels is None else labels.count
+        return torch.randint(0, count, like.shape, generator=generator)
 
     integers = training_process(parts.scheduler).has_integer_timesteps
     timesteps = torch.full((batch_size,), timestep, dtype=torch.int64 if integers else torch.float32)
-    return ModelInputs(values(zeros.sample), timesteps, {name: values(like) for name, like in conditioning.items()})
+    return ModelInputs(
+        values("sample", zeros.sample), timesteps, {name: values(name, like) for name, like in conditioning.items()}
+    )
 
 
 def describe_inputs(inputs: Mapping[str, Tensor], batch_size: int | None) -> dict[str, TensorDescription]:
@@ -115,4 +86,21 @@ def trace(parts: PipelineParts, denoiser: nn.Module, batch_size: int | None) -> 
         if conditioning:
             shapes["conditioning"] = (axes,) * len(conditioning)
     model = TensorModel(denoiser, conditioning).eval()
-    return torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes)
+    program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes)
+    remove_idle_squeezes(program.graph_module)
+    return program
+
+
+def remove_idle_squeezes(graph_module: torch.fx.GraphModule) -> None:
+    """Remove calls of `squeeze(dim)` on axes that are longer than 1, in place.
+
+    They do nothing in PyTorch, but onnxscript 0.7.2 writes them as ONNX's Squeeze, which refuses such axes. PixArt has one.
+    """
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.squeeze.dim:
+            source, dim = node.args
+            length = source.meta["val"].shape[dim]
+            if isinstance(length, int) and length != 1:
+                node.replace_all_uses_with(source)
+                graph_module.graph.erase_node(node)
+    graph_module.recompile()

@@ -22,7 +22,8 @@ from ..metrics.conditions import text_conditions
 from ..metrics.fidelity import SSIM_WINDOW, psnr_to_reference, ssim_to_reference
 from ..metrics.quality import SamplingSettings
 from ..pipeline_parts import PipelineParts
-from .program import random_inputs, to_tensors
+from ..runtimes.program import to_tensors
+from .program import random_inputs
 
 __all__ = ["LIMIT", "Reference", "relative_errors", "sampled_reference"]
 
@@ -109,9 +110,9 @@ def sampled_reference(
         return settings.sample(model, parts.scheduler, codec=parts.codec, conditions=conditions)
 
     def record(model: nn.Module, positional: tuple, named: dict) -> None:
-        conditioning = {**named, **named.get("added_cond_kwargs", {})}
-        conditioning.pop("added_cond_kwargs", None)
-        recorded.append(to_tensors(ModelInputs(*positional, conditioning)))
+        given = {**dict(zip(("sample", "timestep"), positional)), **named, **named.get("added_cond_kwargs", {})}
+        given.pop("added_cond_kwargs", None)
+        recorded.append(to_tensors(ModelInputs(given.pop("sample"), given.pop("timestep"), given)))
 
     handle = parts.denoiser.register_forward_pre_hook(record, with_kwargs=True)
     try:

@@ -1,19 +1,18 @@
-"""Writes a traced denoiser in a format. The libraries convert; nothing is converted by hand."""
+"""Writes a traced denoiser in a format (`runtimes.conversion`)."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import first_line
+from ..runtimes.conversion import quiet_converters, to_onnx, to_openvino
+from ..runtimes.program import OUTPUT
 from .description import COMPILED_FILE, ExportDescription
-from .program import OUTPUT
 
 __all__ = ["compile_program", "has_compiler", "write_program"]
 
@@ -39,7 +38,7 @@ def write_program(
     """
     write = {"onnx": _write_onnx, "openvino": _write_openvino, "torch": _write_torch}[description.format]
     try:
-        with _quiet():
+        with quiet_converters():
             write(program, folder / description.file, description, calibration)
     except OSError:
         raise
@@ -48,8 +47,7 @@ def write_program(
 
 
 def _write_onnx(program, path: Path, description: ExportDescription, calibration: Calibration) -> None:
-    names = {"input_names": list(description.inputs), "output_names": [OUTPUT]}
-    exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    exported = to_onnx(program, list(description.inputs), [OUTPUT])
     if description.dtype == "int8":
         import onnx
 
@@ -62,12 +60,7 @@ def _write_onnx(program, path: Path, description: ExportDescription, calibration
 def _write_openvino(program, path: Path, description: ExportDescription, calibration: Calibration) -> None:
     import openvino
 
-    model = openvino.convert_model(program)
-    for port, name in zip(model.inputs, description.inputs):  # conditioning has made-up names
-        port.tensor.set_names({name})
-    model.outputs[0].tensor.set_names({OUTPUT})
-    # With one free axis, the converter takes all for free
-    model.reshape({name: [-1 if axis is None else axis for axis in entry.shape] for name, entry in description.inputs.items()})
+    model = to_openvino(program, {name: entry.shape for name, entry in description.inputs.items()}, [OUTPUT])
     if description.dtype == "int8":
         model = _quantize(model, calibration)
     openvino.save_model(model, path, compress_to_fp16=description.dtype == "fp16")
@@ -102,19 +95,5 @@ def has_compiler() -> bool:
 
 def compile_program(program: torch.export.ExportedProgram, folder: Path) -> None:
     """Compile a program for this machine, by AOTInductor."""
-    with _quiet():
+    with quiet_converters():
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / COMPILED_FILE))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Converters report on themselves at length."""
-    loggers = [logging.getLogger(name) for name in ("nncf", "torch.onnx", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

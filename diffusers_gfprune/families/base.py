@@ -5,9 +5,10 @@ model. All other modules treat a model as a `torch.nn.Module` with named layers,
 
 | property | members |
 |---|---|
-| the dense and the pruned class | `dense_class`, `pruned_class` |
+| the dense and the pruned class | `dense_class`, `earlier_names`, `pruned_class` |
 | the pipelines of the model, and its component name | `pipelines`, `component` |
-| which configurations are supported | `check_arguments`, `check_supported`, `check_trainable`, `check_process` |
+| which configurations are supported | `check_arguments`, `check_supported`, `check_trainable` |
+| in which processes and pipelines | `check_process`, `check_pipeline` |
 | inputs for tracing and measuring | `example_inputs`, `tracing_size` |
 | what pipelines use of an exported model | `output_class`, `attributes_for_pipelines` |
 | calling the model | `output`, `predict`, `has_learned_variance`, `check_conditioning`, `class_labels`, `vector_size` |
@@ -47,6 +48,7 @@ class Family(ABC):
 
     Attributes:
         dense_class: The class in Diffusers.
+        earlier_names: Names that repositories from before `dense_class` give the class. The same files load as `dense_class`.
         pruned_class: Its subclass in `remote/`. Models of other subclasses belong to the family, too.
         output_class: Class that the model's `forward` returns.
         attention_class: Class of attention modules.
@@ -58,6 +60,7 @@ class Family(ABC):
     """
 
     dense_class: ClassVar[type[ModelMixin]]
+    earlier_names: ClassVar[tuple[str, ...]] = ()
     pruned_class: ClassVar[type[ModelMixin]]
     output_class: ClassVar[type[BaseOutput]]
     attention_class: ClassVar[type[nn.Module]]
@@ -92,6 +95,11 @@ class Family(ABC):
     @abstractmethod
     def check_process(self, config: Mapping[str, Any], process: DiffusionProcess) -> None:
         """Check that a model can embed all timesteps of a process."""
+
+    def check_pipeline(self, config: Mapping[str, Any], pipeline: str) -> None:
+        """Check that a pipeline of this class name passes everything that the model takes."""
+        if pipeline not in self.pipelines:
+            raise ValueError(f"a {pipeline} has no {self.dense_class.__name__}; pipelines of it: {', '.join(self.pipelines)}")
 
     # --- inputs and outputs ---
 

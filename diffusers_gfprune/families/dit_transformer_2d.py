@@ -21,11 +21,9 @@ from ..diffusion.class_labels import ClassLabels
 from ..diffusion.process import DiffusionProcess
 from ..remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .base import Family
-from .limits import MAX_WIDTH, ConfigLimits, check_sample_size, is_int, refuse
+from .limits import MAX_WIDTH, ConfigLimits, check_patches
 
 __all__ = ["LIMITS", "DiTTransformer2DFamily"]
-
-MAX_POSITION_VALUES = 2**26  # of the position embeddings, which are computed while loading
 
 # Accepted values for each argument of `DiTTransformer2DModel`
 LIMITS = ConfigLimits(
@@ -64,25 +62,14 @@ class DiTTransformer2DFamily(Family):
     attention_class = Attention
     component = "transformer"
     pipelines = ("DiTPipeline",)
+    earlier_names = ("Transformer2DModel",)
     boundary = {"pos_embed.proj": 0, "proj_out_2": 1}
 
     # --- configurations ---
 
     def check_arguments(self, config: Mapping[str, Any]) -> None:
         LIMITS.check(config)
-        heads, head_dim, size = config["num_attention_heads"], config["attention_head_dim"], config["sample_size"]
-        hidden = heads * head_dim
-        if hidden > MAX_WIDTH or hidden % 4:  # each axis has sines and cosines
-            wanted = f"an integer whose product with num_attention_heads={heads} is a multiple of 4 and at most {MAX_WIDTH}"
-            refuse("attention_head_dim", head_dim, wanted)
-        if not is_int(size):
-            refuse("sample_size", size, "an integer, since samples are square")
-        if size % config["patch_size"]:
-            refuse("sample_size", size, f"a multiple of patch_size={config['patch_size']}")
-        check_sample_size(size, config["in_channels"], config["patch_size"])
-        if (size // config["patch_size"]) ** 2 * hidden > MAX_POSITION_VALUES:
-            most = f"at most {MAX_POSITION_VALUES // hidden} patches of patch_size={config['patch_size']} in all"
-            refuse("sample_size", size, most)
+        check_patches(config)
         self.check_supported(config)
 
     def check_supported(self, config: Mapping[str, Any]) -> None:

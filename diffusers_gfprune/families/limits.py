@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-__all__ = ["MAX_WIDTH", "ConfigLimits", "check_freq_shift", "check_sample_size", "is_int", "refuse"]
+__all__ = ["MAX_WIDTH", "ConfigLimits", "check_freq_shift", "check_patches", "check_sample_size", "is_int", "refuse"]
 
 MAX_WIDTH = 2**16  # channels of a layer
 MAX_SIDE = 2**14  # pixels of an image
 MAX_SAMPLE_VALUES = 2**30  # total values of an image
+MAX_POSITION_VALUES = 2**26  # of the position embeddings of patches, which are computed while loading
 
 
 def is_int(value) -> bool:
@@ -108,3 +109,19 @@ def check_freq_shift(shift: float, channels: int, because: str) -> None:
     last = max(channels // 2 - 1, 0)
     if shift > last:
         refuse("freq_shift", shift, f"a number from 0 to {last} for {because}")
+
+
+def check_patches(config: Mapping) -> None:
+    """Check that a transformer of square samples divides them into patches, and that it can compute their positions."""
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    size, patch, hidden = config["sample_size"], config["patch_size"], heads * head_dim
+    if hidden > MAX_WIDTH or hidden % 4:  # each axis has sines and cosines
+        wanted = f"an integer whose product with num_attention_heads={heads} is a multiple of 4 and at most {MAX_WIDTH}"
+        refuse("attention_head_dim", head_dim, wanted)
+    if not is_int(size):
+        refuse("sample_size", size, "an integer, since samples are square")
+    if size % patch:
+        refuse("sample_size", size, f"a multiple of patch_size={patch}")
+    check_sample_size(size, config["in_channels"], patch)
+    if (size // patch) ** 2 * hidden > MAX_POSITION_VALUES:
+        refuse("sample_size", size, f"at most {MAX_POSITION_VALUES // hidden} patches of patch_size={patch} in all")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..distributed import made_by_first_rank
 from ..metrics.cache import TensorCache
@@ -59,7 +60,7 @@ def measured_latency_model(
     attention_unit: str = "head_dim",
     measurements: Mapping | None = None,
     cache_dir: Path | None = None,
-    progress: str | None = None,
+    progress: bool = False,
 ) -> tuple[LatencyModel, dict]:
     """Measure or load the latency model for planning a budget.
 
@@ -67,33 +68,38 @@ def measured_latency_model(
         unet: The dense model, without masks, on the target device; it is not modified.
         groups: Its channel groups.
         ratio: Share of the dense time to remove, in (0, 1).
-        setting: Settings of the forward passes.
+        setting: Settings of the forward passes. In a runtime, layers and models are exported to it.
         ladders_for: Returns the possible widths of each group for a cost model.
         sample_size: Height and width in pixels (default: the model's).
         attention_unit: As in `width_ladder`.
         measurements: Second return value of an earlier call, which replaces the measurements.
         cache_dir: Cache directory for layer times (default: no cache).
-        progress: Text of the progress bar for the table, if any.
+        progress: Whether progress bars are shown, for layers and for models.
 
     Returns:
         The latency model, and JSON values to restore it: `model`, and `calibration`, the measured models.
 
     Raises:
+        ImportError: The runtime is not installed.
         ValueError: `measurements` belong to another model, or the measurement failed on rank 0; the latter on every rank.
     """
-    model = LatencyModel(unet, groups, sample_size)
+    model = LatencyModel(unet, groups, sample_size, setting.runtime)
     cost = CostModel(unet, groups, sample_size, model.seconds)
 
     def measure() -> dict:
+        layers = "timing layers" if progress else None
         model.set_shares(
-            layer_shares(unet, model.grids, model.calls, setting, sample_size, TensorCache(cache_dir), progress=progress)
+            layer_shares(unet, model.grids, model.calls, setting, sample_size, TensorCache(cache_dir), progress=layers)
         )
         ladders = ladders_for(cost)
         narrowest = np.array([ladder[-1] for ladder in ladders])
-        with latency_meter(unet, setting, sample_size) as measure_model:
+        bar = tqdm(desc="timing models", unit="model", disable=not progress)
+        with bar, latency_meter(unet, setting, sample_size) as measure_model:
 
             def measured(widths: np.ndarray) -> TimePair:
-                return measure_model(model_of_widths(unet, groups, widths, attention_unit))
+                pair = measure_model(model_of_widths(unet, groups, widths, attention_unit))
+                bar.update()
+                return pair
 
             def planned() -> np.ndarray:
                 return plan_widths(cost, "latency", ratio, ladders)

@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from ..metrics.model_size import spatial_size
-from ..metrics.speed import SpeedSetting, compilation, prepare_forward, seconds_of
+from ..metrics.speed import SpeedSetting, compilation, prepare_forward, seconds_of, timed_device
+from .layer_forwards import Forward
 from .layer_times import Timer
-from .layer_workloads import Forward
 from .model import LatencyModel
 
 __all__ = ["LATENCY_TOLERANCE", "LatencyCheck", "TimePair", "calibrate", "latency_meter"]
@@ -111,23 +111,22 @@ def latency_meter(
 ) -> Iterator[Callable[[nn.Module], TimePair]]:
     """Context of a function that measures the time that small models save.
 
-    The compiled dense model is reused for all of them, and released at the end. They must take the same inputs and be on the
-    same device.
+    The compiled or exported dense model is reused for all of them, and released at the end. They must take the same inputs and
+    be on the same device.
 
     Args:
         dense: The dense model, without masks, on the target device. A copy is measured.
-        setting: Batch size, dtype, and whether models are compiled.
+        setting: Batch size, dtype and mode.
         sample_size: Height and width in pixels (default: the model's).
         seconds: Time limit for a pair of models in seconds, beyond the minimum number of rounds (> 0).
     """
-    device, size = next(dense.parameters()).device, spatial_size(dense, sample_size)
+    device, size = timed_device(dense, setting), spatial_size(dense, sample_size)
     with compilation(setting, MODELS + 2):
-        _, _, dense_forward = prepare_forward(dense, setting, size, device)
+        dense_forward = prepare_forward(dense, setting, size).forward
 
         @torch.no_grad()
         def measure(small: nn.Module) -> TimePair:
-            _, _, forward = prepare_forward(small, setting, size, device)
-            return time_pair(dense_forward, forward, device, seconds)
+            return time_pair(dense_forward, prepare_forward(small, setting, size).forward, device, seconds)
 
         yield measure
 

@@ -10,6 +10,8 @@ where l are the layer calls of the dense forward pass, T(s) is the time of that 
 layers in sequence. Both times of a ratio are taken shortly after each other, under the same load of the machine. Short calls
 are interrupted less often than long ones: they are not comparable, so that L and T set the scale. With one call at a time,
 weights are outside of the cache if the model is large, as in a forward pass.
+
+The times are those of PyTorch, eagerly, or of the runtime for which the budget is.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from tqdm.auto import tqdm
 
 from ..metrics.cache import TensorCache
 from ..metrics.model_size import hardware_name, spatial_size, uses_tf32
-from ..metrics.speed import SpeedSetting, prepare_forward, seconds_of
-from .layer_workloads import Forward, Inputs, Workload
+from ..metrics.speed import SpeedSetting, prepare_forward, seconds_of, timed_device
+from ..runtimes.requirements import runtime_versions
+from .layer_forwards import EagerLayers, Forward, Layers, RuntimeLayers
+from .layer_workloads import Inputs, Workload
 
 __all__ = ["Grid", "layer_shares", "machine_description", "measure_shares"]
 
 Timer = Callable[[Forward, torch.device], float]
-Point = tuple[int, int, int]  # index of a grid, input and output channels
+GridPoint = tuple[int, int, int]  # index of a grid, input and output channels
 
 FORMAT = 1  # of the cache; entries of other formats are measured again
 ROUNDS = (5, 25)  # minimum, maximum
@@ -74,7 +78,7 @@ def machine_description(device: torch.device) -> dict:
 def layer_shares(
     unet: nn.Module,
     grids: Sequence[Grid],
-    calls: Sequence[Point],
+    calls: Sequence[GridPoint],
     setting: SpeedSetting,
     sample_size: int | tuple[int, int] | None = None,
     cache: TensorCache | None = None,
@@ -86,7 +90,7 @@ def layer_shares(
         unet: The dense model, without masks, on the target device.
         grids: The grids to measure.
         calls: The layers of one dense forward pass.
-        setting: Batch size and dtype. Layers are timed individually and always eagerly.
+        setting: Batch size, dtype and mode. Layers are timed individually; in PyTorch, always eagerly.
         sample_size: Height and width in pixels (default: the model's).
         cache: Cache for tables (default: no cache).
         progress: Text of the progress bar, if any.
@@ -94,7 +98,7 @@ def layer_shares(
     Returns:
         For each grid, shares of the dense time with shape `(len(wide_in), len(wide_out))`.
     """
-    device = next(unet.parameters()).device
+    device, runtime = timed_device(unet, setting), setting.runtime
     size = spatial_size(unet, sample_size)
     key = {
         "format": FORMAT,
@@ -106,14 +110,16 @@ def layer_shares(
         "config": {name: value for name, value in unet.config.items() if not name.startswith("_")},
         "grids": [grid.describe() for grid in grids],
         "calls": [list(point) for point in calls],
+        **({} if runtime is None else {"runtime": runtime, "versions": runtime_versions(runtime)}),
     }
 
     def measure() -> dict[str, Tensor]:
-        eager = dataclasses.replace(setting, compiled=False)
         inputs = Inputs(setting.batch_size, device, getattr(torch, setting.dtype))
+        layers = EagerLayers(inputs) if runtime is None else RuntimeLayers(inputs, runtime)
+        alike = dataclasses.replace(setting, mode="eager" if runtime is None else runtime)
         with torch.no_grad():
-            _, _, forward = prepare_forward(unet, eager, size, device)
-            tables = measure_shares(forward, grids, calls, inputs, progress=progress)
+            dense = prepare_forward(unet, alike, size).forward
+            tables = measure_shares(dense, grids, calls, layers, device, progress=progress)
         return {str(number): torch.from_numpy(table) for number, table in enumerate(tables)}
 
     tables = (cache or TensorCache(None)).get("layer-times", key, measure)
@@ -123,8 +129,9 @@ def layer_shares(
 def measure_shares(
     dense: Forward,
     grids: Sequence[Grid],
-    calls: Sequence[Point],
-    inputs: Inputs,
+    calls: Sequence[GridPoint],
+    layers: Layers,
+    device: torch.device,
     timer: Timer = seconds_of,
     progress: str | None = None,
 ) -> list[np.ndarray]:
@@ -134,28 +141,26 @@ def measure_shares(
         dense: Forward pass of the dense model.
         grids: The grids to measure.
         calls: The layers of that forward pass, each a point of its grid.
-        inputs: Creates the inputs of layers.
+        layers: Runs layers.
+        device: Device on which they run.
         timer: Returns the seconds of a call on a device.
         progress: Text of the progress bar, if any.
 
     Returns:
         For each grid, shares of the dense time with shape `(len(wide_in), len(wide_out))`.
     """
-    device = inputs.options["device"]
     seconds = []
+    points = [[(grid.workload, wide_in, wide_out) for wide_in in grid.wide_in for wide_out in grid.wide_out] for grid in grids]
     with tqdm(total=len(grids) + 1, desc=progress, disable=progress is None) as bar:
-        for grid in grids:
-            points = [
-                grid.workload.forward(wide_in, wide_out, inputs) for wide_in in grid.wide_in for wide_out in grid.wide_out
-            ]
-            times = np.array(_rounds(points, device, timer, SECONDS))  # (rounds, points)
+        for grid, forwards in zip(grids, layers.forwards(points)):
+            times = np.array(_rounds(forwards, device, timer, SECONDS))  # (rounds, points)
             medians = np.median(times / times[:, -1:], axis=0) * np.median(times[:, -1])
             seconds.append(medians.reshape(len(grid.wide_in), len(grid.wide_out)))
             bar.update()
-        layers = [grids[index].workload.forward(wide_in, wide_out, inputs) for index, wide_in, wide_out in calls]
-        rounds = _rounds([dense, lambda: [layer() for layer in layers][-1]], device, timer, DENSE_SECONDS)
+        together = layers.sequence([(grids[index].workload, wide_in, wide_out) for index, wide_in, wide_out in calls])
+        rounds = _rounds([dense, together], device, timer, DENSE_SECONDS)
         bar.update()
-    explained = statistics.median(together / whole for whole, together in rounds)
+    explained = statistics.median(summed / whole for whole, summed in rounds)
     summed = sum(
         seconds[index][grids[index].wide_in.index(wide_in), grids[index].wide_out.index(wide_out)]
         for index, wide_in, wide_out in calls

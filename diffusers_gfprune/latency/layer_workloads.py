@@ -11,7 +11,6 @@ The calls are recorded in one forward pass of a copy on the meta device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..families.lookup import family_of
 from ..metrics.model_size import count_tokens, trace_forward
+from ..runtimes.forwards import Layer
 
 __all__ = [
     "AttentionProducts",
@@ -31,8 +31,6 @@ __all__ = [
     "Workload",
     "trace_layer_calls",
 ]
-
-Forward = Callable[[], object]
 
 
 class Inputs:
@@ -57,6 +55,21 @@ class Inputs:
         return self._memory[:count].view(self.batch, *shape)
 
 
+class _Transposed(nn.Module):
+    """(batch, features, tokens) -> (batch, tokens, features)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class _Products(nn.Module):
+    """Products of attention on queries and keys of shape `(batch, tokens, heads, width)`. Values are the keys."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+
+
 @dataclass(frozen=True)
 class Convolution:
     """An `nn.Conv2d` with `groups=1`.
@@ -77,11 +90,10 @@ class Convolution:
 
     two_sided = True
 
-    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward pass with random weights, from `wide_in` to `wide_out` channels."""
-        layer = nn.Conv2d(wide_in, wide_out, self.kernel, self.stride, self.padding, bias=self.bias, **inputs.options)
-        x = inputs.values(wide_in, *self.side)
-        return lambda: layer(x)
+    def layer(self, wide_in: int, wide_out: int, inputs: Inputs) -> Layer:
+        """A layer with random weights, from `wide_in` to `wide_out` channels."""
+        module = nn.Conv2d(wide_in, wide_out, self.kernel, self.stride, self.padding, bias=self.bias, **inputs.options)
+        return Layer(module, (inputs.values(wide_in, *self.side),))
 
 
 @dataclass(frozen=True)
@@ -100,14 +112,12 @@ class LinearLayer:
 
     two_sided = True
 
-    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward pass with random weights, from `wide_in` to `wide_out` features."""
-        layer = nn.Linear(wide_in, wide_out, bias=self.bias, **inputs.options)
+    def layer(self, wide_in: int, wide_out: int, inputs: Inputs) -> Layer:
+        """A layer with random weights, from `wide_in` to `wide_out` features."""
+        module = nn.Linear(wide_in, wide_out, bias=self.bias, **inputs.options)
         if self.transposed:
-            x = inputs.values(wide_in, self.tokens).transpose(1, 2)
-        else:
-            x = inputs.values(self.tokens, wide_in) if self.tokens else inputs.values(wide_in)
-        return lambda: layer(x)
+            return Layer(nn.Sequential(_Transposed(), module), (inputs.values(wide_in, self.tokens),))
+        return Layer(module, (inputs.values(self.tokens, wide_in) if self.tokens else inputs.values(wide_in),))
 
 
 @dataclass(frozen=True)
@@ -126,13 +136,12 @@ class Norm:
 
     two_sided = False
 
-    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward pass with the multiple of the group size nearest to `wide_out` channels; `wide_in` is not used."""
+    def layer(self, wide_in: int, wide_out: int, inputs: Inputs) -> Layer:
+        """A layer with the multiple of the group size nearest to `wide_out` channels; `wide_in` is not used."""
         groups = max(1, round(wide_out / self.group_size))
-        layer = nn.GroupNorm(groups, groups * self.group_size, **inputs.options)
+        module = nn.GroupNorm(groups, groups * self.group_size, **inputs.options)
         x = inputs.values(groups * self.group_size, *self.shape)
-        activation = nn.SiLU()
-        return (lambda: activation(layer(x))) if self.silu else (lambda: layer(x))
+        return Layer(nn.Sequential(module, nn.SiLU()) if self.silu else module, (x,))
 
 
 @dataclass(frozen=True)
@@ -154,16 +163,11 @@ class AttentionProducts:
         """Number of tokens of keys and values."""
         return self.tokens
 
-    def forward(self, wide_in: int, wide_out: int, inputs: Inputs) -> Forward:
-        """A forward pass with `wide_out` channels in all heads together, at least one per head; `wide_in` is not used."""
+    def layer(self, wide_in: int, wide_out: int, inputs: Inputs) -> Layer:
+        """Products with `wide_out` channels in all heads together, at least one per head; `wide_in` is not used."""
         width = max(1, round(wide_out / self.heads))
-        q, k = (inputs.values(tokens, self.heads, width).transpose(1, 2) for tokens in (self.tokens, self.key_tokens))
-
-        def run() -> Tensor:
-            products = nn.functional.scaled_dot_product_attention(q, k, k)
-            return products.transpose(1, 2).reshape(inputs.batch, self.tokens, -1)
-
-        return run
+        q, k = (inputs.values(tokens, self.heads, width) for tokens in (self.tokens, self.key_tokens))
+        return Layer(_Products(), (q, k))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ from .layer_workloads import AttentionProducts, Convolution, LayerCall, LinearLa
 __all__ = ["Correction", "LatencyModel", "plan_grids"]
 
 BLOCKS = {"cpu": 16, "cuda": 8}  # channels that a convolution computes together
-FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the largest width at which a layer is timed
+# Shares of the largest width at which a layer is timed. In a runtime, each point is a model that is loaded, and has threads
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+RUNTIME_FRACTIONS = (1 / 8, 1 / 2, 1)
 SAME = 0.02  # a correction treats predictions closer than this as equal
 
 
@@ -83,13 +85,16 @@ class Correction:
         return x, [0.0, *(total / len(predictions) for total, predictions in blocks)]
 
 
-def plan_grids(calls: Sequence[LayerCall], groups: Sequence[ChannelGroup], device_type: str) -> tuple[list[Grid], list[int]]:
+def plan_grids(
+    calls: Sequence[LayerCall], groups: Sequence[ChannelGroup], device_type: str, fractions: Sequence[float] = FRACTIONS
+) -> tuple[list[Grid], list[int]]:
     """Choose the widths at which layers are timed. All possible widths lie between two points.
 
     Args:
         calls: Layer calls of the dense model.
         groups: Its channel groups.
         device_type: `"cpu"` or `"cuda"`.
+        fractions: Shares of the largest width of a workload at which it is timed, besides dense widths.
 
     Returns:
         The grids, and the index of the grid for each call.
@@ -110,21 +115,21 @@ def plan_grids(calls: Sequence[LayerCall], groups: Sequence[ChannelGroup], devic
         steps = {Norm: "group_size", AttentionProducts: "heads"}
         step = next((name for kind, name in steps.items() if isinstance(workload, kind)), None)
         step = BLOCKS[device_type] if step is None else getattr(workload, step)
-        axes = (_axis(wide, step, fixed is not None) for wide, fixed in ((wide_in, fixed_in), (wide_out, fixed_out)))
-        grids.append(Grid(workload, *axes))
+        sides = ((wide_in, fixed_in), (wide_out, fixed_out))
+        grids.append(Grid(workload, *(_axis(wide, step, fixed is not None, fractions) for wide, fixed in sides)))
     order = {key: index for index, key in enumerate(widths)}
     return grids, [order[key] for key in keys]
 
 
-def _axis(widths: set[int], step: int, fixed: bool) -> tuple[int, ...]:
+def _axis(widths: set[int], step: int, fixed: bool, fractions: Sequence[float]) -> tuple[int, ...]:
     """Widths to time: those of dense layers, and smaller multiples of `step`."""
     largest = max(widths)
     if fixed:
         return (largest,)
-    if largest <= len(FRACTIONS) * step:
+    if largest <= len(fractions) * step:
         points = set(range(step, largest, step))
     else:
-        points = {step * max(1, math.ceil(fraction * largest / step)) for fraction in FRACTIONS}
+        points = {step * max(1, math.ceil(fraction * largest / step)) for fraction in fractions}
     return tuple(sorted({point for point in points if point <= largest} | widths))
 
 
@@ -135,6 +140,7 @@ class LatencyModel:
         unet: The dense model; only its configuration and device are read.
         groups: Its channel groups.
         sample_size: Height and width in pixels (default: the model's).
+        runtime: The runtime for which times are predicted; None: PyTorch, on the model's device.
 
     Attributes:
         grids: The grids for `layer_shares`.
@@ -147,15 +153,19 @@ class LatencyModel:
     """
 
     def __init__(
-        self, unet: nn.Module, groups: Sequence[ChannelGroup], sample_size: int | tuple[int, int] | None = None
+        self,
+        unet: nn.Module,
+        groups: Sequence[ChannelGroup],
+        sample_size: int | tuple[int, int] | None = None,
+        runtime: str | None = None,
     ) -> None:
         calls = trace_layer_calls(unet, sample_size)
-        device_type = next(unet.parameters()).device.type
+        device_type = next(unet.parameters()).device.type if runtime is None else "cpu"
         block = BLOCKS.get(device_type)
         if block is None:
             raise ValueError(f"device={device_type} must be one of {', '.join(BLOCKS)} to prune for latency")
         self.dense = np.array([group.num_channels for group in groups], dtype=np.int64)
-        self.grids, grid_of = plan_grids(calls, groups, device_type)
+        self.grids, grid_of = plan_grids(calls, groups, device_type, FRACTIONS if runtime is None else RUNTIME_FRACTIONS)
         self.calls = [(grid, call.wide_in, call.wide_out) for call, grid in zip(calls, grid_of)]
         self.correction = Correction()
         self._tables: list[np.ndarray] = []

@@ -31,6 +31,7 @@ class PipelineLayout:
         carried: Components that may be there and are copied.
         processes: Names of the processes that the pipeline samples rightly, see `diffusion.process`.
         splits_variances: Whether the pipeline removes learned variances from the output before its scheduler sees it.
+        max_length: Number of tokens that it cuts prompts to; None: the tokenizer's limit.
     """
 
     autoencoder: str | None = None
@@ -38,6 +39,7 @@ class PipelineLayout:
     carried: tuple[str, ...] = ()
     processes: tuple[str, ...] = ("ddpm",)
     splits_variances: bool = False
+    max_length: int | None = None
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ class PipelineLayout:
         return (*autoencoder, *(name for pair in self.text for name in pair))
 
 
-_CLIP = ("tokenizer", "text_encoder")
+_TEXT = ("tokenizer", "text_encoder")
 _NOISE = ("ddpm", "edm")  # of pipelines that scale noise and inputs as their scheduler says
 LAYOUTS = {
     **dict.fromkeys(PIPELINES, PipelineLayout()),
@@ -55,12 +57,14 @@ LAYOUTS = {
     "LDMPipeline": PipelineLayout("vqvae", processes=_NOISE),
     "DiTPipeline": PipelineLayout("vae", splits_variances=True),
     "StableDiffusionPipeline": PipelineLayout(
-        "vae", (_CLIP,), ("safety_checker", "feature_extractor", "image_encoder"), processes=_NOISE
+        "vae", (_TEXT,), ("safety_checker", "feature_extractor", "image_encoder"), processes=_NOISE
     ),
     "StableDiffusionXLPipeline": PipelineLayout(
-        "vae", (_CLIP, ("tokenizer_2", "text_encoder_2")), ("feature_extractor", "image_encoder"), processes=_NOISE
+        "vae", (_TEXT, ("tokenizer_2", "text_encoder_2")), ("feature_extractor", "image_encoder"), processes=_NOISE
     ),
-    "LDMTextToImagePipeline": PipelineLayout("vqvae", (("tokenizer", "bert"),)),
+    "LDMTextToImagePipeline": PipelineLayout("vqvae", (("tokenizer", "bert"),), max_length=77),
+    "PixArtAlphaPipeline": PipelineLayout("vae", (_TEXT,), splits_variances=True, max_length=120),
+    "PixArtSigmaPipeline": PipelineLayout("vae", (_TEXT,), splits_variances=True, max_length=300),
 }
 
 

@@ -7,6 +7,9 @@ With t_m(r) the seconds of model m in round r, and n the batch size,
 
 The speed-up is a median of ratios, not a ratio of medians, because the two times of a ratio are measured directly after each
 other. `speedup` computes its confidence interval. `peak_memory` counts memory.
+
+A mode is how models run: eagerly, compiled by `torch.compile`, or exported to a runtime. Runtimes (`runtimes`) execute on the
+CPU, in float32, with as many threads as PyTorch, the model exported for the batch size.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +30,20 @@ from tqdm.auto import tqdm
 from ..argument_fields import at_least, check_range
 from ..errors import portable_error
 from ..families.lookup import family_of
+from ..runtimes.forwards import ConversionError, model_call
+from ..runtimes.program import TensorModel, to_tensors
+from ..runtimes.requirements import RUNTIMES, runtime_versions
 from .model_size import hardware_name, spatial_size
 from .peak_memory import allocated_at_most, storage_bytes
 from .speedup import median_interval
 
-__all__ = ["DTYPES", "SpeedSetting", "compilation", "measure_speed", "parse_settings", "prepare_forward", "seconds_of"]
+__all__ = [
+    *("DTYPES", "MODES", "PreparedForward", "SpeedSetting", "compilation", "measure_speed", "parse_settings"),
+    *("prepare_forward", "seconds_of", "timed_device"),
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", *RUNTIMES)
 MEMORY_FORMATS = ("contiguous", "channels_last")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -44,9 +54,9 @@ class SpeedSetting:
 
     Attributes:
         batch_size: Number of samples (>= 1).
-        dtype: Dtype of weights and samples, one of `DTYPES`.
-        compiled: Whether `torch.compile` compiles the whole model, for these shapes.
-        channels_last: Whether weights and samples use the channels-last memory format.
+        dtype: Dtype of weights and samples, one of `DTYPES`; `"float32"` in runtimes.
+        mode: One of `MODES`. `"compiled"`: `torch.compile` compiles the whole model, for these shapes.
+        channels_last: Whether weights and samples use the channels-last memory format; False in runtimes.
 
     Raises:
         ValueError: A value is not allowed.
@@ -54,22 +64,26 @@ class SpeedSetting:
 
     batch_size: int
     dtype: str
-    compiled: bool = False
+    mode: str = "eager"
     channels_last: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size!r} must be a whole number of samples, at least 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
-        for name in ("compiled", "channels_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        for name, allowed in (("dtype", DTYPES), ("mode", MODES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        if not isinstance(self.channels_last, bool):
+            raise ValueError(f"channels_last={self.channels_last!r} must be True or False")
+        if self.runtime is not None and self.dtype != "float32":
+            raise ValueError(f"dtype={self.dtype} must be float32 in {self.mode}")
+        if self.runtime is not None and self.channels_last:
+            raise ValueError(f"memory_format=channels_last must be contiguous in {self.mode}, which chooses its own")
 
     @property
-    def mode(self) -> str:
-        """One of `MODES`."""
-        return MODES[self.compiled]
+    def runtime(self) -> str | None:
+        """The runtime that executes the model; None: PyTorch."""
+        return self.mode if self.mode in RUNTIMES else None
 
     def describe(self) -> str:
         """Batch size, dtype and mode as text: `batch 16, float32, eager`."""
@@ -96,7 +110,7 @@ def parse_settings(
         memory_formats: Values from `MEMORY_FORMATS`.
 
     Raises:
-        ValueError: A value is not allowed, or a list is empty.
+        ValueError: A value is not allowed, a list is empty, or a runtime is combined with what it has not.
     """
     words = {"batch_sizes": list(batch_sizes), "dtypes": [SHORT_DTYPES.get(dtype, dtype) for dtype in dtypes]}
     words |= {"modes": list(modes), "memory_formats": list(memory_formats)}
@@ -106,8 +120,12 @@ def parse_settings(
         for word in words[name]:
             if known is not None and word not in known:
                 raise ValueError(f"{name}={word} must be one of {', '.join(known)}")
+    for mode in (mode for mode in words["modes"] if mode in RUNTIMES):
+        for name, only in (("dtypes", "float32"), ("memory_formats", "contiguous")):
+            if other := [word for word in words[name] if word != only]:
+                raise ValueError(f"{name}={other[0]} must be {only} with modes={mode}: measure {other[0]} separately")
     return [
-        SpeedSetting(batch_size, dtype, mode == "compiled", memory_format == "channels_last")
+        SpeedSetting(batch_size, dtype, mode, memory_format == "channels_last")
         for batch_size, dtype, mode, memory_format in itertools.product(*(dict.fromkeys(words[name]) for name in words))
     ]
 
@@ -124,8 +142,9 @@ def measure_speed(
     """Time models in interleaved rounds, in every setting.
 
     Copies of the models are timed, in evaluation mode and without gradients. The given models and the global random state are
-    unchanged. All copies of a setting are on the device at once. `float32` follows `torch.backends`, and may mean TF32 in
-    convolutions. Compilation discards everything that `torch.compile` compiled before in this process.
+    unchanged. All copies of a setting are on the device at once, or in a runtime on the CPU. `float32` follows
+    `torch.backends`, and may mean TF32 in convolutions. Compilation discards everything that `torch.compile` compiled before
+    in this process.
 
     Args:
         models: Models by name, all on one device: a CPU or a CUDA device. The others are compared with the first.
@@ -144,11 +163,13 @@ def measure_speed(
           failed; `speedup_interval`, `[low, high]`, its confidence interval (see `speedup.median_interval`): `None` for the
           first model and with too few rounds;
         - `peak_memory_bytes`: weights, buffers, arguments, and the maximum that one forward pass allocates (see
-          `peak_memory`), without values that the model cached outside of its buffers in its first forward pass;
-        - `device`, `"cpu"` or `"cuda"`; `hardware`, its name; `threads` of PyTorch on the CPU.
+          `peak_memory`), without values that the model cached outside of its buffers in its first forward pass; `None` in
+          runtimes, whose memory PyTorch does not see;
+        - `device`, `"cpu"` or `"cuda"`; `hardware`, its name; `threads` on the CPU;
+        - `runtime_version`, in runtimes.
 
-        If a model cannot run (no compiler, an operation without this dtype, too little memory), `error` replaces the figures:
-        the reason in one line, without local folders.
+        If a model cannot run (no compiler, no runtime, an operation without this dtype, too little memory), `error` replaces
+        the figures: the reason in one line, without local folders.
 
     Raises:
         ValueError: There are no models, settings, rounds or warm-up passes; the models' devices differ or are not supported;
@@ -185,7 +206,7 @@ def compilation(setting: SpeedSetting, models: int) -> Iterator[None]:
 
     Otherwise code of earlier settings counts as recompilations of this one, and keeps their models alive.
     """
-    if not setting.compiled:
+    if setting.mode != "compiled":
         yield
         return
     import torch._dynamo
@@ -202,24 +223,24 @@ def compilation(setting: SpeedSetting, models: int) -> Iterator[None]:
 class _Runner:
     """A copy of a model that is warmed up to be timed, or the error that occurred."""
 
-    def __init__(
-        self, model: nn.Module, setting: SpeedSetting, size: tuple[int, int], warmup: int, device: torch.device
-    ) -> None:
-        self.device, self.seconds = device, []
+    def __init__(self, model: nn.Module, setting: SpeedSetting, size: tuple[int, int], warmup: int) -> None:
+        self.device, self.seconds = timed_device(model, setting), []
         self.error: str | None = None
+        self.peak_memory: int | None = None
         with self._recorded_error():
-            twin, inputs, self.forward = prepare_forward(model, setting, size, device)
+            self.forward, tensors = prepare_forward(model, setting, size)
             for _ in range(warmup):
                 self.forward()
-            held = [*twin.parameters(), *twin.buffers(), inputs.sample, inputs.timesteps, *inputs.conditioning.values()]
-            self.peak_memory = storage_bytes(held) + allocated_at_most(self.forward, device)
+            if setting.runtime is None:
+                self.peak_memory = storage_bytes(tensors) + allocated_at_most(self.forward, self.device)
 
     @contextlib.contextmanager
     def _recorded_error(self) -> Iterator[None]:
         """Record an error, and release the copy."""
         try:
             yield
-        except (RuntimeError, ImportError) as error:  # from the device, its allocator, Dynamo or Inductor
+        # From the device, its allocator, Dynamo, Inductor or a runtime
+        except (RuntimeError, ImportError, ConversionError) as error:
             self.error, self.forward = portable_error(error), None
 
     def time(self) -> None:
@@ -237,10 +258,11 @@ def _measure_setting(
     warmup: int,
     advance: Callable[[], object],
 ) -> list[dict]:
-    device = next(next(iter(models.values())).parameters()).device
+    device = timed_device(next(iter(models.values())), setting)
+    machine = {"device": device.type, "hardware": hardware_name(device), "threads": torch.get_num_threads()}
     runners = {}
     for name, model in models.items():
-        runners[name] = _Runner(model, setting, sizes[name], warmup, device)
+        runners[name] = _Runner(model, setting, sizes[name], warmup)
         advance()
     for _ in range(repeats):
         for runner in runners.values():
@@ -270,36 +292,57 @@ def _measure_setting(
                 "speedup_interval": None if runner is first else median_interval(ratios),
                 "peak_memory_bytes": runner.peak_memory,
             }
-        rows.append({**row, "device": device.type, "hardware": hardware_name(device), "threads": torch.get_num_threads()})
+            if setting.runtime is not None:
+                row["runtime_version"] = runtime_versions(setting.runtime)[setting.runtime]
+        rows.append({**row, **machine})
     return rows
 
 
-def prepare_forward(
-    model: nn.Module, setting: SpeedSetting, size: tuple[int, int], device: torch.device
-) -> tuple[nn.Module, dict[str, Tensor], Callable[[], object]]:
-    """Prepare a forward pass for timing; the caller disables gradients.
+class PreparedForward(NamedTuple):
+    """A forward pass for timing.
+
+    Attributes:
+        forward: Runs it.
+        tensors: Weights, buffers and arguments that it holds in PyTorch; none in a runtime.
+    """
+
+    forward: Callable[[], object]
+    tensors: list[Tensor]
+
+
+def timed_device(model: nn.Module, setting: SpeedSetting) -> torch.device:
+    """Device of a forward pass: that of the model, or the CPU in a runtime."""
+    return torch.device("cpu") if setting.runtime is not None else next(model.parameters()).device
+
+
+def prepare_forward(model: nn.Module, setting: SpeedSetting, size: tuple[int, int]) -> PreparedForward:
+    """Prepare a forward pass for timing, on `timed_device`; the caller disables gradients.
 
     Args:
-        model: A model on `device`; it is unchanged.
+        model: A model; it is unchanged.
         setting: Settings of the forward pass.
         size: Height and width in pixels.
-        device: Device to run on.
 
-    Returns:
-        A copy of the model in evaluation mode, its arguments, and a function that calls the copy with them.
+    Raises:
+        ImportError: The runtime is not installed.
+        ConversionError: The runtime cannot convert or load the model.
     """
-    dtype = getattr(torch, setting.dtype)
+    device, dtype = timed_device(model, setting), getattr(torch, setting.dtype)
     memory_format = torch.channels_last if setting.channels_last else torch.contiguous_format
     # Copy the given model for every setting: a copy in another dtype has rounded weights.
     twin = copy.deepcopy(model).eval()
-    nn.Module.to(twin, dtype=dtype, memory_format=memory_format)  # Diffusers' `to` does the same, but warns about float32
+    # Diffusers' `to` does the same, but warns about float32
+    nn.Module.to(twin, device=device, dtype=dtype, memory_format=memory_format)
     family = family_of(twin)
     inputs = family.example_inputs(twin, *size, setting.batch_size, device, dtype)
     noise = torch.randn(inputs.sample.shape, generator=torch.Generator().manual_seed(0))
     inputs = inputs._replace(sample=noise.to(device=device, dtype=dtype).contiguous(memory_format=memory_format))
+    if setting.runtime is not None:
+        return PreparedForward(model_call(TensorModel(twin, [*inputs.conditioning]), to_tensors(inputs), setting.runtime), [])
     # fullgraph: otherwise parts that Dynamo cannot compile would run eagerly and be reported as compiled.
-    function = torch.compile(twin, fullgraph=True, dynamic=False) if setting.compiled else twin
-    return twin, inputs, lambda: family.predict(function, inputs)
+    function = torch.compile(twin, fullgraph=True, dynamic=False) if setting.mode == "compiled" else twin
+    held = [*twin.parameters(), *twin.buffers(), inputs.sample, inputs.timesteps, *inputs.conditioning.values()]
+    return PreparedForward(lambda: family.predict(function, inputs), held)
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:

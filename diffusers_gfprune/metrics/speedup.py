@@ -73,14 +73,16 @@ def compare_speeds(dense: Sequence[Mapping], pruned: Sequence[Mapping]) -> list[
         pruned: Rows of the pruned model, in the same settings.
 
     Returns:
-        A dict for each setting: `title`, such as `batch 16, eager`, with dtype and memory format if they vary; `first_ms` and
-        `other_ms`, the latencies, None if not measured; `words`, the speed-up, or the reason why it was not measured.
+        A dict for each setting: `title`, such as `batch 16, eager`, with dtype, memory format and device if they vary;
+        `first_ms` and `other_ms`, the latencies, None if not measured; `words`, the speed-up, or the reason why it was not
+        measured.
 
     Raises:
         KeyError: A field is missing.
         ValueError: The models were not measured in the same settings.
     """
-    varying = [name for name in ("dtype", "memory_format") if len({row[name] for row in (*dense, *pruned)}) > 1]
+    rows = (*dense, *pruned)
+    varying = [name for name in ("dtype", "memory_format", "device") if len({row.get(name) for row in rows}) > 1]
     lines = []
     for one, two in zip(dense, pruned, strict=True):
         failed = [f"{name} not measured: {row['error']}" for name, row in (("dense", one), ("pruned", two)) if "error" in row]

@@ -14,6 +14,7 @@ averaged weights.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +155,12 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
         "attention_heads": plan.attention_heads,
         "removed_blocks": plan.removed_blocks,
     }
+    family = family_of(unet)
+    known = inspect.signature(family.dense_class.__init__).parameters
+    # Diffusers keeps arguments of an earlier class, and would warn of them whenever the small model is loaded
+    config = {name: value for name, value in unet.config.items() if name in known or name.startswith("_")}
     with torch.device("meta"):
-        small = family_of(unet).pruned_class.from_config({**unet.config, **tables})
+        small = family.pruned_class.from_config({**config, **tables})
     parameters = dense_parameters(unet)
     kept = {name: parameter for name, parameter in parameters.items() if name not in plan.dropped}
     weights = {name: plan.take(name, parameter.detach()) for name, parameter in kept.items()}

@@ -47,6 +47,24 @@ def doubled(inputs: ModelInputs) -> ModelInputs:
     return ModelInputs(torch.cat([inputs.sample] * 2), torch.cat([inputs.timesteps] * 2), twice)
 
 
+class _TableOfBoth:
+    """A table of scales and shifts of both models, such as those of PixArt's blocks. A forward adds `table[None]` to rows.
+
+    Args:
+        dense: Table of the dense model.
+        masked: Table of the masked model, of the same shape.
+        rows: Number of rows of each model.
+    """
+
+    def __init__(self, dense: Tensor, masked: Tensor, rows: int) -> None:
+        self.dense, self.masked, self.rows, self.device = dense, masked, rows, dense.device
+
+    def __getitem__(self, index: None) -> Tensor:
+        if index is not None:
+            raise ValueError(f"a table of shape {tuple(self.dense.shape)} is indexed by {index}, and not by None")
+        return torch.cat([table.expand(self.rows, *table.shape) for table in (self.dense, self.masked)])
+
+
 @contextmanager
 def side_by_side(
     dense: nn.Module, masked: nn.Module, visit: Callable[[str, nn.Module, Pair], bool]
@@ -64,6 +82,7 @@ def side_by_side(
         A function of `ModelInputs` that returns the outputs of the dense model, then of the masked one, with twice the rows.
     """
     theirs = dict(masked.named_modules())
+    tables: list[tuple[nn.Module, str, nn.Module]] = []
     waiting: dict[str, Tensor] = {}
     handles = []
 
@@ -85,14 +104,28 @@ def side_by_side(
         return hook
 
     for name, module in dense.named_modules():
-        if next(module.parameters(recurse=False), None) is not None and not name.startswith(MASKS_MODULE):
+        if name.startswith(MASKS_MODULE):
+            continue
+        if next(module.children(), None) is not None:  # no layer: its own parameters are tables
+            tables += [(module, table, theirs[name]) for table, _ in module.named_parameters(recurse=False)]
+        elif next(module.parameters(recurse=False), None) is not None:
             handles += [
                 module.register_forward_pre_hook(split(name)),
                 module.register_forward_hook(join(name, theirs[name])),
             ]
+
+    def run(inputs: ModelInputs) -> Tensor:
+        for module, table, other in tables:  # found before the module's parameters
+            module.__dict__[table] = _TableOfBoth(getattr(module, table), getattr(other, table), len(inputs.sample))
+        try:
+            return family_of(dense).output(dense, doubled(inputs))
+        finally:
+            for module, table, _ in tables:
+                module.__dict__.pop(table, None)
+
     try:
         with torch.no_grad(), evaluating(dense), evaluating(masked):
-            yield lambda inputs: family_of(dense).output(dense, doubled(inputs))
+            yield run
     finally:
         for handle in handles:
             handle.remove()

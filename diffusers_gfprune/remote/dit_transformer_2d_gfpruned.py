@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import DiTTransformer2DModel
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from .pruned_layers import RemovedBlock
+from .pruned_layers import RemovedBlock, make_positions
 from .pruned_model import GFPrunedMixin, accept_in_pipelines, pruned_init
 
 __all__ = ["GFPrunedDiTTransformer2DModel"]
@@ -52,16 +51,7 @@ class GFPrunedDiTTransformer2DModel(GFPrunedMixin, DiTTransformer2DModel):
         self._through(hidden, self.proj_out_2, to=self.patch_size**2 * self.out_channels)
 
     def make_buffers(self, device: torch.device) -> None:
-        embed = self.pos_embed
-        table = get_2d_sincos_pos_embed(
-            self.inner_dim,
-            embed.height,
-            base_size=embed.base_size,
-            interpolation_scale=embed.interpolation_scale,
-            device=device,
-            output_type="pt",
-        )
-        embed.pos_embed = table.float().unsqueeze(0)
+        make_positions(self.pos_embed, device)
 
 
 # Saved pipelines name the library of a component by its class's module: this package, whose file is saved with them.

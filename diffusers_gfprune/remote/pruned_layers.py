@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
-from diffusers.models.embeddings import GaussianFourierProjection
+from diffusers.models.embeddings import GaussianFourierProjection, PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-__all__ = ["RaggedGroupNorm", "RemovedBlock", "channels_of", "materialize", "narrow", "remove_blocks"]
+__all__ = ["RaggedGroupNorm", "RemovedBlock", "channels_of", "make_positions", "materialize", "narrow", "remove_blocks"]
 
 
 class RaggedGroupNorm(nn.GroupNorm):
@@ -169,4 +169,21 @@ def materialize(model: nn.Module, device: torch.device) -> None:
             module.weight = nn.Parameter(weight, requires_grad=False)
         elif next(module.parameters(recurse=False), None) is not None:
             module.to_empty(device=device, recurse=False)
-            module.reset_parameters()
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            else:  # blocks and models with tables of scales and shifts, as Diffusers initializes them
+                for table in module.parameters(recurse=False):
+                    nn.init.normal_(table, std=table.shape[-1] ** -0.5)
+
+
+def make_positions(embed: PatchEmbed, device: torch.device) -> None:
+    """Compute the sinusoidal position embeddings of a model on `device`. They are not saved with the weights."""
+    table = get_2d_sincos_pos_embed(
+        embed.proj.out_channels,
+        embed.height,
+        base_size=embed.base_size,
+        interpolation_scale=embed.interpolation_scale,
+        device=device,
+        output_type="pt",
+    )
+    embed.pos_embed = table.float().unsqueeze(0)

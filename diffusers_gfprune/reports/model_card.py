@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
 import jinja2
@@ -193,6 +193,12 @@ def _speeds(dense: ModelFigures, pruned: ModelFigures) -> tuple[list[dict], floa
     return compare_speeds(dense.speed, pruned.speed), None
 
 
+def _machines(rows: Sequence[Mapping]) -> list[str]:
+    """Hardware of measurements, with the number of threads on CPUs."""
+    threads = {"cpu": " ({threads} threads)"}
+    return list(dict.fromkeys(row["hardware"] + threads.get(row["device"], "").format(**row) for row in rows))
+
+
 def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mapping[str, str] | None = None) -> str:
     """Render the card of a run.
 
@@ -247,6 +253,10 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             similarities=_similarities(results),
             speeds=speeds,
             gains=[speed for speed in speeds if None not in (speed["first_ms"], speed["other_ms"])],
+            machines=_machines(pruned.speed if speeds else []),
+            runtimes=list(
+                dict.fromkeys(f"{row['mode']} {row['runtime_version']}" for row in pruned.speed if "runtime_version" in row)
+            ),
             confidence=CONFIDENCE,
             revived=sum(_revived(update) for update in report["mask_updates"]),
             license_known=report["base_model"]["license"] not in (None, "unknown"),

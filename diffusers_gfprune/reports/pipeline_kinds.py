@@ -13,6 +13,8 @@ KINDS = {
     "DiTPipeline": "dit",
     "LDMPipeline": "latent-diffusion",
     "LDMTextToImagePipeline": "latent-diffusion",
+    "PixArtAlphaPipeline": "pixart-alpha",
+    "PixArtSigmaPipeline": "pixart-sigma",
     "StableDiffusionPipeline": "stable-diffusion",
     "StableDiffusionXLPipeline": "stable-diffusion-xl",
 }
@@ -48,7 +50,9 @@ def kind_of(pipeline: Mapping) -> str:
 def example_of(pipeline: Mapping) -> str:
     """A call of the pipeline that makes an image."""
     if pipeline["condition"] == "text":
-        return 'pipe("a prompt").images.pop()'  # captions of the training images may be private
+        # Captions of the training images may be private. PixArt's bins are of images of a few sizes only
+        binning = ", use_resolution_binning=False" if pipeline["class_name"].startswith("PixArt") else ""
+        return f'pipe("a prompt"{binning}).images.pop()'
     if pipeline["condition"] == "class labels" and pipeline["class_name"] == "DiTPipeline":
         guidance = "" if pipeline["num_classes"] == IMAGENET_CLASSES else ", guidance_scale=1"
         return f"pipe(class_labels=[0]{guidance}).images.pop()"

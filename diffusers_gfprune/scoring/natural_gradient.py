@@ -104,7 +104,7 @@ def joint_changes(context: ScoringContext) -> JointScores:
                 gradients = torch.autograd.grad(predictions, produced, probe, retain_graph=number < PROBES - 1)
                 along: dict[str, Tensor] = {}
                 for (name, output), gradient in zip(outputs, gradients):
-                    part = _over_positions(context.unet.get_submodule(name), output.detach() * gradient)
+                    part = _over_positions(context.unet.get_submodule(name), output.detach() * gradient, len(batch))
                     along[name] = along[name] + part if name in along else part  # a layer may be called more than once
                 values_of_image = predictions[0].numel()
                 for group, values in _by_group(context, along):
@@ -149,10 +149,10 @@ def _outputs_kept(context: ScoringContext) -> Iterator[list[tuple[str, Tensor]]]
             handle.remove()
 
 
-def _over_positions(module: nn.Module, values: Tensor) -> Tensor:
+def _over_positions(module: nn.Module, values: Tensor, batch: int) -> Tensor:
     """Sum over all dimensions but images and channels, to shape `(batch, channels)`."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):  # (batch, ..., channels)
-        return values.flatten(1, -2).sum(dim=1) if values.dim() > 2 else values
+    if isinstance(module, (nn.Linear, nn.Embedding)):  # (batch, ..., channels), or several rows of each image
+        return values.reshape(batch, -1, values.shape[-1]).sum(dim=1)
     return values.flatten(2).sum(dim=2)  # (batch, channels, ...)
 
 

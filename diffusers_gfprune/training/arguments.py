@@ -93,7 +93,11 @@ class PruningArguments(GFPruneConfig):
             )
 
     def on_device(self, device: str) -> PruningArguments:
-        """A copy with `target_device=auto` set to the training device; models are loaded on the CPU and moved later."""
+        """A copy with `target_device=auto` set to the training device; models are loaded on the CPU and moved later.
+
+        With a budget for a runtime, the target is the CPU, on which runtimes execute.
+        """
+        device = device if self.latency_runtime is None else "cpu"
         known = self.target_device == "auto" and device in DEVICES
         return dataclasses.replace(self, target_device=device) if known else self
 
@@ -150,6 +154,7 @@ class Arguments:
     words: list[str]  # the command line
 
     def __post_init__(self) -> None:
+        self.pruning.check_installed()
         if self.hub.hub_strategy == "every_save" and not (self.hub.push_to_hub and self.run.save_model_steps):
             raise ValueError("hub_strategy=every_save needs --push_to_hub and --save_model_steps")
         if self.training.use_8bit_adam and self.precision.channels_last:

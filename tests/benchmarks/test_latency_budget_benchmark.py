@@ -43,7 +43,7 @@ def test_the_narrowest_model_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_cases_have_the_backend_of_their_name() -> None:
     for name, case in CASES.items():
         config = case.config("latency", 0.4)
-        assert config.latency_setting().compiled == name.endswith("compile")
+        assert config.latency_backend == case.backend and (case.backend == "eager" or name.endswith(case.backend))
         assert config.latency_batch_size == case.batch_size and str(case.batch_size) in name.split("-")
         assert (config.ranking == "global") == ("magnitude" in name)
     assert CASES["digits-16-compile"].backend == "compile"

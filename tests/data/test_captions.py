@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from diffusers_gfprune.data.batches import calibration_batches, train_dataloader
 from diffusers_gfprune.data.captions import RowCaptions, caption_column, read_captions
-from helpers.latent_data import latent_spec, load_latents, noise_image, prompt_encoder, write_images
+from diffusers_gfprune.diffusion.prompts import PromptEncoder
+from helpers.latent_data import SIZE, latent_spec, load_latents, noise_image, prompt_encoder, write_images
+from helpers.latent_models import t5_encoder, t5_tokenizer
 from helpers.processes import ddpm
 
 CAPTIONS = ["zero", "one", "two", "three"] * 3 + ["two", "aa"]
@@ -120,6 +122,32 @@ def test_conditioning_of_sdxl_has_the_sizes_of_the_image(tmp_path: Path) -> None
     torch.testing.assert_close(held_out.conditioning["text_embeds"], expected["text_embeds"])
 
 
+def test_conditioning_of_pixart_has_masks_and_the_size_of_all_images(tmp_path: Path) -> None:
+    """Masks are those of the captions, also in the cache; sizes are those that the model makes, and in no cache."""
+    tokens = t5_tokenizer()
+    components = {"tokenizer": tokens, "text_encoder": t5_encoder(tokens)}
+    prompts = PromptEncoder.of_pipeline(components, (SIZE, SIZE), max_length=9, takes=("resolution",))
+    folder = write_images(tmp_path / "data", IMAGES, CAPTIONS)
+    images, held_out = load_latents(folder, latent_spec(prompts=prompts), caption_dropout=0.5)
+    (batch, _), *_ = itertools.islice(train_dataloader(images, 12, seed=0, process=ddpm(10)), 1)
+    found = {name: (tuple(values.shape), values.dtype) for name, values in batch.conditioning.items()}
+    assert found == {
+        "encoder_hidden_states": ((12, 9, 16), torch.float32),
+        "encoder_attention_mask": ((12, 9), torch.int64),
+        "resolution": ((12, 2), torch.float32),
+        "aspect_ratio": ((12, 1), torch.float32),
+    }
+    lengths = batch.conditioning["encoder_attention_mask"].sum(dim=1)  # with the mark of a word's start, and the end
+    assert {1, 5} < set(lengths.tolist()) <= {1, 4, 5, 6, 7}  # the empty prompt has its end only
+    assert batch.conditioning["resolution"].tolist() == [[SIZE, SIZE]] * 12
+    assert batch.conditioning["aspect_ratio"].tolist() == [[1]] * 12
+    known = prompts.encode([CAPTIONS[row] for row in held_out.rows])
+    for name, values in held_out.conditioning.items():
+        torch.testing.assert_close(values, known[name])
+    (cached,) = (load_file(path) for path in (tmp_path / "encoded").glob("captions*"))
+    assert set(cached) == {"encoder_hidden_states", "encoder_attention_mask"}
+
+
 def test_long_and_missing_captions_are_one_line_each_before_encoding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     captions = ["abcdefgh", None, *CAPTIONS[2:]]
     folder = write_images(tmp_path / "data", IMAGES, captions)
@@ -127,8 +155,7 @@ def test_long_and_missing_captions_are_one_line_each_before_encoding(tmp_path: P
         load_latents(folder, latent_spec(prompts=prompt_encoder(tmp_path / "tokens")), prepare=False)
     assert caplog.messages == [
         "1 rows have no caption in column text: their prompt is empty",
-        "1 of 7 different captions are longer than the tokenizer's limit of 8 tokens: they are cut, as in Diffusers' "
-        "pipelines",
+        "1 of 7 different captions are longer than the limit of 8 tokens: they are cut, as in Diffusers' pipelines",
     ]
     assert not (tmp_path / "encoded").exists()
 

@@ -75,6 +75,10 @@ CALLS: dict[str, tuple[dict, Callable[[int], dict]]] = {
     "dit": ({"class_labels": [3, 1]}, lambda n: {"class_labels": [3, 1, 3][:n], "guidance_scale": 1}),
     "sd": ({"prompts": ["a cat"], "guidance_scale": 3.0}, lambda n: {"prompt": ["a cat"] * n, "guidance_scale": 3.0}),
     "sdxl": ({"prompts": ["a cat"], "guidance_scale": 1.0}, lambda n: {"prompt": ["a cat"] * n, "guidance_scale": 1.0}),
+    "pixart": (
+        {"prompts": ["a cat"], "guidance_scale": 3.0},
+        lambda n: {"prompt": ["a cat"] * n, "guidance_scale": 3.0, "use_resolution_binning": False},
+    ),
     "ldm-text": ({"prompts": ["two", "red"]}, lambda n: {"prompt": ["two", "red", "two"][:n]}),
 }
 

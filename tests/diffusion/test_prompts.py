@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
 from diffusers_gfprune.diffusion.prompts import PromptEncoder
-from helpers.latent_models import MAX_TOKENS, projecting_text_encoder, text_encoder, tokenizer
+from diffusers_gfprune.loading.pipeline_layouts import LAYOUTS
+from helpers.latent_models import MAX_TOKENS, projecting_text_encoder, t5_encoder, t5_tokenizer, text_encoder, tokenizer
 
 PROMPTS = ["ab cd", "", "a", "abcdefghijkl mnop"]  # the last one is too long
 
@@ -69,10 +70,32 @@ def test_prompts_are_those_of_ldm(tmp_path: Path) -> None:
         **{"encoder_attention_heads": 2, "head_dim": 4, "d_model": 8, "pad_token_id": tokens.pad_token_id},
     )
     bert = LDMBertModel(config)
-    encoder = PromptEncoder.of_pipeline({"tokenizer": tokens, "bert": bert})
+    encoder = PromptEncoder.of_pipeline({"tokenizer": tokens, "bert": bert}, max_length=77)
     ids = tokens(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     torch.testing.assert_close(encoder.encode(PROMPTS)["encoder_hidden_states"], bert.eval()(ids)[0].detach())
     assert encoder.shapes == {"encoder_hidden_states": (77, 8)}
+
+
+@pytest.mark.parametrize("kind", [PixArtAlphaPipeline, PixArtSigmaPipeline])
+def test_prompts_are_those_of_pixart(kind: type) -> None:
+    """In lower case, cut to the pipeline's limit, with the mask of their tokens and, where the model takes them, sizes."""
+    tokens, limit = t5_tokenizer(), LAYOUTS[kind.__name__].max_length
+    components = {"tokenizer": tokens, "text_encoder": t5_encoder(tokens)}
+    encoder = PromptEncoder.of_pipeline(components, (16, 24), max_length=limit, takes=("resolution",))
+    prompts = ["Ab CD ", "", "a", "b" * (limit + 5)]
+    assert encoder.count_long(prompts) == 1
+    pipeline = kind(vae=None, transformer=None, scheduler=None, **components)
+    states, mask, null_states, null_mask = pipeline.encode_prompt(prompts, device="cpu")
+    made, null = encoder.encode(prompts), encoder.null()
+    torch.testing.assert_close(made["encoder_hidden_states"], states)
+    torch.testing.assert_close(null["encoder_hidden_states"], null_states[:1])
+    assert torch.equal(made["encoder_attention_mask"], mask) and torch.equal(null["encoder_attention_mask"], null_mask[:1])
+    assert made["encoder_attention_mask"].sum(dim=1).tolist() == [7, 1, 3, limit]  # each word has a mark of its start
+    assert made["resolution"].tolist() == [[16, 24]] * 4 and null["aspect_ratio"].tolist() == [[pytest.approx(16 / 24)]]
+    assert {name: values.shape[1:] for name, values in made.items()} == encoder.shapes
+    assert {name: values.dtype for name, values in encoder.encode([]).items()} == {n: v.dtype for n, v in made.items()}
+    plain = PromptEncoder.of_pipeline(components, max_length=limit)
+    assert set(plain.encode(["a"])) == {"encoder_hidden_states", "encoder_attention_mask"}
 
 
 def test_prompts_do_not_depend_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +118,13 @@ def test_long_prompts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert caplog.messages == []
         encoder.warn_of_long([fits, fits + "a"], "captions")
     (line,) = caplog.messages
-    assert (
-        line == "1 of 2 captions are longer than the tokenizer's limit of 8 tokens: they are cut, as in Diffusers' pipelines"
-    )
+    assert line == "1 of 2 captions are longer than the limit of 8 tokens: they are cut, as in Diffusers' pipelines"
 
 
 def test_text_encoders_of_other_models_are_refused(tmp_path: Path) -> None:
     encoder = one_encoder(tmp_path)
     encoder.check_fits({"encoder_hidden_states": torch.zeros(1, 77, 16)})
-    with pytest.raises(ValueError, match=r"have width 16, but the model needs 32 \(cross_attention_dim\)"):
+    with pytest.raises(ValueError, match="have width 16, but the model needs 32: it is the text encoder of another model"):
         encoder.check_fits({"encoder_hidden_states": torch.zeros(1, 77, 32)})
     with pytest.raises(ValueError, match="the model needs text_embeds, which the text encoder does not make"):
         encoder.check_fits({"encoder_hidden_states": torch.zeros(1, 77, 16), "text_embeds": torch.zeros(1, 12)})

@@ -87,6 +87,10 @@ def test_lists() -> None:
         ([*MODEL, "--speed_batch_sizes", "4", "0"], "speed_batch_sizes=0 must be at least 1, or 0 alone"),
         ([*MODEL, "--speed_dtypes", "int8"], "speed_dtypes=int8 must be one of"),
         ([*MODEL, "--speed_modes", "fast"], "speed_modes=fast must be one of"),
+        (
+            [*MODEL, "--speed_modes", "openvino", "--speed_dtypes", "fp16"],
+            "speed_dtypes=float16 must be float32 with modes=op",
+        ),
         ([*MODEL, "--speed_memory_formats", "rows"], "speed_memory_formats=rows must be one of"),
         ([*MODEL, "--validation_images", "0"], "validation_images=0 must be at least 1"),
         ([*MODEL, "--update_model_card"], "update_model_card=True needs --model and --reference_model"),

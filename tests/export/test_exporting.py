@@ -177,7 +177,7 @@ def test_other_pipelines_are_refused(tmp_path: Path) -> None:
 
 def test_only_the_installed_format_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message has the command that installs what is missing."""
-    from diffusers_gfprune.export import requirements
+    from diffusers_gfprune.runtimes import requirements
 
     find = requirements.importlib.util.find_spec
     absent = {"onnxruntime", "openvino", "nncf"}

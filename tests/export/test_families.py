@@ -39,6 +39,7 @@ def sample(pipe: DiffusionPipeline) -> Tensor:
         # LDMTextToImagePipeline takes every VAE for one that divides sides by eight
         side = 8 * LATENT_SIZE if type(pipe).__name__ == "LDMTextToImagePipeline" else SIZE
         named = {"height": side, "width": side}
+        named |= {"use_resolution_binning": False} if type(pipe).__name__.startswith("PixArt") else {}
     generator = torch.Generator().manual_seed(0)
     images = pipe(*positional, **named, num_inference_steps=3, generator=generator, output_type="np").images
     return torch.as_tensor(images)

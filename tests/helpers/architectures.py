@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_gfprune import GFPrunedUNet2DModel
-from diffusers_gfprune.pruning.blocks import RemovableBlock
-from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
+from diffusers_gfprune.pruning.blocks import RemovableBlock, trace_groups
+from diffusers_gfprune.pruning.channel_groups import ChannelGroup
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 
 BASE = {
@@ -165,10 +165,11 @@ def random_masks(groups: list[ChannelGroup], seed: int) -> dict[str, Tensor]:
 
 
 @functools.lru_cache
-def pruned(name: str = "base", seed: int = 0) -> GFPrunedUNet2DModel:
-    """A pruned model, missing heads included. Shared by tests: copy it before changing it."""
+def pruned(name: str = "base", seed: int = 0, depth: str = "none") -> GFPrunedUNet2DModel:
+    """A pruned model, missing heads included, and half of the blocks with depth `"allow"`. Shared by tests: copy it before
+    changing it."""
     unet = build(name)
-    groups = trace_channel_groups(unet)
+    groups = trace_groups(unet, depth)
     return compact(unet, plan_compaction(unet, groups, random_masks(groups, seed)))
 
 

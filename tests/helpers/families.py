@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffusers_gfprune.diffusion.batch import ModelInputs
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.model_size import spatial_size
+from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 from helpers.architectures import random_masks
@@ -47,10 +48,24 @@ TEXT_TIME = {
     "projection_class_embeddings_input_dim": 60,
 }
 
+PIXART = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "cross_attention_dim": 32,
+    "caption_channels": 12,
+}
+SIZES = {"use_additional_conditions": True, "num_attention_heads": 3, "cross_attention_dim": 24}
+
 # Class, and arguments of all its architectures
 BASES: dict[str, tuple[type[ModelMixin], dict]] = {
     "dit": (DiTTransformer2DModel, DIT),
     "condition": (UNet2DConditionModel, CONDITION),
+    "pixart": (PixArtTransformer2DModel, PIXART),
 }
 
 # What differs from the base, by family and name
@@ -126,6 +141,37 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "wide-kernels": {"conv_in_kernel": 1, "conv_out_kernel": 5, "center_input_sample": True, "flip_sin_to_cos": False},
         "one-norm-group": {"norm_num_groups": 1},
     },
+    "pixart": {
+        "base": {},
+        "fixed-variances": {"out_channels": None},
+        "pixels": {"in_channels": 3, "out_channels": 6},
+        "sizes": SIZES,
+        "sizes-by-default": {
+            **SIZES,
+            "use_additional_conditions": None,
+            "sample_size": 128,
+            "patch_size": 32,
+            "num_layers": 1,
+        },
+        "text-as-it-is": {"caption_channels": None, "cross_attention_dim": 20},
+        "text-as-it-is-and-sizes": {**SIZES, "caption_channels": None, "cross_attention_dim": 7},
+        "one-head": {"num_attention_heads": 1, "attention_head_dim": 32},
+        "many-heads": {"num_attention_heads": 16, "attention_head_dim": 2},
+        "heads-of-one-channel": {"num_attention_heads": 12, "attention_head_dim": 1, "cross_attention_dim": 12},
+        "uneven-heads": {"num_attention_heads": 3, "attention_head_dim": 20, "cross_attention_dim": 60},
+        "patches-of-one": {"patch_size": 1, "sample_size": 5},
+        "odd-patches": {"patch_size": 3, "sample_size": 9},
+        "one-patch": {"patch_size": 8},
+        "no-attention-bias": {"attention_bias": False},
+        "gelu": {"activation_fn": "gelu"},
+        "geglu": {"activation_fn": "geglu"},
+        "geglu-approximate": {"activation_fn": "geglu-approximate"},
+        "swiglu": {"activation_fn": "swiglu"},
+        "silu": {"activation_fn": "linear-silu"},
+        "affine-norms": {"norm_elementwise_affine": True, "norm_eps": 1e-3, "interpolation_scale": 2},
+        "one-layer": {"num_layers": 1, "attention_type": None},
+        "four-layers": {"num_layers": 4, "upcast_attention": True},
+    },
 }
 ALL = [(family, name) for family, names in ARCHITECTURES.items() for name in names]
 
@@ -146,12 +192,12 @@ def inputs(model: nn.Module, batch_size: int = 2, seed: int = 1) -> ModelInputs:
     generator = torch.Generator().manual_seed(seed)
     zeros = family_of(model).example_inputs(model, *spatial_size(model), batch_size)
 
-    def values(like: Tensor) -> Tensor:
+    def values(like: Tensor, count: int = 10) -> Tensor:
         if like.is_floating_point():
             return torch.randn(like.shape, generator=generator)
-        return torch.randint(0, 10, like.shape, generator=generator)
+        return torch.randint(0, count, like.shape, generator=generator)
 
-    conditioning = {name: values(like) for name, like in zeros.conditioning.items()}
+    conditioning = {name: values(like, 2 if "mask" in name else 10) for name, like in zeros.conditioning.items()}
     timesteps = torch.randint(1, 1000, (batch_size,), generator=generator)
     return ModelInputs(values(zeros.sample), timesteps, conditioning)
 
@@ -168,6 +214,11 @@ def run(model: nn.Module) -> Tensor:
     return wanted[0]
 
 
+def removable(family: str) -> str:
+    """Name of an architecture that has blocks to remove."""
+    return {"condition": "two-layers"}.get(family, "four-layers")
+
+
 @functools.lru_cache
 def traced(family: str, name: str = "base") -> tuple[ChannelGroup, ...]:
     """The groups of an architecture, traced once for all tests."""
@@ -175,7 +226,8 @@ def traced(family: str, name: str = "base") -> tuple[ChannelGroup, ...]:
 
 
 @functools.lru_cache
-def pruned(family: str, name: str = "base", seed: int = 0) -> ModelMixin:
-    """A pruned model. Shared by tests: copy it before changing it."""
-    model, groups = build(family, name), list(traced(family, name))
+def pruned(family: str, name: str = "base", seed: int = 0, depth: str = "none") -> ModelMixin:
+    """A pruned model, without half of its blocks with depth `"allow"`. Shared by tests: copy it before changing it."""
+    model = build(family, name)
+    groups = list(traced(family, name)) if depth == "none" else trace_groups(model, depth)
     return compact(model, plan_compaction(model, groups, random_masks(groups, seed)))

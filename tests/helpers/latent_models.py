@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 MAX_TOKENS = 8  # of a prompt, with its start and its end
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -88,3 +96,16 @@ def projecting_text_encoder(tokens: CLIPTokenizer, width: int = 24, seed: int = 
     """A `CLIPTextModelWithProjection`, with embeddings of 12 values."""
     torch.manual_seed(seed)
     return perturbed(CLIPTextModelWithProjection(text_config(tokens, width, projection_dim=12, **config)))
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer of single letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def t5_encoder(tokens: T5Tokenizer, width: int = 16, seed: int = 0) -> T5EncoderModel:
+    """A `T5EncoderModel` of version 1.1, with two layers."""
+    torch.manual_seed(seed)
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_heads": 2, "num_layers": 2}
+    return perturbed(T5EncoderModel(T5Config(vocab_size=len(tokens), feed_forward_proj="gated-gelu", **sizes)))

@@ -14,8 +14,12 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     LDMPipeline,
     LDMTextToImagePipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -30,6 +34,8 @@ from helpers.latent_models import (
     autoencoder,
     perturbed,
     projecting_text_encoder,
+    t5_encoder,
+    t5_tokenizer,
     text_encoder,
     tokenizer,
     vq_model,
@@ -51,6 +57,17 @@ DIT = {
     "sample_size": LATENT_SIZE,
     "patch_size": 2,
     "num_embeds_ada_norm": CLASSES,
+}
+PIXART = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": LATENT_SIZE,
+    "patch_size": 2,
+    "cross_attention_dim": 24,
+    "caption_channels": 16,
 }
 BLOCKS = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": LATENT_SIZE}
 UNCONDITIONAL = {
@@ -138,12 +155,26 @@ def ldm_text(folder: Path, **config) -> DiffusionPipeline:
     return LDMTextToImagePipeline(autoencoder(), perturbed(bert), tokens, unet, DDIMScheduler(**BETAS))
 
 
+def pixart(folder: Path, kind: type[DiffusionPipeline] = PixArtAlphaPipeline, **config) -> DiffusionPipeline:
+    """A `PixArtAlphaPipeline` with learned variances, or a `PixArtSigmaPipeline`."""
+    transformer, tokens = _model(PixArtTransformer2DModel, {**PIXART, **config}), t5_tokenizer()
+    scheduler = DPMSolverMultistepScheduler(**{k: v for k, v in BETAS.items() if k != "clip_sample"})
+    return kind(tokens, t5_encoder(tokens), autoencoder(), transformer, scheduler)
+
+
+def pixart_sigma(folder: Path, **config) -> DiffusionPipeline:
+    """A `PixArtSigmaPipeline` with learned variances."""
+    return pixart(folder, PixArtSigmaPipeline, **config)
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "dit": dit,
     "ldm": ldm,
     "sd": sd,
     "sdxl": sdxl,
     "ldm-text": ldm_text,
+    "pixart": pixart,
+    "pixart-sigma": pixart_sigma,
 }
 
 

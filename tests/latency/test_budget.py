@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, one_shot, prune_pipeline
 from diffusers_gfprune.latency import budget as latency_budget
-from diffusers_gfprune.latency import calibration
+from diffusers_gfprune.latency import calibration, layer_times
 from diffusers_gfprune.latency.budget import measured_latency_model
 from diffusers_gfprune.latency.calibration import TimePair
 from diffusers_gfprune.latency.layer_workloads import Convolution, LinearLayer
 from diffusers_gfprune.metrics.model_size import count_macs
+from diffusers_gfprune.metrics.speed import PreparedForward
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
+from diffusers_gfprune.runtimes import requirements
 from helpers.architectures import build
+from helpers.latency import time_by_macs
+from helpers.tiny_pipelines import tiny_pipeline
 
 CONFIG = GFPruneConfig.from_preset(
     "one-shot", target="latency", ratio=0.4, total_steps=1, criterion="magnitude", channel_multiple=1
@@ -64,7 +69,7 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(build("three-levels"))
     monkeypatch.setattr(latency_budget, "layer_shares", machine.layer_shares)
-    monkeypatch.setattr(calibration, "prepare_forward", lambda model, *rest: (None, None, model))
+    monkeypatch.setattr(calibration, "prepare_forward", lambda model, *rest: PreparedForward(model, []))
     monkeypatch.setattr(calibration, "time_pair", lambda dense, small, *rest: machine.measure(small))
     return machine
 
@@ -81,6 +86,51 @@ def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
     assert check.pair.share == machine.share(small) and not check.missed
     assert "asked for 40.0% less, predicted 40" in str(check)
     assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_time_can_be_that_of_a_runtime(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    """Widths are those that CPUs like, bars count layers and models, and the check names the runtime."""
+    dense = build("three-levels")
+    config = GFPruneConfig(**{**CONFIG.to_dict(), "latency_backend": "openvino", "channel_multiple": "auto"})
+    pruner = GradientFlowPruner(copy.deepcopy(dense), config)
+    assert pruner._device_type() == "cpu"
+    assert "timing models" in capsys.readouterr().err
+    pruner.step(0, [])
+    small = pruner.compact()
+    assert machine.share(small) == pytest.approx(0.4, abs=0.03)
+    assert "time of a forward (batch 1, float32, openvino): asked for 40.0% less" in str(pruner.check_latency(dense, small))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_budget_in_a_runtime_from_end_to_end(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and models are exported, layers are timed, and their table is kept for the next time."""
+    time_by_macs(monkeypatch)
+    dense = build("three-levels")
+    config = GFPruneConfig(**{**CONFIG.to_dict(), "latency_backend": runtime, "latency_batch_size": 16})
+    pruner = GradientFlowPruner(copy.deepcopy(dense), config, latency_cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1 and pruner._latency_model.rest < 1
+    assert all(np.isfinite(table).all() and (table > 0).all() for table in pruner._latency_model._tables)
+    pruner.step(0, [])
+    check = pruner.check_latency(dense, pruner.compact())
+    assert check.pair.share == pytest.approx(0.4, abs=0.03) and runtime in str(check)
+    monkeypatch.setattr(layer_times, "measure_shares", lambda *args, **options: pytest.fail("measured again"))
+    GradientFlowPruner(copy.deepcopy(dense), config, latency_cache_dir=tmp_path)
+
+
+def test_a_missing_runtime_is_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, with the command that installs it; also where images would be drawn first."""
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    options = {"target": "latency", "latency_backend": "onnxruntime"}
+    message = r"^onnxruntime, onnx, onnxscript not installed: pip install 'diffusers-gfprune\[onnx\]'$"
+    with pytest.raises(ImportError, match=message):
+        GradientFlowPruner(build("one-level"), GFPruneConfig(**options))
+    monkeypatch.setattr(one_shot, "draw_images", lambda *args: pytest.fail("images are drawn"))
+    with pytest.raises(ImportError, match=message):
+        tiny_pipeline().prune(**options)
+    with pytest.raises(ImportError, match=message):
+        prune_pipeline(tiny_pipeline(), **options)
+    GFPruneConfig(**{**options, "target": "macs"}).check_installed()
 
 
 @pytest.mark.parametrize("depth", [pytest.param("allow", marks=pytest.mark.slow), "only"])

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from diffusers_gfprune.latency import layer_times
+from diffusers_gfprune.latency.layer_forwards import EagerLayers, RuntimeLayers
 from diffusers_gfprune.latency.layer_times import Grid, layer_shares, measure_shares
 from diffusers_gfprune.latency.layer_workloads import Inputs, Norm
 from diffusers_gfprune.metrics.cache import TensorCache
-from diffusers_gfprune.metrics.speed import SpeedSetting
+from diffusers_gfprune.metrics.speed import PreparedForward, SpeedSetting
+from diffusers_gfprune.runtimes.forwards import Layer
 from helpers.architectures import build
 
-INPUTS = Inputs(1, torch.device("cpu"), torch.float32)
+CPU = torch.device("cpu")
+INPUTS = Inputs(1, CPU, torch.float32)
 
 
 class Machine:
@@ -44,8 +47,8 @@ class Product:
     def __init__(self, machine: Machine, unit: float) -> None:
         self.machine, self.unit = machine, unit
 
-    def forward(self, wide_in: int, wide_out: int, inputs: Inputs):
-        return self.machine.call(self.unit * wide_in * wide_out)
+    def layer(self, wide_in: int, wide_out: int, inputs: Inputs) -> Layer:
+        return Layer(self.machine.call(self.unit * wide_in * wide_out), ())
 
 
 @pytest.mark.parametrize("load", [itertools.repeat(1.0), itertools.cycle([1.0] * 11 + [3.0])])
@@ -54,7 +57,7 @@ def test_shares_are_those_of_the_dense_forward(load) -> None:
     machine = Machine(load)
     grids = [Grid(Product(machine, 0.001), (5, 10), (5, 10)), Grid(Product(machine, 0.003), (10,), (5, 10))]
     calls = [(0, 10, 10), (1, 10, 10)]
-    first, second = measure_shares(machine.call(1.0), grids, calls, INPUTS, machine.timer)
+    first, second = measure_shares(machine.call(1.0), grids, calls, EagerLayers(INPUTS), CPU, machine.timer)
     assert first == pytest.approx(np.array([[0.025, 0.05], [0.05, 0.1]]))
     assert second == pytest.approx(np.array([[0.15, 0.3]]))
 
@@ -63,8 +66,8 @@ def test_tables_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Again for another batch size, or where the file is damaged."""
     measured = []
 
-    def fake(dense, grids, calls, inputs, progress) -> list[np.ndarray]:
-        measured.append(inputs.batch)
+    def fake(dense, grids, calls, layers, device, progress) -> list[np.ndarray]:
+        measured.append(layers.inputs.batch)
         return [np.array([[0.1, 0.3]])]
 
     monkeypatch.setattr(layer_times, "measure_shares", fake)
@@ -83,3 +86,25 @@ def test_tables_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert measured == [1, 2, 1] and "is made again" in capsys.readouterr().err
     get()
     assert measured == [1, 2, 1]
+
+
+def test_tables_of_a_runtime_depend_on_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels change. Eager and compiled models share a table, as before there were runtimes."""
+    measured = []
+
+    def fake(dense, grids, calls, layers, device, progress) -> list[np.ndarray]:
+        measured.append(layers.runtime if isinstance(layers, RuntimeLayers) else "eager")
+        return [np.array([[0.1, 0.3]])]
+
+    monkeypatch.setattr(layer_times, "measure_shares", fake)
+    monkeypatch.setattr(layer_times, "prepare_forward", lambda *args: PreparedForward(lambda: None, []))
+    unet, grids, calls = build("one-level"), [Grid(Norm((8, 8), 4, silu=True), (0,), (8, 16))], [(0, 0, 16)]
+
+    def get(mode: str, version: str) -> None:
+        monkeypatch.setattr(layer_times, "runtime_versions", lambda runtime: {runtime: version})
+        layer_shares(unet, grids, calls, SpeedSetting(1, "float32", mode), cache=TensorCache(tmp_path))
+
+    get("onnxruntime", "1.0"), get("onnxruntime", "1.0"), get("openvino", "1.0"), get("onnxruntime", "1.1")
+    assert measured == ["onnxruntime", "openvino", "onnxruntime"]
+    get("eager", ""), get("compiled", ""), get("onnxruntime", "1.1")
+    assert measured[3:] == ["eager"]

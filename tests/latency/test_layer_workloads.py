@@ -84,5 +84,6 @@ def test_layers_of_one_kind_share_a_workload() -> None:
 )
 def test_a_workload_runs_at_a_width(workload, shape: tuple[int, ...]) -> None:
     """With the shapes that it has inside of a model."""
-    inputs = Inputs(2, torch.device("cpu"), torch.float32)
-    assert tuple(workload.forward(3, 8, inputs)().shape) == shape
+    module, tensors = workload.layer(3, 8, Inputs(2, torch.device("cpu"), torch.float32))
+    assert tuple(module(*tensors).shape) == shape
+    assert all(values.is_contiguous() for values in tensors)  # as runtimes take them

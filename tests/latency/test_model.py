@@ -136,6 +136,17 @@ def test_grids_hold_every_width(groups: list[ChannelGroup]) -> None:
     assert all(type(g.workload) in (Convolution, LinearLayer) or g.wide_in == (0,) for g in grids)
 
 
+def test_grids_of_a_runtime_are_coarser(groups: list[ChannelGroup]) -> None:
+    """Each point is a model that is loaded. The dense widths stay points."""
+    unet = build("three-levels")
+    in_pytorch, in_runtime = LatencyModel(unet, groups), LatencyModel(unet, groups, runtime="onnxruntime")
+    points = [sum(len(grid.wide_in) * len(grid.wide_out) for grid in model.grids) for model in (in_pytorch, in_runtime)]
+    assert points[1] < points[0] and in_runtime.calls == in_pytorch.calls
+    for grid, wide_in, wide_out in in_runtime.calls:
+        assert wide_in in in_runtime.grids[grid].wide_in and wide_out in in_runtime.grids[grid].wide_out
+    assert LatencyModel(unet.to("meta"), groups, runtime="openvino").grids == in_runtime.grids  # on the CPU anyway
+
+
 def test_a_budget_in_time_is_met(groups: list[ChannelGroup]) -> None:
     """`CostModel` takes seconds from the model of time, and widths are found as for any other target."""
     unet, model = build("three-levels"), bilinear_model(groups, scale=6 * SCALE)

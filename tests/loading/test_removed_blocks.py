@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from diffusers_gfprune import GFPrunedUNet2DModel
 from diffusers_gfprune.families.lookup import family_named
 from diffusers_gfprune.remote.pruned_layers import RemovedBlock
 from helpers.architectures import BASE, NoMemory
-from helpers.families import CONDITION, DIT
+from helpers.families import CONDITION, DIT, PIXART
 
 BLOCK = "mid_block.resnets.0"
-ARGUMENTS = {UNet2DModel: BASE, UNet2DConditionModel: CONDITION, DiTTransformer2DModel: DIT}
+ARGUMENTS = {UNet2DModel: BASE, UNet2DConditionModel: CONDITION, DiTTransformer2DModel: DIT, PixArtTransformer2DModel: PIXART}
 
 WRONG = {
     "unknown": (["mid_block.resnets.7"], "removed_blocks names 'mid_block.resnets.7', which is not a block"),

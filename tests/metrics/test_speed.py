@@ -16,7 +16,11 @@ from diffusers_gfprune.metrics import speed
 from diffusers_gfprune.metrics.peak_memory import allocated_at_most
 from diffusers_gfprune.metrics.speed import SpeedSetting, measure_speed, parse_settings
 from diffusers_gfprune.metrics.speedup import compare_speeds, describe_speedup, median_interval
+from diffusers_gfprune.runtimes.forwards import ConversionError
+from diffusers_gfprune.runtimes.requirements import RUNTIMES
+from helpers import families
 from helpers.architectures import build, pruned
+from helpers.tiny_pipelines import tiny_pipeline
 from helpers.toy import Toy
 
 EAGER = SpeedSetting(2, "float32")
@@ -257,6 +261,43 @@ def test_the_environment_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ["KINETO_LOG_LEVEL"] == "3"
 
 
+# --- runtimes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_models_are_measured_in_a_runtime(runtime: str) -> None:
+    """On the CPU, as they are exported: interleaved, with a speed-up, and the version of the runtime."""
+    unets = {"dense": tiny_pipeline().unet, "pruned": tiny_pipeline(block_out_channels=(4, 4)).unet}
+    dense, pruned = measure_speed(unets, [SpeedSetting(2, "float32", runtime)], repeats=6)
+    assert "error" not in dense and "error" not in pruned
+    assert (dense["mode"], dense["device"], dense["threads"]) == (runtime, "cpu", torch.get_num_threads())
+    assert dense["runtime_version"] == __import__(runtime).__version__
+    assert dense["speedup"] == 1 and pruned["speedup"] > 0 and len(pruned["speedup_interval"]) == 2
+    assert dense["latency_ms"] > 0 and dense["peak_memory_bytes"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("family", families.BASES)
+def test_models_of_every_family_run_in_runtimes(family: str, runtime: str) -> None:
+    """With labels, or embeddings of text."""
+    (row,) = measure_speed({"dense": families.build(family)}, [SpeedSetting(2, "float32", runtime)], repeats=1, warmup=1)
+    assert row.get("error") is None and row["latency_ms"] > 0
+
+
+def test_what_a_runtime_cannot_run_is_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason. Other modes are measured all the same."""
+
+    def fails(*args) -> None:
+        raise ConversionError("openvino cannot run this model: no kernel in /opt/secret/lib/x.so")
+
+    monkeypatch.setattr(speed, "model_call", fails)
+    eager, failed = measure_speed({"tiny": Tiny()}, [EAGER, SpeedSetting(2, "float32", "openvino")], repeats=1)
+    assert "error" not in eager
+    assert failed["error"] == "ConversionError: openvino cannot run this model: no kernel in x.so"
+    assert not FIGURES & set(failed)
+
+
 # --- what the machine cannot do ----------------------------------------------------------------------------------------
 
 
@@ -317,7 +358,7 @@ def test_a_missing_compiler_is_an_entry(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_model_that_would_run_eagerly_in_part_is_an_entry() -> None:
     """Its time would stand under the name of compiled."""
-    (row,) = measure_speed({"breaking": Breaking()}, [SpeedSetting(1, "float32", compiled=True)], repeats=1)
+    (row,) = measure_speed({"breaking": Breaking()}, [SpeedSetting(1, "float32", mode="compiled")], repeats=1)
     assert row["error"].startswith("Unsupported: ")
 
 
@@ -328,7 +369,7 @@ def test_many_models_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     limit = torch._dynamo.config.recompile_limit
     models = {str(width): Wide(width=width) for width in range(2, 12)}
-    rows = measure_speed(models, [SpeedSetting(1, "float32", compiled=True)], repeats=1, warmup=1)
+    rows = measure_speed(models, [SpeedSetting(1, "float32", mode="compiled")], repeats=1, warmup=1)
     assert len(rows) == 10
     assert all("error" not in row for row in rows)
     assert torch._dynamo.config.recompile_limit == limit < 10
@@ -341,14 +382,14 @@ def test_settings_are_the_product_of_words() -> None:
     """The last list varies fastest; short names of dtypes are accepted; duplicates are measured once."""
     found = parse_settings([1, 8], ["fp32", "bf16", "float32"], ["eager", "compiled"], ["channels_last"])
     assert found == [
-        SpeedSetting(1, "float32", False, True),
-        SpeedSetting(1, "float32", True, True),
-        SpeedSetting(1, "bfloat16", False, True),
-        SpeedSetting(1, "bfloat16", True, True),
-        SpeedSetting(8, "float32", False, True),
-        SpeedSetting(8, "float32", True, True),
-        SpeedSetting(8, "bfloat16", False, True),
-        SpeedSetting(8, "bfloat16", True, True),
+        SpeedSetting(1, "float32", "eager", True),
+        SpeedSetting(1, "float32", "compiled", True),
+        SpeedSetting(1, "bfloat16", "eager", True),
+        SpeedSetting(1, "bfloat16", "compiled", True),
+        SpeedSetting(8, "float32", "eager", True),
+        SpeedSetting(8, "float32", "compiled", True),
+        SpeedSetting(8, "bfloat16", "eager", True),
+        SpeedSetting(8, "bfloat16", "compiled", True),
     ]
     assert parse_settings([4]) == [SpeedSetting(4, "float32")]
     assert parse_settings([4], ["fp16"])[0].dtype == "float16"
@@ -362,7 +403,12 @@ def test_settings_are_the_product_of_words() -> None:
         (([],), r"batch_sizes=\[\] must have"),
         (([1], []), r"dtypes=\[\] must have"),
         (([1], ["int8"]), "dtypes=int8 must be one of float32, bfloat16, float16"),
-        (([1], ["float32"], ["fast"]), "modes=fast must be one of eager, compiled"),
+        (([1], ["float32"], ["fast"]), "modes=fast must be one of eager, compiled, onnxruntime, openvino"),
+        (([1], ["float32", "bf16"], ["eager", "openvino"]), "dtypes=bfloat16 must be float32 with modes=openvino: measure"),
+        (
+            ([1], ["float32"], ["onnxruntime"], ["channels_last"]),
+            "memory_formats=channels_last must be contiguous with modes=onnxruntime",
+        ),
         (([1], ["float32"], ["eager"], ["nhwc"]), "memory_formats=nhwc must be one of contiguous, channels_last"),
     ],
 )
@@ -378,7 +424,12 @@ def test_unknown_words_are_refused(arguments: tuple, message: str) -> None:
         ({"batch_size": True, "dtype": "float32"}, "batch_size=True"),
         ({"batch_size": 1, "dtype": "float64"}, "dtype='float64' must be one of"),
         ({"batch_size": 1, "dtype": torch.float32}, "dtype=torch.float32 must be one of"),
-        ({"batch_size": 1, "dtype": "float32", "compiled": "eager"}, "compiled='eager' must be True or False"),
+        ({"batch_size": 1, "dtype": "float32", "mode": "fast"}, "mode='fast' must be one of eager, compiled, onnxruntime"),
+        ({"batch_size": 1, "dtype": "float16", "mode": "openvino"}, "dtype=float16 must be float32 in openvino"),
+        (
+            {"batch_size": 1, "dtype": "float32", "mode": "openvino", "channels_last": True},
+            "memory_format=channels_last must be contiguous in openvino",
+        ),
         ({"batch_size": 1, "dtype": "float32", "channels_last": 1}, "channels_last=1 must be True or False"),
     ],
 )

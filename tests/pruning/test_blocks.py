@@ -28,6 +28,8 @@ from helpers.compaction import relative_error
 
 UNET = "unet"
 ALL = [*((UNET, name) for name in architectures.ARCHITECTURES), *families.ALL]
+FAMILIES = (UNET, *families.BASES)
+DEEP = [(UNET, "resnet-samplers"), *((family, families.removable(family)) for family in families.BASES)]
 
 
 def build(family: str, name: str = "base") -> ModelMixin:
@@ -58,9 +60,9 @@ def ones(groups: Sequence[ChannelGroup], **changed: float) -> dict[str, Tensor]:
 
 
 def test_blocks_of_each_family() -> None:
-    """The first residual block, the first layer that reads text and the first layer of a DiT always stay."""
-    names = {family: [block.name for block in blocks_of(family)] for family in (UNET, "condition", "dit")}
-    assert names["dit"] == ["transformer_blocks.1"]
+    """The first residual block, the first layer that reads text and the first layer of a transformer always stay."""
+    names = {family: [block.name for block in blocks_of(family)] for family in FAMILIES}
+    assert names["dit"] == names["pixart"] == ["transformer_blocks.1"]
     assert set(names[UNET]) == {
         *("down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "mid_block.resnets.0", "mid_block.resnets.1"),
         *("mid_block.attentions.0", "up_blocks.0.resnets.0", "up_blocks.0.resnets.1", "up_blocks.0.attentions.0"),
@@ -91,6 +93,10 @@ def test_a_block_is_a_group_of_one_unit() -> None:
     assert [piece.name.removeprefix("transformer_blocks.1.") for piece in layer.slices] == [
         *("attn1.to_out.0.weight", "attn1.to_out.0.bias", "ff.net.2.weight", "ff.net.2.bias")
     ]
+    (layer,) = blocks_of("pixart")
+    assert {piece.module for piece in layer.slices} == {
+        f"transformer_blocks.1.{name}" for name in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
+    }
 
 
 def test_groups_inside_of_a_block() -> None:
@@ -141,7 +147,7 @@ def test_removal_is_exact_and_costs_are_those_of_the_small_model(family: str, na
     assert torch.equal(run(family, model), dense)
 
 
-@pytest.mark.parametrize(("family", "name"), [(UNET, "resnet-samplers"), ("condition", "two-layers"), ("dit", "four-layers")])
+@pytest.mark.parametrize(("family", "name"), DEEP)
 def test_a_mask_scales_the_branch(family: str, name: str) -> None:
     """The stream is (shortcut + m branch) / factor, with any m; with 0 it is that of the block without its branch."""
     model, groups = build(family, name), list(traced(family, name))
@@ -180,21 +186,16 @@ def test_masks_of_blocks_may_be_empty_those_of_channels_may_not() -> None:
 
 def test_every_block_of_a_model_may_go() -> None:
     """What is left still reads the timestep."""
-    for family in (UNET, "condition", "dit"):
+    for family in FAMILIES:
         model, groups = build(family), list(traced(family))
         masks = ones(groups) | {block.name: torch.zeros(1) for block in blocks_of(family)}
         small = compact(model, plan_compaction(model, groups, masks)).eval()
         before = run(family, small)
         assert before.isfinite().all()
-        small(
-            *(architectures.inputs(small).values() if family == UNET else families.inputs(small)[:2]),
-            **({} if family == UNET else _conditioning(family, small)),
-        ).sample.square().sum().backward()
+        owner = families.family_of(small)
+        inputs = owner.example_inputs(small, 8, 8, 2) if family == UNET else families.inputs(small)
+        owner.output(small, inputs).square().sum().backward()
         assert [name for name, p in small.named_parameters() if p.grad is None] == []
-
-
-def _conditioning(family: str, model: nn.Module) -> dict[str, Tensor]:
-    return dict(families.inputs(model).conditioning)
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_optimizer_and_averages_lose_the_parameters_of_removed_blocks() -> None:
 @pytest.mark.slow
 def test_a_model_without_blocks_is_like_any_other(tmp_path: Path) -> None:
     """Saved, loaded, checkpointed, compiled and exported."""
-    for family, name in ((UNET, "resnet-samplers"), ("condition", "two-layers"), ("dit", "four-layers")):
+    for family, name in DEEP:
         model, groups = build(family, name), list(traced(family, name))
         small = compact(model, plan_compaction(model, groups, random_masks(groups, 1)))
         assert small.config.removed_blocks

@@ -111,6 +111,7 @@ def test_nothing_changes_without_removed_units() -> None:
         ("dit", "base", "none"),
         ("dit", "learned-variances", "allow"),
         ("condition", "base", "allow"),
+        ("pixart", "sizes", "allow"),
         pytest.param("condition", "text-time", "none", marks=pytest.mark.slow),
         pytest.param("condition", "two-layers", "only", marks=pytest.mark.slow),
     ],

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, grad
 
+from diffusers_gfprune.diffusion.batch import ModelInputs
 from diffusers_gfprune.families.lookup import family_of
 from helpers.architectures import NoMemory
 from helpers.families import BASES, inputs, pruned, run
@@ -91,7 +92,8 @@ class Plain(nn.Module):
         self.model, self.names = model, names
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditioning: torch.Tensor) -> torch.Tensor:
-        return self.model(sample, timestep, **dict(zip(self.names, conditioning)), return_dict=False)[0]
+        inputs = ModelInputs(sample, timestep, dict(zip(self.names, conditioning)))
+        return family_of(self.model).output(self.model, inputs)
 
 
 @pytest.mark.slow

@@ -237,6 +237,21 @@ def test_speed_is_a_ratio_with_its_interval(files):
     assert "float32, on abacus (2 threads)." in prose and "with its 95% confidence interval" in prose
 
 
+def test_speed_in_a_runtime_names_it(files):
+    """With its version. It ran on the CPU, the other modes on a GPU."""
+    results, report = files
+    rows = [{**row, "device": "cuda", "hardware": "loom"} for row in results["speed"][:2]]
+    rows += [
+        {**row, "mode": "openvino", "runtime_version": "2026.4", "peak_memory_bytes": None} for row in results["speed"][:2]
+    ]
+    card = render_card({**results, "speed": rows}, report, "me/model")
+    prose = " ".join(card.split())
+    assert "at batch 1, eager, cuda; no difference (0.97 to 1.04) at batch 1, openvino, cpu. " in prose
+    assert "on loom and abacus (2 threads). Speed-up" in prose
+    assert "- Runtimes: both models, exported for the batch size, in openvino 2026.4 on the CPU.\n" in card
+    assert "Runtimes" not in render_card(*files, "me/model")
+
+
 def test_run_without_speed(files):
     results, report = files
     card = render_card({**results, "speed": []}, report, "me/model")

@@ -23,6 +23,10 @@ def test_every_latent_pipeline_has_its_tag() -> None:
     ("pipeline", "task", "example"),
     [
         ({"class_name": "StableDiffusionPipeline", "condition": "text"}, "text-to-image", 'pipe("a prompt")'),
+        (
+            {"class_name": "PixArtSigmaPipeline", "condition": "text"},
+            *("text-to-image", 'pipe("a prompt", use_resolution_binning=False)'),
+        ),
         ({"class_name": "LDMPipeline", "condition": None}, "unconditional-image-generation", "pipe()"),
         (
             {"class_name": "DiTPipeline", "condition": "class labels", "num_classes": 1000},

@@ -135,6 +135,25 @@ def test_what_cannot_be_compiled_is_said_and_no_reason_to_stop(monkeypatch: pyte
     assert trials.describe_speed(settings) == f"speed      of both models at the end: {planned}"
 
 
+def test_a_runtime_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(module, tensors, runtime):
+        if runtime == "openvino":
+            raise trials.ConversionError("openvino cannot run this model: no reason")
+        return lambda: None
+
+    monkeypatch.setattr(trials, "model_call", fails)
+    settings = parse_settings([1, 16], modes=["onnxruntime", "openvino"])
+    _, tried = trials.try_speed(build("base"), settings)
+    reason = "ConversionError: openvino cannot run this model: no reason"
+    assert tried == [
+        *("a timed forward pass", "a function in onnxruntime"),
+        f"a function in openvino (fails and will not be measured: {reason})",
+    ]
+    assert trials.describe_speed(settings).endswith(
+        "onnxruntime, openvino; contiguous (8 exports, of seconds to minutes each)"
+    )
+
+
 def test_the_card_is_tried(tmp_path: Path, no_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rendered from made-up figures and the run's provenance."""
     monkeypatch.setattr(prune_ddpm, "describe_dataset", lambda *args: {"name": "x", "hub_id": "not an id"})

@@ -6,7 +6,6 @@ code, so that archives need trust, as code does; the other formats are data.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import first_line
+from ..runtimes.requirements import check_runtime
+from ..runtimes.sessions import FULL_PRECISION, openvino_core
 from .description import COMPILED_FILE, ExportDescription
 from .program import MOST_SAMPLES
-from .requirements import check_runtime
 
 __all__ = ["Runner", "open_export"]
 
@@ -87,24 +87,10 @@ def _open_onnx(path: Path, description: ExportDescription, options: Mapping[str,
     return run, {entry.name: tuple(entry.shape) for entry in session.get_inputs()}
 
 
-@functools.cache
-def _openvino_core():
-    """The one `openvino.Core` of this process, which is never freed.
-
-    Its CPU plugin gives the main thread an alternate stack for signals, which Python's handlers run on. If two cores are freed
-    in the order in which they were made, that stack is freed while it is in use, and the next Ctrl-C is a segmentation fault
-    (OpenVINO 2026.4.1).
-    """
-    import openvino
-
-    return openvino.Core()
-
-
 def _open_openvino(path: Path, description: ExportDescription, options: Mapping[str, Any]) -> tuple[Runner, dict[str, tuple]]:
-    # Without the hint, CPUs with bfloat16 compute in it
-    precision = {} if description.dtype == "fp16" else {"INFERENCE_PRECISION_HINT": "f32"}
+    precision = {} if description.dtype == "fp16" else FULL_PRECISION
     options = {"device_name": "CPU", **options, "config": {**precision, **options.get("config", {})}}
-    model = _openvino_core().compile_model(path, **options)
+    model = openvino_core().compile_model(path, **options)
 
     def run(tensors: Mapping[str, Tensor]) -> Tensor:
         found = model({name: values.numpy() for name, values in tensors.items()})

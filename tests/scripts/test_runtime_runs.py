@@ -1,0 +1,45 @@
+"""prune_ddpm.py with a budget in a runtime: layers, models and the result are exported to it, and the files say so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
+
+from diffusers_gfprune.scripts import prune_ddpm
+from helpers.architectures import build
+from helpers.latency import time_by_macs
+from helpers.scripts import ROOT, plain_runs
+
+RUN = [
+    *("--dataset_name", str(ROOT / "training/digits"), "--max_train_steps", "6", "--train_batch_size", "8"),
+    *("--calibration_batches", "1", "--validation_images", "8", "--eval_images", "0"),
+    *("--target", "latency", "--ratio", "0.3", "--latency_backend", "onnxruntime", "--latency_batch_size", "64"),
+    *("--speed_batch_sizes", "2", "--speed_modes", "eager", "onnxruntime"),
+]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_budget_in_a_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    time_by_macs(monkeypatch)
+    DDPMPipeline(unet=build("three-levels"), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model")
+    folders = ["--output_dir", tmp_path / "run", "--evaluation_cache_dir", tmp_path / "cache"]
+    with plain_runs():
+        prune_ddpm.main([*RUN, "--pretrained_model_name_or_path", str(tmp_path / "model"), *map(str, folders)])
+    results, said = json.loads((tmp_path / "run/results.json").read_text()), capsys.readouterr().out
+    for model in ("dense", "pruned"):
+        eager, exported = results[model]["speed"]
+        assert (eager["mode"], exported["mode"], exported["device"]) == ("eager", "onnxruntime", "cpu")
+        assert exported["latency_ms"] > 0 and exported["runtime_version"]
+    budget = results["latency_budget"]
+    assert budget["setting"]["mode"] == "onnxruntime" and budget["pair"]["share"] == pytest.approx(0.3, abs=0.03)
+    card = " ".join((tmp_path / "run/README.md").read_text().split())
+    for words in ("a function in onnxruntime", "ms, batch 2, onnxruntime", budget["words"]):
+        assert words in said
+    assert "latency, batch 2, onnxruntime" in card and "exported for the batch size, in onnxruntime" in card
+    assert budget["words"] in card
+    assert len(list((tmp_path / "cache").glob("layer-times-*"))) == 1

@@ -1,0 +1,28 @@
+"""training/arguments.py: budgets and measurements in runtimes are checked before any work."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffusers_gfprune.runtimes import requirements
+from diffusers_gfprune.training.arguments import parse_arguments
+
+MODEL = ("--pretrained_model_name_or_path", "a/b", "--dataset_name", "x")
+LATENCY = ("--target", "latency", "--latency_backend", "openvino")
+
+
+@pytest.mark.parametrize("words", [LATENCY, ("--speed_modes", "eager", "openvino")])
+def test_a_missing_runtime_is_found_before_any_work(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, with the command that installs it; not where it is not used."""
+    parse_arguments([*MODEL, *words])
+    find = requirements.importlib.util.find_spec
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+    with pytest.raises(ImportError, match=r"^openvino not installed: pip install 'diffusers-gfprune\[openvino\]'$"):
+        parse_arguments([*MODEL, *words])
+    parse_arguments([*MODEL, "--latency_backend", "openvino"])  # MACs are the target
+
+
+def test_a_budget_for_a_runtime_is_for_the_cpu() -> None:
+    """Wherever training runs: blocks of channels are those of CPUs."""
+    for words, wanted in ((LATENCY, "cpu"), (LATENCY[:2], "cuda"), (LATENCY[2:], "cuda")):
+        assert parse_arguments([*MODEL, *words]).pruning.on_device("cuda").target_device == wanted
