@@ -146,8 +146,7 @@ class GFPruneConfig:
         metadata={
             "help": "How pruning is distributed over groups: by the least joint change of the predictions (joint, for "
             "gradient-flow; best without training), the same share for all (group), more for groups with high cost and low "
-            "scores (sensitivity), by the least measured damage of narrowing each group (curves), or the lowest-scored units "
-            "of all groups (global). Default: sensitivity for gradient flow, group for other criteria. "
+            "scores (sensitivity), by the least measured damage (curves), or the lowest-scored units of all groups (global). Default: sensitivity for gradient flow, group for other criteria. "
             f"Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },

@@ -20,7 +20,7 @@ class Without:
         return getattr(self.finder, name)
 
     def find_spec(self, name, path=None, target=None):
-        absent = {"accelerate", "cleanfid", "datasets", "matplotlib", "psutil", "skimage", "torchvision"}
+        absent = {"accelerate", "peft", "cleanfid", "datasets", "matplotlib", "psutil", "skimage", "torchvision"}
         return None if name.partition(".")[0] in absent else self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]

@@ -62,7 +62,10 @@ def test_other_combinations_are_one_line(tmp_path: Path) -> None:
         (lambda: ModelSpec.of(unet(in_channels=3, out_channels=3), codec), "of 4 channels, but the model has in_channels=3"),
         (lambda: ModelSpec.of(text_unet(), codec), "the model takes captions, but its pipeline has no text encoder"),
         (lambda: ModelSpec.of(text_unet(), None, prompts), "its pipeline has no VAE: text needs a latent model"),
-        (lambda: ModelSpec.of(text_unet(32), codec, prompts), "have width 16, but the model needs 32 .cross_attention_dim."),
+        (
+            lambda: ModelSpec.of(text_unet(32), codec, prompts),
+            "width 16, but the model needs 32: it is the text encoder of another",
+        ),
         (lambda: ModelSpec.of(dit(), codec, prompts), "the model needs class_labels, which the text encoder does not make"),
         (lambda: ModelSpec.of(text_unet(40, **SDXL), codec, prompts), "the model needs text_embeds, which the text encoder"),
         (lambda: ModelSpec.of(unet(class_embed_type="timestep")), "class_embed_type=timestep must be None"),

@@ -146,6 +146,7 @@ def test_names_are_as_documented(twins: tuple):
         "finished": False,
         "by_hand": False,
         "latency": None,
+        "curves": None,
     }
     update = step(pruner, 0) and pruner.history[0]
     later = pruner.state_dict()

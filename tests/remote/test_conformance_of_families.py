@@ -30,8 +30,9 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_gfprune.diffusion.batch import ModelInputs
-from diffusers_gfprune.export.program import TensorModel, remove_idle_squeezes, to_tensors
 from diffusers_gfprune.families.lookup import family_of
+from diffusers_gfprune.runtimes.conversion import remove_idle_squeezes
+from diffusers_gfprune.runtimes.program import TensorModel, to_tensors
 from helpers import architectures, families
 
 UNET = "unet"

@@ -368,7 +368,7 @@ def test_records_of_builtin_criteria() -> None:
     ("properties", "message"),
     [
         ({"derivatives": 3}, "derivatives=3 must be one of 0, 1, 2"),
-        ({"ranking": "layer"}, "ranking=layer must be one of joint, group, sensitivity, global"),
+        ({"ranking": "layer"}, "ranking=layer must be one of joint, group, sensitivity, curves, global"),
     ],
 )
 def test_records_out_of_range_are_refused(properties: dict, message: str) -> None:

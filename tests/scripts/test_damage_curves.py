@@ -10,6 +10,7 @@ import pytest
 from helpers.resume import run_here
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_curves_that_its_widths_follow_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """On the digits: few shares of each group that can be narrowed, damage that rises, and widths that are cheaper by it than
     the same share of every group."""

@@ -86,7 +86,7 @@ def run_here(*arguments: str) -> None:
         prune_ddpm.main(list(arguments))
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dit", "ldm", "pixart")), "sd"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ldm", "pixart", "sd")), "dit"])
 def test_a_pipeline_is_pruned_whole(name: str, world: Path, tmp_path: Path) -> None:
     """Everything that a run leaves, and that it is a pipeline for everybody."""
     done = run(*words(world, name, tmp_path / "run", *EXTRA[name]))
@@ -124,7 +124,10 @@ def test_a_text_model_has_its_prompts_and_guidance_on_record(world: Path, tmp_pa
     assert "guidance scale 3" in card and not any(caption in card for caption in CAPTIONS[:2])  # they may be private
 
 
-@pytest.mark.parametrize(("name", "step"), [("dit", 1), ("dit", 5), pytest.param("sd", 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("dit", 5), *(pytest.param(name, step, marks=pytest.mark.slow) for name, step in (("dit", 1), ("sd", 5)))],
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(name: str, step: int, world: Path, tmp_path: Path) -> None:
     """Before and after compaction; draws of latents, labels and captions included."""
     quick = ("--eval_images", 0, "--checkpointing_steps", 1, "--checkpoints_total_limit", 0, "--use_ema")

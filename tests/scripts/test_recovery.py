@@ -50,7 +50,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("compaction", marks=pytest.mark.slow), "rankings", pytest.param("bf16", marks=pytest.mark.slow)]
+    "name", ["compaction", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rankings", "bf16"))]
 )
 def test_a_run_that_resumes_is_the_same(tmp_path: Path, name: str) -> None:
     step, words = RESUMED[name]
