@@ -146,8 +146,8 @@ class GFPruneConfig:
         metadata={
             "help": "How pruning is distributed over groups: by the least joint change of the predictions (joint, for "
             "gradient-flow; best without training), the same share for all (group), more for groups with high cost and low "
-            "scores (sensitivity), by the least measured damage (curves), or the lowest-scored units of all groups (global). Default: sensitivity for gradient flow, group for other criteria. "
-            f"Choices: {', '.join(RANKINGS)}.",
+            "scores (sensitivity), by measured damage (curves), or the lowest-scored units of all (global). Default: "
+            "sensitivity for gradient flow, group for other criteria.",
             "choices": list(RANKINGS),
         },
     )

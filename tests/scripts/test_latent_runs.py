@@ -125,8 +125,7 @@ def test_a_text_model_has_its_prompts_and_guidance_on_record(world: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "step"),
-    [("dit", 5), *(pytest.param(name, step, marks=pytest.mark.slow) for name, step in (("dit", 1), ("sd", 5)))],
+    ("name", "step"), [("dit", 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dit", 1), ("sd", 5)))]
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(name: str, step: int, world: Path, tmp_path: Path) -> None:
     """Before and after compaction; draws of latents, labels and captions included."""
