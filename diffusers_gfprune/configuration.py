@@ -145,9 +145,9 @@ class GFPruneConfig:
         default=None,
         metadata={
             "help": "How pruning is distributed over groups: by the least joint change of the predictions (joint, for "
-            "gradient-flow; best without training), the same share for all (group), more for groups with high cost and low "
-            "scores (sensitivity), by measured damage (curves), or the lowest-scored units of all (global). Default: "
-            "sensitivity for gradient flow, group for other criteria.",
+            "gradient-flow; best without training), the same share for all (group), more where cost is high and scores are low "
+            "(sensitivity), by measured damage (curves), or the lowest-scored units of all (global). Default: sensitivity for "
+            f"gradient flow, otherwise group. Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },
     )
