@@ -144,10 +144,10 @@ class GFPruneConfig:
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "How pruning is distributed over groups: by the least joint change of the predictions (joint, for "
-            "gradient-flow; best without training), the same share for all (group), more where cost is high and scores are low "
-            "(sensitivity), by measured damage (curves), or the lowest-scored units of all (global). Default: sensitivity for "
-            f"gradient flow, otherwise group. Choices: {', '.join(RANKINGS)}.",
+            "help": "How pruning is distributed over groups: by the least joint change of predictions (joint, for "
+            "gradient-flow; best without training), the same share for all (group), more where costs are high and scores low "
+            "(sensitivity), by measured damage (curves), or the lowest scores of all units (global). Default: sensitivity "
+            f"for gradient flow, else group. Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },
     )
