@@ -93,7 +93,7 @@ def test_the_time_can_be_that_of_a_runtime(machine: Machine, capsys: pytest.Capt
 def test_a_budget_in_a_runtime_from_end_to_end(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers and models are exported, layers are timed, and their table is kept for the next time."""
     time_by_macs(monkeypatch)
-    dense = build("three-levels")
+    dense = tiny_pipeline(block_out_channels=(32, 32), norm_num_groups=8).unet
     config = GFPruneConfig(**{**CONFIG.to_dict(), "latency_backend": runtime, "latency_batch_size": 16})
     pruner = GradientFlowPruner(copy.deepcopy(dense), config, latency_cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1

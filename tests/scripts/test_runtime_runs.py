@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffusers_gfprune.scripts import prune_ddpm
-from helpers.architectures import build
 from helpers.latency import time_by_macs
 from helpers.scripts import ROOT, plain_runs
+from helpers.tiny_pipelines import tiny_pipeline
 
 RUN = [
     *("--dataset_name", str(ROOT / "training/digits"), "--max_train_steps", "6", "--train_batch_size", "8"),
@@ -26,7 +25,7 @@ def test_a_run_with_a_budget_in_a_runtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     time_by_macs(monkeypatch)
-    DDPMPipeline(unet=build("three-levels"), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model")
+    tiny_pipeline(block_out_channels=(32, 32), norm_num_groups=8).save_pretrained(tmp_path / "model")
     folders = ["--output_dir", tmp_path / "run", "--evaluation_cache_dir", tmp_path / "cache"]
     with plain_runs():
         prune_ddpm.main([*RUN, "--pretrained_model_name_or_path", str(tmp_path / "model"), *map(str, folders)])
