@@ -2,7 +2,7 @@
 
 Let n be the channels of a group, k those it keeps, and x = (n - k) / n the removed share. The damage D(x) is measured at a few
 widths of the group's ladder (`scoring.group_damage`), and D(0) = 0. Between two measured shares a < b, the curve is the power
-law through both, and below the first one it goes on with the power of the first interval:
+law through both. Below the first one it has the power of the first interval:
 
     log D(x) = log D(a) + p (log x - log a)          p = log(D(b) / D(a)) / log(b / a)
 
