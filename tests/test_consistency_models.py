@@ -71,6 +71,7 @@ def test_one_call_repeats_exactly_and_takes_images() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
 
 
+@pytest.mark.slow
 def test_vectors_come_from_a_tensor_or_a_function() -> None:
     """Models with class_embed_type=identity; a network that makes the vectors stays as it is."""
     pipe = consistency_pipeline(class_embed_type="identity")

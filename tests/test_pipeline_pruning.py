@@ -36,7 +36,11 @@ def component(pipe: DiffusionPipeline) -> str:
     return next(family.component for family in FAMILIES if type(pipe).__name__ in family.pipelines)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+# Variants of others
+SLOW = ("sdxl", "ldm-text", "pixart-sigma")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PIPELINES])
 def test_the_denoiser_is_pruned_and_nothing_else_changes(name: str, tmp_path: Path) -> None:
     pipe = PIPELINES[name](tmp_path / name)
     models = {key: value for key, value in pipe.components.items() if isinstance(value, torch.nn.Module)}

@@ -70,6 +70,7 @@ def test_killed_in_the_middle_it_goes_on(whole: dict, tmp_path: Path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(whole: dict, tmp_path: Path) -> None:
     printed, said = (process := start(tmp_path, launcher=LAUNCH)).communicate()
     assert process.returncode == 0, said

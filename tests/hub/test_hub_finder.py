@@ -85,7 +85,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, s
         yield server, first
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["with the package", "without"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(True, id="with the package", marks=pytest.mark.slow), pytest.param(False, id="without")],
+)
 def finder(request, hub: tuple[HubServer, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, dict]:
     """What the script found, online and then from the cache alone."""
     server, first = hub

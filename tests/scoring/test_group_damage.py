@@ -155,6 +155,7 @@ def test_sums_that_do_not_fit_are_taken_in_several_passes(monkeypatch: pytest.Mo
         assert one_by_one[name].damages == pytest.approx(curve.damages, rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_mending_lowers_the_damage_of_a_trained_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the digits teacher, on noise that layers were not fitted to; less so if only centres of kernels are mended."""
     pruner = GradientFlowPruner(UNet2DModel.from_pretrained(TEACHER), CONFIG, SCHEDULER)

@@ -64,7 +64,7 @@ def test_samples_are_logged_beside_the_dense_models(events) -> None:
     assert [event.step for event in events.Images("samples")] == [6, 12]
 
 
-@pytest.mark.parametrize("tracker", ["wandb", pytest.param("trackio", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tracker", [pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "trackio")])
 def test_other_trackers_get_curves_and_samples(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
