@@ -4,7 +4,7 @@
     python benchmarks/study_report.py --write               also updates README.md and benchmarks/README.md
 
 Times of runs are computed from the measurements of `study_time.py`, for the settings that it measured. Speeds of pruned
-models are those of `study_latency.py`; a row whose widths have changed since has none. Tables in a document are between two
+models are those of `study_latency.py`; runs whose widths have changed since do not count. Tables in a document are between two
 comments, `<!-- study: NAME -->` and `<!-- end -->`; the text between them is replaced.
 """
 

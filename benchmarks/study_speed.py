@@ -27,7 +27,7 @@ class Speed:
     """Speed-up of a row over the dense model.
 
     Attributes:
-        ratio: Mean over seeds.
+        ratio: Mean over the seeds that were measured.
         low: Lowest end of their intervals.
         high: Highest end of their intervals.
     """
@@ -49,7 +49,7 @@ Speeds = dict[str, dict[int, Speed]]  # by setting and batch size
 
 
 def load_speeds(path: Path, data: Mapping[str, Found]) -> dict[str, Speeds]:
-    """Speeds of rows, all of whose runs were measured with the widths that they have now.
+    """Speeds of rows, from those of their runs that were measured with the widths that they have now.
 
     Args:
         path: Results of `study_latency.py`; without the file, there are no speeds.
@@ -62,9 +62,9 @@ def load_speeds(path: Path, data: Mapping[str, Found]) -> dict[str, Speeds]:
 def _speeds(found: Found, measured: dict) -> Speeds:
     speeds: Speeds = {}
     for name, runs in found.items():
-        rows = [measured.get(name, {}).get(str(run["seed"])) for run in runs]
-        known = [widths_of(run, found) for run in runs]
-        if any(row is None or w is None or row["widths"] != widths_key(w) for row, w in zip(rows, known)):
+        known = [(measured.get(name, {}).get(str(run["seed"])), widths_of(run, found)) for run in runs]
+        rows = [row for row, widths in known if row is not None and widths is not None and row["widths"] == widths_key(widths)]
+        if not rows:
             continue
         speeds[name] = {}
         for batch_size in rows[0]["speed"]:
