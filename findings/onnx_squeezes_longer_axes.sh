@@ -6,7 +6,7 @@
 # Seen:      The export succeeds without a warning. ONNX's Squeeze allows axes of length 1 only, and ONNX Runtime refuses the
 #            file: "Dimension of input 1 must be 1 instead of 3".
 # Matters:   PixArtTransformer2DModel of Diffusers 0.42.1 calls hidden_states.squeeze(1) on its tokens, so that its exports do
-#            not load. Take such calls out of the exported program first (diffusers_gfprune/export/program.py).
+#            not load. Take such calls out of the exported program first (remove_idle_squeezes in diffusers_gfprune/runtimes).
 # Output seen:
 #            length 1: torch (2, 4), onnxruntime (2, 4)
 #            length 3: torch (2, 3, 4), onnxruntime refuses: Dimension of input 1 must be 1 instead of 3
