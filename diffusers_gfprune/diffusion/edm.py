@@ -17,7 +17,7 @@ import torch
 from diffusers import EDMEulerScheduler
 from torch import Tensor
 
-from .process import DEFAULT_SPACING, DiffusionProcess, Sampler, SchedulerSampler, check_noise_levels, per_image
+from .process import EulerProcess, check_noise_levels, per_image
 
 __all__ = ["EDMProcess"]
 
@@ -26,7 +26,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIME_SCALE = 0.25
 
 
-class EDMProcess(DiffusionProcess):
+class EDMProcess(EulerProcess):
     """The process of an `EDMEulerScheduler`.
 
     Args:
@@ -36,8 +36,8 @@ class EDMProcess(DiffusionProcess):
         ValueError: The configuration of the scheduler is not valid.
     """
 
-    name, title, sampler_title = "edm", "an EDM", "Euler's method"
-    default_steps = default_drawing_steps = 50
+    name, title = "edm", "an EDM"
+    sampler_class = EDMEulerScheduler
 
     def __init__(self, scheduler) -> None:
         config, kind = scheduler.config, type(scheduler).__name__
@@ -76,17 +76,3 @@ class EDMProcess(DiffusionProcess):
         sigmas = self._sigmas(timesteps)
         scale = self.sign / (self.sigma_data * (sigmas**2 + self.sigma_data**2).sqrt())
         return per_image(scale * sigmas, clean) * clean - per_image(scale * self.sigma_data**2, clean) * noise
-
-    # --- sampling ---
-
-    def sampler(
-        self,
-        num_inference_steps: int | None = None,
-        timestep_spacing: str | None = DEFAULT_SPACING,
-        eta: float = 0.0,
-        latents: bool = False,
-    ) -> Sampler:
-        steps = self._checked_steps(num_inference_steps, timestep_spacing, eta)
-        scheduler = EDMEulerScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps)
-        return SchedulerSampler(scheduler)

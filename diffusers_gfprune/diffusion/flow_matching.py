@@ -14,12 +14,12 @@ import math
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from .process import DEFAULT_SPACING, DiffusionProcess, Sampler, SchedulerSampler, per_image
+from .process import EulerProcess, per_image
 
 __all__ = ["FlowMatchingProcess"]
 
 
-class FlowMatchingProcess(DiffusionProcess):
+class FlowMatchingProcess(EulerProcess):
     """The process of a `FlowMatchEulerDiscreteScheduler`.
 
     Args:
@@ -29,8 +29,8 @@ class FlowMatchingProcess(DiffusionProcess):
         ValueError: The configuration of the scheduler is not valid, or depends on the size of images.
     """
 
-    name, title, sampler_title = "flow matching", "a flow-matching model", "Euler's method"
-    default_steps = default_drawing_steps = 50
+    name, title = "flow matching", "a flow-matching model"
+    sampler_class = FlowMatchEulerDiscreteScheduler
 
     def __init__(self, scheduler) -> None:
         config, kind = scheduler.config, type(scheduler).__name__
@@ -64,17 +64,3 @@ class FlowMatchingProcess(DiffusionProcess):
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - clean
-
-    # --- sampling ---
-
-    def sampler(
-        self,
-        num_inference_steps: int | None = None,
-        timestep_spacing: str | None = DEFAULT_SPACING,
-        eta: float = 0.0,
-        latents: bool = False,
-    ) -> Sampler:
-        steps = self._checked_steps(num_inference_steps, timestep_spacing, eta)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps)
-        return SchedulerSampler(scheduler)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    *("TIMESTEP_SPACINGS", "DiffusionProcess", "Sampler", "SchedulerSampler"),
+    *("TIMESTEP_SPACINGS", "DiffusionProcess", "EulerProcess", "Sampler", "SchedulerSampler"),
     *("check_noise_levels", "gaussian_noise", "per_image"),
 ]
 
@@ -288,3 +288,27 @@ class DiffusionProcess(ABC):
                 f"trained with"
             )
         return steps
+
+
+class EulerProcess(DiffusionProcess):
+    """A process of continuous noise levels that is sampled by Euler's method.
+
+    Attributes:
+        sampler_class: Diffusers' scheduler of this method, made from the configuration of the model's.
+    """
+
+    sampler_title = "Euler's method"
+    default_steps = default_drawing_steps = 50
+    sampler_class: ClassVar[type]
+
+    def sampler(
+        self,
+        num_inference_steps: int | None = None,
+        timestep_spacing: str | None = DEFAULT_SPACING,
+        eta: float = 0.0,
+        latents: bool = False,
+    ) -> Sampler:
+        steps = self._checked_steps(num_inference_steps, timestep_spacing, eta)
+        scheduler = self.sampler_class.from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return SchedulerSampler(scheduler)
