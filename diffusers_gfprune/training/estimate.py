@@ -138,24 +138,26 @@ def count_activations(
 def _time(step: Callable[[int], float], batch_size: int, fits: Callable[[int], bool], time_limit: float) -> tuple[float, int]:
     """Seconds for `batch_size` images, extrapolated from as many as fit into `time_limit` seconds, and that number.
 
-    The number is doubled while the next run is expected to end in time. The last run is repeated if time is left, since the
-    first run of a shape includes one-time setup.
+    The number is doubled while the next run is expected to end in time. Each number is run twice if time is left, since the
+    first run of a shape includes one-time setup. The very first run also loads code, and does not count against the limit. An
+    image is not expected to take longer in a larger batch.
     """
-    size = 1
-    spent = seconds = step(size)
+    size, spent, seconds = 1, 0.0, step(1)
+    if seconds <= time_limit:
+        spent = step(1)
+        seconds = min(seconds, spent)
     while size < batch_size:
         following = min(2 * size, batch_size)
-        if spent + seconds * following / size > time_limit or not fits(following):
+        expected = seconds * following / size
+        if spent + expected > time_limit or not fits(following):
             break
-        size = following
-        seconds = step(size)
-        spent += seconds
-    for _ in range(2):
-        if spent + seconds > time_limit:
-            break
-        again = step(size)
-        spent += again
-        seconds = min(seconds, again)
+        size, first = following, step(following)
+        spent += first
+        seconds = min(first, expected)
+        if spent + first <= time_limit:
+            again = step(size)
+            spent += again
+            seconds = min(seconds, again)
     return seconds * batch_size / size, size
 
 

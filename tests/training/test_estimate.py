@@ -208,14 +208,20 @@ def test_fast_model_is_timed_on_the_whole_batch_without_what_is_set_up_once() ->
     step = Clock(0.001, first=0.5)
     seconds, size = _time(step, 24, lambda size: True, 5.0)
     assert (seconds, size) == (pytest.approx(0.024), 24)
-    assert step.sizes == [1, 2, 4, 8, 16, 24, 24, 24]
+    assert step.sizes == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 24, 24]
+
+
+def test_setup_that_takes_most_of_the_limit_is_not_extrapolated() -> None:
+    """As in the first run after an installation: a few seconds for each of the first shapes."""
+    seconds, size = _time(Clock(0.001, first=2.0), 64, lambda size: True, 5.0)
+    assert (seconds, size) == (pytest.approx(0.064), 8)
 
 
 def test_timing_ends_in_time() -> None:
     step = Clock(0.2)
     seconds, size = _time(step, 128, lambda size: True, 5.0)
-    assert (seconds, size) == (pytest.approx(25.6), 8)  # 1 + 2 + 4 + 8 images in 3 s; 16 more would be too many
-    assert step.sizes == [1, 2, 4, 8, 8]
+    assert (seconds, size) == (pytest.approx(25.6), 8)  # 23 images in 4.6 s; 8 more would be too many
+    assert step.sizes == [1, 1, 2, 2, 4, 4, 8]
 
 
 def test_timing_stops_where_memory_would_not_do() -> None:
