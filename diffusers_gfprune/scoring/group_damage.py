@@ -40,7 +40,7 @@ from .context import ScoringContext
 from .importance import scoring_context
 from .sample_damage import MEASURED_SAMPLES, SAMPLES, SAMPLING_STEPS, SampleDamage
 
-__all__ = ["curve_macs", "damage_curves"]
+__all__ = ["curve_bytes", "curve_macs", "damage_curves"]
 
 RIDGE = 0.03  # lambda, relative to the mean squared feature, as in recovery
 FIT_SAMPLES = 256  # noisy images that layers are fitted to, over all processes
@@ -98,7 +98,7 @@ def damage_curves(
         fitted = world_size() * sum(len(batch) for batch in context.batches) + FIT_SAMPLES
         fit = repeated_batches(context.batches, context.process, fitted, seed)[len(context.batches) :]
         damages: dict[str, list[float]] = {}
-        for part in _parts(context, [group for group in groups if points[group.name]]):
+        for part in _parts(context.unet, [group for group in groups if points[group.name]]):
             with masks.replaced(ones):
                 sums = _sums_of_readers(context, part, fit)
             for group in part:
@@ -139,11 +139,24 @@ def curve_macs(macs: float, unet: nn.Module, ladders: Sequence[Sequence[int]]) -
     return int((MEASURED_SAMPLES * SAMPLING_STEPS * points + weights + FIT_SAMPLES) * macs + sums)
 
 
-def _readers(context: ScoringContext, group: ChannelGroup) -> list[Reader]:
+def curve_bytes(unet: nn.Module, groups: Sequence[ChannelGroup]) -> int:
+    """Memory in bytes of the sums that `damage_curves` keeps at a time, at most.
+
+    Args:
+        unet: The dense or masked model.
+        groups: Its channel groups.
+    """
+    sums = (
+        {name: _sum_bytes(unet, name) for group in part for name, _ in _readers(unet, group)} for part in _parts(unet, groups)
+    )
+    return max((sum(part.values()) for part in sums), default=0)
+
+
+def _readers(unet: nn.Module, group: ChannelGroup) -> list[Reader]:
     """Linear and convolutional layers that read a group, with the input channels they read it from."""
     channels: dict[str, list[int]] = {}
     for piece in () if isinstance(group, RemovableBlock) else group.slices:
-        layer = context.unet.get_submodule(piece.module)
+        layer = unet.get_submodule(piece.module)
         usual = isinstance(layer, nn.Linear) or (
             isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
         )
@@ -162,12 +175,17 @@ def _size(layer: nn.Module) -> int:
     return layer.weight.shape[1] if _at_centre(layer) else layer.weight[0].numel()
 
 
-def _parts(context: ScoringContext, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
+def _sum_bytes(unet: nn.Module, name: str) -> int:
+    """Bytes of the sums of a layer: two float64 matrices."""
+    return 16 * _size(unet.get_submodule(name)) ** 2
+
+
+def _parts(unet: nn.Module, groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
     """Groups in turn, as many at a time as the sums of their readers fit into `SUM_BYTES`, at least one."""
     part: list[ChannelGroup] = []
     layers: dict[str, int] = {}
     for group in groups:
-        more = {name: 16 * _size(context.unet.get_submodule(name)) ** 2 for name, _ in _readers(context, group)}
+        more = {name: _sum_bytes(unet, name) for name, _ in _readers(unet, group)}
         if part and sum((layers | more).values()) > SUM_BYTES:
             yield part
             part, layers = [], {}
@@ -244,7 +262,7 @@ def _sums_of_readers(
 ) -> dict[str, _Sums]:
     """Sums of all layers that read some groups, by name of the layer."""
     samples = world_size() * sum(len(batch) for batch in batches)
-    names = sorted({name for group in groups for name, _ in _readers(context, group)})
+    names = sorted({name for group in groups for name, _ in _readers(context.unet, group)})
     sums = {name: _Sums(context.unet.get_submodule(name), max(1, ROWS // samples)) for name in names}
 
     def keep(name: str):
@@ -269,7 +287,7 @@ def _mended(context: ScoringContext, group: ChannelGroup, removed: Tensor, sums:
     is_removed = group.per_channel((~removed).float()) == 0
     before: dict[str, Tensor] = {}
     try:
-        for name, channels in _readers(context, group):
+        for name, channels in _readers(context.unet, group):
             repeats = len(channels) // len(is_removed)
             changes = sums[name].change(parameters[f"{name}.weight"].data, channels[is_removed.repeat(repeats)])
             for parameter, change in zip((f"{name}.weight", f"{name}.bias"), changes):

@@ -269,6 +269,7 @@ def memory_plan(
     teacher: bool = False,
     gradient_checkpointing: bool = False,
     gradient_accumulation_steps: int = 1,
+    curve_bytes: int = 0,
     device: torch.device | str = "cpu",
 ) -> MemoryPlan:
     """Add up the memory of a run at its two peaks: training and scoring.
@@ -283,6 +284,7 @@ def memory_plan(
         teacher: Whether the dense model is on the device, too.
         gradient_checkpointing: Whether it is enabled, and therefore not advised.
         gradient_accumulation_steps: Current value, for the advice.
+        curve_bytes: Sums for damage curves, which follow the scoring (`scoring.group_damage.curve_bytes`); 0: there are none.
         device: Training device.
     """
     record = find_criterion(criterion)
@@ -306,7 +308,9 @@ def memory_plan(
         held = states if record.weight_gradients else weights + optimizer
         return int(WORKSPACE * (held + record.activation_memory * activations)) + beside
 
-    trained, scored = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
+    curves = int(WORKSPACE * states) + curve_bytes + beside if curve_bytes else 0
+    trained, ranked = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
+    scored = max(ranked, curves)
     method = f"hvp={hvp}" if takes_hessian else f"criterion={criterion}"
     place = "this machine" if torch.device(device).type == "cpu" else "this GPU"
     lines = [
@@ -323,7 +327,7 @@ def memory_plan(
             advice.append("gradient_checkpointing")
         if not fitting and not use_8bit_adam:
             advice.append("use_8bit_adam")
-    if scored > free_bytes:
+    if ranked > free_bytes:
         lightest = hvp
         if takes_hessian and hvp == "exact":
             lightest = "finite-difference"
@@ -331,6 +335,8 @@ def memory_plan(
         fitting = [n for n in range(1, estimate.scoring_batch_size + 1) if scoring(n, lightest) <= free_bytes]
         if fitting and fitting[-1] < estimate.scoring_batch_size:
             advice.append(f"calibration_batch_size={fitting[-1]}")
+    if curves > max(ranked, free_bytes):
+        advice.append(f"ranking=sensitivity ({format_size(ranked, 0)})")
     if advice:
         lines.append(f"{'':11}too little; to reduce it: {', '.join(advice)}")
     elif max(trained, scored) > free_bytes:

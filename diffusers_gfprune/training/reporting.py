@@ -27,7 +27,7 @@ from ..pruning.depth import saved_by_blocks
 from ..pruning.recovery import recovery_macs
 from ..reports.provenance import package_versions, portable
 from ..reports.results import PRUNING_RUN, ModelFigures, Results
-from ..scoring.group_damage import curve_macs
+from ..scoring.group_damage import curve_bytes, curve_macs
 from ..trained_pipelines import TrainedPipeline
 from .arguments import Arguments
 from .estimate import StepEstimate, machine_memory, memory_plan
@@ -115,6 +115,7 @@ def describe_plan(
         teacher=args.objective.needs_teacher,
         gradient_checkpointing=args.precision.gradient_checkpointing,
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
+        curve_bytes=curve_bytes(pruner.unet, pruner.groups) if config.ranking == "curves" else 0,
         device=device,
     )
     return "\n".join([*lines, *(f"  {line}" for line in memory.lines)])

@@ -20,7 +20,7 @@ from diffusers_gfprune.pruning.blocks import RemovableBlock
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
 from diffusers_gfprune.pruning.masking import attach, dense_parameters
 from diffusers_gfprune.scoring import group_damage
-from diffusers_gfprune.scoring.group_damage import damage_curves
+from diffusers_gfprune.scoring.group_damage import curve_bytes, damage_curves
 from helpers.architectures import build
 from helpers.pruners import SCHEDULER, batches, images, quick_curves
 from helpers.toy import Toy
@@ -149,10 +149,18 @@ def test_sums_that_do_not_fit_are_taken_in_several_passes(monkeypatch: pytest.Mo
     scores = {group.name: torch.arange(group.num_units).float() for group in pruner.groups}
     arguments = (pruner.groups, batches(), SCHEDULER, CONFIG, scores, pruner.ladders)
     whole = damage_curves(pruner.unet, *arguments)
+    sizes = {  # two float64 matrices of a layer's features
+        piece.module: 16 * pruner.unet.get_submodule(piece.module).weight[0].numel() ** 2
+        for group in pruner.groups
+        for piece in group.slices
+        if piece.role == "input"
+    }
+    assert curve_bytes(pruner.unet, pruner.groups) == sum(sizes.values())
     monkeypatch.setattr(group_damage, "SUM_BYTES", 1)
     one_by_one = damage_curves(pruner.unet, *arguments)
     for name, curve in whole.items():
         assert one_by_one[name].damages == pytest.approx(curve.damages, rel=1e-6, abs=1e-12)
+    assert max(sizes.values()) <= curve_bytes(pruner.unet, pruner.groups) < sum(sizes.values())
 
 
 @pytest.mark.slow

@@ -287,6 +287,17 @@ def test_advice_names_numbers_that_fit() -> None:
     )
 
 
+def test_sums_of_damage_curves_follow_the_scoring() -> None:
+    """Weights, gradients and moments stay, activations do not: 1.1 x 4 GiB, against 1.1 x (4 + 0.5) GiB while scoring."""
+    several = {"criterion": "taylor", "teacher": True}
+    without = memory_plan(an_estimate(activations=GIB // 2), GIB, **several)
+    few = memory_plan(an_estimate(activations=GIB // 2), GIB, **several, curve_bytes=2**20)
+    many = memory_plan(an_estimate(activations=GIB // 2), 7 * GIB, **several, curve_bytes=2 * GIB)
+    assert few.scoring == without.scoring == pytest.approx((1.1 * 4.5 + 1) * GIB)
+    assert many.scoring == pytest.approx((1.1 * 4 + 2 + 1) * GIB)
+    assert many.lines[1].strip() == "too little; to reduce it: ranking=sensitivity (5.9 GiB)"
+
+
 def test_no_advice_that_was_taken_already() -> None:
     options = {"hvp": "finite-difference", "gradient_checkpointing": True, "use_8bit_adam": True}
     assert advice(1, **options) == "too little, even for single images; use a larger device"
