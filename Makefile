@@ -23,7 +23,7 @@ prune: install ## prune the digits DDPM of this repository (about seven minutes 
 	$(LAUNCH) training/prune_ddpm.py --recipe digits$(addprefix _,$(FAMILY)) $(ARGS)
 
 test: install ## run the tests
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## run the tests that take longer than a minute
 	$(VENV)/bin/python -m pytest -m slow
