@@ -34,6 +34,7 @@ from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.runtimes.conversion import remove_idle_squeezes
 from diffusers_gfprune.runtimes.program import TensorModel, to_tensors
 from helpers import architectures, families
+from helpers.derivatives import has_forward_mode_of_norms
 
 UNET = "unet"
 ARCHITECTURES = {UNET: "base", **{family: families.removable(family) for family in families.BASES}}
@@ -202,7 +203,7 @@ def _(model: nn.Module, folder: Path) -> bool:
 
 @feature("torch.func")
 def _(model: nn.Module, folder: Path) -> list[Tensor]:
-    """functional_call, grad, vmap over samples, and jvp."""
+    """functional_call, grad, vmap over samples, and jvp where PyTorch has it."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     given = inputs(model)
 
@@ -220,7 +221,8 @@ def _(model: nn.Module, folder: Path) -> list[Tensor]:
     with sdpa_kernel(SDPBackend.MATH):
         found = [loss(weights, given.sample), grad(loss)(weights, given.sample)[key].sum()]
         found.append(vmap(grad(loss), in_dims=(None, 0))(weights, given.sample[:, None])[key].sum())
-        found.append(jvp(lambda x: loss(weights, x), (given.sample,), (torch.ones_like(given.sample),))[1])
+        if has_forward_mode_of_norms():
+            found.append(jvp(lambda x: loss(weights, x), (given.sample,), (torch.ones_like(given.sample),))[1])
     return found
 
 
