@@ -19,6 +19,7 @@ from ..families.limits import is_int, refuse
 __all__ = ["check_config_file", "check_removed_blocks", "check_tables"]
 
 MAX_PARAMETERS = 2**33  # of the dense model
+MAX_DEPTH = 32  # of config.json; Python's own limit depends on its version
 
 
 def check_config_file(path: str | os.PathLike) -> None:
@@ -30,10 +31,23 @@ def check_config_file(path: str | os.PathLike) -> None:
         config = None
     except ValueError:
         return
-    if not isinstance(config, dict):  # Diffusers would treat a string as the name of another repository
+    if not isinstance(config, dict) or _is_deeper(
+        config, MAX_DEPTH
+    ):  # Diffusers would treat a string as the name of another repository
         raise ValueError("config.json must hold a JSON object that is not nested too deeply")
     if not isinstance(config.get("quantization_config", {}), (dict, type(None))):
         refuse("quantization_config", config["quantization_config"], "a JSON object")
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether a JSON value has more than a number of levels of objects and lists."""
+    level = [value]
+    for _ in range(levels + 1):
+        containers = [entry for entry in level if isinstance(entry, (dict, list))]
+        if not containers:
+            return False
+        level = [entry for outer in containers for entry in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
 
 
 def check_removed_blocks(family: Family, skeleton: nn.Module, names: object) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusers_gfprune import GFPrunedUNet2DModel
 from diffusers_gfprune.families.unet_2d import LIMITS, UNet2DFamily
+from diffusers_gfprune.loading.config_checks import MAX_DEPTH
 from diffusers_gfprune.loading.weight_checks import check_weights
 from helpers.architectures import ARCHITECTURES, BASE, NoMemory, pruned, run
 
@@ -219,15 +220,24 @@ def test_fused_projections_are_loaded_unless_trained_alone(trained: bool, messag
             GFPrunedUNet2DModel.from_pretrained(tmp_path)
 
 
+def nested(levels: int) -> str:
+    """A configuration with a list of lists."""
+    return f'{{"act_fn": {"[" * levels}{"]" * levels}}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[1, 2]", "^config.json must hold a JSON object"),
         ('"alice/another"', "^config.json must hold a JSON object"),  # Diffusers would fetch that repository
-        ('{"act_fn": ' + "[" * 5000 + "]" * 5000 + "}", "^config.json must hold a JSON object that is not nested too deeply"),
+        *(  # levels below the object: more than Python reads, more than Python 3.12 reads, and one more than is accepted
+            (nested(levels), "^config.json must hold a JSON object that is not nested too deeply")
+            for levels in (20_000, 5000, MAX_DEPTH)
+        ),
+        (nested(MAX_DEPTH - 1), "^act_fn="),
         ('{"quantization_config": [1]}', r"^quantization_config=\[1\] must be a JSON object"),
     ],
-    ids=["list", "string", "depth", "quantization"],
+    ids=["list", "string", "deepest", "deeper", "deep", "accepted depth", "quantization"],
 )
 def test_config_json_of_another_kind(text: str, message: str, tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path)
