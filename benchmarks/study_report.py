@@ -192,17 +192,18 @@ def peer_table(found: Found, dataset: str) -> str:
 
 
 def time_table(data: dict[str, Found], times: dict) -> str:
-    """A table of the time of runs and of their rankings, in dense training steps."""
-    lines = ["| data | setting | steps | time of a run | of it, rankings |", "|---" * 5 + "|"]
+    """A table of the time of runs, of their rankings and of recovery, in dense training steps."""
+    lines = ["| data | setting | steps | time of a run | of it, rankings | of it, recovery |", "|---" * 6 + "|"]
     for dataset, found in data.items():
         for name in times[dataset]["settings"]:
             runs = found.get(name, [])
             if runs:
-                ranking = times[dataset]["settings"][name]["ranking"]
+                own = times[dataset]["settings"][name]
                 whole = statistics.mean(seconds(run, run["steps"], times[dataset]) for run in runs)
-                rankings = statistics.mean(ranking * len(run["rankings"]) for run in runs)
-                cells = (TITLES[dataset], SETTINGS[name].title, f"{runs[0]['steps']:,}", f"{whole:,.0f}", f"{rankings:,.0f}")
-                lines.append(f"| {' | '.join(cells)} |")
+                rankings = statistics.mean(len(run["rankings"]) for run in runs)
+                parts = (whole, rankings * own["ranking"], rankings * own["recovery"])
+                told = (TITLES[dataset], SETTINGS[name].title, f"{runs[0]['steps']:,}", *(f"{part:,.0f}" for part in parts))
+                lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
 

@@ -9,10 +9,13 @@ pairs with plain dense training steps on the same images, on one CPU thread as i
     compacted   a training step of the model in the final widths of a setting (first seed)
     teacher     a forward of the dense model
     scoring     one calibration batch for one criterion, gradient flow in either metric
+    features    block outputs of the teacher in the loss: a step with them, less one without
+    recovery    least squares for the layers that read pruned units, once
 
 and `seconds` adds them up for a run, in units of one dense training step:
 
-    t(k) = sum over steps < k of (masked or compacted + teacher) + sum over rankings before k of batches x scoring
+    t(k) = sum over steps < k of (masked or compacted + teacher + features)
+           + sum over rankings before k of (batches x scoring + recovery)
 """
 
 from __future__ import annotations
@@ -34,13 +37,46 @@ from study_settings import DATASETS, SETTINGS, TEACHERS
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
+from diffusers_gfprune.objectives.objective import NoisePrediction, Objective, ObjectiveArguments
+from diffusers_gfprune.one_shot import recovery_batches
 from diffusers_gfprune.scoring.importance import score_units
 from diffusers_gfprune.training.arguments import parse_arguments
 
 OUTPUT = ROOT / "benchmarks/results/study_time.json"
-# Settings whose quality is plotted over time
-TIMED = ("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "two-phase-noise", "paper")
+# Settings whose times are in the table; most have curves of quality over time
+TIMED = (
+    *("two-phase", "one-shot-gradient-flow", "one-shot-diff-pruning", "one-shot-magnitude", "two-phase-noise", "paper"),
+    *("recovery-rankings-two-phase", "features-recovery"),
+)
 BATCH_SIZE = 64
+FEATURE_WEIGHT = 0.03  # any positive one takes as long
+
+
+class TaughtSteps:
+    """Training steps with the dense model as teacher, with its block outputs in the loss or without.
+
+    Args:
+        pruner: Of a masked model, which is compacted.
+        dense: The dense model.
+        batches: As those of `cost.Trainer`.
+        weight: `feature_distillation_weight`.
+    """
+
+    def __init__(self, pruner: GradientFlowPruner, dense: UNet2DModel, batches, weight: float) -> None:
+        masks = pruner.unet.channel_masks
+        small = pruner.compact().train()
+        self.model, self.batches = NoisePrediction(small, features=weight > 0), [DiffusionBatch.of(batch) for batch in batches]
+        arguments = ObjectiveArguments(feature_distillation_weight=weight)
+        self.objective = Objective(arguments, pruner.process, copy.deepcopy(dense), masks)
+        self.optimizer = torch.optim.AdamW(small.parameters(), lr=1e-5)
+
+    def steps(self) -> None:
+        """One step on every batch."""
+        for batch in self.batches:
+            loss, _ = self.objective(self.model, batch)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 def measure(dataset: str, results: Path, repeats: int) -> dict:
@@ -60,7 +96,22 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
     def ask_teacher() -> None:
         frozen(batches[0][0], batches[0][2])
 
-    found = {"masked": ratio(Trainer(masked, batches).steps), "teacher": ratio(ask_teacher), "settings": {}}
+    def features() -> float:
+        without, with_outputs = (
+            TaughtSteps(half_masked(copy.deepcopy(dense)), dense, batches, weight) for weight in (0, FEATURE_WEIGHT)
+        )
+        share = paired(with_outputs.steps, without.steps, repeats)["ratio"]
+        return (share - 1) * ratio(without.steps)
+
+    recovering = half_masked(copy.deepcopy(dense))
+    noisy = recovery_batches(several, recovering.process)
+    found = {
+        "masked": ratio(Trainer(masked, batches).steps),
+        "teacher": ratio(ask_teacher),
+        "features": features(),
+        "recovery": ratio(lambda: recovering.recover(dense, noisy)),
+        "settings": {},
+    }
     scoring: dict[str, float] = {"magnitude": 0.0}
     compacted: dict[tuple, float] = {}  # settings with the same final widths take the same time
     for name in TIMED:
@@ -80,6 +131,8 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
             "compacted": compacted[tuple(widths.items())],
             "ranking": args.pruning.calibration_batches * scoring[score],
             "teacher": found["teacher"] * args.objective.needs_teacher,
+            "features": found["features"] * args.objective.needs_features,
+            "recovery": found["recovery"] * (args.pruning.recovery == "rankings"),
         }
     return {**found, "scoring_per_batch": scoring, "repeats": repeats}
 
@@ -95,8 +148,8 @@ def seconds(run: dict, step: int, pieces: dict) -> float:
     own = pieces["settings"][run["setting"]]
     masked = min(step, run["phases"]["hard_end_step"])
     rankings = sum(ranking["step"] < step for ranking in run["rankings"])
-    steps = masked * pieces["masked"] + (step - masked) * own["compacted"] + step * own["teacher"]
-    return steps + rankings * own["ranking"]
+    steps = masked * pieces["masked"] + (step - masked) * own["compacted"] + step * (own["teacher"] + own["features"])
+    return steps + rankings * (own["ranking"] + own["recovery"])
 
 
 def main(argv: list[str] | None = None) -> None:

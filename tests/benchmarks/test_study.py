@@ -115,16 +115,16 @@ def test_iterations_are_told_at_the_end_of_either_phase() -> None:
 
 
 def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
-    """40 masked steps at 1.25 and 10 at 1 each with the teacher's 0.5, and one ranking of 8."""
+    """40 masked steps at 1.25 and 10 at 1 each with 0.5 for the teacher, and one ranking of 5 with a recovery of 3."""
     run = results_of("two-phase", 0, 0.9)
     run["phases"]["hard_end_step"] = 40
-    own = {"compacted": 1.0, "ranking": 8.0, "teacher": 0.5}
+    own = {"compacted": 1.0, "ranking": 5.0, "recovery": 3.0, "teacher": 0.375, "features": 0.125}
     times = {"digits": {"masked": 1.25, "settings": {"two-phase": own}}}
     assert study_time.seconds(run, 50, times["digits"]) == 40 * 1.75 + 10 * 1.5 + 8
     assert study_time.seconds(run, 0, times["digits"]) == 0
     data = {"digits": {"two-phase": [run]}}
     table = study_report.time_table(data, times)  # 40 x 1.75 + 60 x 1.5 + 8
-    assert table.splitlines()[-1] == "| digits, 8x8 | gradient flow, two phases (default) | 100 | 168 | 8 |"
+    assert table.splitlines()[-1] == "| digits, 8x8 | gradient flow, two phases (default) | 100 | 168 | 5 | 3 |"
     # A setting that was not timed is not drawn, and does not keep others from it
     data = {"digits": {"paper": [results_of("paper", 0, 0.8)], "two-phase": [run]}}
     with saved_figures() as figures:
@@ -141,16 +141,21 @@ def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
     """For the settings that have results, with what each does."""
     kept = study.result_file("digits", SETTINGS["two-phase"], 0).read_text()
     (tmp_path / "digits").mkdir()
-    for name in ("two-phase", "one-shot-magnitude", "paper"):
+    for name in ("two-phase", "one-shot-magnitude", "paper", "features-recovery"):
         study.result_file("digits", SETTINGS[name], 0, tmp_path).write_text(kept)
     threads = torch.get_num_threads()
     found = study_time.measure("digits", tmp_path, 1)
     assert torch.get_num_threads() == threads
-    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude", "paper"}
+    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude", "paper", "features-recovery"}
     assert set(found["scoring_per_batch"]) == {"magnitude", "gradient-flow", "gradient-flow-weights"}  # one time each
     assert found["settings"]["one-shot-magnitude"]["ranking"] == 0 < found["settings"]["two-phase"]["ranking"]
     assert {n: value["teacher"] == found["teacher"] > 0 for n, value in found["settings"].items()} == {
-        **{"two-phase": True, "one-shot-magnitude": True, "paper": False}  # which has none
+        **{"two-phase": True, "one-shot-magnitude": True, "features-recovery": True, "paper": False}  # which has none
+    }
+    assert found["recovery"] > 0 and found["features"] > -found["teacher"]  # a small difference of two times
+    assert {n: (value["features"], value["recovery"]) for n, value in found["settings"].items()} == {
+        **dict.fromkeys(("two-phase", "one-shot-magnitude", "paper"), (0, 0)),
+        "features-recovery": (found["features"], found["recovery"]),
     }
 
 
