@@ -28,7 +28,12 @@ from .recovery import RECOVERIES
 __all__ = ["Arguments", "parse_arguments"]
 
 # The published method has no teacher. With one, samples of the pruned model are closer to the dense model's (README).
-SCRIPT_PRESETS = {**PRESETS, "paper": {**PRESETS["paper"], "distillation_weight": 0.0}}
+# "quality" is the row "features-recovery" of the study.
+SCRIPT_PRESETS = {
+    **PRESETS,
+    "paper": {**PRESETS["paper"], "distillation_weight": 0.0},
+    "quality": {"recovery": "rankings", "feature_distillation_weight": 0.03},
+}
 
 
 @dataclass
@@ -53,8 +58,7 @@ class OutputArguments:
     dry_run: bool = argument(False, "Print the plan and stop.")
     preset: str = argument(
         "default",
-        "Defaults of the pruning arguments: the best in our benchmarks, those of the paper, or one-shot pruning followed by "
-        "fine-tuning.",
+        "Defaults: ours, those of the paper, one-shot pruning, or quality (recovery and block outputs of the teacher).",
         choices=SCRIPT_PRESETS,
     )
     save_model_steps: int = argument(0, "Save the pipeline every so many fine-tuning steps (0: only at the end).")

@@ -125,6 +125,16 @@ def test_order_of_presets(recipe) -> None:
     assert parse(path, "--preset", "default").pruning.aggregation == "sum_abs"
 
 
+def test_presets_set_arguments_of_other_groups(recipe) -> None:
+    """The teacher's part and recovery; what is named on the command line wins."""
+    path = recipe("preset: quality")
+    assert parse(path).pruning.recovery == "rankings" and parse(path).objective.feature_distillation_weight == 0.03
+    named = parse(path, "--recovery", "none")
+    assert named.pruning.recovery == "none" and named.objective.feature_distillation_weight == 0.03
+    assert parse(path, "--preset", "paper").objective.distillation_weight == 0
+    assert parse(path, "--preset", "default").objective.feature_distillation_weight == 0
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
