@@ -5,8 +5,8 @@ inputs. Two elements depend on each other if one cannot be removed without the o
 of this relation: each class is one channel of the network, with all of its places.
 
 Dependencies are traced in one forward pass (`tracing`), as in DepGraph (Fang et al., CVPR 2023,
-https://arxiv.org/abs/2301.12900) but channel by channel. It runs on a copy on the meta device, takes a second at most for
-models of any size, and does not depend on the model's device, dtype or hooks.
+https://arxiv.org/abs/2301.12900) but channel by channel. It runs on a copy on the meta device, takes a few seconds at
+most for models of any size, and does not depend on the model's device, dtype or hooks.
 """
 
 from __future__ import annotations
