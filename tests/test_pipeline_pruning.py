@@ -36,8 +36,8 @@ def component(pipe: DiffusionPipeline) -> str:
     return next(family.component for family in FAMILIES if type(pipe).__name__ in family.pipelines)
 
 
-# Variants of others
-SLOW = ("sdxl", "ldm-text", "pixart-sigma")
+# Variants of others, and SD3, which has a test without its third text encoder
+SLOW = ("sdxl", "ldm-text", "pixart-sigma", "sd3")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PIPELINES])

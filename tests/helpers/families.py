@@ -219,7 +219,7 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
     },
 }
 # Every test of the others for SD3 would take a minute
-QUICK = {"sd3": ("base", "norms-and-dual-attention", "uneven-heads", "patches-of-one", "four-layers")}
+QUICK = {"sd3": ("norms-and-dual-attention", "uneven-heads")}
 ALL = [
     pytest.param(family, name, marks=[] if name in QUICK.get(family, names) else [pytest.mark.slow])
     for family, names in ARCHITECTURES.items()
