@@ -14,6 +14,7 @@ from .pruner import GradientFlowPruner
 from .remote.dit_transformer_2d_gfpruned import GFPrunedDiTTransformer2DModel
 from .remote.pipeline_prune_ddpm import PruneDDPMPipeline
 from .remote.pixart_transformer_2d_gfpruned import GFPrunedPixArtTransformer2DModel
+from .remote.sd3_transformer_2d_gfpruned import GFPrunedSD3Transformer2DModel
 from .remote.unet_2d_condition_gfpruned import GFPrunedUNet2DConditionModel
 from .remote.unet_2d_gfpruned import GFPrunedUNet2DModel
 from .version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     "GFPruneConfig",
     "GFPrunedDiTTransformer2DModel",
     "GFPrunedPixArtTransformer2DModel",
+    "GFPrunedSD3Transformer2DModel",
     "GFPrunedUNet2DConditionModel",
     "GFPrunedUNet2DModel",
     "GradientFlowPruner",

@@ -35,6 +35,7 @@ CALLS = {
     "ldm-text": {"prompt": ["a cat", "a dog"]},
     "pixart": {"prompt": ["a cat", "a dog"], "use_resolution_binning": False},
     "pixart-sigma": {"prompt": ["a cat", "a dog"], "use_resolution_binning": False},
+    "sd3": {"prompt": ["a cat", "a dog"]},
 }
 STOCK = """
 import sys

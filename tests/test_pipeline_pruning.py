@@ -16,7 +16,7 @@ from diffusers_gfprune.fingerprints import tensors_fingerprint
 from diffusers_gfprune.metrics.model_size import count_macs
 from helpers.architectures import build
 from helpers.families import inputs
-from helpers.latent_pipelines import CAPTIONS, PIPELINES
+from helpers.latent_pipelines import CAPTIONS, PIPELINES, sd3
 
 BUDGET = {"target": "macs", "ratio": 0.3, "channel_multiple": 1}
 
@@ -36,8 +36,8 @@ def component(pipe: DiffusionPipeline) -> str:
     return next(family.component for family in FAMILIES if type(pipe).__name__ in family.pipelines)
 
 
-# Variants of others
-SLOW = ("sdxl", "ldm-text", "pixart-sigma")
+# Variants of others, and SD3, which has a test without its third text encoder
+SLOW = ("sdxl", "ldm-text", "pixart-sigma", "sd3")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PIPELINES])
@@ -54,6 +54,16 @@ def test_the_denoiser_is_pruned_and_nothing_else_changes(name: str, tmp_path: Pa
     small.save_pretrained(tmp_path / "small")
     found = getattr(DiffusionPipeline.from_pretrained(tmp_path / "small"), denoiser)
     assert type(found) is type(getattr(small, denoiser))
+
+
+def test_stable_diffusion_3_is_pruned_without_t5(tmp_path: Path) -> None:
+    """Its zeros are as wide as the model's tokens. What is saved loads as the dense pipeline does, without T5 by name."""
+    pipe = sd3(tmp_path / "sd3", has_t5=False, num_layers=1)
+    small = prune_pipeline(pipe, images(), **given("sd3"), **BUDGET, criterion="magnitude", ranking="group", recovery=False)
+    small.save_pretrained(tmp_path / "small")
+    none = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+    found = DiffusionPipeline.from_pretrained(tmp_path / "small", **none)
+    assert count_macs(found.transformer) == pytest.approx(0.7 * count_macs(pipe.transformer), rel=0.03)
 
 
 def test_pipelines_of_pixels_are_pruned_as_by_prune() -> None:

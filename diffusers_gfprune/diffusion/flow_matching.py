@@ -39,7 +39,7 @@ class FlowMatchingProcess(EulerProcess):
             raise ValueError(f"num_train_timesteps={steps} of the {kind} must be an integer of at least 1")
         for name in ("use_dynamic_shifting", "invert_sigmas"):
             if config.get(name):
-                raise ValueError(f"{name}=True of the {kind} must be False: pipelines of UNets do not support it")
+                raise ValueError(f"{name}=True of the {kind} must be False: it is not supported")
         shift = config.get("shift", 1.0)
         if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
             raise ValueError(f"shift={shift} of the {kind} must be greater than 0 and finite")

@@ -62,8 +62,8 @@ class ExportedModel(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def forward(
         self,
-        sample: Tensor,
-        timestep: Tensor | float,
+        sample: Tensor | None = None,
+        timestep: Tensor | float | None = None,
         encoder_hidden_states: Tensor | None = None,
         class_labels: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
@@ -73,7 +73,8 @@ class ExportedModel(ModelMixin, ConfigMixin):
         """Run the export.
 
         Args:
-            sample: Noisy samples with shape `(batch, channels, height, width)`.
+            sample: Noisy samples with shape `(batch, channels, height, width)`; transformers may be given them as
+                `hidden_states`.
             timestep: One number, or one for each sample with shape `(batch,)`; whole numbers unless the process of the model
                 has continuous noise levels.
             encoder_hidden_states: Embeddings of text with shape `(batch, tokens, channels)`, for models of text.
@@ -92,6 +93,10 @@ class ExportedModel(ModelMixin, ConfigMixin):
         """
         given = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels, **others}
         given |= added_cond_kwargs or {}
+        hidden_states = given.pop("hidden_states", None)
+        sample = hidden_states if sample is None else sample
+        if sample is None or timestep is None:
+            raise ValueError(f"this export of a {self.description.model_class} needs a sample and a timestep")
         timesteps = torch.as_tensor(timestep)
         if timesteps.is_floating_point() and not self.description.inputs["timestep"].dtype.startswith("float"):
             if not bool((timesteps == timesteps.round()).all()):

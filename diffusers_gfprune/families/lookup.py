@@ -7,12 +7,19 @@ from torch import nn
 from .base import Family
 from .dit_transformer_2d import DiTTransformer2DFamily
 from .pixart_transformer_2d import PixArtTransformer2DFamily
+from .sd3_transformer_2d import SD3Transformer2DFamily
 from .unet_2d import UNet2DFamily
 from .unet_2d_condition import UNet2DConditionFamily
 
 __all__ = ["FAMILIES", "family_named", "family_of"]
 
-FAMILIES: list[Family] = [UNet2DFamily(), UNet2DConditionFamily(), DiTTransformer2DFamily(), PixArtTransformer2DFamily()]
+FAMILIES: list[Family] = [
+    UNet2DFamily(),
+    UNet2DConditionFamily(),
+    DiTTransformer2DFamily(),
+    PixArtTransformer2DFamily(),
+    SD3Transformer2DFamily(),
+]
 
 
 def _supported() -> str:

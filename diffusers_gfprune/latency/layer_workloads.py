@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.lookup import family_of
-from ..metrics.model_size import count_tokens, trace_forward
+from ..metrics.model_size import tokens_of_attention, trace_forward
 from ..runtimes.forwards import Layer
 
 __all__ = [
@@ -237,8 +237,7 @@ def trace_layer_calls(unet: nn.Module, sample_size: int | tuple[int, int] | None
             calls[last_norm["index"]] = replace(norm, workload=replace(norm.workload, silu=True))
             last_norm["shape"] = None
         elif name in attentions:
-            tokens = count_tokens(x)
-            keys = next(call.positions for call in reversed(calls) if call.module == f"{name}.to_k")
+            tokens, keys = tokens_of_attention(name, {call.module: call.positions for call in calls})
             kind, more = (AttentionProducts, ()) if keys == tokens else (CrossAttentionProducts, (keys,))
             work = kind(tokens, module.heads, *more)
             calls.append(LayerCall(f"{name}.to_q", work, 0, module.to_q.out_features, tokens))

@@ -31,7 +31,8 @@ class PipelineLayout:
         carried: Components that may be there and are copied.
         processes: Names of the processes that the pipeline samples rightly, see `diffusion.process`.
         splits_variances: Whether the pipeline removes learned variances from the output before its scheduler sees it.
-        max_length: Number of tokens that it cuts prompts to; None: the tokenizer's limit.
+        max_length: Number of tokens that it cuts prompts to; None: the tokenizer's limit. If there are three text encoders,
+            that of the last one.
     """
 
     autoencoder: str | None = None
@@ -48,7 +49,7 @@ class PipelineLayout:
         return (*autoencoder, *(name for pair in self.text for name in pair))
 
 
-_TEXT = ("tokenizer", "text_encoder")
+_TEXT, _SECOND = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
 _NOISE = ("ddpm", "edm")  # of pipelines that scale noise and inputs as their scheduler says
 LAYOUTS = {
     **dict.fromkeys(PIPELINES, PipelineLayout()),
@@ -60,7 +61,12 @@ LAYOUTS = {
         "vae", (_TEXT,), ("safety_checker", "feature_extractor", "image_encoder"), processes=_NOISE
     ),
     "StableDiffusionXLPipeline": PipelineLayout(
-        "vae", (_TEXT, ("tokenizer_2", "text_encoder_2")), ("feature_extractor", "image_encoder"), processes=_NOISE
+        "vae", (_TEXT, _SECOND), ("feature_extractor", "image_encoder"), processes=_NOISE
+    ),
+    "StableDiffusion3Pipeline": PipelineLayout(
+        *("vae", (_TEXT, _SECOND, ("tokenizer_3", "text_encoder_3")), ("feature_extractor", "image_encoder")),
+        processes=("flow matching",),
+        max_length=256,
     ),
     "LDMTextToImagePipeline": PipelineLayout("vqvae", (("tokenizer", "bert"),), max_length=77),
     "PixArtAlphaPipeline": PipelineLayout("vae", (_TEXT,), splits_variances=True, max_length=120),

@@ -8,7 +8,7 @@ channels). Norms, activations and additions are not counted, as is usual in this
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -20,9 +20,9 @@ from ..families.lookup import family_of
 __all__ = [
     "count_macs",
     "count_parameters",
-    "count_tokens",
     "hardware_name",
     "layer_positions",
+    "tokens_of_attention",
     "parameter_bytes",
     "spatial_size",
     "trace_forward",
@@ -57,11 +57,6 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def count_tokens(x: torch.Tensor) -> int:
-    """Number of tokens per sample of an attention input, `(batch, channels, height, width)` or `(batch, tokens, channels)`."""
-    return x.shape[1] if x.ndim == 3 else x[0, 0].numel()
-
-
 def trace_forward(
     unet: nn.Module,
     sample_size: int | tuple[int, int] | None,
@@ -86,8 +81,7 @@ def trace_forward(
 
 
 def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> dict[str, int]:
-    """Output positions of every convolution and linear layer, and tokens of every attention, at batch size 1."""
-    attentions = family_of(unet).attentions(unet)
+    """Output positions of every convolution and linear layer at batch size 1."""
     positions: dict[str, int] = {}
 
     def record(name: str, module: nn.Module, x: torch.Tensor | None, output) -> None:
@@ -95,14 +89,26 @@ def layer_positions(unet: nn.Module, sample_size: int | tuple[int, int] | None =
             number = output.shape[2] * output.shape[3]
         elif isinstance(module, nn.Linear):
             number = output.numel() // output.shape[-1]
-        elif name in attentions:
-            number = count_tokens(x)
         else:
             return
         positions[name] = positions.get(name, 0) + number  # a layer may be called more than once
 
     trace_forward(unet, sample_size, record)
     return positions
+
+
+def tokens_of_attention(name: str, positions: Mapping[str, int]) -> tuple[int, int]:
+    """Numbers of queries and of keys of an attention at batch size 1, with those of the text in joint attention.
+
+    Args:
+        name: Name of the attention.
+        positions: Output positions of its layers.
+    """
+    queries, keys = (
+        positions[f"{name}.{layer}"] + positions.get(f"{name}.{added}", 0)
+        for layer, added in (("to_q", "add_q_proj"), ("to_k", "add_k_proj"))
+    )
+    return queries, keys
 
 
 def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None) -> int:
@@ -116,11 +122,10 @@ def count_macs(unet: nn.Module, sample_size: int | tuple[int, int] | None = None
     modules, attentions = dict(unet.named_modules()), family_of(unet).attentions(unet)
     positions_of = layer_positions(unet, sample_size)
     for name, positions in positions_of.items():
-        module = modules[name]
-        if name in attentions:
-            total += 2 * positions * positions_of[f"{name}.to_k"] * module.to_q.out_features
-        else:
-            total += positions * module.weight.numel()
+        total += positions * modules[name].weight.numel()
+    for name, attention in attentions.items():
+        queries, keys = tokens_of_attention(name, positions_of)
+        total += 2 * queries * keys * attention.to_q.out_features
     return total
 
 

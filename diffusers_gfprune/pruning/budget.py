@@ -51,7 +51,8 @@ def width_ladder(
         group: The channel group.
         channel_multiple: Widths below the dense one are multiples of this (>= 1).
         min_keep_ratio: Minimum share of channels to keep, in [0, 1].
-        attention_unit: Inside attention, `"head_dim"` shrinks all heads equally, `"heads"` removes whole heads.
+        attention_unit: Inside attention, `"head_dim"` shrinks all heads equally, `"heads"` removes whole heads. Heads with
+            normalized queries and keys are always removed whole.
 
     Returns:
         Widths in descending order, each >= 1 and a sum of whole units (and the fixed channels); 1 and 0 for a removable
@@ -64,7 +65,7 @@ def width_ladder(
         widths = [len(group.fixed) + width for width in _reachable(Counter(group.unit_sizes.tolist()))]
     else:
         heads, head_dim = group.heads, group.num_channels // group.heads
-        step = heads if attention_unit == "head_dim" else head_dim
+        step = heads if attention_unit == "head_dim" and not group.whole_heads else head_dim
         widths = list(range(step, group.num_channels + 1, step))
     below = [width for width in widths if floor <= width < group.num_channels and width % channel_multiple == 0]
     return [group.num_channels, *reversed(below)]
@@ -124,7 +125,7 @@ def select_units(group: ChannelGroup, scores: Tensor, keep: int, attention_unit:
     """
     if not torch.isfinite(scores).all():
         raise ValueError(f"scores of {group.name} are not finite")
-    if group.attention is None:
+    if group.attention is None or group.whole_heads:
         return _best_units(group, scores, keep)
     head_dim = group.num_channels // group.heads
     by_head = scores.view(group.heads, head_dim)

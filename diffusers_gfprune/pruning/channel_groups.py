@@ -16,7 +16,8 @@ Pruning removes **units**. Two channels are connected if a norm has them in the 
 units. Removing a unit removes whole groups of every norm. The remaining norms are native, and the statistics of the other
 groups do not change. The same holds while a unit is masked, since a factor on a whole norm group cancels in its normalization.
 Channels without a norm are units of one channel. In the configurations of google/ddpm-cifar10-32 and of the 256-pixel LSUN and
-CelebA-HQ models, units have 4 to 48 channels.
+CelebA-HQ models, units have 4 to 48 channels. Likewise, an RMS norm of each attention head connects the channels of the head,
+so that whole heads are units.
 
 A group of a norm over a concatenation may contain channels of both branches. Such channels belong to two channel groups that
 could only be pruned together. They are few (0.3 % of the channels of google/ddpm-cifar10-32, 0.4 % of those of the LSUN
@@ -76,7 +77,8 @@ class ChannelGroup:
         units: The channels of each unit, in ascending order.
         fixed: Channels outside all units, which are always kept.
         heads: Number of attention heads that the channels are divided into, in order; 1 outside attention.
-        attention: Name of the attention block that contains the channels, if any. Its units are single channels.
+        attention: Name of the attention block that contains the channels, if any. Its units are single channels, or whole
+            heads if norms connect their channels.
     """
 
     name: str
@@ -91,6 +93,11 @@ class ChannelGroup:
     def num_units(self) -> int:
         """Number of units in the dense model."""
         return len(self.units)
+
+    @property
+    def whole_heads(self) -> bool:
+        """Whether the units are heads of several channels, which cannot be narrower."""
+        return self.attention is not None and self.num_units == self.heads < self.num_channels
 
     @cached_property
     def unit_sizes(self) -> Tensor:
@@ -164,15 +171,14 @@ def _slices(module_name: str, module: nn.Module, kind: str, positions: tuple[int
 
 def _unit_labels(components: Components, modules: dict[str, nn.Module]) -> np.ndarray:
     """The unit of each channel of the network, indexed by the channel's label."""
-    first, second = [], []
+    first, second = ([components.labels[elements]] for elements in components.together)
     for place in components.places:
         module = modules[place[0]]
         if isinstance(module, nn.GroupNorm):
             rows = components.at(place).reshape(module.num_groups, -1)  # (groups, channels of a group)
             first.append(np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1).ravel())
             second.append(rows[:, 1:].ravel())
-    edges = [np.concatenate(ends) if ends else np.zeros(0, dtype=np.int64) for ends in (first, second)]
-    return join(*edges, int(components.labels.max()) + 1)
+    return join(np.concatenate(first), np.concatenate(second), int(components.labels.max()) + 1)
 
 
 def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:

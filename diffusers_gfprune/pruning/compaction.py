@@ -3,7 +3,7 @@
 Every parameter is indexed along its channel dimensions. Norms lose whole groups and compute the others as before
 (`channel_groups`); `norm_group_sizes` lists the sizes of the remaining groups. Attention needs a correction: if `d'` of `d`
 channels in a head are kept, scaled dot-product attention divides by sqrt(d'), but the dense model divides by sqrt(d). The
-factor sqrt(d'/d) is therefore folded into `to_q`:
+factor sqrt(d'/d) is therefore folded into `to_q`, and into `add_q_proj` of joint attention, the queries of text:
 
     q k^T / sqrt(d) = (sqrt(d'/d) q) k^T / sqrt(d')
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,12 +106,12 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
                 raise ValueError(f"{group.attention}.heads={now} must be {group.heads}, as when its channels were traced")
             per_head = mask.view(group.heads, -1).sum(dim=1)  # (heads,)
             heads, kept_dim = int((per_head > 0).sum()), int(per_head.max())
-            head_dim = group.num_channels // group.heads
+            head_dim = group.num_units // group.heads
             if heads < group.heads:
                 plan.attention_heads[group.attention] = heads
             if kept_dim < head_dim:
-                for name in ("weight", "bias"):
-                    plan.factors[f"{group.attention}.to_q.{name}"] = math.sqrt(kept_dim / head_dim)
+                for layer, name in itertools.product(("to_q", "add_q_proj"), ("weight", "bias")):  # the second reads text
+                    plan.factors[f"{group.attention}.{layer}.{name}"] = math.sqrt(kept_dim / head_dim)
 
     alive: dict[tuple[str, str, int], Tensor] = {}
     for (module, parameter, dim), pieces in slices_by_dimension(groups).items():

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..families.lookup import family_of
-from ..metrics.model_size import layer_positions
+from ..metrics.model_size import layer_positions, tokens_of_attention
 from .blocks import RemovableBlock, inner_groups
 from .channel_groups import ChannelGroup
 
@@ -105,8 +105,8 @@ class CostModel:
             elif isinstance(module, nn.GroupNorm):
                 rows.append((one, width(name, 0, module.num_channels), 0, 0, 2.0, block))
             elif name in attentions:
-                macs = 2 * positions[f"{name}.to_q"] * positions[f"{name}.to_k"]
-                rows.append((one, width(f"{name}.to_q", 0, module.to_q.out_features), macs, 0, 0.0, block))
+                queries, keys = tokens_of_attention(name, positions)
+                rows.append((one, width(f"{name}.to_q", 0, module.to_q.out_features), 2 * queries * keys, 0, 0.0, block))
         # Layer norms and random Fourier features have a constant size
         for name, module in modules.items():
             others = sum(parameter.numel() for parameter in module.parameters(recurse=False))

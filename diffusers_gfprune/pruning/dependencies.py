@@ -5,8 +5,8 @@ inputs. Two elements depend on each other if one cannot be removed without the o
 of this relation: each class is one channel of the network, with all of its places.
 
 Dependencies are traced in one forward pass (`tracing`), as in DepGraph (Fang et al., CVPR 2023,
-https://arxiv.org/abs/2301.12900) but channel by channel. It runs on a copy on the meta device, takes a second at most for
-models of any size, and does not depend on the model's device, dtype or hooks.
+https://arxiv.org/abs/2301.12900) but channel by channel. It runs on a copy on the meta device, takes a few seconds at
+most for models of any size, and does not depend on the model's device, dtype or hooks.
 """
 
 from __future__ import annotations
@@ -91,11 +91,14 @@ class Components:
         offsets: First element of each place; element `offsets[p] + i` is channel `i` at place `p`. Element `FIXED` stands for
             everything that is never pruned, such as the model's inputs and outputs.
         labels: Network channel of each element, int64 with shape `(elements,)`; -1 for none.
+        together: Pairs of elements whose channels are different, but only removed together: first and second element of each,
+            int64 with shape `(pairs,)`.
     """
 
     places: list[tuple[str, str]]
     offsets: np.ndarray
     labels: np.ndarray
+    together: tuple[np.ndarray, np.ndarray]
 
     @property
     def fixed(self) -> int:
@@ -169,11 +172,12 @@ def trace_components(family: Family, twin: nn.Module) -> Components:
     offsets = np.cumsum([FIXED + 1, *(_width(modules[name], side) for name, side in places)])
     inputs = family.example_inputs(twin, *family.tracing_size(twin.config), device="meta")
     twin.eval()
-    first, second = trace_labels(twin, lambda: family.predict(twin, inputs), modules, dict(zip(places, offsets.tolist())))
+    starts = dict(zip(places, offsets.tolist()))
+    (first, second), together = trace_labels(twin, lambda: family.predict(twin, inputs), modules, starts)
     for name in family.never_pruned & modules.keys():
         kept = offsets[places.index((name, "out"))] + np.arange(_width(modules[name], "out"))
         first, second = np.append(first, kept), np.append(second, np.full_like(kept, FIXED))
     labels = join(first, second, int(offsets[-1]))
     untouched = np.ones(int(offsets[-1]), dtype=bool)
     untouched[first] = untouched[second] = False
-    return Components(places, offsets, np.where(untouched, -1, labels))
+    return Components(places, offsets, np.where(untouched, -1, labels), together)

@@ -52,10 +52,11 @@ class Items:
 
     def __init__(self, group: ChannelGroup, attention_unit: str) -> None:
         head_dim = group.num_channels // group.heads
-        whole_heads = group.attention is not None and attention_unit == "heads"
+        shrinks = group.attention is not None and not group.whole_heads
+        whole_heads = shrinks and attention_unit == "heads"
         self.unit_of = np.arange(group.num_units) // (head_dim if whole_heads else 1)
         self.sizes = np.bincount(self.unit_of, weights=group.unit_sizes.numpy()).astype(np.int64)
-        each_head = group.attention is not None and not whole_heads
+        each_head = shrinks and not whole_heads
         self.parts = np.arange(len(self.sizes)).reshape(group.heads if each_head else 1, -1)
 
     def sums(self, values: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ def check_mask(group: ChannelGroup, mask: Tensor) -> None:
         return
     if not torch.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
         raise ValueError(f"mask of {group.name} has values from {mask.min():g} to {mask.max():g}, outside [0, 1]")
-    left = (mask > 0).view(group.heads, -1).sum(dim=1)  # (heads,); units of attention are single channels
+    left = (mask > 0).view(group.heads, -1).sum(dim=1)  # (heads,); units of attention are channels or heads
     if left.sum() == 0 and not group.fixed and not isinstance(group, RemovableBlock):
         raise ValueError(f"mask of {group.name} leaves none of its {group.num_channels} channels")
     widths = left[left > 0].unique().tolist()

@@ -8,7 +8,9 @@ belongs to. Operations act on both:
     linear, convolution, embedding        labels of the input equal those of the layer's inputs; the output gets the labels
                                           of the layer's outputs
     group norm                            labels of the input equal those of the norm, which are also those of the output
-    attention                             labels of q, k and v are equal, head by head and channel by channel
+    attention                             labels of q, k and v are equal, head by head and channel by channel, for all tokens
+    RMS norm of heads                     labels stay; the channels of a head go together, since the root mean square depends
+                                          on each of them
     layer norm                            all labels are fixed, since the statistics depend on every channel
 
 Inputs and outputs of the model and other tensors without labels, such as position embeddings, have the label `FIXED`. Channels
@@ -21,11 +23,13 @@ of rows i and i + n equal, and the linear layer that follows makes them equal to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +38,7 @@ __all__ = ["FIXED", "trace_labels"]
 
 FIXED = 0
 Place = tuple[str, str]  # module, and "in" or "out"
+Pairs = tuple[np.ndarray, np.ndarray]
 
 # Names of functions and methods without underscores at their ends: `__radd__` and `add_` are here as radd and add
 RESHAPING = frozenset(
@@ -66,6 +71,8 @@ class _Labels(TorchFunctionMode):
         self.names = {id(module.weight): name for name, module in modules.items()}
         self.modules, self.starts = modules, starts
         self.equal: list[tuple[Tensor, Tensor]] = []
+        self.together: list[tuple[Tensor, Tensor]] = []
+        self.is_paused = False
         self.labels: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the tensor, which is kept so that its id stays unique
 
     def of(self, x: Tensor) -> Tensor:
@@ -89,6 +96,31 @@ class _Labels(TorchFunctionMode):
             raise ValueError(f"a layer mixes channels and positions in a tensor of shape {tuple(x.shape)}")
         return labels[:, 0]
 
+    def _of_all_tokens(self, x: Tensor) -> Tensor:
+        """Labels of one token of `(batch, heads, tokens, channels)`. Attention sums over tokens, so that those of all tokens
+        are equal, such as tokens of an image and of its text that other layers write."""
+        labels = _without_repeats(self.of(x))[0]
+        differs = (labels[:, :, 1:] != labels[:, :, :-1]).any(dim=3).any(dim=1).any(dim=0)  # from the token before
+        if differs.any():
+            tokens = labels[:, :, 1:][:, :, differs]
+            self._join(labels[:, :, :1].expand_as(tokens), tokens)
+        return self.of(x)[:, :, :1]
+
+    def normalize_heads(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Call an RMS norm of the channels of each head, `(batch, heads, tokens, channels)`. All heads have the same weights,
+        so that a whole head may be removed."""
+        if x.ndim != 4:
+            raise ValueError(f"an RMS norm of a tensor of shape {tuple(x.shape)}, without heads, cannot be traced")
+        self.is_paused = True
+        try:
+            result = forward(x)
+            labels = _without_repeats(self.of(x), but=3)[0]
+            self.together.append((labels[..., :1].expand_as(labels).flatten(), labels.flatten()))
+            self.labels[id(result)] = (result, self.of(x))
+        finally:
+            self.is_paused = False
+        return result
+
     def _side(self, weight: Tensor, side: str, width: int) -> Tensor:
         """Labels of one side of a layer, with shape `(width,)`."""
         if id(weight) not in self.names:
@@ -98,6 +130,8 @@ class _Labels(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self.is_paused:
+            return result
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         name = getattr(func, "__name__", str(func)).strip("_")
         outputs = result if isinstance(result, (tuple, list)) else [result]
@@ -124,7 +158,7 @@ class _Labels(TorchFunctionMode):
             self.fix(tensors[0])
             return self.of(tensors[0])
         if name == "scaled_dot_product_attention":
-            heads = [_first_token(self.of(x)) for x in tensors[:3]]  # q, k, v, each (batch, heads, 1, channels)
+            heads = [self._of_all_tokens(x) for x in tensors[:3]]  # q, k, v, each (batch, heads, 1, channels)
             self._join(heads[0], heads[1])
             self._join(heads[0], heads[2])
             return heads[2].expand(out.shape)
@@ -157,13 +191,6 @@ def _without_repeats(*labels: Tensor, but: int | None = None) -> list[Tensor]:
     return [x[index] for x in labels]
 
 
-def _first_token(labels: Tensor) -> Tensor:
-    """Labels of one token, from `(batch, heads, tokens, channels)`; they must be the same for all tokens."""
-    if (labels != labels[:, :, :1]).any():
-        raise ValueError("an attention has channels that differ between tokens, which cannot be traced")
-    return labels[:, :, :1]
-
-
 def _mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     """Nested arguments with all tensors replaced."""
     if isinstance(values, Tensor):
@@ -177,8 +204,8 @@ def _mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
 
 def trace_labels(
     model: nn.Module, forward: Callable[[], object], modules: Mapping[str, nn.Module], starts: Mapping[Place, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of equal labels in a forward pass.
+) -> tuple[Pairs, Pairs]:
+    """Pairs of labels in a forward pass: those that are equal, and those of channels that are only removed together.
 
     Args:
         model: The model, on the meta device in evaluation mode.
@@ -188,20 +215,31 @@ def trace_labels(
             `starts[place] + i`.
 
     Returns:
-        First and second label of each pair, each int64 with shape `(pairs,)`.
+        Equal labels, then labels of channels that an RMS norm of heads ties together. For both: first and second label of
+        each pair, each int64 with shape `(pairs,)`.
 
     Raises:
         ValueError: The forward has an operation that cannot be traced.
     """
     trace = _Labels(modules, starts)
     handle = model.register_forward_hook(lambda module, args, result: [*map(trace.fix, _tensors(result))] and None)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    for norm in norms:
+        norm.forward = functools.partial(trace.normalize_heads, norm.forward)
     try:
         with torch.no_grad(), trace:
             forward()
     finally:
         handle.remove()
-    pairs = [torch.cat(ends) for ends in zip(*trace.equal)]
-    return pairs[0].numpy(), pairs[1].numpy()
+        for norm in norms:
+            del norm.forward
+    return _pairs(trace.equal), _pairs(trace.together)
+
+
+def _pairs(tensors: list[tuple[Tensor, Tensor]]) -> Pairs:
+    none = torch.zeros(0, dtype=torch.long)
+    first, second = (torch.cat([none, *ends]).numpy() for ends in (zip(*tensors) if tensors else ((), ())))
+    return first, second
 
 
 def _tensors(result: object) -> list[Tensor]:

@@ -23,11 +23,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import GaussianFourierProjection, PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
@@ -64,18 +65,26 @@ class RemovedBlock(nn.Module):
     its shortcut convolution if it has one, and the factor by which it divides the sum.
 
     Args:
-        block: A `ResnetBlock2D`, an `Attention` with a residual connection, a `Transformer2DModel` or one of its layers.
+        block: A `ResnetBlock2D`, an `Attention` with a residual connection, a `Transformer2DModel` or one of its layers, or a
+            `JointTransformerBlock`, which adds to two streams: those of the image and of the text.
     """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.is_transformer = isinstance(block, Transformer2DModel)
+        self.is_joint = isinstance(block, JointTransformerBlock)
+        if self.is_joint:
+            self.context_pre_only = block.context_pre_only  # which the model reads
         self.up, self.down = (getattr(block, name, None) is not None for name in ("upsample", "downsample"))
         self.factor = getattr(block, "output_scale_factor", getattr(block, "rescale_output_factor", 1.0))
         self.conv_shortcut = getattr(block, "conv_shortcut", None)
 
-    def forward(self, hidden_states: Tensor, *args, return_dict: bool = True, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, return_dict: bool = True, **kwargs
+    ):
         """Takes the arguments of every kind of block, and returns what that block returns."""
+        if self.is_joint:
+            return encoder_hidden_states, hidden_states
         if self.up:
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         if self.down:
@@ -127,7 +136,7 @@ def remove_blocks(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         block = dict(model.named_modules()).get(name)
         adds = isinstance(block, Attention) and block.residual_connection
-        if not (adds or isinstance(block, (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock))):
+        if not (adds or isinstance(block, (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, JointTransformerBlock))):
             raise ValueError(f"removed_blocks names {name!r}, which is not a block that can be removed")
         model.set_submodule(name, RemovedBlock(block))
 
@@ -171,16 +180,19 @@ def materialize(model: nn.Module, device: torch.device) -> None:
             module.to_empty(device=device, recurse=False)
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
             else:  # blocks and models with tables of scales and shifts, as Diffusers initializes them
                 for table in module.parameters(recurse=False):
                     nn.init.normal_(table, std=table.shape[-1] ** -0.5)
 
 
 def make_positions(embed: PatchEmbed, device: torch.device) -> None:
-    """Compute the sinusoidal position embeddings of a model on `device`. They are not saved with the weights."""
+    """Compute the sinusoidal position embeddings of a model on `device`. They are not saved with the weights, unless the model
+    has those of a largest sample, whose middle it takes."""
     table = get_2d_sincos_pos_embed(
         embed.proj.out_channels,
-        embed.height,
+        embed.pos_embed_max_size or embed.height,
         base_size=embed.base_size,
         interpolation_scale=embed.interpolation_scale,
         device=device,

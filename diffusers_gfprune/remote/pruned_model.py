@@ -63,7 +63,7 @@ class GFPrunedMixin:
 
     fourier_scale = 16.0  # of fresh random Fourier features
     class_file: str  # in which the class is defined; in a saved repository, this file
-    _keys_to_ignore_on_load_unexpected = [r"\.to_(qkv|kv)\.(weight|bias)$"]  # copies, made by fuse_projections
+    _keys_to_ignore_on_load_unexpected = [r"\.to_(qkv|kv|added_qkv)\.(weight|bias)$"]  # copies, made by fuse_projections
     _auto_class = "AutoModel"  # config.json then names this file for AutoModel with trust_remote_code
     _card: str | None = None
     checks: LoadingChecks = LoadingChecks()

@@ -15,6 +15,7 @@ KINDS = {
     "LDMTextToImagePipeline": "latent-diffusion",
     "PixArtAlphaPipeline": "pixart-alpha",
     "PixArtSigmaPipeline": "pixart-sigma",
+    "StableDiffusion3Pipeline": "stable-diffusion-3",
     "StableDiffusionPipeline": "stable-diffusion",
     "StableDiffusionXLPipeline": "stable-diffusion-xl",
 }

@@ -126,7 +126,7 @@ def test_conditioning_of_pixart_has_masks_and_the_size_of_all_images(tmp_path: P
     """Masks are those of the captions, also in the cache; sizes are those that the model makes, and in no cache."""
     tokens = t5_tokenizer()
     components = {"tokenizer": tokens, "text_encoder": t5_encoder(tokens)}
-    prompts = PromptEncoder.of_pipeline(components, (SIZE, SIZE), max_length=9, takes=("resolution",))
+    prompts = PromptEncoder.of_pipeline(components, (SIZE, SIZE), max_length=9, takes={"resolution": torch.zeros(1, 2)})
     folder = write_images(tmp_path / "data", IMAGES, CAPTIONS)
     images, held_out = load_latents(folder, latent_spec(prompts=prompts), caption_dropout=0.5)
     (batch, _), *_ = itertools.islice(train_dataloader(images, 12, seed=0, process=ddpm(10)), 1)

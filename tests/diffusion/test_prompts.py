@@ -7,12 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
 from diffusers_gfprune.diffusion.prompts import PromptEncoder
 from diffusers_gfprune.loading.pipeline_layouts import LAYOUTS
-from helpers.latent_models import MAX_TOKENS, projecting_text_encoder, t5_encoder, t5_tokenizer, text_encoder, tokenizer
+from helpers.latent_models import (
+    MAX_TOKENS,
+    projecting_text_encoder,
+    t5_encoder,
+    t5_tokenizer,
+    text_encoder,
+    three_text_encoders,
+    tokenizer,
+)
+from helpers.latent_pipelines import sd3
 
 PROMPTS = ["ab cd", "", "a", "abcdefghijkl mnop"]  # the last one is too long
 
@@ -81,7 +95,7 @@ def test_prompts_are_those_of_pixart(kind: type) -> None:
     """In lower case, cut to the pipeline's limit, with the mask of their tokens and, where the model takes them, sizes."""
     tokens, limit = t5_tokenizer(), LAYOUTS[kind.__name__].max_length
     components = {"tokenizer": tokens, "text_encoder": t5_encoder(tokens)}
-    encoder = PromptEncoder.of_pipeline(components, (16, 24), max_length=limit, takes=("resolution",))
+    encoder = PromptEncoder.of_pipeline(components, (16, 24), max_length=limit, takes={"resolution": torch.zeros(1, 2)})
     prompts = ["Ab CD ", "", "a", "b" * (limit + 5)]
     assert encoder.count_long(prompts) == 1
     pipeline = kind(vae=None, transformer=None, scheduler=None, **components)
@@ -96,6 +110,42 @@ def test_prompts_are_those_of_pixart(kind: type) -> None:
     assert {name: values.dtype for name, values in encoder.encode([]).items()} == {n: v.dtype for n, v in made.items()}
     plain = PromptEncoder.of_pipeline(components, max_length=limit)
     assert set(plain.encode(["a"])) == {"encoder_hidden_states", "encoder_attention_mask"}
+
+
+@pytest.mark.parametrize("has_t5", [True, False])
+def test_prompts_are_those_of_stable_diffusion_3(has_t5: bool, tmp_path: Path) -> None:
+    """Tokens of CLIP, then those of T5 or as many zeros, all as wide as the model's."""
+    pipeline, limit = sd3(tmp_path / "sd3", has_t5), LAYOUTS["StableDiffusion3Pipeline"].max_length
+    takes = {"encoder_hidden_states": torch.zeros(1, 9, 44), "pooled_projections": torch.zeros(1, 24)}
+    encoder = PromptEncoder.of_pipeline(pipeline.components, (16, 24), max_length=limit, takes=takes)
+    encoder.check_fits(takes)
+    prompts = ["Ab CD ", "", "a", "abcdefghijkl mnop"]
+    states, null_states, pooled, null_pooled = pipeline.encode_prompt(prompts, None, None, device="cpu")
+    made, null = encoder.encode(prompts), encoder.null()
+    assert {name: values.shape[1:] for name, values in made.items()} == encoder.shapes
+    assert encoder.shapes["encoder_hidden_states"] == (MAX_TOKENS + 256, 44)
+    for found, wanted in (
+        (made["encoder_hidden_states"], states),
+        (made["pooled_projections"], pooled),
+        (null["encoder_hidden_states"], null_states[:1]),
+        (null["pooled_projections"], null_pooled[:1]),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert encoder.limits == (MAX_TOKENS, MAX_TOKENS, 256)[: 3 if has_t5 else 2] and encoder.count_long(prompts) == 1
+    assert bool((made["encoder_hidden_states"][:, MAX_TOKENS:] == 0).all()) != has_t5
+
+
+def test_other_text_encoders_of_stable_diffusion_3_are_refused(tmp_path: Path) -> None:
+    components = three_text_encoders(tmp_path, width=36)
+    takes = {"encoder_hidden_states": torch.zeros(1, 9, 44), "pooled_projections": torch.zeros(1, 24)}
+    with pytest.raises(ValueError, match="CLIP have width 40 side by side, more than the 36 of T5"):
+        PromptEncoder.of_pipeline(components, max_length=256, takes=takes)
+    first = {name: value for name, value in components.items() if not name.endswith("_2")}
+    with pytest.raises(ValueError, match="are CLIPTextModelWithProjection, T5EncoderModel, but must be .*, or without T5"):
+        PromptEncoder.of_pipeline(first, max_length=256, takes=takes)
+    wider = PromptEncoder.of_pipeline(three_text_encoders(tmp_path, width=48), max_length=256, takes=takes)
+    with pytest.raises(ValueError, match="have width 48, but the model needs 44: it is the text encoder of another model"):
+        wider.check_fits(takes)
 
 
 def test_prompts_do_not_depend_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.families.lookup import family_of
-from diffusers_gfprune.metrics.model_size import count_parameters
+from diffusers_gfprune.metrics.model_size import count_parameters, spatial_size
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 from diffusers_gfprune.pruning.cost_model import CostModel
 from diffusers_gfprune.pruning.masking import attach, detach
@@ -60,7 +60,7 @@ def flops(model: nn.Module) -> int:
     """Of a forward at batch size 1, with the products of attention, by PyTorch's counter."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        family_of(model).predict(model, inputs(model, batch_size=1))
+        family_of(model).predict(model, family_of(model).example_inputs(model, *spatial_size(model)))
     return counter.get_total_flops()
 
 

@@ -141,7 +141,7 @@ def random_mask(group: ChannelGroup, generator: torch.Generator) -> Tensor:
     """
     if isinstance(group, RemovableBlock):
         return (torch.rand(1, generator=generator) < 0.5).float()
-    if group.attention is None:
+    if group.attention is None or group.whole_heads:
         if group.num_units == 0:
             return torch.ones(0)
         share = 0.1 + 0.8 * torch.rand(1, generator=generator)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiTTransformer2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from diffusers_gfprune.diffusion.batch import ModelInputs
@@ -61,11 +68,27 @@ PIXART = {
 }
 SIZES = {"use_additional_conditions": True, "num_attention_heads": 3, "cross_attention_dim": 24}
 
+SD3 = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 10,
+    "pos_embed_max_size": 6,
+}
+NORMS = {"qk_norm": "rms_norm"}
+
 # Class, and arguments of all its architectures
 BASES: dict[str, tuple[type[ModelMixin], dict]] = {
     "dit": (DiTTransformer2DModel, DIT),
     "condition": (UNet2DConditionModel, CONDITION),
     "pixart": (PixArtTransformer2DModel, PIXART),
+    "sd3": (SD3Transformer2DModel, SD3),
 }
 
 # What differs from the base, by family and name
@@ -172,8 +195,36 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "one-layer": {"num_layers": 1, "attention_type": None},
         "four-layers": {"num_layers": 4, "upcast_attention": True},
     },
+    "sd3": {
+        "base": {},
+        "norms": NORMS,
+        "dual-attention": {"dual_attention_layers": (0,)},
+        "dual-attention-of-the-last": {"dual_attention_layers": [1], "out_channels": None},
+        "norms-and-dual-attention": {**NORMS, "dual_attention_layers": (0, 1)},
+        "pixels": {"in_channels": 3, "out_channels": 3, **NORMS},
+        "one-head": {"num_attention_heads": 1, "attention_head_dim": 32},
+        "one-head-with-norms": {**NORMS, "num_attention_heads": 1, "attention_head_dim": 32},
+        "many-heads": {**NORMS, "num_attention_heads": 16, "attention_head_dim": 2},
+        "heads-of-one-channel": {"num_attention_heads": 12, "attention_head_dim": 1, "caption_projection_dim": 12},
+        "uneven-heads": {"num_attention_heads": 3, "attention_head_dim": 20, "caption_projection_dim": 60},
+        "uneven-heads-with-norms": {
+            **{**NORMS, "dual_attention_layers": (0,)},
+            **{"num_attention_heads": 5, "attention_head_dim": 12, "caption_projection_dim": 60},
+        },
+        "patches-of-one": {"patch_size": 1, "sample_size": 5, "pos_embed_max_size": 5},
+        "odd-patches": {"patch_size": 3, "sample_size": 9, "pos_embed_max_size": 7},
+        "one-patch": {"patch_size": 8, "pos_embed_max_size": 1},
+        "one-layer": {"num_layers": 1, "dual_attention_layers": (0,)},
+        "four-layers": {"num_layers": 4, **NORMS, "dual_attention_layers": (1,)},
+    },
 }
-ALL = [(family, name) for family, names in ARCHITECTURES.items() for name in names]
+# Every test of the others for SD3 would take a minute
+QUICK = {"sd3": ("norms-and-dual-attention", "uneven-heads")}
+ALL = [
+    pytest.param(family, name, marks=[] if name in QUICK.get(family, names) else [pytest.mark.slow])
+    for family, names in ARCHITECTURES.items()
+    for name in names
+]
 
 
 def build(family: str, name: str = "base", seed: int = 0) -> ModelMixin:
@@ -198,6 +249,8 @@ def inputs(model: nn.Module, batch_size: int = 2, seed: int = 1) -> ModelInputs:
         return torch.randint(0, count, like.shape, generator=generator)
 
     conditioning = {name: values(like, 2 if "mask" in name else 10) for name, like in zeros.conditioning.items()}
+    if "pooled_projections" in conditioning:  # SD3's text has no mask, and may be short
+        conditioning["encoder_hidden_states"] = conditioning["encoder_hidden_states"][:, :9]
     timesteps = torch.randint(1, 1000, (batch_size,), generator=generator)
     return ModelInputs(values(zeros.sample), timesteps, conditioning)
 

@@ -98,6 +98,16 @@ def projecting_text_encoder(tokens: CLIPTokenizer, width: int = 24, seed: int = 
     return perturbed(CLIPTextModelWithProjection(text_config(tokens, width, projection_dim=12, **config)))
 
 
+def three_text_encoders(folder: Path, width: int = 44) -> dict[str, object]:
+    """Components of text of Stable Diffusion 3: embeddings of 24 + 16 values side by side, and those of T5."""
+    tokens, pieces = tokenizer(folder), t5_tokenizer()
+    return {
+        **{"tokenizer": tokens, "text_encoder": projecting_text_encoder(tokens)},
+        **{"tokenizer_2": tokens, "text_encoder_2": projecting_text_encoder(tokens, 16, seed=2)},
+        **{"tokenizer_3": pieces, "text_encoder_3": t5_encoder(pieces, width)},
+    }
+
+
 def t5_tokenizer() -> T5Tokenizer:
     """A T5 tokenizer of single letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]

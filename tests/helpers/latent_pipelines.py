@@ -15,12 +15,15 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     LDMTextToImagePipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -37,6 +40,7 @@ from helpers.latent_models import (
     t5_encoder,
     t5_tokenizer,
     text_encoder,
+    three_text_encoders,
     tokenizer,
     vq_model,
 )
@@ -68,6 +72,19 @@ PIXART = {
     "patch_size": 2,
     "cross_attention_dim": 24,
     "caption_channels": 16,
+}
+SD3 = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "sample_size": LATENT_SIZE,
+    "patch_size": 2,
+    "joint_attention_dim": 44,
+    "caption_projection_dim": 24,
+    "pooled_projection_dim": 24,
+    "pos_embed_max_size": 8,
 }
 BLOCKS = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": LATENT_SIZE}
 UNCONDITIONAL = {
@@ -167,6 +184,16 @@ def pixart_sigma(folder: Path, **config) -> DiffusionPipeline:
     return pixart(folder, PixArtSigmaPipeline, **config)
 
 
+def sd3(folder: Path, has_t5: bool = True, **config) -> DiffusionPipeline:
+    """A `StableDiffusion3Pipeline`, with or without the third text encoder."""
+    text = three_text_encoders(folder.with_name(f"{folder.name}-tokenizer"))
+    text |= {} if has_t5 else {"tokenizer_3": None, "text_encoder_3": None}
+    vae = autoencoder(shift_factor=0.1)
+    return StableDiffusion3Pipeline(
+        _model(SD3Transformer2DModel, {**SD3, **config}), FlowMatchEulerDiscreteScheduler(shift=3.0), vae, **text
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "dit": dit,
     "ldm": ldm,
@@ -175,6 +202,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "ldm-text": ldm_text,
     "pixart": pixart,
     "pixart-sigma": pixart_sigma,
+    "sd3": sd3,
 }
 
 

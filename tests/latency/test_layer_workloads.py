@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from diffusers_gfprune.families.sd3_transformer_2d import TEXT_TOKENS
 from diffusers_gfprune.latency.layer_workloads import (
     AttentionProducts,
     Convolution,
@@ -58,6 +59,13 @@ def test_no_layer_of_another_family_is_missing(family: str) -> None:
     assert sum(macs(call) for call in calls) == count_macs(model)
     crossed = [call.module for call in calls if isinstance(call.workload, CrossAttentionProducts)]
     assert all(".attn2." in name for name in crossed) and bool(crossed) == (family in ("condition", "pixart"))
+
+
+def test_products_of_joint_attention_have_the_tokens_of_image_and_text() -> None:
+    calls = trace_layer_calls(families.build("sd3", "norms-and-dual-attention"))
+    products = {call.module: call.workload for call in calls if isinstance(call.workload, AttentionProducts)}
+    assert products["transformer_blocks.0.attn.to_q"] == AttentionProducts(16 + TEXT_TOKENS, 4)
+    assert products["transformer_blocks.0.attn2.to_q"] == AttentionProducts(16, 4)
 
 
 def test_layers_of_one_kind_share_a_workload() -> None:

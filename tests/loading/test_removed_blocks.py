@@ -6,16 +6,28 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 
 from diffusers_gfprune import GFPrunedUNet2DModel
 from diffusers_gfprune.families.lookup import family_named
 from diffusers_gfprune.remote.pruned_layers import RemovedBlock
 from helpers.architectures import BASE, NoMemory
-from helpers.families import CONDITION, DIT, PIXART
+from helpers.families import CONDITION, DIT, PIXART, SD3
 
 BLOCK = "mid_block.resnets.0"
-ARGUMENTS = {UNet2DModel: BASE, UNet2DConditionModel: CONDITION, DiTTransformer2DModel: DIT, PixArtTransformer2DModel: PIXART}
+ARGUMENTS = {
+    UNet2DModel: BASE,
+    UNet2DConditionModel: CONDITION,
+    DiTTransformer2DModel: DIT,
+    PixArtTransformer2DModel: PIXART,
+    SD3Transformer2DModel: {**SD3, "num_layers": 4},
+}
 
 WRONG = {
     "unknown": (["mid_block.resnets.7"], "removed_blocks names 'mid_block.resnets.7', which is not a block"),

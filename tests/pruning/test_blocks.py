@@ -63,6 +63,8 @@ def test_blocks_of_each_family() -> None:
     """The first residual block, the first layer that reads text and the first layer of a transformer always stay."""
     names = {family: [block.name for block in blocks_of(family)] for family in FAMILIES}
     assert names["dit"] == names["pixart"] == ["transformer_blocks.1"]
+    assert names["sd3"] == []  # the last block stays, too
+    assert [block.name for block in blocks_of("sd3", "four-layers")] == ["transformer_blocks.1", "transformer_blocks.2"]
     assert set(names[UNET]) == {
         *("down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "mid_block.resnets.0", "mid_block.resnets.1"),
         *("mid_block.attentions.0", "up_blocks.0.resnets.0", "up_blocks.0.resnets.1", "up_blocks.0.attentions.0"),
@@ -97,6 +99,9 @@ def test_a_block_is_a_group_of_one_unit() -> None:
     assert {piece.module for piece in layer.slices} == {
         f"transformer_blocks.1.{name}" for name in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")
     }
+    of_both_streams = ("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2")
+    layers = [{piece.module.split(".", 2)[2] for piece in block.slices} for block in blocks_of("sd3", "four-layers")]
+    assert layers == [{*of_both_streams, "attn2.to_out.0"}, {*of_both_streams}]
 
 
 def test_groups_inside_of_a_block() -> None:
@@ -157,17 +162,17 @@ def test_a_mask_scales_the_branch(family: str, name: str) -> None:
         for value in (0.0, 0.5, 1.0):
             model.channel_masks.set({block.name: torch.tensor([value])})
             seen: list = []
-            hook = model.get_submodule(block.name).register_forward_hook(lambda _, args, output: seen.append((args, output)))  # noqa: B023
+            hook = model.get_submodule(block.name).register_forward_hook(lambda _, *rest: seen.append(rest), with_kwargs=True)  # noqa: B023
             run(family, model)
             hook.remove()
-            (args, output) = seen[0]
-            outputs[value] = output[0] if isinstance(output, tuple) else output
+            (args, kwargs, output) = seen[0]
+            outputs[value] = output[-1] if isinstance(output, tuple) else output  # of two streams, that of the image
         if len(block.slices) == 2:  # one layer: linear in m
             torch.testing.assert_close(outputs[0.5], (outputs[0.0] + outputs[1.0]) / 2, rtol=1e-4, atol=1e-5)
         assert relative_error(outputs[0.5], outputs[0.0]) > 1e-4 and relative_error(outputs[0.5], outputs[1.0]) > 1e-4
         with torch.no_grad():
-            passed = RemovedBlock(model.get_submodule(block.name))(*args, return_dict=False)
-        torch.testing.assert_close(passed[0] if isinstance(passed, tuple) else passed, outputs[0.0], rtol=1e-5, atol=1e-6)
+            passed = RemovedBlock(model.get_submodule(block.name))(*args, **{**kwargs, "return_dict": False})
+        torch.testing.assert_close(passed[-1] if isinstance(passed, tuple) else passed, outputs[0.0], rtol=1e-5, atol=1e-6)
 
 
 def test_masks_of_blocks_may_be_empty_those_of_channels_may_not() -> None:

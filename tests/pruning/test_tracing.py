@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from diffusers_gfprune.pruning.dependencies import join
@@ -40,7 +42,7 @@ def classes(forward: Callable, shape: tuple[int, ...] = (1, 2), **layers: nn.Mod
     for place, width in widths.items():
         starts[place] = len(channels)
         channels += [(*place, index) for index in range(width)]
-    first, second = trace_labels(net, lambda: net(torch.zeros(shape, device="meta")), layers, starts)
+    (first, second), _ = trace_labels(net, lambda: net(torch.zeros(shape, device="meta")), layers, starts)
     labels = join(first, second, len(channels))
     sets: dict[int, set] = {}
     for channel, label in zip(channels, labels.tolist()):
@@ -100,6 +102,31 @@ def test_attention_has_the_same_channels_in_q_k_v_and_out() -> None:
     layers = {name: nn.Linear(2, 6, bias=False) for name in "qkv"}
     found, _ = classes(attention, (1, 4, 2), **layers, out=nn.Linear(6, 2))
     assert found == pairs(("q", "out"), ("k", "out"), ("v", "out"), ("out", "in"), width=6)
+
+
+def joint_attention(net: Net, x: Tensor) -> Tensor:
+    """Image and text side by side: tokens of two layers each in queries, keys and values."""
+    q, k, v = (torch.cat([net.image(x), net.text(x)], dim=1).view(1, -1, 2, 3).transpose(1, 2) for _ in range(3))
+    q = net.norm(q) if hasattr(net, "norm") else q
+    image = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, -1, 6)[:, :4]
+    return net.out(image)
+
+
+def test_joint_attention_has_the_same_channels_for_all_tokens() -> None:
+    layers = {name: nn.Linear(2, 6, bias=False) for name in ("image", "text")}
+    found, _ = classes(joint_attention, (1, 4, 2), **layers, out=nn.Linear(6, 2))
+    assert found == pairs(("image", "out"), ("text", "out"), ("out", "in"), width=6)
+
+
+def test_an_rms_norm_of_heads_ties_the_channels_of_each_head_together() -> None:
+    layers = {"image": nn.Linear(2, 6), "text": nn.Linear(2, 6), "out": nn.Linear(6, 2)}
+    net = Net(joint_attention, **layers, norm=RMSNorm(3, eps=1e-6)).to("meta").eval()
+    starts = {(name, side): 1 + 12 * k + 6 * (side == "out") for k, name in enumerate(layers) for side in ("in", "out")}
+    (first, second), tied = trace_labels(net, lambda: net(torch.zeros(1, 4, 2, device="meta")), layers, starts)
+    labels = join(np.concatenate([first, tied[0]]), np.concatenate([second, tied[1]]), 37)
+    channels = labels[starts["image", "out"] :][:6]
+    assert len(set(channels.tolist())) == 2 and len(set(channels[:3].tolist())) == len(set(channels[3:].tolist())) == 1
+    assert "forward" not in vars(net.norm)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ from diffusers import (
     DiTPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DModel,
 )
 from diffusers.hooks import apply_group_offloading
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, JointAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -107,11 +109,13 @@ def _(model: nn.Module, folder: Path) -> list:
 def _(model: nn.Module, folder: Path) -> None:
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
     text = dict.fromkeys(("text_encoder", "tokenizer"))
+    three = {name + suffix: None for name in text for suffix in ("", "_2", "_3")}
     others = {**dict.fromkeys(("safety_checker", "feature_extractor")), "requires_safety_checker": False}
     pipelines = {
         "UNet2DConditionModel": (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, {**text, **others}),
         "DiTTransformer2DModel": (DiTPipeline, DiTPipeline, {}),
         "PixArtTransformer2DModel": (PixArtAlphaPipeline, PixArtSigmaPipeline, text),
+        "SD3Transformer2DModel": (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, three),
     }
     family = family_of(model)
     if family.dense_class.__name__ in pipelines:
@@ -148,7 +152,7 @@ def _(model: nn.Module, folder: Path) -> Tensor:
 def _(model: nn.Module, folder: Path) -> None:
     other = copy.deepcopy(model)
     for module in other.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and not isinstance(module.processor, JointAttnProcessor2_0):  # there is no other
             module.set_processor(AttnProcessor())
     same(model, other)
 

@@ -36,18 +36,24 @@ COMPONENTS = {
     "ldm": ("unet", "vqvae"),
     "sd": ("unet", "vae", "text_encoder", "tokenizer"),
     "pixart": ("transformer", "vae", "text_encoder", "tokenizer"),
+    "sd3": (
+        *("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        *("text_encoder_3", "tokenizer_3"),
+    ),
 }
 EXTRA = {
     "dit": ("--guidance_scale", "2"),
     "ldm": (),
     "sd": ("--guidance_scale", "3", "--snr_gamma", "5"),
     "pixart": ("--guidance_scale", "3", "--depth", "allow"),
+    "sd3": ("--guidance_scale", "3", "--depth", "allow"),
 }
 EXAMPLES = {
     "dit": "pipe(class_labels=[0], guidance_scale=1).images.pop()",
     "ldm": "pipe().images.pop()",
     "sd": 'pipe("a prompt").images.pop()',
     "pixart": 'pipe("a prompt", use_resolution_binning=False).images.pop()',
+    "sd3": 'pipe("a prompt").images.pop()',
 }
 
 
@@ -86,7 +92,9 @@ def run_here(*arguments: str) -> None:
         prune_ddpm.main(list(arguments))
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ldm", "pixart", "sd")), "dit"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ldm", "pixart", "sd", "sd3")), "dit"]
+)
 def test_a_pipeline_is_pruned_whole(name: str, world: Path, tmp_path: Path) -> None:
     """Everything that a run leaves, and that it is a pipeline for everybody."""
     done = run(*words(world, name, tmp_path / "run", *EXTRA[name]))
@@ -108,7 +116,7 @@ def test_a_pipeline_is_pruned_whole(name: str, world: Path, tmp_path: Path) -> N
     assert type(getattr(pipe, denoiser)).__name__.startswith("GFPruned")
     card = ModelCard.load(tmp_path / "run/README.md")
     assert f"image = {EXAMPLES[name]}" in card.text and f"`{denoiser}/diffusers_gfprune.py`" in card.text
-    assert card.data.pipeline_tag == ("text-to-image" if name in ("sd", "pixart") else "unconditional-image-generation")
+    assert card.data.pipeline_tag == ("text-to-image" if name in ("sd", "pixart", "sd3") else "unconditional-image-generation")
     assert (tmp_path / "run/samples.png").stat().st_size > 100
     going, left_out = files_to_push(tmp_path / "run")
     assert set(going) == set(after) and not left_out
