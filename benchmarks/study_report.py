@@ -49,7 +49,7 @@ COLUMNS = {"step_loss": "step loss", "distance": "", "ssim_to_dense": "SSIM to d
 RIGHT_DIGITS = "right_digits"  # of models with a condition
 
 # The rows that the README shows
-RIVALS = ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
+RIVALS = ("features-recovery", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
 
 
 def main_table(found: Found, dataset: str, names: Sequence[str], speeds: Speeds | None = None) -> str:
