@@ -45,6 +45,7 @@ def batches(count: int = 32) -> list:
 # --- without training ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_pruned_without_data() -> None:
     """The dense model draws images in one step; what is left is nearer to it than what magnitude leaves."""
     pipe = trained_pipeline()

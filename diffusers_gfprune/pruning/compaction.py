@@ -110,7 +110,9 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
             if heads < group.heads:
                 plan.attention_heads[group.attention] = heads
             if kept_dim < head_dim:
-                for layer, name in itertools.product(("to_q", "add_q_proj"), ("weight", "bias")):  # the second reads text
+                attention = unet.get_submodule(group.attention)
+                queries = [layer for layer in ("to_q", "add_q_proj") if getattr(attention, layer, None) is not None]
+                for layer, name in itertools.product(queries, ("weight", "bias")):
                     plan.factors[f"{group.attention}.{layer}.{name}"] = math.sqrt(kept_dim / head_dim)
 
     alive: dict[tuple[str, str, int], Tensor] = {}

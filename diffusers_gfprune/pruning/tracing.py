@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -223,7 +222,7 @@ def trace_labels(
     """
     trace = _Labels(modules, starts)
     handle = model.register_forward_hook(lambda module, args, result: [*map(trace.fix, _tensors(result))] and None)
-    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    norms = [module for module in model.modules() if type(module).__name__ == "RMSNorm"]  # Diffusers' or PyTorch's
     for norm in norms:
         norm.forward = functools.partial(trace.normalize_heads, norm.forward)
     try:

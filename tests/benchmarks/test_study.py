@@ -54,7 +54,10 @@ def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> N
     args = parse_arguments(words)
     assert args.run.seed == args.pruning.pruning_seed == 3
     percent = name[-2:] if setting.part in ("budget", "widths", "recovery") and name[-3:] in ("-30", "-70") else "50"
-    assert args.pruning.ratio == int(percent) / 100
+    if args.pruning.target == "latency":  # as fast as another row
+        assert 0.4 < args.pruning.ratio < 0.6
+    else:
+        assert args.pruning.ratio == int(percent) / 100
     assert bool(args.evaluation.eval_steps) == (setting.curves and dataset in DATASETS)
     assert (args.objective.distillation_weight == 0) == ("no teacher" in setting.title)
 

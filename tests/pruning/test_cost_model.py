@@ -96,7 +96,7 @@ def test_cifar10_model_costs_what_is_published(cifar10: UNet2DModel) -> None:
     assert cost.macs(cost.dense) == count_macs(cifar10)
     positions = layer_positions(cifar10)
     products = sum(
-        2 * positions[name] ** 2 * module.to_q.out_features
+        2 * positions[f"{name}.to_q"] ** 2 * module.to_q.out_features
         for name, module in cifar10.named_modules()
         if isinstance(module, Attention)
     )

@@ -46,6 +46,7 @@ def test_going_on_ends_in_the_same_state(whole_run: tuple[Path, Path], tmp_path:
     assert_same_result(run, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_every_option_goes_on_exactly(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     few = ("--max_train_steps", 8)  # the soft phase ends at 2, the hard one at 4
