@@ -1,6 +1,6 @@
 """Time of the steps of the study's runs, including scoring and masking, for the time axis of its curves.
 
-    python benchmarks/study_time.py               writes benchmarks/results/study_time.json for both data sets (a few minutes)
+    python benchmarks/study_time.py               writes benchmarks/results/study_time.json (a quarter of an hour)
 
 The study's runs share a machine, so their own clocks are not reliable. Here the parts of a run are measured in interleaved
 pairs with plain dense training steps on the same images, on one CPU thread as in the study,

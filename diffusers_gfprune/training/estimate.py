@@ -335,8 +335,8 @@ def memory_plan(
         fitting = [n for n in range(1, estimate.scoring_batch_size + 1) if scoring(n, lightest) <= free_bytes]
         if fitting and fitting[-1] < estimate.scoring_batch_size:
             advice.append(f"calibration_batch_size={fitting[-1]}")
-    if curves > max(ranked, free_bytes):
-        advice.append(f"ranking=sensitivity ({format_size(ranked, 0)})")
+    if curves > free_bytes:
+        advice.append("ranking=sensitivity")
     if advice:
         lines.append(f"{'':11}too little; to reduce it: {', '.join(advice)}")
     elif max(trained, scored) > free_bytes:

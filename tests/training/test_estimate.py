@@ -295,7 +295,10 @@ def test_sums_of_damage_curves_follow_the_scoring() -> None:
     many = memory_plan(an_estimate(activations=GIB // 2), 7 * GIB, **several, curve_bytes=2 * GIB)
     assert few.scoring == without.scoring == pytest.approx((1.1 * 4.5 + 1) * GIB)
     assert many.scoring == pytest.approx((1.1 * 4 + 2 + 1) * GIB)
-    assert many.lines[1].strip() == "too little; to reduce it: ranking=sensitivity (5.9 GiB)"
+    assert many.lines[1].strip() == "too little; to reduce it: ranking=sensitivity"
+    # A smaller batch alone would not do where the sums do not fit either
+    both = memory_plan(an_estimate(activations=8 * GIB), 6 * GIB, **several, use_8bit_adam=True, curve_bytes=3 * GIB)
+    assert both.lines[1].strip().endswith("calibration_batch_size=2, ranking=sensitivity")
 
 
 def test_no_advice_that_was_taken_already() -> None:
