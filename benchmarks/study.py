@@ -124,7 +124,7 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
 
 def words_of_today(words: list[str]) -> list[str]:
     """Arguments of an older run under their current names."""
-    found = list(words)
+    found = [*words, *(() if "--recovery" in words else ("--recovery", "none"))]  # which was the default
     if "--flow_metric" in found:
         index = found.index("--flow_metric")
         found[index : index + 2] = "--criterion", FLOW_METRICS[found[index + 1]]

@@ -15,7 +15,8 @@ from study_time import seconds
 matplotlib.use("Agg")
 
 CURVES = {
-    "two-phase": ("gradient flow, two phases (default)", "tab:blue"),
+    "default": ("gradient flow, two phases (default)", "tab:blue"),
+    "two-phase": ("gradient flow, two phases, no recovery", "tab:cyan"),
     "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
     "one-shot-magnitude": ("magnitude, one-shot", "tab:green"),
     "one-shot-gradient-flow": ("gradient flow, one-shot", "tab:purple"),
@@ -88,7 +89,7 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
             drawn: list[Run] = []
-            for name in ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"):
+            for name in ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"):
                 points = []
                 for ending in ("-30", "", "-70"):
                     drawn += found.get(name + ending, [])
@@ -119,9 +120,10 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
 
 # Methods over measured time: those with several budgets are joined by a line
 TIMED = {
-    "two-phase": ("tab:blue", "o"),
-    "channels": ("tab:cyan", "o"),
-    "channels-ragged": ("tab:cyan", "x"),
+    "default": ("tab:blue", "o"),
+    "two-phase": ("tab:cyan", "o"),
+    "channels": ("tab:olive", "o"),
+    "channels-ragged": ("tab:olive", "x"),
     "one-shot-gradient-flow": ("tab:purple", "s"),
     "one-shot-diff-pruning": ("tab:orange", "s"),
     "progressive-diff-pruning": ("tab:orange", "^"),

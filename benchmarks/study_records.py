@@ -18,7 +18,7 @@ CHANNELS = {
     "channels": "gradient flow, two phases, single channels (earlier build), native norms",
     "channels-ragged": "gradient flow, two phases, single channels (earlier build), ragged norms",
 }
-DEFAULT = "two-phase"
+DEFAULT, PLAIN = "default", "two-phase"  # the second without recovery, which that build did not have
 BUDGETS = ("-30", "", "-70")  # endings of the names of a setting at 30, 50 and 70 % of the MACs removed
 DISTANCE = {"digits": "fd_pixels", "cifar10": "fd_efflite0", **dict.fromkeys(LATENT, "fd_digits")}
 TITLES = {
@@ -72,7 +72,7 @@ def load_channels(dataset: str, results: Path = RESULTS) -> Found:
     They are in a folder beside that of the results, with `_channels` after its name.
     """
     found = load(dataset, results.with_name(f"{results.name}_channels"))
-    return {name + end: found[DEFAULT + end] for name in CHANNELS for end in BUDGETS if DEFAULT + end in found}
+    return {name + end: found[PLAIN + end] for name in CHANNELS for end in BUDGETS if PLAIN + end in found}
 
 
 def title_of(name: str) -> str:

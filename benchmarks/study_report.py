@@ -49,7 +49,7 @@ COLUMNS = {"step_loss": "step loss", "distance": "", "ssim_to_dense": "SSIM to d
 RIGHT_DIGITS = "right_digits"  # of models with a condition
 
 # The rows that the README shows
-RIVALS = ("features-recovery", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
+RIVALS = ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
 
 
 def main_table(found: Found, dataset: str, names: Sequence[str], speeds: Speeds | None = None) -> str:
@@ -140,7 +140,7 @@ def revival_table(found: Found, dataset: str) -> str:
         "| setting | seeds | rankings | came back, per run | of all ranked out | distance | SSIM to dense |",
         "|---" * 7 + "|",
     ]
-    for name in ("two-phase", "paper", "often", *of_part("revival")):
+    for name in ("default", "two-phase", "paper", "often", *of_part("revival")):
         runs = found.get(name, [])
         if runs:
             back, gone = (
@@ -148,7 +148,7 @@ def revival_table(found: Found, dataset: str) -> str:
                 for what in ("revived", "newly_pruned")
             )
             share = statistics.mean(b / g for b, g in zip(back, gone))
-            title = SETTINGS[name].title + (f", {runs[0]['steps']} steps" if name in ("two-phase", "paper") else "")
+            title = SETTINGS[name].title + (f", {runs[0]['steps']} steps" if SETTINGS[name].part == "main" else "")
             distance, ssim = (spread([figure(run, dataset, c) for run in runs]) for c in ("distance", "ssim_to_dense"))
             cells = (title, len(runs), len(runs[0]["rankings"]), spread(back, 1), f"{share:.1%}", distance, ssim)
             lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -214,14 +214,15 @@ PARTS = (
 )
 # Rows of other parts to compare the rows of a part with
 BESIDE = {
-    "widths": ("two-phase", "one-shot-gradient-flow"),
-    "budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
+    "widths": ("default", "two-phase", "one-shot-gradient-flow"),
+    "budget": ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
     "metric": ("two-phase", "one-shot-gradient-flow", "two-phase-group", "one-shot-group"),
     "scores": ("short",),
     "data": ("two-phase",),
-    "features": ("two-phase",),
-    "igsm": ("two-phase", "one-shot-diff-pruning"),
-    "convergence": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
+    "features": ("default", "two-phase"),
+    "igsm": ("default", "two-phase", "one-shot-diff-pruning"),
+    "recovery": ("default", "two-phase"),
+    "convergence": ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
 }
 
 

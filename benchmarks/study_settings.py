@@ -1,4 +1,4 @@
-"""Settings of the study: each is the default run of a data set with a few changed arguments.
+"""Settings of the study: each is the run of a data set's recipe, without recovery, with a few changed arguments.
 
 Parts of the study:
 
@@ -41,11 +41,9 @@ LATENT = ("digits-dit", "digits-ldm", "digits-text")
 EVERY = (*DATASETS, *LATENT)
 
 # Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves, for data sets that have them.
-BASE = {
-    "digits": ("--recipe", "digits"),
-    "cifar10": ("--recipe", "benchmarks/cifar10/prune.yaml"),
-    **{name: ("--recipe", name.replace("-", "_")) for name in LATENT},
-}
+# Recovery is the default of the script, and no part of what criteria, schedules and rivals are compared for.
+RECIPES = {"cifar10": "benchmarks/cifar10/prune.yaml", **{name: name.replace("-", "_") for name in ("digits", *LATENT)}}
+BASE = {name: ("--recipe", RECIPES[name], "--recovery", "none") for name in EVERY}
 TEACHERS = {
     "digits": "training/digits/teacher",
     "cifar10": "benchmarks/cifar10/teacher",
@@ -91,11 +89,13 @@ ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # a single ra
 UNIFORM = ("--ranking", "group")  # the same share of every group, as in all published rivals
 MEASURED = ("--ranking", "curves")  # by the damage of narrowing each group
 WEIGHTS = ("--criterion", "gradient-flow-weights")
+MENDED = ("--recovery", "rankings")
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
 # Rows of the main part that latent models have, too
-SHARED = ("two-phase", *(f"one-shot-{name}" for name in ("gradient-flow", "diff-pruning", "magnitude")), "torch-pruning")
+ONE_SHOTS = tuple(f"one-shot-{name}" for name in ("gradient-flow", "diff-pruning", "magnitude"))
+SHARED = ("default", "two-phase", *ONE_SHOTS, "torch-pruning")
 # Rankings at every tenth of the soft phase, the default of the script; both recipes rank less often
 TENTHS = {"digits": ("--update_interval", "15"), "cifar10": ("--update_interval", "6")}
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
@@ -103,19 +103,19 @@ OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # for settings 
 
 
 def _main() -> list[Setting]:
-    found = []
+    found = [Setting("default", "gradient flow, two phases (default)", "main", MENDED, curves=True)]
     for teacher, ending, words in (((), "", ""), (NO_TEACHER, "-noise", ", no teacher")):
         for criterion, title in CRITERIA.items():
             chosen = () if criterion == "gradient-flow" else ("--criterion", criterion, *UNIFORM)
-            default = criterion == "gradient-flow"
+            ours = criterion == "gradient-flow"
             rival = criterion in ("magnitude", "diff-pruning", "gradient-flow")
             found.append(
                 Setting(
-                    f"two-phase{ending}" if default else f"progressive-{criterion}{ending}",
-                    f"{title}, two phases{words}" + (" (default)" if default and not ending else ""),
+                    f"two-phase{ending}" if ours else f"progressive-{criterion}{ending}",
+                    f"{title}, two phases{', no recovery' if ours else ''}{words}",
                     "main",
                     (*chosen, *teacher),
-                    curves=default,
+                    curves=ours,
                 )
             )
             name = f"one-shot-{criterion}{ending}"
@@ -133,7 +133,8 @@ def _main() -> list[Setting]:
 def _budgets() -> list[Setting]:
     found = []
     for name, title, arguments in (
-        ("two-phase", "gradient flow, two phases", ()),
+        ("default", "gradient flow, two phases (default)", MENDED),
+        ("two-phase", "gradient flow, two phases, no recovery", ()),
         ("one-shot-diff-pruning", "Diff-Pruning, one-shot", (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)),
         ("one-shot-magnitude", "magnitude, one-shot", (*ONE_SHOT, "--criterion", "magnitude", *UNIFORM)),
     ):
@@ -193,7 +194,7 @@ def _phases() -> list[Setting]:
         return (*SHORT, *fractions, "--update_interval", str(interval))  # three rankings, as in the default
 
     rows = [
-        ("short", "gradient flow, two phases (default: N = 10 %, M = 20 %)", SHORT),
+        ("short", "gradient flow, two phases (N = 10 %, M = 20 %, as by default)", SHORT),
         ("short-one-shot", "gradient flow, one-shot", (*SHORT, *ONE_SHOT)),
         ("short-diff-pruning", "Diff-Pruning, one-shot", (*SHORT, *ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)),
         ("short-magnitude", "magnitude, one-shot", (*SHORT, *ONE_SHOT, "--criterion", "magnitude", *UNIFORM)),
@@ -284,10 +285,10 @@ def _depth() -> list[Setting]:
 
 def _features() -> list[Setting]:
     title, words = "gradient flow, two phases, block outputs of the teacher", ("--feature_distillation_weight", "0.03")
-    recovery = f"{title}, recovery at rankings"
+    recovery = f"{title}, recovery"
     return [
         Setting("features", title, "features", words, datasets=EVERY),
-        Setting("features-recovery", recovery, "features", (*words, "--recovery", "rankings"), datasets=EVERY),
+        Setting("features-recovery", recovery, "features", (*words, *MENDED), datasets=EVERY),
     ]
 
 
@@ -327,20 +328,25 @@ def _recovery() -> list[Setting]:
     for percent in (50, 30, 70):
         ending, words = ("", "") if percent == 50 else (f"-{percent}", f", {percent} % removed")
         for name, title, arguments in rows:
-            # In one shot, both kinds of recovery are the same
+            # In one shot, both kinds of recovery are the same; where runs are not short, two rows stand in other parts
             for recovery in ("none", "compaction", "rankings")[: 3 if name == "two-phase" else 2]:
                 told = {"none": "", "compaction": ", with recovery", "rankings": ", with recovery at rankings"}[recovery]
                 chosen = (*arguments, "--recovery", recovery, "--ratio", f"0.{percent // 10}")
+                elsewhere = name == "two-phase" and recovery != "compaction"
                 found.append(
                     Setting(
                         f"recovery-{recovery}-{name}{ending}",
                         f"{title}{told}{words}",
                         "recovery",
                         chosen,
-                        datasets=EVERY,
+                        datasets=DIGITS if elsewhere else EVERY,
                         own={"digits": SHORT},
                     )
                 )
+    ranked = {"digits": (*SHORT, "--update_interval", "5"), "cifar10": TENTHS["cifar10"]}
+    for recovery, told in (("none", ""), ("rankings", ", with recovery at rankings")):
+        title = f"gradient flow, two phases, 19 rankings{told}"
+        found.append(Setting(f"recovery-{recovery}-tenths", title, "recovery", ("--recovery", recovery), own=ranked))
     return found
 
 
@@ -350,12 +356,12 @@ def _convergence() -> list[Setting]:
         "digits": ("--max_train_steps", "150", "--update_interval", "8", "--lr_warmup_steps", "3"),
         "cifar10": ("--max_train_steps", "60", "--update_interval", "3", "--lr_warmup_steps", "3", "--validation_steps", "10"),
     }
-    recovery = ("--recovery", "compaction")
-    joint = (*ONE_SHOT, "--ranking", "joint", *recovery)
+    joint = (*ONE_SHOT, "--ranking", "joint", "--recovery", "compaction")
     rows = [
-        ("two-phase", "gradient flow, two phases", ()),
-        ("one-shot", "gradient flow, one-shot", ONE_SHOT),
-        ("recovery", "gradient flow, one-shot, with recovery", (*ONE_SHOT, *recovery)),
+        ("default", "gradient flow, two phases (default)", MENDED),
+        ("two-phase", "gradient flow, two phases, no recovery", ()),
+        ("one-shot", "gradient flow, one-shot, no recovery", ONE_SHOT),
+        ("recovery", "gradient flow, one-shot, with recovery", (*ONE_SHOT, "--recovery", "compaction")),
         ("joint", "gradient flow, one-shot, units chosen together, with recovery", joint),
     ]
     return [

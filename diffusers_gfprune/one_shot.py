@@ -125,20 +125,23 @@ def calibration_batches(
     return DiffusionBatch(images, noise, timesteps, conditioning).split(batch_size)
 
 
-def recovery_batches(batches: Sequence[DiffusionBatch], scheduler, seed: int = 0) -> list[DiffusionBatch]:
+def recovery_batches(
+    batches: Sequence[DiffusionBatch], scheduler, seed: int = 0, samples: int | None = None
+) -> list[DiffusionBatch]:
     """Batches for recovery: calibration batches, then their images again with other noise and timesteps.
 
     Args:
         batches: Calibration batches, at least one; with several processes, the rows of this rank.
         scheduler: Scheduler of the model, or its process; timesteps are those of its training.
         seed: Seed for noise and timesteps.
+        samples: Number of images (>= 1; default: `RECOVERY_SAMPLES`).
 
     Returns:
-        Batches with `RECOVERY_SAMPLES` images or slightly more, over all processes; fewer of large images, or the given ones
-        if these are more.
+        Batches with this number of images or slightly more, over all processes; fewer of large images, or the given ones if
+        these are more.
     """
     fitting = RECOVERY_POSITIONS // batches[0].clean[0, 0].numel()
-    wanted = min(RECOVERY_SAMPLES, max(FEWEST_RECOVERY_SAMPLES, fitting))
+    wanted = min(samples or RECOVERY_SAMPLES, max(FEWEST_RECOVERY_SAMPLES, fitting))
     return repeated_batches(batches, scheduler, wanted, seed)
 
 

@@ -34,10 +34,12 @@ def no_accelerator_left():
 
 @pytest.fixture(autouse=True)
 def little_recovery(monkeypatch: pytest.MonkeyPatch):
-    """Pruning in one call uses few samples for recovery, to save time."""
+    """Recovery uses few samples, in one call and in runs, to save time."""
     from diffusers_gfprune import one_shot
+    from diffusers_gfprune.training import recovery
 
     monkeypatch.setattr(one_shot, "RECOVERY_SAMPLES", 32)
+    monkeypatch.setattr(recovery, "SAMPLES", 32)
 
 
 @pytest.fixture

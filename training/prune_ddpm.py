@@ -53,6 +53,7 @@ from diffusers_gfprune.training.run_setup import (
 )
 from diffusers_gfprune.training.safeguards import (
     check_divergence,
+    examine_first_ranking,
     explained_worker_death,
     find_checkpoint,
     look_for_failures,
@@ -249,13 +250,14 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
     update = state.pruner.step(state.step, calibration)
     if update is not None:
         state.curves.seconds["scoring"] += time.perf_counter() - clock
+        examine_first_ranking(run, state, used)  # before weights change
         if run.args.pruning.recovery == "rankings":
-            plan_recovery(run, state, used)
+            plan_recovery(run, state, used or calibration())
     follow_changes(state)
     if update is not None:
         tracking.log_ranking(state, update)
         validate(run, state, tracking)
-        look_for_failures(run, state, used)
+        look_for_failures(run, state)
     if state.pruner.finished:
         main_process = run.accelerator.is_main_process
         losses = {"step_loss_masked": run.step_loss(state.unet) if main_process else math.nan}

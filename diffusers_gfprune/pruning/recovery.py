@@ -43,6 +43,7 @@ __all__ = ["RIDGE", "ROWS", "recover", "recovery_macs"]
 
 RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
+ROWS_PER_FEATURE = 4  # where these are more
 NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
 PASS_BYTES = 4 * 2**30  # of a pass on the CPU, or a quarter of its memory if that is more
 
@@ -73,7 +74,8 @@ def recover(
         batches: Calibration batches; with several processes, the rows of this rank.
         process: Scheduler of the model, or its process.
         ridge: Penalty lambda on changes of weights, relative to the mean squared feature of the layer (> 0).
-        rows: Number of rows (patches or tokens) that a layer reads at most, over all batches and processes (>= 1).
+        rows: Number of rows (patches or tokens) that a layer reads at most, over all batches and processes (>= 1), or four
+            for each feature if that is more.
         pass_bytes: Memory of a pass, in bytes (default: half of what is free on a GPU; on a CPU a quarter of its memory, at
             least 4 GiB). Batches are joined or split to meet it.
 
@@ -103,7 +105,7 @@ def recover(
 
 
 def recovery_macs(model: nn.Module, rows: int = ROWS) -> int:
-    """MACs of the sums over features and their solution, at most, for a dense model: `rows` rows of every layer.
+    """MACs of the sums over features and their solution, at most, for a dense model.
 
     Args:
         model: The dense or masked model.
@@ -115,8 +117,13 @@ def recovery_macs(model: nn.Module, rows: int = ROWS) -> int:
             outputs, inputs = layer.weight.shape[:2]
             size = layer.weight[0].numel()
             size = size if size <= MAX_FEATURES else inputs
-            total += rows * size * (size + outputs) + size**3 // 3
+            total += _rows(rows, size) * size * (size + outputs) + size**3 // 3
     return total
+
+
+def _rows(rows: int, size: int) -> int:
+    """Rows of a layer with `size` features."""
+    return max(rows, ROWS_PER_FEATURE * size)
 
 
 def _memory(device: torch.device) -> int:
@@ -233,7 +240,8 @@ class _Recovery:
         gap = pair.dense_output - pair.masked_output
         if name in self.streams:
             gap = gap + _shaped(self.gaps[self.streams[name]], gap)
-        sums.add(pair.masked_input, gap, pair.dense_output, max(1, self.rows // self.total_samples))
+        rows = _rows(self.rows, len(sums.gram))
+        sums.add(pair.masked_input, gap, pair.dense_output, max(1, rows // self.total_samples))
 
     def _fold(self, name: str, sums: LeastSquares) -> bool:
         """Add the changes to the parameters of a layer, if it has a gap. Returns whether it has."""

@@ -28,11 +28,9 @@ from .recovery import RECOVERIES
 __all__ = ["Arguments", "parse_arguments"]
 
 # The published method has no teacher. With one, samples of the pruned model are closer to the dense model's (README).
-# "quality" is the row "features-recovery" of the study.
 SCRIPT_PRESETS = {
     **PRESETS,
-    "paper": {**PRESETS["paper"], "distillation_weight": 0.0},
-    "quality": {"recovery": "rankings", "feature_distillation_weight": 0.03},
+    "paper": {**PRESETS["paper"], "distillation_weight": 0.0, "recovery": "none"},
 }
 
 
@@ -56,11 +54,7 @@ class OutputArguments:
     output_dir: str = argument("runs/ddpm-gfpruned", "Folder for the pruned pipeline.")
     overwrite_output_dir: bool = argument(False, "Replace output_dir if it exists.")
     dry_run: bool = argument(False, "Print the plan and stop.")
-    preset: str = argument(
-        "default",
-        "Defaults: ours, those of the paper, one-shot pruning, or quality (recovery and block outputs of the teacher).",
-        choices=SCRIPT_PRESETS,
-    )
+    preset: str = argument("default", "Defaults: ours, those of the paper, or one-shot pruning.", choices=SCRIPT_PRESETS)
     save_model_steps: int = argument(0, "Save the pipeline every so many fine-tuning steps (0: only at the end).")
     seed: int = argument(0, "Seed for batches, noise, timesteps and calibration images.")
 
@@ -79,9 +73,9 @@ class PruningArguments(GFPruneConfig):
     )
 
     recovery: str = argument(
-        "none",
-        "Least squares for the layers that read pruned channels, towards the dense model's layer outputs: when masks freeze, "
-        "right before compaction; at all rankings, where changes of weights follow the masks; or none.",
+        "rankings",
+        "Least squares for the layers that read pruned channels, towards the dense model's layer outputs: at all rankings, "
+        "where changes of weights follow the masks; once, when masks freeze, right before compaction; or none.",
         choices=RECOVERIES,
     )
     check_scores: bool = argument(False, "Compare the Hessian-gradient product with finite differences at the first ranking.")

@@ -1,17 +1,19 @@
 """Recovery in a run: least squares for the layers that read pruned channels (`pruning.recovery`).
 
-Targets are the layer outputs of the dense model. `--recovery compaction` mends the model once, when masks freeze. In one shot,
-nothing has been trained by then, and the run starts from a model with most of the damage mended.
-
-`--recovery rankings` mends it at every ranking, for the masks that the ranking leads to. In the soft phase these are reached
-at the next ranking only. A unit whose mask falls from 1 to m takes (1 - m) of what it wrote from the layers that read it, in
-proportion to how far the mask has come. So do the changes of weights, which follow the masks:
+Targets are the layer outputs of the dense model. `--recovery rankings` mends the model at every ranking, for the masks that
+the ranking leads to. In the soft phase these are reached at the next ranking only. A unit whose mask falls from 1 to m takes
+(1 - m) of what it wrote from the layers that read it, in proportion to how far the mask has come. So do the changes of
+weights, which follow the masks:
 
     m(s) = m_0 + s (m_1 - m_0)          W(s) = W + s dW          0 <= s <= 1
 
 while W trains as usual. Channels of units that fall are neither used nor mended.
 
-The images are those of the ranking with further noise. Everything is a function of weights, masks, seed and step, and
+`--recovery compaction` mends it once, when masks freeze. In one shot both are the same: nothing has been trained by then, and
+the run starts from a model with most of the damage mended.
+
+The images are those of the ranking with further noise, fewer than in `prune()`: training evens out what is lost by it
+(benchmarks/FINDINGS.md). Everything is a function of weights, masks, seed and step, and
 checkpoints hold dW, so that a resumed run does the same. Averaged weights change by as much as the weights; the optimizer
 keeps its moments.
 """
@@ -31,9 +33,10 @@ from ..pruning.compaction import plan_compaction
 from ..pruning.masking import dense_parameters
 from ..pruning.recovery import recover
 
-__all__ = ["RECOVERIES", "WeightPath", "follow_changes", "plan_changes"]
+__all__ = ["RECOVERIES", "ROWS", "SAMPLES", "WeightPath", "follow_changes", "plan_changes"]
 
 RECOVERIES = ("none", "compaction", "rankings")
+SAMPLES, ROWS = 256, 2**13  # images, and rows that a layer reads, at most
 
 
 @dataclass
@@ -79,11 +82,11 @@ def plan_changes(
     plan = plan_compaction(unet, pruner.groups, {name: kept.float() for name, kept in pruner.kept.items()})
     home = next(dense.parameters()).device
     dense.to(device)
-    several = [batch.to(device) for batch in recovery_batches(batches, pruner.process, seed + state.step)]
+    several = [batch.to(device) for batch in recovery_batches(batches, pruner.process, seed + state.step, SAMPLES)]
     parameters = dense_parameters(unet)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with unet.channel_masks.replaced(masks):
-        recover(dense, unet, plan, several, pruner.process)
+        recover(dense, unet, plan, several, pruner.process, rows=ROWS)
     dense.to(home)
     changes = {name: p.detach() - before[name] for name, p in parameters.items() if not torch.equal(p, before[name])}
     for name in changes:

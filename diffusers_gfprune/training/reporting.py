@@ -19,7 +19,6 @@ from ..metrics.model_size import count_macs, count_parameters, spatial_size, wei
 from ..metrics.sampling import image_shape
 from ..metrics.speed import measure_speed
 from ..metrics.step_loss import StepLoss
-from ..one_shot import RECOVERY_SAMPLES
 from ..pruning.blocks import RemovableBlock, removed_blocks
 from ..pruning.cost_model import COUNTED_TARGETS
 from ..pruning.damage_curves import measured_widths
@@ -31,6 +30,7 @@ from ..scoring.group_damage import curve_bytes, curve_macs
 from ..trained_pipelines import TrainedPipeline
 from .arguments import Arguments
 from .estimate import StepEstimate, machine_memory, memory_plan
+from .recovery import ROWS, SAMPLES
 from .state import Curves
 
 __all__ = ["describe_evaluation", "describe_plan", "measure_step_losses", "model_figures", "pruning_report", "results"]
@@ -143,8 +143,8 @@ def _seconds(pruner: GradientFlowPruner, args: Arguments, estimate: StepEstimate
     recoveries = {"none": 0, "compaction": 1, "rankings": rankings}[args.pruning.recovery]
     recovery = 0.0
     if recoveries:
-        forwards = 2 * max(images, RECOVERY_SAMPLES) * dense_macs
-        recovery = recoveries * seconds_per_mac * (forwards + left * recovery_macs(pruner.unet))
+        forwards = 2 * max(images, SAMPLES) * dense_macs
+        recovery = recoveries * seconds_per_mac * (forwards + left * recovery_macs(pruner.unet, ROWS))
     if config.ranking == "curves":
         scoring += seconds_per_mac * curve_macs(dense_macs, pruner.unet, pruner.ladders)
     return masked * end + scoring + recovery + small * (config.total_steps - end)

@@ -25,6 +25,7 @@ from .tracking import PHASE_NAMES, Tracking
 
 __all__ = [
     "check_divergence",
+    "examine_first_ranking",
     "explained_worker_death",
     "find_checkpoint",
     "look_for_failures",
@@ -115,12 +116,12 @@ def last_checkpoint(run: Run, step: int) -> str:
     return f"; the last good checkpoint is {good[0]} (--resume_from_checkpoint {good[0].name})" if good else ""
 
 
-def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence[Tensor]]) -> None:
-    """Detect known failures after a ranking, and warn about new ones. At the first ranking, also compare with magnitude.
+def examine_first_ranking(run: Run, state: TrainingState, batches: Sequence[Sequence[Tensor]]) -> None:
+    """Compare the first ranking with magnitude, and its Hessian-gradient products with finite differences if asked to.
 
     Args:
         run: The run.
-        state: State right after a ranking.
+        state: State right after a ranking, with the weights that were ranked.
         batches: Calibration batches of that ranking.
     """
     pruner, diagnostics = state.pruner, state.diagnostics
@@ -133,6 +134,16 @@ def look_for_failures(run: Run, state: TrainingState, batches: Sequence[Sequence
             run.accelerator.print(
                 f"Hessian-gradient products: rank correlation with finite differences {agreement:.4f} or more"
             )
+
+
+def look_for_failures(run: Run, state: TrainingState) -> None:
+    """Detect known failures after a ranking, and warn about new ones.
+
+    Args:
+        run: The run.
+        state: State after a ranking and its validation.
+    """
+    pruner, diagnostics = state.pruner, state.diagnostics
     validation = zip(state.curves.validation_steps, state.curves.validation_loss)
     if not pruner.process.has_target:  # distances to the dense model start at 0 and always rise
         validation = ()

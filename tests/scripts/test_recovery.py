@@ -17,28 +17,38 @@ from helpers.resume import (
     uninterrupted,
 )
 
-RECOVERY = ("--recovery", "compaction")
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calibration batch once more, in place of 512 images."""
-    monkeypatch.setattr("diffusers_gfprune.one_shot.RECOVERY_SAMPLES", 16)
+def report(folder: Path) -> dict:
+    """What a run says of its pruning."""
+    return json.loads((folder / "pruning_report.json").read_text())
 
 
 def compaction(folder: Path) -> dict[str, float]:
     """Step losses at compaction."""
-    return json.loads((folder / "pruning_report.json").read_text())["curves"]["compaction"]
+    return report(folder)["curves"]["compaction"]
 
 
 def test_one_shot_starts_from_a_mended_model(tmp_path: Path) -> None:
     """Before any training, on held-out images; compaction itself changes nothing."""
     words = ("--preset", "one-shot", "--max_train_steps", 1, "--train_batch_size", 32, "--checkpointing_steps", 0)
-    run_here(tmp_path / "run", *words, *RECOVERY, "--ratio", 0.3)
-    losses = compaction(tmp_path / "run")
-    assert losses["step"] == 0
-    assert losses["step_loss_recovered"] < 0.8 * losses["step_loss_masked"]
-    assert losses["step_loss_compacted"] == pytest.approx(losses["step_loss_recovered"], rel=1e-4)
+    for recovery in ("none", "rankings"):  # the default
+        run_here(tmp_path / recovery, *words, *(("--recovery", "none") if recovery == "none" else ()), "--ratio", 0.3)
+    plain, mended = compaction(tmp_path / "none"), compaction(tmp_path / "rankings")
+    assert plain["step"] == mended["step"] == 0
+    assert mended["step_loss_masked"] < 0.8 * plain["step_loss_masked"]
+    assert mended["step_loss_compacted"] == pytest.approx(mended["step_loss_masked"], rel=1e-4)
+    # The ranking is compared with magnitude before weights change
+    comparisons = [report(tmp_path / name)["diagnostics"]["comparison"] for name in ("none", "rankings")]
+    assert comparisons[0] == comparisons[1]
+
+
+def test_criteria_without_batches_are_mended_too(tmp_path: Path) -> None:
+    words = ("--preset", "one-shot", "--criterion", "magnitude", "--max_train_steps", 1, "--checkpointing_steps", 0)
+    losses = []
+    for recovery in ("none", "rankings"):
+        run_here(tmp_path / recovery, *words, "--recovery", recovery)
+        losses.append(compaction(tmp_path / recovery)["step_loss_masked"])
+    assert losses[1] < 0.8 * losses[0]
 
 
 # When masks freeze, right before recovery; and between two rankings of the soft phase, where a part of the changes is made

@@ -127,12 +127,13 @@ def test_order_of_presets(recipe) -> None:
 
 def test_presets_set_arguments_of_other_groups(recipe) -> None:
     """The teacher's part and recovery; what is named on the command line wins."""
-    path = recipe("preset: quality")
-    assert parse(path).pruning.recovery == "rankings" and parse(path).objective.feature_distillation_weight == 0.03
-    named = parse(path, "--recovery", "none")
-    assert named.pruning.recovery == "none" and named.objective.feature_distillation_weight == 0.03
-    assert parse(path, "--preset", "paper").objective.distillation_weight == 0
-    assert parse(path, "--preset", "default").objective.feature_distillation_weight == 0
+    path = recipe("preset: paper")
+    assert parse(path).pruning.recovery == "none" and parse(path).objective.distillation_weight == 0
+    named = parse(path, "--recovery", "compaction")
+    assert named.pruning.recovery == "compaction" and named.objective.distillation_weight == 0
+    for preset in ("default", "one-shot"):
+        assert parse(path, "--preset", preset).pruning.recovery == "rankings"
+        assert parse(path, "--preset", preset).objective.distillation_weight == 1
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
@@ -28,11 +27,6 @@ WORDS = [
     *("--pretrained_model_name_or_path", "model", "--dataset_name", "images", "--max_train_steps", "10", "--use_ema"),
     *("--soft_fraction", "0.4", "--hard_fraction", "0.6", "--update_interval", "2", "--criterion", "magnitude"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusers_gfprune.one_shot.RECOVERY_SAMPLES", 32)
 
 
 def make_state(checkpoint=None) -> TrainingState:
