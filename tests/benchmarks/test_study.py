@@ -93,11 +93,11 @@ def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     folder.mkdir()
     for seed, ssim in enumerate((0.9, 0.92, 0.94)):
-        (folder / f"two-phase-seed{seed}.json").write_text(json.dumps(results_of("two-phase", seed, ssim)))
-    (folder / "two-phase-30-seed0.json").write_text(json.dumps(results_of("two-phase-30", 0, 0.98, macs=70)))
+        (folder / f"default-seed{seed}.json").write_text(json.dumps(results_of("default", seed, ssim)))
+    (folder / "default-30-seed0.json").write_text(json.dumps(results_of("default-30", 0, 0.98, macs=70)))
     found = study_report.load("digits", tmp_path)
-    assert {name: len(runs) for name, runs in found.items()} == {"two-phase": 3, "two-phase-30": 1}
-    table = study_report.main_table(found, "digits", ["two-phase", "paper"])
+    assert {name: len(runs) for name, runs in found.items()} == {"default": 3, "default-30": 1}
+    table = study_report.main_table(found, "digits", ["default", "paper"])
     row = next(line for line in table.splitlines() if "(default)" in line)
     assert row.split(" | ")[1:] == ["3", "50.0M", "0.0700 ± 0.0000", "0.0400 ± 0.0000", "0.9200 ± 0.0200", "20.00 ± 0.00 |"]
     assert "30 %" not in table and "| dense | - | 100.0M | 0.0600 | 0.0300 | 1 | - |" in table
@@ -108,7 +108,7 @@ def test_the_table_has_means_and_spreads(tmp_path: Path) -> None:
 
 def test_iterations_are_told_at_the_end_of_either_phase() -> None:
     """Beside the dense model as these runs measured it, on fewer samples than others."""
-    found = {"two-phase": [results_of("two-phase", 0, 0.9)], "iterations": [results_of("iterations", 0, 0.9)]}
+    found = {"default": [results_of("default", 0, 0.9)], "iterations": [results_of("iterations", 0, 0.9)]}
     found["iterations"][0]["dense"]["fd_pixels"] = 0.08
     dense, row = study_report.iterations_table(found, "digits").splitlines()[-2:]
     assert dense.split(" | ")[1:] == ["-", "0.0800", "0.0800", "1", "1 |"]
@@ -119,20 +119,20 @@ def test_iterations_are_told_at_the_end_of_either_phase() -> None:
 
 def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
     """40 masked steps at 1.25 and 10 at 1 each with 0.5 for the teacher, and one ranking of 5 with a recovery of 3."""
-    run = results_of("two-phase", 0, 0.9)
+    run = results_of("default", 0, 0.9)
     run["phases"]["hard_end_step"] = 40
     own = {"compacted": 1.0, "ranking": 5.0, "recovery": 3.0, "teacher": 0.375, "features": 0.125}
-    times = {"digits": {"masked": 1.25, "settings": {"two-phase": own}}}
+    times = {"digits": {"masked": 1.25, "settings": {"default": own}}}
     assert study_time.seconds(run, 50, times["digits"]) == 40 * 1.75 + 10 * 1.5 + 8
     assert study_time.seconds(run, 0, times["digits"]) == 0
-    data = {"digits": {"two-phase": [run]}}
+    data = {"digits": {"default": [run]}}
     table = study_report.time_table(data, times)  # 40 x 1.75 + 60 x 1.5 + 8
     assert table.splitlines()[-1] == "| digits, 8x8 | gradient flow, two phases (default) | 100 | 168 | 5 | 3 |"
     # A setting that was not timed is not drawn, and does not keep others from it
-    data = {"digits": {"paper": [results_of("paper", 0, 0.8)], "two-phase": [run]}}
+    data = {"digits": {"paper": [results_of("paper", 0, 0.8)], "default": [run]}}
     with saved_figures() as figures:
         study_report.plot_curves(tmp_path / "time.png", data, study_report.CURVES, times)
-    title = study_report.CURVES["two-phase"][0]
+    title = study_report.CURVES["default"][0]
     distance, ssim = (lines(axis) for axis in figures[0].axes)
     seconds = [40 * 1.75 + 10 * 1.5 + 8, 168]  # at step 50 and at the end
     assert distance == {title: (seconds, [0.02, 0.04]), "dense": ([0, 1], [0.03, 0.03])}
@@ -144,20 +144,22 @@ def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
     """For the settings that have results, with what each does."""
     kept = study.result_file("digits", SETTINGS["two-phase"], 0).read_text()
     (tmp_path / "digits").mkdir()
-    for name in ("two-phase", "one-shot-magnitude", "paper", "features-recovery"):
+    for name in ("two-phase", "one-shot-magnitude", "paper", "default", "features-recovery"):
         study.result_file("digits", SETTINGS[name], 0, tmp_path).write_text(kept)
     threads = torch.get_num_threads()
     found = study_time.measure("digits", tmp_path, 1)
     assert torch.get_num_threads() == threads
-    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude", "paper", "features-recovery"}
+    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude", "paper", "default", "features-recovery"}
     assert set(found["scoring_per_batch"]) == {"magnitude", "gradient-flow", "gradient-flow-weights"}  # one time each
     assert found["settings"]["one-shot-magnitude"]["ranking"] == 0 < found["settings"]["two-phase"]["ranking"]
     assert {n: value["teacher"] == found["teacher"] > 0 for n, value in found["settings"].items()} == {
-        **{"two-phase": True, "one-shot-magnitude": True, "features-recovery": True, "paper": False}  # which has none
+        **dict.fromkeys(("two-phase", "one-shot-magnitude", "default", "features-recovery"), True),
+        "paper": False,  # which has none
     }
     assert found["recovery"] > 0 and found["features"] > -found["teacher"]  # a small difference of two times
     assert {n: (value["features"], value["recovery"]) for n, value in found["settings"].items()} == {
         **dict.fromkeys(("two-phase", "one-shot-magnitude", "paper"), (0, 0)),
+        "default": (0, found["recovery"]),
         "features-recovery": (found["features"], found["recovery"]),
     }
 
@@ -304,10 +306,11 @@ def test_results_are_those_of_their_settings(dataset: str) -> None:
 
 
 def test_old_arguments_are_understood() -> None:
-    """What was an option of gradient flow is a criterion now."""
+    """What was an option of gradient flow is a criterion now, and runs were without recovery unless they asked for it."""
     words = ["--recipe", "digits", "--flow_metric", "weights", "--ranking", "group"]
-    assert study.words_of_today(words) == ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
-    today = ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
+    today = ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group", "--recovery", "none"]
+    assert study.words_of_today(words) == today
+    assert study.words_of_today(["--recovery", "rankings"]) == ["--recovery", "rankings"]
     assert study.made_by(command_line(words), today)
     assert not study.made_by(command_line(["--recipe", "digits", "--flow_metric", "predictions", "--ranking", "group"]), today)
 

@@ -11,7 +11,7 @@ import study_latency
 import study_records
 import torch
 from diffusers import UNet2DModel
-from study_records import DEFAULT, load, load_channels, title_of, widths_key, widths_of
+from study_records import DEFAULT, PLAIN, load, load_channels, title_of, widths_key, widths_of
 from torch import nn
 
 from diffusers_gfprune.metrics.model_size import count_macs
@@ -138,22 +138,22 @@ def test_only_rows_that_are_new_or_changed_are_measured(tmp_path: Path, monkeypa
     for seed in (0, 1):
         keep(run_of(DEFAULT, seed, 0.9, width=40))
         gone = keep(run_of(RIVAL, seed, 0.9, width=30 + seed))
-    keep(run_of(DEFAULT, 0, 0.9, width=40), tmp_path / "study_channels")
-    first = {f"{RIVAL} 0": 1, f"{RIVAL} 1": 2, "two-phase 0": 3, "two-phase 1": 3}
-    ragged = {"channels 0": 3, "channels-ragged 0": 4}  # equal widths, other norms
-    everything = [(RIVAL, False), (RIVAL, False), (DEFAULT, False), (DEFAULT, True)]
+    keep(run_of(PLAIN, 0, 0.9, width=40), tmp_path / "study_channels")
+    first = {f"{RIVAL} 0": 2, f"{RIVAL} 1": 3, "default 0": 1, "default 1": 1}
+    ragged = {"channels 0": 1, "channels-ragged 0": 4}  # equal widths, other norms
+    everything = [(DEFAULT, False), (RIVAL, False), (RIVAL, False), (PLAIN, True)]
     assert measure() == (everything, {**first, **ragged})
     assert measure() == ([], {**first, **ragged})
     keep(run_of(DEFAULT, 1, 0.9, width=32))
     gone.unlink()
     del first[f"{RIVAL} 1"]
     assert measure("--only", RIVAL)[1] == {
-        **{k: v for k, v in first.items() if k != "two-phase 1"},
+        **{k: v for k, v in first.items() if k != "default 1"},
         **ragged,
     }  # known to be old
-    first["two-phase 1"] = 5
+    first["default 1"] = 5
     assert measure("--only", "default") == ([(DEFAULT, False)], {**first, **ragged})
-    first |= {"two-phase 0": 6, "two-phase 1": 7}
+    first |= {"default 0": 6, "default 1": 7}
     assert measure("--only", "default", "--overwrite") == ([(DEFAULT, False)] * 2, {**first, **ragged})
     assert measure("--only", RIVAL, "--rounds", "61") == (
         [(RIVAL, False)],
@@ -175,7 +175,7 @@ def test_a_model_is_timed_against_the_dense_one(dense: UNet2DModel) -> None:
     ("words", "message"),
     [
         (["--rounds", "5"], "rounds=5 must be at least 6"),
-        (["--only", "short"], "only=short must be `default` or one of progressive-random"),
+        (["--only", "short"], "only=short must be `default` or one of default"),
         (["--results", "nowhere"], "results=nowhere holds no results: run benchmarks/study.py first"),
     ],
 )
