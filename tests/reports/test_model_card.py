@@ -288,6 +288,23 @@ def test_the_teacher_is_named(files, weight):
     assert f"dense model's noise prediction, with weight {weight}" in render_card(results, report, "me/model")
 
 
+@pytest.mark.parametrize(
+    ("recovery", "words"),
+    [
+        ("rankings", "by least squares, at every ranking."),
+        ("compaction", "by least squares, before compaction."),
+        ("none", ""),
+    ],
+)
+def test_recovery_is_named(files, recovery, words):
+    results, report = files
+    report["arguments"]["recovery"] = recovery
+    card = render_card(results, report, "me/model")
+    assert ("Recovery" in card) == bool(words) and words in card
+    del report["arguments"]["recovery"]  # an earlier version
+    assert "Recovery" not in render_card(results, report, "me/model")
+
+
 @pytest.mark.parametrize("change", [{"distillation_weight": 0.0}, {}], ids=["none", "an earlier version"])
 def test_no_teacher_is_named_where_there_was_none(files, change):
     results, report = files
