@@ -25,7 +25,7 @@ prune: install ## prune the digits DDPM of this repository (about seven minutes 
 test: install ## run the tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: install ## run the tests that take longer than a minute
+test-slow: install ## run the tests that take long, and all variants of those that do
 	$(VENV)/bin/python -m pytest -m slow
 
 test-browser: $(VENV)/.browser-installed ## open the demo page in headless Chromium (that of CHROMIUM=..., or Playwright's)

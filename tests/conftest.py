@@ -19,6 +19,21 @@ from helpers.scripts import forget_accelerator
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the marker `fast_variants(n)`, leave n variants, spread evenly, and mark the others as slow."""
+    variants: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("fast_variants"):
+            variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in variants.values():
+        count = min(len(found), *found[0].get_closest_marker("fast_variants").args)
+        kept = {round(i * (len(found) - 1) / max(1, count - 1)) for i in range(count)}
+        for index, item in enumerate(found):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test starts from the same random state."""

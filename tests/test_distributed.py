@@ -58,6 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Result, Resu
 # --- scores and masks --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scores_are_those_of_the_global_batches(runs: tuple[Result, Result, Result], criterion: str) -> None:
     """Means of ranks are sums in another order; both ranks have the same, bit for bit."""

@@ -65,6 +65,7 @@ def test_training_says_what_to_install() -> None:
     assert done.stderr.splitlines()[-1].endswith("not installed: pip install 'diffusers-gfprune[training]'")
 
 
+@pytest.mark.slow
 def test_scripts_say_what_to_install_in_one_line() -> None:
     done = run("import runpy; runpy.run_module('diffusers_gfprune.scripts.prune_ddpm', run_name='__main__')")
     assert done.returncode == 1

@@ -40,6 +40,7 @@ def component(pipe: DiffusionPipeline) -> str:
 SLOW = ("sdxl", "ldm-text", "pixart-sigma", "sd3")
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PIPELINES])
 def test_the_denoiser_is_pruned_and_nothing_else_changes(name: str, tmp_path: Path) -> None:
     pipe = PIPELINES[name](tmp_path / name)

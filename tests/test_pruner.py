@@ -86,6 +86,7 @@ def test_published_masks_jump_at_rankings_and_hold_in_between():
             assert update.mask_value == pruner.schedule.mask_value(step)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     ("interval", "rankings"),
     [(1, list(range(10)) + list(range(11, 20))), (3, [0, 3, 6, 9, 13, 16, 19]), (5, [0, 5, 15]), (20, [0])],
@@ -110,6 +111,7 @@ def test_interpolated_masks_move_in_straight_lines(interval: int, rankings: list
         assert path[step].unique().tolist() == [0.0, 1.0]
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("interpolate", [False, True], ids=["jumps", "interpolated"])
 @pytest.mark.parametrize("attention_unit", ["head_dim", "heads"])
 def test_sparsity_rises_to_the_target(interpolate: bool, attention_unit: str):

@@ -19,6 +19,7 @@ from helpers.pruners import Script, batches, config, mask_values, one_shot, risi
 # --- invariant 3: budgets are met --------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(6)
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
 @pytest.mark.parametrize("ranking", ["group", "sensitivity", "global"])
 @pytest.mark.parametrize("target", ["macs", "params", "channels"])

@@ -60,6 +60,7 @@ def test_blocks_that_are_worth_too_much_change_no_width(scripted: list[Script]) 
     assert all(torch.equal(mask, kept["allow"][name]) for name, mask in kept["none"].items())
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("ranking", ["group", "sensitivity", "global"])
 @pytest.mark.parametrize("depth", ["allow", "only"])
 def test_budget_is_met_by_the_compacted_model(depth: str, ranking: str, scripted: list[Script]) -> None:
@@ -81,6 +82,7 @@ def test_budget_is_met_by_the_compacted_model(depth: str, ranking: str, scripted
         assert small.config.layer_channels
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("depth", ["allow", "only"])
 def test_joint_choice_with_blocks(depth: str) -> None:
     options = {"criterion": "gradient-flow", "ranking": "joint", "ratio": 0.4, "depth": depth}
@@ -98,6 +100,7 @@ def test_what_blocks_alone_cannot_reach_is_refused_before_training() -> None:
     assert not hasattr(unet, "channel_masks")
 
 
+@pytest.mark.slow
 def test_masks_of_blocks_fall_softly_and_a_run_resumes_bit_for_bit(scripted: list[Script]) -> None:
     """Through both phases, with a checkpoint in the soft one."""
     options = {"criterion": "scripted", "ranking": "sensitivity", "ratio": 0.4, "depth": "allow"}

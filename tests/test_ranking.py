@@ -18,6 +18,7 @@ from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one
 JOINT = {"criterion": "gradient-flow", "ranking": "joint"}
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("target", ["macs", "params"])
 @pytest.mark.parametrize("ratio", [0.2, 0.6])
 def test_units_chosen_together_meet_the_budget(target: str, ratio: float) -> None:
@@ -30,6 +31,7 @@ def test_units_chosen_together_meet_the_budget(target: str, ratio: float) -> Non
     assert update.sparsity == pytest.approx(removed, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_widths_stand_once_the_budget_is_met() -> None:
     pruner = GradientFlowPruner(build("fine-units"), config(ratio=0.5, revival_margin=0.0, **JOINT), SCHEDULER)
     widths, shares = [], []
@@ -43,6 +45,7 @@ def test_widths_stand_once_the_budget_is_met() -> None:
     assert 0 < first < len(shares) - 1 and all(now == widths[first] for now in widths[first:])
 
 
+@pytest.mark.slow
 def test_a_run_continues_from_a_checkpoint_bit_for_bit() -> None:
     """Joint changes are part of the state until masks freeze; without them another choice would follow."""
 
@@ -67,6 +70,7 @@ def test_a_run_continues_from_a_checkpoint_bit_for_bit() -> None:
         pruner().load_state_dict({**state, "tensors": without})
 
 
+@pytest.mark.slow
 def test_the_first_choice_is_made_again_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
     """With masks of 1/2 for the units that the first one removed, which are restored afterwards."""
     seen = []
@@ -142,6 +146,7 @@ CURVES = {"criterion": "gradient-flow", "ranking": "curves"}
 quick = pytest.mark.usefixtures(quick_curves.__name__)
 
 
+@pytest.mark.fast_variants(1)
 @quick
 @pytest.mark.parametrize(("target", "criterion"), [("macs", "gradient-flow"), ("params", "magnitude")])
 def test_widths_by_damage_curves_meet_the_budget(target: str, criterion: str) -> None:
@@ -195,6 +200,7 @@ def test_damage_is_measured_once_and_survives_a_checkpoint(monkeypatch: pytest.M
         pruner().load_state_dict({"tensors": tensors, "values": {**state, "curves": {}}})
 
 
+@pytest.mark.fast_variants(1)
 @quick
 @pytest.mark.parametrize("depth", ["allow", "only"])
 def test_damage_curves_choose_blocks(depth: str) -> None:

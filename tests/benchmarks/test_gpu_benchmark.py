@@ -19,6 +19,7 @@ NARROW = {
 }
 
 
+@pytest.mark.slow
 def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(bench_models, "CIFAR10", {**bench_models.CIFAR10, **NARROW})
     output = tmp_path / "gpu.json"
@@ -43,6 +44,7 @@ def test_rows_of_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     ]
 
 
+@pytest.mark.slow
 def test_parts_and_widths_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_models, "CIFAR10", {**bench_models.CIFAR10, **NARROW})
     models, _ = gpu.three_models(torch.device("cpu"), 16)

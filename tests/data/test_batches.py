@@ -131,6 +131,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert_same(take(images, 9), take(images, 9, num_workers=2))
 
 
+@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize(
     ("kind", "num_workers", "world_size"),
     [
@@ -163,6 +164,7 @@ def test_global_generators_are_left_alone(kind: str, num_workers: int, tmp_path:
 # streams
 
 
+@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize(
     ("kind", "num_workers", "world_size", "epochs"),
     [

@@ -83,6 +83,7 @@ CALLS: dict[str, tuple[dict, Callable[[int], dict]]] = {
 }
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("kind", CALLS)
 def test_latent_models_take_labels_and_prompts(kind: str, tmp_path: Path) -> None:
     folder = latent_pipelines.save(kind, tmp_path / kind)

@@ -179,6 +179,7 @@ def test_the_library_drops_labels_when_asked() -> None:
     assert int((found == 9).sum()) == 4 and torch.equal(found[found != 9], labels[found != 9])
 
 
+@pytest.mark.slow
 def test_one_call_takes_a_null_label() -> None:
     pipe = PruneDDPMPipeline(unet=build("class-embedding"), scheduler=SCHEDULER)
     options = {"target": "params", "ratio": 0.3}

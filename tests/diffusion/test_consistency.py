@@ -48,6 +48,7 @@ def test_samples_have_their_labels() -> None:
     assert not torch.equal(stock_samples(pipe, 3, [1, 1, 1]), expected)
 
 
+@pytest.mark.slow
 def test_a_trained_model_makes_the_images_it_was_trained_for() -> None:
     """In one step from pure noise."""
     pipe = trained_pipeline()

@@ -131,6 +131,7 @@ def test_the_library_refuses_other_processes(scheduler) -> None:
     assert unet.state_dict().keys() == known.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_one_call_keeps_a_scheduler_that_cannot_add_noise_by_itself() -> None:
     """Scores are those of the process; the pipeline keeps its scheduler."""
     images = torch.rand(4, 1, 8, 8) * 2 - 1

@@ -126,6 +126,7 @@ def test_failure_leaves_the_run_as_it_was(arguments: list, tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_left_half_changed(arguments: list, tmp_path: Path, monkeypatch) -> None:
     """A file that cannot be replaced brings back those that were; the same command then goes through."""
     (tmp_path / "small/samples.png").unlink()

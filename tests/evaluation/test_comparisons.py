@@ -185,6 +185,7 @@ def test_other_versions_and_machines_are_told(tmp_path: Path, capsys: pytest.Cap
     assert "warning: versions.torch differs: 2, 3" in warnings and "hardware differs: None, abacus" in warnings
 
 
+@pytest.mark.slow
 def test_other_held_out_images_of_one_name_are_refused(tmp_path: Path) -> None:
     """Where no features are taken, the step loss alone tells two data sets apart."""
     from helpers.evaluations import save_dense, write_images

@@ -33,6 +33,7 @@ def code_of(text: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text.read_text(), re.DOTALL)
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_export_samples_in_the_stock_pipeline_and_runs_alone(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

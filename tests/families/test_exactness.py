@@ -31,6 +31,7 @@ from helpers.families import ALL, ARCHITECTURES, BASES, build, inputs, pruned, r
 from helpers.processes import ddpm
 
 
+@pytest.mark.fast_variants(8)
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_masks_are_free_and_compaction_is_lossless(family: str, name: str) -> None:
     """Masks of ones change nothing, binary masks are the small model, and detached masks leave no trace."""
@@ -64,6 +65,7 @@ def flops(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.fast_variants(8)
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_costs_are_those_of_the_dense_and_of_the_compacted_model(family: str, name: str) -> None:
     model, groups = build(family, name), list(traced(family, name))
@@ -77,6 +79,7 @@ def test_costs_are_those_of_the_dense_and_of_the_compacted_model(family: str, na
     assert 2 * cost.macs(kept) == pytest.approx(flops(small), rel=0.01)
 
 
+@pytest.mark.fast_variants(8)
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_saved_models_load_bit_for_bit(family: str, name: str, tmp_path: Path) -> None:
     """Also with memory for all weights at once, by AutoModel, and from the config alone."""
@@ -115,6 +118,7 @@ def test_the_shipped_file_loads_the_model_by_itself(family: str, tmp_path: Path)
     assert path.read_bytes() == before == type(small).source().encode()
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("criterion", ["gradient-flow", "gradient-flow-weights", "taylor", "magnitude"])
 @pytest.mark.parametrize("family", BASES)
 def test_the_pruner_scores_and_meets_a_budget(family: str, criterion: str) -> None:
@@ -181,6 +185,7 @@ def test_masks_follow_the_schedule_while_training(family: str) -> None:
     assert pruner.cost.removed("params", pruner.kept_channels()) == pytest.approx(0.3, abs=0.01)
 
 
+@pytest.mark.fast_variants(8)
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_example_inputs_are_taken_and_checked(family: str, name: str) -> None:
     model = build(family, name)

@@ -322,6 +322,7 @@ def test_pipelines_keep_a_pruned_unet(tmp_path: Path) -> None:
     assert StableDiffusionImg2ImgPipeline.from_pipe(loaded).unet is loaded.unet
 
 
+@pytest.mark.slow
 def test_training_with_gradient_checkpointing_compiling_and_fused_projections(tmp_path: Path) -> None:
     model = copy.deepcopy(pruned("condition"))
     known, arguments = run(model), inputs(model)

@@ -120,6 +120,7 @@ def samples_by_the_file_of(folder: Path) -> torch.Tensor:
     return samples(DDPMPipeline.from_pretrained(folder, unet=unet))
 
 
+@pytest.mark.slow
 def test_samples_are_those_before_the_push(finder: tuple[bool, dict]) -> None:
     """Bit for bit; without the package, a revision runs the file that it came with."""
     with_package, found = finder

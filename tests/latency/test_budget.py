@@ -75,6 +75,7 @@ def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
     assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_time_can_be_that_of_a_runtime(machine: Machine, capsys: pytest.CaptureFixture) -> None:
     """Widths are those that CPUs like, bars count layers and models, and the check names the runtime."""
     dense = build("three-levels")
@@ -132,6 +133,7 @@ def test_removed_blocks_save_their_time(depth: str, machine: Machine) -> None:
     assert pruner.check_latency(dense, small).pair.share == machine.share(small)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_measures_nothing_and_plans_the_same(machine: Machine) -> None:
     """Times are never measured the same twice: the checkpoint's are taken over, before widths or masks are."""
     unet = build("three-levels")

@@ -44,6 +44,7 @@ ENDINGS = [
 ]
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("name", ENDINGS)
 def test_pruned_channels_are_those_of_the_blocks_group(name):
     unet = masked(0, name)

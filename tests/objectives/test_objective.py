@@ -225,6 +225,7 @@ def test_channels_last_changes_nothing():
     torch.testing.assert_close(objective(EVERYTHING)(last, data, directions)[0], objective(EVERYTHING)(student(), *batch())[0])
 
 
+@pytest.mark.slow
 def test_compiling_changes_nothing():
     model, expected = student(build("no-mid-block")), {}
     wrapped = torch.compile(model, backend="eager", fullgraph=True)

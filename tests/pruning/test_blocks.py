@@ -126,6 +126,7 @@ def test_without_depth_there_are_only_channel_groups() -> None:
 # --- masks and compaction ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(8)
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_removal_is_exact_and_costs_are_those_of_the_small_model(family: str, name: str) -> None:
     """Random blocks and widths together; masks of ones are free, and detached masks leave no trace."""
@@ -152,6 +153,7 @@ def test_removal_is_exact_and_costs_are_those_of_the_small_model(family: str, na
     assert torch.equal(run(family, model), dense)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(("family", "name"), DEEP)
 def test_a_mask_scales_the_branch(family: str, name: str) -> None:
     """The stream is (shortcut + m branch) / factor, with any m; with 0 it is that of the block without its branch."""

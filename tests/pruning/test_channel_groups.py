@@ -71,6 +71,7 @@ def test_groups_of_base_are_the_ones_worked_out_by_hand():
     assert [(group.name, group.num_channels, group.heads) for group in traced()] == BASE_GROUPS
 
 
+@pytest.mark.fast_variants(9)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_channel_dimension_is_covered_exactly_once(name: str):
     """A channel in no group would never be cut, and one in two groups would be cut twice."""

@@ -43,6 +43,7 @@ def architecture(request) -> tuple[str, UNet2DModel, Tensor]:
     return request.param, unet, dense_output
 
 
+@pytest.mark.fast_variants(15)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
 def test_compacted_equals_masked(architecture: tuple[str, UNet2DModel, Tensor], seed: int):
@@ -64,6 +65,7 @@ def test_compacted_equals_masked(architecture: tuple[str, UNet2DModel, Tensor], 
             assert module.num_channels * dense.num_groups == dense.num_channels * module.num_groups, key
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("name", ["base", "scale-shift", "three-levels", "class-embedding", "one-norm-group", "two-layers"])
 def test_gradients_of_compacted_equal_those_of_masked(name: str):
     """Fine-tuning on the small model is what training under the masks would have been."""
@@ -152,6 +154,7 @@ def test_masks_without_a_smaller_model_are_refused(mask: Tensor):
         plan_compaction(build(), traced(), {**masks, CONV1: mask})
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     ("widths", "factor", "heads"),
     [

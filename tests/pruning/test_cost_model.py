@@ -39,6 +39,7 @@ def cifar10() -> UNet2DModel:
         return UNet2DModel(**CIFAR10)
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("name", ARCHITECTURES_THAT_COST_DIFFERENTLY)
 def test_costs_are_those_of_the_dense_and_of_the_compacted_model(name: str) -> None:
     """Budgets are searched on predictions; they are met only if predictions are exact for models that really exist."""

@@ -108,6 +108,7 @@ def total(curves: list[DamageCurve], widths: np.ndarray) -> float:
     return sum(curve.at(int(width)) for curve, width in zip(curves, widths))
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("target", ["macs", "params", "channels"])
 def test_widths_are_those_of_a_search_through_all(target: str) -> None:
     """Four groups of 14 widths, and the others dense: of 38,416 choices, none that meets the budget does 2 % less damage."""

@@ -39,6 +39,7 @@ def widths_of(groups: list[ChannelGroup], kept: dict[str, Tensor]) -> np.ndarray
     return np.array([int(group.per_channel(kept[group.name]).sum()) for group in groups])
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("attention_unit", ["head_dim", "heads"])
 @pytest.mark.parametrize("target", ["macs", "params", "channels"])
 @pytest.mark.parametrize("name", ["fine-units", "one-channel-per-norm-group"])

@@ -90,6 +90,7 @@ def test_macs_agree_with_the_flop_counter_of_pytorch(name: str) -> None:
     assert 2 * count_macs(unet) == flops(unet)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_macs_agree_with_torch_pruning_but_for_attention(name: str) -> None:
     """Like with like: its counter leaves out the products of attention, so they are taken off ours, then 1 % is allowed."""

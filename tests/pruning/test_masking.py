@@ -28,6 +28,7 @@ CONTINUITY = ["base", "scale-shift", "three-levels", "one-norm-group", "one-chan
 # --- invariant 1: attach is free ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(9)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_ones_change_nothing(name: str):
     """A model that is about to be pruned samples as before, bit for bit."""
@@ -50,6 +51,7 @@ def test_masked_arithmetic_with_ones_changes_nothing(name: str):
     torch.testing.assert_close(run(unet), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fast_variants(9)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_detach_gives_back_the_same_model(name: str):
     """Weights bit for bit, the same parameter objects in the same order, the same classes, and nothing left behind.
@@ -187,6 +189,7 @@ def test_a_masked_channel_gets_no_gradient():
 # --- invariant 4: continuity -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("name", CONTINUITY)
 @pytest.mark.parametrize("end", ["pruned", "dense"])
 def test_masks_are_a_continuous_path(name: str, end: str):
@@ -206,6 +209,7 @@ def test_masks_are_a_continuous_path(name: str, end: str):
 # --- execution modes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     """Training scripts compile the model: no graph break, the same outputs and gradients, and new masks are seen."""
     torch._dynamo.reset()

@@ -66,6 +66,7 @@ def fresh(pruner: GradientFlowPruner, **options) -> GradientFlowPruner:
 # --- resuming ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("interpolate", [False, True], ids=["jumps", "interpolated"])
 def test_going_on_from_any_step(twins: tuple, tmp_path: Path, interpolate: bool):
     """Between rankings, on the step of one, in either phase, at the last step and after it: all masks to come are the same."""
@@ -250,6 +251,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], object], str]] = {
 }
 
 
+@pytest.mark.fast_variants(8)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_state_is_refused(twins: tuple, damage: str):
     """Before anything is changed."""

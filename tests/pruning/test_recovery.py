@@ -105,6 +105,7 @@ def test_nothing_changes_without_removed_units() -> None:
     assert recover(dense, model, plan, [batch_for(dense)], PROCESS) == {}
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     ("family", "name", "depth"),
     [
@@ -121,6 +122,7 @@ def test_families(family: str, name: str, depth: str) -> None:
     check_damage_falls(dense, depth)
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("name", ["scale-shift", "class-embedding", "resnet-sampler-blocks"])
 def test_unets(name: str) -> None:
     check_damage_falls(build(name), "allow")
@@ -138,6 +140,7 @@ def check_damage_falls(dense: ModelMixin, depth: str) -> None:
     assert damage(dense, compact(model, plan), held_out) == pytest.approx(after, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_several_passes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """With little memory, batches are split, and layers are mended one after another. Rows are drawn alike."""
     dense = build("one-level")
@@ -202,6 +205,7 @@ def test_a_pruner_mends_what_it_pruned() -> None:
         pruner.recover(dense, batches())
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(("limit", "left"), [(48, 0.8), (40, 0.85)], ids=["at the centre", "not all"])
 def test_layers_with_large_gram_matrices(
     limit: int, left: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

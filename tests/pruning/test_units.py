@@ -92,6 +92,7 @@ def test_units_of_other_architectures(name: str, group: str, units: tuple[tuple[
     assert (found.units, found.fixed) == (units, fixed)
 
 
+@pytest.mark.fast_variants(9)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_norm_group_is_of_one_unit_or_fixed(name: str):
     """Or a unit without which a norm has a part of a group left, whose statistics then change."""

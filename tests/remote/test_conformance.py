@@ -431,6 +431,7 @@ def outcome(name: str, model: nn.Module, folder: Path) -> object:
     return structure(FEATURES[name](model, folder))
 
 
+@pytest.mark.fast_variants(12)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("depth", ["none", "allow"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in FEATURES])

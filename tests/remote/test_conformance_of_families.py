@@ -310,6 +310,7 @@ def structure(value: object) -> object:
     return [structure(entry) for entry in value] if isinstance(value, list) else value
 
 
+@pytest.mark.fast_variants(12)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in FEATURES])

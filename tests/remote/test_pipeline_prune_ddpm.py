@@ -94,6 +94,7 @@ def files_in(folder: Path) -> list[str]:
 # --- prune -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("target", ["macs", "params", "channels"])
 def test_prune_meets_the_budget_in_one_call(target: str):
     """The share that was asked for is what is gone, counted on the model itself."""
@@ -134,6 +135,7 @@ def test_prune_leaves_the_pipeline_alone():
     assert dict(pruned.scheduler.config) == config
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(("name", "channels"), [("base", 1), ("rgb", 3)])
 def test_pil_images_and_tensors_prune_alike(name: str, channels: int):
     """The same pixels give the same model, whatever holds them."""
@@ -144,6 +146,7 @@ def test_pil_images_and_tensors_prune_alike(name: str, channels: int):
     assert all(torch.equal(value, from_tensor[key]) for key, value in from_pil.items())
 
 
+@pytest.mark.slow
 def test_greyscale_goes_with_every_model_and_colour_with_those_in_colour():
     """As in the training scripts."""
     assert dense_pipeline("rgb").prune(pil_images(1), ratio=0.3, criterion="taylor").unet.config.in_channels == 3
@@ -153,6 +156,7 @@ def test_greyscale_goes_with_every_model_and_colour_with_those_in_colour():
         dense_pipeline().prune(pil_images(3), ratio=0.3)
 
 
+@pytest.mark.slow
 def test_prune_is_reproducible_and_depends_on_the_images():
     """Noise and timesteps have their own seed; the criterion uses the images."""
     pipe = dense_pipeline()
@@ -407,6 +411,7 @@ def sample_with(unet: nn.Module, scheduler, steps: int = 8) -> Tensor:
     return x
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     "scheduler_class",
     [

@@ -52,6 +52,7 @@ def test_meta_device_context_allocates_nothing(family: str) -> None:
     assert shapes == {name: parameter.shape for name, parameter in pruned(family).named_parameters()}
 
 
+@pytest.mark.fast_variants(2)
 def test_averages_derivatives_and_compilation(family: str) -> None:
     model = copy.deepcopy(pruned(family))
     ema = EMAModel(model.parameters(), model_cls=type(model), model_config=model.config)
@@ -150,6 +151,7 @@ NEAR = st.none() | st.integers(-1, 20) | st.floats(-2, 2) | st.text(max_size=3)
 ENTRIES = NEAR | st.lists(st.integers(0, 32) | st.lists(st.integers(0, 3), max_size=3), max_size=3)
 
 
+@pytest.mark.fast_variants(1)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_value_of_any_field_makes_a_model_or_one_line_that_names_it(family: str, data: st.DataObject) -> None:

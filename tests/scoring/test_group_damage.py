@@ -123,6 +123,7 @@ def test_a_copy_of_a_kept_unit_is_free_to_remove(monkeypatch: pytest.MonkeyPatch
     assert all(curve.widths == () for other, curve in found.items() if other != name)
 
 
+@pytest.mark.slow
 @quick
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_weights_and_masks_are_as_before(dtype: torch.dtype) -> None:
@@ -143,6 +144,7 @@ def test_weights_and_masks_are_as_before(dtype: torch.dtype) -> None:
     assert blocks and all(first[name].widths == (0,) and first[name].damages[0] > 0 for name in blocks)
 
 
+@pytest.mark.slow
 @quick
 def test_sums_that_do_not_fit_are_taken_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     pruner = GradientFlowPruner(build("fine-units"), CONFIG, SCHEDULER)

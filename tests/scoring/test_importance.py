@@ -121,6 +121,7 @@ def scale_unit(unet: nn.Module, group: ChannelGroup, unit: Sequence[int], factor
                 unet.get_parameter(piece.name).select(piece.dim, piece.positions[channel]).mul_(factor)
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,6 +155,7 @@ def test_gradient_flow_predicts_the_change_of_the_gradient_norm(trained: Setting
     assert score.min() < 0 < score.max()
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("score_at", ["dense", "masked"])
 @pytest.mark.parametrize("hessian_batches", ["mean", "each"])
 def test_exact_and_finite_difference_scores_agree(trained: Setting, score_at: str, hessian_batches: str) -> None:
@@ -178,6 +180,7 @@ def test_scores_have_one_finite_value_per_unit(trained: Setting, criterion: str)
         assert not values.requires_grad
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("score_at", ["dense", "masked"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_leaves_no_trace(trained: Setting, criterion: str, score_at: str) -> None:

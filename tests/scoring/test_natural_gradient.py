@@ -47,6 +47,7 @@ def predict(unet: UNet2DModel, batch: tuple[Tensor, ...]) -> Tensor:
         return unet(SCHEDULER.add_noise(clean, noise, timesteps), timesteps).sample
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(
     "name", ["conv_in", "down_blocks.1.attentions.0.to_q", "up_blocks.1.resnets.0.conv2", "time_embedding.linear_1"]
 )
@@ -98,6 +99,7 @@ def test_scores_tell_the_damage_of_single_units() -> None:
         assert ours > 0.7 and ours > theirs + 0.1
 
 
+@pytest.mark.fast_variants(9)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_unit_of_every_architecture_has_a_score(name: str) -> None:
     unet = build(name)
@@ -184,6 +186,7 @@ def remove_a_little(unet: UNet2DModel, chosen: dict[str, Tensor], share: float) 
             parameter.data.mul_(whole.view(shape))
 
 
+@pytest.mark.slow
 def test_rows_give_the_joint_change_of_units_of_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moving half of the units of every group a little, in double precision."""
     monkeypatch.setattr(natural_gradient, "PROBES", 200)

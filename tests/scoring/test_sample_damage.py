@@ -75,6 +75,7 @@ def test_changes_of_steps_add_up_with_their_signs() -> None:
             assert damage.of_present() == pytest.approx((0.25 * (3 * 3.0 - 2 * 1.0 + 0.5)) ** 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_estimates_are_near_the_change_of_samples() -> None:
     """Of the digits teacher, for groups whose removal changes predictions by factors of 50; within a factor of six."""
     pruner = GradientFlowPruner(UNet2DModel.from_pretrained(TEACHER), CONFIG, SCHEDULER)

@@ -110,6 +110,7 @@ def test_evaluations_compare_with_the_dense_model(finished: Path, tmp_path: Path
     assert alone["model"]["quality"]["fd_pixels"] > 0
 
 
+@pytest.mark.slow
 def test_vectors_come_from_the_data_set(tmp_path: Path) -> None:
     """class_embed_type=identity: a column of lists; the dense model draws images with those of held-out ones."""
     consistency_pipeline(class_embed_type="identity").save_pretrained(tmp_path / "dense")

@@ -76,6 +76,7 @@ def losses(digits: tuple[Tensor, Tensor]) -> Losses:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [SOFT_END, HARD_END], ids=["N", "M-and-compaction"])
 def test_no_jump_where_phases_meet(losses: Losses, step: int) -> None:
     """What the masks do at N, and the compaction at M, changes the loss no more than ordinary training steps do."""

@@ -43,6 +43,7 @@ def test_quality_is_measured_along_the_way(measured: tuple[Path, Path]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_else(measured: tuple[Path, Path], whole_run: tuple[Path, Path]) -> None:
     assert weights(whole_run[0]) == weights(measured[0])
 

@@ -169,6 +169,7 @@ def test_images_of_the_reference_model_are_kept_and_those_of_the_model_are_not(e
     assert {kind: kinds.count(kind) for kind in kinds} == {"samples": 2, "features": 5, "similarities": 2, "shown": 2}
 
 
+@pytest.mark.slow
 def test_damaged_cache_is_made_again(world: Path, evaluated: tuple[Path, dict], tmp_path: Path, capsys) -> None:
     shutil.copytree(evaluated[0] / "cache", tmp_path / "cache")
     for path in (tmp_path / "cache").iterdir():
@@ -181,6 +182,7 @@ def test_damaged_cache_is_made_again(world: Path, evaluated: tuple[Path, dict], 
         assert results[name]["quality"] == evaluated[1][name]["quality"]
 
 
+@pytest.mark.slow
 def test_more_images_later_add_to_those_there(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """256 images are a shard; with 300, only the other 44 are sampled, and the figures are those of 300 at once."""
     arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--num_images")

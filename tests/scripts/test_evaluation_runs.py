@@ -84,6 +84,7 @@ def test_few_images_for_many_features_are_warned_of(inception: Path, world: Path
     assert "40 images are few for FID on 2,048 features" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_networks_at_once(inception: Path, world: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cleanfid, "frechet_distance", lambda *moments: 1.0)
     options = ("--features", "pixels", "inception", "--inception_weights", inception, "--num_images", 70)
@@ -142,6 +143,7 @@ def test_model_against_itself(world: Path, tmp_path: Path) -> None:
 # --- which models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conditional_colour_model_with_noise_in_every_step(tmp_path: Path) -> None:
     """Four classes in turn; eta > 0 draws the same noise for the dense and the pruned model."""
     folder = tmp_path / "conditional"
@@ -159,6 +161,7 @@ def test_conditional_colour_model_with_noise_in_every_step(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_half_precision(world: Path, tmp_path: Path) -> None:
     """Near full precision, not equal to it, and written down."""
     arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--num_images", 70)
@@ -200,6 +203,7 @@ def test_stream_of_real_images(world: Path, tmp_path: Path) -> None:
 # --- images of a folder -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_folder_of_images_has_the_figures_of_the_model_that_made_them(world: Path, tmp_path: Path) -> None:
     samples = SamplingSettings(COUNT, 2).sample(build("base"), DDPMScheduler(clip_sample=True))
     for index, image in enumerate((samples * 255).round().to(torch.uint8)):

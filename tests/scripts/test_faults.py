@@ -91,6 +91,7 @@ def test_asked_to_stop(whole_run: tuple[Path, Path], tmp_path: Path, number: int
     assert_same_result(whole_run[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_during_a_checkpoint(
     whole_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_pipeline_is_pruned_whole(name: str, world: Path, tmp_path: Path) -> N
     assert set(going) == set(after) and not left_out
 
 
+@pytest.mark.slow
 def test_a_text_model_has_its_prompts_and_guidance_on_record(world: Path, tmp_path: Path) -> None:
     run_here(*words(world, "sd", tmp_path / "run", *EXTRA["sd"]))
     evaluation = json.loads((tmp_path / "run/results.json").read_text())["evaluation"]
@@ -159,6 +160,7 @@ def test_a_checkpoint_with_another_autoencoder_is_refused(world: Path, tmp_path:
         run_here(*words(world, "dit", tmp_path / "again", *quick, *model, "--resume_from_checkpoint", "latest"))
 
 
+@pytest.mark.slow
 def test_evaluation_samples_as_the_run_did(world: Path, tmp_path: Path) -> None:
     """The same noise, labels and guidance; the pruned pipeline is compared with the dense one, image by image."""
     run_here(*words(world, "dit", tmp_path / "run", *EXTRA["dit"]))

@@ -187,6 +187,7 @@ def test_captions_belong_to_the_digits() -> None:
 # --- pruning -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_budgets_are_met(kind: str, ratio: float) -> None:

@@ -56,6 +56,7 @@ def test_a_flow_matching_unet_in_pixels(tmp_path: Path) -> None:
     assert pruned(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, SIZE, SIZE, 1)
 
 
+@pytest.mark.slow
 def test_an_edm_in_latents(tmp_path: Path) -> None:
     dense = ldm(tmp_path / "parts")
     pipe = LDMPipeline(dense.vqvae, dense.unet, EDMEulerScheduler())
@@ -68,6 +69,7 @@ def test_an_edm_in_latents(tmp_path: Path) -> None:
     assert torch.tensor(pruned(batch_size=1, num_inference_steps=2, output_type="np").images).isfinite().all()
 
 
+@pytest.mark.slow
 def test_one_call_prunes_flow_matching() -> None:
     pipe = PruneDDPMPipeline(unet=consistency_unet(), scheduler=FlowMatchEulerDiscreteScheduler())
     small = pipe.prune(num_teacher_images=8, target="macs", ratio=0.3)

@@ -121,6 +121,7 @@ def test_run_loads_as_a_pipeline(finished_run: tuple[Path, str], scheduler: type
     assert images.shape == (2, 8, 8, 1) and np.isfinite(images).all()
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights(finished_run: tuple[Path, str], tmp_path: Path) -> None:
     """A run is a function of its arguments, whatever process it is in and has been in before."""
     output, _ = finished_run
@@ -171,6 +172,7 @@ def image_folder(path: Path, size: tuple[int, int] = (8, 8), mode: str = "L", co
     return path
 
 
+@pytest.mark.slow
 def test_image_folder_as_data(tmp_path: Path) -> None:
     """A folder of image files, not square and larger than the model's images, trains as well."""
     folder = image_folder(tmp_path / "images", size=(12, 16))
@@ -312,6 +314,7 @@ def test_errors_through_the_launcher_are_one_clear_line_too(tmp_path: Path) -> N
     assert_one_error(launch(*digits(tmp_path / "run", "--ratio", 2)), "ratio=2")
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
     """It does not stop the run, unless requested."""
     folder = image_folder(tmp_path / "images")
@@ -328,6 +331,7 @@ def test_a_broken_image_is_left_out_and_counted(tmp_path: Path) -> None:
     assert report["unreadable_images"] == ["7.png"]  # and no path of this machine, which would keep the run from being pushed
 
 
+@pytest.mark.slow
 def test_half_precision_training_measures_what_it_saves(tmp_path: Path) -> None:
     """Scores and results are those of the saved model, not of autocast."""
     run_here(*digits(tmp_path / "run", "--mixed_precision", "bf16", "--max_train_steps", 6, *UNMEASURED))

@@ -99,6 +99,7 @@ def test_card_on_the_hub_says_where_it_came_from(pushed) -> None:
     assert "accelerate launch training/prune_ddpm.py" in card and "--hub_token" not in card
 
 
+@pytest.mark.slow
 def test_push_that_fails_at_the_end_leaves_the_run_whole(run_quickly, tmp_path: Path) -> None:
     with HubServer() as server:
         server.fail("POST", "/api/models/.*/commit/.*")

@@ -36,6 +36,7 @@ def test_a_finished_run_leaves_no_checkpoints(whole_run: tuple[Path, Path]) -> N
 
 # In the soft phase, on the step of a ranking and between rankings; at N; in the hard phase, on the step of a ranking; right
 # before compaction at M and right after it; with nothing but the results left to do
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 4, 8)), 6, 9, STEPS])
 def test_going_on_ends_in_the_same_state(whole_run: tuple[Path, Path], tmp_path: Path, step: int) -> None:
     run, kept = whole_run
@@ -125,6 +126,7 @@ def test_checkpoints_of_a_run_that_did_not_end_are_not_overwritten(whole_run: tu
     assert len(list((tmp_path / "run.training").glob("checkpoint-*"))) == 3
 
 
+@pytest.mark.slow
 def test_nan_stops_before_the_last_good_checkpoint_is_overwritten(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
     place(whole_run[1], tmp_path / "run", 9)
     diverging = ("--learning_rate", 1e30, "--max_grad_norm", 1e30)

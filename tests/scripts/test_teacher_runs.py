@@ -26,6 +26,7 @@ def run(*words: object) -> None:
         prune_ddpm.main([*SHORT, *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_text_model_is_pruned_from_prompts_alone(tmp_path: Path) -> None:
     pipeline, output, prompts = save("sd", tmp_path / "sd"), tmp_path / "out", tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")

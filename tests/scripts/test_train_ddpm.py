@@ -56,6 +56,7 @@ def test_training_leaves_a_pipeline(tmp_path: Path) -> None:
     assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in step 8, from the checkpoint of step 6, bit for bit on a CPU; nothing is left beside the result.
 

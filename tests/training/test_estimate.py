@@ -98,6 +98,7 @@ def saved_bytes(unet: UNet2DModel, size: int, precision: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
+@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["digits", "three-levels-two-layers"])
@@ -119,6 +120,7 @@ def test_activations_grow_with_the_batch_and_shrink_with_precision_and_checkpoin
 # --- peaks -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("name", "size"), [("digits", 32), ("digits", 4), ("three-levels-two-layers", 32)])
 def test_training_holds_what_the_plan_says(name, size, masked, teacher) -> None:
@@ -143,6 +145,7 @@ def test_training_holds_what_the_plan_says(name, size, masked, teacher) -> None:
     assert 1 / BOUND < memory_plan(estimate, 0).training / (held + live.peak) < BOUND
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("hvp", ["exact", "finite-difference", None])
 @pytest.mark.parametrize(("name", "size"), [("digits", 24), ("three-levels-two-layers", 16)])
 def test_scoring_holds_what_the_plan_says(name, size, hvp, teacher) -> None:

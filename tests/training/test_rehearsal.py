@@ -49,6 +49,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prune_ddpm, "train", lambda *args: pytest.fail("training has begun"))
 
 
+@pytest.mark.slow
 def test_few_timesteps_and_a_ddim_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """As many steps as there are, said; pipeline, scheduler and configuration are what they were."""
     model = write(tmp_path / "model", DDIMScheduler(num_train_timesteps=50, set_alpha_to_one=False), DDIMPipeline)
@@ -63,6 +64,7 @@ def test_few_timesteps_and_a_ddim_pipeline(tmp_path: Path, capsys: pytest.Captur
     assert json.loads((tmp_path / "run/model_index.json").read_text())["_class_name"] == "DDIMPipeline"
 
 
+@pytest.mark.slow
 def test_betas_that_ddim_does_not_make_and_spacing_that_leaves_out_the_noisy_half(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -87,6 +87,7 @@ def test_compaction_takes_everything_along_by_name() -> None:
     assert any(not torch.equal(value, before[name]) for name, value in state.unet.state_dict().items())
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("words", [(), ("--channels_last",)], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("compacted", [False, True], ids=["masked", "compacted"])
 def test_saved_and_restored_states_go_on_alike(tmp_path: Path, compacted: bool, words: tuple[str, ...]) -> None:
@@ -121,6 +122,7 @@ def test_a_whole_checkpoint_that_lacks_something_is_refused(tmp_path: Path, part
         make_state(checkpoint=Checkpoints(tmp_path).load(path))
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(("part", "what"), [("model", "weights"), ("ema", "averaged weights")])
 @pytest.mark.parametrize(
     ("change", "message"),
