@@ -13,10 +13,10 @@ left:
     SSIM      of samples from the same noise, by DDIM with 50 steps
 
 The first row is `prune()` with its defaults: units are chosen together, and the layers that read removed ones make up for them
-by least squares (`recovery`), with the images of the calibration batches. The next two are without recovery, and with the
-ranking of training runs. Two have widths by measured damage curves. Two more remove whole residual blocks as well, or nothing
-else, and may miss a budget, which the table says. The other criteria remove the same share of every group, as published.
-Random is the mean over three seeds.
+by least squares (`recovery`), with the images of the calibration batches. The next one is without recovery. Three have the
+ranking of training runs: with recovery, with that of training runs, which take fewer images and rows, and without. Two have
+widths by measured damage curves. Two more remove whole residual blocks as well, or nothing else, and may miss a budget, which
+the table says. The other criteria remove the same share of every group, as published. Random is the mean over three seeds.
 
 Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--rows recovery` measures only the rows with this word in
 their title and keeps the others of the file. `--write` updates the tables in `benchmarks/README.md`.
@@ -49,9 +49,12 @@ from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.one_shot import recovery_batches
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE
+from diffusers_gfprune.pruning.recovery import recover
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
+from diffusers_gfprune.training.recovery import ROWS as ROWS_OF_RUNS
+from diffusers_gfprune.training.recovery import SAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/one_shot"
@@ -62,11 +65,13 @@ BATCHES, IMAGES, STEPS = 4, 128, 50
 UNIFORM = {"ranking": "group"}
 TOGETHER = {"criterion": "gradient-flow", "ranking": "joint"}
 BY_CURVES = {"criterion": "gradient-flow", "ranking": "curves"}
-RECOVERED = ", with recovery"
+BY_SENSITIVITY, RECOVERED = "gradient flow, widths by sensitivity", ", with recovery"
 ROWS = {
     f"gradient flow, chosen together{RECOVERED} (default of `prune()`)": {**TOGETHER, "recovery": True},
     "gradient flow, chosen together": TOGETHER,
-    "gradient flow, widths by sensitivity (default of training)": {"criterion": "gradient-flow"},
+    f"{BY_SENSITIVITY}{RECOVERED}": {"criterion": "gradient-flow", "recovery": True},
+    f"{BY_SENSITIVITY}{RECOVERED} as in training runs": {"criterion": "gradient-flow", "recovery": "runs"},
+    BY_SENSITIVITY: {"criterion": "gradient-flow"},
     f"gradient flow, widths by damage curves{RECOVERED}": {**BY_CURVES, "recovery": True},
     "gradient flow, widths by damage curves": BY_CURVES,
     "gradient flow, channels and blocks together": {"criterion": "gradient-flow", "ranking": "joint", "depth": "allow"},
@@ -122,7 +127,10 @@ def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_image
         config = GFPruneConfig.from_preset("one-shot", total_steps=1, ratio=ratio, **options)
         pruner = GradientFlowPruner(copy.deepcopy(unet), config, process)
         update = pruner.step(0, batches)
-        if recovery:
+        if recovery == "runs":
+            images = recovery_batches(batches, process, samples=SAMPLES)
+            recover(unet, pruner.unet, pruner.compaction_plan(), images, process, rows=ROWS_OF_RUNS)
+        elif recovery:
             pruner.recover(unet, recovery_batches(batches, process))
         small = pruner.compact()
         damage = (predict(small, batch, process) - dense).square().mean().item()

@@ -49,12 +49,10 @@ def no_accelerator_left():
 
 @pytest.fixture(autouse=True)
 def little_recovery(monkeypatch: pytest.MonkeyPatch):
-    """Recovery uses few samples, in one call and in runs, to save time."""
+    """Pruning in one call uses few samples for recovery. Runs of scripts have none where it does not matter."""
     from diffusers_gfprune import one_shot
-    from diffusers_gfprune.training import recovery
 
     monkeypatch.setattr(one_shot, "RECOVERY_SAMPLES", 32)
-    monkeypatch.setattr(recovery, "SAMPLES", 32)
 
 
 @pytest.fixture

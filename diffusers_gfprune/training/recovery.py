@@ -71,12 +71,13 @@ def plan_changes(
     """Compute changes of weights for the masks that the last ranking leads to. All processes must call this function.
 
     Args:
-        state: A `TrainingState`, whose `weight_path` is replaced; its weights stay as they are.
+        state: A `TrainingState`, whose `weight_path` is replaced. Its weights come to the end of the old one.
         dense: The dense model, on any device.
         batches: This process's rows of calibration batches.
         seed: Seed of the run, for further noise.
         device: Training device.
     """
+    follow_changes(state)
     pruner, unet = state.pruner, state.unet
     goal_step, masks = pruner.goal(state.step)
     plan = plan_compaction(unet, pruner.groups, {name: kept.float() for name, kept in pruner.kept.items()})

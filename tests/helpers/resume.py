@@ -29,7 +29,7 @@ PHASES = [
     *("--max_train_steps", str(STEPS), "--soft_fraction", "0.25", "--hard_fraction", "0.5", "--update_interval", "2"),
     *("--train_batch_size", "8", "--calibration_batches", "1", "--use_ema", "--lr_scheduler", "cosine"),
     *("--validation_steps", "8", "--validation_images", "4", "--logging_steps", "4"),
-    *("--eval_images", "0", "--speed_batch_sizes", "0", "--checkpointing_steps", "1"),
+    *("--eval_images", "0", "--speed_batch_sizes", "0", "--checkpointing_steps", "1", "--recovery", "none"),
 ]
 
 

@@ -25,7 +25,7 @@ SCRIPT_FOLDERS = tuple(str(ROOT / name) for name in ("training", "benchmarks"))
 SHORT = [
     *("--max_train_steps", "20", "--train_batch_size", "16", "--calibration_batches", "1", "--eval_images", "66"),
     *("--ddim_num_inference_steps", "2", "--validation_steps", "10", "--validation_images", "16"),
-    *("--speed_batch_sizes", "1", "--speed_modes", "eager"),
+    *("--speed_batch_sizes", "1", "--speed_modes", "eager", "--recovery", "none"),
 ]
 RUN_FILES = {
     "README.md",

@@ -22,6 +22,7 @@ SHORT = [
     *("--max_train_steps", "6", "--soft_fraction", "0.2", "--hard_fraction", "0.4", "--update_interval", "1"),
     *("--train_batch_size", "8", "--calibration_batches", "1", "--validation_images", "8", "--validation_steps", "3"),
     *("--eval_images", "66", "--speed_batch_sizes", "0", "--train_data", "teacher", "--num_teacher_images", "16"),
+    *("--recovery", "none"),
 ]
 
 
@@ -43,6 +44,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "out",
         "--teacher_images_dir",
         folder / "t",
+        "--recovery",
+        "rankings",
     )
     return folder
 

@@ -14,7 +14,7 @@ KINDS = {"dit": DiTPipeline, "ldm": LDMPipeline, "text": StableDiffusionPipeline
 SHORT = [
     *("--max_train_steps", "6", "--soft_fraction", "0.34", "--hard_fraction", "0.67", "--update_interval", "1"),
     *("--train_batch_size", "16", "--calibration_batches", "1", "--validation_images", "16", "--lr_warmup_steps", "0"),
-    *("--eval_images", "16", "--ddim_num_inference_steps", "4", "--speed_batch_sizes", "0"),
+    *("--eval_images", "16", "--ddim_num_inference_steps", "4", "--speed_batch_sizes", "0", "--recovery", "none"),
 ]
 
 

@@ -29,7 +29,7 @@ from helpers.scripts import ROOT, assert_one_error, forget_accelerator, plain_ru
 SHORT = [
     *("--max_train_steps", "8", "--soft_fraction", "0.25", "--hard_fraction", "0.5", "--update_interval", "1"),
     *("--train_batch_size", "8", "--calibration_batches", "1", "--validation_images", "8", "--validation_steps", "4"),
-    *("--eval_images", "6", "--ddim_num_inference_steps", "2", "--speed_batch_sizes", "0"),
+    *("--eval_images", "6", "--ddim_num_inference_steps", "2", "--speed_batch_sizes", "0", "--recovery", "none"),
 ]
 COMPONENTS = {
     "dit": ("transformer", "vae"),
@@ -97,7 +97,7 @@ def run_here(*arguments: str) -> None:
 )
 def test_a_pipeline_is_pruned_whole(name: str, world: Path, tmp_path: Path) -> None:
     """Everything that a run leaves, and that it is a pipeline for everybody."""
-    done = run(*words(world, name, tmp_path / "run", *EXTRA[name]))
+    done = run(*words(world, name, tmp_path / "run", *EXTRA[name], "--recovery", "rankings"))
     assert done.returncode == 0, done.stderr
     assert "encoded once in" in done.stdout
     denoiser, *others = COMPONENTS[name]

@@ -18,6 +18,12 @@ from helpers.resume import (
 )
 
 
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of 256."""
+    monkeypatch.setattr("diffusers_gfprune.training.recovery.SAMPLES", 32)
+
+
 def report(folder: Path) -> dict:
     """What a run says of its pruning."""
     return json.loads((folder / "pruning_report.json").read_text())
@@ -59,8 +65,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(RESUMED))
+@pytest.mark.parametrize(
+    "name", ["rankings", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compaction", "bf16"))]
+)
 def test_a_run_that_resumes_is_the_same(tmp_path: Path, name: str) -> None:
     step, words = RESUMED[name]
     words = (*words, "--checkpointing_steps", step)

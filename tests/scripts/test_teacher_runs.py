@@ -15,7 +15,7 @@ from helpers.scripts import ROOT, assert_one_error, forget_accelerator, plain_ru
 SHORT = [
     *("--max_train_steps", "6", "--soft_fraction", "0.2", "--hard_fraction", "0.4", "--update_interval", "1"),
     *("--train_batch_size", "8", "--calibration_batches", "1", "--validation_images", "8", "--validation_steps", "3"),
-    *("--eval_images", "6", "--ddim_num_inference_steps", "2", "--speed_batch_sizes", "0"),
+    *("--eval_images", "6", "--ddim_num_inference_steps", "2", "--speed_batch_sizes", "0", "--recovery", "none"),
     *("--train_data", "teacher", "--num_teacher_images", "16", "--teacher_num_inference_steps", "2"),
 ]
 

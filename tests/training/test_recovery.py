@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
@@ -27,6 +28,12 @@ WORDS = [
     *("--pretrained_model_name_or_path", "model", "--dataset_name", "images", "--max_train_steps", "10", "--use_ema"),
     *("--soft_fraction", "0.4", "--hard_fraction", "0.6", "--update_interval", "2", "--criterion", "magnitude"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of 256."""
+    monkeypatch.setattr("diffusers_gfprune.training.recovery.SAMPLES", 32)
 
 
 def make_state(checkpoint=None) -> TrainingState:
@@ -91,6 +98,25 @@ def test_changes_follow_the_masks_and_survive_a_checkpoint(tmp_path: Path) -> No
     for name, parameter in dense_parameters(state.unet).items():
         parameter.data.copy_(before[name])
     assert mended < 0.9 * (output(state.unet) - wanted).square().mean()
+
+
+def test_changes_are_complete_when_the_next_ones_are_planned() -> None:
+    """At a ranking, masks are where the one before led them, and so are weights."""
+    state = make_state()
+    dense = UNet2DModel.from_config(state.unet.config)
+    dense.load_state_dict(weights(state))
+    before = weights(state)
+    state.pruner.step(0, batches())
+    plan_changes(state, dense, batches(), seed=0)
+    path = state.weight_path
+    for state.step in (1, 2):
+        assert (state.pruner.step(state.step, batches()) is None) == (state.step == 1)
+        if state.step == 1:
+            follow_changes(state)
+    plan_changes(state, dense, batches(), seed=0)
+    assert state.weight_path is not path and state.weight_path.start_step == 2
+    for name, now in weights(state).items():
+        torch.testing.assert_close(now, before[name] + path.changes.get(name, 0.0))
 
 
 def test_shares_of_a_path() -> None:
