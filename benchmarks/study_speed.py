@@ -14,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from study_records import BUDGETS, CHANNELS, DEFAULT, DISTANCE, Found, figure, of_part, spread, title_of, widths_key, widths_of
+from study_records import BUDGETS, CHANNELS, DISTANCE, PLAIN, Found, figure, of_part, spread, title_of, widths_key, widths_of
 
-__all__ = ["NOT_MEASURED", "Outside", "Speed", "Speeds", "at_time", "equal_time_table", "load_speeds", "quality_at", "series"]
+__all__ = [
+    *("NOT_MEASURED", "OURS", "Outside", "Speed", "Speeds", "at_time", "equal_time_table", "load_speeds", "quality_at"),
+    "series",
+]
 
 NOT_MEASURED = "Not measured yet: run `python benchmarks/study_latency.py`."
 QUALITY = ("distance", "ssim_to_dense")
+OURS = PLAIN  # the default without recovery, of which there are three seeds at all budgets
 
 
 @dataclass(frozen=True)
@@ -156,25 +160,25 @@ def quality_at(
 
 
 def equal_time_table(found: Found, dataset: str, speeds: Speeds, batch_size: int) -> str:
-    """A table of the default and each rival at the same measured time.
+    """A table of our method and each rival at the same measured time.
 
-    A rival with rows at several budgets is interpolated to the time of each row of the default. For a rival with one row, the
-    default is interpolated to the time of that row.
+    A rival with rows at several budgets is interpolated to the time of each row of ours. For a rival with one row, ours is
+    interpolated to the time of that row.
     """
-    own = [name for name in series(DEFAULT, found, speeds) if batch_size in speeds[name]]
+    own = [name for name in series(OURS, found, speeds) if batch_size in speeds[name]]
     if not own:
         return NOT_MEASURED
     distance = next(iter(found.values()))[0]["evaluation"]["distances"][DISTANCE[dataset]]["title"]
     lines = [
-        f"| rival | time / dense time | {distance}: default | rival | SSIM to dense: default | rival | interpolated |",
+        f"| rival | time / dense time | {distance}: ours | rival | SSIM to dense: ours | rival | interpolated |",
         "|---" * 7 + "|",
     ]
     for rival in (*CHANNELS, *of_part("main")):
         theirs = [name for name in series(rival, found, speeds) if batch_size in speeds[name]]
-        if rival == DEFAULT or not theirs:
+        if rival == OURS or not theirs:
             continue
         many = len(theirs) > 1
-        moved, word = (theirs, "rival") if many else (own, "default")
+        moved, word = (theirs, "rival") if many else (own, "ours")
         for row in own if many else theirs:
             time = speeds[row][batch_size].time
             cells = []
@@ -182,6 +186,6 @@ def equal_time_table(found: Found, dataset: str, speeds: Speeds, batch_size: int
                 still = [figure(run, dataset, column) for run in found[row]]
                 values, outside = quality_at(moved, found, dataset, speeds, batch_size, column, time)
                 cells += [spread(v) for v in ((still, values) if many else (values, still))]
-            note = word if outside is None else f"none: the {word}'s {outside.end} row is at {outside.time:.2f}"
+            note = word if outside is None else f"none: the {outside.end} row of {word} is at {outside.time:.2f}"
             lines.append(f"| {title_of(rival)} | {time:.2f} | {' | '.join(cells)} | {note} |")
     return "\n".join(lines)
