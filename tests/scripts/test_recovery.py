@@ -37,8 +37,8 @@ def compaction(folder: Path) -> dict[str, float]:
 def test_one_shot_starts_from_a_mended_model(tmp_path: Path) -> None:
     """Before any training, on held-out images; compaction itself changes nothing."""
     words = ("--preset", "one-shot", "--max_train_steps", 1, "--train_batch_size", 32, "--checkpointing_steps", 0)
-    for recovery in ("none", "rankings"):  # the default
-        run_here(tmp_path / recovery, *words, *(("--recovery", "none") if recovery == "none" else ()), "--ratio", 0.3)
+    for recovery in ("none", "rankings"):
+        run_here(tmp_path / recovery, *words, "--recovery", recovery, "--ratio", 0.3)
     plain, mended = compaction(tmp_path / "none"), compaction(tmp_path / "rankings")
     assert plain["step"] == mended["step"] == 0
     assert mended["step_loss_masked"] < 0.8 * plain["step_loss_masked"]
