@@ -39,7 +39,7 @@ from .least_squares import MAX_FEATURES, LeastSquares
 from .masking import dense_parameters
 from .side_by_side import Pair, side_by_side
 
-__all__ = ["RIDGE", "ROWS", "recover", "recovery_macs"]
+__all__ = ["RIDGE", "ROWS", "recover", "recovery_bytes", "recovery_macs"]
 
 RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
@@ -111,14 +111,25 @@ def recovery_macs(model: nn.Module, rows: int = ROWS) -> int:
         model: The dense or masked model.
         rows: As in `recover`.
     """
-    total = 0
+    return sum(_rows(rows, size) * size * (size + outputs) + size**3 // 3 for size, outputs in _sizes(model))
+
+
+def recovery_bytes(model: nn.Module) -> int:
+    """Memory in bytes of the sums over features of a layer and of their solution, at most.
+
+    Args:
+        model: The dense or masked model.
+    """
+    return max((2 * 8 * size * (size + outputs) for size, outputs in _sizes(model)), default=0)  # float64, and a copy
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Features and outputs of all layers that recovery may change."""
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             outputs, inputs = layer.weight.shape[:2]
             size = layer.weight[0].numel()
-            size = size if size <= MAX_FEATURES else inputs
-            total += _rows(rows, size) * size * (size + outputs) + size**3 // 3
-    return total
+            yield size if size <= MAX_FEATURES else inputs, outputs
 
 
 def _rows(rows: int, size: int) -> int:

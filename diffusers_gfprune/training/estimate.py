@@ -270,6 +270,7 @@ def memory_plan(
     gradient_checkpointing: bool = False,
     gradient_accumulation_steps: int = 1,
     curve_bytes: int = 0,
+    recovery_bytes: int = 0,
     device: torch.device | str = "cpu",
 ) -> MemoryPlan:
     """Add up the memory of a run at its two peaks: training and scoring.
@@ -285,6 +286,7 @@ def memory_plan(
         gradient_checkpointing: Whether it is enabled, and therefore not advised.
         gradient_accumulation_steps: Current value, for the advice.
         curve_bytes: Sums for damage curves, which follow the scoring (`scoring.group_damage.curve_bytes`); 0: there are none.
+        recovery_bytes: Sums of recovery (`pruning.recovery.recovery_bytes`); 0: there is none. Its passes take what is free.
         device: Training device.
     """
     record = find_criterion(criterion)
@@ -310,7 +312,9 @@ def memory_plan(
 
     curves = int(WORKSPACE * states) + curve_bytes + beside if curve_bytes else 0
     trained, ranked = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
-    scored = max(ranked, curves)
+    # The dense model comes to the device, and weights are copied before they change
+    mended = int(WORKSPACE * states) + recovery_bytes + weights * (3 - teacher) + beside if recovery_bytes else 0
+    scored = max(ranked, curves, mended)
     method = f"hvp={hvp}" if takes_hessian else f"criterion={criterion}"
     place = "this machine" if torch.device(device).type == "cpu" else "this GPU"
     lines = [
@@ -337,6 +341,8 @@ def memory_plan(
             advice.append(f"calibration_batch_size={fitting[-1]}")
     if curves > free_bytes:
         advice.append("ranking=sensitivity")
+    if mended > free_bytes:
+        advice.append("recovery=none")
     if advice:
         lines.append(f"{'':11}too little; to reduce it: {', '.join(advice)}")
     elif max(trained, scored) > free_bytes:

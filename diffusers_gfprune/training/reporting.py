@@ -23,7 +23,7 @@ from ..pruning.blocks import RemovableBlock, removed_blocks
 from ..pruning.cost_model import COUNTED_TARGETS
 from ..pruning.damage_curves import measured_widths
 from ..pruning.depth import saved_by_blocks
-from ..pruning.recovery import recovery_macs
+from ..pruning.recovery import recovery_bytes, recovery_macs
 from ..reports.provenance import package_versions, portable
 from ..reports.results import PRUNING_RUN, ModelFigures, Results
 from ..scoring.group_damage import curve_bytes, curve_macs
@@ -116,6 +116,7 @@ def describe_plan(
         gradient_checkpointing=args.precision.gradient_checkpointing,
         gradient_accumulation_steps=args.training.gradient_accumulation_steps,
         curve_bytes=curve_bytes(pruner.unet, pruner.groups) if config.ranking == "curves" else 0,
+        recovery_bytes=recovery_bytes(pruner.unet) if args.pruning.recovery != "none" else 0,
         device=device,
     )
     return "\n".join([*lines, *(f"  {line}" for line in memory.lines)])

@@ -19,7 +19,7 @@ from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup
 from diffusers_gfprune.pruning.compaction import CompactionPlan, compact, plan_compaction
 from diffusers_gfprune.pruning.masking import attach, dense_parameters
-from diffusers_gfprune.pruning.recovery import recover
+from diffusers_gfprune.pruning.recovery import recover, recovery_bytes
 from helpers import families
 from helpers.architectures import build, random_masks
 from helpers.processes import ddpm
@@ -265,3 +265,14 @@ def test_bad_input(options: dict, message: str) -> None:
         options["dense"] = build(options["dense"])
     with pytest.raises(ValueError, match=message):
         recover(masked=model, plan=plan, process=PROCESS, **options)
+
+
+def test_memory_of_the_sums() -> None:
+    """Those of the largest layer, and a copy that is solved; biases are one more feature."""
+    layers = [m for m in build("resnet-sampler-blocks").modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    held = []
+    for layer in layers:
+        outputs, inputs = (torch.arange(size) for size in layer.weight.shape[:2])
+        sums = least_squares.LeastSquares(layer, inputs, outputs)
+        held.append(2 * (sums.gram.nbytes + sums.cross.nbytes))
+    assert recovery_bytes(torch.nn.ModuleList(layers)) == pytest.approx(max(held), rel=0.02)

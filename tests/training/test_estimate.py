@@ -304,6 +304,14 @@ def test_sums_of_damage_curves_follow_the_scoring() -> None:
     assert both.lines[1].strip().endswith("calibration_batch_size=2, ranking=sensitivity")
 
 
+def test_memory_of_recovery() -> None:
+    """Beside weights, gradients and moments: a copy of the weights, their changes, and the dense model, which a teacher is."""
+    given = {"criterion": "magnitude", "recovery_bytes": GIB}
+    alone, taught = (memory_plan(an_estimate(activations=0), 6 * GIB, **given, teacher=teacher) for teacher in (False, True))
+    assert alone.scoring == taught.scoring == pytest.approx((1.1 * 4 + 1 + 3) * GIB)
+    assert alone.lines[1].strip() == "too little; to reduce it: recovery=none"
+
+
 def test_no_advice_that_was_taken_already() -> None:
     options = {"hvp": "finite-difference", "gradient_checkpointing": True, "use_8bit_adam": True}
     assert advice(1, **options) == "too little, even for single images; use a larger device"
