@@ -12,11 +12,11 @@ left:
               predict noise, whose mean square is 1
     SSIM      of samples from the same noise, by DDIM with 50 steps
 
-The first row is `prune()` with its defaults: units are chosen together, and the layers that read removed ones make up for them
-by least squares (`recovery`), with the images of the calibration batches. The next one is without recovery. Three have the
-ranking of training runs: with recovery, with that of training runs, which take fewer images and rows, and without. Two have
-widths by measured damage curves. Two more remove whole residual blocks as well, or nothing else, and may miss a budget, which
-the table says. The other criteria remove the same share of every group, as published. Random is the mean over three seeds.
+The first row is `prune()` with its defaults: widths by sensitivity, and the layers that read removed channels make up for them
+by least squares (`recovery`), with the images of the calibration batches. The next row has the recovery of training runs, with
+fewer images and rows, and the third has none. In two rows, units are chosen together. Two have widths by measured damage
+curves. Two more remove whole residual blocks as well, or nothing else, and may miss a budget, which the table says. The other
+criteria remove the same share of every group, as published. Random is the mean over three seeds.
 
 Results are written to `benchmarks/results/one_shot/<dataset>.json`; `--rows recovery` measures only the rows with this word in
 their title and keeps the others of the file. `--write` updates the tables in `benchmarks/README.md`.
@@ -67,11 +67,11 @@ TOGETHER = {"criterion": "gradient-flow", "ranking": "joint"}
 BY_CURVES = {"criterion": "gradient-flow", "ranking": "curves"}
 BY_SENSITIVITY, RECOVERED = "gradient flow, widths by sensitivity", ", with recovery"
 ROWS = {
-    f"gradient flow, chosen together{RECOVERED} (default of `prune()`)": {**TOGETHER, "recovery": True},
-    "gradient flow, chosen together": TOGETHER,
-    f"{BY_SENSITIVITY}{RECOVERED}": {"criterion": "gradient-flow", "recovery": True},
+    f"{BY_SENSITIVITY}{RECOVERED} (default of `prune()`)": {"criterion": "gradient-flow", "recovery": True},
     f"{BY_SENSITIVITY}{RECOVERED} as in training runs": {"criterion": "gradient-flow", "recovery": "runs"},
     BY_SENSITIVITY: {"criterion": "gradient-flow"},
+    f"gradient flow, chosen together{RECOVERED}": {**TOGETHER, "recovery": True},
+    "gradient flow, chosen together": TOGETHER,
     f"gradient flow, widths by damage curves{RECOVERED}": {**BY_CURVES, "recovery": True},
     "gradient flow, widths by damage curves": BY_CURVES,
     "gradient flow, channels and blocks together": {"criterion": "gradient-flow", "ranking": "joint", "depth": "allow"},

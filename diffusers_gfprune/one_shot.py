@@ -145,11 +145,15 @@ def recovery_batches(
     return repeated_batches(batches, scheduler, wanted, seed)
 
 
-def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfig:
-    """The configuration of pruning in one shot, with the ranking that leaves the least damage without training.
+def one_shot_config(batch_size: int, recovery: bool, options: Mapping[str, Any]) -> GFPruneConfig:
+    """The configuration of pruning in one shot, with the ranking that keeps samples nearest without training.
+
+    With recovery, these are widths by sensitivity, as in training runs. Without it, or where blocks may go, units are chosen
+    together: recovery mends what the choice together avoids (benchmarks/FINDINGS.md).
 
     Args:
         batch_size: Number of images in a calibration batch, which is checked.
+        recovery: Whether least squares follow.
         options: Fields of `GFPruneConfig`.
 
     Raises:
@@ -164,7 +168,9 @@ def one_shot_config(batch_size: int, options: Mapping[str, Any]) -> GFPruneConfi
             )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if options.get("ranking") is None and find_criterion(options.get("criterion", GFPruneConfig.criterion)).joint is not None:
+    together = not recovery or options.get("depth", GFPruneConfig.depth) != "none"
+    criterion = find_criterion(options.get("criterion", GFPruneConfig.criterion))
+    if options.get("ranking") is None and together and criterion.joint is not None:
         options["ranking"] = "joint"
     config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
     config.check_installed()
@@ -205,8 +211,8 @@ def prune_unet(
         num_inference_steps: For consistency models, the steps that the pruned model will be sampled with: only their noise
             levels are used (default: all levels, half of the images at the highest).
         pipeline: Name of the pipeline that the model is sampled with, to check that it can; None: it is not checked.
-        **options: Fields of `GFPruneConfig`. The default of `ranking` is `"joint"` for criteria that support it, such as the
-            default criterion: without training, it leaves the least damage.
+        **options: Fields of `GFPruneConfig`. With the default criterion, the default of `ranking` is `"sensitivity"`, and
+            `"joint"` without recovery or with another `depth` than `"none"`.
 
     Returns:
         The pruned model.
@@ -215,7 +221,7 @@ def prune_unet(
         ImportError: The runtime of `latency_backend` is not installed.
         ValueError: An option is out of range, the budget cannot be met, or images and labels do not fit the model.
     """
-    config = one_shot_config(batch_size, options)
+    config = one_shot_config(batch_size, recovery, options)
     process = training_process(scheduler)
     if pipeline is not None:
         check_process(pipeline, process)

@@ -79,7 +79,7 @@ def prune_pipeline(
         ValueError: The pipeline is not supported, the budget cannot be met, or images, labels or prompts do not fit.
     """
     check_range(FRACTION, caption_dropout=caption_dropout)
-    config = one_shot_config(batch_size, options)
+    config = one_shot_config(batch_size, recovery, options)
     parts = PipelineParts.of(pipe)
     family, denoiser = parts.family, parts.denoiser
     family.check_trainable(denoiser.config)

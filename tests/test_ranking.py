@@ -9,7 +9,7 @@ import torch
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
-from diffusers_gfprune.one_shot import prune_unet
+from diffusers_gfprune.one_shot import one_shot_config, prune_unet
 from diffusers_gfprune.pruning.blocks import RemovableBlock
 from diffusers_gfprune.scoring import group_damage, importance, removals
 from helpers.architectures import build
@@ -130,14 +130,17 @@ def test_choosing_before_a_ranking_needs_widths() -> None:
     assert sum(int(units.sum()) for units in chosen.values()) < sum(group.num_units for group in pruner.groups)
 
 
-def test_pruning_without_training_chooses_units_together() -> None:
-    """By default, where the criterion measures joint changes."""
+def test_pruning_without_training_and_recovery_chooses_units_together() -> None:
+    """By default, where the criterion measures joint changes, and where blocks may go."""
 
     def widths(**options) -> dict:
         return prune_unet(build("fine-units"), SCHEDULER, images(), ratio=0.4, **options).config.layer_channels
 
-    assert widths() == widths(ranking="joint") != widths(ranking="sensitivity")
-    assert widths(criterion="magnitude") == widths(criterion="magnitude", ranking="group")
+    together, sensitivity = widths(ranking="joint"), widths(ranking="sensitivity")
+    assert widths() == sensitivity != together == widths(recovery=False)
+    assert widths(criterion="magnitude", recovery=False) == widths(criterion="magnitude", ranking="group")
+    for depth in ("allow", "only"):
+        assert one_shot_config(1, True, {"depth": depth}).ranking == "joint"
 
 
 # --- widths by damage curves -------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class Row:
 
 ROWS = (
     Row("default of `prune()`"),
+    Row("units chosen together", {"ranking": "joint"}),
     Row("for one step (`num_inference_steps=1`)", {"num_inference_steps": 1}),
     Row("without recovery", {"recovery": False}),
     Row("for one step, without recovery", {"num_inference_steps": 1, "recovery": False}),

@@ -12,10 +12,9 @@ while W trains as usual. Channels of units that fall are neither used nor mended
 `--recovery compaction` mends it once, when masks freeze. In one shot both are the same: nothing has been trained by then, and
 the run starts from a model with most of the damage mended.
 
-The images are those of the ranking with further noise, fewer than in `prune()`: training evens out what is lost by it
-(benchmarks/FINDINGS.md). Everything is a function of weights, masks, seed and step, and
-checkpoints hold dW, so that a resumed run does the same. Averaged weights change by as much as the weights; the optimizer
-keeps its moments.
+The images are those of the ranking with further noise, fewer than in `prune()`, which costs little (benchmarks/FINDINGS.md).
+Everything is a function of weights, masks, seed and step, and checkpoints hold dW, so that a resumed run does the same.
+Averaged weights change by as much as the weights; the optimizer keeps its moments.
 """
 
 from __future__ import annotations
