@@ -58,6 +58,7 @@ print(type(pipe.prune(torch.rand(4, 1, 8, 8) * 2 - 1, ratio=0.3).unet).__name__)
     assert done.stdout.split()[-1:] == ["GFPrunedUNet2DModel"], done.stderr
 
 
+@pytest.mark.slow
 def test_training_says_what_to_install() -> None:
     done = run("import diffusers_gfprune.training.run_setup")
     assert done.returncode != 0

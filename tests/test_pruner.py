@@ -19,6 +19,7 @@ from helpers.pruners import SCHEDULER, Script, batches, config, falling, images,
 # --- the whole life ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("interpolate", [False, True], ids=["jumps", "interpolated"])
 def test_whole_life(interpolate: bool):
     """Soft, hard, compaction, fine-tuning, with AdamW and an average: no state is lost."""

@@ -89,6 +89,7 @@ def test_the_first_choice_is_made_again_halfway(monkeypatch: pytest.MonkeyPatch)
     assert seen == [[1.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [pytest.param("none", marks=pytest.mark.slow), "allow"])
 def test_the_choice_with_the_least_measured_damage_is_kept(depth: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among the choices of the search, and that of widths by sensitivity."""

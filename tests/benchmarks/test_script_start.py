@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from helpers.scripts import ROOT, SCRIPT_FOLDERS
 
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
@@ -28,6 +30,7 @@ for script in scripts:
 """
 
 
+@pytest.mark.slow
 def test_benchmarks_say_their_arguments() -> None:
     assert len(SCRIPTS) == 21
     command = [sys.executable, "-c", START, *SCRIPT_FOLDERS, *map(str, SCRIPTS)]

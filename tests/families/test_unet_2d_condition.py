@@ -132,6 +132,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_published_models_are_traced(name: str) -> None:
     config, parameters = OTHERS[name]

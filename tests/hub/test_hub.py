@@ -309,6 +309,7 @@ def command(server: HubServer, cache: Path, *words: object, token: str | None = 
     return subprocess.run(arguments, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_command_line(server: HubServer, run: Path, tmp_path: Path) -> None:
     done = command(server, tmp_path / "cache", "push", run, REPO, "--private", "--token", WRITE, token=None)
     assert done.returncode == 0, done.stderr

@@ -132,6 +132,7 @@ def test_samples_are_those_before_the_push(finder: tuple[bool, dict]) -> None:
         assert torch.equal(torch.tensor(found[name], dtype=known.dtype), expected), name
 
 
+@pytest.mark.slow
 def test_private_variant_and_code(finder: tuple[bool, dict]) -> None:
     with_package, found = finder
     assert found["refused"] in ("OSError", "RepositoryNotFoundError", "HfHubHTTPError")

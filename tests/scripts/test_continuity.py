@@ -83,6 +83,7 @@ def test_no_jump_where_phases_meet(losses: Losses, step: int) -> None:
     assert abs(losses.moves_of_masks(step)) <= max(losses.moves_of_weights())
 
 
+@pytest.mark.slow
 def test_compaction_changes_nothing(losses: Losses) -> None:
     assert losses.after[HARD_END] == pytest.approx(losses.before[HARD_END], rel=1e-4)
 

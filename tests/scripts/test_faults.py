@@ -76,7 +76,8 @@ def test_killed_at_twenty_random_moments(whole_run: tuple[Path, Path], tmp_path:
     print(f"killed {killed} times over {rounds} runs, {whole:.1f} s each")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(whole_run: tuple[Path, Path], tmp_path: Path, number: int) -> None:
     """Between two checkpoints: the step is finished, saved, and the process leaves with the status of the signal."""
     arguments = ("--checkpointing_steps", 7)

@@ -112,6 +112,7 @@ def test_push_that_fails_at_the_end_leaves_the_run_whole(run_quickly, tmp_path: 
         assert again == ["python", "-m", "diffusers_gfprune.hub", "push", str(tmp_path / "run"), "alice/digits"]
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     ("arguments", "token", "message"),
     [

@@ -150,6 +150,7 @@ def test_models_of_256_pixels(recipe: str, size: tuple[int, int], hub: HubServer
     check_run(tmp_path / "run", recipe, 113_673_219)
 
 
+@pytest.mark.slow
 def test_digits_run_as_a_module_anywhere(tmp_path: Path) -> None:
     """As after `pip install`, without a clone: recipe, model and images come with the package."""
     done = run_script("diffusers_gfprune.scripts.prune_ddpm", "--recipe", "digits", "--dry_run", cwd=tmp_path)

@@ -65,9 +65,8 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["rankings", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compaction", "bf16"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RESUMED))
 def test_a_run_that_resumes_is_the_same(tmp_path: Path, name: str) -> None:
     step, words = RESUMED[name]
     words = (*words, "--checkpointing_steps", step)

@@ -36,7 +36,7 @@ def test_a_finished_run_leaves_no_checkpoints(whole_run: tuple[Path, Path]) -> N
 
 # In the soft phase, on the step of a ranking and between rankings; at N; in the hard phase, on the step of a ranking; right
 # before compaction at M and right after it; with nothing but the results left to do
-@pytest.mark.fast_variants(2)
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 4, 8)), 6, 9, STEPS])
 def test_going_on_ends_in_the_same_state(whole_run: tuple[Path, Path], tmp_path: Path, step: int) -> None:
     run, kept = whole_run

@@ -87,7 +87,7 @@ def test_compaction_takes_everything_along_by_name() -> None:
     assert any(not torch.equal(value, before[name]) for name, value in state.unet.state_dict().items())
 
 
-@pytest.mark.fast_variants(2)
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("words", [(), ("--channels_last",)], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("compacted", [False, True], ids=["masked", "compacted"])
 def test_saved_and_restored_states_go_on_alike(tmp_path: Path, compacted: bool, words: tuple[str, ...]) -> None:
