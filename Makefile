@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
 
-prune: install ## prune the digits DDPM of this repository (about seven minutes on two cores), or FAMILY=dit, ldm or text
+prune: install ## prune the digits DDPM of this repository (seven to fifteen minutes on two cores), or FAMILY=dit, ldm or text
 	$(LAUNCH) training/prune_ddpm.py --recipe digits$(addprefix _,$(FAMILY)) $(ARGS)
 
 test: install ## run the tests

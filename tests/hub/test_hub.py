@@ -109,7 +109,7 @@ def test_card_edited_by_hand_keeps_its_text(server: HubServer, run: Path) -> Non
 def test_card_follows_the_results(server: HubServer, run: Path) -> None:
     push_folder(run, REPO)
     results = json.loads((run / "results.json").read_text())
-    results["pruned"]["ssim_to_dense"] = 0.1234
+    results["pruned"]["quality"]["ssim_to_dense"] = 0.1234
     (run / "results.json").write_text(json.dumps(results))
     push_folder(run, REPO)
     assert b"| 0.1234 |" in on_hub(server)["README.md"]

@@ -24,6 +24,8 @@ from diffusers_gfprune.reports.results import Results
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = ROOT / "model_cards"
 RUNS = sorted(path.parent for path in CARDS.glob("*/results.json"))
+ROLES = ("dense", "pruned")
+EARLIER = ("parameters", "macs", "weight_file_bytes", "step_loss")  # figures of a model in results of format 3
 PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
 
 
@@ -58,9 +60,20 @@ def speed_rows() -> list[dict]:
 def files() -> tuple[dict, dict]:
     """Results and report of the default run on the digits, with other figures of speed."""
     results, report = content(CARDS / "digits-gfpruned")
-    for name in ("dense", "pruned"):
-        results[name].pop("latency", None)
-    return {**results, "speed": speed_rows()}, report
+    return with_speed(results, speed_rows()), report
+
+
+def with_speed(results: dict, rows: list[dict]) -> dict:
+    """Results with these rows of speed, each under its model."""
+    own = {role: [{k: v for k, v in row.items() if k != "model"} for row in rows if row["model"] == role] for role in ROLES}
+    return {**results, **{role: {**results[role], "speed": own[role]} for role in ROLES}}
+
+
+def in_format_3(results: dict) -> dict:
+    """The same results as earlier versions had them: quality beside the other figures, and speed apart from the models."""
+    figures = {role: {k: v for k, v in results[role].items() if k in EARLIER} | results[role]["quality"] for role in ROLES}
+    rows = [{"model": role, **row} for role in ROLES for row in results[role]["speed"]]
+    return {"format_version": 3, **figures, "speed": rows, "evaluation": results["evaluation"]}
 
 
 def header(card: str) -> dict:
@@ -90,8 +103,7 @@ def test_template_has_no_number_of_its_own():
 def test_figures_on_the_card_are_those_of_the_files(files):
     results, report = files
     results["pruned"]["parameters"], results["dense"]["parameters"] = 123_456, 1_234_560
-    results["pruned"]["ssim_to_dense"] = 0.8765
-    results["pruned"]["fd_pixels"] = 0.4321
+    results["pruned"]["quality"] |= {"ssim_to_dense": 0.8765, "fd_pixels": 0.4321}
     results["evaluation"]["seed"] = 97531
     card = render_card(results, report, "me/model")
     assert "| parameters | 1,234,560 | 123,456 | -90.0% |" in card
@@ -136,7 +148,8 @@ def test_evaluation_results_are_what_the_client_reads(files):
     assert render_eval_results(results, report) is None  # the data set is not on the Hub
     report["dataset"] = {"name": "org/images", "hub_id": "org/images"}
     (entry,) = parse_eval_result_entries(yaml.safe_load(render_eval_results(results, report)))
-    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/images", "fd-pixels", results["pruned"]["fd_pixels"])
+    figure = results["pruned"]["quality"]["fd_pixels"]
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/images", "fd-pixels", figure)
     wanted = "FD-pixels, 1000 samples (DDIM, 50 steps), 1500 images. Not FID: compare it with nothing else."
     assert entry.notes == wanted
     results["evaluation"]["distances"] = {}
@@ -240,11 +253,10 @@ def test_speed_is_a_ratio_with_its_interval(files):
 def test_speed_in_a_runtime_names_it(files):
     """With its version. It ran on the CPU, the other modes on a GPU."""
     results, report = files
-    rows = [{**row, "device": "cuda", "hardware": "loom"} for row in results["speed"][:2]]
-    rows += [
-        {**row, "mode": "openvino", "runtime_version": "2026.4", "peak_memory_bytes": None} for row in results["speed"][:2]
-    ]
-    card = render_card({**results, "speed": rows}, report, "me/model")
+    pair = speed_rows()[:2]
+    rows = [{**row, "device": "cuda", "hardware": "loom"} for row in pair]
+    rows += [{**row, "mode": "openvino", "runtime_version": "2026.4", "peak_memory_bytes": None} for row in pair]
+    card = render_card(with_speed(results, rows), report, "me/model")
     prose = " ".join(card.split())
     assert "at batch 1, eager, cuda; no difference (0.97 to 1.04) at batch 1, openvino, cpu. " in prose
     assert "on loom and abacus (2 threads). Speed-up" in prose
@@ -254,12 +266,21 @@ def test_speed_in_a_runtime_names_it(files):
 
 def test_run_without_speed(files):
     results, report = files
-    card = render_card({**results, "speed": []}, report, "me/model")
+    card = render_card(with_speed(results, []), report, "me/model")
     assert "atency" not in card and "Speed of" not in card and "| step loss (held out) | 0.07" in card
 
 
-def test_results_of_an_earlier_version_have_one_latency(files):
+def test_results_of_an_earlier_version_have_the_same_card(files):
     results, report = files
+    earlier = in_format_3(results)
+    assert render_card(earlier, report, "me/model") == render_card(results, report, "me/model")
+    del earlier["speed"]
+    with pytest.raises(ValueError, match="speed"):
+        render_card(earlier, report, "me/model")
+
+
+def test_results_of_an_earlier_version_have_one_latency(files):
+    results, report = in_format_3(files[0]), files[1]
     del results["speed"]
     setting = {"batch_size": 16, "dtype": "float32", "device": "cpu", "hardware": "abacus", "threads": 2}
     for name, latency in (("dense", 16.0), ("pruned", 12.0)):
@@ -316,15 +337,14 @@ def test_no_teacher_is_named_where_there_was_none(files, change):
 PATHS = [
     ("results", "dense", "macs"),
     ("results", "pruned", "step_loss"),
-    ("results", "speed"),
-    ("results", "speed", 1, "latency_ms"),
-    ("results", "speed", 3, "speedup_interval"),
-    ("results", "speed", 5, "hardware"),
+    ("results", "pruned", "speed", 0, "latency_ms"),
+    ("results", "pruned", "speed", 1, "speedup_interval"),
+    ("results", "pruned", "speed", 2, "hardware"),
     ("results", "pruned", "weight_file_bytes"),
     ("results", "evaluation", "seed"),
     ("results", "evaluation", "distances"),
     ("results", "evaluation", "distances", "fd_pixels", "reference_images"),
-    ("results", "pruned", "fd_pixels"),
+    ("results", "pruned", "quality", "fd_pixels"),
     ("report", "base_model"),
     ("report", "base_model", "license"),
     ("report", "base_model", "revision"),
@@ -350,10 +370,13 @@ def test_missing_field_is_an_error_that_names_it(files, path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("path", [("pruned", "step_loss"), ("pruned", "ssim_to_dense")], ids=".".join)
+@pytest.mark.parametrize("path", [("pruned", "step_loss"), ("pruned", "quality", "ssim_to_dense")], ids=".".join)
 def test_figures_that_are_not_finite_are_refused(files, path, value):
     results, report = files
-    results[path[0]][path[1]] = value
+    at = results
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
     with pytest.raises(ValueError, match="finite"):
         render_card(results, report, "me/model")
 

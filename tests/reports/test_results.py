@@ -10,6 +10,7 @@ import pytest
 from diffusers_gfprune.reports.results import ModelFigures, Results, read_results
 
 CARD = Path(__file__).resolve().parents[2] / "model_cards/digits-gfpruned"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 EVALUATION = {"num_images": 1000, "seed": 0}
 ROW = {"batch_size": 1, "dtype": "float32", "mode": "eager", "latency_ms": 2.0, "hardware": "abacus"}
 
@@ -71,6 +72,13 @@ def test_evaluations_of_every_version_are_read(version: int) -> None:
 
 def test_the_committed_run_is_read() -> None:
     values, results = json.loads((CARD / "results.json").read_text()), read_results(CARD)
+    assert values["format_version"] == 4 and results.to_dict() == values
+
+
+def test_results_of_a_run_of_format_3_are_read() -> None:
+    """Those of `make prune` by an earlier version."""
+    file = FIXTURES / "results-format-3.json"
+    values, results = json.loads(file.read_text()), read_results(file)
     assert values["format_version"] == 3
     assert results.model.macs == values["pruned"]["macs"]
     assert results.model.quality["ssim_to_dense"] == values["pruned"]["ssim_to_dense"]
