@@ -49,12 +49,10 @@ from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.one_shot import recovery_batches
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE
-from diffusers_gfprune.pruning.recovery import recover
 from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.trained_pipelines import load_pipeline
 from diffusers_gfprune.training.arguments import parse_arguments
-from diffusers_gfprune.training.recovery import ROWS as ROWS_OF_RUNS
-from diffusers_gfprune.training.recovery import SAMPLES
+from diffusers_gfprune.training.recovery import mend
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/one_shot"
@@ -128,8 +126,7 @@ def measure(dataset: str, words: list[str], ratios: tuple[float, ...], num_image
         pruner = GradientFlowPruner(copy.deepcopy(unet), config, process)
         update = pruner.step(0, batches)
         if recovery == "runs":
-            images = recovery_batches(batches, process, samples=SAMPLES)
-            recover(unet, pruner.unet, pruner.compaction_plan(), images, process, rows=ROWS_OF_RUNS)
+            mend(unet, pruner, pruner.compaction_plan(), batches)
         elif recovery:
             pruner.recover(unet, recovery_batches(batches, process))
         small = pruner.compact()

@@ -33,13 +33,11 @@ from models import batches_for, build
 
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
-from diffusers_gfprune.one_shot import recovery_batches
 from diffusers_gfprune.pruner import MaskUpdate
-from diffusers_gfprune.pruning.recovery import recover
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
-from diffusers_gfprune.training.recovery import ROWS, SAMPLES
+from diffusers_gfprune.training.recovery import mend
 from diffusers_gfprune.training.run_setup import run_accelerator, run_identity, run_settings
 from diffusers_gfprune.training.state import TrainingState
 from diffusers_gfprune.training.tracking import Tracking
@@ -99,9 +97,8 @@ def measure_steps(model: str, hvp: str) -> dict[str, float]:
     found = {name: paired(first, second, repeats) for name, (first, second) in pairs.items()}
     ratios = {name: result["ratio"] for name, result in found.items()}
     pruner = half_masked(copy.deepcopy(dense))
-    process, plan = pruner.process, pruner.compaction_plan()
-    images = recovery_batches([DiffusionBatch.of(batch) for batch in batches], process, samples=SAMPLES)
-    recovery = median_seconds(lambda index: recover(dense, pruner.unet, plan, images, process, rows=ROWS), RECOVERIES[model])
+    plan, images = pruner.compaction_plan(), [DiffusionBatch.of(batch) for batch in batches]
+    recovery = median_seconds(lambda index: mend(dense, pruner, plan, images), RECOVERIES[model])
     seconds = {"plain_step_seconds": found["masked_step"]["baseline_ms"] / 1000, "recovery_seconds": recovery}
     return {**ratios, **seconds, "batch_size": size}
 

@@ -38,11 +38,9 @@ from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.objectives.objective import NoisePrediction, Objective, ObjectiveArguments
-from diffusers_gfprune.one_shot import recovery_batches
-from diffusers_gfprune.pruning.recovery import recover
 from diffusers_gfprune.scoring.importance import score_units
 from diffusers_gfprune.training.arguments import parse_arguments
-from diffusers_gfprune.training.recovery import ROWS, SAMPLES
+from diffusers_gfprune.training.recovery import mend
 
 OUTPUT = ROOT / "benchmarks/results/study_time.json"
 # Settings whose times are in the table; most have curves of quality over time
@@ -106,16 +104,12 @@ def measure(dataset: str, results: Path, repeats: int) -> dict:
         return (share - 1) * ratio(without.steps)
 
     recovering = half_masked(copy.deepcopy(dense))
-    noisy, plan = recovery_batches(several, recovering.process, samples=SAMPLES), recovering.compaction_plan()
-
-    def mend() -> None:
-        recover(dense, recovering.unet, plan, noisy, recovering.process, rows=ROWS)
-
+    plan = recovering.compaction_plan()
     found = {
         "masked": ratio(Trainer(masked, batches).steps),
         "teacher": ratio(ask_teacher),
         "features": features(),
-        "recovery": ratio(mend),
+        "recovery": ratio(lambda: mend(dense, recovering, plan, several)),
         "settings": {},
     }
     scoring: dict[str, float] = {"magnitude": 0.0}

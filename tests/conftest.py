@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test with the marker `fast_variants(n)`, leave n variants, spread evenly, and mark the others as slow."""
     variants: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("fast_variants"):
+        if item.get_closest_marker("fast_variants") and not item.get_closest_marker("slow"):
             variants.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for found in variants.values():
         count = min(len(found), *found[0].get_closest_marker("fast_variants").args)

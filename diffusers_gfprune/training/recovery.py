@@ -28,11 +28,11 @@ from torch import Tensor
 
 from ..diffusion.batch import DiffusionBatch
 from ..one_shot import recovery_batches
-from ..pruning.compaction import plan_compaction
+from ..pruning.compaction import CompactionPlan, plan_compaction
 from ..pruning.masking import dense_parameters
 from ..pruning.recovery import recover
 
-__all__ = ["RECOVERIES", "ROWS", "SAMPLES", "WeightPath", "follow_changes", "plan_changes"]
+__all__ = ["RECOVERIES", "ROWS", "SAMPLES", "WeightPath", "follow_changes", "mend", "plan_changes"]
 
 RECOVERIES = ("none", "compaction", "rankings")
 SAMPLES, ROWS = 256, 2**13  # images, and rows that a layer reads, at most
@@ -63,6 +63,20 @@ class WeightPath:
         return {"start_step": self.start_step, "goal_step": self.goal_step, "done": self.done}
 
 
+def mend(dense: ModelMixin, pruner, plan: CompactionPlan, batches: Sequence[DiffusionBatch], seed: int = 0) -> None:
+    """Recovery of the masked model of a pruner in place, with the images and rows of a run.
+
+    Args:
+        dense: The dense model, on the same device.
+        pruner: A `GradientFlowPruner`; masks of its model must be binary.
+        plan: Compaction plan of these masks.
+        batches: Calibration batches; with several processes, the rows of this rank.
+        seed: Seed for further noise.
+    """
+    images = recovery_batches(batches, pruner.process, seed, SAMPLES)
+    recover(dense, pruner.unet, plan, images, pruner.process, rows=ROWS)
+
+
 @torch.no_grad()
 def plan_changes(
     state, dense: ModelMixin, batches: Sequence[DiffusionBatch], seed: int, device: torch.device | str = "cpu"
@@ -82,11 +96,10 @@ def plan_changes(
     plan = plan_compaction(unet, pruner.groups, {name: kept.float() for name, kept in pruner.kept.items()})
     home = next(dense.parameters()).device
     dense.to(device)
-    several = [batch.to(device) for batch in recovery_batches(batches, pruner.process, seed + state.step, SAMPLES)]
     parameters = dense_parameters(unet)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with unet.channel_masks.replaced(masks):
-        recover(dense, unet, plan, several, pruner.process, rows=ROWS)
+        mend(dense, pruner, plan, [batch.to(device) for batch in batches], seed + state.step)
     dense.to(home)
     changes = {name: p.detach() - before[name] for name, p in parameters.items() if not torch.equal(p, before[name])}
     for name in changes:
