@@ -15,6 +15,8 @@ from helpers.hub import CARD
 from helpers.hub_server import WRITE, HubServer
 from helpers.tiny_pipelines import tiny_pipeline
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,7 +51,7 @@ def test_reference_is_what_the_report_names(folders: Path, run: Path, monkeypatc
 
 
 def test_speed_is_what_the_run_measured(run: Path) -> None:
-    (run / "results.json").write_bytes((CARD / "results.json").read_bytes())
+    (run / "results.json").write_bytes((FIXTURES / "results-format-3.json").read_bytes())
     assert re.match(
         r"A forward pass on AMD EPYC, as the run measured it. batch 1, eager: 1.13 times as fast", load_models(str(run)).speed
     )
