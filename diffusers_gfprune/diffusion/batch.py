@@ -73,6 +73,10 @@ class DiffusionBatch:
         """All tensors of the batch."""
         return [self.clean, self.noise, self.timesteps, *self.conditioning.values()]
 
+    def seeds(self) -> tuple[int, ...]:
+        """A seed for each image, from the first value of its noise: the same however batches are split over processes."""
+        return tuple(self.noise.flatten(1)[:, 0].float().view(torch.int32).tolist())
+
     def _rebuilt(self, tensors: Sequence[Tensor]) -> DiffusionBatch:
         """A batch with other tensors in the order of `tensors()`."""
         return DiffusionBatch(*tensors[:3], dict(zip(self.conditioning, tensors[3:])))

@@ -13,17 +13,22 @@ lambda is `ridge` times the mean of sum x_i^2 over features i.
 G has as many rows as there are features: C k^2 for a kernel of k x k and C input channels. For C = 2,560 and k = 3 it would
 take 4 GiB. Where there are more than `MAX_FEATURES`, only the weights at the centre of the kernel change, which read C
 features.
+
+Layers of large images read more rows than are needed. `drawn_rows` chooses those of an image by a seed of this image. The sums
+are thus the same, but for the order of additions, however images are split over batches and processes.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed import mean_over_ranks, process_rank
+from ..distributed import mean_over_ranks
 
-__all__ = ["MAX_FEATURES", "LeastSquares", "features", "output_rows"]
+__all__ = ["MAX_FEATURES", "LeastSquares", "drawn_rows", "features", "output_rows"]
 
 CHUNK_VALUES = 2**24  # of features at a time: 64 MiB in float32
 MAX_FEATURES = 2**13  # 512 MiB for G, in float64
@@ -59,6 +64,19 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
     return y.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else y.reshape(len(y), -1, y.shape[-1])
 
 
+@lru_cache(maxsize=8)  # many layers read the same number of rows
+def drawn_rows(seeds: tuple[int, ...], available: int, rows: int) -> Tensor:
+    """Indices of rows that are drawn at random for each image, int64 with shape `(len(seeds), rows)`.
+
+    Args:
+        seeds: One for each image.
+        available: Number of rows of an image.
+        rows: Number of rows to draw of each, in [1, available].
+    """
+    generator = torch.Generator()
+    return torch.stack([torch.randperm(available, generator=generator.manual_seed(seed))[:rows] for seed in seeds])
+
+
 class LeastSquares:
     """The sums of one layer.
 
@@ -78,16 +96,16 @@ class LeastSquares:
         self.gram = torch.zeros(size, size, **empty)  # G, of features and the 1
         self.cross = torch.zeros(size, len(outputs), **empty)  # C
         self.squares = torch.zeros(2, **empty)  # of gaps, and of wanted outputs
-        self.generator = torch.Generator().manual_seed(process_rank())  # draws rows, one sample after another
 
-    def add(self, x: Tensor, gap: Tensor, wanted: Tensor, rows: int) -> None:
+    def add(self, x: Tensor, gap: Tensor, wanted: Tensor, rows: int, seeds: tuple[int, ...]) -> None:
         """Add a batch.
 
         Args:
             x: Input of the layer, with all channels.
             gap: What its output misses, with all channels.
             wanted: Output that it should have, of the same shape, as a scale for the gap.
-            rows: Number of rows to use of each sample (>= 1). If there are more, they are drawn at random for each sample.
+            rows: Number of rows to use of each image (>= 1). If there are more, they are drawn at random.
+            seeds: One for each image, to draw rows.
         """
         channel = 1 if isinstance(self.layer, nn.Conv2d) else x.ndim - 1
         x = x.index_select(channel, self.inputs)
@@ -96,12 +114,13 @@ class LeastSquares:
         self.squares += torch.stack([gap.float().square().sum(), wanted.float().square().sum()])
         per_sample = gap.shape[1]
         chunk = max(1, CHUNK_VALUES // (per_sample * len(self.gram)))
-        for inputs, gaps in zip(x.split(chunk), gap.split(chunk)):
-            inputs = features(self.layer, inputs, self.centre)
-            if rows < per_sample:
-                order = torch.rand(len(gaps), per_sample, generator=self.generator).argsort(dim=1)[:, :rows]
-                sample = torch.arange(len(gaps))[:, None]
-                inputs, gaps = inputs[sample, order.to(inputs.device)], gaps[sample, order.to(gaps.device)]
+        drawn = drawn_rows(seeds, per_sample, rows).to(x.device) if rows < per_sample else None
+        for first in range(0, len(x), chunk):
+            images = slice(first, first + chunk)
+            inputs, gaps = features(self.layer, x[images], self.centre), gap[images]
+            if drawn is not None:
+                image = torch.arange(len(gaps), device=x.device)[:, None]
+                inputs, gaps = inputs[image, drawn[images]], gaps[image, drawn[images]]
             inputs, gaps = inputs.flatten(0, 1).float(), gaps.flatten(0, 1).float()
             if self.bias:
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)

@@ -165,6 +165,7 @@ class _Recovery:
         self.gaps: dict[tuple[str, str], Tensor] = {}
         self.mended: dict[str, float] = {}
         self.layers: list[str] = []
+        self.seeds: tuple[int, ...] = ()  # of the images of this pass
         self.bytes_of_a_row = 1
         self.total_samples = 1
 
@@ -218,6 +219,7 @@ class _Recovery:
         self._fold(mended, sums)
 
     def _run(self, batch: DiffusionBatch, process, visit: Callable[[str, nn.Module, Pair], bool]) -> None:
+        self.seeds = batch.seeds()
         inputs = batch.to(self.device).inputs(process, self.dtype)
         try:
             with self._streams(), side_by_side(self.dense, self.masked, visit) as run:
@@ -252,7 +254,7 @@ class _Recovery:
         if name in self.streams:
             gap = gap + _shaped(self.gaps[self.streams[name]], gap)
         rows = _rows(self.rows, len(sums.gram))
-        sums.add(pair.masked_input, gap, pair.dense_output, max(1, rows // self.total_samples))
+        sums.add(pair.masked_input, gap, pair.dense_output, max(1, rows // self.total_samples), self.seeds)
 
     def _fold(self, name: str, sums: LeastSquares) -> bool:
         """Add the changes to the parameters of a layer, if it has a gap. Returns whether it has."""

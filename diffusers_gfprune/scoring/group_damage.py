@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from ..configuration import GFPruneConfig
 from ..diffusion.batch import DiffusionBatch
 from ..diffusion.repeats import repeated_batches
-from ..distributed import mean_over_ranks, process_rank, world_size
+from ..distributed import mean_over_ranks, world_size
 from ..pruning.blocks import RemovableBlock
 from ..pruning.budget import select_units
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.damage_curves import DamageCurve, measured_widths
-from ..pruning.least_squares import MAX_FEATURES, features
+from ..pruning.least_squares import MAX_FEATURES, drawn_rows, features
 from ..pruning.masking import dense_parameters
 from .context import ScoringContext
 from .importance import scoring_context
@@ -209,15 +209,16 @@ class _Sums:
         size = _size(layer) + self.bias
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
         self.inverse: Tensor | None = None
-        self.generator = torch.Generator().manual_seed(process_rank())  # draws rows, one sample after another
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs of the layer."""
-        for inputs in x.split(max(1, 2**22 // x[0].numel())):
-            rows = features(self.layer, inputs, _at_centre(self.layer))
+    def add(self, x: Tensor, seeds: tuple[int, ...]) -> None:
+        """Add inputs of the layer, with a seed for each image to draw rows."""
+        chunk = max(1, 2**22 // x[0].numel())
+        for first in range(0, len(x), chunk):
+            images = slice(first, first + chunk)
+            rows = features(self.layer, x[images], _at_centre(self.layer))
             if self.rows < rows.shape[1]:
-                order = torch.rand(rows.shape[:2], generator=self.generator).argsort(dim=1)[:, : self.rows]
-                rows = rows[torch.arange(len(rows))[:, None], order.to(rows.device)]
+                drawn = drawn_rows(seeds, rows.shape[1], self.rows)[images].to(rows.device)
+                rows = rows[torch.arange(len(rows), device=rows.device)[:, None], drawn]
             rows = rows.flatten(0, 1).float()
             if self.bias:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
@@ -266,11 +267,12 @@ def _sums_of_readers(
     sums = {name: _Sums(context.unet.get_submodule(name), max(1, ROWS // samples)) for name in names}
 
     def keep(name: str):
-        return lambda module, args: sums[name].add(args[0])
+        return lambda module, args: sums[name].add(args[0], seeds)
 
     handles = [context.unet.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         for batch in batches:
+            seeds = batch.seeds()
             context.predictions(batch)
     finally:
         for handle in handles:

@@ -13,7 +13,7 @@ def test_joint_choices_leave_the_least_damage(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the digits at 20 %: the model that is pruned is the trained one, and both figures agree on the order."""
-    mended, as_in_runs, sensitivity, recovered, joint, _, _, with_blocks, _, rival, *_ = one_shot.ROWS
+    mended, as_in_runs, sensitivity, recovered, joint, _, _, with_blocks, _, _, rival, *_ = one_shot.ROWS
     titles = (recovered, joint, with_blocks, mended, as_in_runs, sensitivity, rival)
     monkeypatch.setattr(one_shot, "ROWS", {title: one_shot.ROWS[title] for title in titles})
     words = ["--dataset", "digits", "--ratios", "0.2", "--images", "8", "--results", str(tmp_path)]
@@ -24,7 +24,7 @@ def test_joint_choices_leave_the_least_damage(
     assert all(row["macs_removed"] == pytest.approx(0.2, abs=0.01) for row in rows.values())
     recovered, joint, with_blocks, mended, as_in_runs, *others = rows.values()
     assert recovered["damage"] < joint["damage"] / 2 and recovered["ssim"] > joint["ssim"]
-    assert mended["damage"] < as_in_runs["damage"] < 1.3 * mended["damage"]  # fewer images and rows
+    assert all(row["damage"] < others[0]["damage"] / 4 for row in (mended, as_in_runs))  # the same widths without recovery
     assert with_blocks["damage"] < 1.3 * joint["damage"]
     assert all(joint["damage"] < 0.7 * row["damage"] and joint["ssim"] > row["ssim"] + 0.05 for row in others)
     assert measured["calibration_images"] == 64 and measured["images"] == 8

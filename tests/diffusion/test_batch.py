@@ -45,6 +45,15 @@ def test_parts_hold_the_rows_of_everything() -> None:
     assert all(tensor.is_meta for tensor in moved.tensors()) and list(moved.conditioning) == ["class_labels"]
 
 
+def test_seeds_are_those_of_the_images_in_any_split() -> None:
+    noise = torch.randn(5, 1, 2, 2)
+    whole = DiffusionBatch(torch.zeros(5, 1, 2, 2), noise, torch.arange(5))
+    one, other = whole.split(3)
+    assert one.seeds() + other.seeds() == whole.seeds() and len(set(whole.seeds())) == 5
+    same_images = DiffusionBatch(torch.ones(5, 1, 2, 2), noise.clone(), torch.zeros(5))
+    assert same_images.seeds() == whole.seeds() != DiffusionBatch(noise, noise.flip(0), torch.arange(5)).seeds()
+
+
 def test_the_memory_format_is_that_of_images_and_noise() -> None:
     images = torch.zeros(2, 3, 4, 4)
     moved = DiffusionBatch(images, images, TIMESTEPS[:2]).to(images.device, memory_format=torch.channels_last)

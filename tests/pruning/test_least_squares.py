@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_gfprune.pruning import least_squares
-from diffusers_gfprune.pruning.least_squares import LeastSquares, features, output_rows
+from diffusers_gfprune.pruning.least_squares import LeastSquares, drawn_rows, features, output_rows
 
 ALL = 10**6  # rows: more than there are
 
@@ -16,8 +16,10 @@ def solved(layer: nn.Module, batches: list[tuple[Tensor, Tensor]], ridge: float 
     """Changes of weight and bias for batches of inputs and gaps."""
     inputs = torch.arange(layer.weight.shape[1]) if kept is None else torch.tensor(kept)
     sums = LeastSquares(layer, inputs, torch.arange(layer.weight.shape[0]))
+    first = 0
     for x, gap in batches:
-        sums.add(x, gap, gap, rows)
+        sums.add(x, gap, gap, rows, tuple(range(first, first + len(x))))
+        first += len(x)
     return sums.solve(ridge)
 
 
@@ -86,8 +88,15 @@ def test_batches_add_up(rows: int) -> None:
 
 def test_drawn_rows_are_few() -> None:
     sums = LeastSquares(nn.Conv2d(1, 1, 1), torch.tensor([0]), torch.tensor([0]))
-    sums.add(torch.ones(3, 1, 8, 8), torch.ones(3, 1, 8, 8), torch.full((3, 1, 8, 8), 2.0), rows=5)
+    sums.add(torch.ones(3, 1, 8, 8), torch.ones(3, 1, 8, 8), torch.full((3, 1, 8, 8), 2.0), rows=5, seeds=(1, 2, 3))
     assert sums.gram[1, 1] == 15 and sums.reduce() == pytest.approx(0.5)
+
+
+def test_each_image_draws_rows_of_its_own() -> None:
+    whole = drawn_rows((7, -3, 5), 64, 10)
+    torch.testing.assert_close(torch.cat([drawn_rows((7,), 64, 10), drawn_rows((-3, 5), 64, 10)]), whole)
+    assert all(len(set(rows)) == 10 and 0 <= min(rows) and max(rows) < 64 for rows in whole.tolist())
+    assert whole[0].tolist() != whole[1].tolist() != whole[2].tolist()
 
 
 CENTRED = [
