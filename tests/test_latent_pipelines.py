@@ -87,7 +87,8 @@ def test_a_pipeline_is_loaded_with_all_that_its_training_needs(name: str, saved:
     assert (found.prompts is not None) == (name not in ("dit", "ldm"))
 
 
-@pytest.mark.parametrize("name", [name if name == "dit" else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_pruned_pipeline_is_whole_and_loads_in_both_ways(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     """Everything but the denoiser is the same, byte for byte; samples do not depend on how it was loaded."""
     pipeline = load_pipeline(str(saved(name)))

@@ -82,7 +82,7 @@ def test_budget_is_met_by_the_compacted_model(depth: str, ranking: str, scripted
         assert small.config.layer_channels
 
 
-@pytest.mark.fast_variants(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", ["allow", "only"])
 def test_joint_choice_with_blocks(depth: str) -> None:
     options = {"criterion": "gradient-flow", "ranking": "joint", "ratio": 0.4, "depth": depth}

@@ -152,6 +152,7 @@ quick = pytest.mark.usefixtures(quick_curves.__name__)
 
 @pytest.mark.fast_variants(1)
 @quick
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "criterion"), [("macs", "gradient-flow"), ("params", "magnitude")])
 def test_widths_by_damage_curves_meet_the_budget(target: str, criterion: str) -> None:
     """Counted on the small model; criteria that need no images have curves, too."""
@@ -206,6 +207,7 @@ def test_damage_is_measured_once_and_survives_a_checkpoint(monkeypatch: pytest.M
 
 @pytest.mark.fast_variants(1)
 @quick
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", ["allow", "only"])
 def test_damage_curves_choose_blocks(depth: str) -> None:
     """Where only blocks may go, they are the ones with the least measured damage."""

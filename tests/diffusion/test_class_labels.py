@@ -217,6 +217,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_both_losses_are_reported(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert results["evaluation"]["null_label"] == 10

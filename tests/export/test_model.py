@@ -43,6 +43,7 @@ def edit(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.slow
 def test_it_is_like_the_model_for_pipelines(exports: Path) -> None:
     exported = load(exports / "rgb")
     assert exported.config.in_channels == 3 and exported.config["_class_name"] == "UNet2DModel"

@@ -264,7 +264,8 @@ def test_the_environment_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
 # --- runtimes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_models_are_measured_in_a_runtime(runtime: str) -> None:
     """On the CPU, as they are exported: interleaved, with a speed-up, and the version of the runtime."""
     unets = {"dense": tiny_pipeline().unet, "pruned": tiny_pipeline(block_out_channels=(4, 4)).unet}

@@ -101,6 +101,7 @@ def test_what_others_know_of_a_channel_is_restored(many_samples: None, monkeypat
     assert found == pytest.approx([0.25 / 4, 0.25 / 4, (0.25 + 4 + 9) / 4], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_kept_unit_is_free_to_remove(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a convolution of 3x3 pixels with a bias, behind a norm; without its reader's help, the removal does damage."""
     monkeypatch.setattr(group_damage, "RIDGE", 1e-7)

@@ -30,6 +30,7 @@ def report(run: Path) -> dict:
     return json.loads((run / "pruning_report.json").read_text())
 
 
+@pytest.mark.slow
 def test_quality_is_measured_along_the_way(measured: tuple[Path, Path]) -> None:
     curves = report(measured[0])["curves"]
     assert curves["quality_steps"] == [6, 12]

@@ -55,6 +55,7 @@ def test_a_model_saved_with_another_sampler_is_measured_in_its_process(world: Pa
 # --- what is measured ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_samples_drawn_by_hand(world: Path, evaluated: tuple[Path, dict]) -> None:
     """Fréchet and kernel distance, SSIM and PSNR of the same images, without shards, cache and script."""
     _, results = evaluated

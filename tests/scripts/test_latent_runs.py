@@ -148,6 +148,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(name: str, step: int,
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_another_autoencoder_is_refused(world: Path, tmp_path: Path) -> None:
     quick = ("--eval_images", 0, "--checkpointing_steps", 1)
     with checkpoints_kept(tmp_path / "kept"):

@@ -43,6 +43,7 @@ def run(pipe: DiffusionPipeline, folder: Path, *words: object) -> tuple[dict, di
     return report, results, " ".join((folder / "out/README.md").read_text().split())
 
 
+@pytest.mark.slow
 def test_a_flow_matching_unet_in_pixels(tmp_path: Path) -> None:
     pipe = DDPMPipeline(consistency_unet(), FlowMatchEulerDiscreteScheduler(shift=2.0))
     report, results, card = run(pipe, tmp_path)

@@ -29,7 +29,7 @@ from helpers.scripts import ROOT, RUN_FILES, SHORT, assert_one_error, forget_acc
 TEACHER = ROOT / "training/digits/teacher"
 # Nothing is sampled or timed at the end of a run
 UNMEASURED = ("--eval_images", 0, "--speed_batch_sizes", 0)
-RECOVERY = ("--recovery", "rankings")  # the default, which short runs do without
+DEFAULT_RECOVERY = ("--recovery", "rankings")  # short runs do without
 
 
 # With --quiet, as in the README; otherwise Accelerate adds a traceback to errors
@@ -69,7 +69,7 @@ def digits(output_dir: Path, *arguments: object) -> list[object]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A short run on the digits, through `accelerate launch`, and what it printed."""
     output = tmp_path_factory.mktemp("runs") / "digits"
-    run = launch(*digits(output, "--use_ema", *RECOVERY))
+    run = launch(*digits(output, "--use_ema"))
     assert run.returncode == 0, run.stderr
     return output, run.stdout
 
@@ -126,14 +126,14 @@ def test_run_loads_as_a_pipeline(finished_run: tuple[Path, str], scheduler: type
 def test_same_seed_gives_the_same_weights(finished_run: tuple[Path, str], tmp_path: Path) -> None:
     """A run is a function of its arguments, whatever process it is in and has been in before."""
     output, _ = finished_run
-    run_here(*digits(tmp_path / "again", "--use_ema", *RECOVERY, *UNMEASURED))
+    run_here(*digits(tmp_path / "again", "--use_ema", *UNMEASURED))
     first, second = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (output, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    run = run_short(*digits(tmp_path / "run", "--dry_run", *RECOVERY))
+    run = run_short(*digits(tmp_path / "run", "--dry_run", *DEFAULT_RECOVERY))
     assert run.returncode == 0, run.stderr
     assert "macs" in run.stdout and "time       about" in run.stdout and "conv_in" in run.stdout
     assert " rankings of 1 calibration batches, recovery at each" in run.stdout

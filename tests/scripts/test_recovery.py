@@ -19,9 +19,11 @@ from helpers.resume import (
 
 
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of 256."""
+def little_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of 256 images, and of 8,192 rows of a layer or four for each of its features."""
     monkeypatch.setattr("diffusers_gfprune.training.recovery.SAMPLES", 32)
+    monkeypatch.setattr("diffusers_gfprune.training.recovery.ROWS", 1024)
+    monkeypatch.setattr("diffusers_gfprune.pruning.recovery.ROWS_PER_FEATURE", 2)
 
 
 def report(folder: Path) -> dict:

@@ -72,6 +72,7 @@ def test_a_truncated_checkpoint_is_said_and_the_one_before_taken(
     assert_same_result(run, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_latest_starts_from_the_beginning_and_checkpoints_change_nothing(
     whole_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -29,6 +29,7 @@ def events(tracked: Path):
     return found
 
 
+@pytest.mark.slow
 def test_logs_and_samples_move_into_the_finished_run(tracked: Path) -> None:
     assert not tracked.with_name("run.training").exists()
     assert {path.name for path in (tracked / "samples").iterdir()} == {"step-6.png", "step-12.png"}
