@@ -76,6 +76,16 @@ def test_tables_replace_what_stood_between_the_marks(tmp_path: Path) -> None:
         one_shot.write(document, "new\n")
 
 
+def test_the_readme_says_what_was_measured() -> None:
+    """Of `prune()`'s default on CIFAR-10 images: samples at each share of the MACs."""
+    default, *_ = one_shot.ROWS
+    row = one_shot.json.loads((one_shot.RESULTS / "cifar10.json").read_text())["rows"][default]
+    ssim = [f"{row[str(ratio)]['ssim']:.3f}" for ratio in one_shot.RATIOS]
+    text = " ".join((one_shot.ROOT / "README.md").read_text().split())
+    wanted = f"{ssim[0]} to its dense samples without 10 % of its MACs, {ssim[1]} without 20 %, {ssim[2]} without 30 %"
+    assert f"{wanted} and {ssim[3]} without half" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
