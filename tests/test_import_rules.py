@@ -161,6 +161,7 @@ def test_packages_are_shallow(package: str) -> None:
     assert max(map(level, imports)) <= MOST_LEVELS, max(imports, key=level)
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     """Loading a pruned pipeline needs neither data sets nor training."""
     code = (

@@ -131,6 +131,7 @@ def test_choosing_before_a_ranking_needs_widths() -> None:
     assert sum(int(units.sum()) for units in chosen.values()) < sum(group.num_units for group in pruner.groups)
 
 
+@pytest.mark.slow
 def test_pruning_without_training_and_recovery_chooses_units_together() -> None:
     """By default, where the criterion measures joint changes, and where blocks may go."""
 

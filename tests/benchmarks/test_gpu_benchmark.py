@@ -59,6 +59,7 @@ def test_parts_and_widths_are_those_asked_for(tmp_path: Path, monkeypatch: pytes
         assert found[part] and not found[other]
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is to be compiled in one piece: what Dynamo leaves out would run eagerly under the name of compiled."""
     monkeypatch.setattr(bench_models, "CIFAR10", {**bench_models.CIFAR10, **NARROW})

@@ -88,6 +88,7 @@ def test_compaction_changes_nothing(losses: Losses) -> None:
     assert losses.after[HARD_END] == pytest.approx(losses.before[HARD_END], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_one_shot_pruning_does_jump(digits: tuple[Tensor, Tensor], losses: Losses) -> None:
     """The measure sees a cliff where there is one: the same teacher, cut at once."""
     train, held_out = digits

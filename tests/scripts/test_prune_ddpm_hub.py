@@ -1,12 +1,10 @@
-"""prune_ddpm.py pushes its result to a test Hub with the real client, through the launcher and in this process."""
+"""prune_ddpm.py pushes its result to a test Hub with the real client."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 
 from helpers.hub import contents
 from helpers.hub_server import READ, WRITE, HubServer
-from helpers.scripts import ROOT, RUN_FILES, SHORT, run_script
+from helpers.scripts import RUN_FILES, SHORT, run_script
 
 DIGITS = ("--pretrained_model_name_or_path", "training/digits/teacher", "--dataset_name", "training/digits", "--use_ema")
 
@@ -24,21 +22,19 @@ UNMEASURED = ("--speed_batch_sizes", 0, "--eval_images", 2, "--eval_features", "
 ONE_STEP = ("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 1, "--validation_images", 4, *UNMEASURED)
 
 
-def run_elsewhere(server: HubServer, folder: Path, *arguments: object, token: str | None) -> subprocess.CompletedProcess[str]:
-    """The script, as users start it."""
-    command = [sys.executable, "training/prune_ddpm.py", *SHORT, *DIGITS, "--output_dir", folder / "run", *arguments]
-    environment = {**os.environ, **server.environment(folder / "home", token), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
-    return subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+def run_short(server: HubServer, folder: Path, *arguments: object, token: str | None) -> subprocess.CompletedProcess[str]:
+    """The script in this process, with a client that sends to the test Hub."""
+    with pytest.MonkeyPatch.context() as patch:
+        server.use(patch, folder / "home", token)
+        return run_script("training/prune_ddpm.py", *SHORT, *DIGITS, "--output_dir", folder / "run", *arguments)
 
 
 @pytest.fixture
-def run_quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The script in this process, with a run that takes as little as it can."""
+def run_quickly(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A run that takes as little as it can."""
 
     def run(server: HubServer, *arguments: object, token: str | None) -> subprocess.CompletedProcess[str]:
-        server.use(monkeypatch, tmp_path / "home", token)
-        words = (*SHORT, *DIGITS, "--output_dir", tmp_path / "run", *ONE_STEP, *arguments)
-        return run_script("training/prune_ddpm.py", *words)
+        return run_short(server, tmp_path, *ONE_STEP, *arguments, token=token)
 
     return run
 
@@ -52,7 +48,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer
         options = ("--push_to_hub", "--hub_model_id", "alice/digits", "--hub_private_repo", "--hub_token", WRITE)
         options += ("--push_space", "alice/demo")
         options += ("--save_model_steps", 3, "--hub_strategy", "every_save", "--max_train_steps", 10, *UNMEASURED)
-        run = run_elsewhere(server, folder, *options, token=None)
+        run = run_short(server, folder, *options, token=None)
         yield server, folder / "run", run
 
 
