@@ -12,11 +12,12 @@ ARGS ?=
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
+# --no-compile: Python compiles a module when it is first imported, and most of the installed ones never are
 install: $(VENV)/.installed ## create .venv and install the package with its dependencies
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile -e ".[test]"
 	touch $@
 
 prune: install ## prune the digits DDPM of this repository (seven to fifteen minutes on two cores), or FAMILY=dit, ldm or text
