@@ -19,12 +19,13 @@ Averaged weights change by as much as the weights; the optimizer keeps its momen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion.batch import DiffusionBatch
 from ..one_shot import recovery_batches
@@ -32,7 +33,10 @@ from ..pruning.compaction import CompactionPlan, plan_compaction
 from ..pruning.masking import dense_parameters
 from ..pruning.recovery import recover
 
-__all__ = ["RECOVERIES", "ROWS", "SAMPLES", "WeightPath", "follow_changes", "mend", "plan_changes"]
+__all__ = [
+    *("RECOVERIES", "ROWS", "SAMPLES", "WeightPath", "follow_changes", "mend", "moved_to", "plan_changes"),
+    "weights_restored",
+]
 
 RECOVERIES = ("none", "compaction", "rankings")
 SAMPLES, ROWS = 256, 2**13  # images, and rows that a layer reads, at most
@@ -77,6 +81,29 @@ def mend(dense: ModelMixin, pruner, plan: CompactionPlan, batches: Sequence[Diff
     recover(dense, pruner.unet, plan, images, pruner.process, rows=ROWS)
 
 
+@contextmanager
+def moved_to(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
+    """Inside, a model is on another device."""
+    home = next(model.parameters()).device
+    try:
+        yield model.to(device)
+    finally:
+        model.to(home)
+
+
+@contextmanager
+def weights_restored(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Weights of a masked model are at the end what they were; inside, these are at hand by dense name."""
+    parameters = dense_parameters(unet)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+
+
 @torch.no_grad()
 def plan_changes(
     state, dense: ModelMixin, batches: Sequence[DiffusionBatch], seed: int, device: torch.device | str = "cpu"
@@ -94,16 +121,11 @@ def plan_changes(
     pruner, unet = state.pruner, state.unet
     goal_step, masks = pruner.goal(state.step)
     plan = plan_compaction(unet, pruner.groups, {name: kept.float() for name, kept in pruner.kept.items()})
-    home = next(dense.parameters()).device
-    dense.to(device)
-    parameters = dense_parameters(unet)
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with unet.channel_masks.replaced(masks):
-        mend(dense, pruner, plan, [batch.to(device) for batch in batches], seed + state.step)
-    dense.to(home)
-    changes = {name: p.detach() - before[name] for name, p in parameters.items() if not torch.equal(p, before[name])}
-    for name in changes:
-        parameters[name].copy_(before[name])
+    with weights_restored(unet) as before:
+        with moved_to(dense, device), unet.channel_masks.replaced(masks):
+            mend(dense, pruner, plan, [batch.to(device) for batch in batches], seed + state.step)
+        after = dense_parameters(unet)
+        changes = {name: p.detach() - before[name] for name, p in after.items() if not torch.equal(p, before[name])}
     state.weight_path = WeightPath(state.step, goal_step, changes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from ..interruption import Interruption, StoppedBySignal, asked_to_stop
 from .arguments import Arguments
 from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
 from .diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
+from .recovery import moved_to
 from .run_setup import Run, run_settings
 from .state import TrainingState
 from .tracking import PHASE_NAMES, Tracking
@@ -126,7 +127,9 @@ def examine_first_ranking(run: Run, state: TrainingState, batches: Sequence[Sequ
     """
     pruner, diagnostics = state.pruner, state.diagnostics
     if len(pruner.history) == 1 and find_criterion(pruner.config.criterion).needs_batches:
-        diagnostics["comparison"] = compare_with_magnitude(pruner, batches)
+        mended = run.args.pruning.recovery != "none"
+        with moved_to(run.sample_quality.dense, run.accelerator.device) if mended else nullcontext() as dense:
+            diagnostics["comparison"] = compare_with_magnitude(pruner, batches, dense)
         if run.args.pruning.check_scores:
             arguments = (state.unet, pruner.groups, batches, pruner.process, pruner.config)
             diagnostics["hessian_check"] = check_hessian_gradient_product(*arguments)

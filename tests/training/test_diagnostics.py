@@ -8,15 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
+from diffusers_gfprune.pruning.compaction import plan_compaction
+from diffusers_gfprune.pruning.masking import dense_parameters
+from diffusers_gfprune.pruning.recovery import recover
 from diffusers_gfprune.scoring import hessian_product
 from diffusers_gfprune.scoring.importance import ScoringContext
-from diffusers_gfprune.training.diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
+from diffusers_gfprune.training.diagnostics import (
+    COMPARED_ROWS,
+    check_hessian_gradient_product,
+    compare_with_magnitude,
+    diagnose,
+)
 from helpers.architectures import build
 from helpers.pruners import SCHEDULER, batches, config
 
@@ -257,10 +266,12 @@ def test_few_units_are_ranked_together(scale: float):
     assert (found["relative_error"] == 0) == (scale == 0)
 
 
-def losses_with(pruner: GradientFlowPruner, kept: dict[str, Tensor]) -> float:
-    """Mean loss of a copy of the model with binary masks."""
-    unet = copy.deepcopy(pruner.unet)
-    unet.channel_masks.set({name: flags.float() for name, flags in kept.items()})
+def losses_with(pruner: GradientFlowPruner, kept: dict[str, Tensor], dense: UNet2DModel | None = None) -> float:
+    """Mean loss of a copy of the model with binary masks, mended where a dense model is given."""
+    unet, masks = copy.deepcopy(pruner.unet), {name: flags.float() for name, flags in kept.items()}
+    unet.channel_masks.set(masks)
+    if dense is not None:
+        recover(dense, unet, plan_compaction(unet, pruner.groups, masks), batches()[:1], SCHEDULER, rows=COMPARED_ROWS)
     context = ScoringContext(unet.eval(), pruner.groups, batches(), SCHEDULER, pruner.config)
     with torch.no_grad():
         return sum(context.loss(batch).item() for batch in batches()) / len(batches())
@@ -283,6 +294,17 @@ def test_comparison_with_magnitude(pruner: GradientFlowPruner):
     assert found["loss_criterion"] == pytest.approx(losses_with(pruner, chosen), rel=1e-5)
     assert found["loss_magnitude"] == pytest.approx(losses_with(pruner, by_magnitude.kept), rel=1e-5)
     assert len(set(found.values())) == 3
+
+
+def test_comparison_of_mended_models(pruner: GradientFlowPruner):
+    """As in runs with recovery; the dense model is as it was, and the weights are, too."""
+    dense, before = build("fine-units"), {name: p.clone() for name, p in dense_parameters(pruner.unet).items()}
+    found, plain = compare_with_magnitude(pruner, batches(), dense), compare_with_magnitude(pruner, batches())
+    chosen = pruner.choose_units(pruner.scores)
+    assert found["loss_criterion"] == pytest.approx(losses_with(pruner, chosen, dense), rel=1e-5)
+    assert found["loss_dense"] == plain["loss_dense"]
+    assert all(abs(found[name] / plain[name] - 1) > 1e-4 for name in ("loss_criterion", "loss_magnitude"))
+    assert all(torch.equal(p, before[name]) for name, p in dense_parameters(pruner.unet).items())
 
 
 def test_masks_are_put_back_after_an_error(pruner: GradientFlowPruner):
