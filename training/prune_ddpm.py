@@ -16,10 +16,10 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_gfprune.data.batches import BrokenImages
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
@@ -246,13 +246,14 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
 
     if state.pruner.schedule.is_update(state.step):
         validate(run, state, tracking)  # before and after masks change, to detect jumps
+    _, masks_before = state.pruner.goal(state.step)  # where the ranking before led
     clock = time.perf_counter()
     update = state.pruner.step(state.step, calibration)
     if update is not None:
         state.curves.seconds["scoring"] += time.perf_counter() - clock
         examine_first_ranking(run, state, used)  # before weights change
         if run.args.pruning.recovery == "rankings":
-            plan_recovery(run, state, used or calibration())
+            plan_recovery(run, state, used or calibration(), masks_before)
     follow_changes(state)
     if update is not None:
         tracking.log_ranking(state, update)
@@ -271,10 +272,15 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
     return update is not None
 
 
-def plan_recovery(run: Run, state: TrainingState, batches: list[DiffusionBatch]) -> None:
-    """Plan changes of weights that make up for what the last ranking removes, from its calibration batches."""
+def plan_recovery(
+    run: Run, state: TrainingState, batches: list[DiffusionBatch], masks_before: Mapping[str, Tensor] | None = None
+) -> None:
+    """Plan changes of weights that make up for what the last ranking removes, from its calibration batches.
+
+    Their targets are the layer outputs of the model with the masks before the ranking, if given, or else of the dense one.
+    """
     clock = time.perf_counter()
-    plan_changes(state, run.sample_quality.dense, batches, run.args.run.seed, run.accelerator.device)
+    plan_changes(state, run.sample_quality.dense, batches, run.args.run.seed, run.accelerator.device, masks_before)
     seconds = state.curves.seconds
     seconds["recovery"] = seconds.get("recovery", 0.0) + time.perf_counter() - clock
 

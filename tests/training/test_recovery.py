@@ -15,7 +15,7 @@ from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruning.masking import dense_parameters
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
-from diffusers_gfprune.training.recovery import WeightPath, follow_changes, plan_changes
+from diffusers_gfprune.training.recovery import WeightPath, follow_changes, model_before, plan_changes
 from diffusers_gfprune.training.state import TrainingState
 from helpers.scripts import forget_accelerator
 
@@ -117,6 +117,29 @@ def test_changes_are_complete_when_the_next_ones_are_planned() -> None:
     assert state.weight_path is not path and state.weight_path.start_step == 2
     for name, now in weights(state).items():
         torch.testing.assert_close(now, before[name] + path.changes.get(name, 0.0))
+
+
+def test_targets_are_those_of_the_model_before_the_ranking() -> None:
+    """Where no mask changes, no weight does, however far training has come from the dense model."""
+    state = make_state()
+    dense = UNet2DModel.from_config(state.unet.config)
+    dense.load_state_dict(weights(state))
+    state.pruner.step(0, batches())
+    for state.step in (1, 2, 3, 4):
+        state.pruner.step(state.step, batches())
+    with torch.no_grad():
+        for parameter in state.unet.parameters():
+            parameter.mul_(1.1)
+    masks = state.pruner.unit_masks
+    assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for mask in masks.values())
+    torch.testing.assert_close(output(model_before(state.unet, masks, dense)), output(state.unet))
+    plan_changes(state, dense, batches(), seed=0, masks_before=masks)
+    assert not state.weight_path.changes
+    plan_changes(state, dense, batches(), seed=0)
+    assert len(state.weight_path.changes) > 5
+    everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    plan_changes(state, dense, batches(), seed=0, masks_before=everything)
+    assert len(state.weight_path.changes) > 5
 
 
 def test_shares_of_a_path() -> None:
