@@ -312,8 +312,8 @@ def memory_plan(
 
     curves = int(WORKSPACE * states) + curve_bytes + beside if curve_bytes else 0
     trained, ranked = training(estimate.batch_size), scoring(estimate.scoring_batch_size)
-    # The dense model comes to the device, and weights are copied before they change
-    mended = int(WORKSPACE * states) + recovery_bytes + weights * (3 - teacher) + beside if recovery_bytes else 0
+    # The dense model, a copy of it with the weights of this step, and these before and after they change
+    mended = int(WORKSPACE * states) + recovery_bytes + weights * (4 - teacher) + beside if recovery_bytes else 0
     scored = max(ranked, curves, mended)
     method = f"hvp={hvp}" if takes_hessian else f"criterion={criterion}"
     place = "this machine" if torch.device(device).type == "cpu" else "this GPU"

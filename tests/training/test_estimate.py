@@ -305,10 +305,10 @@ def test_sums_of_damage_curves_follow_the_scoring() -> None:
 
 
 def test_memory_of_recovery() -> None:
-    """Beside weights, gradients and moments: a copy of the weights, their changes, and the dense model, which a teacher is."""
+    """Beside weights, gradients and moments: two copies of the weights, their changes, and the dense model, as a teacher is."""
     given = {"criterion": "magnitude", "recovery_bytes": GIB}
     alone, taught = (memory_plan(an_estimate(activations=0), 6 * GIB, **given, teacher=teacher) for teacher in (False, True))
-    assert alone.scoring == taught.scoring == pytest.approx((1.1 * 4 + 1 + 3) * GIB)
+    assert alone.scoring == taught.scoring == pytest.approx((1.1 * 4 + 1 + 4) * GIB)
     assert alone.lines[1].strip() == "too little; to reduce it: recovery=none"
 
 
