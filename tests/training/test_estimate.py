@@ -305,7 +305,7 @@ def test_sums_of_damage_curves_follow_the_scoring() -> None:
 
 
 def test_memory_of_recovery() -> None:
-    """Beside weights, gradients and moments: two copies of the weights, their changes, and the dense model, as a teacher is."""
+    """Beside weights, gradients and moments: two copies of the weights, their changes, and the dense model, or the teacher."""
     given = {"criterion": "magnitude", "recovery_bytes": GIB}
     alone, taught = (memory_plan(an_estimate(activations=0), 6 * GIB, **given, teacher=teacher) for teacher in (False, True))
     assert alone.scoring == taught.scoring == pytest.approx((1.1 * 4 + 1 + 4) * GIB)
