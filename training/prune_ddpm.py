@@ -246,7 +246,7 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
 
     if state.pruner.schedule.is_update(state.step):
         validate(run, state, tracking)  # before and after masks change, to detect jumps
-    _, masks_before = state.pruner.goal(state.step)  # where the ranking before led
+        _, masks_before = state.pruner.goal(state.step)  # where the ranking before led
     clock = time.perf_counter()
     update = state.pruner.step(state.step, calibration)
     if update is not None:

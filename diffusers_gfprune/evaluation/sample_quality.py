@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..data.decoding import EncodedImage, content_digest
 from ..data.sources import HeldOut, ImageSource, readable_images
 from ..diffusion.latents import LatentCodec
+from ..diffusion.placement import moved
 from ..families.lookup import family_of
 from ..metrics.cache import TensorCache
 from ..metrics.conditions import SampleConditions, label_conditions, row_conditions
@@ -274,12 +275,11 @@ class SampleQuality:
     @functools.cached_property
     def quality(self) -> Quality:
         """Created at first use: the dense model samples and real images are read."""
-        home = next(self.dense.parameters()).device
-        samples = dense_samples(
-            *(self.cache, self.settings, self.dense.to(self.device).eval(), self.scheduler, "sampling (dense)"),
-            *(self.codec, self.conditions),
-        )
-        self.dense.to(home)
+        with moved([self.dense], self.device):
+            samples = dense_samples(
+                *(self.cache, self.settings, self.dense.eval(), self.scheduler, "sampling (dense)"),
+                *(self.codec, self.conditions),
+            )
         networks, reference = [], {}
         if self.network is not None:
             real = RealFeatures(self.images, [self.network], self.cache, self.args.eval_reference_images)

@@ -32,14 +32,15 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..diffusion.batch import DiffusionBatch
+from ..diffusion.placement import moved
 from ..one_shot import recovery_batches
 from ..pruning.compaction import CompactionPlan, plan_compaction
 from ..pruning.masking import dense_parameters
 from ..pruning.recovery import recover
 
 __all__ = [
-    *("RECOVERIES", "ROWS", "SAMPLES", "WeightPath", "follow_changes", "mend", "model_before"),
-    *("moved_to", "plan_changes", "weights_restored"),
+    *("RECOVERIES", "ROWS", "SAMPLES", "WeightPath", "follow_changes", "mend", "model_before", "plan_changes"),
+    "weights_restored",
 ]
 
 RECOVERIES = ("none", "compaction", "rankings")
@@ -103,16 +104,6 @@ def model_before(unet: ModelMixin, masks: Mapping[str, Tensor], dense: ModelMixi
 
 
 @contextmanager
-def moved_to(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
-    """Inside, a model is on another device."""
-    home = next(model.parameters()).device
-    try:
-        yield model.to(device)
-    finally:
-        model.to(home)
-
-
-@contextmanager
 def weights_restored(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Weights of a masked model are at the end what they were; inside, these are at hand by dense name."""
     parameters = dense_parameters(unet)
@@ -151,7 +142,7 @@ def plan_changes(
     plan = plan_compaction(unet, pruner.groups, {name: kept.float() for name, kept in pruner.kept.items()})
     reference = dense if masks_before is None else model_before(unet, masks_before, dense)
     with weights_restored(unet) as before:
-        with moved_to(reference, device), unet.channel_masks.replaced(masks):
+        with moved([reference], device), unet.channel_masks.replaced(masks):
             mend(reference, pruner, plan, [batch.to(device) for batch in batches], seed + state.step)
         after = dense_parameters(unet)
         changes = {name: p.detach() - before[name] for name, p in after.items() if not torch.equal(p, before[name])}

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import GradientFlowPruner
+from ..diffusion.placement import moved
 from ..evaluation.sample_quality import SampleQuality
 from ..evaluation.trials import describe_speed, try_features, try_sampling, try_speed
 from ..formatting import format_size
@@ -56,22 +57,20 @@ def rehearse_run(
     """
     start, tried = time.perf_counter(), []
     dense, e = sample_quality.dense, args.evaluation
-    home = next(dense.parameters()).device
-    dense.to(sample_quality.device)
-    if e.eval_images or args.tracking.sample_steps:
-        argument = f"pretrained_model_name_or_path={args.model.pretrained_model_name_or_path}"
-        try_sampling(argument, dense, sample_quality.scheduler, sample_quality.settings, sample_quality.codec)
-        tried.append("a sampling step")
-    if sample_quality.network is not None:
-        try_features([sample_quality.network], image_shape(dense, sample_quality.codec))
-        tried.append("features")
     speed, lines, settings = [], [], e.speed_settings()
-    if settings:
-        speed, words = try_speed(dense, settings)
-        tried += words
-        lines.append(describe_speed(settings))
-    rehearse_card(args, pruner, sample_quality, num_held_out, origin, speed)
-    dense.to(home)
+    with moved([dense], sample_quality.device):
+        if e.eval_images or args.tracking.sample_steps:
+            argument = f"pretrained_model_name_or_path={args.model.pretrained_model_name_or_path}"
+            try_sampling(argument, dense, sample_quality.scheduler, sample_quality.settings, sample_quality.codec)
+            tried.append("a sampling step")
+        if sample_quality.network is not None:
+            try_features([sample_quality.network], image_shape(dense, sample_quality.codec))
+            tried.append("features")
+        if settings:
+            speed, words = try_speed(dense, settings)
+            tried += words
+            lines.append(describe_speed(settings))
+        rehearse_card(args, pruner, sample_quality, num_held_out, origin, speed)
     size = parameter_bytes(dense)
     folder.try_writing(size)
     tried.append(f"a card and a file of {format_size(size)}")

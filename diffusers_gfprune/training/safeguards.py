@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from ..criteria import find_criterion
 from ..data.batches import BrokenImages
+from ..diffusion.placement import moved
 from ..errors import one_line
 from ..interruption import Interruption, StoppedBySignal, asked_to_stop
 from .arguments import Arguments
 from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
 from .diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
-from .recovery import moved_to
 from .run_setup import Run, run_settings
 from .state import TrainingState
 from .tracking import PHASE_NAMES, Tracking
@@ -127,8 +127,8 @@ def examine_first_ranking(run: Run, state: TrainingState, batches: Sequence[Sequ
     """
     pruner, diagnostics = state.pruner, state.diagnostics
     if len(pruner.history) == 1 and find_criterion(pruner.config.criterion).needs_batches:
-        mended = run.args.pruning.recovery != "none"
-        with moved_to(run.sample_quality.dense, run.accelerator.device) if mended else nullcontext() as dense:
+        dense = None if run.args.pruning.recovery == "none" else run.sample_quality.dense
+        with moved([] if dense is None else [dense], run.accelerator.device):
             diagnostics["comparison"] = compare_with_magnitude(pruner, batches, dense)
         if run.args.pruning.check_scores:
             arguments = (state.unet, pruner.groups, batches, pruner.process, pruner.config)

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..diffusion.placement import moved
 from ..evaluation.sample_quality import SampleQuality
 from ..pruner import MaskUpdate
 from ..reports.plots import save_sample_grid
@@ -135,10 +136,8 @@ class Tracking:
         quality = self.sample_quality
         sample = partial(settings.sample, scheduler=quality.scheduler, codec=quality.codec, conditions=quality.conditions)
         if self.dense_samples is None:
-            dense = self.sample_quality.dense
-            home = next(dense.parameters()).device
-            self.dense_samples = sample(dense.to(self.accelerator.device))
-            dense.to(home)
+            with moved([quality.dense], self.accelerator.device):
+                self.dense_samples = sample(quality.dense)
         with state.averaged() as unet:
             samples = sample(unet)
         path = self.folder.training / "samples" / f"step-{state.step}.png"

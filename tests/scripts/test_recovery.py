@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from diffusers_gfprune.scripts import prune_ddpm
+from diffusers_gfprune.training.recovery import plan_changes
 from helpers.resume import (
     assert_same_result,
     assert_same_state,
@@ -58,6 +61,27 @@ def test_criteria_without_batches_are_mended_too(tmp_path: Path) -> None:
         run_here(tmp_path / recovery, *words, "--recovery", recovery)
         losses.append(compaction(tmp_path / recovery)["step_loss_masked"])
     assert losses[1] < 0.8 * losses[0]
+
+
+def test_rankings_are_recovered_towards_the_model_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its masks are those that the last ranking led to; at first there are none.
+
+    The teacher's blocks have hooks here, and so do copies of it.
+    """
+    calls = []
+
+    def recorded(state, *args) -> None:
+        calls.append((args[-1], {name: kept.bool().cpu() for name, kept in state.pruner.kept.items()}))
+        plan_changes(state, *args)
+
+    monkeypatch.setattr(prune_ddpm, "plan_changes", recorded)
+    words = ("--recovery", "rankings", "--max_train_steps", 8, "--update_interval", 1, "--feature_distillation_weight", 0.03)
+    run_here(tmp_path / "run", *words, "--checkpointing_steps", 0)
+    before, kept = zip(*calls)
+    assert len(calls) == len(report(tmp_path / "run")["mask_updates"]) >= 3
+    assert all(bool((mask == 1).all()) for mask in before[0].values())
+    for masks, led_to in zip(before[1:], kept):
+        assert all(torch.equal(mask.cpu() == 1, led_to[name]) for name, mask in masks.items())
 
 
 # When masks freeze, right before recovery; and between two rankings of the soft phase, where a part of the changes is made
