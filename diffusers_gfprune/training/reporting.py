@@ -98,11 +98,13 @@ def describe_plan(
     recovery = {"none": "", "compaction": ", recovery before compaction", "rankings": ", recovery at each"}[
         args.pruning.recovery
     ]
-    timed = "" if estimate.timed_batch_size == estimate.batch_size else f", extrapolated from {estimate.timed_batch_size}"
+    whole = estimate.timed_batch_size == estimate.batch_size
+    timed = "" if whole else f", extrapolated from {estimate.timed_batch_size}"
+    about = "about" if whole else "at most"  # small batches take more time for an image
     lines += [
         f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
         f"{args.pruning.calibration_batches} calibration batches{recovery}",
-        f"  time       about {format_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
+        f"  time       {about} {format_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
         f"({estimate.seconds:.3f} s for a dense forward and backward of {estimate.batch_size} images{timed})",
     ]
     memory = memory_plan(
