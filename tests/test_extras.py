@@ -32,6 +32,7 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", ABSENT + code], capture_output=True, text=True)
 
 
+@pytest.mark.slow  # test_import_rules.py follows the imports without a new process
 def test_pruned_repositories_load_without_the_extra() -> None:
     code = f"""
 import diffusers_gfprune

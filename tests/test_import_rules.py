@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import configparser
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,10 +107,17 @@ def parts(path: Path) -> tuple[str, ...]:
     return path.relative_to(PACKAGE).with_suffix("").parts
 
 
-def our_imports(path: Path) -> set[tuple[str, ...]]:
-    """Modules of this package that a module imports anywhere, lazily, too."""
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """A module, read once for all tests."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def our_imports(path: Path, lazy: bool = True) -> set[tuple[str, ...]]:
+    """Modules of this package that a module imports on import or, with `lazy`, anywhere."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)) if lazy else module_level(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = parts(path)[: -node.level]
             module = (*base, *(node.module.split(".") if node.module else ()))
@@ -161,6 +170,38 @@ def test_packages_are_shallow(package: str) -> None:
     assert max(map(level, imports)) <= MOST_LEVELS, max(imports, key=level)
 
 
+def file_of(module: tuple[str, ...]) -> Path:
+    """The file that an import of a module runs."""
+    path = PACKAGE.joinpath(*module)
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def test_import_needs_only_a_plain_install() -> None:
+    """What runs on `import diffusers_gfprune`, from module to module, imports no package of an extra."""
+    pending, seen = [("__init__",)], set()
+    while pending:
+        module = pending.pop()
+        if module not in seen:
+            seen.add(module)
+            # A module's packages run before it
+            pending += [*our_imports(file_of(module), lazy=False), *(module[:n] for n in range(1, len(module)))]
+    assert len(seen) > 80 and ("remote", "unet_2d_gfpruned") in seen
+    assert not {module[0] for module in seen} & set(HEAVY)
+    installed = {*sys.stdlib_module_names, *plain_install()}
+    for module in seen:
+        imported = imported_modules(module_level(parsed(file_of(module))))
+        assert {name.partition(".")[0] for name in imported if not is_ours(name)} <= installed, module
+
+
+def plain_install() -> set[str]:
+    """Packages that `pip install .` brings, by the names that they are imported by."""
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg")
+    required = settings["options"]["install_requires"].split("\n")
+    names = {line.partition(">=")[0] for line in required if line and not line.startswith("#")}
+    return names - {"pillow"} | {"PIL"}
+
+
 @pytest.mark.slow
 def test_import_is_light() -> None:
     """Loading a pruned pipeline needs neither data sets nor training."""
@@ -175,7 +216,7 @@ def test_import_is_light() -> None:
 def test_optional_packages_are_imported_when_used() -> None:
     """bitsandbytes is for those who train with it, runtimes are for those who export."""
     for path in ALL:
-        imported = [module.partition(".")[0] for module in imported_modules(module_level(ast.parse(path.read_text())))]
+        imported = [module.partition(".")[0] for module in imported_modules(module_level(parsed(path)))]
         assert not {"bitsandbytes", "nncf", "onnx", "onnxruntime", "openvino"} & set(imported), path
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from helpers.hub import contents
 from helpers.latent_models import autoencoder, text_encoder, tokenizer
 from helpers.latent_pipelines import CAPTIONS, CLASSES, save, write_data
 from helpers.resume import checkpoints_kept, place
-from helpers.scripts import ROOT, assert_one_error, forget_accelerator, plain_runs, run_script
+from helpers.scripts import assert_one_error, forget_accelerator, plain_runs, run_script
 
 # Soft phase to step 2, hard phase to step 4
 SHORT = [
@@ -80,10 +78,8 @@ def words(world: Path, name: str, output: Path, *more: object) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script as users start it."""
-    command = [sys.executable, "training/prune_ddpm.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    """The script as users start it, without a new process."""
+    return run_script("training/prune_ddpm.py", *arguments, environment={"HF_HUB_OFFLINE": "1"})
 
 
 def run_here(*arguments: str) -> None:
