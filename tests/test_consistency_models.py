@@ -65,6 +65,7 @@ def test_a_pipeline_is_pruned_without_data() -> None:
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_call_repeats_exactly_and_takes_images() -> None:
     pipe = consistency_pipeline()
     images = torch.rand(8, 1, SIZE, SIZE) * 1.8 - 0.9

@@ -64,6 +64,7 @@ def test_native_norms_have_the_most_equal_groups(channels: int, groups: int) -> 
     assert study_latency.native_groups(channels, 8) == groups
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(("ragged", "built"), [(False, "native norms"), (True, "ragged norms")])
 def test_a_model_of_single_channels_has_the_widths_and_macs_of_its_run(ragged: bool, built: str, dense: UNet2DModel) -> None:
     run = load_channels("digits")["channels"][0]

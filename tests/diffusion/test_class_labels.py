@@ -261,6 +261,7 @@ def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) ->
     assert ("| step loss, null label | 0.25 | 0.25 | |" in card) == ("Null label 10:" in card) == (loss is not None)
 
 
+@pytest.mark.slow
 def test_an_evaluation_reports_both_losses(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """With the null label that the run has recorded, on labels that do not tell how many classes there are."""
     from diffusers_gfprune.scripts import evaluate

@@ -104,6 +104,7 @@ def test_run_without_a_card_gets_one(arguments: list, tmp_path: Path) -> None:
     assert 'from_pretrained("small")' in (tmp_path / "small/README.md").read_text()
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(
     "where",
     [
@@ -151,6 +152,7 @@ def test_a_run_is_not_left_half_changed(arguments: list, tmp_path: Path, monkeyp
     assert run(tmp_path, *arguments)["evaluation"]["seed"] == 7
 
 
+@pytest.mark.slow
 def test_killed_while_the_run_is_changed(arguments: list, tmp_path: Path, monkeypatch) -> None:
     """The same command changes what is left."""
     with monkeypatch.context() as patch:

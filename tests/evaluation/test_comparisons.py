@@ -199,6 +199,7 @@ def test_other_held_out_images_of_one_name_are_refused(tmp_path: Path) -> None:
         compare(tmp_path, "of-one", "of-other")
 
 
+@pytest.mark.slow
 def test_evaluations_of_this_script_can_be_compared(tmp_path: Path) -> None:
     """Two seeds cannot; a model and its copy can."""
     from helpers.evaluations import save_dense, write_images

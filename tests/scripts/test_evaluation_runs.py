@@ -104,6 +104,7 @@ def test_without_samples_and_without_networks(world: Path, tmp_path: Path) -> No
     assert set(alike["model"]["quality"]) == {"ssim_to_dense", "psnr_to_dense"} and alike["evaluation"]["distances"] == {}
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("samples", [("--num_images", 0), ("--num_images", 3, "--features", "none")])
 def test_stream_without_distances(world: Path, tmp_path: Path, samples: tuple) -> None:
     """It need not be counted where only held-out images are read."""
@@ -189,6 +190,7 @@ def test_models_from_the_hub(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert (results["model"]["ema"], results["reference_model"]["ema"]) == (True, None)
 
 
+@pytest.mark.slow
 def test_stream_of_real_images(world: Path, tmp_path: Path) -> None:
     """The first ones, as from the disk."""
     arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--num_images", 70)

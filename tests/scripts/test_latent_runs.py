@@ -240,6 +240,7 @@ def test_bad_input_is_one_line_before_anything_is_encoded(case: str, world: Path
     assert not (tmp_path / "encoded").exists() and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_long_prompts_are_cut_with_a_warning(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As Diffusers' pipelines cut them."""
     write_data(tmp_path / "data", captions=("a cat with a very long tail", "two"))

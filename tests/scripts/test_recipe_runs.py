@@ -129,6 +129,7 @@ def run_from_hub(hub: HubServer, recipe: str, config: dict, size: tuple[int, int
     assert len(rows) >= 1 and {r.status for r in rows} <= {200, 206}
 
 
+@pytest.mark.slow
 def test_digits(tmp_path: Path) -> None:
     run = run_script("training/prune_ddpm.py", *words_of("digits", tmp_path))
     assert run.returncode == 0, run.stderr

@@ -54,6 +54,7 @@ def test_one_shot_starts_from_a_mended_model(tmp_path: Path) -> None:
     assert all(after[name] < 0.8 * before[name] for name in ("loss_criterion", "loss_magnitude"))
 
 
+@pytest.mark.slow
 def test_criteria_without_batches_are_mended_too(tmp_path: Path) -> None:
     words = ("--preset", "one-shot", "--criterion", "magnitude", "--max_train_steps", 1, "--checkpointing_steps", 0)
     losses = []
