@@ -9,6 +9,14 @@ and crop, flip, noise and timestep of draw d come from a random generator seeded
 has b = ⌊n / G⌋ batches (the remainder is left out), and batch k is number k mod b in the permutation of epoch ⌊k / b⌋, which
 is seeded by (seed, epoch). A batch therefore does not depend on the number of processes or workers, or on where a run resumes.
 
+Stratified timesteps spread a batch over all noise levels: row i of global batch k gets the timestep at
+
+    (p_k(i) + u_d) / G          u_d uniform in [0, 1), from the generator of its draw d
+
+in the distribution of the training, with p_k a permutation of 0, ..., G - 1 seeded by (seed, k). Each timestep has the same
+distribution as an independent one, and the loss of a batch the same mean, but less variance, since it differs more between
+noise levels than between images (Kingma et al., "Variational Diffusion Models", https://arxiv.org/abs/2107.00630, appendix I).
+
 Streams are different: the images of a rank also depend on the numbers of processes and workers, which divide the shards. If
 these are unchanged, a resumed stream also gives exactly the same batches.
 
@@ -35,7 +43,17 @@ from ..diffusion.process import DiffusionProcess
 from ..errors import one_line
 from ..interruption import notice_dead_workers_at_next_batch, obey_only_parent
 from .decoding import NETWORK_ERRORS, BrokenImages, EncodedImage
-from .draws import CALIBRATION, CALIBRATION_LABELS, DRAW, ORDER, random_generator, read_example, stack_examples
+from .draws import (
+    CALIBRATION,
+    CALIBRATION_LABELS,
+    DRAW,
+    ORDER,
+    STRATA,
+    Example,
+    random_generator,
+    read_example,
+    stack_examples,
+)
 from .sources import ImageSource, ImageStream, IndexedSource
 
 __all__ = ["BrokenImages", "calibration_batches", "train_dataloader"]
@@ -74,12 +92,21 @@ class _Plan:
     first_batch: int
     rank: int
     world_size: int
+    stratified: bool
 
     def make(self, images: ImageSource, number: int, encoded: Sequence[EncodedImage]) -> TrainingBatch:
         """Rows of this process in global batch `number`."""
         first = (number * self.world_size + self.rank) * self.batch_size
         examples = [read_example(images, image, self.seed, DRAW, first + row) for row, image in enumerate(encoded)]
-        return stack_examples(examples, [example.time for example in examples], self.process)
+        return stack_examples(examples, self.times(number, examples), self.process)
+
+    def times(self, number: int, examples: Sequence[Example]) -> list[float]:
+        """Where timesteps of these rows of global batch `number` are in their distribution, in [0, 1)."""
+        if not self.stratified:
+            return [example.time for example in examples]
+        size, first = self.batch_size * self.world_size, self.batch_size * self.rank
+        strata = random_generator(self.seed, STRATA, number).permutation(size)[first : first + self.batch_size]
+        return [float(stratum + example.time) / size for stratum, example in zip(strata, examples, strict=True)]
 
 
 class _RowBatches(Dataset):
@@ -215,6 +242,7 @@ def train_dataloader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    stratified: bool = False,
 ) -> DataLoader:
     """An infinite loader of training batches for one process. It uses no global random generator.
 
@@ -235,6 +263,7 @@ def train_dataloader(
         num_workers: Number of processes that load images (0: load in this process). Batches of a stream depend on it.
         rank: Number of this process.
         world_size: Number of processes that share a global batch.
+        stratified: Whether timesteps of a global batch are spread evenly over their distribution, not drawn independently.
 
     Raises:
         ValueError: There are too few images for one global batch, too few shards for the workers, or a number is out of range.
@@ -242,7 +271,7 @@ def train_dataloader(
     check_range(at_least(1), train_batch_size=batch_size)
     check_range(at_least(0), seed=seed, first_batch=first_batch, dataloader_num_workers=num_workers)
     _check_rank(rank, world_size)
-    plan = _Plan(batch_size, seed, process, first_batch, rank, world_size)
+    plan = _Plan(batch_size, seed, process, first_batch, rank, world_size, stratified)
     common = {
         "batch_size": None,
         "collate_fn": _as_it_is,

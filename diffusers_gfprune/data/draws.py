@@ -22,7 +22,7 @@ from .sources import ImageSource
 __all__ = ["Example", "random_generator", "read_example", "stack_examples"]
 
 # Purpose of a generator
-ORDER, DRAW, REPLACEMENT, CALIBRATION, CALIBRATION_LABELS = range(5)
+ORDER, DRAW, REPLACEMENT, CALIBRATION, CALIBRATION_LABELS, STRATA = range(6)
 MAX_REPLACEMENTS = 10
 
 

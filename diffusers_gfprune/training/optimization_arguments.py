@@ -10,6 +10,7 @@ from ..argument_fields import FRACTION, POSITIVE, Range, argument, at_least, che
 __all__ = ["CheckpointArguments", "PrecisionArguments", "TrackingArguments", "TrainingArguments"]
 
 LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+TIMESTEP_SAMPLINGS = ["stratified", "independent"]
 TRACKERS = ["none", "tensorboard", "wandb", "trackio"]
 ZERO_OR_MORE = Range("be 0 or more", lambda value: value >= 0)
 
@@ -28,6 +29,11 @@ class TrainingArguments:
     max_train_steps: int = argument(100_000, "Number of optimizer steps of the whole run (>= 1).")
     train_batch_size: int = argument(64, "Number of images per forward and process (>= 1).")
     gradient_accumulation_steps: int = argument(1, "Number of batches per optimizer step (>= 1).")
+    timestep_sampling: str = argument(
+        "stratified",
+        "Timesteps of a batch: one from each of as many equal parts of their distribution, or independent ones.",
+        choices=TIMESTEP_SAMPLINGS,
+    )
     learning_rate: float = argument(2e-4, "Peak learning rate of AdamW (> 0).")
     lr_scheduler: str = argument("constant", "Learning rate schedule, by its name in Diffusers.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = argument(0, "Steps of linear warm-up (>= 0).")

@@ -82,6 +82,26 @@ def test_noise_and_timesteps_have_the_right_distribution(tmp_path: Path) -> None
     assert len({tuple(image[0, 0].tolist()) for image in noise}) == len(noise)
 
 
+def test_stratified_timesteps_are_one_of_each_part(tmp_path: Path) -> None:
+    """With as many parts as timesteps, a batch has each once, in an order of its own; all else is as without."""
+    images = make_images(tmp_path, "rows")
+    plain, spread = (take(images, 8, batch_size=24, process=ddpm(24), stratified=value) for value in (False, True))
+    for one, other in zip(plain, spread):
+        assert sorted(other["timesteps"].tolist()) == list(range(24)) != sorted(one["timesteps"].tolist())
+        assert torch.equal(one["clean"], other["clean"]) and torch.equal(one["noise"], other["noise"])
+    assert len({tuple(batch["timesteps"].tolist()) for batch in spread}) == 8
+
+
+def test_stratified_timesteps_have_the_right_distribution_in_every_row(tmp_path: Path) -> None:
+    """Where in its part a timestep is, is drawn, and a row's part changes from batch to batch."""
+    batches = take(make_images(tmp_path, "rows"), 360, process=ddpm(12), stratified=True)
+    timesteps = torch.stack([batch["timesteps"] for batch in batches])  # three timesteps in each of four parts
+    assert ((timesteps.sort(dim=1).values // 3) == torch.arange(4)).all()
+    for row in timesteps.T:
+        counts = torch.bincount(row, minlength=12)
+        assert len(counts) == 12 and ((counts - 30).abs() < 27).all()  # five standard deviations
+
+
 def test_generators_look_at_all_bits() -> None:
     seen = {
         random_generator(seed, *key).random()
@@ -116,11 +136,13 @@ def test_epochs_meet_each_image_at_most_once(tmp_path: Path) -> None:
     assert epochs[0] != sum([numbers_of(batch["clean"]) for batch in take(images, 4, batch_size=5, seed=4)], [])
 
 
+@pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_share_the_batches_of_one(world_size: int, tmp_path: Path) -> None:
+def test_processes_share_the_batches_of_one(world_size: int, stratified: bool, tmp_path: Path) -> None:
     images = make_images(tmp_path, "rows", model_spec(classes=4))
-    whole = take(images, 7, batch_size=6)
-    parts = [take(images, 7, 6 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    whole = take(images, 7, batch_size=6, stratified=stratified)
+    options = {"world_size": world_size, "stratified": stratified}
+    parts = [take(images, 7, 6 // world_size, rank=rank, **options) for rank in range(world_size)]
     for name in ("clean", "noise", "timesteps", "class_labels"):
         for number, batch in enumerate(whole):
             assert torch.equal(batch[name], torch.cat([part[number][name] for part in parts])), name
@@ -128,7 +150,7 @@ def test_processes_share_the_batches_of_one(world_size: int, tmp_path: Path) -> 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     images = make_images(tmp_path, "rows")
-    assert_same(take(images, 9), take(images, 9, num_workers=2))
+    assert_same(take(images, 9, stratified=True), take(images, 9, num_workers=2, stratified=True))
 
 
 @pytest.mark.fast_variants(3)
@@ -144,7 +166,7 @@ def test_resumed_batches_are_those_of_an_uninterrupted_run(
 ) -> None:
     """From within the first epoch, its end, and far beyond."""
     images = make_images(tmp_path, kind, shuffle_buffer_size=7)
-    options = {"num_workers": num_workers, "rank": world_size - 1, "world_size": world_size}
+    options = {"num_workers": num_workers, "rank": world_size - 1, "world_size": world_size, "stratified": True}
     batches = take(images, 30, **options)
     for first in (1, 6, 27):
         assert_same(batches[first : first + 3], take(images, 3, first_batch=first, **options))
