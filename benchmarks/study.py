@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from study_digits import DISTANCE_TITLE, script_environment
-from study_settings import BASE, CURVE_STEPS, DATASETS, LATENT, SETTINGS, TEACHERS, Setting
+from study_settings import BASE, CURVE_STEPS, DATASETS, LATENT, PLAIN, SETTINGS, TEACHERS, Setting
 
 from diffusers_gfprune.reports.results import ModelFigures, Results, read_results
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -124,7 +124,10 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
 
 def words_of_today(words: list[str]) -> list[str]:
     """Arguments of an older run under their current names."""
-    found = [*words, *(() if "--recovery" in words else ("--recovery", "none"))]  # which was the default
+    found = list(words)
+    for name, default in zip(PLAIN[::2], PLAIN[1::2]):  # which were the defaults
+        if name not in words:
+            found += [name, default]
     if "--flow_metric" in found:
         index = found.index("--flow_metric")
         found[index : index + 2] = "--criterion", FLOW_METRICS[found[index + 1]]

@@ -1,4 +1,5 @@
-"""Settings of the study: each is the run of a data set's recipe, without recovery, with a few changed arguments.
+"""Settings of the study: each is the run of a data set's recipe with a few changed arguments, without recovery and with
+independent timesteps unless they say otherwise.
 
 Parts of the study:
 
@@ -14,6 +15,7 @@ Parts of the study:
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
     features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
+    timesteps   how timesteps of training are drawn and weighed
     igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
@@ -31,8 +33,8 @@ from dataclasses import dataclass, field, replace
 from diffusers_gfprune.criteria import find_criterion
 
 __all__ = [
-    *("BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "EVERY", "LATENT", "SCORES", "SETTINGS", "SHARED", "TEACHERS"),
-    "Setting",
+    *("BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "EVERY", "LATENT", "PLAIN", "SCORES", "SETTINGS", "SHARED"),
+    *("TEACHERS", "Setting"),
 ]
 
 DATASETS = ("digits", "cifar10")
@@ -41,9 +43,11 @@ LATENT = ("digits-dit", "digits-ldm", "digits-text")
 EVERY = (*DATASETS, *LATENT)
 
 # Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves, for data sets that have them.
-# Recovery is the default of the script, and no part of what criteria, schedules and rivals are compared for.
+# Recovery and stratified timesteps are defaults of the script, and no part of what criteria, schedules and rivals are compared
+# for.
 RECIPES = {"cifar10": "benchmarks/cifar10/prune.yaml", **{name: name.replace("-", "_") for name in ("digits", *LATENT)}}
-BASE = {name: ("--recipe", RECIPES[name], "--recovery", "none") for name in EVERY}
+PLAIN = ("--recovery", "none", "--timestep_sampling", "independent")
+BASE = {name: ("--recipe", RECIPES[name], *PLAIN) for name in EVERY}
 TEACHERS = {
     "digits": "training/digits/teacher",
     "cifar10": "benchmarks/cifar10/teacher",
@@ -90,6 +94,8 @@ UNIFORM = ("--ranking", "group")  # the same share of every group, as in all pub
 MEASURED = ("--ranking", "curves")  # by the damage of narrowing each group
 WEIGHTS = ("--criterion", "gradient-flow-weights")
 MENDED = ("--recovery", "rankings")
+STRATIFIED = ("--timestep_sampling", "stratified")
+OURS = (*MENDED, *STRATIFIED)
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
@@ -103,7 +109,7 @@ OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # for settings 
 
 
 def _main() -> list[Setting]:
-    found = [Setting("default", "gradient flow, two phases (default)", "main", MENDED, curves=True)]
+    found = [Setting("default", "gradient flow, two phases (default)", "main", OURS, curves=True)]
     for teacher, ending, words in (((), "", ""), (NO_TEACHER, "-noise", ", no teacher")):
         for criterion, title in CRITERIA.items():
             chosen = () if criterion == "gradient-flow" else ("--criterion", criterion, *UNIFORM)
@@ -133,7 +139,7 @@ def _main() -> list[Setting]:
 def _budgets() -> list[Setting]:
     found = []
     for name, title, arguments in (
-        ("default", "gradient flow, two phases (default)", MENDED),
+        ("default", "gradient flow, two phases (default)", OURS),
         ("two-phase", "gradient flow, two phases, no recovery", ()),
         ("one-shot-diff-pruning", "Diff-Pruning, one-shot", (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)),
         ("one-shot-magnitude", "magnitude, one-shot", (*ONE_SHOT, "--criterion", "magnitude", *UNIFORM)),
@@ -292,6 +298,18 @@ def _features() -> list[Setting]:
     ]
 
 
+def _timesteps() -> list[Setting]:
+    ours = "gradient flow, two phases"
+    rows = [
+        ("independent", f"{ours}, independent timesteps", MENDED),
+        ("min-snr", f"{ours}, independent timesteps, Min-SNR weights", (*MENDED, "--snr_gamma", "5")),
+    ]
+    for criterion in ("magnitude", "diff-pruning"):
+        words = (*ONE_SHOT, "--criterion", criterion, *UNIFORM, *STRATIFIED)
+        rows.append((f"one-shot-{criterion}-stratified", f"{CRITERIA[criterion]}, one-shot, stratified timesteps", words))
+    return [Setting(name, title, "timesteps", arguments, curves=True) for name, title, arguments in rows]
+
+
 def _igsm() -> list[Setting]:
     """IGSM (arXiv 2506.05398) as its public code has it, and its losses for the default.
 
@@ -358,7 +376,7 @@ def _convergence() -> list[Setting]:
     }
     joint = (*ONE_SHOT, "--ranking", "joint", "--recovery", "compaction")
     rows = [
-        ("default", "gradient flow, two phases (default)", MENDED),
+        ("default", "gradient flow, two phases (default)", OURS),
         ("two-phase", "gradient flow, two phases, no recovery", ()),
         ("one-shot", "gradient flow, one-shot, no recovery", ONE_SHOT),
         ("recovery", "gradient flow, one-shot, with recovery", (*ONE_SHOT, "--recovery", "compaction")),
@@ -384,6 +402,7 @@ SETTINGS = {
         _data,
         _depth,
         _features,
+        _timesteps,
         _igsm,
         _recovery,
         _convergence,
