@@ -209,8 +209,8 @@ def time_table(data: dict[str, Found], times: dict) -> str:
 
 # Parts with a table for each data set
 PARTS = (
-    *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "igsm", "recovery"),
-    "convergence",
+    *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "timesteps", "igsm"),
+    *("recovery", "convergence"),
 )
 # Rows of other parts to compare the rows of a part with
 BESIDE = {
@@ -220,6 +220,7 @@ BESIDE = {
     "scores": ("short",),
     "data": ("two-phase",),
     "features": ("default", "two-phase"),
+    "timesteps": ("default", "one-shot-diff-pruning", "one-shot-magnitude"),
     "igsm": ("default", "two-phase", "one-shot-diff-pruning"),
     "recovery": ("default", "two-phase"),
     "convergence": ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),

@@ -32,7 +32,7 @@ for script in scripts:
 
 @pytest.mark.slow
 def test_benchmarks_say_their_arguments() -> None:
-    assert len(SCRIPTS) == 21
+    assert len(SCRIPTS) == 22
     command = [sys.executable, "-c", START, *SCRIPT_FOLDERS, *map(str, SCRIPTS)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
