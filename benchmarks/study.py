@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from study_digits import DISTANCE_TITLE, script_environment
-from study_settings import BASE, CURVE_STEPS, DATASETS, LATENT, PLAIN, SETTINGS, TEACHERS, Setting
+from study_settings import BASE, CURVE_STEPS, DATASETS, FORMER_DEFAULTS, LATENT, SETTINGS, TEACHERS, Setting
 
 from diffusers_gfprune.reports.results import ModelFigures, Results, read_results
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -125,7 +125,7 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
 def words_of_today(words: list[str]) -> list[str]:
     """Arguments of an older run under their current names."""
     found = list(words)
-    for name, default in zip(PLAIN[::2], PLAIN[1::2]):  # which were the defaults
+    for name, default in FORMER_DEFAULTS.items():
         if name not in words:
             found += [name, default]
     if "--flow_metric" in found:

@@ -27,14 +27,15 @@ affordable, and they differ more, since long fine-tuning reduces the differences
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from diffusers_gfprune.criteria import find_criterion
 
 __all__ = [
-    *("BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "EVERY", "LATENT", "PLAIN", "SCORES", "SETTINGS", "SHARED"),
-    *("TEACHERS", "Setting"),
+    *("BASE", "CRITERIA", "CURVE_STEPS", "DATASETS", "EVERY", "FORMER_DEFAULTS", "LATENT", "SCORES", "SETTINGS"),
+    *("SHARED", "TEACHERS", "Setting"),
 ]
 
 DATASETS = ("digits", "cifar10")
@@ -46,8 +47,8 @@ EVERY = (*DATASETS, *LATENT)
 # Recovery and stratified timesteps are defaults of the script, and no part of what criteria, schedules and rivals are compared
 # for.
 RECIPES = {"cifar10": "benchmarks/cifar10/prune.yaml", **{name: name.replace("-", "_") for name in ("digits", *LATENT)}}
-PLAIN = ("--recovery", "none", "--timestep_sampling", "independent")
-BASE = {name: ("--recipe", RECIPES[name], *PLAIN) for name in EVERY}
+FORMER_DEFAULTS = {"--recovery": "none", "--timestep_sampling": "independent"}
+BASE = {name: ("--recipe", RECIPES[name], *itertools.chain.from_iterable(FORMER_DEFAULTS.items())) for name in EVERY}
 TEACHERS = {
     "digits": "training/digits/teacher",
     "cifar10": "benchmarks/cifar10/teacher",

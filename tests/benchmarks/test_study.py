@@ -307,11 +307,13 @@ def test_results_are_those_of_their_settings(dataset: str) -> None:
 
 
 def test_old_arguments_are_understood() -> None:
-    """What was an option of gradient flow is a criterion now, and runs were without recovery unless they asked for it."""
+    """What was an option of gradient flow is a criterion now, and runs had other defaults unless they asked for today's."""
     words = ["--recipe", "digits", "--flow_metric", "weights", "--ranking", "group"]
-    today = ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group", "--recovery", "none"]
+    today = ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
+    today += ["--recovery", "none", "--timestep_sampling", "independent"]
     assert study.words_of_today(words) == today
-    assert study.words_of_today(["--recovery", "rankings"]) == ["--recovery", "rankings"]
+    asked = ["--recovery", "rankings", "--timestep_sampling", "stratified"]
+    assert study.words_of_today(asked) == asked
     assert study.made_by(command_line(words), today)
     assert not study.made_by(command_line(["--recipe", "digits", "--flow_metric", "predictions", "--ranking", "group"]), today)
 
