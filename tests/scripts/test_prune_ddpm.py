@@ -370,6 +370,23 @@ def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
     assert not (output / "mine.txt").exists() and (output / "model_index.json").exists()
 
 
+@pytest.mark.parametrize("sampling", ["stratified", "independent"])
+def test_timesteps_of_a_batch(sampling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stratified ones, the default, are one from each of as many parts as the batch has images."""
+    next_batch, seen = prune_ddpm.next_batch, []
+
+    def seeing(*arguments: object):
+        seen.append(next_batch(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(prune_ddpm, "next_batch", seeing)
+    quick = ("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 3, *UNMEASURED)
+    run_here(*digits(tmp_path / "run", *quick, *(("--timestep_sampling", sampling) if sampling == "independent" else ())))
+    parts = [sorted((batch.timesteps * len(batch) // 1000).tolist()) for batch in seen]
+    assert len(parts) == 3
+    assert all((found == list(range(16))) == (sampling == "stratified") for found in parts)
+
+
 def test_diverging_loss_is_an_error(tmp_path: Path) -> None:
     diverging = ("--learning_rate", 1e30, "--max_grad_norm", 1e30, "--preset", "one-shot", "--criterion", "magnitude")
     assert_refused_here("lower learning_rate=1e+30", *digits(tmp_path / "run", *diverging))
