@@ -9,6 +9,9 @@ and crop, flip, noise and timestep of draw d come from a random generator seeded
 has b = ⌊n / G⌋ batches (the remainder is left out), and batch k is number k mod b in the permutation of epoch ⌊k / b⌋, which
 is seeded by (seed, epoch). A batch therefore does not depend on the number of processes or workers, or on where a run resumes.
 
+Streams are different: the images of a rank also depend on the numbers of processes and workers, which divide the shards. If
+these are unchanged, a resumed stream also gives exactly the same batches.
+
 Stratified timesteps spread a batch over all noise levels: row i of global batch k gets the timestep at
 
     (p_k(i) + u_d) / G          u_d uniform in [0, 1), from the generator of its draw d
@@ -16,9 +19,6 @@ Stratified timesteps spread a batch over all noise levels: row i of global batch
 in the distribution of the training, with p_k a permutation of 0, ..., G - 1 seeded by (seed, k). Each timestep has the same
 distribution as an independent one, and the loss of a batch the same mean, but less variance, since it differs more between
 noise levels than between images (Kingma et al., "Variational Diffusion Models", https://arxiv.org/abs/2107.00630, appendix I).
-
-Streams are different: the images of a rank also depend on the numbers of processes and workers, which divide the shards. If
-these are unchanged, a resumed stream also gives exactly the same batches.
 
 Calibration batches are a function of (seed, step). Their timesteps are spread evenly: image j of g gets that at
 (j + u) / g in the distribution of the training, with u uniform in [0, 1), which lowers the variance of the scores. If labels
