@@ -219,10 +219,10 @@ BESIDE = {
     "metric": ("two-phase", "one-shot-gradient-flow", "two-phase-group", "one-shot-group"),
     "scores": ("short",),
     "data": ("two-phase",),
-    "features": ("default", "two-phase"),
+    "features": ("default", "independent", "two-phase"),
     "timesteps": ("default", "one-shot-diff-pruning", "one-shot-magnitude"),
     "igsm": ("default", "two-phase", "one-shot-diff-pruning"),
-    "recovery": ("default", "two-phase"),
+    "recovery": ("default", "independent", "two-phase"),
     "convergence": ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
 }
 

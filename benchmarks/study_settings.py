@@ -300,7 +300,7 @@ def _features() -> list[Setting]:
 
 
 def _timesteps() -> list[Setting]:
-    ours = "gradient flow, two phases"
+    ours = "gradient flow, two phases (default)"
     rows = [
         ("independent", f"{ours}, independent timesteps", MENDED),
         ("min-snr", f"{ours}, independent timesteps, Min-SNR weights", (*MENDED, "--snr_gamma", "5")),
