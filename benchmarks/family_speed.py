@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 from cost import half_masked, paired
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel
+from documents import write_table
 
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters, spatial_size
 
 ROOT = Path(__file__).resolve().parent.parent
-README, MARK, END = ROOT / "benchmarks/README.md", "<!-- family speed -->\n", "<!-- end -->"
 OUTPUT = ROOT / "benchmarks/results/family_speed.json"
 MODELS: dict[str, Callable[[], ModelMixin]] = {
     "sd": lambda: UNet2DConditionModel(
@@ -109,12 +109,6 @@ def merged(before: list[dict], rows: list[dict]) -> list[dict]:
     return [by_setting[key] for unit in ATTENTION_UNITS for size in BATCH_SIZES if (key := (unit, size)) in by_setting]
 
 
-def write_table(found: dict) -> None:
-    """Replace the table of the document."""
-    head, rest = README.read_text().split(MARK)
-    README.write_text(f"{head}{MARK}\n{table(found)}\n\n{END}{rest.split(END, 1)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -123,7 +117,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="update the table of the document and stop")
     args = parser.parse_args()
     if args.write:
-        write_table(json.loads(args.output.read_text()))
+        write_table("family speed", table(json.loads(args.output.read_text())))
         return
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     found = json.loads(args.output.read_text()) if args.output.is_file() else {}

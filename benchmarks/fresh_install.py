@@ -24,9 +24,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from documents import write_table
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, README = ROOT / "benchmarks/results/fresh_install.json", ROOT / "benchmarks/README.md"
-BEGIN, END = "<!-- fresh install -->", "<!-- end -->"
+RESULTS = ROOT / "benchmarks/results/fresh_install.json"
 CURRENT = "current"
 TEST_PACKAGES = ("filelock", "hypothesis", "pytest", "scikit-learn", "torch-pruning>=1.6")
 FIRST_USE = """
@@ -154,8 +155,7 @@ def main() -> None:
         same = {(row["python"], row["torch"], row["extra"]) for row in rows}
         kept = [row for row in kept if (row["python"], row["torch"], row["extra"]) not in same]
         RESULTS.write_text(json.dumps([*kept, *rows], indent=2) + "\n")
-        head, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{head}{BEGIN}\n\n{table([*kept, *rows])}\n\n{END}{rest.split(END, 1)[1]}")
+        write_table("fresh install", table([*kept, *rows]))
     if failed:
         sys.exit(1)
 

@@ -21,6 +21,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from documents import write_table
+
 from diffusers_gfprune.reports.results import read_results
 from diffusers_gfprune.run_folder import write_json
 
@@ -28,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 RESULTS = ROOT / "benchmarks/results/label_dropout.json"
-README, MARK, END = ROOT / "benchmarks/README.md", "<!-- label dropout -->\n", "<!-- end -->"
 DATA = ("--dataset_name", "training/digits")
 SHARES = (0.0, 0.1)
 MODEL = {"block_out_channels": [32, 48], "num_class_embeds": 11, "dropout": 0.0}
@@ -101,9 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.output, {"settings": settings, "runs": rows})
     print(table(rows))
     if args.write:
-        text = README.read_text("utf-8")
-        before, mark, rest = text.partition(MARK)
-        README.write_text(f"{before}{mark}\n{table(rows)}\n\n{rest[rest.index(END) :]}", "utf-8")
+        write_table("label dropout", table(rows))
 
 
 def table(rows: list[dict]) -> str:

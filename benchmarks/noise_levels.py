@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from documents import write_table
 from study_settings import BASE, DATASETS
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -41,7 +42,6 @@ from diffusers_gfprune.training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/noise_levels.json"
-README, MARK, END = ROOT / "benchmarks/README.md", "<!-- noise levels -->\n", "<!-- end -->"
 RATIO, BATCHES, IMAGES, LEVELS = 0.5, 4, 64, 10
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # from noisy images and a timestep
@@ -112,14 +112,6 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def write(document: Path, text: str) -> None:
-    """Replace the tables of a document."""
-    before, mark, rest = document.read_text("utf-8").partition(MARK)
-    if not mark or END not in rest:
-        raise ValueError(f"{document} must have a part from {MARK.strip()} to {END}")
-    document.write_text(f"{before}{mark}\n{text}\n{rest[rest.index(END) :]}", "utf-8")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -140,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(options.results, results)
         print(table(results))
     if options.write:
-        write(README, table(results))
+        write_table("noise levels", table(results))
 
 
 if __name__ == "__main__":

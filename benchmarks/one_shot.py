@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from documents import write_table
 from study_settings import BASE, DATASETS, LATENT
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -56,7 +57,6 @@ from diffusers_gfprune.training.recovery import mend
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/one_shot"
-README, MARK, END = ROOT / "benchmarks/README.md", "<!-- one shot -->\n", "<!-- end -->"
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)  # of random scores
 BATCHES, IMAGES, STEPS = 4, 128, 50
@@ -181,14 +181,6 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def write(document: Path, text: str) -> None:
-    """Replace the tables of a document."""
-    before, mark, rest = document.read_text("utf-8").partition(MARK)
-    if not mark or END not in rest:
-        raise ValueError(f"{document} must have a part from {MARK.strip()} to {END}")
-    document.write_text(f"{before}{mark}\n{text}\n{rest[rest.index(END) :]}", "utf-8")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -216,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table({options.dataset: measured}))
     if options.write:
         files = {name: options.results / f"{name}.json" for name in (*DATASETS, *LATENT)}
-        write(README, table({name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}))
+        write_table("one shot", table({name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}))
 
 
 if __name__ == "__main__":

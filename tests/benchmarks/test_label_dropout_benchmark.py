@@ -7,6 +7,7 @@ from pathlib import Path
 
 import label_dropout
 import pytest
+from documents import README
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +25,7 @@ def test_rises_and_their_means() -> None:
 def test_the_document_shows_the_results() -> None:
     """And they meet what dropping labels is for: the null label loses at most half as much again as the others."""
     rows = json.loads(label_dropout.RESULTS.read_text())["runs"]
-    assert label_dropout.table(rows) in label_dropout.README.read_text("utf-8")
+    assert label_dropout.table(rows) in README.read_text("utf-8")
     ratio = {
         share: sum(r["rise"]["step_loss_null_label"] for r in rows if r["label_dropout"] == share)
         / sum(r["rise"]["step_loss"] for r in rows if r["label_dropout"] == share)

@@ -8,6 +8,7 @@ from pathlib import Path
 import noise_levels
 import pytest
 import torch
+from documents import README
 from torch import Tensor
 
 from helpers.processes import ddpm
@@ -53,7 +54,7 @@ def test_a_model_is_level_with_itself() -> None:
 def test_the_table_is_that_of_the_results() -> None:
     results = json.loads(noise_levels.RESULTS.read_text())
     assert set(results) == {"digits", "cifar10"}
-    assert noise_levels.table(results) in noise_levels.README.read_text()
+    assert noise_levels.table(results) in README.read_text()
 
 
 def test_shares_are_those_of_the_finding() -> None:
@@ -75,7 +76,3 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         noise_levels.main(["--results", str(tmp_path / "results.json")])
     with pytest.raises(ValueError, match=r"^images=0 must be at least 1$"):
         noise_levels.main(["--dataset", "digits", "--images", "0"])
-    page = tmp_path / "README.md"
-    page.write_text("nothing")
-    with pytest.raises(ValueError, match="must have a part from"):
-        noise_levels.write(page, "")

@@ -63,19 +63,6 @@ def test_the_table_has_a_row_for_each_criterion() -> None:
     assert lines[2:5] == ["| | 10% | 50% |", "|---|---:|---:|", "| a | 0.01234, 0.500 | 1.00000, 0.500 (at 45%) |"]
 
 
-def test_tables_replace_what_stood_between_the_marks(tmp_path: Path) -> None:
-    document = tmp_path / "README.md"
-    document.write_text(f"before\n{one_shot.MARK}\nold\n{one_shot.END}\nafter\n")
-    one_shot.write(document, "new\n")
-    text = document.read_text()
-    assert (
-        "old" not in text and text.startswith("before\n") and text.endswith(f"{one_shot.END}\nafter\n") and "\nnew\n" in text
-    )
-    document.write_text("nothing")
-    with pytest.raises(ValueError, match="must have a part"):
-        one_shot.write(document, "new\n")
-
-
 def test_the_readme_says_what_was_measured() -> None:
     """Of `prune()`'s default on CIFAR-10 images: samples at each share of the MACs."""
     default, *_ = one_shot.ROWS
