@@ -73,6 +73,8 @@ def trace_forward(
     with torch.device("meta"):
         twin = type(unet).from_config(unet.config).eval()
     for name, module in twin.named_modules():
+        if isinstance(module, nn.GroupNorm):  # keeps shapes, and takes half of the time on this device
+            module.forward = nn.Identity().forward
         module.register_forward_hook(
             lambda module, inputs, output, name=name: record(name, module, inputs[0] if inputs else None, output)
         )
