@@ -244,9 +244,11 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
         used.extend(make_calibration(run, state.step, broken))
         return used
 
-    if state.pruner.schedule.is_update(state.step):
+    schedule, masks_before = state.pruner.schedule, None
+    if schedule.is_update(state.step):
         validate(run, state, tracking)  # before and after masks change, to detect jumps
-        _, masks_before = state.pruner.goal(state.step)  # where the ranking before led
+        if schedule.phase(state.step) != "soft":
+            _, masks_before = state.pruner.goal(state.step)  # where the ranking before led
     clock = time.perf_counter()
     update = state.pruner.step(state.step, calibration)
     if update is not None:

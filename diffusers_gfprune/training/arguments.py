@@ -74,8 +74,8 @@ class PruningArguments(GFPruneConfig):
 
     recovery: str = argument(
         "rankings",
-        "Least squares for the layers that read pruned channels: at all rankings, towards layer outputs before the ranking, "
-        "where changes of weights follow the masks; once, at compaction, towards those of the dense model; or none.",
+        "Least squares for the layers that read pruned channels: at all rankings, towards layer outputs of the dense model in "
+        "the soft phase and of the model before the ranking in the hard phase; once, at compaction; or none.",
         choices=RECOVERIES,
     )
     check_scores: bool = argument(False, "Compare the Hessian-gradient product with finite differences at the first ranking.")

@@ -1,8 +1,9 @@
 """Recovery in a run: least squares for the layers that read pruned channels (`pruning.recovery`).
 
-`--recovery rankings` mends the model at every ranking, for the masks that the ranking leads to. Targets are the layer outputs
-of the model as it was before the ranking, with the masks and weights of that step. At the first ranking this is the dense
-model. Later on it has been trained for the units it lost, and the outputs of the dense model would undo that.
+`--recovery rankings` mends the model at every ranking, for the masks that the ranking leads to. In the soft phase, targets are
+the layer outputs of the dense model: most units go here, and what one ranking cannot mend, the next one can. In the hard phase
+the model has been trained for the units it lost, and the outputs of the dense model would undo that. Targets are then those of
+the model as it was before the ranking, with the masks and weights of that step.
 
 In the soft phase, the masks of a ranking are reached at the next ranking only. A unit whose mask falls from 1 to m takes
 (1 - m) of what it wrote from the layers that read it, in proportion to how far the mask has come. So do the changes of
