@@ -229,9 +229,9 @@ def fine_tune(args: Arguments, student: nn.Module, objective: Objective, process
     )
     ema = EMAModel(student.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75) if t.use_ema else None
     batches = train_dataloader(images, t.train_batch_size, seed=args.run.seed, process=process)
-    for step, (batch, _) in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
+    for step, (batch, *_) in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
         seed_everything(args.run.seed, step, 0)
-        loss, _ = objective(model, batch)
+        loss = objective(model, batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), t.max_grad_norm)
         optimizer.step()

@@ -1,5 +1,5 @@
 """Settings of the study: each is the run of a data set's recipe with a few changed arguments, without recovery and with
-independent timesteps unless they say otherwise.
+independent timesteps unless it says otherwise.
 
 Parts of the study:
 
@@ -16,6 +16,7 @@ Parts of the study:
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
     features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
     timesteps   how timesteps of training are drawn and weighed
+    rates       other learning rates on CIFAR-10 images, for the default and its rivals
     igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
@@ -44,8 +45,8 @@ LATENT = ("digits-dit", "digits-ldm", "digits-text")
 EVERY = (*DATASETS, *LATENT)
 
 # Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves, for data sets that have them.
-# Recovery and stratified timesteps are defaults of the script, and no part of what criteria, schedules and rivals are compared
-# for.
+# Recovery and the density of timesteps are defaults of the script, and no part of what criteria, schedules and rivals are
+# compared for.
 RECIPES = {"cifar10": "benchmarks/cifar10/prune.yaml", **{name: name.replace("-", "_") for name in ("digits", *LATENT)}}
 FORMER_DEFAULTS = {"--recovery": "none", "--timestep_sampling": "independent"}
 BASE = {name: ("--recipe", RECIPES[name], *itertools.chain.from_iterable(FORMER_DEFAULTS.items())) for name in EVERY}
@@ -96,7 +97,8 @@ MEASURED = ("--ranking", "curves")  # by the damage of narrowing each group
 WEIGHTS = ("--criterion", "gradient-flow-weights")
 MENDED = ("--recovery", "rankings")
 STRATIFIED = ("--timestep_sampling", "stratified")
-OURS = (*MENDED, *STRATIFIED)
+IMPORTANCE = ("--timestep_sampling", "importance")
+OURS = (*MENDED, *IMPORTANCE)
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
@@ -302,13 +304,29 @@ def _features() -> list[Setting]:
 def _timesteps() -> list[Setting]:
     ours = "gradient flow, two phases (default)"
     rows = [
+        ("stratified", f"{ours}, stratified timesteps", (*MENDED, *STRATIFIED)),
         ("independent", f"{ours}, independent timesteps", MENDED),
         ("min-snr", f"{ours}, independent timesteps, Min-SNR weights", (*MENDED, "--snr_gamma", "5")),
     ]
-    for criterion in ("magnitude", "diff-pruning"):
-        words = (*ONE_SHOT, "--criterion", criterion, *UNIFORM, *STRATIFIED)
-        rows.append((f"one-shot-{criterion}-stratified", f"{CRITERIA[criterion]}, one-shot, stratified timesteps", words))
+    rival = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM, *STRATIFIED)
+    rows.append(("one-shot-diff-pruning-stratified", "Diff-Pruning, one-shot, stratified timesteps", rival))
     return [Setting(name, title, "timesteps", arguments, curves=True) for name, title, arguments in rows]
+
+
+def _rates() -> list[Setting]:
+    # All with the timesteps of the default, so that they differ in pruning alone
+    rival = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)
+    rows = [
+        ("rate-1.2e-3", "gradient flow, two phases (default)", MENDED),
+        ("one-shot-diff-pruning-rate-3e-4", "Diff-Pruning, one-shot, timesteps of the default", rival),
+        ("one-shot-diff-pruning-rate-1.2e-3", "Diff-Pruning, one-shot, timesteps of the default", rival),
+    ]
+    found = []
+    for name, title, arguments in rows:
+        rate = name.partition("rate-")[2]
+        words = (*arguments, *IMPORTANCE, "--learning_rate", rate)
+        found.append(Setting(name, f"{title}, learning rate {rate}", "rates", words, curves=True, datasets=("cifar10",)))
+    return found
 
 
 def _igsm() -> list[Setting]:
@@ -404,6 +422,7 @@ SETTINGS = {
         _depth,
         _features,
         _timesteps,
+        _rates,
         _igsm,
         _recovery,
         _convergence,

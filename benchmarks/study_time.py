@@ -73,7 +73,7 @@ class TaughtSteps:
     def steps(self) -> None:
         """One step on every batch."""
         for batch in self.batches:
-            loss, _ = self.objective(self.model, batch)
+            loss = self.objective(self.model, batch).loss
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()

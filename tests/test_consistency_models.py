@@ -149,13 +149,13 @@ def test_scores_are_of_images() -> None:
 def test_the_loss_is_the_distance_to_the_teacher_alone() -> None:
     process, (batch, *_) = consistency(), batches()
     student, teacher = consistency_unet(1), consistency_unet(2)
-    loss, terms = Objective(ObjectiveArguments(), process, teacher)(NoisePrediction(student), batch)
+    loss, terms, _ = Objective(ObjectiveArguments(), process, teacher)(NoisePrediction(student), batch)
     assert set(terms) == {"distillation"}
     inputs = batch.inputs(process)
     gap = (student(inputs.sample, inputs.timesteps).sample - teacher(inputs.sample, inputs.timesteps).sample).detach()
     expected = (gap * process.output_scale(batch.timesteps)[:, None, None, None]).square().mean()
     torch.testing.assert_close(loss.detach(), expected)
-    zero, _ = Objective(ObjectiveArguments(), process, copy.deepcopy(student))(NoisePrediction(student), batch)
+    zero, *_ = Objective(ObjectiveArguments(), process, copy.deepcopy(student))(NoisePrediction(student), batch)
     assert zero == 0
     loss.backward()
     assert student.conv_in.weight.grad.abs().sum() > 0
@@ -173,7 +173,7 @@ def test_training_brings_a_pruned_model_back() -> None:
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-3)
     for _ in range(15):
         for batch in batches(64):
-            loss, _ = objective(model, batch)
+            loss, *_ = objective(model, batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -298,11 +298,11 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
     torch.compiler.cudagraph_mark_step_begin()  # gradients in a CUDA graph's memory may be overwritten
     for _ in range(t.gradient_accumulation_steps):
         with explained_worker_death(run, state):
-            batch = next_batch(batches, broken, accelerator.device, run.args.precision.channels_last)
+            batch, times, weights = next_batch(run, state, batches, broken)
         directions = torch.randn_like(batch.noise) if run.args.objective.needs_directions else None
         with accelerator.accumulate(state.model):
             with accelerator.autocast():
-                loss, parts = run.objective(state.model, batch, directions)
+                loss, parts, squares = run.objective(state.model, batch, directions, weights)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(state.unet.parameters(), t.max_grad_norm)
@@ -310,6 +310,10 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
             state.optimizer.zero_grad()
         losses.append(loss.detach())
         terms.append(parts)
+        if state.timestep_density is not None:
+            state.timestep_density.add(times, squares)
+    if state.timestep_density is not None:
+        state.timestep_density.finish_step(accelerator.reduce)
     if not state.optimizer.step_was_skipped:
         state.lr_scheduler.step()
         if state.ema is not None:
@@ -342,11 +346,17 @@ def measure_quality(run: Run, state: TrainingState, tracking: Tracking) -> None:
     tracking.log_quality(state.step, measured)
 
 
-def next_batch(batches, broken: BrokenImages, device: torch.device, channels_last: bool) -> DiffusionBatch:
-    """The next batch, on the device."""
-    batch, unread = next(batches)
+def next_batch(run: Run, state: TrainingState, batches, broken: BrokenImages) -> tuple[DiffusionBatch, Tensor, Tensor | None]:
+    """The next batch, on the device, where its timesteps are in their distribution, and weights of its images in the loss."""
+    batch, times, unread = next(batches)
     broken.add(unread)
-    return batch.to(device, non_blocking=True, memory_format=torch.channels_last if channels_last else None)
+    weights = None
+    if state.timestep_density is not None:
+        times, weights = state.timestep_density.place(times)
+        batch = dataclasses.replace(batch, timesteps=run.pipeline.process.timesteps_at(times))
+        weights = weights.to(run.accelerator.device, non_blocking=True)
+    memory_format = torch.channels_last if run.args.precision.channels_last else None
+    return batch.to(run.accelerator.device, non_blocking=True, memory_format=memory_format), times, weights
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def main() -> None:
         # 2. training loop
         progress = tqdm(total=args.max_train_steps, initial=state.step, desc="train", disable=not main_process)
         with Interruption() as interruption:
-            for batch, unread in itertools.islice(dataloader, args.max_train_steps - state.step):
+            for batch, _, unread in itertools.islice(dataloader, args.max_train_steps - state.step):
                 broken.add(unread)
                 batch = batch.to(accelerator.device, non_blocking=True)
                 seed_everything(SEED, state.step, accelerator.process_index)

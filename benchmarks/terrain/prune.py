@@ -91,7 +91,7 @@ def train(terrain: Terrain, small: UNet2DModel, steps: int, count: int) -> UNet2
     with tqdm(total=steps, desc="training") as bar:
         while bar.n < steps:
             for batch in calibration_batches(images, process, 4, vectors, seed=epoch)[: steps - bar.n]:
-                loss, _ = objective(model, batch)
+                loss = objective(model, batch).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

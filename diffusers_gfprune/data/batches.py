@@ -32,9 +32,11 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..argument_fields import at_least, check_range
@@ -56,12 +58,24 @@ from .draws import (
 )
 from .sources import ImageSource, ImageStream, IndexedSource
 
-__all__ = ["BrokenImages", "calibration_batches", "train_dataloader"]
+__all__ = ["BrokenImages", "TrainingBatch", "calibration_batches", "train_dataloader"]
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-# A batch and the names of unreadable images
-TrainingBatch = tuple[DiffusionBatch, list[str]]
 READ_ERRORS = (ValueError, OSError, *NETWORK_ERRORS)
+
+
+class TrainingBatch(NamedTuple):
+    """A batch of a process.
+
+    Attributes:
+        batch: The images with their noise and timesteps.
+        times: Where the timesteps are in their distribution, in [0, 1), float64 with shape `(batch,)`.
+        unread: Names of unreadable images, each of which was replaced by another image.
+    """
+
+    batch: DiffusionBatch
+    times: Tensor
+    unread: list[str]
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,9 @@ class _Plan:
         """Rows of this process in global batch `number`."""
         first = (number * self.world_size + self.rank) * self.batch_size
         examples = [read_example(images, image, self.seed, DRAW, first + row) for row, image in enumerate(encoded)]
-        return stack_examples(examples, self.times(number, examples), self.process)
+        times = self.times(number, examples)
+        batch, unread = stack_examples(examples, times, self.process)
+        return TrainingBatch(batch, torch.tensor(times, dtype=torch.float64), unread)
 
     def times(self, number: int, examples: Sequence[Example]) -> list[float]:
         """Where timesteps of these rows of global batch `number` are in their distribution, in [0, 1)."""
@@ -246,12 +262,9 @@ def train_dataloader(
 ) -> DataLoader:
     """An infinite loader of training batches for one process. It uses no global random generator.
 
-    Each item is a pair:
-
-    - a `DiffusionBatch`: images and noise, float32 with shape `(batch_size, channels, height, width)`; timesteps of the
-      process with shape `(batch_size,)`; `class_labels`, int64 with this shape, if the model is class conditional;
-    - names of unreadable images, each of which was replaced by another image. More than ten in a row raise a `ValueError`, as
-      does a label that the model does not have.
+    Each item is a `TrainingBatch`. Images and noise are float32 with shape `(batch_size, channels, height, width)`. Timesteps
+    of the process have shape `(batch_size,)`, and so do `class_labels`, int64, if the model is class conditional. More than
+    ten unreadable images in a row raise a `ValueError`, as does a label that the model does not have.
 
     Args:
         images: The training images.

@@ -118,7 +118,7 @@ class BlockOutputDistance:
             teacher_features: Block outputs of the teacher for the same images.
 
         Returns:
-            A float32 scalar.
+            The mean over blocks for each image, float32 with shape `(batch,)`.
         """
         distances = []
         for name, output in features.items():
@@ -127,5 +127,5 @@ class BlockOutputDistance:
                 target = self.target(name, target, output.shape[1])
             squared_error = (output.float() - target).square().flatten(1).sum(dim=1)  # (batch,)
             size = target.square().flatten(1).sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-            distances.append((squared_error / size).mean())
-        return torch.stack(distances).mean()
+            distances.append(squared_error / size)
+        return torch.stack(distances).mean(dim=0)

@@ -37,7 +37,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from ..diffusion.batch import DiffusionBatch, ModelInputs
 
@@ -101,8 +100,8 @@ def sensitivity_distance(predictions: Tensor, teacher_predictions: Tensor, step_
         step_lengths: As returned by `with_steps`.
 
     Returns:
-        A float32 scalar, >= 0.
+        The distance of each image, float32 with shape `(batch,)`, >= 0.
     """
     products = [_product(pairs, step_lengths) for pairs in (predictions, teacher_predictions)]
     stretch, teacher_stretch = (product.square().sum(dim=1) for product in products)  # (batch,)
-    return mse_loss(stretch, teacher_stretch) / products[0].shape[1]
+    return (stretch - teacher_stretch).square() / products[0].shape[1]

@@ -15,7 +15,8 @@ With `snr_gamma`, the squares of both terms are weighted by timestep, see `snr_w
 - D_s, `sensitivity_matching_weight`: distance between the responses to a small change of the noisy input, see
   `jacobian_matching.py`.
 
-Each distance is a mean over images, so that a batch can be split over processes, and 0 if the student equals the teacher.
+Each distance is a mean over images, so that a batch can be split over processes, and 0 if the student equals the teacher. An
+image may have a weight in all of them, where timesteps are not drawn from their distribution (`training/timestep_density.py`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, mse_loss
+from torch.nn.functional import dropout
 
 from ..argument_fields import SHARE, Range, argument, check_fields
 from ..diffusion.batch import DiffusionBatch, ModelInputs
@@ -40,7 +42,7 @@ from .distillation_features import BlockOutputDistance
 from .jacobian_matching import default_step, sensitivity_distance, with_steps
 from .snr_weights import min_snr_weights
 
-__all__ = ["NoisePrediction", "Objective", "ObjectiveArguments"]
+__all__ = ["BatchLoss", "NoisePrediction", "Objective", "ObjectiveArguments"]
 
 WEIGHT = Range("be at least 0 and finite", lambda value: 0 <= value < math.inf)
 STEP = Range("be greater than 0 and finite", lambda value: 0 < value < math.inf)
@@ -219,6 +221,24 @@ class NoisePrediction(nn.Module):
             state.features, state.outputs = False, {}
 
 
+class BatchLoss(NamedTuple):
+    """The training loss of a batch. No part of it synchronizes the device.
+
+    Attributes:
+        loss: A float32 scalar.
+        terms: Its terms before weighting, detached scalars by name: `noise`, the distance to the target of the process, if it
+            has one; `distillation` if the teacher runs; `variance` if the model has learned variances; `features` and
+            `sensitivity` if they have a weight.
+        squares: For each image, the squared gradient of its own loss with respect to the prediction, up to a common factor:
+            its error times the square of its weight by timestep. Of noise and teacher, each with its weight; detached, float32
+            with shape `(batch,)`.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    squares: Tensor
+
+
 class Objective:
     """The training loss of a batch.
 
@@ -262,19 +282,19 @@ class Objective:
         self.teacher = NoisePrediction(teacher.eval().requires_grad_(False), features=arguments.needs_features).eval()
 
     def __call__(
-        self, model: nn.Module, batch: DiffusionBatch, directions: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        model: nn.Module,
+        batch: DiffusionBatch,
+        directions: Tensor | None = None,
+        image_weights: Tensor | None = None,
+    ) -> BatchLoss:
         """Compute the loss, under the caller's autocast.
 
         Args:
             model: The student, a `NoisePrediction` or a wrapper of it.
             batch: The images, on the model's device.
             directions: For Jacobian matching, Gaussian noise with the shape of the batch's noise, independent of it.
-
-        Returns:
-            The loss, a float32 scalar, and its terms before weighting, detached, by name: `noise`, the distance to the target
-            of the process, if it has one; `distillation` if the teacher runs; `variance` if the model has learned
-            variances; `features` and `sensitivity` if they have a weight. The device is not synchronized.
+            image_weights: Weights of the images in all terms, with shape `(batch,)` (default: 1).
 
         Raises:
             ValueError: `directions` are needed but missing.
@@ -288,36 +308,40 @@ class Objective:
 
         channels = batch.clean.shape[1]
         output, features = self._output(model, inputs)
-        prediction = output[:, :channels]
-        terms = {}
+        prediction, errors, terms = output[:, :channels], {}, {}
         if self.process.has_target:
-            terms["noise"] = self._distance(prediction[:size], batch.target(self.process).float(), batch)
+            errors["noise"] = _squared_errors(prediction[:size], batch.target(self.process).float())
         if self.arguments.needs_teacher:
             with torch.no_grad():
                 teacher_output, teacher_features = self._output(self.teacher, inputs)
             teacher_prediction = teacher_output[:, :channels]
-            terms["distillation"] = self._distance(prediction[:size], teacher_prediction[:size], batch)
+            errors["distillation"] = _squared_errors(prediction[:size], teacher_prediction[:size])
             if teacher_output.shape[1] > channels:
-                terms["variance"] = mse_loss(output[:size, channels:], teacher_output[:size, channels:])
+                errors["variance"] = _squared_errors(output[:size, channels:], teacher_output[:size, channels:])
+        by_timestep = self._timestep_weights(batch)
+        for name, error in errors.items():
+            terms[name] = _mean(error if name == "variance" or by_timestep is None else error * by_timestep, image_weights)
         if self.arguments.needs_features:
             own, theirs = ({name: f[:size] for name, f in outputs.items()} for outputs in (features, teacher_features))
-            terms["features"] = self.block_output_distance(own, theirs)
+            terms["features"] = _mean(self.block_output_distance(own, theirs), image_weights)
         if self.arguments.needs_directions:
-            terms["sensitivity"] = sensitivity_distance(prediction, teacher_prediction, step_lengths)
+            terms["sensitivity"] = _mean(sensitivity_distance(prediction, teacher_prediction, step_lengths), image_weights)
         # A term without a weight stays out of the graph: its backward would take time, and 0 x inf is not 0.
-        loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name] > 0)
-        return loss, {name: term.detach() for name, term in terms.items()}
+        weighted = [name for name in terms if self.weights[name] > 0]
+        loss = sum(self.weights[name] * terms[name] for name in weighted)
+        squares = sum(self.weights[name] * errors[name].detach() for name in ("noise", "distillation") if name in weighted)
+        if by_timestep is not None:
+            squares = squares * by_timestep**2
+        return BatchLoss(loss, {name: term.detach() for name, term in terms.items()}, squares)
 
-    def _distance(self, prediction: Tensor, target: Tensor, batch: DiffusionBatch) -> Tensor:
-        """Mean squared error, weighted by timestep with `snr_gamma` or by the scale of outputs."""
+    def _timestep_weights(self, batch: DiffusionBatch) -> Tensor | None:
+        """Weights of squared errors by timestep, with shape `(batch,)`, if they are not all 1."""
         scale = self.process.output_scale(batch.timesteps)
-        if self.arguments.snr_gamma is None and scale is None:
-            return mse_loss(prediction, target)
-        if scale is None:
-            weights = min_snr_weights(self.process, batch.timesteps, self.arguments.snr_gamma)
-        else:
-            weights = scale**2
-        return ((prediction - target).square().flatten(1).mean(dim=1) * weights).mean()
+        if scale is not None:
+            return scale**2
+        if self.arguments.snr_gamma is None:
+            return None
+        return min_snr_weights(self.process, batch.timesteps, self.arguments.snr_gamma)
 
     def _output(self, model: nn.Module, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Output in float32, and block outputs if they are compared."""
@@ -325,3 +349,13 @@ class Objective:
         if not self.arguments.needs_features:
             return output.float(), {}
         return output[0].float(), output[1]
+
+
+def _squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each image, with shape `(batch,)`."""
+    return (prediction - target).square().flatten(1).mean(dim=1)
+
+
+def _mean(distances: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over images, each with its weight."""
+    return (distances if weights is None else distances * weights).mean()

@@ -30,7 +30,7 @@ __all__ = ["Arguments", "parse_arguments"]
 # The published method has no teacher. With one, samples of the pruned model are closer to the dense model's (README).
 SCRIPT_PRESETS = {
     **PRESETS,
-    "paper": {**PRESETS["paper"], "distillation_weight": 0.0, "recovery": "none"},
+    "paper": {**PRESETS["paper"], "distillation_weight": 0.0, "recovery": "none", "timestep_sampling": "independent"},
 }
 
 

@@ -10,7 +10,7 @@ from ..argument_fields import FRACTION, POSITIVE, Range, argument, at_least, che
 __all__ = ["CheckpointArguments", "PrecisionArguments", "TrackingArguments", "TrainingArguments"]
 
 LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-TIMESTEP_SAMPLINGS = ["stratified", "independent"]
+TIMESTEP_SAMPLINGS = ["importance", "stratified", "independent"]
 TRACKERS = ["none", "tensorboard", "wandb", "trackio"]
 ZERO_OR_MORE = Range("be 0 or more", lambda value: value >= 0)
 
@@ -30,8 +30,9 @@ class TrainingArguments:
     train_batch_size: int = argument(64, "Number of images per forward and process (>= 1).")
     gradient_accumulation_steps: int = argument(1, "Number of batches per optimizer step (>= 1).")
     timestep_sampling: str = argument(
-        "stratified",
-        "Timesteps of a batch: one from each of as many equal parts of their distribution, or independent ones.",
+        "importance",
+        "Timesteps of a batch: more where errors are larger, weighted to the same loss (importance); one from each of as many "
+        "equal parts of their distribution (stratified); or independent ones.",
         choices=TIMESTEP_SAMPLINGS,
     )
     learning_rate: float = argument(2e-4, "Peak learning rate of AdamW (> 0).")

@@ -264,7 +264,7 @@ def make_batches(args: Arguments, accelerator: Accelerator, images, process: Dif
         num_workers=args.data.dataloader_num_workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        stratified=args.training.timestep_sampling == "stratified",
+        stratified=args.training.timestep_sampling != "independent",
     )
 
 

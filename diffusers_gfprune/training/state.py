@@ -27,6 +27,7 @@ from .arguments import Arguments
 from .checkpointing import Checkpoint
 from .named_state import load_optimizer_state, load_tensors, optimizer_state
 from .recovery import WeightPath
+from .timestep_density import TimestepDensity
 
 __all__ = ["Curves", "TrainingState", "seed_everything"]
 
@@ -96,6 +97,7 @@ class TrainingState:
         recent: Losses since the last point of the loss curve.
         broken: Identifiers of images that could not be read.
         weight_path: Changes by recovery that are being made, if any.
+        timestep_density: Where timesteps are drawn, with `timestep_sampling="importance"`.
     """
 
     def __init__(
@@ -114,6 +116,9 @@ class TrainingState:
         self.recent: list[Tensor | float] = []
         self.broken: list[str] = []
         self.weight_path: WeightPath | None = None
+        self.timestep_density: TimestepDensity | None = None
+        if args.training.timestep_sampling == "importance":
+            self.timestep_density = TimestepDensity(accelerator.device)
         if checkpoint is not None:
             pruner.load_state_dict({"tensors": checkpoint.tensors["pruner"], "values": checkpoint.values["pruner"]})
             if checkpoint.values["compacted_config"] is not None:
@@ -238,6 +243,7 @@ class TrainingState:
             "curves": asdict(self.curves),
             "diagnostics": self.diagnostics,
             "recovery": None if self.weight_path is None else self.weight_path.values(),
+            "timestep_density": None if self.timestep_density is None else self.timestep_density.values(),
             "recent": [float(loss) for loss in self.recent],
             "broken": list(self.broken),
         }
@@ -265,5 +271,7 @@ class TrainingState:
         if values.get("recovery") is not None:  # absent from older checkpoints
             changes = {name: torch.empty_like(parameters[name]).copy_(t) for name, t in tensors["recovery"].items()}
             self.weight_path = WeightPath(**values["recovery"], changes=changes)
+        if self.timestep_density is not None and values.get("timestep_density") is not None:
+            self.timestep_density.restore(values["timestep_density"])
         self.step = self.saved_step = checkpoint.step
         self._lay_out(base)

@@ -45,7 +45,7 @@ def loader(images, batch_size: int = 4, **options):
 def take(images, count: int, batch_size: int = 4, **options) -> list[dict]:
     """Batches with what is in them by name, and the names of images that are broken."""
     found = itertools.islice(loader(images, batch_size, **options), count)
-    return [{"broken": broken, **named(batch)} for batch, broken in found]
+    return [{"broken": broken, **named(batch)} for batch, _, broken in found]
 
 
 def named(batch: DiffusionBatch) -> dict[str, Tensor]:

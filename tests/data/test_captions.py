@@ -77,12 +77,12 @@ def test_batches_have_the_conditioning_of_their_captions(tmp_path: Path) -> None
     assert images.choices() == {"caption_column": "text", "caption_dropout": 0.25}
     known = prompts.encode(["zero", "one", "two", "three", "aa", ""])["encoder_hidden_states"]
     batches = list(itertools.islice(train_dataloader(images, 4, seed=0, process=ddpm(10)), 90))
-    states = torch.cat([batch.conditioning["encoder_hidden_states"] for batch, _ in batches])
+    states = torch.cat([batch.conditioning["encoder_hidden_states"] for batch, *_ in batches])
     distances = (states[:, None] - known).abs().amax(dim=(2, 3))
     assert distances.min(dim=1).values.max() < 1e-5 and states.shape[1:] == (8, 16)
     chosen = distances.argmin(dim=1)
     assert 0.2 < (chosen == 5).float().mean() < 0.3
-    clean = torch.cat([batch.clean for batch, _ in batches])
+    clean = torch.cat([batch.clean for batch, *_ in batches])
     moments = torch.stack([images.split.moments.read("moments", row)[0] for row in range(len(IMAGES))])
     row_of = torch.cdist(clean.flatten(1), images.draw(moments).flatten(1)).argmin(dim=1)
     number = {"zero": 0, "one": 1, "two": 2, "three": 3, "aa": 4}
@@ -111,7 +111,7 @@ def test_conditioning_of_sdxl_has_the_sizes_of_the_image(tmp_path: Path) -> None
     images, held_out = load_latents(
         write_images(tmp_path / "data", wide, list("abcdef")), latent_spec(prompts=prompts), caption_dropout=0.5
     )
-    (batch, _), *_ = itertools.islice(train_dataloader(images, 4, seed=0, process=ddpm(10)), 1)
+    (batch, *_), *_ = itertools.islice(train_dataloader(images, 4, seed=0, process=ddpm(10)), 1)
     shapes = {name: tuple(values.shape) for name, values in batch.conditioning.items()}
     assert shapes == {"encoder_hidden_states": (4, 8, 40), "text_embeds": (4, 12), "time_ids": (4, 6)}
     assert batch.conditioning["time_ids"].tolist() == [[20, 40, 0, 8, 16, 16]] * 4  # also without a caption
@@ -129,7 +129,7 @@ def test_conditioning_of_pixart_has_masks_and_the_size_of_all_images(tmp_path: P
     prompts = PromptEncoder.of_pipeline(components, (SIZE, SIZE), max_length=9, takes={"resolution": torch.zeros(1, 2)})
     folder = write_images(tmp_path / "data", IMAGES, CAPTIONS)
     images, held_out = load_latents(folder, latent_spec(prompts=prompts), caption_dropout=0.5)
-    (batch, _), *_ = itertools.islice(train_dataloader(images, 12, seed=0, process=ddpm(10)), 1)
+    (batch, *_), *_ = itertools.islice(train_dataloader(images, 12, seed=0, process=ddpm(10)), 1)
     found = {name: (tuple(values.shape), values.dtype) for name, values in batch.conditioning.items()}
     assert found == {
         "encoder_hidden_states": ((12, 9, 16), torch.float32),

@@ -25,8 +25,8 @@ IMAGES = [noise_image(number) for number in range(14)]
 def batches(images, count: int, batch_size: int = 4, **options) -> list[dict[str, Tensor]]:
     loader = train_dataloader(images, batch_size, **{"seed": 3, "process": ddpm(1000), **options})
     taken = list(itertools.islice(loader, count))
-    assert all(broken == [] for _, broken in taken)
-    return [{"clean": batch.clean, "noise": batch.noise, "t": batch.timesteps, **batch.conditioning} for batch, _ in taken]
+    assert all(broken == [] for *_, broken in taken)
+    return [{"clean": batch.clean, "noise": batch.noise, "t": batch.timesteps, **batch.conditioning} for batch, *_ in taken]
 
 
 def assert_same(left: list[dict[str, Tensor]], right: list[dict[str, Tensor]]) -> None:
@@ -144,7 +144,7 @@ def test_broken_images_are_replaced_and_counted(tmp_path: Path, caplog: pytest.L
     assert len(held_out) == 2 == len(held_out.samples)
     loader = train_dataloader(images, 5, seed=0, process=ddpm(10))
     seen = BrokenImages(9)
-    for batch, broken in itertools.islice(loader, 3):
+    for batch, _, broken in itertools.islice(loader, 3):
         seen.add(broken)
         assert batch.clean.abs().sum(dim=(1, 2, 3)).min() > 0
     assert sorted(seen.to_list()) == ["row 14", "row 6"]

@@ -90,7 +90,7 @@ def test_batches_have_dropped_labels_and_flips(tmp_path: Path, unet: UNet2DModel
     flipped.prepare()
     known = torch.stack([flipped.clean(row) for row in range(6)])
     loader = train_dataloader(flipped, 6, seed=0, process=ddpm(1000))
-    clean = torch.cat([batch.clean for batch, _ in itertools.islice(loader, 4)])
+    clean = torch.cat([batch.clean for batch, *_ in itertools.islice(loader, 4)])
     same, mirrored = ((clean[:, None] == other).flatten(2).all(dim=2).any(dim=1) for other in (known, known.flip(-1)))
     assert (same | mirrored).all() and same.any() and mirrored.any()
 

@@ -102,7 +102,7 @@ def conditional(**options):
 def drawn(source, count: int = 8, first_batch: int = 0, **options) -> list[DiffusionBatch]:
     """Training batches of 16 images."""
     loader = training_batches.train_dataloader(source, 16, seed=3, process=ddpm(100), first_batch=first_batch, **options)
-    return [batch for (batch, _), _ in zip(loader, range(count))]
+    return [batch for (batch, *_), _ in zip(loader, range(count))]
 
 
 def labels_of(batch: DiffusionBatch) -> torch.Tensor:

@@ -27,7 +27,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         store = dist.FileStore(str(folder / "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     images, _ = load_latents(folder / "data", latent_spec(prompts=prompt_encoder(folder / "tokens")))
-    batch, _ = next(iter(train_dataloader(images, 8 // ranks, seed=0, process=ddpm(10), rank=rank, world_size=ranks)))
+    batch, *_ = next(iter(train_dataloader(images, 8 // ranks, seed=0, process=ddpm(10), rank=rank, world_size=ranks)))
     save_file({"clean": batch.clean, **batch.conditioning}, folder / f"rank{rank}.safetensors")
 
 

@@ -44,7 +44,7 @@ def test_the_variance_half_is_kept_at_the_teachers(family: str) -> None:
     """It has a term of its own, and no part in the others."""
     student, teacher = build(family, LEARNED), build(family, LEARNED, seed=1)
     data = batch(student)
-    loss, terms = objective(teacher, distillation_weight=0.75)(NoisePrediction(student), data)
+    loss, terms, _ = objective(teacher, distillation_weight=0.75)(NoisePrediction(student), data)
     inputs = data.inputs(ddpm())
     with torch.no_grad():
         own, theirs = (family_of(model).output(model, inputs) for model in (student, teacher))
@@ -62,7 +62,7 @@ def test_every_term_works_and_the_teacher_itself_has_only_noise_to_learn(family:
     student, teacher = build(family, name, seed=1), build(family, name, seed=1)
     data = batch(student)
     directions = torch.randn(data.noise.shape, generator=torch.Generator().manual_seed(1))
-    loss, terms = objective(teacher, **EVERYTHING)(NoisePrediction(student, features=True), data, directions)
+    loss, terms, _ = objective(teacher, **EVERYTHING)(NoisePrediction(student, features=True), data, directions)
     learned = {"variance"} if name == LEARNED else set()
     assert set(terms) == {"noise", "distillation", "features", "sensitivity"} | learned
     assert all(value == 0 for key, value in terms.items() if key != "noise")
@@ -97,8 +97,8 @@ def test_min_snr_weighs_noise_and_distillation(prediction_type: str) -> None:
     """Each image's error by its timestep; the variance is not weighed."""
     student, teacher = build("dit", LEARNED), build("dit", LEARNED, seed=1)
     process, data = ddpm(prediction_type=prediction_type), batch(student)
-    _, plain = objective(teacher, process)(NoisePrediction(student), data)
-    _, terms = objective(teacher, process, snr_gamma=5.0)(NoisePrediction(student), data)
+    _, plain, _ = objective(teacher, process)(NoisePrediction(student), data)
+    _, terms, _ = objective(teacher, process, snr_gamma=5.0)(NoisePrediction(student), data)
     weights = min_snr_weights(process, data.timesteps, 5.0)
     inputs, target = data.inputs(process), data.target(process)
     with torch.no_grad():

@@ -104,14 +104,14 @@ def test_loss_is_between_noise_and_teacher(prediction_type):
         own, theirs = (build(seed=seed)(noisy, data.timesteps).sample for seed in (0, 1))
     noise = mse_loss(own, data.target(schedule))
     for weight in (0.0, 0.25, 1.0):
-        loss, terms = objective({"distillation_weight": weight}, prediction_type=prediction_type)(student(), data)
+        loss, terms, _ = objective({"distillation_weight": weight}, prediction_type=prediction_type)(student(), data)
         torch.testing.assert_close(loss, (1 - weight) * noise + weight * mse_loss(own, theirs))
         torch.testing.assert_close(terms["noise"], noise)
         assert set(terms) == ({"noise", "distillation"} if weight else {"noise"})
 
 
 def test_loss_is_the_weighted_sum_of_its_terms():
-    loss, terms = objective(EVERYTHING)(student(), *batch())
+    loss, terms, _ = objective(EVERYTHING)(student(), *batch())
     weights = {"noise": 0.5, "distillation": 0.5, "features": 0.1, "sensitivity": 0.01}
     assert set(terms) == set(weights) and all(term > 0 and not term.requires_grad for term in terms.values())
     torch.testing.assert_close(loss.detach(), sum(weights[name] * terms[name] for name in weights))
@@ -121,7 +121,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
 @pytest.mark.parametrize("name", ["base", "rgb", "class-embedding"])
 def test_student_that_is_the_teacher_has_only_noise_to_learn(name):
     data = batch(channels=3 if name == "rgb" else 1, labels=name == "class-embedding")
-    loss, terms = objective(EVERYTHING, name)(student(build(name, seed=1)), *data)
+    loss, terms, _ = objective(EVERYTHING, name)(student(build(name, seed=1)), *data)
     assert [terms[term].item() for term in ("distillation", "features", "sensitivity")] == [0, 0, 0]
     torch.testing.assert_close(loss.detach(), 0.5 * terms["noise"])
 
@@ -138,15 +138,15 @@ def test_student_and_teacher_see_the_same_labels():
 
 
 def test_inputs_a_step_away_enter_the_matching_terms_only():
-    _, everything = objective(EVERYTHING)(student(), *batch())
-    _, plain = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), *batch())
+    _, everything, _ = objective(EVERYTHING)(student(), *batch())
+    _, plain, _ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), *batch())
     for name, term in plain.items():
         torch.testing.assert_close(everything[name], term)
 
 
 def test_terms_without_a_weight_stay_out_of_the_loss():
     weights = {"distillation_weight": 1.0, "sensitivity_matching_weight": 0.1}
-    loss, terms = objective(weights)(student(), *batch())
+    loss, terms, _ = objective(weights)(student(), *batch())
     assert "noise" in terms
     torch.testing.assert_close(loss.detach(), terms["distillation"] + 0.1 * terms["sensitivity"])
 
@@ -197,11 +197,11 @@ def test_gradient_of_every_term_is_that_of_finite_differences():
 
 
 def test_bfloat16_is_near_float32():
-    full, _ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), *batch())
+    full, *_ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(student(), *batch())
     model = student()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half, _ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(model, *batch())
-        everything, terms = objective(EVERYTHING)(model, *batch())
+        half, *_ = objective({"distillation_weight": 0.5, "feature_distillation_weight": 0.1})(model, *batch())
+        everything, terms, _ = objective(EVERYTHING)(model, *batch())
     assert half.dtype == everything.dtype == torch.float32
     torch.testing.assert_close(half, full, rtol=0.03, atol=0)
     everything.backward()

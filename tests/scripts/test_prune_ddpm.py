@@ -372,7 +372,7 @@ def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampling", ["stratified", "independent"])
 def test_timesteps_of_a_batch(sampling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stratified ones, the default, are one from each of as many parts as the batch has images."""
+    """Stratified ones are one from each of as many parts as the batch has images."""
     next_batch, seen = prune_ddpm.next_batch, []
 
     def seeing(*arguments: object):
@@ -381,9 +381,9 @@ def test_timesteps_of_a_batch(sampling: str, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(prune_ddpm, "next_batch", seeing)
     quick = ("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 3, *UNMEASURED)
-    run_here(*digits(tmp_path / "run", *quick, *(("--timestep_sampling", sampling) if sampling == "independent" else ())))
-    parts = [sorted((batch.timesteps * len(batch) // 1000).tolist()) for batch in seen]
-    assert len(parts) == 3
+    run_here(*digits(tmp_path / "run", *quick, "--timestep_sampling", sampling))
+    parts = [sorted((batch.timesteps * len(batch) // 1000).tolist()) for batch, *_ in seen]
+    assert len(parts) == 3 and all(weights is None for *_, weights in seen)
     assert all((found == list(range(16))) == (sampling == "stratified") for found in parts)
 
 
