@@ -209,8 +209,8 @@ def time_table(data: dict[str, Found], times: dict) -> str:
 
 # Parts with a table for each data set
 PARTS = (
-    *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "timesteps", "igsm"),
-    *("recovery", "convergence"),
+    *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "timesteps", "rates"),
+    *("igsm", "recovery", "convergence"),
 )
 # Rows of other parts to compare the rows of a part with
 BESIDE = {
@@ -221,6 +221,7 @@ BESIDE = {
     "data": ("two-phase",),
     "features": ("default", "independent", "two-phase"),
     "timesteps": ("default", "one-shot-diff-pruning", "one-shot-magnitude"),
+    "rates": ("default", "one-shot-diff-pruning"),
     "igsm": ("default", "two-phase", "one-shot-diff-pruning"),
     "recovery": ("default", "independent", "two-phase"),
     "convergence": ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),

@@ -25,6 +25,7 @@ from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.one_shot import images_to_tensor
 from diffusers_gfprune.scripts import prune_ddpm
+from diffusers_gfprune.training import timestep_density
 from helpers.scripts import ROOT, RUN_FILES, SHORT, assert_one_error, forget_accelerator, plain_runs, run_script
 
 TEACHER = ROOT / "training/digits/teacher"
@@ -385,6 +386,27 @@ def test_timesteps_of_a_batch(sampling: str, tmp_path: Path, monkeypatch: pytest
     parts = [sorted((batch.timesteps * len(batch) // 1000).tolist()) for batch, *_ in seen]
     assert len(parts) == 3 and all(weights is None for *_, weights in seen)
     assert all((found == list(range(16))) == (sampling == "stratified") for found in parts)
+
+
+def test_timesteps_are_drawn_where_errors_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default: uniform until errors are known, then more at low noise, with smaller weights."""
+    next_batch, seen = prune_ddpm.next_batch, []
+
+    def seeing(*arguments: object):
+        seen.append(next_batch(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(prune_ddpm, "next_batch", seeing)
+    monkeypatch.setattr(timestep_density, "UPDATE_STEPS", 3)
+    quick = ("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 6, *UNMEASURED)
+    run_here(*digits(tmp_path / "run", *quick, "--gradient_accumulation_steps", 2))
+    *first, last = seen
+    assert len(seen) == 12 and all((weights == 1).all() for *_, weights in first[:6])
+    assert all(len(weights.unique()) > 4 for *_, weights in (*first[6:], last))
+    batch, times, weights = last
+    assert torch.equal(batch.timesteps, (times * 1000).long())
+    low = times < 0.25
+    assert low.sum() > 4 and weights[low].mean() < 0.8 * weights[~low].mean()
 
 
 def test_diverging_loss_is_an_error(tmp_path: Path) -> None:

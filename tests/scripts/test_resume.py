@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_gfprune.training import timestep_density
 from helpers.resume import (
     STEPS,
     TEACHER,
@@ -45,6 +46,20 @@ def test_going_on_ends_in_the_same_state(whole_run: tuple[Path, Path], tmp_path:
         run_here(tmp_path / "run", "--checkpointing_steps", STEPS, "--resume_from_checkpoint", "latest")
     assert_same_state(last_checkpoint(kept), last_checkpoint(again))
     assert_same_result(run, tmp_path / "run")
+
+
+def test_the_density_of_timesteps_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the middle of an interval between two changes; runs of other tests end before its first change."""
+    monkeypatch.setattr(timestep_density, "PARTS", 4)
+    monkeypatch.setattr(timestep_density, "UPDATE_STEPS", 2)
+    words = ("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 6)
+    _, kept = uninterrupted(tmp_path, *words)
+    place(kept, tmp_path / "again", 3)
+    with checkpoints_kept(tmp_path / "kept-again") as again:
+        run_here(tmp_path / "again", *words, "--resume_from_checkpoint", "latest")
+    states = [last_checkpoint(folder).values["timestep_density"] for folder in (kept, again)]
+    assert states[0] == states[1] and all(len(set(totals)) > 2 for totals in states[0]["totals"])
+    assert_same_state(last_checkpoint(kept), last_checkpoint(again))
 
 
 @pytest.mark.slow
