@@ -14,7 +14,7 @@ square of the image's weight in the loss (`objective.BatchLoss`).
 `UPDATE_STEPS / (1 - DECAY)` steps and over all processes. A share `UNIFORM` of the draws ignores them, so that no weight is
 larger than 1 / `UNIFORM`. Until all parts have been seen, p is 1.
 
-Nothing here depends on the draws themselves: with stratified u, each p(u) du gets its share of every batch.
+u may be drawn independently or be stratified. If it is stratified, each part gets its share of every batch.
 """
 
 from __future__ import annotations
