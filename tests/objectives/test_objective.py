@@ -118,6 +118,39 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     assert loss.dtype == torch.float32 and loss.shape == ()
 
 
+def test_weights_of_images_are_in_all_terms():
+    """A weight for one image alone leaves its share of the loss."""
+    (data, directions), model, found = batch(), student(), objective(EVERYTHING)
+    whole, total = found(model, data, directions), 0.0
+    for index in range(len(data)):
+        alone = found(model, data, directions, torch.arange(len(data)) == index)
+        first = DiffusionBatch(*(tensor[index : index + 1] for tensor in data.tensors()))
+        expected = found(model, first, directions[index : index + 1])
+        for name, term in alone.terms.items():
+            torch.testing.assert_close(term, expected.terms[name] / len(data), msg=lambda text, name=name: f"{name}: {text}")
+        total += alone.loss.detach()
+    torch.testing.assert_close(total, whole.loss.detach())
+    torch.testing.assert_close(found(model, data, directions, torch.ones(len(data))).loss, whole.loss)
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_squares_are_those_of_gradients_of_the_output(weight, snr_gamma):
+    """Up to a common factor, where either the noise or the teacher is the target; errors are added where both are."""
+    (data, _), model, outputs = batch(), student(), []
+    model.unet.register_forward_hook(lambda module, args, output: outputs.append(output.sample))
+    found = objective({"distillation_weight": weight, "snr_gamma": snr_gamma})
+    loss, _, squares = found(model, data)
+    assert squares.shape == (len(data),) and not squares.requires_grad
+    if weight in (0.0, 1.0):
+        (gradient,) = torch.autograd.grad(loss, outputs[0])
+        ratios = gradient.square().flatten(1).sum(dim=1) / squares
+        torch.testing.assert_close(ratios, ratios[:1].expand(len(data)), rtol=1e-3, atol=0)
+    else:
+        ends = (objective({"distillation_weight": end, "snr_gamma": snr_gamma})(model, data).squares for end in (0.0, 1.0))
+        torch.testing.assert_close(squares, torch.stack([*ends]).T @ torch.tensor([1 - weight, weight]))
+
+
 @pytest.mark.parametrize("name", ["base", "rgb", "class-embedding"])
 def test_student_that_is_the_teacher_has_only_noise_to_learn(name):
     data = batch(channels=3 if name == "rgb" else 1, labels=name == "class-embedding")
