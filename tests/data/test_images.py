@@ -254,7 +254,7 @@ def test_misfits_are_alike_wherever_they_stand(
     assert numbers_of(images.head(99)) == list(range(31)) and not images.decoder.enlarge
     assert images.summary.num_held_out == 2
     batches = train_dataloader(images, 8, seed=0, process=ddpm(10))
-    met = {name for _, (_, broken) in zip(range(12), batches) for name in broken}
+    met = {name for _, batch in zip(range(12), batches) for name in batch.unread}
     assert met == {f"row {row}" + (" of shard 0" if streaming else "") for row in (0, 1, 32)}
     with pytest.raises(ValueError, match="split train: max_broken_images=1 is exceeded: 2 images .* row 0"):
         load(folder, streaming=streaming, max_broken_images=1)
