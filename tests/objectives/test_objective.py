@@ -187,8 +187,8 @@ def test_terms_without_a_weight_stay_out_of_the_loss():
 def test_compacted_student_has_the_loss_of_the_masked_one():
     unet = masked(0)
     found = objective(EVERYTHING, masks=unet.channel_masks)
-    _, before = found(student(unet), *batch())
-    _, after = found(student(compacted(unet)), *batch())
+    _, before, _ = found(student(unet), *batch())
+    _, after, _ = found(student(compacted(unet)), *batch())
     assert before["features"] > 0.01
     for name, term in before.items():
         torch.testing.assert_close(after[name], term, rtol=2e-3, atol=1e-6)
@@ -306,8 +306,8 @@ def test_dropout_is_the_same_on_both_ends_of_a_step(checkpointing):
 def test_dropout_does_not_drown_responses():
     unet = UNet2DModel(**BASE, dropout=0.1)
     found = Objective(ObjectiveArguments(sensitivity_matching_weight=1.0), scheduler(), copy.deepcopy(unet))
-    _, off = found(NoisePrediction(unet.eval()), *batch())
-    _, on = found(NoisePrediction(unet.train()), *batch())
+    _, off, _ = found(NoisePrediction(unet.eval()), *batch())
+    _, on, _ = found(NoisePrediction(unet.train()), *batch())
     assert off["sensitivity"] == 0
     assert 0 < on["sensitivity"] < 1  # with different masks, the ends would differ by far more than the step
 
@@ -327,7 +327,7 @@ def test_nothing_is_synchronized(compact):
     found = objective(EVERYTHING, masks=unet.channel_masks)
     found(model, *batch())  # kept channels are listed once
     with NoSynchronization():
-        loss, _ = found(model, *batch())
+        loss, *_ = found(model, *batch())
     assert loss.isfinite()
 
 
