@@ -130,7 +130,10 @@ class _Labels(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func)).strip("_")
         # A group norm keeps the shape, and on the meta device it takes a third of the forward's time
-        result = torch.empty_like(args[0]) if name == "group_norm" else func(*args, **kwargs)
+        if name == "group_norm":
+            result = torch.empty_like(args[0] if args else kwargs["input"])
+        else:
+            result = func(*args, **kwargs)
         if self.is_paused:
             return result
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

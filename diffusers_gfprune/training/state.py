@@ -271,7 +271,7 @@ class TrainingState:
         if values.get("recovery") is not None:  # absent from older checkpoints
             changes = {name: torch.empty_like(parameters[name]).copy_(t) for name, t in tensors["recovery"].items()}
             self.weight_path = WeightPath(**values["recovery"], changes=changes)
-        if self.timestep_density is not None and values.get("timestep_density") is not None:
+        if self.timestep_density is not None:
             self.timestep_density.restore(values["timestep_density"])
         self.step = self.saved_step = checkpoint.step
         self._lay_out(base)
