@@ -16,7 +16,7 @@ Parts of the study:
     depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
     features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
     timesteps   how timesteps of training are drawn and weighed
-    rates       other learning rates on CIFAR-10 images, for the default and its rivals
+    rates       other learning rates, for the default and its rivals
     igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
@@ -107,6 +107,8 @@ ONE_SHOTS = tuple(f"one-shot-{name}" for name in ("gradient-flow", "diff-pruning
 SHARED = ("default", "two-phase", *ONE_SHOTS, "torch-pruning")
 # Rankings at every tenth of the soft phase, the default of the script; both recipes rank less often
 TENTHS = {"digits": ("--update_interval", "15"), "cifar10": ("--update_interval", "6")}
+# Peak learning rates that are compared; the first is the recipe's
+RATES = {"digits": ("5e-4", "1e-3", "2e-3"), "cifar10": ("3e-4", "1.2e-3", "2.4e-3")}
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
 OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # for settings that differ at rankings
 
@@ -315,17 +317,20 @@ def _timesteps() -> list[Setting]:
 
 def _rates() -> list[Setting]:
     # All with the timesteps of the default, so that they differ in pruning alone
-    rival = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)
-    rows = [
-        ("rate-1.2e-3", "gradient flow, two phases (default)", MENDED),
-        ("one-shot-diff-pruning-rate-3e-4", "Diff-Pruning, one-shot, timesteps of the default", rival),
-        ("one-shot-diff-pruning-rate-1.2e-3", "Diff-Pruning, one-shot, timesteps of the default", rival),
-    ]
+    ours = ("", "gradient flow, two phases (default)", MENDED)
+    rival = (
+        "one-shot-diff-pruning-",
+        "Diff-Pruning, one-shot, timesteps of the default",
+        (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM),
+    )
     found = []
-    for name, title, arguments in rows:
-        rate = name.partition("rate-")[2]
-        words = (*arguments, *IMPORTANCE, "--learning_rate", rate)
-        found.append(Setting(name, f"{title}, learning rate {rate}", "rates", words, curves=True, datasets=("cifar10",)))
+    for dataset, (recipe, *others) in RATES.items():
+        for rate, (name, title, arguments) in itertools.product((recipe, *others), (ours, rival)):
+            if rate == recipe and not name:
+                continue  # the default itself
+            words = (*arguments, *IMPORTANCE, "--learning_rate", rate)
+            title = f"{title}, learning rate {rate}"
+            found.append(Setting(f"{name}rate-{rate}", title, "rates", words, curves=True, datasets=(dataset,)))
     return found
 
 
