@@ -99,7 +99,7 @@ def plot_step_loss(path: Path, losses: Mapping[str, Mapping[str, float]]) -> Non
 
 
 def plot_pruning(path: Path, report: dict) -> None:
-    """Schedules, kept and revived units, and losses over steps, with the phases marked.
+    """Schedules, kept and revived units, and losses over steps, with the phases marked, and the density of timesteps.
 
     Args:
         path: PNG file.
@@ -108,7 +108,9 @@ def plot_pruning(path: Path, report: dict) -> None:
     curves, updates = report["curves"], report["mask_updates"]
     soft, end = report["phases"]["soft_end_step"], report["phases"]["hard_end_step"]
     quality = {name: values for name, values in curves["quality"].items() if name.startswith("fd_") or name in SHOWN_QUALITY}
-    rows = 3 + (len(quality) + 1) // 2
+    density = report.get("timestep_density")  # older reports have none
+    panels = 6 + len(quality) + (density is not None)
+    rows = (panels + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3 * rows), constrained_layout=True)
     steps = curves["schedule_steps"]
     axes[0, 0].plot(steps, curves["sparsity"], label="s_t (share of the cost removed)")
@@ -131,9 +133,16 @@ def plot_pruning(path: Path, report: dict) -> None:
     for axis, (name, values) in zip(axes[3:].flat, quality.items()):
         axis.plot(curves["quality_steps"], [math.nan if value is None else value for value in values], marker=".")
         axis.set_title(f"{name} of samples")
-    for axis in axes.flat[6 + len(quality) :]:
+    for axis in axes.flat[panels:]:
         axis.set_visible(False)
-    for index, axis in enumerate(axes.flat):
+    if density is not None:
+        axis = axes.flat[panels - 1]
+        axis.plot(density["timesteps"], density["density"], marker=".", label="density")
+        axis.axhline(1, color="gray", linestyle=":", label="all alike")
+        axis.set_title("how often timesteps were drawn at the end")
+        axis.set_xlabel("timestep (high: much noise)")
+        axis.legend()
+    for index, axis in enumerate(axes.flat[: 6 + len(quality)]):
         early = index < 4  # curves of the pruning phases end shortly after them
         axis.set_xlim(0, max(1, 1.25 * end) if early and end else None)
         axis.axvspan(0, soft, color="tab:blue", alpha=0.08)

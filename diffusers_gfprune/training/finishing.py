@@ -74,8 +74,12 @@ def finish(run: Run, state: TrainingState) -> None:
     if state.pruner.latency is not None:
         measured.latency_budget = state.pruner.check_latency(dense, unet).to_dict()
     write_json(folder.staging / "results.json", measured.to_dict())
+    density = state.timestep_density
     report = pruning_report(
-        args, state.pruner, state.curves, run.dense_step_losses["step_loss"], run.origin, state.diagnostics, state.broken
+        *(args, state.pruner, state.curves, run.dense_step_losses["step_loss"], run.origin),
+        diagnostics=state.diagnostics,
+        broken=state.broken,
+        timestep_density=None if density is None else density.describe(run.pipeline.process.timesteps_at),
     )
     write_json(folder.staging / "pruning_report.json", report)
     plot_pruning(folder.staging / "pruning.png", report)

@@ -276,6 +276,7 @@ def pruning_report(
     origin: dict,
     diagnostics: dict | None = None,
     broken: Sequence[str] = (),
+    timestep_density: dict | None = None,
 ) -> dict:
     """The content of `pruning_report.json`: removed channels and blocks, rankings and training curves.
 
@@ -289,6 +290,7 @@ def pruning_report(
         origin: `base_model`, `dataset` and `command` (see `provenance`), and `pipeline` (see `describe_pipeline`).
         diagnostics: Known failures of the method that were detected.
         broken: Images that could not be read.
+        timestep_density: How often timesteps were drawn at the end (`TimestepDensity.describe`).
     """
     return {
         "format_version": REPORT_VERSION,
@@ -321,6 +323,7 @@ def pruning_report(
         "mask_updates": [update.to_dict() for update in pruner.history],
         "dense_step_loss": dense_step_loss,
         "curves": {**_schedule_curves(pruner), **dataclasses.asdict(curves)},
+        "timestep_density": timestep_density,
         "diagnostics": diagnostics or {},
         "unreadable_images": [portable(name) for name in broken],
         "versions": package_versions(),

@@ -103,6 +103,15 @@ class TimestepDensity:
             self.totals = DECAY * self.totals + self.recent.double().cpu().numpy()
             self.recent.zero_()
 
+    def describe(self, timesteps_at: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
+        """For reports: `density` and the `timesteps` in the middle of the parts.
+
+        Args:
+            timesteps_at: Timesteps at positions (`DiffusionProcess.timesteps_at`).
+        """
+        middles = (torch.arange(PARTS, dtype=torch.float64) + 0.5) / PARTS
+        return {"timesteps": timesteps_at(middles).tolist(), "density": self.density().tolist()}
+
     def values(self) -> dict:
         """The state between two steps, for JSON: the same on all processes."""
         return {"step": self.step, "totals": self.totals.tolist(), "recent": self.recent.tolist()}

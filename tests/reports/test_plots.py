@@ -77,6 +77,19 @@ def test_curves_of_a_run(tmp_path: Path, report: dict) -> None:
     assert (soft.get_x() + soft.get_width(), hard.get_x() + hard.get_width()) == ends
 
 
+def test_how_often_timesteps_were_drawn(tmp_path: Path, report: dict) -> None:
+    """Over timesteps, so that no phases stand behind it."""
+    density = {"timesteps": [125, 875], "density": [0.5, 1.5]}
+    with saved_figures() as figures:
+        plot_pruning(tmp_path / "without.png", report | {"timestep_density": None})
+        plot_pruning(tmp_path / "with.png", report | {"timestep_density": density})
+    without, drawn = ({axis.get_title(): axis for axis in figure.axes if axis.get_visible()} for figure in figures)
+    (title,) = {*drawn} - {*without}
+    assert title == "how often timesteps were drawn at the end"
+    assert lines(drawn[title])["density"] == ([125, 875], [0.5, 1.5])
+    assert not drawn[title].patches
+
+
 def test_widths_of_groups(tmp_path: Path, report: dict) -> None:
     groups = report["channel_groups"]
     with saved_figures() as figures:

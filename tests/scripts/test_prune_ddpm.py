@@ -109,6 +109,9 @@ def test_report_is_consistent(finished_run: tuple[Path, str]) -> None:
     masked, compacted = (report["curves"]["compaction"][f"step_loss_{name}"] for name in ("masked", "compacted"))
     assert compacted == pytest.approx(masked, rel=1e-4)
     assert len(report["curves"]["schedule_steps"]) == 4
+    timesteps, density = report["timestep_density"].values()
+    assert timesteps == sorted(timesteps) and np.mean(density) == pytest.approx(1)
+    assert max(density) > 1.2  # pruning changes predictions at some timesteps more than at others
 
 
 @pytest.mark.parametrize("scheduler", [None, DDIMScheduler, DPMSolverMultistepScheduler])

@@ -123,3 +123,11 @@ def test_a_restored_one_continues_the_same() -> None:
         measured(density, of=lambda times: 1 + times)
     assert np.array_equal(whole.density(), other.density())
     assert whole.values() == other.values()
+
+
+def test_reports_name_timesteps() -> None:
+    """Those in the middle of the parts, for JSON."""
+    density = measured()
+    described = json.loads(json.dumps(density.describe(lambda times: (1000 * times).long())))
+    assert described["timesteps"] == [int(1000 * time) for time in even(PARTS)]
+    assert described["density"] == density.density().tolist()
