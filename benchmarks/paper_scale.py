@@ -43,7 +43,7 @@ MODES = {"bf16, CUDA graphs": "graph", "bf16": "eager"}
 # FID of the dense model and of Diff-Pruning after 100,000 steps, both with 100 steps of DDIM (arXiv 2305.10924, table 1)
 PUBLISHED_DENSE, PUBLISHED_DIFF_PRUNING = 4.19, 5.29
 FID_IMAGES, FID_STEPS = 50_000, 100
-RIVAL, OURS = "one-shot-diff-pruning", ("default", "two-phase", "features-recovery")
+RIVAL, OURS = "diff-pruning", ("default", "no-recovery")
 
 
 def rate(gpu: dict, part: str, model: str, mode: str, dtype: str = "bfloat16") -> float:

@@ -37,8 +37,8 @@ RUNS = ROOT / "runs/study"
 QUICK = ROOT / "runs/study-quick"
 # One setting of every kind and part, with runs of seconds
 QUICK_SETTINGS = (
-    *("two-phase", "one-shot-diff-pruning", "one-shot-magnitude", "paper", "scratch", "torch-pruning"),
-    *("two-phase-30", "phases-5-10", "p-cosine", "iterations", "no-revival", "ranking-global"),
+    *("default", "two-phase", "diff-pruning", "magnitude", "paper", "scratch", "torch-pruning"),
+    *("default-30", "phases-5-10", "p-cosine", "iterations", "no-revival", "ranking-global"),
 )
 QUICK_ARGUMENTS = (
     *("--max_train_steps", "40", "--calibration_batches", "1", "--calibration_batch_size", "16", "--train_batch_size", "16"),
@@ -122,10 +122,10 @@ def arguments_of(setting: Setting, dataset: str, seed: int, extra: list[str], cu
     return [*BASE[dataset], *setting.arguments, *setting.own.get(dataset, ()), *curves, *seeds, *extra]
 
 
-def words_of_today(words: list[str]) -> list[str]:
+def words_of_today(words: list[str], dataset: str) -> list[str]:
     """Arguments of an older run under their current names."""
     found = list(words)
-    for name, default in FORMER_DEFAULTS.items():
+    for name, default in FORMER_DEFAULTS[dataset].items():
         if name not in words:
             found += [name, default]
     if "--flow_metric" in found:
@@ -134,10 +134,10 @@ def words_of_today(words: list[str]) -> list[str]:
     return found
 
 
-def made_by(command: str, words: list[str]) -> bool:
+def made_by(command: str, words: list[str], dataset: str) -> bool:
     """Whether the command line in a run's report has the same values as these arguments, except for those of `MACHINE`."""
     given = shlex.split(command.replace("\\\n", " "))[3:]  # accelerate launch SCRIPT
-    return _meaning(words_of_today(given)) == _meaning(words)
+    return _meaning(words_of_today(given, dataset)) == _meaning(words)
 
 
 def _meaning(words: list[str]) -> dict:
@@ -159,7 +159,7 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
     curve_steps = 10 if options.quick else None
     if target.exists():
         words = arguments_of(setting, dataset, seed, options.extra, curve_steps)
-        if not made_by(json.loads(target.read_text())["command"], words):
+        if not made_by(json.loads(target.read_text())["command"], words, dataset):
             print(
                 f"*** {name}: {target} was made with other arguments; remove it to repeat the run", file=sys.stderr, flush=True
             )

@@ -56,6 +56,7 @@ from diffusers_gfprune.trained_pipelines import TrainedPipeline, load_pipeline
 from diffusers_gfprune.training.arguments import Arguments, parse_arguments
 from diffusers_gfprune.training.reporting import measure_step_losses, results
 from diffusers_gfprune.training.state import seed_everything
+from diffusers_gfprune.training.timestep_density import TimestepDensity
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -213,7 +214,10 @@ def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.
 
 
 def fine_tune(args: Arguments, student: nn.Module, objective: Objective, process, images) -> nn.Module:
-    """Train as `prune_ddpm.py` does after compaction, for all steps of the run; returns the averaged weights."""
+    """Train as `prune_ddpm.py` does after compaction, for all steps of the run; returns the averaged weights.
+
+    The student may be any module, such as a model of Torch-Pruning, which `TrainingState` does not take.
+    """
     t = args.training
     student.train().requires_grad_(True)
     model = NoisePrediction(student)
@@ -228,11 +232,18 @@ def fine_tune(args: Arguments, student: nn.Module, objective: Objective, process
         t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
     )
     ema = EMAModel(student.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75) if t.use_ema else None
-    batches = train_dataloader(images, t.train_batch_size, seed=args.run.seed, process=process)
-    for step, (batch, *_) in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
+    density = TimestepDensity() if t.timestep_sampling == "importance" else None
+    stratified, weights = t.timestep_sampling != "independent", None
+    batches = train_dataloader(images, t.train_batch_size, seed=args.run.seed, process=process, stratified=stratified)
+    for step, (batch, times, _) in zip(tqdm(range(t.max_train_steps), desc="fine-tuning"), batches):
         seed_everything(args.run.seed, step, 0)
-        loss = objective(model, batch).loss
+        if density is not None:
+            batch, times, weights = density.redraw(batch, times, process)
+        loss, _, squares = objective(model, batch, image_weights=weights)
         loss.backward()
+        if density is not None:
+            density.add(times, squares)
+            density.finish_step(lambda total: total)
         nn.utils.clip_grad_norm_(student.parameters(), t.max_grad_norm)
         optimizer.step()
         lr_scheduler.step()

@@ -16,11 +16,11 @@ matplotlib.use("Agg")
 
 CURVES = {
     "default": ("gradient flow, two phases (default)", "tab:blue"),
-    "two-phase": ("gradient flow, two phases, no recovery", "tab:cyan"),
-    "one-shot-diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
-    "one-shot-magnitude": ("magnitude, one-shot", "tab:green"),
-    "one-shot-gradient-flow": ("gradient flow, one-shot", "tab:purple"),
-    "paper": ("gradient flow as published, no teacher", "tab:red"),
+    "no-recovery": ("gradient flow, two phases, no recovery", "tab:cyan"),
+    "diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
+    "magnitude": ("magnitude, one-shot", "tab:green"),
+    "one-shot": ("gradient flow, one-shot, no recovery", "tab:purple"),
+    "paper": ("gradient flow as published, no teacher (earlier)", "tab:red"),
 }
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 ITERATIONS = {name: (SETTINGS[name].title, colour) for name, colour in zip(of_part("iterations"), COLOURS)}
@@ -89,7 +89,7 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
             drawn: list[Run] = []
-            for name in ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"):
+            for name in ("default", "diff-pruning", "magnitude"):
                 points = []
                 for ending in ("-30", "", "-70"):
                     drawn += found.get(name + ending, [])
@@ -121,6 +121,9 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
 # Methods over measured time: those with several budgets are joined by a line
 TIMED = {
     "default": ("tab:blue", "o"),
+    "diff-pruning": ("tab:orange", "o"),
+    "magnitude": ("tab:green", "o"),
+    "torch-pruning": ("tab:red", "D"),
     "two-phase": ("tab:cyan", "o"),
     "channels": ("tab:olive", "o"),
     "channels-ragged": ("tab:olive", "x"),
@@ -133,7 +136,7 @@ TIMED = {
     "progressive-taylor": ("tab:brown", "^"),
     "one-shot-random": ("tab:gray", "s"),
     "progressive-random": ("tab:gray", "^"),
-    "torch-pruning": ("tab:red", "D"),
+    "earlier-torch-pruning": ("tab:pink", "D"),
 }
 
 

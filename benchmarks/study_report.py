@@ -49,7 +49,7 @@ COLUMNS = {"step_loss": "step loss", "distance": "", "ssim_to_dense": "SSIM to d
 RIGHT_DIGITS = "right_digits"  # of models with a condition
 
 # The rows that the README shows
-RIVALS = ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude")
+RIVALS = ("default", "no-recovery", "diff-pruning", "magnitude", "torch-pruning")
 
 
 def main_table(found: Found, dataset: str, names: Sequence[str], speeds: Speeds | None = None) -> str:
@@ -140,7 +140,7 @@ def revival_table(found: Found, dataset: str) -> str:
         "| setting | seeds | rankings | came back, per run | of all ranked out | distance | SSIM to dense |",
         "|---" * 7 + "|",
     ]
-    for name in ("default", "two-phase", "paper", "often", *of_part("revival")):
+    for name in ("default", "no-recovery", "two-phase", "paper", "often", *of_part("revival")):
         runs = found.get(name, [])
         if runs:
             back, gone = (
@@ -148,7 +148,9 @@ def revival_table(found: Found, dataset: str) -> str:
                 for what in ("revived", "newly_pruned")
             )
             share = statistics.mean(b / g for b, g in zip(back, gone))
-            title = SETTINGS[name].title + (f", {runs[0]['steps']} steps" if SETTINGS[name].part == "main" else "")
+            title = SETTINGS[name].title + (
+                f", {runs[0]['steps']} steps" if SETTINGS[name].part in ("main", "earlier") else ""
+            )
             distance, ssim = (spread([figure(run, dataset, c) for run in runs]) for c in ("distance", "ssim_to_dense"))
             cells = (title, len(runs), len(runs[0]["rankings"]), spread(back, 1), f"{share:.1%}", distance, ssim)
             lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -181,7 +183,7 @@ def peer_table(found: Found, dataset: str) -> str:
         "| data | seed | asked for | MACs removed | step loss before | right after pruning | attention scale |",
         "|---|---|---|---|---|---|---|",
     ]
-    for run in found.get("torch-pruning", []):
+    for run in [*found.get("earlier-torch-pruning", []), *found.get("torch-pruning", [])]:
         peer = run["peer"]
         drift = statistics.mean(peer["attention_scale_ratio"].values())
         lines.append(
@@ -209,22 +211,25 @@ def time_table(data: dict[str, Found], times: dict) -> str:
 
 # Parts with a table for each data set
 PARTS = (
-    *("main", "budget", "widths", "metric", "phases", "schedules", "scores", "data", "features", "timesteps", "rates"),
-    *("igsm", "recovery", "convergence"),
+    *("main", "budget", "earlier", "earlier-budget", "widths", "metric", "phases", "schedules", "scores", "data", "features"),
+    *("timesteps", "rates", "igsm", "recovery", "convergence"),
 )
-# Rows of other parts to compare the rows of a part with
+# The default with the learning rate of other parts
+EARLIER_DEFAULT = {"digits": "default", "cifar10": "rate-3e-4"}
+# Rows of other parts to compare the rows of a part with; None: the row of `EARLIER_DEFAULT`
 BESIDE = {
-    "widths": ("default", "two-phase", "one-shot-gradient-flow"),
-    "budget": ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
+    "widths": ("two-phase", "one-shot-gradient-flow"),
+    "budget": ("default", "diff-pruning", "magnitude"),
+    "earlier-budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
     "metric": ("two-phase", "one-shot-gradient-flow", "two-phase-group", "one-shot-group"),
     "scores": ("short",),
     "data": ("two-phase",),
-    "features": ("default", "independent", "two-phase"),
-    "timesteps": ("default", "one-shot-diff-pruning", "one-shot-magnitude"),
-    "rates": ("default", "one-shot-diff-pruning"),
-    "igsm": ("default", "two-phase", "one-shot-diff-pruning"),
-    "recovery": ("default", "independent", "two-phase"),
-    "convergence": ("default", "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
+    "features": (None, "independent", "two-phase"),
+    "timesteps": (None, "one-shot-diff-pruning", "one-shot-magnitude"),
+    "rates": ("default", "diff-pruning"),
+    "igsm": (None, "two-phase", "one-shot-diff-pruning"),
+    "recovery": (None, "independent", "two-phase"),
+    "convergence": (None, "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
 }
 
 
@@ -237,12 +242,16 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
     """
     speeds = speeds or {}
 
-    def rows(names: Callable[[], Sequence[str]]) -> Callable[[Found, str], str]:
-        return lambda found, dataset: main_table(found, dataset, names(), speeds.get(dataset))
+    def rows(names: Sequence[str | None]) -> Callable[[Found, str], str]:
+        def make(found: Found, dataset: str) -> str:
+            known = [name or EARLIER_DEFAULT[dataset] for name in names]
+            return main_table(found, dataset, known, speeds.get(dataset))
+
+        return make
 
     made: dict[str, Callable[[Found, str], str]] = {
-        "rivals": rows(lambda: RIVALS),
-        **{part: rows(lambda part=part: (*BESIDE.get(part, ()), *of_part(part))) for part in PARTS},
+        "rivals": rows(RIVALS),
+        **{part: rows((*BESIDE.get(part, ()), *of_part(part))) for part in PARTS},
         "iterations": iterations_table,
         "revival": revival_table,
         "peer": peer_table,
@@ -282,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     everything = {dataset: {**found, **load_channels(dataset, args.results)} for dataset, found in data.items()}
     speeds = load_speeds(args.latencies, {**everything, **latent})
     made = tables(everything, speeds)
-    rows = (*SHARED, *of_part("widths"), *of_part("features"), *of_part("depth"))
+    rows = (*of_part("main"), *SHARED, *of_part("widths"), *of_part("features"), *of_part("depth"))
     for d, found in latent.items():
         made |= {f"latent {d}": main_table(found, d, rows, speeds[d])}
         made |= {f"recovery {d}": main_table(found, d, of_part("recovery"))}

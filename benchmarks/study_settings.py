@@ -1,10 +1,14 @@
-"""Settings of the study: each is the run of a data set's recipe with a few changed arguments, without recovery and with
-independent timesteps unless it says otherwise.
+"""Settings of the study: each is the run of a data set's recipe with a few changed arguments.
+
+Rows of main, budget and rates have the training of today's recipes: timesteps by importance, and learning rates that suit.
+Others have independent timesteps and, on CIFAR-10 images, a lower learning rate, unless they say otherwise; and no recovery.
 
 Parts of the study:
 
-    main        criteria, one-shot and progressive, with the dense model as teacher and without
-    budget      the main rivals at 30 % and 70 % of the MACs removed
+    main        the default and its rivals, with the same training
+    budget      the same at 30 % and 70 % of the MACs removed
+    earlier     more rivals, with the training before: criteria, one-shot and progressive, with the dense model as teacher
+                and without; earlier-budget has the main ones at 30 % and 70 %
     widths      the share of channels that each group loses, by criterion
     metric      gradient norms in weights, as published, instead of predictions
     phases      length and effect of the two phases
@@ -13,7 +17,7 @@ Parts of the study:
     revival     whether pruned channels may be revived
     scores      options of the score that arXiv 2501.09464 leaves open
     data        without data: the dense model draws the images
-    depth       widths and blocks of the latent models of the digits, which also run some rows of the main part
+    depth       widths and blocks of the latent models of the digits, which also run some rows of the earlier part
     features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
     timesteps   how timesteps of training are drawn and weighed
     rates       other learning rates, for the default and its rivals
@@ -45,11 +49,17 @@ LATENT = ("digits-dit", "digits-ldm", "digits-text")
 EVERY = (*DATASETS, *LATENT)
 
 # Arguments of every run of a data set. `CURVE_STEPS`: steps between two points of the curves, for data sets that have them.
-# Recovery and the density of timesteps are defaults of the script, and no part of what criteria, schedules and rivals are
-# compared for.
+# Recovery and the density of timesteps are defaults of the script today, and no part of what criteria and schedules are
+# compared for. The CIFAR-10 recipe had another learning rate.
 RECIPES = {"cifar10": "benchmarks/cifar10/prune.yaml", **{name: name.replace("-", "_") for name in ("digits", *LATENT)}}
-FORMER_DEFAULTS = {"--recovery": "none", "--timestep_sampling": "independent"}
-BASE = {name: ("--recipe", RECIPES[name], *itertools.chain.from_iterable(FORMER_DEFAULTS.items())) for name in EVERY}
+FORMER_DEFAULTS = {
+    name: {
+        **{"--recovery": "none", "--timestep_sampling": "independent"},
+        **({"--learning_rate": "3e-4"} if name == "cifar10" else {}),
+    }
+    for name in EVERY
+}
+BASE = {name: ("--recipe", RECIPES[name], *itertools.chain.from_iterable(FORMER_DEFAULTS[name].items())) for name in EVERY}
 TEACHERS = {
     "digits": "training/digits/teacher",
     "cifar10": "benchmarks/cifar10/teacher",
@@ -99,22 +109,49 @@ MENDED = ("--recovery", "rankings")
 STRATIFIED = ("--timestep_sampling", "stratified")
 IMPORTANCE = ("--timestep_sampling", "importance")
 OURS = (*MENDED, *IMPORTANCE)
+# The peak learning rate of a recipe, where rows had another one before; and others that it is compared with
+RATE = {"cifar10": ("--learning_rate", "2.4e-3")}
+OTHER_RATES = {"digits": ("2e-3",), "cifar10": ("3e-4", "1.2e-3")}
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)
-# Rows of the main part that latent models have, too
+# Rows of the earlier part that latent models have, too
 ONE_SHOTS = tuple(f"one-shot-{name}" for name in ("gradient-flow", "diff-pruning", "magnitude"))
-SHARED = ("default", "two-phase", *ONE_SHOTS, "torch-pruning")
+SHARED = ("two-phase", *ONE_SHOTS, "earlier-torch-pruning")
 # Rankings at every tenth of the soft phase, the default of the script; both recipes rank less often
 TENTHS = {"digits": ("--update_interval", "15"), "cifar10": ("--update_interval", "6")}
-# Peak learning rates that are compared; the first is the recipe's
-RATES = {"digits": ("5e-4", "1e-3", "2e-3"), "cifar10": ("3e-4", "1.2e-3", "2.4e-3")}
 SHORT = ("--max_train_steps", "500", "--update_interval", "25")  # rankings at the same shares of the run as in the recipe
 OFTEN = ("--max_train_steps", "500", "--update_interval", "10")  # for settings that differ at rankings
 
 
 def _main() -> list[Setting]:
-    found = [Setting("default", "gradient flow, two phases (default)", "main", OURS, curves=True)]
+    # The same training for all of them, that of the default: only pruning differs
+    diff_pruning, magnitude = ((*ONE_SHOT, "--criterion", name, *UNIFORM) for name in ("diff-pruning", "magnitude"))
+    rows = [
+        ("default", "gradient flow, two phases (default)", MENDED),
+        ("no-recovery", "gradient flow, two phases, no recovery", ()),
+        ("one-shot", "gradient flow, one-shot, no recovery", ONE_SHOT),
+        ("diff-pruning", "Diff-Pruning, one-shot", diff_pruning),
+        ("magnitude", "magnitude, one-shot", magnitude),
+    ]
+    title = "Torch-Pruning as in Diff-Pruning's script"
+    found = [
+        *(
+            Setting(name, title, "main", (*chosen, *IMPORTANCE), curves=True, own=RATE, datasets=EVERY)
+            for name, title, chosen in rows
+        ),
+        Setting("torch-pruning", title, "main", IMPORTANCE, own=RATE, datasets=EVERY, kind="torch-pruning"),
+    ]
+    for name, title, chosen in (rows[0], *rows[3:]):
+        for percent in (30, 70):
+            words = (*chosen, *IMPORTANCE, "--ratio", f"0.{percent // 10}")
+            found.append(Setting(f"{name}-{percent}", f"{title}, {percent} % removed", "budget", words, own=RATE))
+    return found
+
+
+def _earlier() -> list[Setting]:
+    """The main part before the learning rates and timesteps of today, most of it pruned by single channels."""
+    found: list[Setting] = []
     for teacher, ending, words in (((), "", ""), (NO_TEACHER, "-noise", ", no teacher")):
         for criterion, title in CRITERIA.items():
             chosen = () if criterion == "gradient-flow" else ("--criterion", criterion, *UNIFORM)
@@ -124,35 +161,34 @@ def _main() -> list[Setting]:
                 Setting(
                     f"two-phase{ending}" if ours else f"progressive-{criterion}{ending}",
                     f"{title}, two phases{', no recovery' if ours else ''}{words}",
-                    "main",
+                    "earlier",
                     (*chosen, *teacher),
                     curves=ours,
                 )
             )
             name = f"one-shot-{criterion}{ending}"
-            found.append(Setting(name, f"{title}, one-shot{words}", "main", (*ONE_SHOT, *chosen, *teacher), curves=rival))
-        found.append(Setting(f"scratch{ending}", f"scratch, at the default's widths{words}", "main", teacher, kind="scratch"))
+            found.append(Setting(name, f"{title}, one-shot{words}", "earlier", (*ONE_SHOT, *chosen, *teacher), curves=rival))
+        found.append(
+            Setting(f"scratch{ending}", f"scratch, at the default's widths{words}", "earlier", teacher, kind="scratch")
+        )
         title = f"Torch-Pruning as in Diff-Pruning's script{words}"
-        found.append(Setting(f"torch-pruning{ending}", title, "main", teacher, kind="torch-pruning"))
+        found.append(Setting(f"earlier-torch-pruning{ending}", title, "earlier", teacher, kind="torch-pruning"))
     published, taught = ("--preset", "paper"), ("--preset", "paper", "--distillation_weight", "1")
     title = "gradient flow as published, two phases"
-    found.append(Setting("paper", f"{title}, no teacher", "main", published, curves=True, own=TENTHS))
-    found.append(Setting("paper-teacher", title, "main", taught, own=TENTHS))
-    return [replace(setting, datasets=EVERY) if setting.name in SHARED else setting for setting in found]
-
-
-def _budgets() -> list[Setting]:
-    found = []
+    found.append(Setting("paper", f"{title}, no teacher", "earlier", published, curves=True, own=TENTHS))
+    found.append(Setting("paper-teacher", title, "earlier", taught, own=TENTHS))
     for name, title, arguments in (
-        ("default", "gradient flow, two phases (default)", OURS),
         ("two-phase", "gradient flow, two phases, no recovery", ()),
         ("one-shot-diff-pruning", "Diff-Pruning, one-shot", (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)),
         ("one-shot-magnitude", "magnitude, one-shot", (*ONE_SHOT, "--criterion", "magnitude", *UNIFORM)),
     ):
         for percent in (30, 70):
-            ratio = ("--ratio", f"0.{percent // 10}")
-            found.append(Setting(f"{name}-{percent}", f"{title}, {percent} % removed", "budget", (*arguments, *ratio)))
-    return found
+            told, words = f"{title}, {percent} % removed", (*arguments, "--ratio", f"0.{percent // 10}")
+            found.append(Setting(f"{name}-{percent}", told, "earlier-budget", words))
+    return [
+        replace(setting, title=f"{setting.title} (earlier)", datasets=EVERY if setting.name in SHARED else DATASETS)
+        for setting in found
+    ]
 
 
 def _widths() -> list[Setting]:
@@ -316,19 +352,12 @@ def _timesteps() -> list[Setting]:
 
 
 def _rates() -> list[Setting]:
-    # All with the timesteps of the default, so that they differ in pruning alone
-    ours = ("", "gradient flow, two phases (default)", MENDED)
-    rival = (
-        "one-shot-diff-pruning-",
-        "Diff-Pruning, one-shot, timesteps of the default",
-        (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM),
-    )
+    diff_pruning = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)
+    rows = [("", "gradient flow, two phases (default)", MENDED), ("diff-pruning-", "Diff-Pruning, one-shot", diff_pruning)]
     found = []
-    for dataset, (recipe, *others) in RATES.items():
-        for rate, (name, title, arguments) in itertools.product((recipe, *others), (ours, rival)):
-            if rate == recipe and not name:
-                continue  # the default itself
-            words = (*arguments, *IMPORTANCE, "--learning_rate", rate)
+    for dataset, rates in OTHER_RATES.items():
+        for rate, (name, title, chosen) in itertools.product(rates, rows):
+            words = (*chosen, *IMPORTANCE, "--learning_rate", rate)
             title = f"{title}, learning rate {rate}"
             found.append(Setting(f"{name}rate-{rate}", title, "rates", words, curves=True, datasets=(dataset,)))
     return found
@@ -416,7 +445,7 @@ SETTINGS = {
     setting.name: setting
     for part in (
         _main,
-        _budgets,
+        _earlier,
         _widths,
         _metric,
         _phases,

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from study_records import BUDGETS, CHANNELS, DISTANCE, PLAIN, Found, figure, of_part, spread, title_of, widths_key, widths_of
+from study_records import BUDGETS, CHANNELS, DEFAULT, DISTANCE, Found, figure, of_part, spread, title_of, widths_key, widths_of
 
 __all__ = [
     *("NOT_MEASURED", "OURS", "Outside", "Speed", "Speeds", "at_time", "equal_time_table", "load_speeds", "quality_at"),
@@ -23,7 +23,7 @@ __all__ = [
 
 NOT_MEASURED = "Not measured yet: run `python benchmarks/study_latency.py`."
 QUALITY = ("distance", "ssim_to_dense")
-OURS = PLAIN  # the default without recovery, of which there are three seeds at all budgets
+OURS = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def equal_time_table(found: Found, dataset: str, speeds: Speeds, batch_size: int
         f"| rival | time / dense time | {distance}: ours | rival | SSIM to dense: ours | rival | interpolated |",
         "|---" * 7 + "|",
     ]
-    for rival in (*CHANNELS, *of_part("main")):
+    for rival in (*CHANNELS, *of_part("main"), *of_part("earlier")):
         theirs = [name for name in series(rival, found, speeds) if batch_size in speeds[name]]
         if rival == OURS or not theirs:
             continue

@@ -352,8 +352,7 @@ def next_batch(run: Run, state: TrainingState, batches, broken: BrokenImages) ->
     broken.add(unread)
     weights = None
     if state.timestep_density is not None:
-        times, weights = state.timestep_density.place(times)
-        batch = dataclasses.replace(batch, timesteps=run.pipeline.process.timesteps_at(times))
+        batch, times, weights = state.timestep_density.redraw(batch, times, run.pipeline.process)
         weights = weights.to(run.accelerator.device, non_blocking=True)
     memory_format = torch.channels_last if run.args.precision.channels_last else None
     return batch.to(run.accelerator.device, non_blocking=True, memory_format=memory_format), times, weights

@@ -19,12 +19,16 @@ u may be drawn independently or be stratified. If it is stratified, each part ge
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+
+from ..diffusion.batch import DiffusionBatch
+from ..diffusion.process import DiffusionProcess
 
 __all__ = ["DECAY", "PARTS", "UNIFORM", "UPDATE_STEPS", "TimestepDensity"]
 
@@ -76,6 +80,20 @@ class TimestepDensity:
         placed = (part + (uniform - ends[part]) * PARTS / density[part]) / PARTS
         placed = np.clip(placed, part / PARTS, np.nextafter((part + 1) / PARTS, 0))  # rounding leaves no part
         return torch.from_numpy(placed), torch.from_numpy(1 / density[part]).float()
+
+    def redraw(self, batch: DiffusionBatch, times: Tensor, process: DiffusionProcess) -> tuple[DiffusionBatch, Tensor, Tensor]:
+        """A batch with timesteps that are distributed by the density.
+
+        Args:
+            batch: The batch.
+            times: Uniform positions of its timesteps (`place`).
+            process: Process of the model's training.
+
+        Returns:
+            The batch, positions, and weights of its images, as `place` returns them.
+        """
+        times, weights = self.place(times)
+        return dataclasses.replace(batch, timesteps=process.timesteps_at(times)), times, weights
 
     def add(self, times: Tensor, squares: Tensor) -> None:
         """Count the images of a batch.

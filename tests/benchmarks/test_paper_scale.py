@@ -50,7 +50,7 @@ def test_the_gap_left_predicts_the_distance() -> None:
     rivals, ours = [run_of(30.0, 60.0), run_of(50.0, 60.0)], [run_of(24.0, 30.0), run_of(26.0, 40.0)]
     assert paper_scale.gap_left(ours, rivals, 90) == pytest.approx([0.2, 0.3])
     assert paper_scale.gap_left(ours, rivals, 30) == pytest.approx([0.25, 0.5])
-    middle, end = paper_scale.distance_table({"two-phase": ours, "one-shot-diff-pruning": rivals}).splitlines()[2:]
+    middle, end = paper_scale.distance_table({"no-recovery": ours, "diff-pruning": rivals}).splitlines()[2:]
     assert middle.split(" | ")[1:] == ["2", "30", "0.38 ± 0.18", "4.60 ± 0.19 |"]  # 4.19 + 1.10 x share
     assert end.split(" | ")[1:] == ["2", "90", "0.25 ± 0.07", "4.46 ± 0.08 |"]
 

@@ -54,7 +54,7 @@ def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> N
     words = study.arguments_of(setting, dataset, 3, ["--output_dir", "runs/x"])
     args = parse_arguments(words)
     assert args.run.seed == args.pruning.pruning_seed == 3
-    percent = name[-2:] if setting.part in ("budget", "widths", "recovery") and name[-3:] in ("-30", "-70") else "50"
+    percent = name[-2:] if setting.part in ("budget", "earlier-budget", "widths", "recovery") and name[-3:] in ("-30", "-70") else "50"
     if args.pruning.target == "latency":  # as fast as another row
         assert 0.4 < args.pruning.ratio < 0.6
     else:
@@ -145,21 +145,21 @@ def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
     """For the settings that have results, with what each does."""
     kept = study.result_file("digits", SETTINGS["two-phase"], 0).read_text()
     (tmp_path / "digits").mkdir()
-    for name in ("two-phase", "one-shot-magnitude", "paper", "default", "features-recovery"):
+    for name in ("no-recovery", "magnitude", "paper", "default", "features-recovery"):
         study.result_file("digits", SETTINGS[name], 0, tmp_path).write_text(kept)
     threads = torch.get_num_threads()
     found = study_time.measure("digits", tmp_path, 1)
     assert torch.get_num_threads() == threads
-    assert set(found["settings"]) == {"two-phase", "one-shot-magnitude", "paper", "default", "features-recovery"}
+    assert set(found["settings"]) == {"no-recovery", "magnitude", "paper", "default", "features-recovery"}
     assert set(found["scoring_per_batch"]) == {"magnitude", "gradient-flow", "gradient-flow-weights"}  # one time each
-    assert found["settings"]["one-shot-magnitude"]["ranking"] == 0 < found["settings"]["two-phase"]["ranking"]
+    assert found["settings"]["magnitude"]["ranking"] == 0 < found["settings"]["no-recovery"]["ranking"]
     assert {n: value["teacher"] == found["teacher"] > 0 for n, value in found["settings"].items()} == {
-        **dict.fromkeys(("two-phase", "one-shot-magnitude", "default", "features-recovery"), True),
+        **dict.fromkeys(("no-recovery", "magnitude", "default", "features-recovery"), True),
         "paper": False,  # which has none
     }
     assert found["recovery"] > 0 and found["features"] > -found["teacher"]  # a small difference of two times
     assert {n: (value["features"], value["recovery"]) for n, value in found["settings"].items()} == {
-        **dict.fromkeys(("two-phase", "one-shot-magnitude", "paper"), (0, 0)),
+        **dict.fromkeys(("no-recovery", "magnitude", "paper"), (0, 0)),
         "default": (0, found["recovery"]),
         "features-recovery": (found["features"], found["recovery"]),
     }
@@ -303,7 +303,7 @@ def test_results_are_those_of_their_settings(dataset: str) -> None:
     for runs in study_report.load(dataset).values():
         for run in runs:
             words = study.arguments_of(SETTINGS[run["setting"]], dataset, run["seed"], [])
-            assert study.made_by(run["command"], words), (run["setting"], run["seed"])
+            assert study.made_by(run["command"], words, dataset), (run["setting"], run["seed"])
 
 
 def test_old_arguments_are_understood() -> None:
@@ -311,11 +311,13 @@ def test_old_arguments_are_understood() -> None:
     words = ["--recipe", "digits", "--flow_metric", "weights", "--ranking", "group"]
     today = ["--recipe", "digits", "--criterion", "gradient-flow-weights", "--ranking", "group"]
     today += ["--recovery", "none", "--timestep_sampling", "independent"]
-    assert study.words_of_today(words) == today
+    assert study.words_of_today(words, "digits") == today
     asked = ["--recovery", "rankings", "--timestep_sampling", "stratified"]
-    assert study.words_of_today(asked) == asked
-    assert study.made_by(command_line(words), today)
-    assert not study.made_by(command_line(["--recipe", "digits", "--flow_metric", "predictions", "--ranking", "group"]), today)
+    assert study.words_of_today(asked, "digits") == asked
+    assert study.words_of_today(asked, "cifar10") == [*asked, "--learning_rate", "3e-4"]
+    assert study.made_by(command_line(words), today, "digits")
+    other = command_line(["--recipe", "digits", "--flow_metric", "predictions", "--ranking", "group"])
+    assert not study.made_by(other, today, "digits")
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_a_model_of_whole_norm_groups_is_the_model_itself(dense: UNet2DModel) ->
 
 
 def test_torch_prunings_model_is_made_again(dense: UNet2DModel) -> None:
-    run = load("digits")["torch-pruning"][0]
+    run = load("digits")["earlier-torch-pruning"][0]
     small, how = study_latency.model_of(run, run["peer"]["widths"], dense)
     assert how == "torch-pruning" and small.conv_in.out_channels == run["peer"]["widths"]["conv_in"] == 32
     assert all(parameter.grad is None for model in (dense, small) for parameter in model.parameters())
