@@ -7,23 +7,29 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-from study_records import DEFAULT, DISTANCE, TITLES, Found, Run, dense_distance, deviation, figure, of_part, title_of
-from study_settings import SETTINGS
+from study_records import BUDGETS, DEFAULT, DISTANCE, TITLES, Found, Run, dense_distance, deviation, figure, of_part, title_of
 from study_speed import Speeds, batch_sizes, series
 from study_time import seconds
 
 matplotlib.use("Agg")
 
 CURVES = {
-    "default": ("gradient flow, two phases (default)", "tab:blue"),
-    "no-recovery": ("gradient flow, two phases, no recovery", "tab:cyan"),
-    "diff-pruning": ("Diff-Pruning, one-shot", "tab:orange"),
-    "magnitude": ("magnitude, one-shot", "tab:green"),
-    "one-shot": ("gradient flow, one-shot, no recovery", "tab:purple"),
-    "paper": ("gradient flow as published, no teacher (earlier)", "tab:red"),
+    "default": "tab:blue",
+    "no-recovery": "tab:cyan",
+    "diff-pruning": "tab:orange",
+    "magnitude": "tab:green",
+    "one-shot": "tab:purple",
+    "paper": "tab:red",
+}
+# Rows with the training before, which stand for those that are still to be run
+EARLIER = {
+    "no-recovery": "two-phase",
+    "diff-pruning": "one-shot-diff-pruning",
+    "magnitude": "one-shot-magnitude",
+    "one-shot": "one-shot-gradient-flow",
 }
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
-ITERATIONS = {name: (SETTINGS[name].title, colour) for name, colour in zip(of_part("iterations"), COLOURS)}
+ITERATIONS = dict(zip(of_part("iterations"), COLOURS))
 
 
 def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
@@ -33,7 +39,12 @@ def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
     return [*curves["quality_steps"], run["steps"]], [*curves["quality"][key], run["pruned"][key]]
 
 
-def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | None = None) -> None:
+def stand_in(name: str, found: Found) -> str:
+    """The name of a row, or of its row of `EARLIER` if it has no results."""
+    return name if name in found else EARLIER.get(name, name)
+
+
+def plot_curves(path: Path, data: dict[str, Found], shown: dict[str, str], times: dict | None = None) -> None:
     """Plot quality over steps or time, with a row per data set. Bands are standard deviations; dashed lines have one seed.
 
     The first point of a curve does not affect the axis limits and may lie outside of the picture.
@@ -41,16 +52,17 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
     Args:
         path: File of the picture.
         data: Runs by data set; data sets without any of the shown settings are left out.
-        shown: Title and colour by setting.
+        shown: Colours by setting; a row of `EARLIER` stands for one without results.
         times: Results of `study_time.py`, for quality over time.
     """
-    data = {dataset: found for dataset, found in data.items() if any(name in found for name in shown)}
+    data = {dataset: found for dataset, found in data.items() if any(stand_in(name, found) in found for name in shown)}
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
             seen: list[float] = []
             drawn: list[Run] = []
-            for name, (title, colour) in shown.items():
+            for name, colour in shown.items():
+                name = stand_in(name, found)
                 runs = [run for run in found.get(name, []) if run["curves"].get("quality_steps")]
                 if not runs or (times is not None and name not in times[dataset]["settings"]):
                     continue
@@ -59,7 +71,7 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict, times: dict | N
                 places = [seconds(runs[0], step, times[dataset]) for step in steps] if times is not None else steps
                 means, deviations = list(map(statistics.mean, values)), list(map(deviation, values))
                 style = "-" if len(runs) > 1 else "--"
-                axis.plot(places, means, style, marker=".", label=title, color=colour)
+                axis.plot(places, means, style, marker=".", label=title_of(name), color=colour)
                 low, high = ([m + sign * d for m, d in zip(means, deviations)] for sign in (-1, 1))
                 axis.fill_between(places, low, high, alpha=0.15, color=colour)
                 seen += [value for bounds in (low, high) for value in (bounds[1:] or bounds)]
@@ -89,9 +101,12 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
             drawn: list[Run] = []
-            for name in ("default", "diff-pruning", "magnitude"):
+            for name in ("default", "no-recovery", "diff-pruning", "magnitude"):
+                colour = CURVES[name]
+                if name + BUDGETS[0] not in found and EARLIER.get(name, name) + BUDGETS[0] in found:
+                    name = EARLIER.get(name, name)
                 points = []
-                for ending in ("-30", "", "-70"):
+                for ending in BUDGETS:
                     drawn += found.get(name + ending, [])
                     for run in found.get(name + ending, []):
                         points.append((1 - run["pruned"]["macs"] / run["dense"]["macs"], figure(run, dataset, metric)))
@@ -102,8 +117,8 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
                     shares = sorted(groups)
                     means = [statistics.mean(groups[share]) for share in shares]
                     errors = [deviation(groups[share]) for share in shares]
-                    title, colour = CURVES[name]
-                    axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=title, color=colour)
+                    label = title_of(name)
+                    axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=label, color=colour)
                     single = [(100 * s, mean) for s, mean in zip(shares, means) if len(groups[s]) == 1]
                     for place, mean in single:
                         axis.plot(place, mean, "o", color=colour, markerfacecolor="white", zorder=3)

@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
             plot_curves(args.pictures / "quality_over_time.png", data, CURVES, times)
         if any(name in found for found in data.values() for name in ITERATIONS):
             plot_curves(args.pictures / "quality_at_rankings.png", data, ITERATIONS)
-        if any(SETTINGS[name].part == "budget" for found in data.values() for name in found):
+        if any(SETTINGS[name].part.endswith("budget") for found in data.values() for name in found):
             plot_budgets(args.pictures / "quality_over_macs.png", data)
         if any(speeds[dataset] for dataset in everything):
             plot_speeds(args.pictures / SPEED_PICTURE, everything, speeds)

@@ -14,7 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from study_records import BUDGETS, CHANNELS, DEFAULT, DISTANCE, Found, figure, of_part, spread, title_of, widths_key, widths_of
+from study_records import (
+    BUDGETS,
+    CHANNELS,
+    DEFAULT,
+    DISTANCE,
+    PLAIN,
+    Found,
+    figure,
+    of_part,
+    spread,
+    title_of,
+    widths_key,
+    widths_of,
+)
 
 __all__ = [
     *("NOT_MEASURED", "OURS", "Outside", "Speed", "Speeds", "at_time", "equal_time_table", "load_speeds", "quality_at"),
@@ -23,7 +36,7 @@ __all__ = [
 
 NOT_MEASURED = "Not measured yet: run `python benchmarks/study_latency.py`."
 QUALITY = ("distance", "ssim_to_dense")
-OURS = DEFAULT
+OURS = (DEFAULT, PLAIN)  # what rivals are compared with: the first that was measured at all budgets
 
 
 @dataclass(frozen=True)
@@ -159,23 +172,35 @@ def quality_at(
     return values, outside
 
 
+def our_rows(found: Found, speeds: Speeds, batch_size: int) -> list[str]:
+    """The rows that rivals are compared with (`OURS`); none if nothing was measured at all budgets."""
+    for name in OURS:
+        rows = [row for row in series(name, found, speeds) if batch_size in speeds[row]]
+        if len(rows) == len(BUDGETS):
+            return rows
+    return []
+
+
 def equal_time_table(found: Found, dataset: str, speeds: Speeds, batch_size: int) -> str:
-    """A table of our method and each rival at the same measured time.
+    """A table of our method and each rival at the same measured time, under a line that names our method.
 
     A rival with rows at several budgets is interpolated to the time of each row of ours. For a rival with one row, ours is
     interpolated to the time of that row.
     """
-    own = [name for name in series(OURS, found, speeds) if batch_size in speeds[name]]
+    own = our_rows(found, speeds, batch_size)
     if not own:
         return NOT_MEASURED
     distance = next(iter(found.values()))[0]["evaluation"]["distances"][DISTANCE[dataset]]["title"]
+    ours = next(name for name in OURS if name in own)
     lines = [
+        f"Ours: {title_of(ours)}.",
+        "",
         f"| rival | time / dense time | {distance}: ours | rival | SSIM to dense: ours | rival | interpolated |",
         "|---" * 7 + "|",
     ]
     for rival in (*CHANNELS, *of_part("main"), *of_part("earlier")):
         theirs = [name for name in series(rival, found, speeds) if batch_size in speeds[name]]
-        if rival == OURS or not theirs:
+        if rival == ours or not theirs:
             continue
         many = len(theirs) > 1
         moved, word = (theirs, "rival") if many else (own, "ours")

@@ -45,7 +45,8 @@ from diffusers_gfprune.training.recovery import mend
 OUTPUT = ROOT / "benchmarks/results/study_time.json"
 # Settings whose times are in the table; most have curves of quality over time
 TIMED = (
-    *("default", "no-recovery", "one-shot", "diff-pruning", "magnitude", "two-phase-noise", "paper", "features-recovery"),
+    *("default", "no-recovery", "one-shot", "diff-pruning", "magnitude", "two-phase", "one-shot-gradient-flow"),
+    *("one-shot-diff-pruning", "one-shot-magnitude", "two-phase-noise", "paper", "features-recovery"),
 )
 BATCH_SIZE = 64
 FEATURE_WEIGHT = 0.03  # any positive one takes as long

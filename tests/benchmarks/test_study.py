@@ -54,7 +54,11 @@ def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> N
     words = study.arguments_of(setting, dataset, 3, ["--output_dir", "runs/x"])
     args = parse_arguments(words)
     assert args.run.seed == args.pruning.pruning_seed == 3
-    percent = name[-2:] if setting.part in ("budget", "earlier-budget", "widths", "recovery") and name[-3:] in ("-30", "-70") else "50"
+    percent = (
+        name[-2:]
+        if setting.part in ("budget", "earlier-budget", "widths", "recovery") and name[-3:] in ("-30", "-70")
+        else "50"
+    )
     if args.pruning.target == "latency":  # as fast as another row
         assert 0.4 < args.pruning.ratio < 0.6
     else:
@@ -133,7 +137,7 @@ def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
     data = {"digits": {"paper": [results_of("paper", 0, 0.8)], "default": [run]}}
     with saved_figures() as figures:
         study_report.plot_curves(tmp_path / "time.png", data, study_report.CURVES, times)
-    title = study_report.CURVES["default"][0]
+    title = SETTINGS["default"].title
     distance, ssim = (lines(axis) for axis in figures[0].axes)
     seconds = [40 * 1.75 + 10 * 1.5 + 8, 168]  # at step 50 and at the end
     assert distance == {title: (seconds, [0.02, 0.04]), "dense": ([0, 1], [0.03, 0.03])}

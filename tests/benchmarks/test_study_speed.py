@@ -11,7 +11,7 @@ import study_records
 import study_report
 import study_speed
 from study_records import DEFAULT, Found, load, title_of
-from study_speed import NOT_MEASURED, OURS, Outside, at_time
+from study_speed import NOT_MEASURED, Outside, at_time
 
 from helpers.figures import lines, saved_figures
 from helpers.study import row_of, run_of
@@ -30,7 +30,7 @@ def measured(found: Found, speedups: dict[str, float], folder: Path) -> Path:
 @pytest.fixture
 def found() -> Found:
     """Our method and a rival at three budgets each, with two seeds, and a rival at one."""
-    quality = {OURS: (0.98, 0.96, 0.92), RIVAL: (0.99, 0.95, 0.85)}
+    quality = {DEFAULT: (0.98, 0.96, 0.92), RIVAL: (0.99, 0.95, 0.85)}
     found = {}
     for name, values in quality.items():
         for ending, ssim in zip(study_records.BUDGETS, values):
@@ -39,7 +39,7 @@ def found() -> Found:
 
 
 SPEEDUPS = {
-    **{f"{OURS}-30": 1.25, OURS: 1.6, f"{OURS}-70": 2.5},  # times 0.8, 0.625, 0.4
+    **{f"{DEFAULT}-30": 1.25, DEFAULT: 1.6, f"{DEFAULT}-70": 2.5},  # times 0.8, 0.625, 0.4
     **{f"{RIVAL}-30": 1 / 0.9, RIVAL: 1 / 0.7, f"{RIVAL}-70": 2.0},  # times 0.9, 0.7, 0.5
     "one-shot-taylor": 1 / 0.7,
 }
@@ -77,11 +77,11 @@ def test_rows_of_equal_time_and_single_rows_have_a_value() -> None:
 
 
 def test_speeds_are_means_with_the_widest_interval(tmp_path: Path) -> None:
-    found = {OURS: [run_of(OURS, seed, 0.9, width=40 + seed) for seed in (0, 1)]}
-    rows = {str(run["seed"]): row_of(run, 1.4 + 0.2 * run["seed"]) for run in found[OURS]}
+    found = {DEFAULT: [run_of(DEFAULT, seed, 0.9, width=40 + seed) for seed in (0, 1)]}
+    rows = {str(run["seed"]): row_of(run, 1.4 + 0.2 * run["seed"]) for run in found[DEFAULT]}
     path = tmp_path / "latency.json"
-    path.write_text(json.dumps({"rows": {"digits": {OURS: rows}}}))
-    speed = study_speed.load_speeds(path, {"digits": found})["digits"][OURS][16]
+    path.write_text(json.dumps({"rows": {"digits": {DEFAULT: rows}}}))
+    speed = study_speed.load_speeds(path, {"digits": found})["digits"][DEFAULT][16]
     assert (speed.ratio, speed.low, speed.high) == pytest.approx((1.5, 1.3, 1.7))
     assert speed.time == pytest.approx(1 / 1.5) and str(speed) == "1.50 (1.30 to 1.70)"
 
@@ -91,12 +91,12 @@ def test_rows_with_other_widths_than_measured_have_no_speed(found: Found, tmp_pa
     path = measured(found, SPEEDUPS, tmp_path)
     before = study_speed.load_speeds(path, {"digits": found})["digits"]
     assert set(before) == set(SPEEDUPS)
-    for run in found[OURS]:
+    for run in found[DEFAULT]:
         run["widths"] = {"conv_in": 47}
     found[RIVAL].append(run_of(RIVAL, 2, 0.9))
     speeds = study_speed.load_speeds(path, {"digits": found})["digits"]
-    assert set(SPEEDUPS) - set(speeds) == {OURS} and speeds[RIVAL] == before[RIVAL]
-    assert study_speed.series(OURS, found, speeds) == [f"{OURS}-30", f"{OURS}-70"]
+    assert set(SPEEDUPS) - set(speeds) == {DEFAULT} and speeds[RIVAL] == before[RIVAL]
+    assert study_speed.series(DEFAULT, found, speeds) == [f"{DEFAULT}-30", f"{DEFAULT}-70"]
     assert study_speed.load_speeds(tmp_path / "none.json", {"digits": found}) == {"digits": {}}
 
 
@@ -106,10 +106,10 @@ def test_rows_with_other_widths_than_measured_have_no_speed(found: Found, tmp_pa
 def test_tables_have_the_speed_of_measured_rows(found: Found, tmp_path: Path) -> None:
     speedups = {name: speedup for name, speedup in SPEEDUPS.items() if name != RIVAL}
     speeds = study_speed.load_speeds(measured(found, speedups, tmp_path), {"digits": found})["digits"]
-    head, _, dense, default, rival = study_report.main_table(found, "digits", [OURS, RIVAL], speeds).splitlines()
+    head, _, dense, default, rival = study_report.main_table(found, "digits", [DEFAULT, RIVAL], speeds).splitlines()
     assert head.endswith("| PSNR to dense | times as fast, batch 16 |") and dense.endswith("| - | 1 |")
     assert default.endswith("| 1.60 (1.50 to 1.70) |") and rival.endswith("| - |")
-    assert "times as fast" not in study_report.main_table(found, "digits", [OURS, RIVAL])  # nothing was measured
+    assert "times as fast" not in study_report.main_table(found, "digits", [DEFAULT, RIVAL])  # nothing was measured
     assert "times as fast" not in study_report.main_table(found, "digits", [RIVAL], speeds)  # not in this table
 
 
@@ -118,7 +118,8 @@ def test_rivals_are_compared_at_equal_time(found: Found, tmp_path: Path) -> None
     speeds = study_speed.load_speeds(measured(found, SPEEDUPS, tmp_path), {"digits": found})["digits"]
     rows = [line.strip("| ").split(" | ") for line in study_report.equal_time_table(found, "digits", speeds, 16).splitlines()]
     title = title_of(RIVAL)
-    assert rows[2:] == [
+    assert rows[0] == [f"Ours: {title_of(DEFAULT)}."]
+    assert rows[4:] == [
         # at 0.8, the middle of 0.9 and 0.7
         [title, "0.80", "0.0200 ± 0.0000", "0.0300 ± 0.0000", "0.9810 ± 0.0014", "0.9710 ± 0.0014", "rival"],
         # at 0.625, 5 / 8 of the way from 0.5 to 0.7: 0.85 + 0.0625
@@ -132,9 +133,10 @@ def test_rivals_are_compared_at_equal_time(found: Found, tmp_path: Path) -> None
     ]
     assert study_report.equal_time_table(found, "digits", speeds, 128) == NOT_MEASURED
     assert study_report.equal_time_table(found, "digits", {}, 16) == NOT_MEASURED
-    del found[OURS]
+    del found[DEFAULT]  # no longer at all budgets
+    assert study_report.equal_time_table(found, "digits", speeds, 16) == NOT_MEASURED
     with pytest.raises(ValueError, match="have no seed in common"):
-        study_speed.quality_at([f"{OURS}-30", "x"], {**found, "x": []}, "digits", speeds, 16, "distance", 0.5)
+        study_speed.quality_at([f"{DEFAULT}-30", "x"], {**found, "x": []}, "digits", speeds, 16, "distance", 0.5)
 
 
 def test_the_picture_has_quality_over_measured_time(found: Found, tmp_path: Path) -> None:
@@ -147,10 +149,10 @@ def test_the_picture_has_quality_over_measured_time(found: Found, tmp_path: Path
     assert distance.get_yscale() == "log" and "batch 16" in distance.get_title() and "SSIM" in ssim.get_title()
     assert "share of the dense model's" in distance.get_xlabel()
     drawn = lines(ssim)
-    assert set(drawn) == {title_of(OURS), title_of(RIVAL)}
-    assert drawn[title_of(OURS)] == (pytest.approx([0.8, 0.625, 0.4]), pytest.approx([0.981, 0.961, 0.921]))
+    assert set(drawn) == {title_of(DEFAULT), title_of(RIVAL)}
+    assert drawn[title_of(DEFAULT)] == (pytest.approx([0.8, 0.625, 0.4]), pytest.approx([0.981, 0.961, 0.921]))
     assert drawn[title_of(RIVAL)] == (pytest.approx([0.9, 0.7, 0.5]), pytest.approx([0.991, 0.951, 0.851]))
-    assert lines(distance)[title_of(OURS)][1] == pytest.approx([0.02, 0.04, 0.08])
+    assert lines(distance)[title_of(DEFAULT)][1] == pytest.approx([0.02, 0.04, 0.08])
     assert lines(distance)["dense"][1] == [0.03, 0.03]
 
 
