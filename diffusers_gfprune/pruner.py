@@ -66,7 +66,7 @@ class GradientFlowPruner:
             if pruner.finished:
                 break
             ...  # loss, backward, optimizer step as usual
-        small = pruner.compact(optimizer=optimizer, ema=ema)
+        small = pruner.compact(optimizer=optimizer, ema=ema)  # to train for the other 8,000 steps
         ```
 
     Attributes:
