@@ -31,7 +31,6 @@ from blocks_by_hand import remove_by_hand
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from study_digits import digit_figures
 from torch import nn
@@ -55,7 +54,7 @@ from diffusers_gfprune.run_folder import write_json
 from diffusers_gfprune.trained_pipelines import TrainedPipeline, load_pipeline
 from diffusers_gfprune.training.arguments import Arguments, parse_arguments
 from diffusers_gfprune.training.reporting import measure_step_losses, results
-from diffusers_gfprune.training.state import seed_everything
+from diffusers_gfprune.training.state import make_lr_scheduler, seed_everything
 from diffusers_gfprune.training.timestep_density import TimestepDensity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,9 +227,7 @@ def fine_tune(args: Arguments, student: nn.Module, objective: Objective, process
         weight_decay=t.adam_weight_decay,
         eps=t.adam_epsilon,
     )
-    lr_scheduler = get_scheduler(
-        t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
-    )
+    lr_scheduler = make_lr_scheduler(t, optimizer)
     ema = EMAModel(student.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75) if t.use_ema else None
     density = TimestepDensity() if t.timestep_sampling == "importance" else None
     stratified, weights = t.timestep_sampling != "independent", None

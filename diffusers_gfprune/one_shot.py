@@ -199,9 +199,9 @@ def prune_unet(
         scheduler: Its scheduler.
         images: Calibration images (see `images_to_tensor`); None: the dense model draws them, with its classes in turn.
         batch_size: Number of images in a calibration batch.
-        class_labels: Labels with shape `(images,)`, for conditional models; not with `images=None`. For models with
-            `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function that maps a range of image
-            numbers to them; with `images=None`, drawn images have the vectors in turn.
+        class_labels: Labels, integers with shape `(images,)` or a list, for conditional models; not with `images=None`. For
+            models with `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function that maps a range of
+            image numbers to them; with `images=None`, drawn images have the vectors in turn.
         seed: Seed for calibration noise, timesteps and label dropout.
         label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
             the model's training.
@@ -281,5 +281,11 @@ def with_vectors(unet: ModelMixin, class_labels: Tensor | Callable[[range], Tens
             raise ValueError(f"class_labels has {len(vectors)} vectors for {count} images")
         return vectors
     if callable(class_labels) and not isinstance(class_labels, Tensor):
-        raise ValueError("class_labels must be a tensor: functions are for models that take vectors")
-    return class_labels
+        raise ValueError("class_labels must be labels of the images: functions are for models that take vectors")
+    if class_labels is None:
+        return None
+    labels = torch.as_tensor(class_labels)
+    if labels.ndim != 1 or labels.is_floating_point():
+        given = f"shape {tuple(labels.shape)} and dtype {labels.dtype}"
+        raise ValueError(f"class_labels has {given}: it must be integers with shape (images,)")
+    return labels

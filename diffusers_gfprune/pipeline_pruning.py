@@ -56,9 +56,9 @@ def prune_pipeline(
         pipe: A dense pipeline; it is not modified.
         images: Calibration images of the size that the pipeline generates (see `images_to_tensor`); None: the dense model
             draws them, with its classes in turn, or with `prompts`.
-        class_labels: Labels with shape `(images,)`, for models with class labels; not with `images=None`. For models with
-            `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function that maps a range of image
-            numbers to them; with `images=None`, drawn images have the vectors in turn.
+        class_labels: Labels, integers with shape `(images,)` or a list, for models with class labels; not with
+            `images=None`. For models with `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function
+            that maps a range of image numbers to them; with `images=None`, drawn images have the vectors in turn.
         prompts: One prompt for each image, for models of text; with `images=None`, images have them in turn.
         batch_size: Number of images in a calibration batch (>= 1).
         seed: Seed of latents, noise, timesteps and dropout.

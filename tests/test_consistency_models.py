@@ -99,7 +99,7 @@ def test_vectors_come_from_a_tensor_or_a_function() -> None:
             prune_pipeline(pipe, class_labels=given, **options)
     with pytest.raises(ValueError, match="class_labels has 4 vectors for 8 images"):
         prune_unet(pipe.unet, pipe.scheduler, torch.zeros(8, 1, SIZE, SIZE), class_labels=vectors(range(4)), **OPTIONS)
-    with pytest.raises(ValueError, match="class_labels must be a tensor: functions are for models that take vectors"):
+    with pytest.raises(ValueError, match="class_labels must be labels of the images: functions are for models"):
         prune_unet(consistency_unet(), pipe.scheduler, torch.zeros(8, 1, SIZE, SIZE), class_labels=vectors, **OPTIONS)
 
 

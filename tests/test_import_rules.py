@@ -23,7 +23,7 @@ OURS = "diffusers_gfprune"
 # package there are at most `MOST_LEVELS` levels. `tests/` and `benchmarks/` may import everything.
 LAYERS = [
     *("version", "errors", "extras", "formatting", "argument_fields", "remote", "interruption", "distributed"),
-    "fingerprints",
+    *("fingerprints", "precision"),
     "run_folder",
     *("diffusion", "families", "runtimes", "metrics", "loading", "pruning", "latency", "criteria", "configuration", "scoring"),
     "drawn_images",

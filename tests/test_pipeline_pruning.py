@@ -93,7 +93,10 @@ def test_recovery_brings_predictions_back(tmp_path: Path) -> None:
 
 def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:
     pipe = PIPELINES["dit"](tmp_path / "dit")
-    small = [prune_pipeline(pipe, images(), **given("dit"), seed=seed, **BUDGET).transformer for seed in (0, 0)]
+    labels = given("dit")["class_labels"]
+    small = [
+        prune_pipeline(pipe, images(), class_labels=given, seed=0, **BUDGET).transformer for given in (labels, labels.tolist())
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in small)))
 
 
@@ -102,6 +105,11 @@ def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:
     [
         ("dit", {"class_labels": None}, "class_labels=None must be labels of the images"),
         ("dit", {"class_labels": torch.zeros(3, dtype=torch.long)}, "class_labels has 3 labels for 8 images"),
+        (
+            "dit",
+            {"class_labels": torch.zeros(8)},
+            r"class_labels has shape \(8,\) and dtype torch.float32: it must be integers",
+        ),
         ("dit", {"class_labels": torch.full((8,), 4)}, "class_labels has null_label=4, which no image may have"),
         ("dit", {"prompts": list("abcdefgh")}, "prompts must be None: the model takes no text"),
         ("ldm", {"class_labels": torch.zeros(8, dtype=torch.long)}, "class_labels must be None: the model takes no labels"),

@@ -52,12 +52,12 @@ from diffusers_gfprune.training.run_setup import (
     run_identity,
 )
 from diffusers_gfprune.training.safeguards import (
-    check_divergence,
+    check_weights,
     examine_first_ranking,
     explained_worker_death,
     find_checkpoint,
     look_for_failures,
-    mean_recent_loss,
+    record_loss,
     report_broken_images,
     save_checkpoint,
     stop_if_asked,
@@ -206,11 +206,7 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
 
         # 3c. curves, samples, models and checkpoints
         if len(state.recent) >= args.tracking.logging_steps:
-            mean = mean_recent_loss(run, state)
-            state.curves.train_steps.append(state.step)
-            state.curves.train_loss.append(mean)
-            state.recent.clear()
-            check_divergence(run, state)
+            mean = record_loss(run, state)
             tracking.log_training(state, mean, {n: float(v) for n, v in terms.items()}, float(gradient_norm))
         if args.evaluation.eval_steps and state.step % args.evaluation.eval_steps == 0 and state.step < total:
             measure_quality(run, state, tracking)
@@ -224,6 +220,9 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
             save_checkpoint(run, state)
         stop_if_asked(run, state, interruption, tracking)
     tracking.close()
+    if state.recent:
+        record_loss(run, state)
+    check_weights(run, state)
     if not state.compacted:  # masks freeze at the end of the run
         update_masks(run, state, tracking, broken)
     validate(run, state, tracking)

@@ -30,6 +30,7 @@ class FlowMatchingProcess(EulerProcess):
     """
 
     name, title = "flow matching", "a flow-matching model"
+    target_square = 2.0  # of noise minus an image, with a mean square of up to 1 each
     sampler_class = FlowMatchEulerDiscreteScheduler
 
     def __init__(self, scheduler) -> None:

@@ -122,6 +122,7 @@ class DiffusionProcess(ABC):
         default_drawing_steps: Likewise for images that the dense model draws to train on.
         has_target: Whether an image and its noise determine what the model should predict. Otherwise only the output of a
             dense model does, and losses are distances to it.
+        target_square: Mean square of the target, about: the loss of predicting zero.
         has_integer_timesteps: Whether timesteps are integers from 0 to `num_train_timesteps - 1`.
         scheduler: Scheduler that defines the process.
         model_scheduler: Scheduler of the model's pipeline.
@@ -134,6 +135,7 @@ class DiffusionProcess(ABC):
     default_steps: ClassVar[int]
     default_drawing_steps: ClassVar[int]
     has_target: ClassVar[bool] = True
+    target_square: ClassVar[float] = 1.0
     has_integer_timesteps: ClassVar[bool] = False
 
     def __init__(self, scheduler) -> None:

@@ -264,12 +264,19 @@ class SampleQuality:
     def _network(self) -> FeatureNetwork | None:
         name = self.args.eval_features
         values = math.prod(image_shape(self.dense, self.codec))
-        if name == "pixels" and self.settings.num_images <= values:
-            raise ValueError(f"eval_features=pixels needs more than {values} images, not eval_images={self.args.eval_images}")
+        if name == "pixels":
+            if self.settings.num_images <= values:
+                drawn = self.args.eval_images
+                raise ValueError(f"eval_features=pixels needs more than {values} images, not eval_images={drawn}")
+            real = min(self.args.eval_reference_images, self.images.num_images or self.args.eval_reference_images)
+            if real <= values:
+                raise ValueError(f"eval_features=pixels needs more than {values} real images, and there are {real}")
         if name == "auto":
             name = "pixels" if values <= MAX_PIXEL_DIMENSIONS and self.settings.num_images > values else "none"
         if name == "none":
             return None
+        if self.settings.num_images < 2:
+            raise ValueError(f"eval_features={name} needs at least 2 images, not eval_images={self.args.eval_images}")
         return feature_network(name, inception_weights=self.args.inception_weights, device=self.device)
 
     @functools.cached_property

@@ -23,6 +23,7 @@ from ..diffusion.batch import DiffusionBatch
 from ..diffusion.process import per_image
 from ..diffusion.schedulers import training_process
 from ..families.lookup import family_of
+from ..precision import ieee_float32
 from .eval_mode import evaluating
 
 __all__ = ["StepLoss"]
@@ -106,7 +107,7 @@ class StepLoss:
         """Squared error of each image at its timestep: float64 with shape `(len(self.image_of),)`."""
         family, parameter = family_of(model), next(model.parameters())
         errors = []
-        with evaluating(model):
+        with evaluating(model), ieee_float32():
             for start in range(0, len(self.image_of), self.batch_size):
                 batch = self._batch(slice(start, start + self.batch_size)).to(parameter.device)
                 gap = family.predict(model, batch.inputs(self.process, parameter.dtype)).float() - self._target(batch)

@@ -34,6 +34,7 @@ from ..diffusion.schedulers import training_process
 from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from ..metrics.peak_memory import allocated_at_most
+from ..precision import ieee_float32
 from .compaction import CompactionPlan
 from .least_squares import MAX_FEATURES, LeastSquares
 from .masking import dense_parameters
@@ -69,7 +70,7 @@ def recover(
 
     Args:
         dense: The dense model, on the same device.
-        masked: The masked model, with binary masks.
+        masked: The masked model. Masks are binary, or between 0 and 1 for units that are on their way out.
         plan: Its compaction plan, whose kept channels are mended.
         batches: Calibration batches; with several processes, the rows of this rank.
         process: Scheduler of the model, or its process.
@@ -100,7 +101,8 @@ def recover(
     run.check_bytes(batches[0], process)
     limit = _memory(next(dense.parameters()).device) if pass_bytes is None else pass_bytes
     joined = _concatenate(batches).split(max(1, limit // run.bytes_of_a_row))
-    run.mend(joined, process)
+    with ieee_float32():
+        run.mend(joined, process)
     return run.mended
 
 
@@ -139,7 +141,8 @@ def _rows(rows: int, size: int) -> int:
 
 def _memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # blocks that PyTorch uses again
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
     try:  # not what is free now: passes, and with them the last bits of sums, are to be the same when a run is repeated
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not POSIX

@@ -6,7 +6,6 @@ and with gradient checkpointing; scoring does not. All settings are restored aft
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -15,47 +14,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..metrics.eval_mode import evaluating
+from ..precision import ieee_float32
 from ..pruning.masking import MASKS_MODULE
 from .double_backward import LeanDoubleBackward
 
-__all__ = ["ieee_float32", "scoring_mode"]
-
-
-def _older_flags() -> tuple[str, bool] | None:
-    """The older TF32 flags of torch; None if torch refuses to read them, as it does after the newer ones were set."""
-    try:
-        torch.backends.cuda.matmul.allow_tf32  # noqa: B018
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        return None
-
-
-def _set_older_flags(matmul: str, convolution: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecation of the older flags
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
-
-
-@contextmanager
-def ieee_float32() -> Iterator[None]:
-    """Context in which float32 matrix products and convolutions use float32, not TF32 or bfloat16."""
-    backends = torch.backends
-    owners = ()
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
-        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    before, older = [owner.fp32_precision for owner in owners], _older_flags()
-    try:
-        if older is not None:  # both kinds of flags, since torch raises if they contradict each other
-            _set_older_flags("highest", False)
-        for owner in owners:
-            owner.fp32_precision = "ieee"
-        yield
-    finally:
-        if older is not None:
-            _set_older_flags(*older)
-        for owner, precision in zip(owners, before):
-            owner.fp32_precision = precision
+__all__ = ["scoring_mode"]
 
 
 @contextmanager

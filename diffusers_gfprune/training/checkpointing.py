@@ -106,10 +106,16 @@ class Checkpoints:
         by_step = {int(match[1]): path for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name))}
         return [by_step[step] for step in sorted(by_step, reverse=True)]
 
+    def later_than(self, step: int) -> list[Path]:
+        """Checkpoints of later steps, newest first."""
+        return [path for path in self.paths() if int(NAME.fullmatch(path.name)[1]) > step]
+
     def save(
         self, step: int, identity: Mapping, settings: Mapping, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping
     ) -> Path:
-        """Write the checkpoint of a step, then remove the oldest checkpoints beyond the limit.
+        """Write the checkpoint of a step, then remove those of later steps, and the oldest ones beyond the limit.
+
+        Later steps were left behind when the run was resumed from an earlier one, for example since they had diverged.
 
         Args:
             step: Number of completed training steps.
@@ -146,6 +152,8 @@ class Checkpoints:
             if isinstance(error, (OSError, SafetensorError)):
                 raise CheckpointError(f"checkpoint-{step} could not be saved in {self.folder}: {error}") from error
             raise
+        for left in self.later_than(step):
+            self._remove(left)
         if self.total_limit:
             for old in self.paths()[self.total_limit :]:
                 self._remove(old)

@@ -117,8 +117,9 @@ def compare_with_magnitude(
 ) -> dict[str, float]:
     """Prediction loss if pruning ended now, with units chosen by the pruner's scores and by magnitude.
 
-    Both choices meet the full budget with the same share of every group. The model is not trained in between. For processes
-    without a target, the loss is the mean squared change of the predictions, and 0 for the dense model.
+    Both choices meet the full budget: the pruner's as it ranks, magnitude's with the same share of every group. The model is
+    not trained in between. For processes without a target, the loss is the mean squared change of the predictions, and 0 for
+    the dense model.
 
     Recovery can turn the order around: on the digits of this project, magnitude did less damage at half of the MACs before it,
     and gradient flow after it. A run that mends its model should compare what is left then.

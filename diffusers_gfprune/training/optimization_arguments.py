@@ -37,7 +37,7 @@ class TrainingArguments:
     )
     learning_rate: float = argument(2e-4, "Peak learning rate of AdamW (> 0).")
     lr_scheduler: str = argument("constant", "Learning rate schedule, by its name in Diffusers.", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = argument(0, "Steps of linear warm-up (>= 0).")
+    lr_warmup_steps: int = argument(0, "Steps of linear warm-up, of every schedule (>= 0).")
     adam_beta1: float = argument(0.9, "Decay of AdamW's first moment, in [0, 1).")
     adam_beta2: float = argument(0.999, "Decay of AdamW's second moment, in [0, 1).")
     adam_weight_decay: float = argument(0.0, "Weight decay of AdamW (>= 0).")
@@ -61,7 +61,7 @@ class TrainingArguments:
 
 @dataclass
 class PrecisionArguments:
-    """Speed and memory of training. Scores, step losses and samples always use full precision."""
+    """Speed and memory of training. Scores, recovery and step losses always use float32 without TF32, samples float32."""
 
     _argument_group_name = "precision"
 
@@ -69,7 +69,9 @@ class PrecisionArguments:
         None, "Precision of training (default: Accelerate's).", choices=["no", "fp16", "bf16"]
     )
     gradient_checkpointing: bool = argument(False, "Recompute activations in the backward instead of keeping them.")
-    allow_tf32: bool = argument(False, "Allow TensorFloat-32 in training on GPUs that support it.")
+    allow_tf32: bool = argument(
+        False, "Allow TensorFloat-32 in matrix products on GPUs that support it, as PyTorch does in convolutions."
+    )
     torch_compile: str = argument(
         "no",
         "Compile the training forward and backward, and the teacher's forward; reduce-overhead uses CUDA graphs on a GPU.",

@@ -78,7 +78,7 @@ def mend(reference: ModelMixin, pruner, plan: CompactionPlan, batches: Sequence[
 
     Args:
         reference: The dense model, or another one of its shapes whose layer outputs are the targets, on the same device.
-        pruner: A `GradientFlowPruner`; masks of its model must be binary.
+        pruner: A `GradientFlowPruner`, with the masks that its model is to be mended for.
         plan: Compaction plan of these masks.
         batches: Calibration batches; with several processes, the rows of this rank.
         seed: Seed for further noise.

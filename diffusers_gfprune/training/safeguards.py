@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,20 +27,21 @@ from .tracking import PHASE_NAMES, Tracking
 
 __all__ = [
     "check_divergence",
+    "check_weights",
     "examine_first_ranking",
     "explained_worker_death",
     "find_checkpoint",
     "look_for_failures",
     "mean_recent_loss",
+    "record_loss",
     "report_broken_images",
     "save_checkpoint",
     "stop_if_asked",
     "warn",
 ]
 
-# A prediction of zero has this mean squared error, since its target has variance 1. A model with a larger loss for so many
-# consecutive steps has diverged.
-TRIVIAL_LOSS, DIVERGED_STEPS = 1.0, 100
+# A model whose loss is larger than that of predicting zero for so many consecutive steps has diverged.
+DIVERGED_STEPS = 100
 
 
 def warn(accelerator: Accelerator, text: str) -> None:
@@ -70,6 +72,12 @@ def find_checkpoint(
     checkpoints.check_identity(checkpoint, identity)
     for line in changed_settings(checkpoint.settings, run_settings(args, accelerator)):
         warn(accelerator, f"warning: resuming with a changed setting: {line}")
+    if later := checkpoints.later_than(step):
+        names = ", ".join(path.name for path in later)
+        warn(
+            accelerator,
+            f"warning: {names} will be removed when the next checkpoint is saved: the run goes back to step {step}",
+        )
     return checkpoint
 
 
@@ -96,17 +104,55 @@ def mean_recent_loss(run: Run, state: TrainingState) -> float:
     return losses.mean().item()
 
 
+def record_loss(run: Run, state: TrainingState) -> float:
+    """Add a point to the curve of training losses: their mean since the last point.
+
+    Raises:
+        ValueError: A loss is not finite, or the run has diverged.
+    """
+    mean = mean_recent_loss(run, state)
+    state.curves.train_steps.append(state.step)
+    state.curves.train_loss.append(mean)
+    state.recent.clear()
+    check_divergence(run, state)
+    return mean
+
+
+def check_weights(run: Run, state: TrainingState) -> None:
+    """Check the weights.
+
+    Raises:
+        ValueError: A weight is not finite.
+    """
+    if not all(torch.isfinite(parameter).all() for parameter in state.unet.parameters()):
+        raise ValueError(
+            f"weights are not finite after step {state.step}: lower learning_rate={run.args.training.learning_rate:g}"
+            f"{last_checkpoint(run, state.step)}"
+        )
+
+
+def trivial_loss(run: Run) -> float:
+    """The loss of a model whose prediction and block outputs are zero, at most.
+
+    Distances to block outputs are relative, so that theirs is 1. Responses to a change of the input have no such scale.
+    """
+    objective = run.args.objective
+    if objective.needs_directions:
+        return math.inf
+    return run.pipeline.process.target_square + objective.feature_distillation_weight
+
+
 def check_divergence(run: Run, state: TrainingState) -> None:
     """Stop a run that has diverged.
 
     Raises:
         ValueError: The loss was larger than that of a prediction of zero for `DIVERGED_STEPS` steps.
     """
-    start = state.step - DIVERGED_STEPS
+    start, limit = state.step - DIVERGED_STEPS, trivial_loss(run)
     points = [(s, loss) for s, loss in zip(state.curves.train_steps, state.curves.train_loss) if s > start]
-    if start >= 0 and all(loss > TRIVIAL_LOSS for _, loss in points):
+    if start >= 0 and all(loss > limit for _, loss in points):
         raise ValueError(
-            f"the training loss was over {TRIVIAL_LOSS:g}, the loss of predicting zero, from step {start} to step "
+            f"the training loss was over {limit:g}, the loss of predicting zero, from step {start} to step "
             f"{state.step}: lower learning_rate={run.args.training.learning_rate:g}{last_checkpoint(run, start)}"
         )
 
@@ -188,11 +234,7 @@ def save_checkpoint(run: Run, state: TrainingState) -> bool:
         mean_recent_loss(run, state)
     if not run.accelerator.is_main_process or state.saved_step == state.step:
         return True
-    if not all(torch.isfinite(parameter).all() for parameter in state.unet.parameters()):
-        raise ValueError(
-            f"weights are not finite after step {state.step}: lower learning_rate={run.args.training.learning_rate:g}"
-            f"{last_checkpoint(run, state.step)}"
-        )
+    check_weights(run, state)
     settings = run_settings(run.args, run.accelerator)
     try:
         run.checkpoints.save(state.step, run.identity, settings, state.tensors(), state.values())

@@ -8,6 +8,7 @@ dense model: masking and compaction change order and sizes, but not names.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -26,10 +27,11 @@ from ..pruning.masking import MASKS_MODULE, dense_name, dense_parameters
 from .arguments import Arguments
 from .checkpointing import Checkpoint
 from .named_state import load_optimizer_state, load_tensors, optimizer_state
+from .optimization_arguments import TrainingArguments
 from .recovery import WeightPath
 from .timestep_density import TimestepDensity
 
-__all__ = ["Curves", "TrainingState", "seed_everything"]
+__all__ = ["Curves", "TrainingState", "make_lr_scheduler", "seed_everything"]
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
@@ -63,6 +65,20 @@ def _make_optimizer(args: Arguments, unet: nn.Module) -> torch.optim.Optimizer:
         betas=(t.adam_beta1, t.adam_beta2),
         weight_decay=t.adam_weight_decay,
         eps=t.adam_epsilon,
+    )
+
+
+def make_lr_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate schedule of a run. `constant` warms up, too, if it is asked to.
+
+    `get_scheduler("constant", num_warmup_steps=...)` of Diffusers 0.42.1 leaves the warm-up out without a word.
+    """
+    warming = args.lr_scheduler == "constant" and args.lr_warmup_steps > 0
+    return get_scheduler(
+        "constant_with_warmup" if warming else args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
     )
 
 
@@ -126,9 +142,7 @@ class TrainingState:
         self._adopt(unet)
         t = args.training
         base = _make_optimizer(args, unet)
-        self.lr_scheduler = get_scheduler(
-            t.lr_scheduler, base, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
-        )
+        self.lr_scheduler = make_lr_scheduler(t, base)
         self.ema = None
         if t.use_ema:
             self.ema = EMAModel(unet.parameters(), decay=t.ema_max_decay, use_ema_warmup=True, power=0.75)
@@ -259,7 +273,9 @@ class TrainingState:
         load_tensors(checkpoint.path, "weights", tensors["model"], {**parameters, **_buffers(self.unet)})
         load_optimizer_state(base, parameters, tensors["optimizer"], values["optimizer"])
         self.lr_scheduler.last_epoch = values["lr_scheduler_steps"] - 1
-        self.lr_scheduler.step()
+        with warnings.catch_warnings():  # of a scheduler that steps before its optimizer
+            warnings.simplefilter("ignore", UserWarning)
+            self.lr_scheduler.step()
         if self.ema is not None:
             shadows = dict(zip(parameters, self.ema.shadow_params))
             load_tensors(checkpoint.path, "averaged weights", tensors["ema"], shadows)
@@ -271,7 +287,7 @@ class TrainingState:
         if values.get("recovery") is not None:  # absent from older checkpoints
             changes = {name: torch.empty_like(parameters[name]).copy_(t) for name, t in tensors["recovery"].items()}
             self.weight_path = WeightPath(**values["recovery"], changes=changes)
-        if self.timestep_density is not None:
+        if self.timestep_density is not None and values.get("timestep_density") is not None:  # another setting, or older
             self.timestep_density.restore(values["timestep_density"])
         self.step = self.saved_step = checkpoint.step
         self._lay_out(base)

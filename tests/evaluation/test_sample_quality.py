@@ -210,8 +210,12 @@ def test_run_takes_as_many_real_images_as_it_is_told(tmp_path: Path) -> None:
     """With fewer than pixels it goes without a distance, unless it was asked for one."""
     assert quality_of(tmp_path, eval_reference_images=100).quality.describe()["fd_pixels"]["reference_images"] == 100
     assert quality_of(tmp_path, eval_reference_images=60).quality.describe() == {}
-    with pytest.raises(ValueError, match="60 images are too few"):
-        quality_of(tmp_path, eval_reference_images=60, eval_features="pixels").measure(pruned("base"))
+    with pytest.raises(ValueError, match="eval_features=pixels needs more than 64 real images, and there are 60"):
+        quality_of(tmp_path, eval_reference_images=60, eval_features="pixels")
+    for name in ("pixels", "inception"):
+        with pytest.raises(ValueError, match=f"eval_features={name} needs .*, not eval_images=1"):
+            args = EvaluationArguments(eval_images=1, eval_features=name)
+            SampleQuality(args, build("base"), DDPMScheduler(), UNREAD, torch.device("cpu"))
     with pytest.raises(ValueError, match="eval_features=pixels needs more than 64 images, not eval_images=64"):
         args = EvaluationArguments(eval_images=64, eval_features="pixels")
         SampleQuality(args, build("base"), DDPMScheduler(), UNREAD, torch.device("cpu"))

@@ -369,6 +369,11 @@ def test_missing_field_is_an_error_that_names_it(files, path):
         render_card(holder["results"], holder["report"], "me/model")
 
 
+@pytest.mark.parametrize("name", ["nan", "me/inf"])
+def test_names_that_read_like_numbers_are_no_figures(files, name):
+    assert f'from_pretrained("{name}"' in render_card(*files, name)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("path", [("pruned", "step_loss"), ("pruned", "quality", "ssim_to_dense")], ids=".".join)
 def test_figures_that_are_not_finite_are_refused(files, path, value):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +13,8 @@ from torch import Tensor
 from diffusers_gfprune.configuration import GFPruneConfig
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
-from diffusers_gfprune.scoring import mode as module
 from diffusers_gfprune.scoring.importance import score_units
-from diffusers_gfprune.scoring.mode import ieee_float32, scoring_mode
+from diffusers_gfprune.scoring.mode import scoring_mode
 from helpers.architectures import build
 
 GROUPS = trace_channel_groups(build("fine-units"))
@@ -44,66 +41,6 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 # --- precision ---------------------------------------------------------------------------------------------------------
-
-
-def newer() -> list[str]:
-    """Precision settings of matrix products and convolutions in torch >= 2.9, on CUDA and CPU."""
-    b = torch.backends
-    owners = (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv)
-    return [owner.fp32_precision for owner in owners if hasattr(owner, "fp32_precision")]
-
-
-def older() -> list[str | bool]:
-    """The older flags, which every torch has."""
-    return [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()]
-
-
-@pytest.fixture(params=["highest", "high", "medium"])
-def training_precision(request: pytest.FixtureRequest):
-    """What a training script may have asked for."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def test_no_tf32_inside(training_precision: None):
-    """Also where convolutions may use it by default; without a word from torch, and put back after an error."""
-    before = [*newer(), *older()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(KeyError, match="on purpose"), ieee_float32():
-            assert {*newer(), "ieee"} == {"ieee"} and older() == [False, False, "highest"]
-            raise KeyError("on purpose")
-    assert [*newer(), *older()] == before
-
-
-@pytest.mark.skipif(not newer(), reason="before torch 2.9 there are only the older flags")
-def test_no_tf32_inside_where_only_the_newer_flags_are_in_use():
-    """Torch then refuses to read the older ones."""
-    owner, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    owner.fp32_precision = "tf32"
-    try:
-        with pytest.raises(RuntimeError, match="mix of the legacy and new"):
-            older()
-        with ieee_float32():
-            assert set(newer()) == {"ieee"}
-        assert owner.fp32_precision == "tf32"
-    finally:
-        owner.fp32_precision = before
-
-
-def test_no_tf32_inside_with_the_flags_of_older_torch(training_precision: None, monkeypatch: pytest.MonkeyPatch):
-    """Before torch 2.9, there are only these."""
-    before, backends = older(), torch.backends
-    matmul = SimpleNamespace(allow_tf32=backends.cuda.matmul.allow_tf32)
-    monkeypatch.setattr(module.torch, "backends", SimpleNamespace(cuda=SimpleNamespace(matmul=matmul), cudnn=backends.cudnn))
-    with pytest.raises(KeyError, match="on purpose"), ieee_float32():
-        assert not backends.cuda.matmul.allow_tf32 and not backends.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == "highest"
-        raise KeyError("on purpose")
-    monkeypatch.undo()
-    assert older() == before
 
 
 @pytest.mark.parametrize("form", FORMS)

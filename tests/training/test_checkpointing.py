@@ -59,13 +59,25 @@ def test_tensors_that_share_memory_or_are_views_are_saved(tmp_path: Path) -> Non
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, total_limit=2)
-    for step in (5, 10, 100, 20):  # by number, not by name or age
+    for step in (5, 10, 20, 100):  # by number, not by name
         save(checkpoints, step)
     assert [path.name for path in checkpoints.paths()] == ["checkpoint-100", "checkpoint-20"]
     unlimited = Checkpoints(tmp_path / "all")
     for step in range(5):
         save(unlimited, step)
     assert len(unlimited.paths()) == 5
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_a_run_that_went_back_leaves_later_steps_behind(tmp_path: Path, limit: int) -> None:
+    """They are not taken for the newest ones, nor kept in place of what was just saved."""
+    before, checkpoints = Checkpoints(tmp_path), Checkpoints(tmp_path, limit)
+    for step in (300, 400, 500):
+        save(before, step)
+    assert [path.name for path in checkpoints.later_than(300)] == ["checkpoint-500", "checkpoint-400"]
+    save(checkpoints, 350)
+    assert [path.name for path in checkpoints.paths()] == ["checkpoint-350", "checkpoint-300"][: limit or None]
+    assert checkpoints.find("latest").step == 350
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_gfprune.objectives.objective import ObjectiveArguments
 from diffusers_gfprune.pruning.schedules import PruningSchedule
 from diffusers_gfprune.training import safeguards
 from diffusers_gfprune.training.checkpointing import Checkpoints
@@ -17,15 +18,18 @@ from diffusers_gfprune.training.state import Curves
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_run(folder: Path, *checkpoints: int) -> SimpleNamespace:
-    """As much of a run as is looked at, with checkpoints of some steps."""
+def make_run(folder: Path, *checkpoints: int, target_square: float = 1.0, **weights: float) -> SimpleNamespace:
+    """As much of a run as is looked at, with checkpoints of some steps, a process and weights of the loss."""
     found = Checkpoints(folder / "run.training")
     for step in checkpoints:
         found.save(step, {}, {}, {}, {})
     args = SimpleNamespace(
-        training=SimpleNamespace(learning_rate=0.1), model=SimpleNamespace(pretrained_model_name_or_path="model")
+        training=SimpleNamespace(learning_rate=0.1),
+        model=SimpleNamespace(pretrained_model_name_or_path="model"),
+        objective=ObjectiveArguments(**weights),
     )
-    return SimpleNamespace(accelerator=Accelerator(), args=args, checkpoints=found)
+    pipeline = SimpleNamespace(process=SimpleNamespace(target_square=target_square))
+    return SimpleNamespace(accelerator=Accelerator(), args=args, checkpoints=found, pipeline=pipeline)
 
 
 def make_state(step: int, recent=(), points=()) -> SimpleNamespace:
@@ -61,6 +65,42 @@ def test_a_loss_over_that_of_predicting_nothing_for_long_is_an_error(tmp_path: P
     recovered = [*points[:-1], (200, 0.9)]
     safeguards.check_divergence(run, make_state(200, points=recovered))
     safeguards.check_divergence(run, make_state(50, points=[(s, 1.5) for s in range(10, 51, 10)]))
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({}, 1),
+        ({"target_square": 2.0}, 2),  # flow matching
+        ({"feature_distillation_weight": 3.0}, 4),
+        ({"sensitivity_matching_weight": 0.1}, None),
+    ],
+)
+def test_what_predicting_nothing_costs_depends_on_the_loss(tmp_path: Path, options: dict, limit: float | None) -> None:
+    """Terms beside the prediction add to it; those without a scale switch the check off."""
+    run = make_run(tmp_path, **options)
+    for loss in ((limit or 1e9) - 0.1, (limit or 1e9) + 0.1):
+        state = make_state(200, points=[(s, loss) for s in range(10, 201, 10)])
+        if limit is not None and loss > limit:
+            with pytest.raises(ValueError, match=f"the training loss was over {limit}, the loss of predicting zero"):
+                safeguards.check_divergence(run, state)
+        else:
+            safeguards.check_divergence(run, state)
+
+
+def test_losses_since_the_last_point_make_one(tmp_path: Path) -> None:
+    state = make_state(12, [0.25, torch.tensor(0.75)], [(10, 0.1)])
+    assert safeguards.record_loss(make_run(tmp_path), state) == 0.5
+    assert (state.curves.train_steps, state.curves.train_loss, state.recent) == ([10, 12], [0.1, 0.5], [])
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    state = make_state(12)
+    state.unet = torch.nn.Linear(2, 2)
+    safeguards.check_weights(make_run(tmp_path / "fine"), state)
+    state.unet.weight.data[0, 1] = torch.inf
+    with pytest.raises(ValueError, match="weights are not finite after step 12: lower learning_rate=0.1; .*checkpoint-8 "):
+        safeguards.check_weights(make_run(tmp_path, 8), state)
 
 
 def test_the_death_of_a_loading_process_is_explained(tmp_path: Path) -> None:

@@ -185,6 +185,40 @@ def test_learning_rate_goes_on_along_its_schedule(tmp_path: Path) -> None:
     assert raised.lr_scheduler.get_last_lr()[0] == pytest.approx(2 * rates[3])
 
 
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine"])
+def test_every_schedule_warms_up(name: str) -> None:
+    """That of Diffusers' `constant` does not."""
+    state = make_state("--lr_scheduler", name, "--lr_warmup_steps", "4", "--learning_rate", "1e-3")
+    rates = [state.lr_scheduler.get_last_lr()[0]]
+    for seed in range(2):
+        step(state, seed)
+        rates.append(state.lr_scheduler.get_last_lr()[0])
+    assert rates == pytest.approx([0, 2.5e-4, 5e-4])
+
+
+def test_resuming_says_nothing_of_schedules(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """torch would warn of a scheduler that steps before its optimizer."""
+    state = make_state("--lr_scheduler", "cosine")
+    step(state, 0)
+    path = Checkpoints(tmp_path).save(state.step, {}, {}, state.tensors(), state.values())
+    recwarn.clear()
+    make_state("--lr_scheduler", "cosine", checkpoint=Checkpoints(tmp_path).load(path))
+    assert not [str(found.message) for found in recwarn if "lr_scheduler" in str(found.message)]
+
+
+@pytest.mark.parametrize("before", ["stratified", None])
+def test_timesteps_by_importance_start_anew_where_a_checkpoint_has_no_density(tmp_path: Path, before: str | None) -> None:
+    """That of a run with other timesteps, and that of an earlier build."""
+    state = make_state("--timestep_sampling", before or "importance")
+    step(state, 0)
+    values = state.values()
+    if before is None:
+        del values["timestep_density"]
+    path = Checkpoints(tmp_path).save(state.step, {}, {}, state.tensors(), values)
+    other = make_state("--timestep_sampling", "importance", checkpoint=Checkpoints(tmp_path).load(path))
+    assert other.step == 1 and other.timestep_density.step == 0
+
+
 def test_a_step_draws_the_same_wherever_it_is_reached_from() -> None:
     drawn = []
     for _ in range(2):

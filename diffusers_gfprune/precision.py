@@ -1,0 +1,48 @@
+"""Float32 without TF32 or bfloat16 inside, for small differences of large sums."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["ieee_float32"]
+
+
+def _older_flags() -> tuple[str, bool] | None:
+    """The older TF32 flags of torch; None if torch refuses to read them, as it does after the newer ones were set."""
+    try:
+        torch.backends.cuda.matmul.allow_tf32  # noqa: B018
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _set_older_flags(matmul: str, convolution: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation of the older flags
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Context in which float32 matrix products and convolutions use float32, not TF32 or bfloat16."""
+    backends = torch.backends
+    owners = ()
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
+        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before, older = [owner.fp32_precision for owner in owners], _older_flags()
+    try:
+        if older is not None:  # both kinds of flags, since torch raises if they contradict each other
+            _set_older_flags("highest", False)
+        for owner in owners:
+            owner.fp32_precision = "ieee"
+        yield
+    finally:
+        if older is not None:
+            _set_older_flags(*older)
+        for owner, precision in zip(owners, before):
+            owner.fp32_precision = precision
