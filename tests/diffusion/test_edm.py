@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from diffusers import EDMEulerScheduler
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.diffusion.schedulers import training_process
-from diffusers_gfprune.metrics.sampling import denoised, image_generators
+from diffusers_gfprune.metrics.conditions import row_conditions
+from diffusers_gfprune.metrics.model_size import spatial_size
+from diffusers_gfprune.metrics.sampling import denoised, image_generators, sample_images
+from diffusers_gfprune.trained_pipelines import load_pipeline
 from helpers.consistency_models import SIZE, consistency_unet
+from helpers.latent_pipelines import PIPELINES
 from helpers.processes import edm
 
 
@@ -84,3 +89,24 @@ def test_configurations_that_are_none_are_refused(options: dict, message: str) -
     scheduler.register_to_config(**options)
     with pytest.raises(ValueError, match=message):
         training_process(scheduler)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_text_pipelines_sample_as_diffusers_does(name: str, tmp_path: Path) -> None:
+    """With and without guidance; images of measurements are rounded to 8 bits."""
+    pipe = PIPELINES[name](tmp_path / "parts")
+    pipe.scheduler = EDMEulerScheduler()
+    pipe.save_pretrained(tmp_path / "dense")
+    pipe.set_progress_bar_config(disable=True)
+    found, prompts = load_pipeline(str(tmp_path / "dense")), ["a cat", "a dog", "a bird"]
+    assert found.process.name == "edm"
+    conditions = row_conditions(found.prompts.encode(prompts), found.prompts.null())
+    for scale in (1.0, 3.0):
+        options = {"guidance_scale": scale, "generator": image_generators(0, range(3)), "output_type": "pt"}
+        expected = pipe(prompts, num_inference_steps=4, **options).images
+        size = spatial_size(found.denoiser)
+        images = sample_images(
+            *(found.denoiser, found.scheduler, 3, size, 4, 0, 3, conditions), codec=found.codec, guidance_scale=scale
+        )
+        torch.testing.assert_close(images, expected, rtol=0, atol=0.6 / 255)
+        assert expected.std() > 0.1

@@ -20,24 +20,25 @@ from diffusers_gfprune import PruneDDPMPipeline
 from diffusers_gfprune.scripts import prune_ddpm
 from diffusers_gfprune.trained_pipelines import load_pipeline
 from helpers.consistency_models import SIZE, consistency_unet
-from helpers.latent_pipelines import ldm
+from helpers.latent_pipelines import ldm, sdxl, write_data
 from helpers.scripts import forget_accelerator, plain_runs
 
 SHORT = [
     *("--max_train_steps", "6", "--soft_fraction", "0.2", "--hard_fraction", "0.4", "--update_interval", "1"),
     *("--train_batch_size", "8", "--calibration_batches", "1", "--validation_images", "8", "--validation_steps", "3"),
     *("--eval_images", "6", "--ddim_num_inference_steps", "2", "--speed_batch_sizes", "0", "--recovery", "none"),
-    *("--train_data", "teacher", "--num_teacher_images", "16", "--teacher_num_inference_steps", "2"),
 ]
+DRAWN = ("--train_data", "teacher", "--num_teacher_images", "16", "--teacher_num_inference_steps", "2")
 
 
-def run(pipe: DiffusionPipeline, folder: Path, *words: object) -> tuple[dict, dict, str]:
-    """Report, results and card of a run without data; noise has a weight in the loss, too."""
+def run(pipe: DiffusionPipeline, folder: Path, *data: object) -> tuple[dict, dict, str]:
+    """Report, results and card of a run, by default without data; noise has a weight in the loss, too."""
     pipe.save_pretrained(folder / "dense")
     places = ("--pretrained_model_name_or_path", folder / "dense", "--output_dir", folder / "out")
     forget_accelerator()
     with plain_runs():
-        given = (*SHORT, *places, "--teacher_images_dir", folder / "images", "--distillation_weight", 0.5, *words)
+        data = data or (*DRAWN, "--teacher_images_dir", folder / "images")
+        given = (*SHORT, *places, "--distillation_weight", 0.5, *data)
         prune_ddpm.main([str(word) for word in given])
     report, results = (json.loads((folder / "out" / f).read_text()) for f in ("pruning_report.json", "results.json"))
     return report, results, " ".join((folder / "out/README.md").read_text().split())
@@ -68,6 +69,20 @@ def test_an_edm_in_latents(tmp_path: Path) -> None:
     pruned.set_progress_bar_config(disable=True)
     assert type(pruned.scheduler) is EDMEulerScheduler
     assert torch.tensor(pruned(batch_size=1, num_inference_steps=2, output_type="np").images).isfinite().all()
+
+
+@pytest.mark.slow
+def test_an_edm_of_text(tmp_path: Path) -> None:
+    pipe = sdxl(tmp_path / "parts")
+    pipe.scheduler = EDMEulerScheduler()
+    data = write_data(tmp_path / "data")
+    report, results, _ = run(pipe, tmp_path, "--dataset_name", data, "--caption_column", "text")
+    assert (report["pipeline"]["process"], report["pipeline"]["condition"]) == ("edm", "text")
+    assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(0.5, abs=0.02)
+    pruned = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pruned.set_progress_bar_config(disable=True)
+    assert type(pruned.scheduler) is EDMEulerScheduler
+    assert torch.tensor(pruned("a cat", num_inference_steps=2, output_type="np").images).isfinite().all()
 
 
 @pytest.mark.slow
