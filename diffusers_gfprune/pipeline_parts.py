@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from .diffusion.latents import LatentCodec
 from .diffusion.prompts import PromptEncoder
-from .diffusion.schedulers import training_process
+from .diffusion.schedulers import training_process, training_scheduler
 from .families.base import Family
 from .families.lookup import FAMILIES
 from .loading.pipeline_layouts import LAYOUTS, check_process
@@ -24,7 +24,7 @@ class PipelineParts(NamedTuple):
     Attributes:
         family: Family of the denoiser.
         denoiser: The denoiser, dense or pruned; not a copy.
-        scheduler: The scheduler of the pipeline.
+        scheduler: The scheduler of the pipeline, in latents as the model was trained (`training_scheduler`).
         codec: Encodes images to latents and decodes samples; None for pixels.
         prompts: Encodes prompts; None unless text is the condition.
         pipeline: Name of the pipeline's class.
@@ -50,6 +50,7 @@ class PipelineParts(NamedTuple):
         """
         family, denoiser = _denoiser(pipe, pruned)
         layout, codec, prompts = LAYOUTS[type(pipe).__name__], None, None
+        scheduler = pipe.scheduler if layout.autoencoder is None else training_scheduler(pipe.scheduler)
         components = {name: copy.deepcopy(pipe.components[name]) for name in layout.loaded}
         if layout.autoencoder is not None:
             codec = LatentCodec(components[layout.autoencoder])
@@ -58,7 +59,7 @@ class PipelineParts(NamedTuple):
             zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
             takes = family.example_inputs(denoiser, *family.tracing_size(denoiser.config)).conditioning
             prompts = PromptEncoder.of_pipeline(components, image_size, zeros, layout.max_length, takes)
-        return cls(family, denoiser, pipe.scheduler, codec, prompts, type(pipe).__name__)
+        return cls(family, denoiser, scheduler, codec, prompts, type(pipe).__name__)
 
     def check_process(self) -> None:
         """Check that the pipeline samples the process of its scheduler, and that the denoiser can embed its timesteps and gets

@@ -84,7 +84,7 @@ def prune_pipeline(
     family, denoiser = parts.family, parts.denoiser
     family.check_trainable(denoiser.config)
     parts.check_process()
-    process = training_process(pipe.scheduler).sampled_in(num_inference_steps)
+    process = training_process(parts.scheduler).sampled_in(num_inference_steps)
     spec = ModelSpec.of(denoiser, parts.codec, parts.prompts)
     if images is None:
         check_range(at_least(1), num_teacher_images=num_teacher_images)

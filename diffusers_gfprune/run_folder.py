@@ -34,11 +34,15 @@ class RunFolder:
         output_dir: The folder.
         overwrite: Whether to replace an existing folder, at the end of the run.
         inputs: Paths that the run reads and must not replace.
+        marker: File at the top of every result. A folder without it is not replaced, unless it is empty. None: the caller
+            checks what is replaced.
     """
 
-    def __init__(self, output_dir: str, overwrite: bool, inputs: Sequence[str | None] = ()) -> None:
+    def __init__(
+        self, output_dir: str, overwrite: bool, inputs: Sequence[str | None] = (), marker: str | None = "model_index.json"
+    ) -> None:
         self.path = Path(os.path.abspath(output_dir))
-        self.overwrite = overwrite
+        self.overwrite, self.marker = overwrite, marker
         self.inputs = [Path(os.path.abspath(name)) for name in inputs if name and Path(name).exists()]
         self.staging = self._beside("incomplete")
         self.training = self.path.with_name(f"{self.path.name}.training")
@@ -50,14 +54,15 @@ class RunFolder:
             resuming: Whether the run resumes from a checkpoint, and continues with the files beside the folder.
 
         Raises:
-            ValueError: The folder exists and must not be replaced, contains inputs of the run, or an earlier run left a model
-                or checkpoints beside it.
+            ValueError: The folder exists and must not be replaced, contains inputs of the run or is no earlier result, or an
+                earlier run left a model or checkpoints beside it.
         """
         for name in self.inputs:
             if self.path == name or self.path in name.parents:
                 raise ValueError(f"output_dir={self.path} contains {name}, which this run reads")
         if self.path.exists() and not self.overwrite:
             raise ValueError(f"output_dir={self.path} already exists: choose another folder, or pass --overwrite_output_dir")
+        self._check_replaced()
         if resuming:
             return
         for left in (self.staging, self._beside("saving"), self._beside("replaced")):
@@ -68,6 +73,28 @@ class RunFolder:
                 f"{self.training} contains checkpoints of an unfinished run: resume with --resume_from_checkpoint latest, or "
                 f"start again with --overwrite_output_dir"
             )
+
+    def _check_replaced(self) -> None:
+        """Check that a folder which would be replaced is an earlier result.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        if self.marker is None:
+            return
+        held = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        if (self.path.exists() and not self.path.is_dir()) or (held and self.marker not in held):
+            what = f"holds {held[0]} and no {self.marker}" if held else "is a file"
+            raise ValueError(f"output_dir={self.path} {what}: it is not an earlier result, choose another folder")
+
+    def check_not_training(self) -> None:
+        """Check that no training run writes to this folder, for results of another kind.
+
+        Raises:
+            ValueError: One does.
+        """
+        if any(self.training.glob("*")):
+            raise ValueError(f"output_dir={self.path} belongs to a training run, see {self.training}: choose another folder")
 
     def check_outside(self, **folders: str | os.PathLike | None) -> None:
         """Check that folders which the run writes, by argument, are not in this one, which it replaces at its end.
@@ -112,7 +139,7 @@ class RunFolder:
         """Create the hidden folder, and check that the result fits on the disk.
 
         Args:
-            size: Size of the weights in bytes, if the result has a model.
+            size: Size of the model's files in bytes, if the result has one.
             resuming: Keep the files that an interrupted run saved there.
 
         Raises:

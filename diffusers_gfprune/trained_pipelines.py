@@ -35,6 +35,7 @@ from .diffusion.prompts import PromptEncoder
 from .diffusion.schedulers import (
     TRAINABLE_SCHEDULERS,
     check_scheduler_class,
+    ddpm_of_euler,
     is_ddpm_sampled_by_euler,
     training_process,
 )
@@ -44,13 +45,14 @@ from .families.lookup import FAMILIES, family_of
 from .loading.components import (
     check_copied,
     component_folder,
+    copied_files,
     copy_component,
     load_model,
     variant_of,
     variant_to_load,
 )
 from .loading.pipeline_layouts import LAYOUTS, PACKAGE, PipelineLayout, check_index, check_process, components_of
-from .metrics.model_size import spatial_size
+from .metrics.model_size import parameter_bytes, spatial_size
 from .metrics.sampling import image_shape
 
 __all__ = ["TrainedPipeline", "load_pipeline"]
@@ -130,6 +132,13 @@ class TrainedPipeline(NamedTuple):
             for names, *parts in zip(layout.text, self.prompts.tokenizers, self.prompts.encoders):
                 loaded |= zip(names, parts)
         return self.kind.from_pretrained(self.folder, use_safetensors=True, local_files_only=True, **loaded)
+
+    def saved_bytes(self) -> int:
+        """Size of what `save` writes with the dense denoiser, in bytes, without small files."""
+        component = family_of(self.denoiser).component
+        others = [name for name in components_of(self.index) if name != component] if self.codec is not None else []
+        copied = (path for name in others for path in copied_files(self.folder, name))
+        return parameter_bytes(self.denoiser) + sum(path.stat().st_size for path in copied)
 
     def save(self, denoiser: ModelMixin, folder: str | os.PathLike) -> None:
         """Save the pipeline with another denoiser.
@@ -253,7 +262,7 @@ def _load_scheduler(folder: Path, index: dict, latents: bool):
     component = index["scheduler"][1]
     config = DDPMScheduler.load_config(component_folder(folder, "scheduler"))
     if latents and is_ddpm_sampled_by_euler(component, config):  # its files are copied as they are
-        return DDPMScheduler.from_config({**config, "clip_sample": config.get("clip_sample", False)})
+        return ddpm_of_euler(config)
     check_scheduler_class(component)
     named = config.get("_class_name", component)  # Diffusers does not check the class of the configuration
     check_scheduler_class(named)

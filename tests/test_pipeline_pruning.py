@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from torch import Tensor
 
 from diffusers_gfprune import PruneDDPMPipeline, prune_pipeline
@@ -14,6 +14,7 @@ from diffusers_gfprune.drawn_images import draw_images
 from diffusers_gfprune.families.lookup import FAMILIES, family_of
 from diffusers_gfprune.fingerprints import tensors_fingerprint
 from diffusers_gfprune.metrics.model_size import count_macs
+from diffusers_gfprune.pipeline_parts import PipelineParts
 from helpers.architectures import build
 from helpers.families import inputs
 from helpers.latent_pipelines import CAPTIONS, PIPELINES, sd3
@@ -65,6 +66,21 @@ def test_stable_diffusion_3_is_pruned_without_t5(tmp_path: Path) -> None:
     none = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
     found = DiffusionPipeline.from_pretrained(tmp_path / "small", **none)
     assert count_macs(found.transformer) == pytest.approx(0.7 * count_macs(pipe.transformer), rel=0.03)
+
+
+def test_a_pipeline_with_eulers_method_is_pruned_as_a_ddpm(tmp_path: Path) -> None:
+    """As SDXL is saved: the same result as with the scheduler of its training, and its own scheduler stays."""
+    pipe = PIPELINES["sdxl"](tmp_path / "sdxl")
+    options = given("sdxl") | BUDGET
+    expected = prune_pipeline(pipe, images(), **options).unet
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    small = prune_pipeline(pipe, images(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(small.unet.parameters(), expected.parameters()))
+    assert type(small.scheduler) is EulerDiscreteScheduler
+    assert type(PipelineParts.of(small, pruned=True).scheduler) is DDPMScheduler  # that of exports
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="scheduler=EulerDiscreteScheduler is not supported"):
+        prune_pipeline(pipe, images(), **options)
 
 
 def test_pipelines_of_pixels_are_pruned_as_by_prune() -> None:

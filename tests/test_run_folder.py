@@ -110,6 +110,37 @@ def test_what_the_run_reads_is_never_replaced(name: str, tmp_path: Path) -> None
         RunFolder(str(tmp_path / name), overwrite=True, inputs=[str(tmp_path / "model"), None]).check()
 
 
+@pytest.mark.parametrize(
+    ("held", "marker", "message"),
+    [
+        ({}, "model_index.json", None),
+        ({"model_index.json": "{}", "notes.txt": "mine"}, "model_index.json", None),
+        ({"other-run/model_index.json": "{}"}, "model_index.json", "holds other-run and no model_index.json"),
+        ({"model_index.json": "{}"}, "export.json", "holds model_index.json and no export.json"),
+        ({"anything": ""}, None, None),  # the caller checks it
+    ],
+)
+def test_only_earlier_results_are_replaced(tmp_path: Path, held: dict, marker: str | None, message: str | None) -> None:
+    """A folder of several runs is not one of them."""
+    (tmp_path / "run").mkdir()
+    for name, text in held.items():
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text(text)
+    folder = RunFolder(str(tmp_path / "run"), overwrite=True, marker=marker)
+    if message is None:
+        folder.check()
+        return
+    for resuming in (False, True):
+        with pytest.raises(ValueError, match=f"run {message}: it is not an earlier result, choose another folder"):
+            folder.check(resuming)
+
+
+def test_a_file_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="run is a file: it is not an earlier result"):
+        RunFolder(str(tmp_path / "run"), overwrite=True).check()
+
+
 def started(tmp_path: Path) -> RunFolder:
     folder = RunFolder(str(tmp_path / "run"), overwrite=False)
     folder.check()

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run an evaluation or a comparison."""
     args = parse_evaluate_arguments(argv)
     cache_dir = Path(args.output.evaluation_cache_dir or default_cache_dir())
-    folder = RunFolder(args.output_dir, args.output.overwrite_output_dir, args.inputs)
+    folder = RunFolder(args.output_dir, args.output.overwrite_output_dir, args.inputs, marker=None)
     accelerator = make_accelerator(mixed_precision="no")
     main_process = accelerator.is_main_process
     share = (accelerator.process_index, accelerator.num_processes)
@@ -134,8 +134,7 @@ def check_folders(folder: RunFolder, cache_dir: Path | None) -> None:
     Raises:
         ValueError: The output folder holds other files, or a folder cannot be written.
     """
-    if any(folder.training.glob("*")):
-        raise ValueError(f"output_dir={folder.path} belongs to a training run, see {folder.training}: choose another folder")
+    folder.check_not_training()
     folder.check()
     if folder.overwrite and folder.path.exists():
         foreign = (

@@ -27,7 +27,6 @@ from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.hub import push_folder, push_space
 from diffusers_gfprune.interruption import Interruption
-from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.model_spec import ModelSpec
 from diffusers_gfprune.objectives.objective import Objective
@@ -131,7 +130,8 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     # 2. training state, losses and teacher
     with folder if main_process else contextlib.nullcontext():
         if main_process:
-            folder.prepare(parameter_bytes(dense), resuming=checkpoint is not None)
+            copies = 2 if args.run.save_model_steps else 1  # the saved model is there until its successor is complete
+            folder.prepare(copies * pipeline.saved_bytes(), resuming=checkpoint is not None)
         accelerator.wait_for_everyone()
         run_images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
         state = TrainingState(args, accelerator, unet, pruner, checkpoint)

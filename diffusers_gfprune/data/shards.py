@@ -7,7 +7,9 @@ the shards among them. Files are mapped into memory, so that rows can be read th
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..distributed import fail_together, gather_rows, process_rank, world_size
+from ..distributed import fail_together, gather_rows, made_by_first_rank, process_rank, world_size
 from ..formatting import format_size
 from ..metrics.cache import entry_name, holds_entry, write_entry
 
@@ -126,6 +128,7 @@ def make_shards(shards: Shards, folder: Path) -> ShardedRows:
     except Exception as caught:  # the other processes wait
         error = caught
     fail_together(error)
+    _check_shared(folder, shards.argument)
     todo = [number for number, (name, key) in enumerate(zip(names, keys)) if not _is_made(folder / name, key)]
     spans = shards.spans()[process_rank() :: world_size()]
     _check_space(folder, sum(len(spans[number]) for number in todo) * shards.row_bytes, shards.argument)
@@ -173,6 +176,30 @@ def _check_space(folder: Path, needed: int, argument: str) -> None:
     except OSError as caught:
         error = ValueError(f"{argument}={folder} cannot be written: {caught.strerror}")
     fail_together(error)
+
+
+def _check_shared(folder: Path, argument: str) -> None:
+    """Check that all processes see the same folder.
+
+    Raises:
+        ValueError: It is on a disk of one machine, and there are processes on others.
+    """
+    if world_size() == 1:
+        return
+
+    def make() -> dict[str, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(dir=folder, prefix=".shared-")
+        os.close(handle)
+        return {"name": Path(path).name}
+
+    seen = folder / made_by_first_rank(make)["name"]
+    missing = ValueError(f"{argument}={folder} must be on a file system that all processes share")
+    try:
+        fail_together(None if seen.exists() else missing)
+    finally:
+        if process_rank() == 0:
+            seen.unlink(missing_ok=True)
 
 
 def _of_all_processes(names: Sequence[str], count: int) -> list[str]:

@@ -309,6 +309,8 @@ class TeacherImages(IndexedSource):
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"drawn by the dense model in {self.drawn_by}, and kept in {self.folder}", *self._changes]
+        if self.decoder.labels is not None and self.decoder.null_label is None:
+            notes.append("no label is taken for the null label: if the model was trained with one, name it by --null_label")
         if self.texts is not None:
             notes.append(f"{len(self.texts.texts):,} prompts in turn; {self.texts.dropout:.0%} are replaced by the empty one")
         return tuple(notes)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..argument_fields import check_fields
 from ..diffusion.ddim import fit_spacing
-from ..diffusion.schedulers import training_process
+from ..diffusion.schedulers import training_process, training_scheduler
 from ..errors import one_line
 from ..families.lookup import FAMILIES
 from ..metrics.quality import GUIDANCE
@@ -152,11 +152,13 @@ def _in_turn(values: Sequence, count: int) -> list:
 
 def _set_scheduler(model: ShownModel, settings: Settings) -> tuple[int, tuple[str, ...]]:
     """Give a pipeline the scheduler of the settings; returns the number of steps, and changes to the settings."""
-    kind, config = getattr(diffusers, settings.scheduler), model.scheduler.config
+    kind, config = getattr(diffusers, settings.scheduler), dict(model.scheduler.config)
+    if model.in_latents:  # DDIM and DDPM clip samples to [-1, 1] by default, as is right for pixels
+        config.setdefault("clip_sample", False)
     scheduler = kind.from_config(config)
     spacing = scheduler.config.get("timestep_spacing", "leading")
     steps, fitted, changes = int(settings.num_inference_steps), spacing, ()
-    if training_process(model.scheduler).name == "ddpm":
+    if training_process(training_scheduler(model.scheduler)).name == "ddpm":
         steps, fitted, changes = fit_spacing(scheduler, steps, spacing)
     if fitted != spacing:
         scheduler = kind.from_config(config, timestep_spacing=fitted)

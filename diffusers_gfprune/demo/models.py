@@ -43,6 +43,7 @@ class ShownModel:
         scheduler: Its own scheduler, whose configuration other schedulers take over.
         parameters: Number of parameters of the denoiser.
         macs: MACs of a forward pass of the denoiser at batch size 1.
+        in_latents: Whether it denoises latents.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ShownModel:
     scheduler: object
     parameters: int
     macs: int
+    in_latents: bool
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ def _shown(name: str, trained: TrainedPipeline, device: torch.device, dtype: str
     if dtype != "float32":  # in which it is loaded
         pipeline.to(getattr(torch, dtype))
     pipeline.set_progress_bar_config(leave=False)
-    return ShownModel(str(portable(name)), pipeline, pipeline.scheduler, parameters, macs)
+    in_latents = trained.codec is not None
+    return ShownModel(str(portable(name)), pipeline, pipeline.scheduler, parameters, macs, in_latents)
 
 
 def choices_of(trained: TrainedPipeline, pipeline: DiffusionPipeline, null_label: int | None = None) -> Choices:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffusers import DDPMScheduler
+
 from .consistency import ConsistencyProcess
 from .ddpm import DDPMProcess
 from .edm import EDMProcess
@@ -20,7 +22,9 @@ __all__ = [
     "TRAINABLE_SCHEDULERS",
     "check_scheduler_class",
     "is_ddpm_sampled_by_euler",
+    "ddpm_of_euler",
     "training_process",
+    "training_scheduler",
 ]
 
 # Samplers of DDPMs: with the same betas they add the same noise (tests/diffusion/test_schedulers.py)
@@ -118,3 +122,21 @@ def is_ddpm_sampled_by_euler(name: str, config: Mapping) -> bool:
     """
     discrete = config.get("timestep_type", "discrete") == "discrete"
     return name == "EulerDiscreteScheduler" and discrete and config.get("timestep_spacing") == "leading"
+
+
+def ddpm_of_euler(config: Mapping) -> DDPMScheduler:
+    """The scheduler that a model was trained with, from the configuration of Euler's method (`is_ddpm_sampled_by_euler`)."""
+    return DDPMScheduler.from_config({**config, "clip_sample": config.get("clip_sample", False)})
+
+
+def training_scheduler(scheduler):
+    """The scheduler of a latent pipeline as its model was trained: a `DDPMScheduler` in place of Euler's method.
+
+    Args:
+        scheduler: The scheduler that the pipeline is saved with.
+
+    Returns:
+        The same, unless `is_ddpm_sampled_by_euler`.
+    """
+    euler = is_ddpm_sampled_by_euler(type(scheduler).__name__, scheduler.config)
+    return ddpm_of_euler(scheduler.config) if euler else scheduler

@@ -186,6 +186,8 @@ class RealFeatures:
         key = {"real": digest, "count": len(images), "shape": list(decoder.shape)}
         if decoder.enlarge:  # in a set of larger images, these files do not fit the model
             key["enlarged"] = True
+        if decoder.mode is not None:  # in which the data set declares its images
+            key["mode"] = decoder.mode
 
         def make(network: FeatureNetwork) -> dict[str, Tensor]:
             readable = pixels()

@@ -19,7 +19,7 @@ from ..run_folder import RunFolder, write_json
 from ..runtimes.program import to_tensors
 from ..runtimes.requirements import check_runtime
 from .card import export_card
-from .description import COMPILED_FILE, ExportDescription, check_format, installed_versions, parse_batch
+from .description import COMPILED_FILE, NAME, ExportDescription, check_format, installed_versions, parse_batch
 from .model import ExportedModel, load_exported
 from .program import describe_inputs, random_inputs, trace
 from .verification import LIMIT, Reference, relative_errors, sampled_reference
@@ -103,7 +103,9 @@ def export_pipeline(pipe: DiffusionPipeline, output_dir: str | os.PathLike, **op
 def export_parts(parts: PipelineParts, output_dir: str | os.PathLike, options: ExportOptions) -> ExportDescription:
     """Export the denoiser of a pipeline by its parts (see `export_pipeline`)."""
     options.check_installed()
-    output = RunFolder(os.fspath(output_dir), options.overwrite_output_dir, [parts.denoiser.config.get("_name_or_path")])
+    inputs = [parts.denoiser.config.get("_name_or_path")]
+    output = RunFolder(os.fspath(output_dir), options.overwrite_output_dir, inputs, marker=NAME)
+    output.check_not_training()
     output.check()
     output.prepare(parameter_bytes(parts.denoiser) * (2 if options.compile else 1))
     parts = parts._replace(denoiser=copy.deepcopy(parts.denoiser).cpu().float().eval().requires_grad_(False))

@@ -90,7 +90,7 @@ LIMITS = ConfigLimits(
             *("sample_size", "mid_block_type", "encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type"),
             *("addition_embed_type", "addition_time_embed_dim", "num_class_embeds", "time_embedding_dim"),
             *("time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim", "projection_class_embeddings_input_dim"),
-            "mid_block_only_cross_attention",
+            *("mid_block_only_cross_attention", "upcast_attention"),  # SDXL is saved with null
         }
     ),
     either=frozenset({"only_cross_attention", "layers_per_block", "cross_attention_dim", "attention_head_dim"}),

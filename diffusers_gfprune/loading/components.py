@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["check_copied", "component_folder", "copy_component", "load_model", "variant_of", "variant_to_load"]
+__all__ = [
+    *("check_copied", "component_folder", "copied_files", "copy_component", "load_model", "variant_of", "variant_to_load"),
+]
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +106,16 @@ def load_model(folder: Path, component: str, class_name: str, classes: Mapping[s
     return model.float()
 
 
+def copied_files(source: Path, component: str) -> list[Path]:
+    """Files of a component that a pipeline loads: safetensors, configurations and vocabularies."""
+    return sorted(path for path in (source / component).iterdir() if path.is_file() and path.suffix in COPIED)
+
+
 def copy_component(source: Path, folder: Path, component: str) -> None:
-    """Copy the files of a component that a pipeline loads: safetensors, configurations and vocabularies."""
-    for path in sorted((source / component).iterdir()):
-        if path.is_file() and path.suffix in COPIED:
-            (folder / component).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / component / path.name)
+    """Copy the files of a component that a pipeline loads."""
+    for path in copied_files(source, component):
+        (folder / component).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / component / path.name)
 
 
 def check_copied(source: Path, component: str) -> None:

@@ -112,9 +112,17 @@ def write_entry(path: Path, tensors: Mapping[str, Tensor], key: Mapping) -> None
     os.close(handle)
     try:
         save_file(dict(tensors), fresh, metadata={"key": _canonical(key)})
+        os.chmod(fresh, 0o666 & ~_umask())  # temporary files are for their owner alone, and the cache may be shared
         os.replace(fresh, path)
     finally:
         Path(fresh).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Permissions that new files do not get. It can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _canonical(key: Mapping) -> str:

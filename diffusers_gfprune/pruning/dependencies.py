@@ -59,6 +59,8 @@ def meta_twin(unet: nn.Module) -> nn.Module:
             f"the model is already pruned ({type(unet).__name__}): prune the dense model to the smaller budget instead"
         )
     family.check_supported(unet.config)
+    # The pruned class checks these again at compaction
+    family.check_arguments({name: value for name, value in unet.config.items() if not name.startswith("_")})
     with torch.device("meta"):
         twin = family.dense_class.from_config(unet.config)
     theirs = {name: tuple(p.shape) for name, p in unet.named_parameters()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -250,7 +250,8 @@ def load_run_images(args: Arguments, pipeline: TrainedPipeline, dense: ModelMixi
         return RunImages(drawn, drawn.held_out, drawn)
     images, held_out = load_images(args.data, spec)
     vectors = held_out.conditioning["class_labels"] if spec.vector_size is not None else None
-    return RunImages(TeacherImages(args.teacher, args.data, dense, pipeline.scheduler, spec, vectors), held_out, images)
+    data = replace(args.data, null_label=images.decoder.null_label)  # as found in the data
+    return RunImages(TeacherImages(args.teacher, data, dense, pipeline.scheduler, spec, vectors), held_out, images)
 
 
 def make_batches(args: Arguments, accelerator: Accelerator, images, process: DiffusionProcess, first_batch: int):

@@ -46,6 +46,26 @@ class Squares:
         return {"square": torch.tensor([[float(number) ** 2] for number in span])}
 
 
+def test_processes_that_see_different_folders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made. What the first process wrote is not here, as on another machine."""
+
+    def fail(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    squares = Squares()
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(module, "fail_together", fail)
+    monkeypatch.setattr(module, "gather_rows", lambda rows: rows)
+    monkeypatch.setattr(module, "made_by_first_rank", lambda make: {"name": ".shared-elsewhere"})
+    with pytest.raises(ValueError, match=f"encoding_cache_dir={tmp_path} must be on a file system that all processes share"):
+        make_shards(squares.shards, tmp_path)
+    assert not squares.made
+    monkeypatch.setattr(module, "made_by_first_rank", lambda make: make())
+    module._check_shared(tmp_path, "encoding_cache_dir")
+    assert not list(tmp_path.iterdir())  # nothing is left of the trial
+
+
 def test_rows_are_made_once(tmp_path: Path) -> None:
     squares = Squares()
     rows = make_shards(squares.shards, tmp_path / "new")

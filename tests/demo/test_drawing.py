@@ -9,7 +9,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMPipeline, PNDMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMPipeline,
+    PNDMScheduler,
+)
 
 from diffusers_gfprune.demo.drawing import MAX_IMAGES, Settings, draw, try_drawing
 from diffusers_gfprune.demo.models import Choices, Models, load_models
@@ -43,7 +50,10 @@ def as_pixels(drawn: torch.Tensor) -> torch.Tensor:
 
 
 def stock_call(pipe: DiffusionPipeline, scheduler: str, **options) -> torch.Tensor:
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    config = dict(pipe.scheduler.config)
+    if "unet" not in pipe.components or len(pipe.components) > 2:  # latents, which are not clipped to [-1, 1]
+        config.setdefault("clip_sample", False)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
     return pixels(pipe(**options, num_inference_steps=STEPS, generator=generator).images)
@@ -95,6 +105,20 @@ def test_latent_models_take_labels_and_prompts(kind: str, tmp_path: Path) -> Non
         assert torch.equal(as_pixels(drawn.images), expected)
     assert models.choices.has_prompts == ("prompts" in given)
     assert models.choices.classes == (tuple(range(latent_pipelines.CLASSES)) if kind == "dit" else ())
+
+
+def test_a_model_that_is_saved_with_eulers_method(tmp_path: Path) -> None:
+    """As SDXL is. Its own scheduler is one of those to choose from."""
+    pipe = latent_pipelines.sdxl(tmp_path / "parts")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    pipe.save_pretrained(tmp_path / "model")
+    models = load_models(str(tmp_path / "model"))
+    try_drawing(models)
+    given, call = CALLS["sdxl"]
+    for scheduler in ("DDIMScheduler", "EulerDiscreteScheduler"):
+        drawn = draw(models.pruned, Settings(2, STEPS, scheduler, SEED, **given), models.choices)
+        expected = stock_call(DiffusionPipeline.from_pretrained(tmp_path / "model"), scheduler, **call(2))
+        assert torch.equal(as_pixels(drawn.images), expected)
 
 
 def test_labels_of_a_model_of_pixels(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from diffusers_gfprune.diffusion.class_labels import LabelDropout, make_label_dr
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.reports.model_card import render_card
 from diffusers_gfprune.scripts import prune_ddpm
+from diffusers_gfprune.trained_pipelines import load_pipeline
+from diffusers_gfprune.training.arguments import parse_arguments
+from diffusers_gfprune.training.run_setup import load_run_images
 from helpers.architectures import build
 from helpers.images import load, model_spec
 from helpers.processes import ddpm
@@ -193,6 +196,24 @@ def test_one_call_takes_a_null_label() -> None:
         pipe.prune(images(), null_label=9, **options)
     with pytest.raises(ValueError, match="label_dropout=0.5 needs null_label"):
         pipe.prune(images(), class_labels=labels, label_dropout=0.5, **options)
+
+
+def test_drawn_images_have_the_null_label_of_the_data(tmp_path: Path) -> None:
+    """It follows from the classes of a data set that is there for measurements; without one it must be named."""
+    config = {**build("class-embedding").config, "num_class_embeds": 11}
+    DDPMPipeline(UNet2DModel.from_config(config), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    pipeline = load_pipeline(str(tmp_path / "model"))
+    words = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run")]
+    words += ["--train_data", "teacher", "--num_teacher_images", "8", "--validation_images", "8"]
+    found = load_run_images(parse_arguments([*words, "--dataset_name", str(DIGITS)]), pipeline, pipeline.denoiser)
+    assert found.training.decoder.null_label == found.measured.decoder.null_label == 10
+    assert found.training.decoder.label_dropout.probability == found.measured.decoder.label_dropout.probability == 0.1
+    alone, named = (
+        load_run_images(parse_arguments([*words, *more]), pipeline, pipeline.denoiser).training
+        for more in ((), ("--null_label", "10"))
+    )
+    assert (alone.decoder.null_label, named.decoder.null_label) == (None, 10)
+    assert ["name it by --null_label" in " ".join(images.summary.lines()) for images in (alone, named)] == [True, False]
 
 
 # --- in a run -----------------------------------------------------------------------------------------------------------

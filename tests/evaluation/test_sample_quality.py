@@ -92,6 +92,17 @@ def test_images_are_decoded_a_shard_at_a_time_and_once(tmp_path: Path, small_sha
     assert len(decoded) == 105
 
 
+def test_images_of_another_mode_have_their_own_features(tmp_path: Path) -> None:
+    """The same files, declared as greyscale by one data set only."""
+    cache, images = TensorCache(tmp_path / "cache"), parquet(tmp_path / "x")
+    keys = []
+    for mode in (None, "L", "L"):
+        images.decoder.mode = mode
+        RealFeatures(images, [Network("a")], cache).features()
+        keys.append(len(list((tmp_path / "cache").iterdir())))
+    assert keys[1:] == [keys[0] + 1] * 2
+
+
 def test_processes_share_out_shards(tmp_path: Path, small_shards) -> None:
     """Each process finds the other's shards, and the figures are those of a single process."""
     cache, images = TensorCache(tmp_path / "cache"), parquet(tmp_path / "x")

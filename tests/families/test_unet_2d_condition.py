@@ -16,13 +16,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from diffusers_gfprune import GFPrunedUNet2DConditionModel
+from diffusers_gfprune import GFPrunedUNet2DConditionModel, GradientFlowPruner
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.families.unet_2d_condition import LIMITS, TRANSFORMER_LAYERS, UNet2DConditionFamily
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from helpers.architectures import NoMemory
 from helpers.families import ARCHITECTURES, CONDITION, CROSS, TEXT_TIME, build, inputs, pruned, run, traced
 from helpers.plans import check_plans, fields
+from helpers.pruners import one_shot
 
 FIELDS = fields(UNet2DConditionModel)
 ATTENTION = "down_blocks.1.attentions.0"
@@ -100,6 +101,26 @@ def test_published_models_are_planned(config: dict, parameters: int) -> None:
     groups = trace_channel_groups(model)
     assert time.process_time() - start < 5
     check_plans(model, groups, "head_dim", "heads")
+
+
+# What the config.json of stable-diffusion-xl-base-1.0 leaves open, where Diffusers has other defaults or none
+SDXL_NULLS = (
+    *("class_embed_type", "cross_attention_norm", "encoder_hid_dim", "encoder_hid_dim_type", "mid_block_only_cross_attention"),
+    *("num_attention_heads", "num_class_embeds", "reverse_transformer_layers_per_block", "time_cond_proj_dim"),
+    *("time_embedding_act_fn", "time_embedding_dim", "timestep_post_act", "upcast_attention"),
+)
+
+
+def test_the_nulls_of_sdxl_are_accepted() -> None:
+    """Before and after pruning, as a `config.json` has them."""
+    dense = UNet2DConditionModel(**{**CONDITION, **TEXT_TIME, **dict.fromkeys(SDXL_NULLS)}).eval()
+    pruner = GradientFlowPruner(dense, one_shot(ratio=0.3, criterion="magnitude"))
+    pruner.step(0, ())
+    small = pruner.compact()
+    config = {name: value for name, value in small.config.items() if not name.startswith("_")}
+    assert all(config[name] is None for name in SDXL_NULLS)
+    again = GFPrunedUNet2DConditionModel.from_config(config)
+    assert [tuple(p.shape) for p in again.parameters()] == [tuple(p.shape) for p in small.parameters()]
 
 
 OTHERS = {

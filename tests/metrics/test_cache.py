@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def test_an_entry_is_made_once(tmp_path: Path) -> None:
         assert torch.equal(cache.get("features", KEY, make)["x"], torch.arange(6.0).view(2, 3).T)
     assert make.calls == 1
     assert [path.name for path in (tmp_path / "new").iterdir()] == [cache.path("features", KEY).name]
+
+
+def test_entries_have_the_permissions_of_other_files(tmp_path: Path) -> None:
+    """A cache may be shared; temporary files are for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        TensorCache(tmp_path).get("features", KEY, Counting())
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640]
 
 
 def test_another_description_is_another_entry(tmp_path: Path) -> None:
