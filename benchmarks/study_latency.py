@@ -60,17 +60,8 @@ from diffusers_gfprune.trained_pipelines import load_pipeline
 
 OUTPUT = ROOT / "benchmarks/results/study_latency.json"
 BATCH_SIZES = {"digits": (16, 128), "cifar10": (16,), **dict.fromkeys(LATENT, (16,))}
-PARTS = (
-    "main",
-    "budget",
-    "rates",
-    "earlier",
-    "earlier-budget",
-    "widths",
-    "metric",
-    "depth",
-    "features",
-)  # others are short runs, with the widths of these
+# Others are short runs, with the widths of these
+PARTS = ("main", "budget", "rates", "earlier", "earlier-budget", "widths", "metric", "depth", "features")
 ROUNDS = 60
 NAMES = [
     *(name for name, setting in SETTINGS.items() if setting.part in PARTS),
