@@ -50,6 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_data(finished: Path) -> None:
     """Report and results say what was measured, and how."""
     report, results = (json.loads((finished / "out" / f).read_text()) for f in ("pruning_report.json", "results.json"))
@@ -63,6 +64,7 @@ def test_a_run_needs_no_data(finished: Path) -> None:
     assert [u["mask_value"] for u in report["mask_updates"]][-1] == 0
 
 
+@pytest.mark.slow
 def test_the_card_says_how_it_was_trained_and_measured(finished: Path) -> None:
     card = (finished / "out" / "README.md").read_text()
     text = " ".join(card.split())
@@ -73,6 +75,7 @@ def test_the_card_says_how_it_was_trained_and_measured(finished: Path) -> None:
     assert "song2023consistency" in card and "ho2020denoising" not in card and "- consistency-model\n" in card
 
 
+@pytest.mark.slow
 def test_stock_diffusers_loads_and_samples_the_result(finished: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(finished / "out")
     pipe.set_progress_bar_config(disable=True)
@@ -103,6 +106,7 @@ def write_images(folder: Path, count: int = 100, vectors: int | None = None) -> 
     return folder
 
 
+@pytest.mark.slow
 def test_evaluations_compare_with_the_dense_model(finished: Path, tmp_path: Path) -> None:
     images = ("--dataset_name", write_images(tmp_path), "--validation_images", 16, "--cache_dir", tmp_path / "data")
     found = evaluated(tmp_path, "--model", finished / "out", "--reference_model", finished / "dense", *images)
@@ -155,10 +159,9 @@ def test_a_run_started_as_users_start_it_goes_to_its_end(tmp_path: Path) -> None
         (("--timestep_spacing", "trailing"), "timestep_spacing=trailing must be left out: it is for DDIM"),
     ],
 )
-def test_options_of_noise_prediction_are_one_line(
-    words: tuple[str, ...], message: str, finished: Path, tmp_path: Path
-) -> None:
-    given = ["--pretrained_model_name_or_path", str(finished / "dense"), "--output_dir", str(tmp_path / "out")]
+def test_options_of_noise_prediction_are_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    consistency_pipeline().save_pretrained(tmp_path / "dense")
+    given = ["--pretrained_model_name_or_path", str(tmp_path / "dense"), "--output_dir", str(tmp_path / "out")]
     assert_one_error(run_script("training/prune_ddpm.py", *SHORT, *given, *words), message)
     assert not (tmp_path / "out").exists()
 

@@ -39,6 +39,7 @@ def compaction(folder: Path) -> dict[str, float]:
     return report(folder)["curves"]["compaction"]
 
 
+@pytest.mark.slow
 def test_one_shot_starts_from_a_mended_model(tmp_path: Path) -> None:
     """Before any training, on held-out images; compaction itself changes nothing."""
     words = ("--preset", "one-shot", "--max_train_steps", 1, "--train_batch_size", 32, "--checkpointing_steps", 0)
@@ -64,6 +65,7 @@ def test_criteria_without_batches_are_mended_too(tmp_path: Path) -> None:
     assert losses[1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_targets_of_recovery_at_rankings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the soft phase the dense model; in the hard phase the model with the masks that the last ranking led to.
 
