@@ -182,14 +182,17 @@ def _check_shared(folder: Path, argument: str) -> None:
     """Check that all processes see the same folder.
 
     Raises:
-        ValueError: It is on a disk of one machine, and there are processes on others.
+        ValueError: It cannot be written, or is on a disk of one machine, and there are processes on others.
     """
     if world_size() == 1:
         return
 
     def make() -> dict[str, str]:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(dir=folder, prefix=".shared-")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, path = tempfile.mkstemp(dir=folder, prefix=".shared-")
+        except OSError as error:
+            raise ValueError(f"{argument}={folder} cannot be written: {error.strerror}") from error
         os.close(handle)
         return {"name": Path(path).name}
 

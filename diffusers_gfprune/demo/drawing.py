@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from ..argument_fields import check_fields
-from ..diffusion.ddim import fit_spacing
+from ..diffusion.ddim import fit_spacing, latent_config
 from ..diffusion.schedulers import training_process, training_scheduler
 from ..errors import one_line
 from ..families.lookup import FAMILIES
@@ -152,9 +152,9 @@ def _in_turn(values: Sequence, count: int) -> list:
 
 def _set_scheduler(model: ShownModel, settings: Settings) -> tuple[int, tuple[str, ...]]:
     """Give a pipeline the scheduler of the settings; returns the number of steps, and changes to the settings."""
-    kind, config = getattr(diffusers, settings.scheduler), dict(model.scheduler.config)
-    if model.in_latents:  # DDIM and DDPM clip samples to [-1, 1] by default, as is right for pixels
-        config.setdefault("clip_sample", False)
+    kind, config = getattr(diffusers, settings.scheduler), model.scheduler.config
+    if model.in_latents and "clip_sample" in inspect.signature(kind).parameters:
+        config = latent_config(config)
     scheduler = kind.from_config(config)
     spacing = scheduler.config.get("timestep_spacing", "leading")
     steps, fitted, changes = int(settings.num_inference_steps), spacing, ()

@@ -16,6 +16,8 @@ steps have gaps of 1 and end at timestep 500). Sampling would then start from no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from .process import TIMESTEP_SPACINGS
 
-__all__ = ["SpacedDDIMScheduler", "fit_spacing", "make_sampler"]
+__all__ = ["SpacedDDIMScheduler", "fit_spacing", "latent_config", "make_sampler"]
 
 # Minimum share of the timesteps that leading spacing must span; it spans all if their number is divisible by the steps.
 # After 0.9 of the linear schedule of Ho et al., 1.7 % of the image is left.
@@ -141,6 +143,14 @@ class SpacedDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(prev_sample=moved, pred_original_sample=clean)
 
 
+def latent_config(config: Mapping) -> dict:
+    """The configuration of a scheduler of latents: they have no range to clip to, unless it says so.
+
+    `DDIMScheduler` and `DDPMScheduler` clip samples to [-1, 1] by default, as is right for pixels.
+    """
+    return {"clip_sample": False, **config}
+
+
 def make_sampler(
     process, num_inference_steps: int, timestep_spacing: str = "leading", latents: bool = False
 ) -> SpacedDDIMScheduler:
@@ -150,7 +160,7 @@ def make_sampler(
         process: The `DDPMProcess` of the model. DDIM takes over the configuration of its scheduler, and its betas.
         num_inference_steps: Number of steps S (>= 1, at most the model's timesteps).
         timestep_spacing: One of `TIMESTEP_SPACINGS`.
-        latents: Whether samples are latents. They have no range to clip to, unless the scheduler's configuration says so.
+        latents: Whether samples are latents (`latent_config`).
 
     Raises:
         ValueError: DDIM cannot sample with this scheduler, or not with these timesteps.
@@ -168,8 +178,8 @@ def make_sampler(
         raise ValueError(f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: use trailing")
     quadratic = timestep_spacing == "quadratic"
     options: dict = {} if quadratic else {"timestep_spacing": timestep_spacing}
-    if latents and "clip_sample" not in scheduler.config:
-        options["clip_sample"] = False
+    if latents:
+        options["clip_sample"] = latent_config(scheduler.config)["clip_sample"]
     if training.config.trained_betas is None and training.config.beta_schedule not in DDIM_BETA_SCHEDULES:
         options |= {"trained_betas": training.betas.tolist(), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
     ddim = SpacedDDIMScheduler.from_config(scheduler.config, **options)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from diffusers import DDPMScheduler
 
 from .consistency import ConsistencyProcess
+from .ddim import latent_config
 from .ddpm import DDPMProcess
 from .edm import EDMProcess
 from .flow_matching import FlowMatchingProcess
@@ -21,8 +22,8 @@ __all__ = [
     "REFUSED_SCHEDULERS",
     "TRAINABLE_SCHEDULERS",
     "check_scheduler_class",
-    "is_ddpm_sampled_by_euler",
     "ddpm_of_euler",
+    "is_ddpm_sampled_by_euler",
     "training_process",
     "training_scheduler",
 ]
@@ -126,7 +127,7 @@ def is_ddpm_sampled_by_euler(name: str, config: Mapping) -> bool:
 
 def ddpm_of_euler(config: Mapping) -> DDPMScheduler:
     """The scheduler that a model was trained with, from the configuration of Euler's method (`is_ddpm_sampled_by_euler`)."""
-    return DDPMScheduler.from_config({**config, "clip_sample": config.get("clip_sample", False)})
+    return DDPMScheduler.from_config(latent_config(config))
 
 
 def training_scheduler(scheduler):

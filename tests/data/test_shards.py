@@ -64,6 +64,9 @@ def test_processes_that_see_different_folders_are_told(tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "made_by_first_rank", lambda make: make())
     module._check_shared(tmp_path, "encoding_cache_dir")
     assert not list(tmp_path.iterdir())  # nothing is left of the trial
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="encoding_cache_dir=.*file/cache cannot be written: Not a directory"):
+        module._check_shared(tmp_path / "file/cache", "encoding_cache_dir")
 
 
 def test_rows_are_made_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     PNDMPipeline,
     PNDMScheduler,
@@ -119,6 +120,18 @@ def test_a_model_that_is_saved_with_eulers_method(tmp_path: Path) -> None:
         drawn = draw(models.pruned, Settings(2, STEPS, scheduler, SEED, **given), models.choices)
         expected = stock_call(DiffusionPipeline.from_pretrained(tmp_path / "model"), scheduler, **call(2))
         assert torch.equal(as_pixels(drawn.images), expected)
+
+
+def test_schedulers_that_do_not_clip_are_not_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers would warn of an argument that they do not have."""
+    said: list[str] = []
+    pipe = latent_pipelines.sd(tmp_path / "parts")
+    pipe.scheduler = EDMEulerScheduler()
+    pipe.save_pretrained(tmp_path / "model")
+    models = load_models(str(tmp_path / "model"))
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", lambda text, *more: said.append(text))
+    try_drawing(models)
+    assert not [text for text in said if "clip_sample" in text]
 
 
 def test_labels_of_a_model_of_pixels(tmp_path: Path) -> None:
