@@ -223,7 +223,7 @@ BESIDE = {
     "earlier-budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
     "metric": ("two-phase", "one-shot-gradient-flow", "two-phase-group", "one-shot-group"),
     "scores": ("short",),
-    "data": ("two-phase",),
+    "data": ("default",),
     "features": (None, "independent", "two-phase"),
     "timesteps": (None, "one-shot-diff-pruning", "one-shot-magnitude"),
     "rates": ("default", "diff-pruning"),

@@ -1,6 +1,6 @@
 """Settings of the study: each is the run of a data set's recipe with a few changed arguments.
 
-Rows of main, budget and rates have the training of today's recipes: timesteps by importance, and learning rates that suit.
+Rows of main, budget, data and rates have the training of today's recipes: timesteps by importance, suitable learning rates.
 Others have independent timesteps and, on CIFAR-10 images, a lower learning rate, unless they say otherwise; and no recovery.
 
 Parts of the study:
@@ -307,9 +307,9 @@ def _data() -> list[Setting]:
     def drawn(images: int, steps: int) -> tuple[str, ...]:
         return ("--num_teacher_images", str(images), "--teacher_num_inference_steps", str(steps))
 
-    title = "gradient flow, two phases, without data"
-    own = {"digits": drawn(1500, 50), "cifar10": drawn(4000, 25)}
-    return [Setting("without-data", title, "data", ("--train_data", "teacher"), own=own)]
+    title = "gradient flow, two phases (default), without data"
+    own = {"digits": drawn(1500, 50), "cifar10": (*drawn(4000, 25), *RATE["cifar10"])}
+    return [Setting("without-data", title, "data", (*OURS, "--train_data", "teacher"), own=own)]
 
 
 def _depth() -> list[Setting]:
