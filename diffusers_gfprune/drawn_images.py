@@ -17,7 +17,6 @@ from .metrics.sampling import sample_images
 __all__ = ["NUM_TEACHER_IMAGES", "draw_images"]
 
 NUM_TEACHER_IMAGES = 128
-BATCH_SIZE = 64
 
 
 def draw_images(
@@ -28,6 +27,7 @@ def draw_images(
     codec: LatentCodec | None = None,
     seed: int = 0,
     num_inference_steps: int | None = None,
+    batch_size: int = 64,
 ) -> Tensor:
     """Draw images.
 
@@ -40,6 +40,7 @@ def draw_images(
         seed: Seed of the noise (>= 0).
         num_inference_steps: Number of steps (>= 1), limited to the timesteps of the model; None: 50 DDIM steps for DDPMs,
             one step for consistency models.
+        batch_size: Number of images in one forward pass (>= 1).
 
     Returns:
         float32 in [-1, 1] with shape `(num_images, channels, height, width)`, on the CPU.
@@ -47,11 +48,11 @@ def draw_images(
     Raises:
         ValueError: A number is out of range, or the model or its scheduler cannot be sampled.
     """
-    check_range(at_least(1), num_teacher_images=num_images)
+    check_range(at_least(1), num_teacher_images=num_images, batch_size=batch_size)
     process = training_process(scheduler)
     steps, spacing, _ = process.fit_sampling(num_inference_steps or process.default_drawing_steps)
     images = sample_images(
-        *(denoiser, process, num_images, spatial_size(denoiser), steps, seed, BATCH_SIZE, conditions, "drawing images"),
+        *(denoiser, process, num_images, spatial_size(denoiser), steps, seed, batch_size, conditions, "drawing images"),
         codec=codec,
         timestep_spacing=spacing,
     )

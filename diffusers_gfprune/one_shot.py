@@ -231,7 +231,7 @@ def prune_unet(
         check_range(at_least(1), num_teacher_images=num_teacher_images)
         conditions = drawn_conditions(unet, class_labels, num_teacher_images, null_label)
         class_labels = conditions.of(range(num_teacher_images)).get("class_labels")
-        images = draw_images(unet, process, num_teacher_images, conditions, None, seed, num_inference_steps)
+        images = draw_images(unet, process, num_teacher_images, conditions, None, seed, num_inference_steps, batch_size)
     pixels = images_to_tensor(images, unet.config.in_channels)
     class_labels = with_vectors(unet, class_labels, len(pixels))
     if unet.config.sample_size is not None and tuple(pixels.shape[2:]) != spatial_size(unet):

@@ -60,7 +60,7 @@ def prune_pipeline(
             `images=None`. For models with `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function
             that maps a range of image numbers to them; with `images=None`, drawn images have the vectors in turn.
         prompts: One prompt for each image, for models of text; with `images=None`, images have them in turn.
-        batch_size: Number of images in a calibration batch (>= 1).
+        batch_size: Number of images in a calibration batch, and of those that are drawn at a time (>= 1).
         seed: Seed of latents, noise, timesteps and dropout.
         label_dropout: Share of labels replaced by the null label, in [0, 1) (default: 0.1 with a null label).
         null_label: Label for "no label" (default: that of the architecture, if it has one).
@@ -88,8 +88,8 @@ def prune_pipeline(
     spec = ModelSpec.of(denoiser, parts.codec, parts.prompts)
     if images is None:
         check_range(at_least(1), num_teacher_images=num_teacher_images)
-        drawn = _drawn(parts, spec, num_teacher_images, class_labels, prompts, null_label, seed, num_inference_steps)
-        images, class_labels, prompts = drawn
+        shared = (null_label, seed, num_inference_steps, batch_size)
+        images, class_labels, prompts = _drawn(parts, spec, num_teacher_images, class_labels, prompts, *shared)
     pixels = images_to_tensor(images, spec.channels)
     if tuple(pixels.shape[2:]) != spec.size:
         size = "x".join(map(str, spec.size))
@@ -125,6 +125,7 @@ def _drawn(
     null_label: int | None,
     seed: int,
     num_inference_steps: int | None,
+    batch_size: int,
 ) -> tuple[Tensor, Tensor | None, list[str] | None]:
     """Images that the dense model draws, with their labels or prompts."""
     conditions = drawn_conditions(parts.denoiser, class_labels, count, null_label)
@@ -136,7 +137,8 @@ def _drawn(
     if spec.prompts is not None or prompts is not None:
         texts = _texts(spec, prompts, count, 0.0, torch.Generator(), device)
         conditions = SampleConditions(texts)
-    images = draw_images(parts.denoiser, parts.scheduler, count, conditions, spec.codec, seed, num_inference_steps)
+    options = {"codec": spec.codec, "seed": seed, "num_inference_steps": num_inference_steps, "batch_size": batch_size}
+    images = draw_images(parts.denoiser, parts.scheduler, count, conditions, **options)
     return images, conditions.of(range(count)).get("class_labels"), prompts
 
 

@@ -140,7 +140,7 @@ class RunFolder:
 
         Args:
             size: Size of the model's files in bytes, if the result has one.
-            resuming: Keep the files that an interrupted run saved there.
+            resuming: Keep the files that an interrupted run saved there, also after an error.
 
         Raises:
             ValueError: The folder cannot be written, or the disk has too little space.
@@ -155,7 +155,8 @@ class RunFolder:
             raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
         needed = size + 64 * 2**20  # for pictures and reports
         if free < needed:
-            self.discard()
+            if not resuming:
+                self.discard()
             raise ValueError(
                 f"output_dir={self.path} needs {format_size(needed, 0)}, but the disk has {format_size(free, 0)} free"
             )

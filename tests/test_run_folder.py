@@ -65,6 +65,17 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_costs_no_model_of_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(2**30, 2**30 - 2**20, 2**20)
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    folder.prepare()
+    (folder.staging / "model_index.json").write_text("{}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="the disk has 1 MiB free"), folder:
+        folder.prepare(resuming=True)
+    assert (folder.staging / "model_index.json").exists()
+
+
 def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = RunFolder(str(tmp_path / "file/run"), overwrite=False)

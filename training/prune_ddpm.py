@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from diffusers_gfprune.data.batches import BrokenImages
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
+from diffusers_gfprune.evaluation.processes import ERRORS
 from diffusers_gfprune.evaluation.sample_quality import SampleQuality
 from diffusers_gfprune.hub import push_folder, push_space
 from diffusers_gfprune.interruption import Interruption
@@ -185,20 +185,19 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
     """The training loop, from the step of `state` to the last step. The model is compacted at its end at the latest."""
     args, accelerator = run.args, run.accelerator
     total, every = args.training.max_train_steps, args.checkpoints.checkpointing_steps
-    broken = BrokenImages(args.data.max_broken_images, state.broken)
     first = state.step * args.training.gradient_accumulation_steps
     batches = iter(make_batches(args, accelerator, run.images, run.pipeline.process, first))
     while state.step < total:
         # 3a. masks, and compaction when they freeze
         seed_everything(args.run.seed, state.step, accelerator.process_index)
-        ranked = update_masks(run, state, tracking, broken)
+        ranked = update_masks(run, state, tracking)
         tracking.enter_phase(state)
         if not ranked and state.step % args.evaluation.validation_steps == 0:
             validate(run, state, tracking)
 
         # 3b. one training step
         clock = time.perf_counter()
-        loss, terms, gradient_norm = optimization_step(run, state, batches, broken)
+        loss, terms, gradient_norm = optimization_step(run, state, batches)
         state.curves.seconds[state.phase] += time.perf_counter() - clock
         state.recent.append(loss)
         state.step += 1
@@ -212,10 +211,9 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
             measure_quality(run, state, tracking)
         if args.tracking.sample_steps and state.step % args.tracking.sample_steps == 0:
             tracking.log_samples(state)
-        if state.phase == "finetune" and args.run.save_model_steps and state.step < total:
+        if state.compacted and args.run.save_model_steps and state.step < total:
             if state.step % args.run.save_model_steps == 0 and accelerator.is_main_process:
                 save_model(run, state)
-        state.broken = broken.to_list()
         if every and (state.step % every == 0 or state.step == total):
             save_checkpoint(run, state)
         stop_if_asked(run, state, interruption, tracking)
@@ -224,12 +222,12 @@ def train(run: Run, state: TrainingState, tracking: Tracking, interruption: Inte
         record_loss(run, state)
     check_weights(run, state)
     if not state.compacted:  # masks freeze at the end of the run
-        update_masks(run, state, tracking, broken)
+        update_masks(run, state, tracking)
     validate(run, state, tracking)
-    report_broken_images(run, broken)
+    report_broken_images(run, state)
 
 
-def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: BrokenImages) -> bool:
+def update_masks(run: Run, state: TrainingState, tracking: Tracking) -> bool:
     """Set masks by the schedule, look for failures after a ranking, recover and compact the model when masks freeze.
 
     Returns:
@@ -240,7 +238,7 @@ def update_masks(run: Run, state: TrainingState, tracking: Tracking, broken: Bro
     used = []
 
     def calibration() -> list[DiffusionBatch]:
-        used.extend(make_calibration(run, state.step, broken))
+        used.extend(make_calibration(run, state.step, state.broken))
         return used
 
     schedule, masks_before = state.pruner.schedule, None
@@ -286,7 +284,7 @@ def plan_recovery(
     seconds["recovery"] = seconds.get("recovery", 0.0) + time.perf_counter() - clock
 
 
-def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenImages):
+def optimization_step(run: Run, state: TrainingState, batches):
     """Forward, backward and update, over `gradient_accumulation_steps` batches.
 
     Returns:
@@ -297,7 +295,7 @@ def optimization_step(run: Run, state: TrainingState, batches, broken: BrokenIma
     torch.compiler.cudagraph_mark_step_begin()  # gradients in a CUDA graph's memory may be overwritten
     for _ in range(t.gradient_accumulation_steps):
         with explained_worker_death(run, state):
-            batch, times, weights = next_batch(run, state, batches, broken)
+            batch, times, weights = next_batch(run, state, batches)
         directions = torch.randn_like(batch.noise) if run.args.objective.needs_directions else None
         with accelerator.accumulate(state.model):
             with accelerator.autocast():
@@ -345,10 +343,10 @@ def measure_quality(run: Run, state: TrainingState, tracking: Tracking) -> None:
     tracking.log_quality(state.step, measured)
 
 
-def next_batch(run: Run, state: TrainingState, batches, broken: BrokenImages) -> tuple[DiffusionBatch, Tensor, Tensor | None]:
+def next_batch(run: Run, state: TrainingState, batches) -> tuple[DiffusionBatch, Tensor, Tensor | None]:
     """The next batch, on the device, where its timesteps are in their distribution, and weights of its images in the loss."""
     batch, times, unread = next(batches)
-    broken.add(unread)
+    state.broken.add(unread)
     weights = None
     if state.timestep_density is not None:
         batch, times, weights = state.timestep_density.redraw(batch, times, run.pipeline.process)
@@ -358,5 +356,5 @@ def next_batch(run: Run, state: TrainingState, batches, broken: BrokenImages) ->
 
 
 if __name__ == "__main__":
-    with one_line_errors("prune_ddpm.py"):
+    with one_line_errors("prune_ddpm.py", ERRORS):
         main()

@@ -46,6 +46,7 @@ from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
 from diffusers_gfprune.training.named_state import load_optimizer_state, load_tensors, optimizer_state
+from diffusers_gfprune.training.safeguards import share_broken_images
 from diffusers_gfprune.training.state import seed_everything
 
 # The newest, and the one before it in case that is damaged
@@ -216,8 +217,10 @@ def main() -> None:
                     progress.write(f"step {state.step}: held-out loss (averaged weights) {step_loss(unet):.4f}")
                     state.ema.restore(unet.parameters())
                 asked = asked_to_stop(accelerator, interruption)
-                if main_process and (asked is not None or state.step % args.checkpointing_steps == 0):
-                    state.save(checkpoints, identity, broken.to_list())
+                if asked is not None or state.step % args.checkpointing_steps == 0:
+                    share_broken_images(accelerator, broken)
+                    if main_process:
+                        state.save(checkpoints, identity, broken.to_list())
                 if asked is not None:
                     accelerator.wait_for_everyone()
                     if main_process:
@@ -225,7 +228,8 @@ def main() -> None:
                     raise StoppedBySignal(asked)
 
         # 3. save the averaged weights and a grid of samples
-        if broken:
+        share_broken_images(accelerator, broken)
+        if broken and main_process:
             print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
         if main_process:
             state.ema.copy_to(unet.parameters())

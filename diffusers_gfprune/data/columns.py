@@ -75,6 +75,7 @@ def find_columns(rows, requested: Columns, source: str, spec: ModelSpec) -> Colu
         label = _column(rows, requested.label, datasets.ClassLabel, "label_column")
         if label is None:
             raise ValueError(f"the model is class conditional, but {rows.column_names} holds no class labels")
+        _warn_of_order(getattr(rows.features[label], "names", None) or (), label)
     if spec.vector_size is not None:
         label = _vector_column(rows, requested.label, spec.vector_size)
     if spec.prompts is not None:
@@ -120,6 +121,18 @@ def _has_values(rows, column: str, count: int) -> bool:
     rows = rows.select_columns([column])
     values = rows[:count][column] if isinstance(rows, datasets.Dataset) else [row[column] for row in islice(rows, count)]
     return not values or any(value is not None and value != -1 for value in values)
+
+
+def _warn_of_order(names: Sequence[str], column: str) -> None:
+    """Warn if classes are named by numbers in another order: `datasets` sorts the names of class folders as texts."""
+    if not names or not all(name.isdecimal() for name in names) or [*map(int, names)] == sorted(map(int, names)):
+        return
+    number, name = next((i, name) for i, name in enumerate(names) if i and int(name) < int(names[i - 1]))
+    logger.warning(
+        "classes of column %s are in the order of their names as texts, so that class %s has label %d: if the model was "
+        "trained with labels in the order of the numbers, write all numbers with the same number of digits (02, 10)",
+        *(column, name, number),
+    )
 
 
 def _vector_column(rows, requested: str | None, size: int) -> str:

@@ -30,9 +30,15 @@ from .latents import make_latents
 from .sources import HeldOut, ImageRows, ImageSource, ImageStream
 from .splits import DataSummary, held_out_candidates, train_split
 
-__all__ = ["DataArguments", "load_images"]
+__all__ = ["DataArguments", "check_drawn", "load_images"]
 
 logger = logging.getLogger(__name__)
+
+# Arguments that say nothing about images which a model draws
+OF_DATA_SETS = (
+    *("dataset_config_name", "train_split_name", "validation_split_name", "streaming"),
+    *("image_column", "label_column", "caption_column", "center_crop"),
+)
 
 
 @dataclass
@@ -284,6 +290,18 @@ def _check_model(args: DataArguments, spec: ModelSpec) -> None:
         for name in ("caption_column", "caption_dropout"):
             if (value := getattr(args, name)) not in (None, 0):
                 raise ValueError(f"{name}={value} needs a text-conditional model")
+
+
+def check_drawn(args: DataArguments, spec: ModelSpec) -> None:
+    """Check the data arguments of a run whose images are drawn by the model, without a data set.
+
+    Raises:
+        ValueError: An argument is about a data set, or does not fit the model.
+    """
+    for name in OF_DATA_SETS:
+        if (value := getattr(args, name)) not in (None, False):
+            raise ValueError(f"{name}={value} needs a data set: give dataset_name or train_data_dir")
+    _check_model(args, spec)
 
 
 def _check_source(args: DataArguments) -> None:

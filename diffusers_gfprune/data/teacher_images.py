@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import datasets
@@ -49,7 +49,6 @@ from .splits import DataSummary
 
 __all__ = ["TeacherArguments", "TeacherImages", "read_prompts"]
 
-BATCH_SIZE = 64  # images in one forward pass
 SHARD_IMAGES = 256  # drawing takes long, and a run that is stopped loses a shard at most
 SOURCE = "train_data=teacher"
 
@@ -82,9 +81,9 @@ class TeacherArguments:
     def __post_init__(self) -> None:
         check_fields(self, at_least(1), "num_teacher_images", "teacher_num_inference_steps")
         check_fields(self, NOT_NEGATIVE, "teacher_guidance_scale")
-        for name in ("teacher_prompts", "teacher_images_dir"):
-            if self.train_data != "teacher" and (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name}={value} needs train_data=teacher")
+        for given in fields(self) if self.train_data != "teacher" else ():
+            if (value := getattr(self, given.name)) != given.default:
+                raise ValueError(f"{given.name}={value} needs train_data=teacher")
 
 
 def read_prompts(path: str) -> list[str]:
@@ -126,6 +125,7 @@ class TeacherImages(IndexedSource):
         scheduler: Scheduler of its pipeline.
         spec: VAE, text encoders and labels of the model.
         vectors: Conditioning vectors of images in turn, for models that take them, with shape `(n, size)`.
+        batch_size: Number of images that are drawn in one forward pass (>= 1).
 
     Attributes:
         held_out: The held-out images, which are drawn after the training images.
@@ -145,8 +145,9 @@ class TeacherImages(IndexedSource):
         scheduler,
         spec: ModelSpec,
         vectors: Tensor | None = None,
+        batch_size: int = 64,
     ) -> None:
-        self.args, self.num_images = args, args.num_teacher_images
+        self.args, self.num_images, self.batch_size = args, args.num_teacher_images, batch_size
         self.decoder = ImageDecoder(
             *("image", datasets.Image(), spec),
             label_column=None if spec.labels is None else "label",
@@ -242,7 +243,7 @@ class TeacherImages(IndexedSource):
                 denoised(
                     *(denoiser, scheduler, span, self._shape[1:]),
                     seed=self.SEED,
-                    batch_size=BATCH_SIZE,
+                    batch_size=self.batch_size,
                     conditions=conditions,
                     latents=spec.codec is not None,
                     **options,

@@ -37,8 +37,12 @@ DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 QUADRATIC_SHARE = 0.8
 
 
-def _leading_misses(num_train_timesteps: int, num_inference_steps: int, steps_offset: int) -> str | None:
-    """The problem with the timesteps of leading spacing, if there is one."""
+def _misses(timestep_spacing: str, num_train_timesteps: int, num_inference_steps: int, steps_offset: int) -> str | None:
+    """The problem with the timesteps of a spacing, if there is one."""
+    if num_inference_steps == 1 and num_train_timesteps > 1 and timestep_spacing != "trailing":
+        return "would take timestep 0 alone, where there is next to no noise"
+    if timestep_spacing != "leading":
+        return None
     gap = num_train_timesteps // num_inference_steps
     first = (num_inference_steps - 1) * gap + steps_offset
     starts = f"would start at timestep {first} of {num_train_timesteps}"
@@ -56,7 +60,7 @@ def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> t
         scheduler: Scheduler of the model, with T timesteps.
         num_inference_steps: Requested number of steps S (>= 1), limited to T.
         timestep_spacing: One of `TIMESTEP_SPACINGS`. Leading spacing is replaced by trailing spacing if it would leave out
-            the noisiest timesteps or exceed the last one.
+            the noisiest timesteps or exceed the last one. So are all others with a single step, which would be timestep 0.
 
     Returns:
         Number and spacing of the timesteps, and the changes to the requested ones, one line each.
@@ -69,9 +73,10 @@ def fit_spacing(scheduler, num_inference_steps: int, timestep_spacing: str) -> t
             f"trained with: {num_train_timesteps} are used"
         )
         num_inference_steps = num_train_timesteps
-    if timestep_spacing == "leading" and (wrong := _leading_misses(num_train_timesteps, num_inference_steps, steps_offset)):
+    if wrong := _misses(timestep_spacing, num_train_timesteps, num_inference_steps, steps_offset):
         changes.append(
-            f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: trailing spacing is used"
+            f"timestep_spacing={timestep_spacing} with num_inference_steps={num_inference_steps} {wrong}: trailing spacing is "
+            f"used"
         )
         timestep_spacing = "trailing"
     return num_inference_steps, timestep_spacing, tuple(changes)
@@ -174,8 +179,9 @@ def make_sampler(
             f"num_inference_steps={num_inference_steps} must be from 1 to {steps}, the timesteps the model was trained with"
         )
     offset = scheduler.config.get("steps_offset", 0)
-    if timestep_spacing == "leading" and (wrong := _leading_misses(steps, num_inference_steps, offset)):
-        raise ValueError(f"timestep_spacing=leading with num_inference_steps={num_inference_steps} {wrong}: use trailing")
+    if wrong := _misses(timestep_spacing, steps, num_inference_steps, offset):
+        told = f"timestep_spacing={timestep_spacing} with num_inference_steps={num_inference_steps}"
+        raise ValueError(f"{told} {wrong}: use trailing")
     quadratic = timestep_spacing == "quadratic"
     options: dict = {} if quadratic else {"timestep_spacing": timestep_spacing}
     if latents:

@@ -92,7 +92,7 @@ def describe_model(args: EvaluateArguments, argument: str, inputs: Inputs) -> Mo
     held_out, null = inputs.held_out, inputs.images.null_conditioning()
     losses: dict = {}
     if process.has_target or reference is not None:
-        options = {"grid": args.cost.step_loss_timesteps, "reference": reference}
+        options = {"grid": args.cost.step_loss_timesteps, "batch_size": args.samples.eval_batch_size, "reference": reference}
         step_loss = StepLoss(held_out.samples, process, held_out.conditioning, **options)
         by_timestep = step_loss.by_timestep(unet)
         met = [int((step_loss.timesteps == timestep).sum()) for timestep in by_timestep]

@@ -197,7 +197,7 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     if models:
         settings, changes = settings.fitted(models["model"].process)  # both models have the same number of timesteps
     inputs = Inputs(models, folder_images, images, held_out, networks, count, settings, changes if count else ())
-    if models and not inputs.takes_rows:
+    if models and models["model"].prompts is None:
         inputs.conditions.check_guidance(settings.guidance_scale)
     return inputs
 

@@ -244,7 +244,7 @@ class SampleQuality:
         self.args, self.dense, self.scheduler, self.images, self.device = args, dense, scheduler, images, device
         self.codec, self.held_out = codec, held_out
         self.settings, self.changes = sampling_settings(args, images.decoder.null_label).fitted(scheduler)
-        if args.eval_images and not self.has_null and args.guidance_scale != 1:
+        if args.guidance_scale != 1 and not self.has_null:
             self.conditions.check_guidance(args.guidance_scale)
         self.network = self._network() if args.eval_images else None
         self.cache = TensorCache(None if args.evaluation_cache_dir is None else Path(args.evaluation_cache_dir))

@@ -78,7 +78,7 @@ def finish(run: Run, state: TrainingState) -> None:
     report = pruning_report(
         *(args, state.pruner, state.curves, run.dense_step_losses["step_loss"], run.origin),
         diagnostics=state.diagnostics,
-        broken=state.broken,
+        broken=state.broken.to_list(),
         timestep_density=None if density is None else density.describe(run.pipeline.process.timesteps_at),
     )
     write_json(folder.staging / "pruning_report.json", report)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import GradientFlowPruner
 from ..data.batches import BrokenImages, calibration_batches, train_dataloader
-from ..data.images import load_images
+from ..data.images import check_drawn, load_images
 from ..data.sources import HeldOut, ImageSource
 from ..data.teacher_images import TeacherImages
 from ..diffusion.batch import DiffusionBatch
@@ -240,18 +240,25 @@ def load_run_images(args: Arguments, pipeline: TrainedPipeline, dense: ModelMixi
     if args.teacher.train_data == "images":
         images, held_out = load_images(args.data, spec)
         return RunImages(images, held_out, images)
+    if args.evaluation.eval_seed == TeacherImages.SEED:
+        raise ValueError(
+            f"eval_seed={TeacherImages.SEED} is the seed of the training images with train_data=teacher: give another"
+        )
+    batch_size = args.evaluation.eval_batch_size
     if not given and spec.vector_size is not None:
         raise ValueError(
             f"train_data=teacher needs dataset_name or train_data_dir with vectors of {spec.vector_size} values, which the "
             f"model takes as class_labels"
         )
     if not given:
-        drawn = TeacherImages(args.teacher, args.data, dense, pipeline.scheduler, spec)
+        check_drawn(args.data, spec)
+        drawn = TeacherImages(args.teacher, args.data, dense, pipeline.scheduler, spec, batch_size=batch_size)
         return RunImages(drawn, drawn.held_out, drawn)
     images, held_out = load_images(args.data, spec)
     vectors = held_out.conditioning["class_labels"] if spec.vector_size is not None else None
     data = replace(args.data, null_label=images.decoder.null_label)  # as found in the data
-    return RunImages(TeacherImages(args.teacher, data, dense, pipeline.scheduler, spec, vectors), held_out, images)
+    drawn = TeacherImages(args.teacher, data, dense, pipeline.scheduler, spec, vectors, batch_size)
+    return RunImages(drawn, held_out, images)
 
 
 def make_batches(args: Arguments, accelerator: Accelerator, images, process: DiffusionProcess, first_batch: int):

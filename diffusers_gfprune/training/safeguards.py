@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,6 +37,7 @@ __all__ = [
     "record_loss",
     "report_broken_images",
     "save_checkpoint",
+    "share_broken_images",
     "stop_if_asked",
     "warn",
 ]
@@ -108,8 +110,9 @@ def record_loss(run: Run, state: TrainingState) -> float:
     """Add a point to the curve of training losses: their mean since the last point.
 
     Raises:
-        ValueError: A loss is not finite, or the run has diverged.
+        ValueError: A loss is not finite, the run has diverged, or too many images are broken.
     """
+    share_broken_images(run.accelerator, state.broken)
     mean = mean_recent_loss(run, state)
     state.curves.train_steps.append(state.step)
     state.curves.train_loss.append(mean)
@@ -228,8 +231,9 @@ def save_checkpoint(run: Run, state: TrainingState) -> bool:
         Whether a checkpoint of this step exists; only the main process writes it and detects failures.
 
     Raises:
-        ValueError: A loss or a weight is not finite.
+        ValueError: A loss or a weight is not finite, or too many images are broken.
     """
+    share_broken_images(run.accelerator, state.broken)
     if state.recent:
         mean_recent_loss(run, state)
     if not run.accelerator.is_main_process or state.saved_step == state.step:
@@ -267,8 +271,18 @@ def stop_if_asked(run: Run, state: TrainingState, interruption: Interruption, tr
     raise StoppedBySignal(asked)
 
 
-def report_broken_images(run: Run, broken: BrokenImages) -> None:
+def share_broken_images(accelerator: Accelerator, broken: BrokenImages) -> None:
+    """Count the broken images that other processes met. All processes must call this function.
+
+    Raises:
+        ValueError: Together they have met too many.
+    """
+    if accelerator.num_processes > 1:
+        broken.add(gather_object(broken.to_list()))
+
+
+def report_broken_images(run: Run, state: TrainingState) -> None:
     """Warn about images that could not be read."""
-    names = broken.to_list()
-    if names:
+    share_broken_images(run.accelerator, state.broken)
+    if names := state.broken.to_list():
         warn(run.accelerator, f"warning: {len(names)} images could not be read and were left out, first {names[0]}")

@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from .. import GradientFlowPruner
+from ..data.decoding import BrokenImages
 from ..families.lookup import family_of
 from ..objectives.objective import NoisePrediction
 from ..pruning.masking import MASKS_MODULE, dense_name, dense_parameters
@@ -111,7 +112,7 @@ class TrainingState:
         curves: Recorded curves.
         diagnostics: Known failures of the method that were detected: `comparison`, `hessian_check`, `warnings`.
         recent: Losses since the last point of the loss curve.
-        broken: Identifiers of images that could not be read.
+        broken: Images that could not be read.
         weight_path: Changes by recovery that are being made, if any.
         timestep_density: Where timesteps are drawn, with `timestep_sampling="importance"`.
     """
@@ -130,7 +131,7 @@ class TrainingState:
         self.curves = Curves()
         self.diagnostics: dict = {"comparison": None, "hessian_check": None, "warnings": []}
         self.recent: list[Tensor | float] = []
-        self.broken: list[str] = []
+        self.broken = BrokenImages(args.data.max_broken_images)
         self.weight_path: WeightPath | None = None
         self.timestep_density: TimestepDensity | None = None
         if args.training.timestep_sampling == "importance":
@@ -259,7 +260,7 @@ class TrainingState:
             "recovery": None if self.weight_path is None else self.weight_path.values(),
             "timestep_density": None if self.timestep_density is None else self.timestep_density.values(),
             "recent": [float(loss) for loss in self.recent],
-            "broken": list(self.broken),
+            "broken": self.broken.to_list(),
         }
 
     def _restore(self, checkpoint: Checkpoint, base: torch.optim.Optimizer) -> None:
@@ -283,7 +284,8 @@ class TrainingState:
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.curves, self.diagnostics = Curves(**values["curves"]), values["diagnostics"]
-        self.recent, self.broken = list(values["recent"]), list(values["broken"])
+        self.recent = list(values["recent"])
+        self.broken.add(values["broken"])
         if values.get("recovery") is not None:  # absent from older checkpoints
             changes = {name: torch.empty_like(parameters[name]).copy_(t) for name, t in tensors["recovery"].items()}
             self.weight_path = WeightPath(**values["recovery"], changes=changes)

@@ -263,3 +263,24 @@ def test_what_save_to_disk_wrote(argument: str, streaming: bool, tmp_path: Path,
     assert labels == [0, 1, 2, 3, 0, 1] and held_out_labels == [0, 1]
     with pytest.raises(ValueError, match="dataset_config_name=x cannot be used with a folder written by save_to_disk"):
         read(tmp_path / "splits", cache, argument, dataset_config_name="x")
+
+
+# classes
+
+
+@pytest.mark.parametrize(("names", "warned"), [(("8", "9", "10"), True), (("08", "09", "10"), False), (("a", "b10"), False)])
+def test_numbered_classes_in_another_order_are_said(
+    names: tuple[str, ...], warned: bool, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`datasets` numbers class folders in the order of their names as texts: folder 10 has label 0."""
+    for number, name in enumerate(names):
+        write_folder(tmp_path / "images" / name, images(*range(10 * number, 10 * number + 4)))
+    with caplog.at_level(logging.WARNING):
+        rows, _ = load_images(
+            DataArguments(train_data_dir=str(tmp_path / "images"), cache_dir=cache, validation_images=2),
+            model_spec(classes=len(names)),
+        )
+    last = [image.label for image, number in zip(rows.in_order(), numbers_of(rows.head(99))) if number // 10 == len(names) - 1]
+    assert set(last) == {0 if warned else len(names) - 1}
+    said = [record.message for record in caplog.records if "in the order of their names as texts" in record.message]
+    assert len(said) == warned and all("class 8 has label 1" in line for line in said)

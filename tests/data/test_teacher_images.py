@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 
 from diffusers_gfprune.data import teacher_images
 from diffusers_gfprune.data.batches import calibration_batches, train_dataloader
-from diffusers_gfprune.data.images import DataArguments
+from diffusers_gfprune.data.images import DataArguments, check_drawn
 from diffusers_gfprune.data.teacher_images import TeacherArguments, TeacherImages, read_prompts
 from diffusers_gfprune.diffusion.latents import LatentCodec
 from diffusers_gfprune.evaluation.sample_quality import RealFeatures
@@ -65,6 +65,19 @@ def test_images_are_samples_of_the_model(drawn: TeacherImages, unet: UNet2DModel
     torch.testing.assert_close(drawn.held_out.samples, expected[6:], rtol=0, atol=1e-6)
     assert drawn.num_images == 6 and len(drawn.held_out) == 3 and drawn.held_out.conditioning == {}
     assert torch.equal(torch.stack([drawn.clean(row) for row in range(6)]), drawn.head(6))
+
+
+def test_images_are_drawn_in_batches_of_the_given_size(unet: UNet2DModel, tmp_path: Path) -> None:
+    """And the same ones whatever the size."""
+    seen, model = [], build("base").eval()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    arguments = TeacherArguments("teacher", 6, STEPS, teacher_images_dir=str(tmp_path))
+    data = DataArguments(validation_images=3)
+    images = TeacherImages(arguments, data, model, SCHEDULER, ModelSpec.of(model), batch_size=4)
+    images.prepare()
+    assert seen == [4] * STEPS + [4] * STEPS + [1] * STEPS
+    expected = sample_images(unet, SCHEDULER, 9, (8, 8), STEPS, seed=TeacherImages.SEED) * 2 - 1
+    torch.testing.assert_close(images.head(6), expected[:6], rtol=0, atol=1e-2)
 
 
 def test_latents_are_kept_as_they_are_and_have_labels_in_turn(tmp_path: Path) -> None:
@@ -155,11 +168,31 @@ def test_numbers_are_positive(name: str) -> None:
         TeacherArguments(**{name: 0})
 
 
-@pytest.mark.parametrize("name", ["teacher_images_dir", "teacher_prompts"])
-def test_arguments_without_effect_are_refused(name: str) -> None:
-    TeacherArguments(train_data="teacher", **{name: "x"})
-    with pytest.raises(ValueError, match=f"{name}=x needs train_data=teacher"):
-        TeacherArguments(**{name: "x"})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("teacher_images_dir", "x"), ("teacher_prompts", "x"), ("num_teacher_images", 7)),
+        *(("teacher_num_inference_steps", 7), ("teacher_guidance_scale", 7.0)),
+    ],
+)
+def test_arguments_without_effect_are_refused(name: str, value: object) -> None:
+    TeacherArguments(train_data="teacher", **{name: value})
+    with pytest.raises(ValueError, match=f"{name}={value} needs train_data=teacher"):
+        TeacherArguments(**{name: value})
+
+
+def test_arguments_of_data_sets_are_refused_without_one(unet: UNet2DModel) -> None:
+    """And so are those that are about text, and another resolution."""
+    spec = ModelSpec.of(unet)
+    check_drawn(DataArguments(resolution=8, random_flip=True), spec)
+    for arguments, message in (
+        ({"image_column": "img"}, "image_column=img needs a data set: give dataset_name or train_data_dir"),
+        ({"streaming": True}, "streaming=True needs a data set"),
+        ({"resolution": 64}, "resolution=64 but the model was built for sample_size=8x8"),
+        ({"caption_dropout": 0.5}, "caption_dropout=0.5 needs a text-conditional model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_drawn(DataArguments(**arguments), spec)
 
 
 def test_what_does_not_fit_the_model_is_refused(unet: UNet2DModel, tmp_path: Path) -> None:

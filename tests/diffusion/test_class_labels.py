@@ -213,6 +213,12 @@ def test_drawn_images_have_the_null_label_of_the_data(tmp_path: Path) -> None:
         for more in ((), ("--null_label", "10"))
     )
     assert (alone.decoder.null_label, named.decoder.null_label) == (None, 10)
+    for more, message in (
+        (("--eval_seed", "0"), "eval_seed=0 is the seed of"),
+        (("--center_crop",), "center_crop=True needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_run_images(parse_arguments([*words, *more]), pipeline, pipeline.denoiser)
     assert ["name it by --null_label" in " ".join(images.summary.lines()) for images in (alone, named)] == [True, False]
 
 

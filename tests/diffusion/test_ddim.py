@@ -68,6 +68,9 @@ def test_every_step_goes_to_the_next_timestep(spacing: str, steps: int) -> None:
         (50, 100, "leading", (50, "leading"), ["num_inference_steps=100 is more than the 50 timesteps"]),
         (50, 100, "quadratic", (50, "quadratic"), ["50 are used"]),
         (1, 1, "leading", (1, "leading"), []),
+        (1000, 1, "leading", (1, "trailing"), ["would take timestep 0 alone"]),
+        (1000, 1, "quadratic", (1, "trailing"), ["would take timestep 0 alone"]),
+        (1000, 1, "linspace", (1, "trailing"), ["would take timestep 0 alone"]),
     ],
 )
 def test_spacing_is_made_to_fit(timesteps: int, steps: int, spacing: str, expected: tuple, said: list[str]) -> None:
@@ -76,7 +79,7 @@ def test_spacing_is_made_to_fit(timesteps: int, steps: int, spacing: str, expect
     assert tuple(fitted) == expected and len(changes) == len(said)
     assert all(text in change for text, change in zip(said, changes))
     sampler = sampler_of(scheduler, *expected)
-    if steps > 10 and spacing != "quadratic":
+    if timesteps > 1 == steps or (steps > 10 and spacing != "quadratic"):
         assert sampler.timesteps[0] >= 0.89 * timesteps
 
 
@@ -119,6 +122,7 @@ def test_every_accepted_scheduler_can_be_sampled(name: str) -> None:
             "trailing",
             "starts at timestep 99, where rescale_betas_zero_snr=True .*epsilon",
         ),
+        ({}, 1, "quadratic", "num_inference_steps=1 would take timestep 0 alone, .*: use trailing"),
         ({"rescale_betas_zero_snr": True}, 10, "linspace", "timestep_spacing=linspace starts at timestep 99"),
         ({"steps_offset": 1}, 100, "leading", "would start at timestep 100 of 100, because of steps_offset=1"),
     ],

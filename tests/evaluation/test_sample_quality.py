@@ -244,6 +244,15 @@ def test_later_runs_find_the_dense_samples(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(first.reference["pixels"], second.reference["pixels"])
 
 
+@pytest.mark.parametrize("eval_images", [0, 70])
+def test_guidance_of_an_unconditional_model_is_refused_before_training(eval_images: int) -> None:
+    """Also where samples are only drawn on the way (`sample_steps`)."""
+    args = EvaluationArguments(eval_images=eval_images, guidance_scale=3.0)
+    images = SimpleNamespace(decoder=SimpleNamespace(null_label=None))
+    with pytest.raises(ValueError, match="guidance_scale=3.* must be 1: the model is unconditional"):
+        SampleQuality(args, build("base"), DDPMScheduler(), images, torch.device("cpu"))
+
+
 def test_without_samples_nothing_is_loaded() -> None:
     args = EvaluationArguments(eval_images=0, eval_features="inception")
     assert SampleQuality(args, build("base"), DDPMScheduler(), UNREAD, torch.device("cpu")).network is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_gfprune.data.decoding import BrokenImages
 from diffusers_gfprune.objectives.objective import ObjectiveArguments
 from diffusers_gfprune.pruning.schedules import PruningSchedule
 from diffusers_gfprune.training import safeguards
@@ -35,7 +36,21 @@ def make_run(folder: Path, *checkpoints: int, target_square: float = 1.0, **weig
 def make_state(step: int, recent=(), points=()) -> SimpleNamespace:
     curves = Curves(train_steps=[s for s, _ in points], train_loss=[loss for _, loss in points])
     pruner = SimpleNamespace(schedule=PruningSchedule(10, 20, 5))
-    return SimpleNamespace(step=step, recent=list(recent), curves=curves, pruner=pruner)
+    return SimpleNamespace(step=step, recent=list(recent), curves=curves, pruner=pruner, broken=BrokenImages(1))
+
+
+def test_broken_images_of_all_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process reads its own; the limit is that of the run, and so is the list of a checkpoint."""
+    others = ["a", "c"]
+    monkeypatch.setattr(safeguards, "gather_object", lambda names: [*names, *others])
+    broken = BrokenImages(3, ["a", "b"])
+    safeguards.share_broken_images(SimpleNamespace(num_processes=1), broken)
+    assert broken.to_list() == ["a", "b"]
+    safeguards.share_broken_images(SimpleNamespace(num_processes=2), broken)
+    assert broken.to_list() == ["a", "b", "c"]
+    others += ["d"]
+    with pytest.raises(ValueError, match="max_broken_images=3 is exceeded: 4 images"):
+        safeguards.share_broken_images(SimpleNamespace(num_processes=2), broken)
 
 
 def test_mean_of_recent_losses(tmp_path: Path) -> None:
