@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def images_to_tensor(images, channels: int) -> Tensor:
-    """Calibration images as float32 in [-1, 1] with shape `(images, channels, height, width)`.
+    """Calibration images as float32 in [-1, 1] with shape `(images, channels, height, width)`, on the CPU.
 
     Args:
         images: One of
@@ -60,7 +60,7 @@ def images_to_tensor(images, channels: int) -> Tensor:
     if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (images, {channels}, height, width)")
     if images.dtype == torch.uint8:
-        return images.float().div_(255).mul_(2).sub_(1).contiguous()  # other strides round differently
+        return images.cpu().float().div_(255).mul_(2).sub_(1).contiguous()  # other strides round differently
     if not images.is_floating_point():
         raise ValueError(f"images are a tensor of {images.dtype}, not uint8 or floating point in [-1, 1]")
     least, most = images.min().item(), images.max().item()
@@ -73,7 +73,7 @@ def images_to_tensor(images, channels: int) -> Tensor:
             least,
             most,
         )
-    return images.float().contiguous()
+    return images.cpu().float().contiguous()
 
 
 def _stack(images, channels: int) -> Tensor:
@@ -227,8 +227,11 @@ def prune_unet(
         check_process(pipeline, process)
     family_of(unet).check_process(unet.config, process)
     process = process.sampled_in(num_inference_steps)
+    dropout = make_label_dropout(unet.config.num_class_embeds, null_label, label_dropout)
+    pruner = None
     if images is None:
         check_range(at_least(1), num_teacher_images=num_teacher_images)
+        pruner = GradientFlowPruner(copy.deepcopy(unet), config, process)  # checks the budget before images are drawn
         conditions = drawn_conditions(unet, class_labels, num_teacher_images, null_label)
         class_labels = conditions.of(range(num_teacher_images)).get("class_labels")
         images = draw_images(unet, process, num_teacher_images, conditions, None, seed, num_inference_steps, batch_size)
@@ -239,12 +242,12 @@ def prune_unet(
         raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the model's sample_size is {size}")
     if class_labels is not None and len(class_labels) != len(pixels):
         raise ValueError(f"class_labels has {len(class_labels)} labels for {len(pixels)} images")
-    dropout = make_label_dropout(unet.config.num_class_embeds, null_label, label_dropout)
     if dropout is not None:
         if class_labels is None:
             raise ValueError(f"null_label={null_label} needs class_labels for the images")
         check_labels(class_labels.tolist(), dropout.null_label)
-    pruner = GradientFlowPruner(copy.deepcopy(unet), config, process, sample_size=tuple(pixels.shape[2:]))
+    if pruner is None:
+        pruner = GradientFlowPruner(copy.deepcopy(unet), config, process, sample_size=tuple(pixels.shape[2:]))
     batches = calibration_batches(pixels, process, batch_size, class_labels, seed, dropout)
     pruner.step(0, batches)
     if recovery:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import NamedTuple
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, VQModel
 
 from .diffusion.latents import LatentCodec
 from .diffusion.prompts import PromptEncoder
@@ -16,6 +17,8 @@ from .loading.pipeline_layouts import LAYOUTS, check_process
 from .metrics.model_size import spatial_size
 
 __all__ = ["PipelineParts"]
+
+logger = logging.getLogger(__name__)
 
 
 class PipelineParts(NamedTuple):
@@ -53,7 +56,14 @@ class PipelineParts(NamedTuple):
         scheduler = pipe.scheduler if layout.autoencoder is None else training_scheduler(pipe.scheduler)
         components = {name: copy.deepcopy(pipe.components[name]) for name in layout.loaded}
         if layout.autoencoder is not None:
-            codec = LatentCodec(components[layout.autoencoder])
+            vae = components[layout.autoencoder]
+            if isinstance(vae, VQModel) and _has_filled_in_scale(vae):
+                logger.warning(
+                    "%s had no scaling_factor in its config.json, and Diffusers took %g. Models from before Diffusers 0.22 "
+                    "have 1: pipe.%s.register_to_config(scaling_factor=1.0)",
+                    *(layout.autoencoder, vae.config.scaling_factor, layout.autoencoder),
+                )
+            codec = LatentCodec(vae)
         if layout.text:
             image_size = codec.image_shape(*spatial_size(denoiser))[1:]
             zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
@@ -83,4 +93,17 @@ def _denoiser(pipe: DiffusionPipeline, pruned: bool) -> tuple[Family, ModelMixin
             if family.is_pruned(model) and not pruned:
                 raise ValueError(f"the {family.component} of the pipeline is already pruned")
             return family, model
+    for family in FAMILIES if name in LAYOUTS else ():
+        if name in family.pipelines:
+            found, wanted = type(pipe.components.get(family.component)).__name__, family.dense_class.__name__
+            raise ValueError(
+                f"the {family.component} of the pipeline is a {found}, not a {wanted}: pass the model itself, not compiled "
+                f"and not exported"
+            )
     raise ValueError(f"a {name} is not supported; supported: {', '.join(LAYOUTS)}")
+
+
+def _has_filled_in_scale(vae: VQModel) -> bool:
+    """Whether a VQModel was loaded from a `config.json` without the scale of its latents, which nobody has set since."""
+    filled_in = vae.config.get("_use_default_values") or ()
+    return bool(vae.config.get("_name_or_path")) and "scaling_factor" in filled_in and vae.config.scaling_factor != 1

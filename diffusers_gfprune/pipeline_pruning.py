@@ -86,6 +86,9 @@ def prune_pipeline(
     parts.check_process()
     process = training_process(parts.scheduler).sampled_in(num_inference_steps)
     spec = ModelSpec.of(denoiser, parts.codec, parts.prompts)
+    # Before images are drawn or encoded, which may take hours: labels and the budget
+    label_dropout_of(spec.labels, null_label, label_dropout)
+    pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, process)
     if images is None:
         check_range(at_least(1), num_teacher_images=num_teacher_images)
         shared = (null_label, seed, num_inference_steps, batch_size)
@@ -106,7 +109,6 @@ def prune_pipeline(
         clean = spec.codec.draw(moments, torch.randn(shape, generator=generator))
     noise = torch.randn(clean.shape, generator=generator)
     timesteps = process.random_timesteps(len(clean), generator)
-    pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, process)
     batches = DiffusionBatch(clean, noise, timesteps, conditioning).split(batch_size)
     pruner.step(0, batches)
     if recovery:

@@ -4,7 +4,11 @@ A pipeline can be pruned if its class and components in `model_index.json` (`loa
 scheduler (`diffusion.schedulers`) are supported, and all weights that are used fit their configs (`loading.components`). Code
 of the repository does not run, and pickles are not read.
 
-A pruned pipeline is the dense one with another denoiser: the files of all other components are copied, byte for byte.
+A pruned pipeline is the dense one with another denoiser: the files of all other components are copied (`copy_component`).
+
+The `scaling_factor` of a `VQModel` came with Diffusers 0.22. Models that were published before, such as those of latent
+diffusion, were trained on latents as they are, while Diffusers fills in 0.18215 where a `config.json` has none. It is 1 here,
+and in pipelines that are saved.
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ from .loading.components import (
     copied_files,
     copy_component,
     load_model,
+    read_config,
+    variant_in,
     variant_of,
     variant_to_load,
 )
@@ -119,19 +125,27 @@ class TrainedPipeline(NamedTuple):
         made += f" in {self.process.num_train_timesteps} timesteps"
         return made if self.process.name == "ddpm" else f"{made} of {self.process.title}"
 
+    @property
+    def stock_class(self) -> type[DiffusionPipeline]:
+        """Class of Diffusers that samples the model. A DDPM of pixels is a `PNDMPipeline` if this is its scheduler, and
+        otherwise a `DDPMPipeline`, which samples with any other scheduler."""
+        if self.codec is not None or self.process.name != "ddpm":
+            return self.kind
+        return PNDMPipeline if isinstance(self.scheduler, PNDMScheduler) else DDPMPipeline
+
     def stock(self) -> DiffusionPipeline:
-        """The pipeline as Diffusers loads it, with the loaded components. A DDPM of pixels is a `PNDMPipeline` if this is its
-        scheduler, and otherwise a `DDPMPipeline`, which samples with any other scheduler."""
+        """The pipeline as Diffusers loads it, with the loaded components."""
         if self.codec is None:
-            kind = PNDMPipeline if isinstance(self.scheduler, PNDMScheduler) else DDPMPipeline
-            kind = kind if self.process.name == "ddpm" else self.kind
-            return kind(unet=self.denoiser, scheduler=self.scheduler)
+            return self.stock_class(unet=self.denoiser, scheduler=self.scheduler)
         layout = LAYOUTS[self.kind.__name__]
         loaded = {family_of(self.denoiser).component: self.denoiser, layout.autoencoder: self.codec.vae}
         if self.prompts is not None:
             for names, *parts in zip(layout.text, self.prompts.tokenizers, self.prompts.encoders):
                 loaded |= zip(names, parts)
-        return self.kind.from_pretrained(self.folder, use_safetensors=True, local_files_only=True, **loaded)
+        others = [name for name in components_of(self.index) if name not in loaded and (self.folder / name).is_dir()]
+        variants = {variant_in(self.folder / name, name) for name in others} - {None}
+        options = {"variant": variants.pop()} if len(variants) == 1 else {}
+        return self.kind.from_pretrained(self.folder, use_safetensors=True, local_files_only=True, **options, **loaded)
 
     def saved_bytes(self) -> int:
         """Size of what `save` writes with the dense denoiser, in bytes, without small files."""
@@ -139,6 +153,14 @@ class TrainedPipeline(NamedTuple):
         others = [name for name in components_of(self.index) if name != component] if self.codec is not None else []
         copied = (path for name in others for path in copied_files(self.folder, name))
         return parameter_bytes(self.denoiser) + sum(path.stat().st_size for path in copied)
+
+    def copy_others(self, folder: Path, weights: bool = True) -> None:
+        """Copy the components of a latent pipeline without its denoiser, or only their settings and vocabularies."""
+        for name in components_of(self.index) if self.codec is not None else ():
+            if name != family_of(self.denoiser).component:
+                is_vae = name == LAYOUTS[self.kind.__name__].autoencoder
+                config = _filled_in(self.folder, name, self.index[name][1]) if is_vae else {}
+                copy_component(self.folder, folder, name, config, weights)
 
     def save(self, denoiser: ModelMixin, folder: str | os.PathLike) -> None:
         """Save the pipeline with another denoiser.
@@ -153,9 +175,7 @@ class TrainedPipeline(NamedTuple):
             kind(unet=denoiser, scheduler=self.scheduler).save_pretrained(folder)
             return
         folder, component = Path(folder), family_of(denoiser).component
-        for name in components_of(self.index):
-            if name != component:
-                copy_component(self.folder, folder, name)
+        self.copy_others(folder)
         denoiser.save_pretrained(folder / component)
         index = {name: value for name, value in self.index.items() if name != "_name_or_path"}
         index |= {component: [PACKAGE, type(denoiser).__name__], "_diffusers_version": diffusers.__version__}
@@ -280,9 +300,23 @@ def _load_codec(folder: Path, index: dict, layout: PipelineLayout, denoiser: Mod
     if layout.autoencoder is None:
         return None
     name = layout.autoencoder
-    codec = LatentCodec(load_model(folder, name, index[name][1], AUTOENCODERS))
+    vae = load_model(folder, name, index[name][1], AUTOENCODERS)
+    if settings := _filled_in(folder, name, index[name][1]):
+        logger.warning(
+            "the config.json of the %s has no scaling_factor: 1 is taken, as models from before Diffusers 0.22 were trained, "
+            "and is written into the pruned pipeline",
+            name,
+        )
+        vae.register_to_config(**settings)
+    codec = LatentCodec(vae)
     codec.check_fits(denoiser.config.in_channels)
     return codec
+
+
+def _filled_in(folder: Path, name: str, class_name: str) -> dict[str, object]:
+    """Settings of an autoencoder that its `config.json` lacks."""
+    lacks = class_name == "VQModel" and "scaling_factor" not in read_config(component_folder(folder, name) / "config.json")
+    return {"scaling_factor": 1.0} if lacks else {}
 
 
 def _load_tokenizer(folder: Path, class_name: str, wanted: str):

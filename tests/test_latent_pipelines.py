@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.model_size import count_parameters
+from diffusers_gfprune.pipeline_parts import PipelineParts
 from diffusers_gfprune.trained_pipelines import TrainedPipeline, load_pipeline
 from helpers.architectures import BASE
 from helpers.hub import contents
@@ -120,6 +123,41 @@ def test_a_pruned_pipeline_is_whole_and_loads_in_both_ways(name: str, saved: Cal
     theirs = torch.from_numpy(np.load(tmp_path / "images.npy"))
     torch.testing.assert_close(images(pipe, name), theirs, rtol=0, atol=1e-5)
     assert theirs.std() > 0.01
+
+
+def test_latents_of_models_from_before_scaling_factor_are_not_scaled(
+    tmp_path: Path, saved: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Diffusers fills in 0.18215, with which CompVis/ldm-celebahq-256 makes noise (diffusers#6725, checked with 0.42.1)."""
+    shutil.copytree(saved("ldm"), tmp_path / "old")
+    path = tmp_path / "old/vqvae/config.json"
+    config = json.loads(path.read_text())
+    del config["scaling_factor"]
+    path.write_text(json.dumps(config))
+    assert DiffusionPipeline.from_pretrained(tmp_path / "old").vqvae.config.scaling_factor == 0.18215
+    pipeline = load_pipeline(str(tmp_path / "old"))
+    assert pipeline.codec.draw.scale.item() == pipeline.stock().vqvae.config.scaling_factor == 1
+    assert "the config.json of the vqvae has no scaling_factor: 1 is taken" in caplog.text
+    pipeline.save(pruned(pipeline), tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/vqvae/config.json").read_text()) == {**config, "scaling_factor": 1.0}
+    with caplog.at_level(logging.WARNING):
+        PipelineParts.of(DiffusionPipeline.from_pretrained(tmp_path / "old"))
+        assert "pipe.vqvae.register_to_config(scaling_factor=1.0)" in caplog.text
+        caplog.clear()
+        PipelineParts.of(DiffusionPipeline.from_pretrained(tmp_path / "saved"), pruned=True)
+        assert not caplog.records
+
+
+def test_a_pipeline_of_one_variant_is_saved_without_it(tmp_path: Path) -> None:
+    """Or the line of its card could not load it."""
+    sd(tmp_path / "made").save_pretrained(tmp_path / "model", variant="fp16")
+    pipeline = load_pipeline(str(tmp_path / "model"))
+    pipeline.save(pruned(pipeline), tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.vae.encoder.conv_in.weight, pipeline.codec.vae.encoder.conv_in.weight)
+    pipeline.copy_others(tmp_path / "settings", weights=False)
+    names = {path.name for path in (tmp_path / "settings").rglob("*") if path.is_file()}
+    assert {"config.json", "tokenizer_config.json"} <= names and not any(name.endswith(".safetensors") for name in names)
 
 
 def test_components_that_are_not_used_travel_unloaded(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_without_images_the_model_draws_them(name: str, tmp_path: Path, monkeypa
     seen: dict = {}
 
     def spy(*arguments, **options) -> Tensor:
-        seen["images"] = draw_images(*arguments[:6], 2)  # steps
+        seen["images"] = draw_images(*arguments, **{**options, "num_inference_steps": 2})
         return seen["images"]
 
     monkeypatch.setattr("diffusers_gfprune.pipeline_pruning.draw_images", spy)
@@ -166,6 +166,36 @@ def test_without_images_the_model_draws_them(name: str, tmp_path: Path, monkeypa
     assert getattr(small, denoiser).config.layer_channels == getattr(same, denoiser).config.layer_channels
     weights, others = (tensors_fingerprint(getattr(each, denoiser).state_dict()) for each in (small, same))
     assert weights == others
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "unet"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.999}, "ratio=0.999"),
+        ({"label_dropout": 1.5}, "label_dropout=1.5 must be in"),
+        ({"null_label": 99}, "null_label=99 must be"),
+    ],
+)
+def test_what_cannot_be_is_said_before_images_are_drawn(
+    kind: str, options: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take hours to draw them."""
+    for module in ("pipeline_pruning", "one_shot"):
+        monkeypatch.setattr(f"diffusers_gfprune.{module}.draw_images", lambda *_, **__: pytest.fail("images are drawn"))
+    options = {**BUDGET, **options}
+    with pytest.raises(ValueError, match=message):
+        if kind == "pipeline":
+            prune_pipeline(PIPELINES["dit"](tmp_path / "dit"), **options)
+        else:
+            PruneDDPMPipeline(build("class-embedding"), DDPMScheduler(num_train_timesteps=10)).prune(**options)
+
+
+def test_a_compiled_model_is_named() -> None:
+    pipe = DDPMPipeline(build("base"), DDPMScheduler())
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(ValueError, match="^the unet of the pipeline is a OptimizedModule, not a UNet2DModel: pass the model"):
+        prune_pipeline(pipe, images(), **BUDGET)
 
 
 def test_prune_draws_images_with_labels() -> None:

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
         for change in sample_quality.changes:
             warn(accelerator, f"warning: {change}")
-        for line in rehearse_run(args, pruner, sample_quality, len(held_out), origin, folder):
+        for line in rehearse_run(args, pruner, sample_quality, len(held_out), origin, folder, pipeline):
             print(f"  {line}")
     if args.run.dry_run:
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, PNDMPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
 from ..errors import HUB_ERRORS, one_line
@@ -31,6 +31,13 @@ REPORT = "pruning_report.json"
 # Beside the pipeline's own scheduler
 SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 DTYPES = ("float32", "float16", "bfloat16")
+# Where pipelines of Diffusers fail: NumPy has no bfloat16, and LDMPipeline draws noise in float32
+UNUSABLE_DTYPES = {
+    **dict.fromkeys(("DDPMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", "LDMTextToImagePipeline"), ("bfloat16",)),
+    "LDMPipeline": ("float16", "bfloat16"),
+}
+# Pipelines that give their generator to the first noise only
+WITHOUT_GENERATOR = ("DiTPipeline", "LDMPipeline", "LDMTextToImagePipeline", "PNDMPipeline")
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,10 @@ def load_models(
         raise ValueError(f"reference_revision={reference_revision} needs a reference")
     place = _place(device)
     trained = load_pipeline(name, revision, pruned=True)
+    kind = trained.stock_class.__name__
+    if dtype in UNUSABLE_DTYPES.get(kind, ()):
+        usable = [other for other in DTYPES if other not in UNUSABLE_DTYPES[kind]]
+        raise ValueError(f"dtype={dtype} must be {' or '.join(usable)}: a {kind} of Diffusers does not sample in {dtype}")
     report, notice, dense = read_report(name, revision), None, None
     if reference is not None:
         dense = _matching(trained, reference, reference_revision)
@@ -234,9 +245,10 @@ def _matching(trained: TrainedPipeline, reference: str, revision: str | None) ->
 def _shown(name: str, trained: TrainedPipeline, device: torch.device, dtype: str) -> ShownModel:
     denoiser = trained.denoiser.requires_grad_(False).eval()
     parameters, macs = count_parameters(denoiser), count_macs(denoiser)
-    pipeline = trained.stock().to(device)
+    pipeline = trained.stock()
     if dtype != "float32":  # in which it is loaded
         pipeline.to(getattr(torch, dtype))
+    pipeline.to(device)  # at last: in float32, it may not fit
     pipeline.set_progress_bar_config(leave=False)
     in_latents = trained.codec is not None
     return ShownModel(str(portable(name)), pipeline, pipeline.scheduler, parameters, macs, in_latents)
@@ -275,8 +287,8 @@ def _schedulers(trained: TrainedPipeline, pipeline: DiffusionPipeline) -> list[s
     learned = family_of(trained.denoiser).has_learned_variance(trained.denoiser.config)
     for name in dict.fromkeys((*SCHEDULERS, own) if trained.process.name == "ddpm" else (own,)):
         kind = getattr(diffusers, name)
-        if isinstance(pipeline, PNDMPipeline):
-            possible = name != "DDPMScheduler"  # it would draw noise without the generator
+        if type(pipeline).__name__ in WITHOUT_GENERATOR:
+            possible = not _draws_noise(kind, pipeline.scheduler.config)
         elif trained.codec is None:  # DDPMPipeline passes its generator, and learned variances
             possible = "generator" in inspect.signature(kind.step).parameters and (not learned or name == own)
         else:
@@ -288,3 +300,10 @@ def _schedulers(trained: TrainedPipeline, pipeline: DiffusionPipeline) -> list[s
     if not found:
         raise ValueError(f"a {type(pipeline).__name__} with {own} cannot be sampled with any of {', '.join(SCHEDULERS)}")
     return found
+
+
+def _draws_noise(kind: type, config: Mapping) -> bool:
+    """Whether a scheduler with this configuration adds noise in its steps."""
+    if kind.__name__ in ("DDPMScheduler", "DDPMParallelScheduler", "SASolverScheduler"):
+        return True
+    return "algorithm_type" in inspect.signature(kind).parameters and "sde" in config.get("algorithm_type", "")

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     samples.add_argument("--prompts", nargs="+", default=list(default.prompts), help="their prompts (default: empty)")
     samples.add_argument("--num_images", type=int, default=default.num_images, help="number of samples (default: 16)")
     samples.add_argument(
-        "--num_inference_steps", type=int, default=default.num_inference_steps, help="number of DDIM steps (default: 20)"
+        "--num_inference_steps", type=int, default=default.num_inference_steps, help="number of sampling steps (default: 20)"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace an existing folder")

@@ -13,7 +13,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from ..argument_fields import at_least, check_fields
-from ..metrics.model_size import parameter_bytes
+from ..formatting import format_size
+from ..metrics.model_size import count_parameters, parameter_bytes
 from ..pipeline_parts import PipelineParts
 from ..run_folder import RunFolder, write_json
 from ..runtimes.program import to_tensors
@@ -28,6 +29,10 @@ from .writers import compile_program, has_compiler, write_program
 __all__ = ["ExportOptions", "export_parts", "export_pipeline"]
 
 
+# nncf quantizes ONNX models that are one protobuf message, weights included
+PROTOBUF_LIMIT = 2**31
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What to export.
@@ -39,7 +44,7 @@ class ExportOptions:
         compile: Whether to compile the model for this machine, too, with AOTInductor; only with `torch`.
         prompts: Prompts for the samples of fp16 and int8, for models of text.
         num_images: Number of samples (>= 1) that fp16 and int8 are compared by, and that calibrate int8.
-        num_inference_steps: Number of DDIM steps of these samples (>= 1).
+        num_inference_steps: Number of sampling steps of these samples (>= 1); consistency models are sampled in one.
         overwrite_output_dir: Whether to replace an existing folder.
 
     Raises:
@@ -103,6 +108,12 @@ def export_pipeline(pipe: DiffusionPipeline, output_dir: str | os.PathLike, **op
 def export_parts(parts: PipelineParts, output_dir: str | os.PathLike, options: ExportOptions) -> ExportDescription:
     """Export the denoiser of a pipeline by its parts (see `export_pipeline`)."""
     options.check_installed()
+    size = 4 * count_parameters(parts.denoiser)
+    if (options.format, options.dtype) == ("onnx", "int8") and size >= PROTOBUF_LIMIT:
+        raise ValueError(
+            f"dtype=int8 with format=onnx takes models of less than 2 GiB in float32, and this one has {format_size(size)}: "
+            f"take format=openvino"
+        )
     inputs = [parts.denoiser.config.get("_name_or_path")]
     output = RunFolder(os.fspath(output_dir), options.overwrite_output_dir, inputs, marker=NAME)
     output.check_not_training()

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.batch import ModelInputs
+from ..diffusion.consistency import ConsistencyProcess
 from ..diffusion.schedulers import training_process
-from ..metrics.conditions import text_conditions
+from ..metrics.conditions import text_conditions, vector_conditions
 from ..metrics.fidelity import SSIM_WINDOW, psnr_to_reference, ssim_to_reference
 from ..metrics.quality import SamplingSettings
 from ..pipeline_parts import PipelineParts
@@ -94,15 +95,18 @@ def sampled_reference(
         parts: Parts of the pipeline.
         batch_size: Number of samples of every forward pass; None for all at once.
         num_images: Number of samples (>= 1), rounded up to whole batches.
-        num_inference_steps: Number of sampling steps (>= 1), of DDPMs; others have the default of their process.
+        num_inference_steps: Number of sampling steps (>= 1); consistency models are sampled in one.
         prompts: Prompts of the samples in turn, for models of text.
     """
     batch = num_images if batch_size is None else batch_size
-    steps = num_inference_steps if training_process(parts.scheduler).has_integer_timesteps else None
+    steps = None if isinstance(training_process(parts.scheduler), ConsistencyProcess) else num_inference_steps
     settings = SamplingSettings(-(-num_images // batch) * batch, steps, batch_size=batch)
     settings, _ = settings.fitted(parts.scheduler)
-    conditions = None
-    if parts.prompts is not None:
+    conditions, vector_size = None, parts.family.vector_size(parts.denoiser.config)
+    if vector_size is not None:
+        generator = torch.Generator().manual_seed(settings.seed)
+        conditions = vector_conditions(torch.randn(settings.num_images, vector_size, generator=generator))
+    elif parts.prompts is not None:
         conditions = text_conditions(parts.prompts.encode(prompts), parts.prompts.null())
     recorded: list[dict[str, Tensor]] = []
 

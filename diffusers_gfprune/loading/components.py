@@ -7,7 +7,9 @@ with a warning only.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -17,7 +19,8 @@ import torch
 from torch import nn
 
 __all__ = [
-    *("check_copied", "component_folder", "copied_files", "copy_component", "load_model", "variant_of", "variant_to_load"),
+    *("check_copied", "component_folder", "copied_files", "copy_component", "load_model", "read_config", "variant_of"),
+    *("variant_in", "variant_to_load"),
 ]
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,8 @@ STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pkl", ".pt", ".pth")
 # Files of components without pickles and code
 COPIED = (".json", ".model", ".safetensors", ".txt")
+# Entries of configurations that say where a model or tokenizer was loaded from
+PLACES = ("_name_or_path", "name_or_path")
 # Buffers of text encoders in old repositories; later versions of transformers compute them
 IGNORED = ("position_ids",)
 
@@ -60,16 +65,39 @@ def variant_to_load(variants: Iterable[str | None], component: str) -> str | Non
     return present[0] if present and "" not in present else None
 
 
+def variant_in(folder: Path, component: str) -> str | None:
+    """The only variant with weights in a folder; None if there are default weights or no weights.
+
+    Raises:
+        ValueError: There are several variants and no default weights.
+    """
+    return variant_to_load((variant_of(path.name) for path in folder.iterdir()), component)
+
+
 def _checked_variant(folder: Path, component: str) -> str | None:
     """The variant to load.
 
     Raises:
-        ValueError: The component has no safetensors, or several variants.
+        ValueError: The component has no safetensors, several variants, or an index that names other files.
     """
     files = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES or variant_of(path.name) is not None)
     if all(variant_of(file) is None for file in files):
         raise ValueError(f"its {component} has {', '.join(files) or 'no weights'}: only safetensors are loaded, not pickles")
-    return variant_to_load(map(variant_of, files), component)
+    for file in files:
+        if file.endswith(".json"):
+            _check_index(folder / file, component)
+    return variant_in(folder, component)
+
+
+def _check_index(path: Path, component: str) -> None:
+    """Check that an index of sharded weights names safetensors beside it: Diffusers would load any file that it names.
+
+    Raises:
+        ValueError: It names another file.
+    """
+    for name in set(read_config(path)["weight_map"].values()):
+        if variant_of(name) is None or name.endswith(".json"):
+            raise ValueError(f"its {component} has {path.name}, which names {name}: only safetensors beside it are loaded")
 
 
 def load_model(folder: Path, component: str, class_name: str, classes: Mapping[str, type[nn.Module]]) -> nn.Module:
@@ -106,23 +134,69 @@ def load_model(folder: Path, component: str, class_name: str, classes: Mapping[s
     return model.float()
 
 
+def read_config(path: Path) -> dict:
+    """Content of a JSON file of a component; empty if it does not hold an object.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    content = json.loads(path.read_text("utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
 def copied_files(source: Path, component: str) -> list[Path]:
     """Files of a component that a pipeline loads: safetensors, configurations and vocabularies."""
     return sorted(path for path in (source / component).iterdir() if path.is_file() and path.suffix in COPIED)
 
 
-def copy_component(source: Path, folder: Path, component: str) -> None:
-    """Copy the files of a component that a pipeline loads."""
+def copy_component(
+    source: Path, folder: Path, component: str, config: Mapping[str, object] | None = None, weights: bool = True
+) -> None:
+    """Copy the files of a component that a pipeline loads.
+
+    They stay as they are, with two exceptions. Local folders that a component was loaded from are left out. Weights of a
+    variant become the default weights if there are no others: pipelines are loaded without naming a variant.
+
+    Args:
+        source: Folder of the pipeline.
+        folder: Folder of the copy.
+        component: Name of the component.
+        config: Entries to set in its `config.json`.
+        weights: Whether weights are copied, too.
+    """
+    variant, target = variant_in(source / component, component), folder / component
+    target.mkdir(parents=True, exist_ok=True)
     for path in copied_files(source, component):
-        (folder / component).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / component / path.name)
+        if path.suffix == ".safetensors":
+            if weights:
+                shutil.copyfile(path, target / _default_name(path.name, variant))
+            continue
+        content = read_config(path) if path.suffix == ".json" else {}
+        changed = {key: value for key, value in content.items() if not (key in PLACES and _is_local(value))}
+        changed |= config or {} if path.name == "config.json" else {}
+        if variant is not None and variant_of(path.name) == variant:  # an index
+            changed["weight_map"] = {key: _default_name(name, variant) for key, name in content["weight_map"].items()}
+        if changed == content:
+            shutil.copyfile(path, target / path.name)
+        else:
+            text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+            (target / _default_name(path.name, variant)).write_text(text, "utf-8")
+
+
+def _is_local(place: object) -> bool:
+    return isinstance(place, str) and os.path.isabs(place)
+
+
+def _default_name(file: str, variant: str | None) -> str:
+    """Name of a weights file, or of its index, without the variant."""
+    return file.replace(f".{variant}", "", 1) if variant is not None and variant_of(file) == variant else file
 
 
 def check_copied(source: Path, component: str) -> None:
     """Check that a component can be copied.
 
     Raises:
-        ValueError: The folder of the component is missing, or has its weights as pickles only.
+        ValueError: The folder of the component is missing, or has its weights as pickles or as several variants only.
     """
     folder = source / component
     if not folder.is_dir():
@@ -131,3 +205,4 @@ def check_copied(source: Path, component: str) -> None:
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles and all(variant_of(name) is None for name in names):
         raise ValueError(f"its {component} has {pickles[0]}: only safetensors are copied, not pickles")
+    variant_in(folder, component)

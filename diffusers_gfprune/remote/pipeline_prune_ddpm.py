@@ -136,7 +136,11 @@ class PruneDDPMPipeline(DDPMPipeline):
             shutil.copyfile(__file__, target)
         # A model loaded from a run is saved with its card and report, unless the folder has others.
         source = self.config.get("_name_or_path") or ""
-        if os.path.isfile(os.path.join(source, REPORT)) and not os.path.exists(os.path.join(save_directory, REPORT)):
+        if (
+            source
+            and os.path.isfile(os.path.join(source, REPORT))
+            and not os.path.exists(os.path.join(save_directory, REPORT))
+        ):
             for name in COMPANIONS:
                 if os.path.isfile(os.path.join(source, name)):
                     os.makedirs(os.path.dirname(os.path.join(save_directory, name)), exist_ok=True)

@@ -24,6 +24,7 @@ from ..metrics.sampling import image_shape
 from ..reports.model_card import render_card
 from ..reports.results import PRUNING_RUN, Results
 from ..run_folder import RunFolder, write_json
+from ..trained_pipelines import TrainedPipeline
 from .arguments import Arguments
 from .reporting import describe_evaluation, model_figures, pruning_report
 from .state import Curves
@@ -38,6 +39,7 @@ def rehearse_run(
     num_held_out: int,
     origin: dict,
     folder: RunFolder,
+    pipeline: TrainedPipeline,
 ) -> list[str]:
     """Try everything that a pruning run does at its end.
 
@@ -48,6 +50,7 @@ def rehearse_run(
         num_held_out: Number of held-out images.
         origin: `base_model`, `dataset` and `command` (see `provenance`).
         folder: Folder of the run.
+        pipeline: The pipeline, whose other components go into the result.
 
     Returns:
         Lines to print: the settings of the speed measurement, if any, and what was tried.
@@ -70,7 +73,7 @@ def rehearse_run(
             speed, words = try_speed(dense, settings)
             tried += words
             lines.append(describe_speed(settings))
-        rehearse_card(args, pruner, sample_quality, num_held_out, origin, speed)
+        rehearse_card(args, pruner, sample_quality, num_held_out, origin, speed, pipeline)
     size = parameter_bytes(dense)
     folder.try_writing(size)
     tried.append(f"a card and a file of {format_size(size)}")
@@ -84,8 +87,9 @@ def rehearse_card(
     num_held_out: int,
     origin: dict,
     speed: Sequence[dict],
+    pipeline: TrainedPipeline,
 ) -> None:
-    """Render the card of a run from made-up figures, and check it as a push does.
+    """Render the card of a run from made-up figures, and check it and the settings of components as a push does.
 
     `speed` has rows of the dense model, which are used for the pruned model, too.
 
@@ -113,6 +117,9 @@ def rehearse_card(
             Path(place, "README.md").write_text(card, "utf-8")
             for name, content in (("results.json", results.to_dict()), ("pruning_report.json", report)):
                 write_json(Path(place, name), content)
-            check_nothing_private(place, ["README.md", "results.json", "pruning_report.json"], args.hub.hub_token)
+            write_json(Path(place, "model_index.json"), pipeline.index)
+            pipeline.copy_others(Path(place), weights=False)
+            names = [path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()]
+            check_nothing_private(place, sorted(names), args.hub.hub_token)
             if args.hub.push_space is not None:
                 write_space(Path(place, "space"), args.hub.hub_model_id or "model", args.hub.push_space, report)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from diffusers_gfprune import PruneDDPMPipeline
+from diffusers_gfprune.demo.drawing import Settings, draw
 from diffusers_gfprune.demo.models import load_models
 from helpers.hub import CARD
 from helpers.hub_server import WRITE, HubServer
+from helpers.latent_pipelines import save
 from helpers.tiny_pipelines import tiny_pipeline
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -95,6 +97,7 @@ def test_models_of_other_images_are_refused(folders: Path, tmp_path: Path) -> No
         ({"dtype": "int8"}, "dtype=int8 must be one of float32, float16, bfloat16"),
         ({"device": "cuda:99"}, "device=cuda:99 cannot be used: "),
         ({"device": "abacus"}, "device=abacus cannot be used: "),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16 must be float32 or float16: a DDPMPipeline of Diffusers does not sample in"),
         ({"reference_revision": "v1"}, "reference_revision=v1 needs a reference"),
         ({"reference": "./nothing"}, "reference=./nothing is not a folder"),
     ],
@@ -103,3 +106,14 @@ def test_mistakes_are_named(folders: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
         load_models(str(folders / "pruned"), **options)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ldm", "dit"])
+def test_schedulers_add_no_noise_where_the_pipeline_has_no_generator_for_them(name: str, tmp_path: Path) -> None:
+    """Or the images of the two models would not be from the same noise."""
+    models = load_models(str(save(name, tmp_path / name)), str(tmp_path / name))
+    assert "DDIMScheduler" in models.choices.schedulers and "DDPMScheduler" not in models.choices.schedulers
+    for scheduler in models.choices.schedulers:
+        settings = Settings(2, 4, scheduler)
+        first, second = (draw(models.pruned, settings, models.choices).images for _ in range(2))
+        assert torch.equal(first, second) and first.std() > 0.01, scheduler

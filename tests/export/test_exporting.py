@@ -168,6 +168,16 @@ def test_wrong_options_are_one_line(options: dict, message: str, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_too_large_for_nncf_are_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(exporting, "PROTOBUF_LIMIT", 4 * pipe.unet.num_parameters())
+    monkeypatch.setattr(exporting, "sampled_reference", lambda *_: pytest.fail("samples are drawn"))
+    with pytest.raises(ValueError, match="^dtype=int8 with format=onnx takes models of less than 2 GiB .* format=openvino$"):
+        pipe.export(tmp_path / "export", format="onnx", dtype="int8")
+
+
 def test_other_pipelines_are_refused(tmp_path: Path) -> None:
     class OtherPipeline:
         components: dict = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import nn
 
 from diffusers_gfprune.export.verification import relative_errors, sampled_reference
 from diffusers_gfprune.pipeline_parts import PipelineParts
+from helpers.architectures import BASE
 from helpers.tiny_pipelines import tiny_pipeline
 
 
@@ -51,3 +53,17 @@ def test_the_reference_records_what_calibrates() -> None:
     assert same["ssim_to_fp32"] == pytest.approx(1) and same["psnr_to_fp32"] is None
     other = reference.similarity(tiny_pipeline(seed=1).unet)
     assert other["ssim_to_fp32"] < 0.9 and other["psnr_to_fp32"] < 30
+
+
+def test_flow_matching_is_sampled_in_the_steps_asked_for() -> None:
+    parts = PipelineParts.of(tiny_pipeline())._replace(scheduler=FlowMatchEulerDiscreteScheduler())
+    reference = sampled_reference(parts, None, num_images=2, num_inference_steps=3, prompts=("",))
+    assert len(reference.recorded) == reference.settings["num_inference_steps"] == 3
+
+
+def test_models_with_vectors_are_sampled_with_some() -> None:
+    unet = UNet2DModel(**{**BASE, "class_embed_type": "identity"}).eval()
+    parts = PipelineParts.of(DDPMPipeline(unet, DDPMScheduler()))
+    reference = sampled_reference(parts, None, num_images=2, num_inference_steps=3, prompts=("",))
+    vectors = reference.recorded[0]["class_labels"]
+    assert vectors.shape == (2, unet.config.block_out_channels[0] * 4) and not torch.equal(*vectors)

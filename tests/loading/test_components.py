@@ -137,3 +137,44 @@ def test_components_are_copied_without_pickles_and_code(folder: Path, tmp_path: 
     assert {path.name for path in copied.iterdir()} == {"config.json", WEIGHTS, "vocab.txt"}
     assert all(path.read_bytes() == (folder / "vae" / path.name).read_bytes() for path in copied.iterdir())
     assert json.loads((copied / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+
+
+def test_a_copy_says_no_folder_of_this_machine(folder: Path, tmp_path: Path) -> None:
+    """Diffusers writes the folder that a model was loaded from; ids on the Hub stay."""
+    path = folder / "vae/config.json"
+    for place, kept in (("/home/me/vae", False), ("org/vae", True)):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "_name_or_path": place}))
+        copy_component(folder, tmp_path / "copy", "vae", {"scaling_factor": 2.0})
+        copied = json.loads((tmp_path / "copy/vae/config.json").read_text())
+        assert copied.get("_name_or_path") == (place if kept else None)
+        assert copied["scaling_factor"] == 2.0 and copied["_class_name"] == "AutoencoderKL"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_only_variant_becomes_the_default(sharded: bool, tmp_path: Path) -> None:
+    """A pipeline is loaded without naming it, also where an index names the shards."""
+    options = {"max_shard_size": "20KB"} if sharded else {}
+    autoencoder().save_pretrained(tmp_path / "vae", variant="fp16", **options)
+    assert all("fp16" in path.name for path in (tmp_path / "vae").iterdir() if path.name != "config.json")
+    copy_component(tmp_path, tmp_path / "copy", "vae")
+    assert not any("fp16" in path.name for path in (tmp_path / "copy/vae").iterdir())
+    copied = AutoencoderKL.from_pretrained(tmp_path / "copy/vae").state_dict()
+    assert all(torch.equal(values, copied[name]) for name, values in autoencoder().state_dict().items())
+
+
+def test_several_variants_without_default_weights_are_not_copied(tmp_path: Path) -> None:
+    for variant in ("fp16", "bf16"):
+        autoencoder().save_pretrained(tmp_path / "vae", variant=variant)
+    with pytest.raises(ValueError, match="its vae has weights of the variants bf16, fp16 and no default weights"):
+        check_copied(tmp_path, "vae")
+
+
+def test_an_index_names_nothing_but_safetensors(tmp_path: Path) -> None:
+    """Diffusers loads whatever file it names, also with `use_safetensors=True`."""
+    autoencoder().save_pretrained(tmp_path / "vae", max_shard_size="20KB")
+    path = tmp_path / "vae" / f"{WEIGHTS}.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "weights.bin"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="^its vae has .*index.json, which names weights.bin: only safetensors beside it"):
+        load_model(tmp_path, "vae", "AutoencoderKL", KNOWN)

@@ -291,6 +291,16 @@ def test_saving_again_into_the_same_folder(tmp_path: Path):
     assert np.array_equal(sample(again), sample(quiet(loaded)))
 
 
+def test_files_of_the_working_directory_are_not_taken_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pipeline made in memory has no folder, and "" is the one that Python runs in."""
+    (tmp_path / "run").mkdir()
+    for name in ("pruning_report.json", "results.json", "README.md"):
+        (tmp_path / "run" / name).write_text("{}")
+    monkeypatch.chdir(tmp_path / "run")
+    pruned_pipeline().save_pretrained(tmp_path / "saved")
+    assert files_in(tmp_path / "saved") == SAVED_FILES
+
+
 def test_the_shipped_pipeline_saves_into_its_own_folder(tmp_path: Path):
     """With pipeline.py, that very file is running, and must not be copied onto itself."""
     pruned_pipeline().save_pretrained(tmp_path)
