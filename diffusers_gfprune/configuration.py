@@ -211,6 +211,8 @@ class GFPruneConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")
+        if criterion.derivatives == 2 and self.aggregation == "signed" and self.depth != "none":
+            raise ValueError(f"aggregation=signed must be abs or sum_abs with depth={self.depth}, to weigh scores by savings")
         if self.ranking == "joint" and criterion.joint is None:
             raise ValueError(f"ranking=joint must have a criterion that measures joint changes, not {self.criterion}")
         if self.ranking == "joint" and self.score_at == "masked":

@@ -284,7 +284,7 @@ class GradientFlowPruner:
             check_batch(self.unet, self.process, batch)
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
-        chosen = self.ranking.rank(batches, share, self.kept, self._fixed_widths(share))
+        chosen = self.ranking.rank(batches, share, self.kept, self._fixed_widths(share), len(self.history))
         starts = {name: mask.float().cpu() for name, mask in self.unit_masks.items()}
         decisions = {"averaged scores": self.scores, "kept units": chosen, "masks": starts}
         check_identical({f"{what} of {name}": tensors[name] for what, tensors in decisions.items() for name in tensors})

@@ -52,7 +52,12 @@ class Ranking:
         self.curves: dict[str, DamageCurve] | None = None
 
     def rank(
-        self, batches: Sequence[DiffusionBatch], share: float, kept: Mapping[str, Tensor], widths: np.ndarray | None
+        self,
+        batches: Sequence[DiffusionBatch],
+        share: float,
+        kept: Mapping[str, Tensor],
+        widths: np.ndarray | None,
+        number: int = 0,
     ) -> dict[str, Tensor]:
         """Score units, and choose those to keep.
 
@@ -61,17 +66,18 @@ class Ranking:
             share: Share of the budget to meet, in [0, 1].
             kept: True for the units that are kept so far, by group name.
             widths: Channels that each group must keep, with shape `(groups,)`, if they are fixed: they are those of `kept`.
+            number: Number of rankings before (>= 0).
 
         Returns:
             True for kept units by group name, each with shape `(num_units,)`.
         """
         first = self.scores is None
-        self._score(batches, kept, self.config.score_decay)
+        self._score(batches, kept, self.config.score_decay, number)
         if self.config.ranking == "curves" and self.curves is None:
             self.curves = self._measure(batches)
         chosen = self._choose(share, kept, widths)
         if first and self.config.score_at == "midpoint" and not all(units.all() for units in chosen[0].values()):
-            self._score(batches, chosen[0], decay=0.0)
+            self._score(batches, chosen[0], 0.0, number)
             chosen = self._choose(share, kept, widths)
         if len(chosen) == 1:
             return chosen[0]
@@ -79,14 +85,14 @@ class Ranking:
         damage = removal_damage(self.unet, groups, batches, self.process, self.config, chosen)
         return chosen[damage.index(min(damage))]
 
-    def _score(self, batches: Sequence[DiffusionBatch], kept: Mapping[str, Tensor], decay: float) -> None:
+    def _score(self, batches: Sequence[DiffusionBatch], kept: Mapping[str, Tensor], decay: float, number: int) -> None:
         """Score units, with masks of 1/2 for those that are not kept if `score_at="midpoint"`, and average with before."""
         arguments = (self.unet, self.choice.cost.groups, batches, self.process, self.config)
         halved = {name: torch.where(units, 1.0, 0.5) for name, units in kept.items()}
         at_midpoint = self.config.score_at == "midpoint"
         with self.unet.channel_masks.replaced(halved) if at_midpoint else nullcontext():
             if self.config.ranking == "joint":
-                joint = score_units_jointly(*arguments)
+                joint = score_units_jointly(*arguments, number)
                 latest = joint.scores, joint.changes
             else:
                 latest = score_units(*arguments), None

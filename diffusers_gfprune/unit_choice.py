@@ -20,6 +20,7 @@ from .pruning.allocation import allocate_by_sensitivity, allocate_global, alloca
 from .pruning.blocks import RemovableBlock
 from .pruning.budget import (
     BUDGET_TOLERANCE,
+    TENSOR_CORE_MULTIPLE,
     aligned_ladder,
     hardware_multiple,
     select_units,
@@ -57,7 +58,8 @@ def possible_widths(cost: CostModel, config: GFPruneConfig, device_type: str) ->
     device = device_type if config.target_device == "auto" else config.target_device
     multiple = hardware_multiple(device, config.latency_dtype)
     while True:
-        ladders = [aligned_ladder(group, multiple, least, attention_unit) for group in cost.groups]
+        narrow = min(multiple, TENSOR_CORE_MULTIPLE) if device == "cuda" else 1
+        ladders = [aligned_ladder(group, multiple, least, attention_unit, narrow) for group in cost.groups]
         widths = plan_widths(cost, config.target, config.ratio, ladders)
         if multiple == 1 or abs(cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
             return multiple, ladders

@@ -62,6 +62,13 @@ def test_invalid_field_is_refused_by_name_and_value(name: str, value) -> None:
     assert f"{name}={value}" in str(error.value)
 
 
+def test_signed_scores_do_not_rank_blocks() -> None:
+    """The lowest would have to go first, whatever it saves."""
+    GFPruneConfig.from_preset("paper", total_steps=100)
+    with pytest.raises(ValueError, match="aggregation=signed must be abs or sum_abs with depth=allow"):
+        GFPruneConfig.from_preset("paper", total_steps=100, depth="allow")
+
+
 def test_every_field_with_choices_has_an_invalid_value_above() -> None:
     """A choice that is added without validation would otherwise go unnoticed."""
     with_choices = {f.name for f in fields(GFPruneConfig) if "choices" in f.metadata}

@@ -30,6 +30,11 @@ ATTENTION_UNITS = ("head_dim", "heads")
 # Channels that kernels process together: CPUs with AVX-512; tensor cores in float32 (TF32); tensor cores in half precision,
 # where an H100 gains from tiles of 64 channels (benchmarks/README.md)
 HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8, "cuda, half precision": 64}
+# Narrow tensor cores take channels in eights: kernels pad other widths, or are not used for them
+TENSOR_CORE_MULTIPLE = 8
+# Kernels of attention compute heads in vectors of 8 or 4 channels. On a CPU, eight heads of 31 channels take longer than those
+# of 40; on GPUs, memory-efficient attention refuses heads that are no multiples of 4 in float32, or of 8 in half precision
+HEAD_MULTIPLES = (8, 4)
 # Minimum number of widths below the dense one for a block size; with four, the digits model loses too much accuracy
 ALIGNED_WIDTHS = 5
 
@@ -82,20 +87,34 @@ def hardware_multiple(device: str, dtype: str = "float32") -> int:
     return HARDWARE_MULTIPLES.get("cuda, half precision" if half else device, 1)
 
 
-def aligned_ladder(group: ChannelGroup, block: int, min_keep_ratio: float, attention_unit: str) -> list[int]:
+def aligned_ladder(
+    group: ChannelGroup, block: int, min_keep_ratio: float, attention_unit: str, least_multiple: int = 1
+) -> list[int]:
     """`width_ladder` for kernels that compute channels in blocks.
 
     Full blocks are fastest, both for layers that write the channels and for layers that read them with others. If the sums of
     units give too few such widths, the ladder has the largest width for each number of blocks: with units of 10 channels and
     blocks of 16, 60 channels take the same time as 50. If these are also too few, the block size is halved, repeatedly.
 
+    Of these widths, multiples of `least_multiple` come first, and inside attention heads of a multiple of 8 channels, or of 4
+    (`HEAD_MULTIPLES`), if they leave a choice.
+
     Args:
         group: The channel group.
         block: Channels per block (`hardware_multiple`), a power of two.
         min_keep_ratio: As in `width_ladder`.
         attention_unit: As in `width_ladder`.
+        least_multiple: Widths of the ladder are multiples of this where there are enough (>= 1).
     """
     reachable = width_ladder(group, 1, min_keep_ratio, attention_unit)
+    multiples: tuple[int, ...] = (least_multiple,)
+    if group.attention is not None and attention_unit == "head_dim" and not group.whole_heads:
+        multiples = tuple(group.heads * multiple for multiple in HEAD_MULTIPLES)
+    for multiple in multiples if block > 1 else ():
+        aligned = [width for width in reachable if width % multiple == 0 or width == group.num_channels]
+        if len(aligned) > ALIGNED_WIDTHS:
+            reachable = aligned
+            break
     while block > 1:
         full = [width for width in reachable if width % block == 0 or width == group.num_channels]
         largest: dict[int, int] = {}

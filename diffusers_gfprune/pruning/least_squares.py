@@ -20,6 +20,7 @@ are thus the same, but for the order of additions, however images are split over
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -131,10 +132,12 @@ class LeastSquares:
         """Add up the sums of all processes.
 
         Returns:
-            Size of the gap relative to that of the outputs (>= 0).
+            Size of the gap relative to that of the outputs (>= 0); not finite if a gap or an output is not.
         """
         mean_over_ranks([self.gram, self.cross, self.squares])  # the scale of all sums is free
         gap, wanted = self.squares.tolist()
+        if not math.isfinite(gap + wanted):
+            return math.nan
         return (gap / wanted) ** 0.5 if wanted > 0 else 0.0
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor | None]:
@@ -147,8 +150,7 @@ class LeastSquares:
             Change of the weight at `outputs` and `inputs`, float64 with shape `(outputs, inputs, *kernel)`, and of the bias
             at `outputs`, None without a bias.
 
-        Raises:
-            torch.linalg.LinAlgError: An input is not finite.
+        The solution is not finite if an input is not.
         """
         size = len(self.gram) - self.bias
         gram = self.gram.clone()

@@ -264,7 +264,12 @@ class _Recovery:
         gap = sums.reduce()
         if gap <= NO_GAP:
             return False
-        changes = [change for change in sums.solve(self.ridge) if change is not None]
+        changes = [change for change in sums.solve(self.ridge) if change is not None] if math.isfinite(gap) else []
+        if not changes or not all(torch.isfinite(change).all() for change in changes):
+            raise ValueError(
+                f"recovery of {name} has values that are not finite (NaN or infinity): check the images, or take weights in "
+                f"float32"
+            )
         mean_over_ranks(changes)  # so that all processes have the same bits
         weight = self.parameters[f"{name}.weight"].data
         rows = weight[sums.outputs]

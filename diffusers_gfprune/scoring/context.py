@@ -23,7 +23,7 @@ from ..families.lookup import family_of
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.masking import dense_parameters
 
-__all__ = ["JointScores", "Scores", "ScoringContext", "check_batch", "check_criterion"]
+__all__ = ["JointScores", "Scores", "ScoringContext", "check_batch", "check_criterion", "equal_batches"]
 
 Scores = dict[str, Tensor]
 
@@ -71,6 +71,14 @@ def check_criterion(name: str, process: DiffusionProcess) -> None:
         )
 
 
+def equal_batches(batch: DiffusionBatch, batches: Sequence[DiffusionBatch]) -> float:
+    """How many batches of the size of `batch` have as many images as `batches`.
+
+    Divided by this, means over batches add up to the mean over images, also if the last batch is a short one.
+    """
+    return sum(map(len, batches)) / len(batch)
+
+
 @dataclass
 class ScoringContext:
     """Inputs of a criterion.
@@ -81,6 +89,7 @@ class ScoringContext:
         batches: Calibration batches; with several processes, the rows of this rank.
         process: The process of the model's training; it may be given as a scheduler.
         config: All options.
+        ranking: Number of this ranking, from which random directions follow (>= 0).
         parameters: Parameters with a slice in a group, by dense name.
     """
 
@@ -89,6 +98,7 @@ class ScoringContext:
     batches: Sequence[DiffusionBatch]
     process: DiffusionProcess
     config: GFPruneConfig
+    ranking: int = 0
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,8 +170,8 @@ class ScoringContext:
         return gradients
 
     def mean_gradient(self, batches: Sequence[DiffusionBatch]) -> dict[str, Tensor]:
-        """Gradient of the mean loss over batches, on all ranks."""
-        return self.summed_gradients(self.loss(batch) / len(batches) for batch in batches)
+        """Gradient of the mean loss over the images of batches, on all ranks."""
+        return self.summed_gradients(self.loss(batch) / equal_batches(batch, batches) for batch in batches)
 
     def reduce(self, contributions: Mapping[str, Tensor], aggregation: str) -> Scores:
         """Sum per-weight contributions over the slices of each unit.

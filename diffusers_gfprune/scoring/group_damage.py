@@ -90,7 +90,8 @@ def damage_curves(
         }
         masks = context.unet.channel_masks
         ones = {group.name: torch.ones(group.num_units) for group in groups}
-        narrower = ones | {name: (~widths[0][1]).float() for name, widths in points.items() if widths}
+        blocks = {group.name for group in groups if isinstance(group, RemovableBlock)}  # they cannot be a little narrower
+        narrower = ones | {name: (~w[0][1]).float() for name, w in points.items() if w and name not in blocks}
         start = _at_most(context.batches, max(1, SAMPLES // world_size()))
         in_samples = SampleDamage(
             context, start, ones, narrower, max(1, MEASURED_SAMPLES // world_size()), max(map(len, context.batches))

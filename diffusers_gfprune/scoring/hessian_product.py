@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..diffusion.batch import DiffusionBatch
 from ..distributed import mean_over_ranks, world_size
-from .context import ScoringContext
+from .context import ScoringContext, equal_batches
 
 __all__ = ["HESSIAN_PRODUCTS", "difference_product", "exact_product"]
 
@@ -39,7 +39,7 @@ def exact_product(context: ScoringContext, batches: Sequence[DiffusionBatch]) ->
 
     def directional_derivatives() -> Iterator[Tensor]:
         for batch in batches:
-            gradient = context.gradients(context.loss(batch) / len(batches), create_graph=True)
+            gradient = context.gradients(context.loss(batch) / equal_batches(batch, batches), create_graph=True)
             # With one batch on one rank, the gradient is v itself; otherwise it is a part of v.
             along = vector or {name: g.detach() for name, g in gradient.items()}
             if vector is None and world_size() > 1:
@@ -58,14 +58,13 @@ FINITE_DIFFERENCE_STEPS = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
 def _halves(batches: Sequence[DiffusionBatch]) -> list[tuple[DiffusionBatch, float]]:
-    """Split each batch into halves, with weights such that their losses sum to the mean loss.
+    """Split each batch into halves, with weights such that their losses sum to the mean loss over images.
 
     Finite differences hold two more copies of the weights than a training step. With half batches they need no more memory
     than training. Sums of gradients are the same.
     """
-    return [
-        (part, len(part) / (len(batch) * len(batches))) for batch in batches for part in batch.split((len(batch) + 1) // 2)
-    ]
+    parts = [part for batch in batches for part in batch.split((len(batch) + 1) // 2)]
+    return [(part, len(part) / sum(map(len, batches))) for part in parts]
 
 
 @torch.no_grad()

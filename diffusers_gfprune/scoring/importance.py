@@ -37,7 +37,7 @@ from ..criteria import Criterion, find_criterion, register_criterion
 from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, gather_rows
 from ..pruning.channel_groups import ChannelGroup
-from .context import JointScores, Scores, ScoringContext
+from .context import JointScores, Scores, ScoringContext, equal_batches
 from .hessian_product import HESSIAN_PRODUCTS
 from .mode import scoring_mode
 from .natural_gradient import joint_changes, prediction_changes
@@ -97,8 +97,8 @@ def score_units(
             finite or differ between ranks. The last three are raised on all ranks.
     """
     with scoring_context(unet, groups, batches, process, config) as (criterion, context):
-        scores = criterion.function(context)
-    _check_scores(scores)
+        scores = _checked_scores(criterion.function(context), groups)
+    check_identical({f"scores of {name}": values for name, values in scores.items()})
     return scores
 
 
@@ -108,17 +108,22 @@ def score_units_jointly(
     batches: Sequence[DiffusionBatch],
     process,
     config: GFPruneConfig,
+    ranking: int = 0,
 ) -> JointScores:
     """`score_units` with the joint changes of units, for a criterion that measures them (`Criterion.joint`).
+
+    `ranking` is the number of the ranking (>= 0). Changes of different rankings are added up, which needs independent random
+    directions, also where all rankings have the same batches.
 
     Raises:
         ValueError: As `score_units`, or the criterion does not measure joint changes.
     """
     if find_criterion(config.criterion).joint is None:
         raise ValueError(f"criterion={config.criterion} does not measure joint changes")
-    with scoring_context(unet, groups, batches, process, config) as (criterion, context):
+    with scoring_context(unet, groups, batches, process, config, ranking) as (criterion, context):
         joint = criterion.joint(context)
-    _check_scores(joint.scores)
+    joint = JointScores(_checked_scores(joint.scores, groups), joint.changes)
+    check_identical({f"scores of {name}": values for name, values in joint.scores.items()})
     check_identical({f"joint changes of {name}": values for name, values in joint.changes.items()})
     return joint
 
@@ -130,16 +135,17 @@ def scoring_context(
     batches: Sequence[DiffusionBatch],
     process,
     config: GFPruneConfig,
+    ranking: int = 0,
 ) -> Iterator[tuple[Criterion, ScoringContext]]:
     """Context in which a criterion can be computed: batches are checked, and the model is in `scoring_mode`.
 
-    The arguments and errors are those of `score_units`.
+    The arguments and errors are those of `score_units_jointly`.
     """
     criterion = find_criterion(config.criterion)
     _check_batches(batches, criterion)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
         unet = copy.deepcopy(unet).float()
-    context = ScoringContext(unet, groups, batches, process, config)
+    context = ScoringContext(unet, groups, batches, process, config, ranking)
     mode = scoring_mode(
         unet,
         list(context.parameters.values()),
@@ -151,9 +157,20 @@ def scoring_context(
         yield criterion, context
 
 
-def _check_scores(scores: Scores) -> None:
+def _checked_scores(scores: Scores, groups: Sequence[ChannelGroup]) -> Scores:
+    """Scores in float32, in the order of the groups; a criterion may be a user's.
+
+    Raises:
+        ValueError: A group has no scores, or scores have a wrong shape or are not finite. It is raised on all ranks.
+    """
+    for group in groups:
+        found = tuple(scores[group.name].shape) if group.name in scores else None
+        if found != (group.num_units,):
+            has = "no scores" if found is None else f"scores with shape {found}"
+            raise ValueError(f"the criterion gives {group.name} {has}, and not one for each of its {group.num_units} units")
+    scores = {group.name: scores[group.name].float() for group in groups}
     _check_finite(scores)
-    check_identical({f"scores of {name}": values for name, values in scores.items()})
+    return scores
 
 
 def average_scores(
@@ -217,10 +234,6 @@ def normalize_scores(scores: Scores, blocks: Collection[str] = ()) -> Scores:
 # --- criteria ----------------------------------------------------------------------------------------------------------
 
 
-def _mean_scores(parts: Sequence[Scores]) -> Scores:
-    return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
-
-
 @register_criterion(
     "gradient-flow",
     title="gradient flow",
@@ -250,12 +263,14 @@ def _theta_hg(context: ScoringContext) -> Scores:
     batches = [[batch] for batch in context.batches]
     if context.config.hessian_batches == "mean":
         batches = [list(context.batches)]
-    parts = []
+    total: Scores = {}
     for chosen in batches:
         hg = product(context, chosen)
         theta_hg = {name: value.mul_(context.parameters[name].detach()) for name, value in hg.items()}
-        parts.append(context.reduce(theta_hg, context.config.aggregation))
-    return _mean_scores(parts)
+        part, share = context.reduce(theta_hg, context.config.aggregation), equal_batches(chosen[0], context.batches)
+        for name, values in part.items() if len(batches) > 1 else ():
+            total[name] = total.get(name, 0) + values / share
+    return total or part
 
 
 @register_criterion("taylor", title="Taylor", derivatives=1)
@@ -281,7 +296,9 @@ def _diff_pruning(context: ScoringContext) -> Scores:
             end = bucket[0].item()
             break
     counted = ((batch, (batch.timesteps < end).float().to(context.device)) for batch in context.batches)
-    total = context.summed_gradients(context.loss(batch, weights) for batch, weights in counted)
+    total = context.summed_gradients(
+        context.loss(batch, weights) / equal_batches(batch, context.batches) for batch, weights in counted
+    )
     return context.reduce({n: context.parameters[n].detach() * g for n, g in total.items()}, "sum_abs")
 
 

@@ -38,8 +38,9 @@ times less than the removal does. Blocks are few, so that their change is measur
 
 The values r^T df/dm_u of the same probes, summed over the channels of a unit, tell what units change together: for a set R of
 units, |sum_{u in R} v_u|^2 = E (sum_{u in R} r^T df/dm_u)^2 (`pruning.joint`). They are kept as rows, one for each image and
-probe. Probes are independent with mean 0, so that adding two rows, of different images or of different rankings, leaves the
-expected square unchanged: at most `ROWS` rows are kept, and an average over rankings has as many. Rows of blocks hold r^T v_b.
+probe. Probes are independent with mean 0, also those of two rankings on the same images. Adding two rows, of different images
+or rankings, therefore leaves the expected square unchanged: at most `ROWS` rows are kept, and an average over rankings has as
+many. Rows of blocks hold r^T v_b.
 """
 
 from __future__ import annotations
@@ -94,13 +95,13 @@ def joint_changes(context: ScoringContext) -> JointScores:
     check_identical({f"values of {name}": parameter for name, parameter in context.parameters.items()})
     total = {group.name: torch.zeros(group.num_units, device=context.device) for group in context.groups}
     rows: dict[str, list[Tensor]] = {group.name: [] for group in context.groups}
-    images = 0
+    images, first = 0, PROBES * context.ranking
     with _outputs_kept(context) as outputs:
         for batch in context.batches:
             predictions = context.predictions(batch)
             produced = [output for _, output in outputs]
             for number in range(PROBES):
-                probe = _probe(batch, number).to(predictions)
+                probe = _probe(batch, first + number).to(predictions)
                 gradients = torch.autograd.grad(predictions, produced, probe, retain_graph=number < PROBES - 1)
                 along: dict[str, Tensor] = {}
                 for (name, output), gradient in zip(outputs, gradients):
@@ -116,7 +117,7 @@ def joint_changes(context: ScoringContext) -> JointScores:
                 change = _change_without(context, block, batch, predictions.detach())  # (batch, ...)
                 total[block.name] += PROBES * change.square().sum() / values_of_image
                 for number in range(PROBES):
-                    along_probe = (change * _probe(batch, number).to(change)).flatten(1).sum(dim=1, keepdim=True)
+                    along_probe = (change * _probe(batch, first + number).to(change)).flatten(1).sum(dim=1, keepdim=True)
                     rows[block.name].append(gather_rows(along_probe / values_of_image**0.5))
     mean_over_ranks(total.values())
     scores = {name: values / (images * PROBES) for name, values in total.items()}

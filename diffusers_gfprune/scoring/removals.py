@@ -19,6 +19,7 @@ from ..configuration import GFPruneConfig
 from ..diffusion.batch import DiffusionBatch
 from ..distributed import mean_over_ranks
 from ..pruning.channel_groups import ChannelGroup
+from .context import equal_batches
 from .importance import scoring_context
 
 __all__ = ["removal_damage"]
@@ -54,8 +55,9 @@ def removal_damage(
         for batch in context.batches:
             with torch.no_grad(), masks.suspended():
                 dense = context.predictions(batch)
+            share = equal_batches(batch, context.batches)
             for number, kept in enumerate(candidates):
                 with torch.no_grad(), masks.replaced({name: units.float() for name, units in kept.items()}):
-                    total[number] += (context.predictions(batch) - dense).double().square().mean() / len(context.batches)
+                    total[number] += (context.predictions(batch) - dense).double().square().mean() / share
     mean_over_ranks([total])
     return total.tolist()

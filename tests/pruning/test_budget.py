@@ -149,11 +149,22 @@ def test_ladder_of_units(channels: int, sizes: list[int], multiple: int, floor: 
         (plain_group(16, [16]), 16, [16]),
         (attention_group(64, 1), 16, [64, 56, 48, 40, 32, 24, 16, 8]),
         (attention_group(24, 4), 8, [24, 20, 16, 12, 8, 4]),
+        (attention_group(320, 8), 16, list(range(320, 0, -32))),  # heads of 40, 36, 32, ... channels
+        (attention_group(512, 8), 16, list(range(512, 0, -64))),  # heads of 64, 56, 48, ...
+        (attention_group(128, 8), 16, [128, 112, 96, 80, 64, 48, 32, 16]),  # multiples of 4 leave no choice
     ],
 )
 def test_aligned_ladder_leaves_a_choice(group: ChannelGroup, block: int, expected: list[int]) -> None:
     """Full blocks; the largest width of each number of blocks; blocks of half the size, ...: whatever leaves five widths."""
     assert aligned_ladder(group, block, 0.0, "head_dim") == expected
+
+
+def test_tensor_cores_take_multiples_of_eight_where_there_are_enough() -> None:
+    """Before full tiles of 64, of which units of 10 channels have none below the dense width."""
+    units = plain_group(320, [10] * 32)
+    assert aligned_ladder(units, 64, 0.0, "head_dim") == [320, 280, 250, 220, 190, 160, 120, 90, 60, 30]
+    assert aligned_ladder(units, 64, 0.0, "head_dim", 8) == list(range(320, 0, -40))
+    assert aligned_ladder(plain_group(84, [12] * 7), 64, 0.0, "head_dim", 8) == [84, 72, 60, 48, 24, 12]  # too few
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,19 @@ def test_a_pruner_mends_what_it_pruned() -> None:
         pruner.recover(dense, batches())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_said(value: float) -> None:
+    """Before any weight is not finite: nothing else would notice."""
+    dense = build("base")
+    model, plan = masked(dense, random_masks(trace_groups(dense), seed=3))
+    batch = batch_for(dense)
+    batch.clean[3, 0, 2, 2] = value
+    with pytest.raises(
+        ValueError, match=r"^recovery of .* has values that are not finite \(NaN or infinity\): check the images"
+    ):
+        recover(dense, model, plan, [batch], PROCESS)
+
+
 @pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(("limit", "left"), [(48, 0.8), (40, 0.85)], ids=["at the centre", "not all"])
 def test_layers_with_large_gram_matrices(

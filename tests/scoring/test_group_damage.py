@@ -124,6 +124,28 @@ def test_a_copy_of_a_kept_unit_is_free_to_remove(monkeypatch: pytest.MonkeyPatch
     assert all(curve.widths == () for other, curve in found.items() if other != name)
 
 
+def test_steps_are_weighed_by_a_model_with_all_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slightly narrower one. A block can only go whole, and without all of them nothing is left of the samples."""
+
+    class Seen(Exception):
+        pass
+
+    def see(context, start, ones, narrower, *others):
+        raise Seen(narrower)
+
+    config = GFPruneConfig(criterion="magnitude", total_steps=1, depth="allow", channel_multiple=1)
+    pruner = GradientFlowPruner(build("fine-units"), config, SCHEDULER)
+    scores = {group.name: torch.arange(group.num_units).float() for group in pruner.groups}
+    monkeypatch.setattr(group_damage, "SampleDamage", see)
+    calibration = calibration_batches(images(8), SCHEDULER, batch_size=8)
+    with pytest.raises(Seen) as seen:
+        damage_curves(pruner.unet, pruner.groups, calibration, SCHEDULER, config, scores, pruner.ladders)
+    (narrower,) = seen.value.args
+    blocks = [group.name for group in pruner.groups if isinstance(group, RemovableBlock)]
+    assert blocks and all(narrower[name].all() for name in blocks)
+    assert not all(mask.all() for mask in narrower.values())
+
+
 @pytest.mark.slow
 @quick
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

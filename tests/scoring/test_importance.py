@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -258,11 +259,13 @@ def test_hessian_batches_do_not_matter_for_one_batch(trained: Setting, hvp: str)
 
 
 def test_mean_over_batches_is_that_of_one_large_batch(trained: Setting) -> None:
-    """g and H of the mean loss do not depend on how equal batches are cut."""
+    """g and H of the mean loss do not depend on how images are cut into batches, also where the last one is short."""
     whole = tuple(torch.cat(column) for column in zip(*trained.batches))
     large = Setting(trained.unet, trained.groups, [whole], trained.scheduler)
-    for criterion in ("exact", "taylor"):
-        split, together = (setting.scores(**{**PAPER, **CRITERIA[criterion]}) for setting in (trained, large))
+    uneven = [tuple(column[:-3] for column in whole), tuple(column[-3:] for column in whole)]
+    short = Setting(trained.unet, trained.groups, uneven, trained.scheduler)
+    for setting, criterion in itertools.product((trained, short), ("exact", "taylor", "diff-pruning")):
+        split, together = (each.scores(**{**PAPER, **CRITERIA[criterion]}) for each in (setting, large))
         for name in split:
             torch.testing.assert_close(split[name], together[name], rtol=1e-3, atol=1e-3 * together[name].abs().max().item())
 
@@ -339,6 +342,24 @@ def test_registered_function_is_used(trained: Setting, monkeypatch: pytest.Monke
     expected = sum((values.detach() ** 4).sum(dim=1) for values in (*produced, read))
     expected = expected.view(-1, 2).sum(dim=1)  # units are the norm groups of norm2, of two channels each
     torch.testing.assert_close(scores["mid_block.resnets.0.conv1"], expected)
+
+
+def test_scores_of_a_criterion_are_checked(trained: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each unit, of every group; they are kept in float32, as checkpoints hold them."""
+    monkeypatch.setattr(registry, "_CRITERIA", dict(registry._CRITERIA))
+    right = {group.name: torch.ones(group.num_units, dtype=torch.float64) for group in trained.groups}
+    first = trained.groups[0]
+    given = dict(right)
+    register_criterion("mine")(lambda context: given)
+    assert {values.dtype for values in trained.scores(criterion="mine").values()} == {torch.float32}
+    given[first.name] = torch.ones(first.num_channels)
+    with pytest.raises(
+        ValueError, match=f"the criterion gives {first.name} scores with shape .*, and not one for each of its"
+    ):
+        trained.scores(criterion="mine")
+    del given[first.name]
+    with pytest.raises(ValueError, match=f"the criterion gives {first.name} no scores"):
+        trained.scores(criterion="mine")
 
 
 @pytest.mark.parametrize("name", ["gradient-flow", "random"])

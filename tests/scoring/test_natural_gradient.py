@@ -247,6 +247,19 @@ def test_averages_of_rows_have_the_averaged_square() -> None:
     assert longer[1]["a"].shape == (8000, 3)
 
 
+def test_rankings_on_the_same_images_have_their_own_directions() -> None:
+    """With the same ones, rows would add up coherently: to 38 times the square after many rankings with a decay of 0.9."""
+    unet, averaged = build("fine-units").eval(), (None, None)
+    groups, batches = trace_channel_groups(unet), [DiffusionBatch.of(batch_of(unet, 8))]
+    for ranking in range(12):
+        found = score_units_jointly(unet, groups, batches, SCHEDULER, CONFIG, ranking)
+        averaged = average_scores(averaged, (found.scores, found.changes), 0.9)
+        sizes = [sum(float(values.square().sum()) for values in averaged[1].values())]
+        if ranking == 0:
+            (first,) = sizes
+    assert sizes[0] == pytest.approx(first, rel=0.5)
+
+
 def test_a_criterion_without_joint_changes_is_refused() -> None:
     unet = build("fine-units")
     with pytest.raises(ValueError, match="criterion=magnitude does not measure joint changes"):
