@@ -1,4 +1,4 @@
-"""Prune DDPMs by gradient flow, and save the pruned models in a form that `from_pretrained` loads.
+"""Prune diffusion models by gradient flow, and save the pruned models in a form that `from_pretrained` loads.
 
 Importing this package registers it with Diffusers: `DiffusionPipeline.from_pretrained` then loads pruned repositories with
 the classes of this package and does not run code from the repository.

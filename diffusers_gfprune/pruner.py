@@ -5,13 +5,20 @@ damage are chosen (`unit_choice`), and the masks of the others fall to the p_t o
 ranked again at the next update, and the mask of a unit returns to 1 when its rank recovers. Weights train throughout: the
 pruner only sets masks (`masking`).
 
-The defaults differ from the published form in three ways, each an option. Scores are gradient norms in the metric of
-predictions (`criterion="gradient-flow"`), which rank the units of a trained network better. Rankings are noisy: masks of the
-soft phase are interpolated linearly between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly
-higher (`revival_margin`). Layers differ in importance: scores also determine the share of channels that each group loses
-(`ranking="sensitivity"`); or the damage of narrowing each group is measured (`ranking="curves"`). Without training after it,
-units of all groups are better chosen together, by what they change jointly, and the best of a few such choices is found by
-measuring what they change (`ranking="joint"`).
+The defaults differ from the published form in these ways, each an option:
+
+- Scores are gradient norms in the metric of predictions (`criterion="gradient-flow"`), which rank the units of a trained
+  network better. They are taken without masks (`score_at`).
+- Rankings are noisy. Scores are averaged over rankings (`score_decay`), masks of the soft phase are interpolated linearly
+  between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly higher (`revival_margin`).
+- The share of pruned units rises as a cubic (`sparsity_schedule`).
+- Layers differ in importance. Scores also determine the share of channels that each group loses (`ranking="sensitivity"`), or
+  the damage of narrowing each group is measured (`ranking="curves"`). Without training after it, units of all groups are
+  better chosen together, by what they change jointly. The best of a few such choices is found by measuring what they change
+  (`ranking="joint"`).
+
+In training runs, the dense model is the teacher, layers that read pruned channels are refitted by least squares (`recovery`),
+and more timesteps are drawn where student and teacher are far apart (`timestep_sampling`).
 """
 
 from __future__ import annotations

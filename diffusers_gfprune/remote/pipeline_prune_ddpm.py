@@ -65,7 +65,8 @@ class PruneDDPMPipeline(DDPMPipeline):
 
     Parameters:
         unet ([`UNet2DModel`] or `GFPrunedUNet2DModel`): A model that denoises images.
-        scheduler ([`SchedulerMixin`]): A [`DDPMScheduler`] or [`DDIMScheduler`].
+        scheduler ([`SchedulerMixin`]): A scheduler of DDPMs, such as [`DDPMScheduler`] or [`DDIMScheduler`], or a
+            [`FlowMatchEulerDiscreteScheduler`].
     """
 
     _card: str | None = None
