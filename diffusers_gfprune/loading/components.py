@@ -90,7 +90,7 @@ def _checked_variant(folder: Path, component: str) -> str | None:
 
 
 def _check_index(path: Path, component: str) -> None:
-    """Check that an index of sharded weights names safetensors beside it: Diffusers would load any file that it names.
+    """Check that an index of sharded weights names safetensors beside it.
 
     Raises:
         ValueError: It names another file.

@@ -170,7 +170,6 @@ def test_several_variants_without_default_weights_are_not_copied(tmp_path: Path)
 
 
 def test_an_index_names_nothing_but_safetensors(tmp_path: Path) -> None:
-    """Diffusers loads whatever file it names, also with `use_safetensors=True`."""
     autoencoder().save_pretrained(tmp_path / "vae", max_shard_size="20KB")
     path = tmp_path / "vae" / f"{WEIGHTS}.index.json"
     index = json.loads(path.read_text())
