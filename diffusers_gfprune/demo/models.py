@@ -243,12 +243,20 @@ def _matching(trained: TrainedPipeline, reference: str, revision: str | None) ->
 
 
 def _shown(name: str, trained: TrainedPipeline, device: torch.device, dtype: str) -> ShownModel:
+    """The pipeline on its device, in its dtype.
+
+    Raises:
+        ValueError: The device has too little memory.
+    """
     denoiser = trained.denoiser.requires_grad_(False).eval()
     parameters, macs = count_parameters(denoiser), count_macs(denoiser)
     pipeline = trained.stock()
     if dtype != "float32":  # in which it is loaded
         pipeline.to(getattr(torch, dtype))
-    pipeline.to(device)  # at last: in float32, it may not fit
+    try:
+        pipeline.to(device)  # at last: in float32, it may not fit
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{portable(name)} does not fit on device={device} in dtype={dtype}: {one_line(error)}") from error
     pipeline.set_progress_bar_config(leave=False)
     in_latents = trained.codec is not None
     return ShownModel(str(portable(name)), pipeline, pipeline.scheduler, parameters, macs, in_latents)

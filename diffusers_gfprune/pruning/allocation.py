@@ -26,7 +26,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import neg
 
 import numpy as np
@@ -59,26 +59,36 @@ def _nearest(ladder: Sequence[int], width: float) -> int:
 def _polish(
     cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]], rungs: list[int], moves: int = 500
 ) -> np.ndarray:
-    """Take single steps that bring the removed share closer to `ratio`, until none does."""
+    """Take single steps that bring the removed share closer to `ratio`, until none does.
+
+    Large steps can stall outside of the tolerance. Two steps at once, of two groups, are then tried.
+    """
 
     def widths(candidate: Sequence[int]) -> np.ndarray:
         return np.array([ladder[rung] for ladder, rung in zip(ladders, candidate)])
 
-    gap = abs(cost.removed(target, widths(rungs)) - ratio)
+    def gap_of(candidate: Sequence[int]) -> float:
+        return abs(cost.removed(target, widths(candidate)) - ratio)
+
+    def steps(rungs: list[int], first: int = 0) -> Iterator[tuple[int, list[int]]]:
+        """Every single step of the groups from `first` on, with the group's index."""
+        for index in range(first, len(ladders)):
+            for step in (-1, 1):
+                if 0 <= rungs[index] + step < len(ladders[index]):
+                    yield index, [*rungs[:index], rungs[index] + step, *rungs[index + 1 :]]
+
+    gap = gap_of(rungs)
     for _ in range(moves):
-        best = None
-        if gap > BUDGET_TOLERANCE / 20:
-            for index, ladder in enumerate(ladders):
-                for step in (-1, 1):
-                    if not 0 <= rungs[index] + step < len(ladder):
-                        continue
-                    candidate = [*rungs[:index], rungs[index] + step, *rungs[index + 1 :]]
-                    candidate_gap = abs(cost.removed(target, widths(candidate)) - ratio)
-                    if candidate_gap < gap:
-                        best, gap = candidate, candidate_gap
-        if best is None:
+        if gap <= BUDGET_TOLERANCE / 20:
             break
-        rungs = best
+        candidates = (candidate for _, candidate in steps(rungs))
+        best = min(candidates, key=gap_of, default=rungs)
+        if gap_of(best) >= gap and gap > BUDGET_TOLERANCE:
+            pairs = (second for index, first in steps(rungs) for _, second in steps(first, index + 1))
+            best = min(pairs, key=gap_of, default=rungs)
+        if gap_of(best) >= gap:
+            break
+        rungs, gap = best, gap_of(best)
     return widths(rungs)
 
 

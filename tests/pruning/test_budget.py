@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from diffusers_gfprune.pruning.allocation import allocate_by_sensitivity, allocate_global, allocate_per_group
+from diffusers_gfprune.pruning.allocation import _polish, allocate_by_sensitivity, allocate_global, allocate_per_group
 from diffusers_gfprune.pruning.budget import (
     BUDGET_TOLERANCE,
     aligned_ladder,
@@ -456,3 +457,11 @@ def test_scores_that_are_not_finite_are_refused(value: float) -> None:
     """A NaN sorts somewhere; the model would be pruned at random without a word."""
     with pytest.raises(ValueError, match="scores of conv are not finite"):
         select_units(plain_group(3), torch.tensor([1.0, value, 2.0]), 2)
+
+
+def test_two_groups_move_together_where_single_steps_stall() -> None:
+    """One step of either group is 30 or 27 % of the cost: from 27 %, only both at once lead to 30 %."""
+    steps = np.array([0.30, 0.27])
+    cost = SimpleNamespace(removed=lambda target, widths: float(steps @ (1 - widths)))
+    assert _polish(cost, "macs", 0.30, [[1, 0], [1, 0]], [0, 1]).tolist() == [0, 1]
+    assert _polish(cost, "macs", 0.275, [[1, 0], [1, 0]], [0, 1]).tolist() == [1, 0]  # near enough
