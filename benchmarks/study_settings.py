@@ -169,7 +169,7 @@ def _earlier() -> list[Setting]:
             name = f"one-shot-{criterion}{ending}"
             found.append(Setting(name, f"{title}, one-shot{words}", "earlier", (*ONE_SHOT, *chosen, *teacher), curves=rival))
         found.append(
-            Setting(f"scratch{ending}", f"scratch, at the default's widths{words}", "earlier", teacher, kind="scratch")
+            Setting(f"scratch{ending}", f"scratch, at the widths of two phases{words}", "earlier", teacher, kind="scratch")
         )
         title = f"Torch-Pruning as in Diff-Pruning's script{words}"
         found.append(Setting(f"earlier-torch-pruning{ending}", title, "earlier", teacher, kind="torch-pruning"))
