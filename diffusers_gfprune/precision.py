@@ -1,4 +1,4 @@
-"""Float32 without TF32 or bfloat16 inside, for small differences of large sums."""
+"""Float32 without TF32, bfloat16 or autocast inside, for small differences of large sums."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-__all__ = ["ieee_float32"]
+__all__ = ["ieee_float32", "own_forward"]
 
 
 def _older_flags() -> tuple[str, bool] | None:
@@ -46,3 +47,18 @@ def ieee_float32() -> Iterator[None]:
             _set_older_flags(*older)
         for owner, precision in zip(owners, before):
             owner.fp32_precision = precision
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Context in which the model uses its forward without the autocast wrapper of Accelerate."""
+    wrapped = vars(model).get("forward")
+    original = vars(model).get("_original_forward")
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped

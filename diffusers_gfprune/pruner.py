@@ -45,7 +45,7 @@ from .pruning.blocks import trace_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
 from .pruning.damage_curves import DamageCurve
-from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState
+from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState, check_plan, plan_settings
 from .pruning.recovery import RIDGE, recover
 from .ranking import Ranking
 from .scoring.context import check_batch, check_criterion
@@ -219,6 +219,7 @@ class GradientFlowPruner:
 
     def _plan_widths(self) -> None:
         """Compute the widths that are possible. Latency has been measured before."""
+        self._planned_for = self._device_type()
         self.choice = UnitChoice(self.cost, self.config, self._device_type())
         self.channel_multiple, self.ladders = self.choice.channel_multiple, self.choice.ladders
         self.planned_widths = self.choice.planned_widths
@@ -255,7 +256,7 @@ class GradientFlowPruner:
         """Set the masks according to the schedule at `step`. Call it before every training step, on every rank.
 
         Args:
-            step: Training step, from 0.
+            step: Training step, from 0. A second call with the step of a ranking does nothing.
             calibration_batches: Batches `(clean_images, noise, timesteps[, class_labels])`, or a function that returns
                 them and is called only when units are ranked. With several processes, each rank passes its rows of every
                 batch, the same number on each. Labels are used unchanged: if training replaces some labels by a null label,
@@ -265,12 +266,17 @@ class GradientFlowPruner:
             The changes, if units were ranked at this step; else None.
 
         Raises:
-            ValueError: A batch does not fit the model; scores are not finite; or scores or masks differ between ranks. The
-                last two are raised on all ranks.
+            ValueError: The step is before the last ranking, or rankings were missed; a batch does not fit the model; scores
+                are not finite; or scores or masks differ between ranks. The last two are raised on all ranks.
         """
         if self.finished:
             return None
         self._check_masked()
+        last = self.history[-1].step if self.history else -1
+        if step < last:
+            raise ValueError(f"step={step} is before the last ranking, at step {last}: number training steps over all epochs")
+        if step == last:  # such as with accumulated gradients
+            return None
         update = None
         self._follow_path(step)
         if self.schedule.is_update(step):
@@ -280,6 +286,10 @@ class GradientFlowPruner:
         if step >= self.schedule.end_steps:
             if not self.history:
                 raise ValueError(f"step={step} is after the last ranking, but units were never ranked: call step() from 0 on")
+            if not self._by_hand and not all(((mask == 0) | (mask == 1)).all() for mask in self.unit_masks.values()):
+                raise ValueError(
+                    f"step={step}: rankings after step {last} were missed: call step() before every training step"
+                )
             self.finished = True
             if not self.choice.widths_are_planned:
                 self.choice.warn_if_missed(self.history[-1].sparsity)
@@ -289,6 +299,12 @@ class GradientFlowPruner:
         needs_batches = find_criterion(self.config.criterion).needs_batches or self.config.ranking == "curves"
         for batch in batches if needs_batches else ():
             check_batch(self.unet, self.process, batch)
+        if self._device_type() != self._planned_for and not self.history:
+            if self.config.target == "latency":
+                raise ValueError(
+                    f"the model was moved from {self._planned_for}, where it was timed: make the pruner after that"
+                )
+            self._plan_widths()
         goal = self.schedule.goal_step(step)
         share = self.schedule.sparsity(goal)
         chosen = self.ranking.rank(batches, share, self.kept, self._fixed_widths(share), len(self.history))
@@ -354,7 +370,9 @@ class GradientFlowPruner:
             self.latency,
             self.ranking.curves,
         )
-        return state.to_dict()
+        saved = state.to_dict()
+        saved["values"]["plan"] = plan_settings(self.config)
+        return saved
 
     def load_state_dict(self, state: Mapping) -> None:
         """Continue from the output of `state_dict`.
@@ -364,12 +382,15 @@ class GradientFlowPruner:
         `detach`, the masks are kept for reports and `compaction_plan`, and the model stays dense.
 
         Args:
-            state: State of a pruner with the same channel groups.
+            state: State of a pruner with the same channel groups, budget and schedule.
 
         Raises:
-            ValueError: The state has other groups, is incomplete or damaged. Nothing is changed.
+            ValueError: The state has other groups, another budget or schedule, or is incomplete or damaged. Nothing is
+                changed.
         """
         loaded = PrunerState.from_dict(state, self.groups)
+        if not loaded.finished:
+            check_plan(state["values"].get("plan"), self.config)
         if (loaded.latency is None) != (self.latency is None):
             raise ValueError(f"the pruner's state must have the same target as this pruner, target={self.config.target}")
         if self.config.ranking == "joint" and loaded.history and not (loaded.finished or loaded.changes):

@@ -71,6 +71,21 @@ class Ranking:
         Returns:
             True for kept units by group name, each with shape `(num_units,)`.
         """
+        before = self.scores, self.changes, self.curves
+        try:
+            return self._rank(batches, share, kept, widths, number)
+        except BaseException:  # such as memory that ran out: the ranking can be repeated, and the state saved
+            self.scores, self.changes, self.curves = before
+            raise
+
+    def _rank(
+        self,
+        batches: Sequence[DiffusionBatch],
+        share: float,
+        kept: Mapping[str, Tensor],
+        widths: np.ndarray | None,
+        number: int,
+    ) -> dict[str, Tensor]:
         first = self.scores is None
         self._score(batches, kept, self.config.score_decay, number)
         if self.config.ranking == "curves" and self.curves is None:

@@ -3,6 +3,7 @@
 <output_dir>                 the complete result
 .<output_dir>.incomplete     the result until it is complete
 <output_dir>.training        during the run: checkpoint-<step>/, logs/, samples/
+.<output_dir>.lock           during the run: keeps other runs away
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from .formatting import format_size
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["RunFolder", "write_json"]
 
@@ -46,6 +53,7 @@ class RunFolder:
         self.inputs = [Path(os.path.abspath(name)) for name in inputs if name and Path(name).exists()]
         self.staging = self._beside("incomplete")
         self.training = self.path.with_name(f"{self.path.name}.training")
+        self._locked: IO[str] | None = None
 
     def check(self, resuming: bool = False) -> None:
         """Check that the folder may be written.
@@ -95,6 +103,31 @@ class RunFolder:
         """
         if any(self.training.glob("*")):
             raise ValueError(f"output_dir={self.path} belongs to a training run, see {self.training}: choose another folder")
+
+    def _lock(self) -> None:
+        """Keep other runs from writing to this folder, until this process ends or the context of this object is left.
+
+        Raises:
+            ValueError: Another run writes to it.
+        """
+        if fcntl is None or self._locked is not None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self._beside("lock"), "a")  # noqa: SIM115 - closed in _unlock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ValueError(f"output_dir={self.path} is being written by another run: choose another folder") from error
+        except OSError:  # a file system without locks
+            pass
+        self._locked = file
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            self._beside("lock").unlink(missing_ok=True)
+            self._locked.close()
+            self._locked = None
 
     def check_outside(self, **folders: str | os.PathLike | None) -> None:
         """Check that folders which the run writes, by argument, are not in this one, which it replaces at its end.
@@ -146,6 +179,7 @@ class RunFolder:
             ValueError: The folder cannot be written, or the disk has too little space.
         """
         try:
+            self._lock()
             if not resuming:
                 shutil.rmtree(self.staging, ignore_errors=True)
                 shutil.rmtree(self.training, ignore_errors=True)
@@ -157,6 +191,7 @@ class RunFolder:
         if free < needed:
             if not resuming:
                 self.discard()
+            self._unlock()
             raise ValueError(
                 f"output_dir={self.path} needs {format_size(needed, 0)}, but the disk has {format_size(free, 0)} free"
             )
@@ -213,3 +248,4 @@ class RunFolder:
         if error is not None:
             with contextlib.suppress(OSError):
                 self.training.rmdir()  # only if it is empty
+        self._unlock()

@@ -76,6 +76,27 @@ def test_a_full_disk_costs_no_model_of_an_interrupted_run(tmp_path: Path, monkey
     assert (folder.staging / "model_index.json").exists()
 
 
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    """The second one would delete what the first has saved. Afterwards nothing is left, and the folder can be written."""
+    first, second = (RunFolder(str(tmp_path / "run"), overwrite=True) for _ in range(2))
+    with first:
+        first.prepare()
+        (first.staging / "model_index.json").write_text("{}")
+        with (
+            pytest.raises(ValueError, match="output_dir=.*run is being written by another run: choose another folder"),
+            second,
+        ):
+            second.prepare()
+        assert (first.staging / "model_index.json").exists()
+        first.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with second:
+        second.prepare()
+        (second.staging / "model_index.json").write_text("{}")
+        second.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = RunFolder(str(tmp_path / "file/run"), overwrite=False)
@@ -164,7 +185,7 @@ def test_saving_on_the_way_replaces_everything(tmp_path: Path) -> None:
     folder.save(lambda fresh: (fresh / "old").write_text("1"))
     folder.save(lambda fresh: (fresh / "new").write_text("2"))
     assert [path.name for path in folder.staging.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == [folder.staging.name]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.staging.name, ".run.lock"}
 
 
 def test_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
@@ -178,7 +199,7 @@ def test_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space"):
         folder.save(fails)
     assert (folder.staging / "model_index.json").read_text() == "1"
-    assert [path.name for path in tmp_path.iterdir()] == [folder.staging.name]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.staging.name, ".run.lock"}
 
 
 @pytest.mark.parametrize("what", ["incomplete", "saving", "replaced"])

@@ -119,8 +119,8 @@ def export_parts(parts: PipelineParts, output_dir: str | os.PathLike, options: E
     output.check_not_training()
     output.check()
     output.prepare(parameter_bytes(parts.denoiser) * (2 if options.compile else 1))
-    parts = parts._replace(denoiser=copy.deepcopy(parts.denoiser).cpu().float().eval().requires_grad_(False))
     with output:
+        parts = parts._replace(denoiser=copy.deepcopy(parts.denoiser).cpu().float().eval().requires_grad_(False))
         reference = None if options.dtype == "fp32" else _reference(parts, options)
         description = _write(parts, output.staging, options, reference)
         description = _checked(parts, output.staging, options, description, reference)

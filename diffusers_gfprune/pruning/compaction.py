@@ -182,11 +182,24 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
     return small.train(unet.training)
 
 
+def unwrapped(optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside of a wrapper, such as Accelerate's.
+
+    Raises:
+        ValueError: It is no optimizer.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer is a {type(optimizer).__name__}: it must be one optimizer of PyTorch")
+    return optimizer
+
+
 def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn.Module, plan: CompactionPlan) -> None:
     """Move an optimizer from the masked model to the small one, with its state, in place.
 
     Args:
-        optimizer: Adam, AdamW, SGD, or bitsandbytes' 8-bit Adam or AdamW (see `optimizer_state`).
+        optimizer: Adam, AdamW, SGD, or bitsandbytes' 8-bit Adam or AdamW (see `optimizer_state`), also wrapped by Accelerate.
         unet: The masked model, whose parameters the optimizer holds.
         small: The compacted model.
         plan: The plan of the compaction.
@@ -194,6 +207,7 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, unet: nn.Module, small: nn
     Raises:
         ValueError: The optimizer holds other parameters or unknown state.
     """
+    optimizer = unwrapped(optimizer)
     names = {parameter: name for name, parameter in dense_parameters(unet).items()}
     state, param_groups = {}, []
     for param_group in optimizer.param_groups:
@@ -221,8 +235,10 @@ def check_ema(ema, unet: nn.Module) -> None:
     """Check that an `EMAModel` belongs to the model: its methods match tensors by position and broadcast shapes.
 
     Raises:
-        ValueError: The number of parameters or a shape differs from the model.
+        ValueError: It is another kind of average, or the number of parameters or a shape differs from the model.
     """
+    if not hasattr(ema, "shadow_params"):
+        raise ValueError(f"ema is a {type(ema).__name__}: it must be an EMAModel of Diffusers")
     parameters = dense_parameters(unet)
     if len(ema.shadow_params) != len(parameters):
         raise ValueError(f"ema has {len(ema.shadow_params)} parameters, but the model has {len(parameters)}")

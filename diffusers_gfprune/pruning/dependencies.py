@@ -58,6 +58,8 @@ def meta_twin(unet: nn.Module) -> nn.Module:
         raise ValueError(
             f"the model is already pruned ({type(unet).__name__}): prune the dense model to the smaller budget instead"
         )
+    if getattr(unet, "peft_config", None):
+        raise ValueError(f"the model has adapters ({', '.join(unet.peft_config)}): fuse or delete them before pruning")
     family.check_supported(unet.config)
     # The pruned class checks these again at compaction
     family.check_arguments({name: value for name, value in unet.config.items() if not name.startswith("_")})

@@ -72,10 +72,11 @@ class ChannelMasks(nn.Module):
     def __init__(self, groups: Sequence[ChannelGroup]) -> None:
         super().__init__()
         self.groups = {group.name: group for group in groups}
-        for group in groups:
-            self.register_buffer(self._key(group.name), torch.ones(group.num_units))
+        for group in groups:  # empty masks have nothing to save, and Accelerate takes several of them for shared tensors
+            self.register_buffer(self._key(group.name), torch.ones(group.num_units), persistent=group.num_units > 0)
         self.version = 0  # of the values, for caches
-        self.all_ones = True  # skips the products if no channel is masked
+        self._suspended = False
+        self._refresh()
         self.register_load_state_dict_post_hook(lambda module, _: module._refresh())
 
     @staticmethod
@@ -110,16 +111,27 @@ class ChannelMasks(nn.Module):
 
     def _refresh(self) -> None:
         self.version += 1
-        self.all_ones = all(bool((self[name] == 1).all()) for name in self.groups)
+        self._ones = all(bool((self[name] == 1).all()) for name in self.groups)
+        self._written = {name: self[name]._version for name in self.groups}
+
+    @property
+    def all_ones(self) -> bool:
+        """Whether the model runs with all masks set to 1, which skips the products."""
+        return self._suspended or self._ones
+
+    def look(self, names: Sequence[str]) -> None:
+        """Notice masks that were written in place by others, such as an average of models that copies buffers."""
+        if not self._suspended and any(self[name]._version != self._written[name] for name in names):
+            self._refresh()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Context in which the model runs with all masks set to 1."""
-        before, self.all_ones = self.all_ones, True
+        before, self._suspended = self._suspended, True
         try:
             yield
         finally:
-            self.all_ones = before
+            self._suspended = before
 
     @contextmanager
     def replaced(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
@@ -165,6 +177,10 @@ class MaskVector(nn.Module):
         """Version of the mask values."""
         return self.owner[0].version
 
+    def look(self) -> None:
+        """Notice values that were written by others (`ChannelMasks.look`)."""
+        self.owner[0].look(self.names)
+
     def forward(self) -> Tensor:
         """The mask with shape `(length,)`."""
         masks = self.owner[0]
@@ -193,6 +209,7 @@ class ChannelMask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # one graph for all mask values, including the factor
             return weight * self._factor(weight)
+        self.vector.look()
         if self.vector.all_ones:
             return weight
         key = self.vector.version, weight.dtype, weight.device

@@ -12,10 +12,10 @@
               finished, by_hand    bool
               latency              measured times for a latency budget (`latency.budget`), or null
               curves               `DamageCurve.to_dict()` by group name with ranking="curves", or null
+              plan                 budget and schedule (`plan_settings`), which a run that continues must share
 
 All other tensors have the shape `(num_units,)`. Group names contain dots, but no slashes. Tensors are stored as safetensors,
-values as JSON, which restore every number bit for bit. Schedule and options are not stored, as they follow from the
-configuration.
+values as JSON, which restore every number bit for bit. Other options are not stored, as they follow from the configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .channel_groups import ChannelGroup
 from .damage_curves import DamageCurve
 from .masking import check_mask
 
-__all__ = ["MaskPath", "MaskUpdate", "PrunerState"]
+__all__ = ["MaskPath", "MaskUpdate", "PrunerState", "check_plan", "plan_settings"]
 
 
 @dataclass(frozen=True)
@@ -257,3 +257,28 @@ def _read_history(entries: Iterable[Mapping]) -> list[MaskUpdate]:
     if wrong or steps != sorted(set(steps)) or any(update.phase not in ("soft", "hard") for update in history):
         raise ValueError("history of the pruner's state must be mask updates in the order of their steps")
     return history
+
+
+def plan_settings(config) -> dict:
+    """What a run that continues from a state must have in common with the run that saved it, as JSON values.
+
+    Args:
+        config: The `GFPruneConfig`.
+    """
+    names = ("target", "ratio", "depth", "attention_unit")
+    return {name: getattr(config, name) for name in names} | asdict(config.schedule())
+
+
+def check_plan(saved: Mapping | None, config) -> None:
+    """Check that a state was saved with the budget and schedule of a configuration.
+
+    Args:
+        saved: `plan_settings` of the run that saved it; None: an earlier version saved none.
+        config: The `GFPruneConfig` of the run that continues.
+
+    Raises:
+        ValueError: One differs.
+    """
+    for name, value in plan_settings(config).items() if saved else ():
+        if saved.get(name, value) != value:
+            raise ValueError(f"the pruner's state has {name}={saved[name]}, and this pruner {name}={value}")

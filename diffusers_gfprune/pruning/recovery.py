@@ -34,7 +34,7 @@ from ..diffusion.schedulers import training_process
 from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from ..metrics.peak_memory import allocated_at_most
-from ..precision import ieee_float32
+from ..precision import ieee_float32, own_forward
 from .compaction import CompactionPlan
 from .least_squares import MAX_FEATURES, LeastSquares
 from .masking import dense_parameters
@@ -101,7 +101,8 @@ def recover(
     run.check_bytes(batches[0], process)
     limit = _memory(next(dense.parameters()).device) if pass_bytes is None else pass_bytes
     joined = _concatenate(batches).split(max(1, limit // run.bytes_of_a_row))
-    with ieee_float32():
+    device = next(masked.parameters()).device
+    with ieee_float32(), torch.autocast(device.type, enabled=False), own_forward(dense), own_forward(masked):
         run.mend(joined, process)
     return run.mended
 

@@ -14,26 +14,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..metrics.eval_mode import evaluating
-from ..precision import ieee_float32
+from ..precision import ieee_float32, own_forward
 from ..pruning.masking import MASKS_MODULE
 from .double_backward import LeanDoubleBackward
 
 __all__ = ["scoring_mode"]
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Context in which the model uses its forward without the autocast wrapper of Accelerate."""
-    wrapped = vars(model).get("forward")
-    original = vars(model).get("_original_forward")
-    if wrapped is None or original is None:
-        yield
-        return
-    model.forward = original
-    try:
-        yield
-    finally:
-        model.forward = wrapped
 
 
 @contextmanager
@@ -88,7 +73,7 @@ def scoring_mode(
     twice = differentiate > 1
     with (
         evaluating(unet),
-        _own_forward(unet),
+        own_forward(unet),
         _trainable(parameters),
         torch.inference_mode(False),
         torch.set_grad_enabled(differentiate > 0),

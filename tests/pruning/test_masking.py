@@ -47,7 +47,7 @@ def test_masked_arithmetic_with_ones_changes_nothing(name: str):
     """
     unet, masks = masked(name, seed=None)
     before = run(unet)
-    masks.all_ones = False
+    masks._ones = False
     torch.testing.assert_close(run(unet), before, rtol=1e-5, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.pruning.masking import dense_parameters
-from diffusers_gfprune.pruning.pruner_state import MaskPath
+from diffusers_gfprune.pruning.pruner_state import MaskPath, plan_settings
 from helpers.architectures import build
 from helpers.pruners import SCHEDULER, batches, config, run
 
@@ -148,6 +148,7 @@ def test_names_are_as_documented(twins: tuple):
         "by_hand": False,
         "latency": None,
         "curves": None,
+        "plan": plan_settings(pruner.config),
     }
     update = step(pruner, 0) and pruner.history[0]
     later = pruner.state_dict()

@@ -1,0 +1,156 @@
+"""The pruner in loops that are not those of the training script: mistakes are said, and wrappers are seen through."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from torch.optim.swa_utils import AveragedModel
+
+from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune.pruning.masking import dense_parameters
+from helpers.architectures import build
+from helpers.families import build as build_family
+from helpers.pruners import SCHEDULER, batches, config, mask_values, one_shot, run
+from helpers.scripts import forget_accelerator
+
+
+def pruner_of(**options) -> GradientFlowPruner:
+    return GradientFlowPruner(build("fine-units"), config(**options), SCHEDULER)
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_of_a_step_does_nothing() -> None:
+    """As with accumulated gradients, where a step has several batches; the state can be loaded."""
+    once, twice = pruner_of(), pruner_of()
+    for step in range(7):
+        once.step(step, [])
+        assert [twice.step(step, []) is None for _ in range(2)] == [not once.schedule.is_update(step), True]
+    assert twice.history == once.history
+    pruner_of().load_state_dict(twice.state_dict())
+
+
+def test_steps_do_not_go_back() -> None:
+    """A loop that counts from 0 in its second epoch would move masks beyond 1."""
+    pruner = pruner_of()
+    for step in range(8):
+        pruner.step(step, [])
+    with pytest.raises(
+        ValueError, match="step=1 is before the last ranking, at step 6: number training steps over all epochs"
+    ):
+        pruner.step(1, [])
+    assert mask_values(pruner)[-1] == 1
+
+
+def test_missed_rankings_are_said_before_compaction() -> None:
+    pruner = pruner_of(ranking="group")
+    with pytest.raises(ValueError, match="rankings after step 0 were missed: call step\\(\\) before every training step"):
+        for step in range(0, 40, 5):
+            pruner.step(step, [])
+    assert not pruner.finished
+
+
+def test_a_ranking_that_fails_leaves_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out after units were scored."""
+    pruner = GradientFlowPruner(build("fine-units"), config(criterion="gradient-flow", ranking="joint"), SCHEDULER)
+
+    def fails(*arguments) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_gfprune.ranking.removal_damage", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            pruner.step(0, batches())
+    assert pruner.scores is None
+    pruner_of(criterion="gradient-flow", ranking="joint").load_state_dict(pruner.state_dict())
+    assert pruner.step(0, batches()) is not None
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.2}, {"total_steps": 80}, {"attention_unit": "heads"}])
+def test_a_state_of_another_plan_is_refused(options: dict) -> None:
+    pruner = pruner_of()
+    for step in range(7):
+        pruner.step(step, [])
+    with pytest.raises(ValueError, match="^the pruner's state has .*, and this pruner "):
+        pruner_of(**options).load_state_dict(pruner.state_dict())
+    older = pruner.state_dict()
+    del older["values"]["plan"]
+    pruner_of(ratio=0.4).load_state_dict(older)
+
+
+# --- devices and wrappers -------------------------------------------------------------------------------------------------
+
+
+def test_widths_are_planned_for_the_device_of_the_first_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model may be made on the CPU and moved later. Layers that were timed have been timed where they were."""
+    pruner = GradientFlowPruner(build("fine-units"), config(channel_multiple="auto"), SCHEDULER)
+    monkeypatch.setattr(GradientFlowPruner, "_device_type", lambda self: "cuda")
+    planned = []
+    monkeypatch.setattr("diffusers_gfprune.pruner.UnitChoice", lambda cost, config, device: planned.append(device) or before)
+    before = pruner.choice
+    pruner.step(0, [])
+    assert planned == ["cuda"]
+    other = GradientFlowPruner(build("fine-units"), config(), SCHEDULER)
+    other._planned_for, other.config = "cpu", SimpleNamespace(**{**vars(other.config), "target": "latency"})
+    with pytest.raises(ValueError, match="the model was moved from cpu, where it was timed: make the pruner after that"):
+        other.step(0, [])
+
+
+def test_wrapped_optimizers_are_carried() -> None:
+    forget_accelerator()
+    unet = build("fine-units").train()
+    inner = torch.optim.AdamW(unet.parameters())
+    optimizer = Accelerator(cpu=True).prepare_optimizer(inner)
+    pruner = GradientFlowPruner(unet, one_shot(ratio=0.3), SCHEDULER)
+    pruner.step(0, batches())
+    small = pruner.compact(optimizer=optimizer)
+    assert {id(p) for group in inner.param_groups for p in group["params"]} == {id(p) for p in small.parameters()}
+    with pytest.raises(ValueError, match="optimizer is a list: it must be one optimizer of PyTorch"):
+        pruner.compact(optimizer=[inner])
+    with pytest.raises(ValueError, match="ema is a AveragedModel: it must be an EMAModel of Diffusers"):
+        pruner.compact(ema=AveragedModel(build("base")))
+
+
+def test_masks_that_are_copied_in_place_are_noticed() -> None:
+    """`AveragedModel` copies buffers without a call of the masks."""
+    unet = build("fine-units").eval()
+    pruner = GradientFlowPruner(unet, one_shot(ratio=0.5), SCHEDULER)
+    averaged = AveragedModel(unet)
+    with torch.no_grad():
+        dense = run(averaged.module)
+        pruner.step(0, batches())
+        averaged.update_parameters(unet)
+        torch.testing.assert_close(run(averaged.module), run(unet))
+    assert not torch.allclose(run(unet), dense, rtol=1e-2)
+
+
+def test_recovery_is_not_run_under_autocast() -> None:
+    """Neither in its context nor by a model whose forward Accelerate has wrapped."""
+    found = []
+    for wrapped in (False, True):
+        forget_accelerator()
+        dense = build("fine-units").eval()
+        pruner = GradientFlowPruner(copy.deepcopy(dense), one_shot(ratio=0.3), SCHEDULER)
+        pruner.step(0, batches())
+        if wrapped:
+            dense = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(dense, evaluation_mode=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=wrapped):
+            pruner.recover(dense, batches())
+        found.append({name: weight.detach().clone() for name, weight in dense_parameters(pruner.unet).items()})
+    forget_accelerator()
+    plain, autocast = found
+    for name, weight in plain.items():
+        torch.testing.assert_close(autocast[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_are_named() -> None:
+    unet = build_family("condition", "base")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    with pytest.raises(ValueError, match="the model has adapters \\(style\\): fuse or delete them before pruning"):
+        GradientFlowPruner(unet, config(), SCHEDULER)
