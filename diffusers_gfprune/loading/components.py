@@ -30,7 +30,8 @@ STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pkl", ".pt", ".pth")
 # Files of components without pickles and code
 COPIED = (".json", ".model", ".safetensors", ".txt")
-# Entries of configurations that say where a model or tokenizer was loaded from
+SETTINGS = ("config.json", "tokenizer_config.json")
+# Entries of these files that say where a model or tokenizer was loaded from
 PLACES = ("_name_or_path", "name_or_path")
 # Buffers of text encoders in old repositories; later versions of transformers compute them
 IGNORED = ("position_ids",)
@@ -171,7 +172,7 @@ def copy_component(
             if weights:
                 shutil.copyfile(path, target / _default_name(path.name, variant))
             continue
-        content = read_config(path) if path.suffix == ".json" else {}
+        content = read_config(path) if path.name in SETTINGS or variant_of(path.name) is not None else {}
         changed = {key: value for key, value in content.items() if not (key in PLACES and _is_local(value))}
         changed |= config or {} if path.name == "config.json" else {}
         if variant is not None and variant_of(path.name) == variant:  # an index
