@@ -135,13 +135,16 @@ class ChannelMasks(nn.Module):
 
     @contextmanager
     def replaced(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
-        """Context in which the model runs with other masks by group name, each with shape `(num_units,)`."""
-        before = self.as_dict()
+        """Context in which the model runs with other masks by group name, each with shape `(num_units,)`, also if masks are
+        suspended."""
+        before, suspended = self.as_dict(), self._suspended
+        self._suspended = False
         self.set(masks, check=False)
         try:
             yield
         finally:
             self.set(before, check=False)
+            self._suspended = suspended
 
 
 class MaskVector(nn.Module):

@@ -57,13 +57,13 @@ def test_samples_depend_on_seed_and_index(unet: UNet2DModel) -> None:
 def test_samples_of_a_zero_prediction_are_the_noise(clip_sample: bool) -> None:
     """With eps_theta = 0, a DDIM step from t gives x_0 = x_t / sqrt(abar_t); pixels end in [0, 1] with any scheduler.
 
-    A single step with leading timestep spacing, the default, starts at t = 0.
+    A single step with trailing spacing starts at the last timestep.
     """
     model, scheduler = Zero().train(), DDPMScheduler(clip_sample=clip_sample)
     model.config = SimpleNamespace(in_channels=1)
-    images = sample_images(model, scheduler, 3, (8, 8), num_inference_steps=1, seed=4)
+    images = sample_images(model, scheduler, 3, (8, 8), num_inference_steps=1, seed=4, timestep_spacing="trailing")
     noise = torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in image_generators(4, range(3))])
-    x = noise / scheduler.alphas_cumprod[0].sqrt()
+    x = noise / scheduler.alphas_cumprod[-1].sqrt()
     torch.testing.assert_close(images, x.clamp(-1, 1) / 2 + 0.5, rtol=0, atol=0.5001 / 255)
     assert model.training and model.modes == {False}
 
@@ -79,6 +79,7 @@ def test_each_sample_gets_its_label() -> None:
         5,
         (4, 4),
         num_inference_steps=1,
+        timestep_spacing="trailing",
         batch_size=2,
         conditions=SampleConditions({"class_labels": labels}),
     )
@@ -125,8 +126,9 @@ def test_bad_arguments_are_refused(unet: UNet2DModel, options: dict, message: st
 def test_samples_that_are_not_finite_are_refused() -> None:
     model = Zero()
     model.config, model.forward = SimpleNamespace(in_channels=1), lambda x, *args, **kw: SimpleNamespace(sample=x * torch.nan)
+    options = {"num_inference_steps": 1, "timestep_spacing": "trailing"}
     with pytest.raises(ValueError, match="samples 2 to 3 are not finite"):
-        sample_images(model, DDPMScheduler(), 3, (4, 4), num_inference_steps=1, batch_size=2, first=2)
+        sample_images(model, DDPMScheduler(), 3, (4, 4), **options, batch_size=2, first=2)
 
 
 def test_denoised_samples_are_images_before_rounding(unet: UNet2DModel) -> None:

@@ -163,3 +163,16 @@ def test_masks_of_other_kinds_are_taken():
         masks.set({CONV1: torch.ones(4)})
         masks.set({CONV1: mask})
         assert torch.equal(run(unet), expected)
+
+
+def test_masks_are_replaced_while_they_are_suspended():
+    """Criteria that are taken without masks measure removals; afterwards the masks are suspended as before."""
+    unet, masks = masked()
+    other = random_masks(list(traced()), seed=5)
+    with masks.replaced(other):
+        wanted = run(unet)
+    with masks.suspended():
+        dense = run(unet)
+        with masks.replaced(other):
+            assert torch.equal(run(unet), wanted) and not torch.equal(wanted, dense)
+        assert torch.equal(run(unet), dense)
