@@ -393,12 +393,7 @@ class GradientFlowPruner:
             check_plan(state["values"].get("plan"), self.config)
         if (loaded.latency is None) != (self.latency is None):
             raise ValueError(f"the pruner's state must have the same target as this pruner, target={self.config.target}")
-        if self.config.ranking == "joint" and loaded.history and not (loaded.finished or loaded.changes):
-            raise ValueError("the pruner's state must have joint changes for ranking=joint: it was saved with another ranking")
-        if self.config.ranking == "curves" and loaded.history and not loaded.curves:
-            raise ValueError(
-                "the pruner's state must have damage curves for ranking=curves: it was saved with another ranking"
-            )
+        loaded.check_ranking(self.config.ranking)
         if loaded.latency is not None:
             self._latency_model.load_dict(loaded.latency["model"])
             self.latency = loaded.latency

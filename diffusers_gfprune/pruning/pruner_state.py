@@ -197,6 +197,19 @@ class PrunerState:
             curves=_read_curves(values.get("curves"), sizes),
         )
 
+    def check_ranking(self, ranking: str) -> None:
+        """Check that the state has what a ranking continues from.
+
+        Raises:
+            ValueError: It was saved with another ranking.
+        """
+        if ranking == "joint" and self.history and not (self.finished or self.changes):
+            raise ValueError("the pruner's state must have joint changes for ranking=joint: it was saved with another ranking")
+        if ranking == "curves" and self.history and not self.curves:
+            raise ValueError(
+                "the pruner's state must have damage curves for ranking=curves: it was saved with another ranking"
+            )
+
 
 def _check_groups(theirs: Mapping[str, int], groups: Mapping[str, ChannelGroup]) -> None:
     for name in [*groups, *theirs]:
