@@ -68,6 +68,7 @@ def test_stable_diffusion_3_is_pruned_without_t5(tmp_path: Path) -> None:
     assert count_macs(found.transformer) == pytest.approx(0.7 * count_macs(pipe.transformer), rel=0.03)
 
 
+@pytest.mark.slow  # test_latent_pipelines.py loads such a pipeline for training
 def test_a_pipeline_with_eulers_method_is_pruned_as_a_ddpm(tmp_path: Path) -> None:
     """As SDXL is saved: the same result as with the scheduler of its training, and its own scheduler stays."""
     pipe = PIPELINES["sdxl"](tmp_path / "sdxl")

@@ -47,7 +47,7 @@ def results_of(name: str, seed: int, ssim: float, macs: int = 50) -> dict:
     }
 
 
-@pytest.mark.fast_variants(80)
+@pytest.mark.fast_variants(40)
 @pytest.mark.parametrize(("name", "dataset"), [(name, d) for name, setting in SETTINGS.items() for d in setting.datasets])
 def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> None:
     setting = SETTINGS[name]

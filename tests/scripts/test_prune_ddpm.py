@@ -376,7 +376,8 @@ def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
     assert not (output / "mine.txt").exists() and (output / "unet/config.json").exists()
 
 
-@pytest.mark.parametrize("sampling", ["stratified", pytest.param("independent", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["stratified", "independent"])
 def test_timesteps_of_a_batch(sampling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stratified ones are one from each of as many parts as the batch has images."""
     next_batch, seen = prune_ddpm.next_batch, []
