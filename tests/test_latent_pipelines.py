@@ -40,6 +40,8 @@ CALLS = {
     "pixart-sigma": {"prompt": ["a cat", "a dog"], "use_resolution_binning": False},
     "sd3": {"prompt": ["a cat", "a dog"]},
 }
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
+SAFETY = CLIPConfig(vision_config={**SIZES, "image_size": 8, "patch_size": 4}, text_config=SIZES, projection_dim=8)
 STOCK = """
 import sys
 import numpy as np
@@ -150,8 +152,11 @@ def test_latents_of_models_from_before_scaling_factor_are_not_scaled(
 
 def test_a_pipeline_of_one_variant_is_saved_without_it(tmp_path: Path) -> None:
     """Or the line of its card could not load it."""
-    sd(tmp_path / "made").save_pretrained(tmp_path / "model", variant="fp16")
+    pipe = sd(tmp_path / "made")
+    pipe.register_modules(safety_checker=StableDiffusionSafetyChecker(SAFETY), feature_extractor=CLIPImageProcessor())
+    pipe.save_pretrained(tmp_path / "model", variant="fp16")
     pipeline = load_pipeline(str(tmp_path / "model"))
+    assert type(pipeline.stock().safety_checker) is StableDiffusionSafetyChecker  # the demo samples with all components
     pipeline.save(pruned(pipeline), tmp_path / "saved")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded.vae.encoder.conv_in.weight, pipeline.codec.vae.encoder.conv_in.weight)
@@ -163,9 +168,7 @@ def test_a_pipeline_of_one_variant_is_saved_without_it(tmp_path: Path) -> None:
 def test_components_that_are_not_used_travel_unloaded(tmp_path: Path) -> None:
     """Such as a safety checker, whatever its weights are."""
     pipe = sd(tmp_path / "model")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
-    config = CLIPConfig(vision_config={**sizes, "image_size": 8, "patch_size": 4}, text_config=sizes, projection_dim=8)
-    pipe.register_modules(safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=CLIPImageProcessor())
+    pipe.register_modules(safety_checker=StableDiffusionSafetyChecker(SAFETY), feature_extractor=CLIPImageProcessor())
     pipe.register_to_config(requires_safety_checker=True)
     pipe.save_pretrained(tmp_path / "model")
     pipeline = load_pipeline(str(tmp_path / "model"))

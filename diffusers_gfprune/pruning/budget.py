@@ -32,8 +32,8 @@ ATTENTION_UNITS = ("head_dim", "heads")
 HARDWARE_MULTIPLES = {"cpu": 16, "cuda": 8, "cuda, half precision": 64}
 # Narrow tensor cores take channels in eights: kernels pad other widths, or are not used for them
 TENSOR_CORE_MULTIPLE = 8
-# Kernels of attention compute heads in vectors of 8 or 4 channels. On a CPU, eight heads of 31 channels take longer than those
-# of 40; on GPUs, memory-efficient attention refuses heads that are no multiples of 4 in float32, or of 8 in half precision
+# Kernels of attention compute heads in vectors of 8 or 4 channels, and pad others. By its source, memory-efficient attention
+# of PyTorch takes multiples of 4 in float32, and of 8 in half precision, only
 HEAD_MULTIPLES = (8, 4)
 # Minimum number of widths below the dense one for a block size; with four, the digits model loses too much accuracy
 ALIGNED_WIDTHS = 5
