@@ -89,7 +89,7 @@ def test_settings_differ() -> None:
     for setting in chosen:
         args = parse_arguments(study.arguments_of(setting, "digits", 0, []))
         values = json.dumps(
-            [vars(args.pruning), vars(args.objective), vars(args.training), args.teacher.train_data], sort_keys=True
+            [vars(args.pruning), vars(args.objective), vars(args.training), vars(args.teacher)], sort_keys=True
         )
         if vars(args.pruning) != default:
             assert values not in seen, f"{setting.name} is {seen.get(values)}"
