@@ -67,7 +67,6 @@ ROWS = (
     Row("units chosen together", {"ranking": "joint"}),
     Row("for one step (`num_inference_steps=1`)", {"num_inference_steps": 1}),
     Row("without recovery", {"recovery": False}),
-    Row("for one step, without recovery", {"num_inference_steps": 1, "recovery": False}),
     Row("magnitude", {"criterion": "magnitude", "recovery": False}),
     Row("for one step, then 100 training steps at batch 4", {"num_inference_steps": 1}, steps=100),
 )
