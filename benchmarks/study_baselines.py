@@ -20,6 +20,7 @@ import argparse
 import copy
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -241,7 +242,7 @@ def fine_tune(args: Arguments, student: nn.Module, objective: Objective, process
         if density is not None:
             density.add(times, squares)
             density.finish_step(lambda total: total)
-        nn.utils.clip_grad_norm_(student.parameters(), t.max_grad_norm)
+        nn.utils.clip_grad_norm_(student.parameters(), t.max_grad_norm or math.inf)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()

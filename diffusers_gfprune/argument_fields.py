@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field
 from typing import Any, NamedTuple
@@ -50,9 +51,11 @@ def check_range(allowed: Range, **values: float | None) -> None:
     """Check numbers by name; None is allowed.
 
     Raises:
-        ValueError: A number is not in the range.
+        ValueError: A number is not finite or not in the range.
     """
     for name, value in values.items():
+        if value is not None and not math.isfinite(value):  # reports are JSON, which has no infinity
+            raise ValueError(f"{name}={value} must be finite")
         if value is not None and not allowed.holds(value):
             raise ValueError(f"{name}={value} must {allowed.words}")
 

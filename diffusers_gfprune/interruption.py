@@ -1,8 +1,9 @@
 """SIGTERM and SIGINT during training: recorded on arrival, handled at the end of the step.
 
 Preemptible machines send SIGTERM shortly before they stop; users press Ctrl-C. In both cases the current step is finished and
-saved first. A second signal takes effect at once, since the previous handlers are restored after the first. Both signals may
-reach every process of a run, and data loading workers must survive until the step is finished.
+saved first. A second signal takes effect at once, unless it follows within seconds: a launcher passes on the signal that its
+processes have already received with it. Both signals may reach every process of a run, and data loading workers must survive
+until the step is finished.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Set
 from types import FrameType
 
 __all__ = ["Interruption", "StoppedBySignal", "asked_to_stop", "notice_dead_workers_at_next_batch", "obey_only_parent"]
 
+REPEATED_WITHIN = 5  # seconds
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch` for its processes
 
@@ -34,7 +37,8 @@ class Interruption:
     """Context in which SIGTERM and SIGINT are only recorded.
 
     `accelerate launch` does not forward SIGTERM to a single process that it started. The orphaned run would continue in the
-    background and write to the folder that the next run resumes from. The end of the launcher therefore counts as SIGTERM.
+    background and write to the folder that the next run resumes from. The end of the launcher therefore counts as SIGTERM, if
+    it ends after this object was made: make it when the process starts.
 
     Args:
         launched: Whether this process was started by a launcher (default: detected from the environment).
@@ -44,6 +48,7 @@ class Interruption:
         launched = LAUNCHED_BY_ACCELERATE in os.environ if launched is None else launched
         self._launcher = os.getppid() if launched else None
         self._noted: int | None = None
+        self._noted_at = 0.0
         self._before: dict[int, object] = {}
 
     @property
@@ -54,8 +59,11 @@ class Interruption:
         return self._noted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = number
-        self._restore()
+        if self._noted is None:
+            self._noted, self._noted_at = number, time.monotonic()
+        elif time.monotonic() - self._noted_at > REPEATED_WITHIN:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

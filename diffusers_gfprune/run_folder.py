@@ -32,6 +32,13 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, inner ones first, as far as they are empty: others may use them already."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 class RunFolder:
     """A folder that appears under its name only when it is complete.
 
@@ -48,12 +55,14 @@ class RunFolder:
     def __init__(
         self, output_dir: str, overwrite: bool, inputs: Sequence[str | None] = (), marker: str | None = "model_index.json"
     ) -> None:
-        self.path = Path(os.path.abspath(output_dir))
+        self.path = Path(os.path.abspath(os.path.expanduser(output_dir)))
         self.overwrite, self.marker = overwrite, marker
         self.inputs = [Path(os.path.abspath(name)) for name in inputs if name and Path(name).exists()]
         self.staging = self._beside("incomplete")
         self.training = self.path.with_name(f"{self.path.name}.training")
         self._locked: IO[str] | None = None
+        self._made: list[Path] = []
+        self._prepared = False  # whether the files beside the folder are this run's
 
     def check(self, resuming: bool = False) -> None:
         """Check that the folder may be written.
@@ -104,16 +113,20 @@ class RunFolder:
         if any(self.training.glob("*")):
             raise ValueError(f"output_dir={self.path} belongs to a training run, see {self.training}: choose another folder")
 
-    def _lock(self) -> None:
+    def lock(self) -> None:
         """Keep other runs from writing to this folder, until this process ends or the context of this object is left.
 
         Raises:
-            ValueError: Another run writes to it.
+            ValueError: Another run writes to it, or it cannot be written.
         """
         if fcntl is None or self._locked is not None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self._beside("lock"), "a")  # noqa: SIM115 - closed in _unlock
+        self._made = [folder for folder in self.path.parents if not folder.exists()]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self._beside("lock"), "a")  # noqa: SIM115 - closed in _unlock
+        except OSError as error:
+            raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -128,6 +141,7 @@ class RunFolder:
             self._beside("lock").unlink(missing_ok=True)
             self._locked.close()
             self._locked = None
+            _remove_empty(self._made)
 
     def check_outside(self, **folders: str | os.PathLike | None) -> None:
         """Check that folders which the run writes, by argument, are not in this one, which it replaces at its end.
@@ -159,9 +173,7 @@ class RunFolder:
                     os.fsync(file.fileno())
             finally:
                 trial.unlink(missing_ok=True)
-                for folder in made:
-                    with contextlib.suppress(OSError):  # another run may use it already
-                        folder.rmdir()
+                _remove_empty(made)
         except OSError as error:
             raise ValueError(
                 f"output_dir={self.path}: a file of the size of the weights, {format_size(size)}, cannot be written beside "
@@ -178,8 +190,9 @@ class RunFolder:
         Raises:
             ValueError: The folder cannot be written, or the disk has too little space.
         """
+        self.lock()
         try:
-            self._lock()
+            self._prepared = True
             if not resuming:
                 shutil.rmtree(self.staging, ignore_errors=True)
                 shutil.rmtree(self.training, ignore_errors=True)
@@ -217,8 +230,8 @@ class RunFolder:
     def publish(self) -> None:
         """Move the hidden folder to its final name, with logs and samples of the training, and delete the checkpoints."""
         for name in ("logs", "samples"):
-            if (self.training / name).is_dir():
-                os.replace(self.training / name, self.staging / name)
+            if (self.training / name).is_dir():  # copied: a run that is killed here still has them when it resumes
+                shutil.copytree(self.training / name, self.staging / name, dirs_exist_ok=True)
         replaced = self._beside("replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.path.exists():
@@ -237,7 +250,10 @@ class RunFolder:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        """After an error, keep a saved model or saved results, and delete the rest."""
+        """After an error, keep a saved model or saved results, and delete the rest of this run's files."""
+        if not self._prepared:  # they are those of another run, or of an earlier one
+            self._unlock()
+            return
         if error is not None and self.staging.exists():
             if (self.staging / "model_index.json").exists():
                 print(f"the last saved pipeline is in {self.staging}", file=sys.stderr)

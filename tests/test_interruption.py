@@ -22,11 +22,20 @@ def test_the_first_signal_is_noted(number: int) -> None:
         assert interruption.signal is None
         os.kill(os.getpid(), number)
         assert interruption.signal == number
-        assert signal.getsignal(number) is before
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_is_not_waited_for() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_a_launcher_passes_on_again_changes_nothing(number: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and then those of a launcher once more."""
+    with Interruption() as interruption:
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert interruption.signal == number
+
+
+def test_a_second_ctrl_c_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "REPEATED_WITHIN", -1)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # parallel tests run with SIGINT ignored
     try:
         stop_twice()

@@ -6,6 +6,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import datasets
 import pytest
 
 from diffusers_gfprune.run_folder import RunFolder, write_json
@@ -76,18 +77,20 @@ def test_a_full_disk_costs_no_model_of_an_interrupted_run(tmp_path: Path, monkey
     assert (folder.staging / "model_index.json").exists()
 
 
-def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [True, False])
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, saved: bool) -> None:
     """The second one would delete what the first has saved. Afterwards nothing is left, and the folder can be written."""
     first, second = (RunFolder(str(tmp_path / "run"), overwrite=True) for _ in range(2))
     with first:
         first.prepare()
-        (first.staging / "model_index.json").write_text("{}")
+        if saved:
+            (first.staging / "model_index.json").write_text("{}")
         with (
             pytest.raises(ValueError, match="output_dir=.*run is being written by another run: choose another folder"),
             second,
         ):
             second.prepare()
-        assert (first.staging / "model_index.json").exists()
+        first.save(lambda fresh: (fresh / "model_index.json").write_text("{}"))
         first.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     with second:
@@ -95,6 +98,52 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
         (second.staging / "model_index.json").write_text("{}")
         second.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_is_refused_removes_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    earlier = RunFolder(str(tmp_path / "run"), overwrite=False)
+    earlier.prepare()
+    (earlier.staging / "weights").write_text("")
+    earlier._unlock()
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    with pytest.raises(ValueError, match="too few images"), folder:
+        folder.lock()
+        raise ValueError("too few images")
+    assert [path.name for path in tmp_path.rglob("*")] == [".run.incomplete", "weights"]
+
+
+def test_a_lock_leaves_no_folders_behind(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "a/b/run"), overwrite=False)
+    with folder:
+        folder.lock()
+        assert (tmp_path / "a/b/.run.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logs_survive_a_run_that_is_killed_while_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saves its pipeline again when it resumes, which replaces what was published halfway."""
+    folder = RunFolder(str(tmp_path / "run"), overwrite=False)
+    folder.prepare()
+    for name in ("logs", "samples"):
+        (folder.training / name).mkdir(parents=True)
+        (folder.training / name / "1").write_text(name)
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("diffusers_gfprune.run_folder.os.replace", killed)
+        folder.publish()
+    folder.save(lambda fresh: (fresh / "model_index.json").write_text("{}"))
+    folder.publish()
+    assert (folder.path / "logs/1").read_text() == "logs" and (folder.path / "samples/1").read_text() == "samples"
+    assert not folder.training.exists()
+
+
+def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells do not expand it in `--output_dir=~/run`, nor YAML in a recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/run", overwrite=False).path == tmp_path / "run"
 
 
 def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
@@ -111,6 +160,7 @@ def test_a_write_that_would_fail_at_the_end_fails_before_training(tmp_path: Path
         *("--preset", "one-shot", "--criterion", "random", "--max_train_steps", 1, "--eval_images", 0),
         *("--validation_images", 8, "--calibration_batches", 1, "--train_batch_size", 8, "--speed_batch_sizes", 0),
     ]
+    datasets.load_dataset("training/digits")  # in its cache, which is more than one file may hold
     with files_limited_to(100_000):
         run = run_script("training/prune_ddpm.py", *arguments)
     assert_one_error(run, "a file of the size of the weights, 4.6 MiB, cannot be written beside it")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
@@ -33,7 +34,7 @@ from diffusers_gfprune.objectives.objective import Objective
 from diffusers_gfprune.reports.provenance import command_line, describe_base_model, describe_dataset
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.trained_pipelines import load_pipeline
-from diffusers_gfprune.training.arguments import parse_arguments
+from diffusers_gfprune.training.arguments import Arguments, parse_arguments
 from diffusers_gfprune.training.checkpointing import Checkpoints
 from diffusers_gfprune.training.finishing import finish, prepared_repository, prepared_space, save_model
 from diffusers_gfprune.training.recovery import follow_changes, plan_changes
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         argv: Command line arguments (default: those of this process).
         teacher: Function of the training loss that returns a replacement for its teacher, for studies of many runs.
     """
-    # 1. arguments, model, data; errors are found here, before training
+    interruption = Interruption()  # knows the launcher from here on
     args = parse_arguments(argv)
     inputs = (args.model.pretrained_model_name_or_path, args.data.dataset_name, args.data.train_data_dir)
     folder = RunFolder(args.run.output_dir, args.run.overwrite_output_dir, inputs)
@@ -82,13 +83,27 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         encoding_cache_dir=args.data.encoding_cache_dir,
         teacher_images_dir=args.teacher.teacher_images_dir,
     )
-    resuming = args.checkpoints.resume_from_checkpoint is not None
     accelerator = run_accelerator(args, folder)
     args = dataclasses.replace(args, pruning=args.pruning.on_device(accelerator.device.type))
-    main_process = accelerator.is_main_process
-    if main_process and not args.run.dry_run:
-        folder.check(resuming)
-    accelerator.wait_for_everyone()
+    writes = accelerator.is_main_process and not args.run.dry_run
+    with folder if writes else contextlib.nullcontext():
+        if writes:
+            folder.lock()
+            folder.check(resuming=args.checkpoints.resume_from_checkpoint is not None)
+        accelerator.wait_for_everyone()
+        prune(args, accelerator, folder, interruption, teacher)
+
+
+def prune(
+    args: Arguments,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    interruption: Interruption,
+    teacher: Callable[[Objective], nn.Module | None] | None,
+) -> None:
+    """A run, in its folder, which is locked. See `main`."""
+    # 1. model, data; errors are found here, before training
+    resuming, main_process = args.checkpoints.resume_from_checkpoint is not None, accelerator.is_main_process
     with accelerator.main_process_first():  # downloads once
         pipeline = load_pipeline(args.model.pretrained_model_name_or_path, args.model.revision)
         unet, process = pipeline.denoiser, pipeline.process
@@ -128,52 +143,51 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
     space_id = prepared_space(args) if main_process else None
 
     # 2. training state, losses and teacher
-    with folder if main_process else contextlib.nullcontext():
-        if main_process:
-            copies = 2 if args.run.save_model_steps else 1  # the saved model is there until its successor is complete
-            folder.prepare(copies * pipeline.saved_bytes(), resuming=checkpoint is not None)
-        accelerator.wait_for_everyone()
-        run_images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
-        state = TrainingState(args, accelerator, unet, pruner, checkpoint)
-        if checkpoint is not None:
-            accelerator.print(f"resuming from {checkpoint.path.name}")
-        step_loss = StepLoss(
-            *(held_out.samples, process, held_out.conditioning),
-            batch_size=args.evaluation.eval_batch_size,
-            reference=dense,
-        )
-        dense.to(accelerator.device)
-        dense_step_losses = measure_step_losses(step_loss, dense, images.null_conditioning()) if main_process else {}
-        objective = Objective(args.objective, process, teacher=dense, channel_masks=unet.channel_masks)
-        if teacher is not None:
-            objective.teacher = teacher(objective)
-        if args.objective.needs_teacher and args.precision.torch_compile != "no":
-            objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
-        if not args.objective.needs_teacher:
-            dense.to("cpu")  # until it is sampled beside the pruned model
-        run = Run(
-            args=args,
-            accelerator=accelerator,
-            folder=folder,
-            checkpoints=checkpoints,
-            identity=identity,
-            pipeline=pipeline,
-            images=images,
-            step_loss=step_loss,
-            dense_step_losses=dense_step_losses,
-            sample_quality=sample_quality,
-            objective=objective,
-            origin=origin,
-            repo_id=repo_id,
-        )
-        tracking = Tracking(args, accelerator, folder, sample_quality)
+    if main_process:
+        copies = 2 if args.run.save_model_steps else 1  # the saved model is there until its successor is complete
+        folder.prepare(copies * pipeline.saved_bytes(), resuming=checkpoint is not None)
+    accelerator.wait_for_everyone()
+    tracking = Tracking(args, accelerator, folder, sample_quality)
+    run_images.prepare(accelerator.device)  # latents and captions are encoded, if the model takes them
+    state = TrainingState(args, accelerator, unet, pruner, checkpoint)
+    if checkpoint is not None:
+        accelerator.print(f"resuming from {checkpoint.path.name}")
+    step_loss = StepLoss(
+        *(held_out.samples, process, held_out.conditioning),
+        batch_size=args.evaluation.eval_batch_size,
+        reference=dense,
+    )
+    dense.to(accelerator.device)
+    dense_step_losses = measure_step_losses(step_loss, dense, images.null_conditioning()) if main_process else {}
+    objective = Objective(args.objective, process, teacher=dense, channel_masks=unet.channel_masks)
+    if teacher is not None:
+        objective.teacher = teacher(objective)
+    if args.objective.needs_teacher and args.precision.torch_compile != "no":
+        objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
+    if not args.objective.needs_teacher:
+        dense.to("cpu")  # until it is sampled beside the pruned model
+    run = Run(
+        args=args,
+        accelerator=accelerator,
+        folder=folder,
+        checkpoints=checkpoints,
+        identity=identity,
+        pipeline=pipeline,
+        images=images,
+        step_loss=step_loss,
+        dense_step_losses=dense_step_losses,
+        sample_quality=sample_quality,
+        objective=objective,
+        origin=origin,
+        repo_id=repo_id,
+    )
 
-        # 3. train and prune; 4. measure, save, plot
-        with Interruption() as interruption:
-            train(run, state, tracking, interruption)
-        accelerator.end_training()
-        if main_process:
-            finish(run, state)
+    # 3. train and prune; 4. measure, save, plot
+    with interruption:
+        train(run, state, tracking, interruption)
+    accelerator.end_training()
+    if main_process:
+        finish(run, state)
     if repo_id is not None:
         access = {"token": args.hub.hub_token, "private": args.hub.hub_private_repo or None}
         print(f"pushed: {push_folder(args.run.output_dir, repo_id, **access, space_id=space_id)}")
@@ -302,7 +316,7 @@ def optimization_step(run: Run, state: TrainingState, batches):
                 loss, parts, squares = run.objective(state.model, batch, directions, weights)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                gradient_norm = accelerator.clip_grad_norm_(state.unet.parameters(), t.max_grad_norm)
+                gradient_norm = accelerator.clip_grad_norm_(state.unet.parameters(), t.max_grad_norm or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad()
         losses.append(loss.detach())
@@ -338,8 +352,10 @@ def measure_quality(run: Run, state: TrainingState, tracking: Tracking) -> None:
     curves = state.curves
     curves.quality_steps.append(state.step)
     curves.quality_seconds.append(sum(curves.seconds.values()))
-    for name, value in measured.items():
-        curves.quality.setdefault(name, []).append(value)
+    for name in {**curves.quality, **measured}:  # a resumed run may have other features
+        values = curves.quality.setdefault(name, [])
+        values += [None] * (len(curves.quality_steps) - 1 - len(values))
+        values.append(measured.get(name))
     tracking.log_quality(state.step, measured)
 
 

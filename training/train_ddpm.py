@@ -142,18 +142,26 @@ class DenseTraining:
 
 
 def main() -> None:
+    interruption = Interruption()  # knows the launcher from here on
     parser = HfArgumentParser((TrainArguments, DataArguments), description=__doc__.splitlines()[0])
     args, data_args = parser.parse_args_into_dataclasses()
     folder = RunFolder(args.output_dir, False, (data_args.dataset_name, data_args.train_data_dir))
-    checkpoints = Checkpoints(folder.training, CHECKPOINTS_KEPT)
-    resuming = args.resume_from_checkpoint is not None
-
-    # 1. model, data, optimizer
     accelerator = Accelerator(mixed_precision="no")
-    main_process = accelerator.is_main_process
-    if main_process:
-        folder.check(resuming)
-    accelerator.wait_for_everyone()
+    with folder if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            folder.lock()
+            folder.check(resuming=args.resume_from_checkpoint is not None)
+        accelerator.wait_for_everyone()
+        train(args, data_args, accelerator, folder, interruption)
+    accelerator.end_training()
+
+
+def train(
+    args: TrainArguments, data_args: DataArguments, accelerator: Accelerator, folder: RunFolder, interruption: Interruption
+) -> None:
+    """A run, in its folder, which is locked."""
+    # 1. model, data, optimizer
+    checkpoints, main_process = Checkpoints(folder.training, CHECKPOINTS_KEPT), accelerator.is_main_process
     set_seed(SEED)
     try:
         unet = family_named("UNet2DModel").dense_class.from_config(json.loads(Path(args.model_config).read_text()))
@@ -168,11 +176,13 @@ def main() -> None:
         print("\n".join(f"{title:5} {line}" for title, line in zip(("data:", "", ""), images.summary.lines())))
     step_loss = StepLoss(held_out.samples, process, held_out.conditioning)
     state = DenseTraining(args, unet.to(accelerator.device).train(), accelerator)
-    free = ("model_config", "output_dir", "resume_from_checkpoint", "checkpointing_steps")
+    free = ("model_config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "validation_steps")
+    free += ("max_broken_images", "dataloader_num_workers", "cache_dir", "encoding_cache_dir")
     identity = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}
     identity |= {name: value for name, value in unet.config.items() if not name.startswith("_")}
     identity["num_processes"] = accelerator.num_processes
-    if resuming and (checkpoint := checkpoints.find(args.resume_from_checkpoint)) is not None:
+    which = args.resume_from_checkpoint
+    if which is not None and (checkpoint := checkpoints.find(which)) is not None:
         checkpoints.check_identity(checkpoint, identity)
         try:
             state.restore(checkpoint)
@@ -197,44 +207,42 @@ def main() -> None:
         try_sampling(f"model_config={args.model_config}", unet, scheduler, shown)
         folder.try_writing(parameter_bytes(unet))
 
-    with folder if main_process else contextlib.nullcontext():
-        if main_process:
-            folder.prepare(parameter_bytes(unet), resuming=state.step > 0)
-        accelerator.wait_for_everyone()
+    if main_process:
+        folder.prepare(parameter_bytes(unet), resuming=state.step > 0)
+    accelerator.wait_for_everyone()
 
-        # 2. training loop
-        progress = tqdm(total=args.max_train_steps, initial=state.step, desc="train", disable=not main_process)
-        with Interruption() as interruption:
-            for batch, _, unread in itertools.islice(dataloader, args.max_train_steps - state.step):
-                broken.add(unread)
-                batch = batch.to(accelerator.device, non_blocking=True)
-                seed_everything(SEED, state.step, accelerator.process_index)
-                training_step(args, state, batch, process, accelerator)
-                progress.update()
-                if state.step % args.validation_steps == 0 and main_process:
-                    state.ema.store(unet.parameters())
-                    state.ema.copy_to(unet.parameters())
-                    progress.write(f"step {state.step}: held-out loss (averaged weights) {step_loss(unet):.4f}")
-                    state.ema.restore(unet.parameters())
-                asked = asked_to_stop(accelerator, interruption)
-                if asked is not None or state.step % args.checkpointing_steps == 0:
-                    share_broken_images(accelerator, broken)
-                    if main_process:
-                        state.save(checkpoints, identity, broken.to_list())
-                if asked is not None:
-                    accelerator.wait_for_everyone()
-                    if main_process:
-                        print(f"stopped after step {state.step}, saved; --resume_from_checkpoint latest", file=sys.stderr)
-                    raise StoppedBySignal(asked)
+    # 2. training loop
+    progress = tqdm(total=args.max_train_steps, initial=state.step, desc="train", disable=not main_process)
+    with interruption:
+        for batch, _, unread in itertools.islice(dataloader, args.max_train_steps - state.step):
+            broken.add(unread)
+            batch = batch.to(accelerator.device, non_blocking=True)
+            seed_everything(SEED, state.step, accelerator.process_index)
+            training_step(args, state, batch, process, accelerator)
+            progress.update()
+            if state.step % args.validation_steps == 0 and main_process:
+                state.ema.store(unet.parameters())
+                state.ema.copy_to(unet.parameters())
+                progress.write(f"step {state.step}: held-out loss (averaged weights) {step_loss(unet):.4f}")
+                state.ema.restore(unet.parameters())
+            asked = asked_to_stop(accelerator, interruption)
+            if asked is not None or state.step % args.checkpointing_steps == 0:
+                share_broken_images(accelerator, broken)
+                if main_process:
+                    state.save(checkpoints, identity, broken.to_list())
+            if asked is not None:
+                accelerator.wait_for_everyone()
+                if main_process:
+                    print(f"stopped after step {state.step}, saved; --resume_from_checkpoint latest", file=sys.stderr)
+                raise StoppedBySignal(asked)
 
-        # 3. save the averaged weights and a grid of samples
-        share_broken_images(accelerator, broken)
-        if broken and main_process:
-            print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
-        if main_process:
-            state.ema.copy_to(unet.parameters())
-            save(DDPMPipeline(unet=unet, scheduler=scheduler), folder, shown)
-    accelerator.end_training()
+    # 3. save the averaged weights and a grid of samples
+    share_broken_images(accelerator, broken)
+    if broken and main_process:
+        print(f"{len(broken)} images could not be read and were replaced, first {broken.to_list()[0]}", file=sys.stderr)
+    if main_process:
+        state.ema.copy_to(unet.parameters())
+        save(DDPMPipeline(unet=unet, scheduler=scheduler), folder, shown)
 
 
 def training_step(args: TrainArguments, state: DenseTraining, batch: DiffusionBatch, process, accelerator) -> None:

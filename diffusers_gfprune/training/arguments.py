@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -60,6 +61,7 @@ class OutputArguments:
 
     def __post_init__(self) -> None:
         check_fields(self, NOT_NEGATIVE, "save_model_steps")
+        self.output_dir = os.path.expanduser(self.output_dir)  # shells leave --output_dir=~/x as it is
 
 
 @dataclass
@@ -155,6 +157,11 @@ class Arguments:
         self.pruning.check_installed()
         if self.hub.hub_strategy == "every_save" and not (self.hub.push_to_hub and self.run.save_model_steps):
             raise ValueError("hub_strategy=every_save needs --push_to_hub and --save_model_steps")
+        if self.hub.hub_token is not None and self.tracking.report_to == "wandb":
+            raise ValueError(
+                "hub_token cannot be used with report_to=wandb, which stores the command line: log in with `hf auth login`, "
+                "or set HF_TOKEN"
+            )
         if self.training.use_8bit_adam and self.precision.channels_last:
             raise ValueError("use_8bit_adam=True cannot be used with channels_last=True: its moments follow the memory order")
 
@@ -187,8 +194,9 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         allow_abbrev=False,
     )
     add_help_all(parser, words)
-    known = {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
-    expanded = expand_recipe(words, known, SCRIPT_PRESETS)
+    known = {f.name: f.type for group in GROUPS for f in dataclasses.fields(group) if f.init}
+    lists = {name for name, kind in known.items() if str(kind).startswith("list[")}  # text, or types once parsed
+    expanded = expand_recipe(words, known, SCRIPT_PRESETS, lists)
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", choices=list(SCRIPT_PRESETS), default="default")
     parser.set_defaults(**SCRIPT_PRESETS[first_look.parse_known_args(expanded)[0].preset])

@@ -1,7 +1,7 @@
 """Checkpoints: the complete state of a run as safetensors and JSON, written atomically.
 
     checkpoint-<step>/
-        checkpoint.json      format, identity of the run, settings, size and CRC-32 of every other file
+        checkpoint.json      format, identity of the run, settings, size and CRC-32 of every other file, and its own CRC-32
         state.json           numbers: step, history, curves, position in the data
         <part>.safetensors   tensors: model, optimizer, ema, pruner
 
@@ -78,6 +78,11 @@ def _crc32(path: Path) -> int:
     return crc
 
 
+def _crc32_of(manifest: Mapping) -> int:
+    """Checksum of a manifest's values, without its own."""
+    return zlib.crc32(json.dumps({name: value for name, value in manifest.items() if name != "crc32"}).encode())
+
+
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors as safetensors requires them: contiguous, on the CPU, without shared memory."""
     form = {"device": "cpu", "memory_format": torch.contiguous_format, "copy": True}
@@ -143,6 +148,7 @@ class Checkpoints:
             files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(fresh.iterdir())}
             manifest = {"format_version": FORMAT_VERSION, "step": step, "identity": dict(identity)}
             manifest |= {"settings": dict(settings), "files": files}
+            manifest["crc32"] = _crc32_of(manifest)
             (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
             for written in (*fresh.iterdir(), fresh):
                 _flush(written)
@@ -186,6 +192,8 @@ class Checkpoints:
             manifest = json.loads((path / MANIFEST).read_text())
             if manifest["format_version"] != FORMAT_VERSION:
                 raise CheckpointError(f"{path} has format_version={manifest['format_version']}, not {FORMAT_VERSION}")
+            if manifest.get("crc32", _crc32_of(manifest)) != _crc32_of(manifest):  # older checkpoints have none
+                raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum is not the one it was saved with")
             for name, expected in manifest["files"].items():
                 size = (path / name).stat().st_size
                 if size != expected["bytes"]:
@@ -196,7 +204,9 @@ class Checkpoints:
             tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in parts}
             values = json.loads((path / STATE).read_text())
             return Checkpoint(path, manifest["step"], manifest["identity"], manifest["settings"], tensors, values)
-        except (OSError, SafetensorError, LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except CheckpointError:
+            raise
+        except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:  # JSON, UTF-8
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def find(self, which: str, warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Checkpoint | None:

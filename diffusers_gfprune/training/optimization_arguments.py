@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from ..argument_fields import FRACTION, POSITIVE, Range, argument, at_least, check_fields
+from ..argument_fields import FRACTION, NOT_NEGATIVE, POSITIVE, argument, at_least, check_fields
 
 __all__ = ["CheckpointArguments", "PrecisionArguments", "TrackingArguments", "TrainingArguments"]
 
 LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 TIMESTEP_SAMPLINGS = ["importance", "stratified", "independent"]
 TRACKERS = ["none", "tensorboard", "wandb", "trackio"]
-ZERO_OR_MORE = Range("be 0 or more", lambda value: value >= 0)
 
 
 def _check_installed(argument: str, value: object, package: str) -> None:
@@ -43,7 +42,7 @@ class TrainingArguments:
     adam_weight_decay: float = argument(0.0, "Weight decay of AdamW (>= 0).")
     adam_epsilon: float = argument(1e-8, "Epsilon of AdamW (> 0).")
     use_8bit_adam: bool = argument(False, "Use the 8-bit AdamW of bitsandbytes.")
-    max_grad_norm: float = argument(1.0, "Maximum gradient norm; larger gradients are clipped (> 0).")
+    max_grad_norm: float = argument(1.0, "Maximum gradient norm; larger gradients are clipped (>= 0; 0: never).")
     dropout: float | None = argument(
         None, "Dropout of the residual blocks in training, in [0, 1) (default: from the model's config)."
     )
@@ -52,8 +51,8 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         check_fields(self, at_least(1), "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-        check_fields(self, ZERO_OR_MORE, "lr_warmup_steps", "adam_weight_decay")
-        check_fields(self, POSITIVE, "learning_rate", "max_grad_norm", "adam_epsilon")
+        check_fields(self, NOT_NEGATIVE, "lr_warmup_steps", "adam_weight_decay", "max_grad_norm")
+        check_fields(self, POSITIVE, "learning_rate", "adam_epsilon")
         check_fields(self, FRACTION, "adam_beta1", "adam_beta2", "ema_max_decay", "dropout")
         if self.use_8bit_adam:
             _check_installed("use_8bit_adam", True, "bitsandbytes")
@@ -97,7 +96,7 @@ class CheckpointArguments:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, ZERO_OR_MORE, "checkpointing_steps", "checkpoints_total_limit")
+        check_fields(self, NOT_NEGATIVE, "checkpointing_steps", "checkpoints_total_limit")
 
 
 @dataclass
@@ -114,6 +113,6 @@ class TrackingArguments:
 
     def __post_init__(self) -> None:
         check_fields(self, at_least(1), "logging_steps", "num_samples")
-        check_fields(self, ZERO_OR_MORE, "sample_steps")
+        check_fields(self, NOT_NEGATIVE, "sample_steps")
         if self.report_to != "none":
             _check_installed("report_to", self.report_to, self.report_to)

@@ -5,6 +5,7 @@ A recipe maps argument names to values, one per line:
     pretrained_model_name_or_path: google/ddpm-cifar10-32
     learning_rate: 2e-4
     use_ema: true
+    speed_batch_sizes: [1, 16]
     update_interval:        # empty or null: the default
 
 `expand_recipe` puts the recipe in front of the user's arguments, so that one parser reads, converts and checks both. Later
@@ -14,7 +15,8 @@ values take precedence:
 
 A preset on the command line replaces that of the recipe. Values are passed to the parser as written: `2e-4`, which YAML 1.1
 reads as text, is a number, and `no`, which YAML reads as a boolean, is the name of a precision. Paths are relative to the
-working directory, as on the command line. A path that starts with `{recipe_dir}` is relative to the recipe's folder.
+working directory, as on the command line. A path that starts with `{recipe_dir}` is relative to the recipe's folder, one that
+starts with `~/` to the user's.
 """
 
 from __future__ import annotations
@@ -69,22 +71,25 @@ def _compose(name: str, path: Path) -> yaml.Node | None:
 
 
 def _with_folder(value: str, folder: Path) -> str:
-    """Replace `{recipe_dir}` by the folder, as a relative path if it is inside the working directory."""
+    """Replace `{recipe_dir}` by the folder, as a relative path if it is inside the working directory, and `~` as shells do."""
+    if value.startswith("~/"):
+        return os.path.expanduser(value)
     if not value.startswith(RECIPE_DIR):
         return value
     path = os.path.normpath(f"{folder.resolve()}/{value.removeprefix(RECIPE_DIR)}")
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
-def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
+def read_recipe(name: str, known: Collection[str], lists: Collection[str] = ()) -> dict[str, str | list[str]]:
     """Read and check a recipe.
 
     Args:
         name: A path, or the name of a shipped recipe.
         known: Names of all arguments, with underscores.
+        lists: Those that take several values.
 
     Returns:
-        Values as written, by argument name with underscores. Null values are left out.
+        Values as written, by argument name with underscores; of a YAML sequence, a list. Null values are left out.
 
     Raises:
         ValueError: The file does not exist, or is not a flat YAML mapping of distinct, known and non-secret arguments.
@@ -93,7 +98,7 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
     document = _compose(name, path)
     if not isinstance(document, yaml.MappingNode):
         raise ValueError(f"recipe={name} must be a mapping of arguments to values")
-    values: dict[str, str | None] = {}
+    values: dict[str, str | list[str] | None] = {}
     for key, value in document.value:
         where = f"recipe={name}, line {key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
@@ -107,6 +112,11 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
             raise ValueError(f"{where}: {key.value} is not an argument{hint}")
         if argument in values:
             raise ValueError(f"{where}: {argument} is given twice")
+        if isinstance(value, yaml.SequenceNode) and argument in lists:
+            if not value.value or not all(isinstance(entry, yaml.ScalarNode) for entry in value.value):
+                raise ValueError(f"{where}: {argument} must be a list of one or more single values")
+            values[argument] = [_with_folder(entry.value, path.parent) for entry in value.value]
+            continue
         if not isinstance(value, yaml.ScalarNode):
             raise ValueError(f"{where}: {argument} must be a single value, not a {value.id}")
         values[argument] = None if value.tag == NULL else _with_folder(value.value, path.parent)
@@ -114,7 +124,10 @@ def read_recipe(name: str, known: Collection[str]) -> dict[str, str]:
 
 
 def expand_recipe(
-    words: Sequence[str], known: Collection[str], presets: Mapping[str, Mapping[str, object]] | None = None
+    words: Sequence[str],
+    known: Collection[str],
+    presets: Mapping[str, Mapping[str, object]] | None = None,
+    lists: Collection[str] = (),
 ) -> list[str]:
     """Put the content of a recipe in front of the command line that names it.
 
@@ -126,9 +139,11 @@ def expand_recipe(
         words: The command line, with `--recipe NAME` or `--recipe=NAME` at most once.
         known: Names of all arguments of the parser, with underscores.
         presets: Values that each `--preset` sets, by argument name.
+        lists: Names of the arguments that take several values.
 
     Returns:
-        `--name=value` for every value of the recipe, then `words` unchanged; without a recipe, `words` alone.
+        `--name=value` for every value of the recipe, or `--name` and the values of a list, then `words` unchanged; without a
+        recipe, `words` alone.
 
     Raises:
         ValueError: There is more than one recipe, or it is not valid (see `read_recipe`).
@@ -142,5 +157,9 @@ def expand_recipe(
     if len(given.recipe) > 1:
         raise ValueError(f"recipe={', '.join(given.recipe)} names {len(given.recipe)} recipes; only one is allowed")
     replaced = (presets or {}).get(given.preset, {})
-    recipe = read_recipe(given.recipe[0], known)
-    return [*(f"--{name}={value}" for name, value in recipe.items() if name not in replaced), *words]
+    recipe = read_recipe(given.recipe[0], known, lists)
+    found: list[str] = []
+    for name, value in recipe.items():
+        if name not in replaced:
+            found += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+    return [*found, *words]

@@ -112,11 +112,11 @@ def rehearse_card(
     results = Results(PRUNING_RUN, replace(figures, name="pruned"), figures, evaluation)
     report = pruning_report(args, pruner, Curves(), 1.0, origin)
     card = render_card(results, report, args.hub.hub_model_id or Path(args.run.output_dir).name)
-    if args.hub.push_to_hub:
-        with tempfile.TemporaryDirectory() as place:
-            Path(place, "README.md").write_text(card, "utf-8")
-            for name, content in (("results.json", results.to_dict()), ("pruning_report.json", report)):
-                write_json(Path(place, name), content)
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "README.md").write_text(card, "utf-8")
+        for name, content in (("results.json", results.to_dict()), ("pruning_report.json", report)):
+            write_json(Path(place, name), content)
+        if args.hub.push_to_hub:
             write_json(Path(place, "model_index.json"), pipeline.index)
             pipeline.copy_others(Path(place), weights=False)
             names = [path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()]

@@ -54,6 +54,10 @@ __all__ = [
 # Distributed types in which every process holds complete weights
 REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
 
+# Arguments of evaluation that make curves of sample quality differ
+MEASURED_BY = ("eval_images", "eval_features", "eval_reference_images", "eval_seed", "guidance_scale")
+MEASURED_BY += ("ddim_num_inference_steps", "timestep_spacing")
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -198,6 +202,7 @@ def run_settings(args: Arguments, accelerator: Accelerator) -> dict:
     """Settings that affect the result and may change on resuming, with a warning."""
     groups = (args.data, args.teacher, args.pruning, args.training, args.objective, args.precision)
     settings = {name: value for group in groups for name, value in vars(group).items()}
+    settings |= {name: value for name, value in vars(args.evaluation).items() if name in MEASURED_BY}
     settings["mixed_precision"] = accelerator.mixed_precision
     settings["num_processes"] = accelerator.num_processes
     return json.loads(json.dumps(settings))  # the types that a checkpoint restores

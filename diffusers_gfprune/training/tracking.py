@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..diffusion.placement import moved
+from ..errors import one_line
 from ..evaluation.sample_quality import SampleQuality
 from ..pruner import MaskUpdate
 from ..reports.plots import save_sample_grid
@@ -40,6 +41,9 @@ class Tracking:
         accelerator: Accelerator whose `log_with` is the tracker.
         folder: Folder of the run; grids of samples are saved in its training folder.
         sample_quality: Settings of the samples, and the dense model, which samples from the same noise.
+
+    Raises:
+        ValueError: The tracker cannot be started.
     """
 
     def __init__(self, args: Arguments, accelerator: Accelerator, folder: RunFolder, sample_quality: SampleQuality) -> None:
@@ -58,7 +62,10 @@ class Tracking:
             if args.tracking.report_to == "wandb" and accelerator.is_main_process:
                 logs.mkdir(parents=True, exist_ok=True)
             own = {"wandb": {"dir": str(logs)}}
-            accelerator.init_trackers(args.tracking.tracker_project_name, config=config, init_kwargs=own)
+            try:
+                accelerator.init_trackers(args.tracking.tracker_project_name, config=config, init_kwargs=own)
+            except Exception as error:  # each tracker has its own errors, such as a missing login
+                raise ValueError(f"report_to={args.tracking.report_to} cannot be started: {one_line(error)}") from error
 
     def enter_phase(self, state: TrainingState) -> None:
         """Start a progress bar if the next step begins a new phase."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from diffusers_gfprune.scripts import prune_ddpm
+from diffusers_gfprune.training.state import Curves
 from helpers.resume import checkpoints_kept, place, run_here
 
 # Of 16 steps, the 6th and 12th, and the end; later arguments win
@@ -56,3 +60,22 @@ def test_curves_go_on_after_an_interruption(measured: tuple[Path, Path], tmp_pat
     mine, whole = (report(run)["curves"] for run in (tmp_path / "run", measured[0]))
     assert mine["quality_steps"] == whole["quality_steps"] and mine["quality"] == whole["quality"]
     assert weights(tmp_path / "run") == weights(measured[0])
+
+
+def test_curves_of_other_features_have_gaps() -> None:
+    """A run that is resumed with others: every curve still has a value, or None, for each step."""
+    curves, later = (
+        Curves(),
+        [{"fd_pixels": 3.0, "ssim_to_dense": 0.5}, {"ssim_to_dense": 0.7}, {"fid": 2.0, "ssim_to_dense": 0.9}],
+    )
+    quality = SimpleNamespace(measure=lambda unet: later[len(curves.quality_steps)])
+    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), sample_quality=quality)
+    state = SimpleNamespace(averaged=contextlib.nullcontext, curves=curves, step=0)
+    tracking = SimpleNamespace(log_quality=lambda step, values: None)
+    for _ in later:
+        prune_ddpm.measure_quality(run, state, tracking)
+    assert curves.quality == {
+        "fd_pixels": [3.0, None, None],
+        "ssim_to_dense": [0.5, 0.7, 0.9],
+        "fid": [None, None, 2.0],
+    }

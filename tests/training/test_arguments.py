@@ -26,3 +26,23 @@ def test_a_budget_for_a_runtime_is_for_the_cpu() -> None:
     """Wherever training runs: blocks of channels are those of CPUs."""
     for words, wanted in ((LATENCY, "cpu"), (LATENCY[:2], "cuda"), (LATENCY[2:], "cuda")):
         assert parse_arguments([*MODEL, *words]).pruning.on_device("cuda").target_device == wanted
+
+
+def test_a_token_is_not_stored_by_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights & Biases stores the command line."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    hub = ("--push_to_hub", "--hub_token", "hf_secret")
+    with pytest.raises(
+        ValueError, match="^hub_token cannot be used with report_to=wandb, which stores the command line"
+    ) as raised:
+        parse_arguments([*MODEL, *hub, "--report_to", "wandb"])
+    assert "hf_secret" not in str(raised.value)
+    parse_arguments([*MODEL, *hub, "--report_to", "tensorboard"])
+
+
+def test_numbers_are_finite() -> None:
+    """Checkpoints and reports are JSON, which has no infinity: the run would stop when it writes the first of them."""
+    for value in ("inf", "nan"):
+        with pytest.raises(ValueError, match=f"^max_grad_norm={value} must be finite$"):
+            parse_arguments([*MODEL, "--max_grad_norm", value])
+    assert parse_arguments([*MODEL, "--max_grad_norm", "0"]).training.max_grad_norm == 0  # none is clipped

@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "checkpoint.json"])
-@pytest.mark.parametrize("harm", ["truncated", "changed", "removed"])
+@pytest.mark.parametrize("harm", ["truncated", "changed", "removed", "garbled"])
 def test_damage_is_seen_and_the_checkpoint_before_is_taken(tmp_path: Path, name: str, harm: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 10)
@@ -110,6 +110,8 @@ def test_damage_is_seen_and_the_checkpoint_before_is_taken(tmp_path: Path, name:
         path.unlink()
     elif harm == "truncated":
         path.write_bytes(content[: len(content) // 2])
+    elif harm == "garbled":  # also no UTF-8
+        path.write_bytes(content[: len(content) // 2] + b"\xff" + content[len(content) // 2 + 1 :])
     elif name == "checkpoint.json":
         path.write_bytes(content.replace(b'"crc32": ', b'"crc32": 1'))
     else:
@@ -156,6 +158,21 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         "b was None, is 2",
         "c was None, is 3",
     ]
+
+
+def test_a_changed_number_of_the_manifest_is_not_believed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    manifest = save(checkpoints, 20, seed=3) / "checkpoint.json"
+    text = manifest.read_text()
+    for before, after in (('"step": 20', '"step": 28'), ('"seed": 3', '"seed": 2')):
+        assert text.count(before) == 1
+        manifest.write_text(text.replace(before, after))
+        with pytest.raises(CheckpointError, match="checkpoint.json is damaged: its checksum is not the one"):
+            checkpoints.load(manifest.parent)
+    content = json.loads(text)
+    del content["crc32"]  # as older versions wrote it
+    manifest.write_text(json.dumps(content))
+    assert checkpoints.load(manifest.parent).step == 20
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

@@ -79,6 +79,35 @@ def test_parser_converts_the_values(recipe) -> None:
     assert args.to_dict()["mixed_precision"] == "no"
 
 
+def test_several_values_are_a_list(recipe) -> None:
+    path = recipe("speed_batch_sizes: [1, 16]\nspeed_modes:\n- eager\n- compiled\n")
+    evaluation = parse(path).evaluation
+    assert (evaluation.speed_batch_sizes, evaluation.speed_modes) == ([1, 16], ["eager", "compiled"])
+    assert parse(path, "--speed_batch_sizes", "4").evaluation.speed_batch_sizes == [4]
+    assert parse(recipe("speed_batch_sizes: 2")).evaluation.speed_batch_sizes == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: [1, 2]", "line 1: learning_rate must be a single value, not a sequence"),
+        ("speed_batch_sizes: []", "line 1: speed_batch_sizes must be a list of one or more single values"),
+        ("speed_batch_sizes: [[1]]", "line 1: speed_batch_sizes must be a list of one or more single values"),
+        ("speed_batch_sizes: {a: 1}", "line 1: speed_batch_sizes must be a single value, not a mapping"),
+    ],
+)
+def test_lists_are_for_arguments_with_several_values(recipe, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(recipe(text))
+
+
+def test_the_home_folder_has_its_short_name(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse(recipe("output_dir: ~/runs/x\ntrain_data_dir: ~/images\nrevision: ~other"))
+    assert (args.run.output_dir, args.data.train_data_dir) == ("/home/me/runs/x", "/home/me/images")
+    assert args.model.revision == "~other"
+
+
 def test_range_of_a_value_is_checked_as_on_the_command_line(recipe) -> None:
     with pytest.raises(ValueError, match=re.escape("ratio=1.5 must be between 0 and 1")):
         parse(recipe("ratio: 1.5"))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from diffusers_gfprune.run_folder import RunFolder
+from diffusers_gfprune.training.arguments import parse_arguments
+from diffusers_gfprune.training.tracking import Tracking
 from helpers.figures import cells
 from helpers.resume import STEPS, run_here
 
@@ -81,3 +85,15 @@ def test_other_trackers_get_curves_and_samples(tracker: str, tmp_path: Path, mon
     else:
         assert {path.parent.name for path in (tmp_path / "trackio").rglob("*.png")} == {"3", "6"}
         assert {path.name for path in tmp_path.iterdir()} == {"runs", "trackio"}
+
+
+def test_a_tracker_that_does_not_start_is_named(tmp_path: Path) -> None:
+    """Before images are encoded or drawn; each tracker has its own errors."""
+
+    def not_logged_in(*args, **kwargs) -> None:
+        raise Exception("No API key configured.\nUse `wandb login`")
+
+    words = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--report_to", "tensorboard"]
+    accelerator = SimpleNamespace(init_trackers=not_logged_in, is_main_process=True)
+    with pytest.raises(ValueError, match=r"^report_to=tensorboard cannot be started: No API key configured\. "):
+        Tracking(parse_arguments(words), accelerator, RunFolder(str(tmp_path / "run"), False), None)

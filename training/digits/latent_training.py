@@ -198,12 +198,13 @@ def run(
     """
     identity = {**args.identity(), **identity}
     folder = RunFolder(args.output_dir, overwrite=False)
-    folder.check(resuming=args.resume_from_checkpoint is not None)
-    checkpoints = Checkpoints(folder.training, CHECKPOINTS_KEPT)
-    training = Training(args, modules)
-    if args.resume_from_checkpoint is not None:
-        training.restore(checkpoints, args.resume_from_checkpoint, identity)
     with folder:
+        folder.lock()
+        folder.check(resuming=args.resume_from_checkpoint is not None)
+        checkpoints = Checkpoints(folder.training, CHECKPOINTS_KEPT)
+        training = Training(args, modules)
+        if args.resume_from_checkpoint is not None:
+            training.restore(checkpoints, args.resume_from_checkpoint, identity)
         folder.prepare(resuming=training.step > 0)
         losses: list[float] = []
         for generator in training.steps(checkpoints, identity):
