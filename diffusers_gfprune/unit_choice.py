@@ -29,7 +29,15 @@ from .pruning.budget import (
 from .pruning.cost_model import CostModel
 from .pruning.curve_allocation import allocate_by_curves
 from .pruning.damage_curves import DamageCurve
-from .pruning.depth import check_reachable, choose_blocks, plan_widths, remove_by_sensitivity, remove_per_group, widths_stay
+from .pruning.depth import (
+    check_reachable,
+    choose_blocks,
+    is_reachable,
+    plan_widths,
+    remove_by_sensitivity,
+    remove_per_group,
+    widths_stay,
+)
 from .pruning.joint import SEPARATE, UnitDamage, exchange_units, joint_candidates
 from .scoring.importance import normalize_scores
 
@@ -60,9 +68,12 @@ def possible_widths(cost: CostModel, config: GFPruneConfig, device_type: str) ->
     while True:
         narrow = min(multiple, TENSOR_CORE_MULTIPLE) if device == "cuda" else 1
         ladders = [aligned_ladder(group, multiple, least, attention_unit, narrow) for group in cost.groups]
-        widths = plan_widths(cost, config.target, config.ratio, ladders)
-        if multiple == 1 or abs(cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
+        if multiple == 1:
             return multiple, ladders
+        if is_reachable(cost, config.target, config.ratio, ladders):  # planning is slow where it cannot succeed
+            widths = plan_widths(cost, config.target, config.ratio, ladders)
+            if abs(cost.removed(config.target, widths) - config.ratio) <= BUDGET_TOLERANCE:
+                return multiple, ladders
         multiple //= 2
 
 
@@ -160,7 +171,8 @@ class UnitChoice:
             start: True for the units to start from; widths of groups are not changed then (default: all units).
 
         Returns:
-            Choices that meet the budget, one with `start`: True for kept units by group name, each with shape `(num_units,)`.
+            Choices that meet the budget, or are as near to it as the nearest; one with `start`. True for kept units by group
+            name, each with shape `(num_units,)`.
         """
         separate = {name: SEPARATE * values.double() + (bonus or {}).get(name, 0) for name, values in scores.items()}
         damage, attention_unit = UnitDamage(changes, separate), self.config.attention_unit
@@ -172,9 +184,15 @@ class UnitChoice:
             return choices
         ranked = {name: values.double() + (bonus or {}).get(name, 0) for name, values in scores.items()}
         widths = self._sensitive_widths(ratio, [scores[group.name] for group in cost.groups])
-        if abs(cost.removed(target, widths) - ratio) > BUDGET_TOLERANCE:
-            return choices
-        return [*choices, self.best_units(ranked, widths)]
+        choices = [*choices, self.best_units(ranked, widths)]
+        # The least damage is that of a choice that removes too little
+        missed = [max(abs(cost.removed(target, self._widths_of(units)) - ratio), BUDGET_TOLERANCE) for units in choices]
+        return [units for units, by in zip(choices, missed) if by <= min(missed)]
+
+    def _widths_of(self, kept: Mapping[str, Tensor]) -> np.ndarray:
+        """Channels of each group with the units that are kept."""
+        groups = self.cost.groups
+        return np.array([int(g.unit_sizes[kept[g.name].cpu()].sum()) + len(g.fixed) for g in groups], dtype=np.int64)
 
     def warn_if_missed(self, share: float) -> None:
         """Warn if the removed share of the target cost is not the one asked for."""

@@ -31,7 +31,7 @@ REPORT = "pruning_report.json"
 # Beside the pipeline's own scheduler
 SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 DTYPES = ("float32", "float16", "bfloat16")
-# Where pipelines of Diffusers fail: NumPy has no bfloat16, and LDMPipeline draws noise in float32
+# Where pipelines of Diffusers fail, with output_type="np": NumPy has no bfloat16, and LDMPipeline draws noise in float32
 UNUSABLE_DTYPES = {
     **dict.fromkeys(("DDPMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", "LDMTextToImagePipeline"), ("bfloat16",)),
     "LDMPipeline": ("float16", "bfloat16"),
@@ -137,7 +137,7 @@ def load_models(
     kind = trained.stock_class.__name__
     if dtype in UNUSABLE_DTYPES.get(kind, ()):
         usable = [other for other in DTYPES if other not in UNUSABLE_DTYPES[kind]]
-        raise ValueError(f"dtype={dtype} must be {' or '.join(usable)}: a {kind} of Diffusers does not sample in {dtype}")
+        raise ValueError(f"dtype={dtype} must be {' or '.join(usable)}: a {kind} of Diffusers makes no pictures in {dtype}")
     report, notice, dense = read_report(name, revision), None, None
     if reference is not None:
         dense = _matching(trained, reference, reference_revision)

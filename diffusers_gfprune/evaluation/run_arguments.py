@@ -70,7 +70,9 @@ class EvaluationArguments(SpeedArguments):
         None, "Inception's TorchScript file, for eval_features=inception (default: downloaded)."
     )
     evaluation_cache_dir: str | None = argument(
-        None, "Folder that keeps samples of the dense model and features of real images for later runs."
+        None,
+        "Folder that keeps samples of the dense model, features of real images and times of layers for later runs (default: "
+        "none of the samples and features; times next to the Hub's cache).",
     )
     eval_batch_size: int = argument(128, "Number of samples in one forward pass (>= 1).")
     ddim_num_inference_steps: int | None = argument(

@@ -18,7 +18,7 @@ from ..metrics.eval_mode import evaluating
 from ..metrics.features import FeatureNetwork
 from ..metrics.model_size import spatial_size
 from ..metrics.quality import SamplingSettings, extract_features
-from ..metrics.speed import SpeedSetting, measure_speed, seconds_of
+from ..metrics.speed import SpeedSetting, compilation_error, measure_speed, seconds_of
 from ..runtimes.forwards import ConversionError, model_call
 
 __all__ = ["describe_speed", "try_features", "try_sampling", "try_speed"]
@@ -133,7 +133,7 @@ def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[d
         raise ValueError(f"speed cannot be measured ({error}): pass --speed_batch_sizes 0 to skip it") from error
     tried = [f"a timed forward pass{_failure(row.get('error'))}" for row in rows]
     if any(setting.mode == "compiled" for setting in settings):
-        tried.append(f"a compiled function{_failure(_compilation_error(next(unet.parameters()).device))}")
+        tried.append(f"a compiled function{_failure(compilation_error(next(unet.parameters()).device))}")
     for runtime in dict.fromkeys(setting.runtime for setting in settings if setting.runtime is not None):
         tried.append(f"a function in {runtime}{_failure(_runtime_error(runtime))}")
     return rows, tried
@@ -141,15 +141,6 @@ def try_speed(unet: nn.Module, settings: Sequence[SpeedSetting]) -> tuple[list[d
 
 def _failure(error: str | None) -> str:
     return "" if error is None else f" (fails and will not be measured: {error})"
-
-
-def _compilation_error(device: torch.device) -> str | None:
-    """Why compilation fails on this machine, in one line. A small function is compiled: a model would take half a minute."""
-    try:
-        torch.compile(torch.square)(torch.ones(2, device=device))
-    except (RuntimeError, ImportError) as error:
-        return portable_error(error)
-    return None
 
 
 def _runtime_error(runtime: str) -> str | None:

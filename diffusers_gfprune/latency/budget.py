@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..distributed import made_by_first_rank
 from ..metrics.cache import TensorCache
-from ..metrics.speed import SpeedSetting
+from ..metrics.speed import SpeedSetting, compilation_error
 from ..pruning.budget import select_units
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.compaction import compact, plan_compaction
@@ -87,6 +87,8 @@ def measured_latency_model(
     cost = CostModel(unet, groups, sample_size, model.seconds)
 
     def measure() -> dict:
+        if setting.mode == "compiled" and (error := compilation_error(next(unet.parameters()).device)):
+            raise ValueError(f"latency_backend=compile does not work on this machine: {error}")
         layers = "timing layers" if progress else None
         model.set_shares(
             layer_shares(unet, model.grids, model.calls, setting, sample_size, TensorCache(cache_dir), progress=layers)

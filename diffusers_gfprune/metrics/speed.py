@@ -38,8 +38,8 @@ from .peak_memory import allocated_at_most, storage_bytes
 from .speedup import median_interval
 
 __all__ = [
-    *("DTYPES", "MODES", "PreparedForward", "SpeedSetting", "compilation", "measure_speed", "parse_settings"),
-    *("prepare_forward", "seconds_of", "timed_device"),
+    *("DTYPES", "MODES", "PreparedForward", "SpeedSetting", "compilation", "compilation_error", "measure_speed"),
+    *("parse_settings", "prepare_forward", "seconds_of", "timed_device"),
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -313,6 +313,15 @@ class PreparedForward(NamedTuple):
 def timed_device(model: nn.Module, setting: SpeedSetting) -> torch.device:
     """Device of a forward pass: that of the model, or the CPU in a runtime."""
     return torch.device("cpu") if setting.runtime is not None else next(model.parameters()).device
+
+
+def compilation_error(device: torch.device) -> str | None:
+    """Why compilation fails on this machine, in one line. A small function is compiled: a model would take half a minute."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except (RuntimeError, ImportError) as error:
+        return portable_error(error)
+    return None
 
 
 def prepare_forward(model: nn.Module, setting: SpeedSetting, size: tuple[int, int]) -> PreparedForward:

@@ -173,7 +173,7 @@ def sensitive_proportions(
     sensitivity = np.array([float(score.double().abs().sum()) for score in scores])
     sensitivity[list(cost.inner)] = 0.0  # blocks have no width
     widest = np.array([ladder[0] for ladder in ladders])
-    saved = cost.marginal(target, widest) * widest
+    saved = np.maximum(cost.marginal(target, widest), 0.0) * widest  # measured times can fall with the width
     # A group of zeros reaches its floor first, but shares stay finite.
     gain = saved / np.maximum(sensitivity, _SMALLEST * sensitivity.max() if sensitivity.any() else 1.0)
     gain[list(cost.inner)] = 0.0

@@ -33,6 +33,7 @@ from .cost_model import CostModel
 __all__ = [
     "check_reachable",
     "choose_blocks",
+    "is_reachable",
     "plan_widths",
     "remove_by_sensitivity",
     "remove_per_group",
@@ -62,14 +63,19 @@ def widths_stay(cost: CostModel, ladders: Sequence[Sequence[int]]) -> bool:
     return bool(cost.inner) and all(len(ladder) == 1 for index, ladder in enumerate(ladders) if index not in cost.inner)
 
 
+def is_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> bool:
+    """Whether the narrowest widths of the ladders save enough for a budget."""
+    return ratio <= cost.removed(target, np.array([ladder[-1] for ladder in ladders])) + BUDGET_TOLERANCE
+
+
 def check_reachable(cost: CostModel, target: str, ratio: float, ladders: Sequence[Sequence[int]]) -> None:
     """Check that the ladders can meet a budget.
 
     Raises:
         ValueError: The ratio is larger than the share that can be removed.
     """
-    most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
-    if ratio > most + BUDGET_TOLERANCE:
+    if not is_reachable(cost, target, ratio, ladders):
+        most = cost.removed(target, np.array([ladder[-1] for ladder in ladders]))
         if widths_stay(cost, ladders):
             limits = "depth=only, which removes blocks and no channels; with depth=allow more can be removed"
         else:

@@ -285,17 +285,23 @@ def exchange_units(
     return search.units()
 
 
+def _saving_step(search: Search, costs: _StepCosts, index: int, ladder: np.ndarray) -> Step | None:
+    """The step of a group down to its next width that saves something: kernels compute channels in blocks."""
+    step = search.step(index, ladder, 1)
+    while step is not None and costs.saved(search.widths, step) <= 0:
+        step = search.step(index, ladder[ladder < step.width], 1)
+    return step
+
+
 def _remove_greedily(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray]) -> None:
     """Take the step with the least damage per saved cost until the budget is reached."""
     while costs.removed(search.widths) < ratio:
         best: tuple[float, Step] | None = None
         for index, ladder in enumerate(rungs):
-            step = search.step(index, ladder, 1)
-            saved = 0.0 if step is None else costs.saved(search.widths, step)
-            if saved <= 0:
+            step = _saving_step(search, costs, index, ladder)
+            if step is None:
                 continue
-            change = search.damage_after(step.change, step.separate)
-            price = change / saved
+            price = search.damage_after(step.change, step.separate) / costs.saved(search.widths, step)
             if best is None or price < best[0]:
                 best = price, step
         if best is None:
@@ -307,8 +313,10 @@ def _remove_greedily(search: Search, costs: _StepCosts, ratio: float, rungs: Seq
 def _move_pairs(search: Search, costs: _StepCosts, ratio: float, rungs: Sequence[np.ndarray], close: float) -> int:
     """Take steps of one or two groups, to within `close` of the budget, then to lower damage. Returns their number."""
     for moves in range(MOVES):
-        steps = [search.step(index, ladder, sign) for index, ladder in enumerate(rungs) for sign in (1, -1)]
-        steps = [step for step in steps if step is not None]
+        both = [
+            (_saving_step(search, costs, index, ladder), search.step(index, ladder, -1)) for index, ladder in enumerate(rungs)
+        ]
+        steps = [step for pair in both for step in pair if step is not None]
         if not steps:
             return moves
         changes = np.stack([step.change for step in steps], axis=1)

@@ -20,11 +20,13 @@ fit into memory; otherwise one layer after another, with sums over several passe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,8 @@ RIDGE = 0.03  # lambda, relative to the mean squared feature
 ROWS = 2**15  # that a layer reads at most, over all batches
 ROWS_PER_FEATURE = 4  # where these are more
 NO_GAP = 1e-5  # of the size of the outputs: rounding, so that the layer has nothing to mend
+# Memory that a container may use, by version 2 and version 1 of cgroups
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 PASS_BYTES = 4 * 2**30  # of a pass on the CPU, or a quarter of its memory if that is more
 
 logger = logging.getLogger(__name__)
@@ -148,6 +152,9 @@ def _memory(device: torch.device) -> int:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not POSIX
         memory = 0
+    for file in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            memory = min(memory, int(Path(file).read_text()))
     return max(PASS_BYTES, memory // 4)
 
 

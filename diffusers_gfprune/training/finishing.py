@@ -8,12 +8,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..errors import HUB_ERRORS, hub_error_reason
+from ..errors import HUB_ERRORS, first_line, hub_error_reason
 from ..hub import PushError, prepare_repo, prepare_space, push_checkpoint, update_card
 from ..metrics.speedup import compare_speeds
 from ..reports.plots import plot_pruning, plot_widths, save_sample_grid
 from ..reports.results import Results
 from ..run_folder import RunFolder, write_json
+from ..runtimes.forwards import ConversionError
 from .arguments import Arguments
 from .reporting import measure_step_losses, pruning_report, results
 from .run_setup import Run
@@ -72,7 +73,10 @@ def finish(run: Run, state: TrainingState) -> None:
     folder.save(partial(run.pipeline.save, unet))
     measured, dense_samples, samples = results(args, dense, unet, run.sample_quality, len(run.step_loss.images), losses)
     if state.pruner.latency is not None:
-        measured.latency_budget = state.pruner.check_latency(dense, unet).to_dict()
+        try:
+            measured.latency_budget = state.pruner.check_latency(dense, unet).to_dict()
+        except (RuntimeError, ConversionError, OSError) as error:  # memory, a compiler or a runtime; the model is done
+            tqdm.write(f"warning: the latency budget cannot be checked: {first_line(error)}", file=sys.stderr)
     write_json(folder.staging / "results.json", measured.to_dict())
     density = state.timestep_density
     report = pruning_report(

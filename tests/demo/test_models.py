@@ -97,7 +97,7 @@ def test_models_of_other_images_are_refused(folders: Path, tmp_path: Path) -> No
         ({"dtype": "int8"}, "dtype=int8 must be one of float32, float16, bfloat16"),
         ({"device": "cuda:99"}, "device=cuda:99 cannot be used: "),
         ({"device": "abacus"}, "device=abacus cannot be used: "),
-        ({"dtype": "bfloat16"}, "dtype=bfloat16 must be float32 or float16: a DDPMPipeline of Diffusers does not sample in"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16 must be float32 or float16: a DDPMPipeline of Diffusers makes no pictures"),
         ({"reference_revision": "v1"}, "reference_revision=v1 needs a reference"),
         ({"reference": "./nothing"}, "reference=./nothing is not a folder"),
     ],

@@ -75,6 +75,16 @@ def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
     assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
 
 
+def test_a_machine_that_cannot_compile_is_found_before_layers_are_timed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_budget, "compilation_error", lambda device: "InvalidCxxCompiler: No working C++ compiler")
+    config = GFPruneConfig(**{**CONFIG.to_dict(), "latency_backend": "compile"})
+    with pytest.raises(ValueError, match=r"^latency_backend=compile does not work on this machine: InvalidCxxCompiler: No"):
+        GradientFlowPruner(build("three-levels"), config)
+    assert machine.measured == 0
+
+
 @pytest.mark.slow
 def test_the_time_can_be_that_of_a_runtime(machine: Machine, capsys: pytest.CaptureFixture) -> None:
     """Widths are those that CPUs like, bars count layers and models, and the check names the runtime."""

@@ -280,6 +280,16 @@ def test_bad_input(options: dict, message: str) -> None:
         recover(masked=model, plan=plan, process=PROCESS, **options)
 
 
+def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of a quarter of the machine's memory would end a process in a container."""
+    monkeypatch.setattr(recovery, "CONTAINER_LIMITS", (tmp_path / "none", tmp_path / "limit"))
+    monkeypatch.setattr(recovery, "PASS_BYTES", 2**20)
+    (tmp_path / "limit").write_text("max\n")
+    whole = recovery._memory(torch.device("cpu"))
+    (tmp_path / "limit").write_text(f"{2**30}\n")
+    assert recovery._memory(torch.device("cpu")) == 2**28 < whole
+
+
 def test_memory_of_the_sums() -> None:
     """Those of the largest layer, and a copy that is solved; biases are one more feature."""
     layers = [m for m in build("resnet-sampler-blocks").modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusers_gfprune.scripts import prune_ddpm
 from helpers.latency import time_by_macs
@@ -42,3 +43,23 @@ def test_a_run_with_a_budget_in_a_runtime(
     assert "latency, batch 2, onnxruntime" in card and "exported for the batch size, in onnxruntime" in card
     assert budget["words"] in card
     assert len(list((tmp_path / "cache").glob("layer-times-*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_result_is_not_lost_if_its_time_cannot_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Such as by memory that the optimizer and the teacher did not take yet when layers were timed."""
+
+    def out_of_memory(*arguments) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    time_by_macs(monkeypatch)
+    monkeypatch.setattr("diffusers_gfprune.GradientFlowPruner.check_latency", out_of_memory)
+    tiny_pipeline(block_out_channels=(32, 32), norm_num_groups=8).save_pretrained(tmp_path / "model")
+    own = ("--latency_backend", "eager", "--speed_batch_sizes", "0", "--output_dir", str(tmp_path / "run"))
+    with plain_runs():
+        prune_ddpm.main([*RUN, "--pretrained_model_name_or_path", str(tmp_path / "model"), *own])
+    assert "warning: the latency budget cannot be checked: CUDA out of memory" in capsys.readouterr().err
+    assert "latency_budget" not in json.loads((tmp_path / "run/results.json").read_text())
+    assert "Latency budget" not in (tmp_path / "run/README.md").read_text()
