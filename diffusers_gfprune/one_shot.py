@@ -25,6 +25,7 @@ from .families.lookup import family_of
 from .loading.pipeline_layouts import check_process
 from .metrics.conditions import SampleConditions, conditions_of_vectors, label_conditions
 from .metrics.model_size import spatial_size
+from .precision import usual_modes
 from .pruner import GradientFlowPruner
 
 __all__ = [
@@ -177,6 +178,7 @@ def one_shot_config(batch_size: int, recovery: bool, options: Mapping[str, Any])
     return config
 
 
+@usual_modes()
 def prune_unet(
     unet,
     scheduler,

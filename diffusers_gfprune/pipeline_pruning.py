@@ -12,10 +12,12 @@ classifier-free guidance keeps working.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from .argument_fields import FRACTION, at_least, check_range
@@ -27,6 +29,7 @@ from .metrics.conditions import SampleConditions
 from .model_spec import ModelSpec
 from .one_shot import drawn_conditions, images_to_tensor, one_shot_config, recovery_batches, with_vectors
 from .pipeline_parts import PipelineParts
+from .precision import usual_modes
 from .pruner import GradientFlowPruner
 
 __all__ = ["prune_pipeline"]
@@ -34,6 +37,7 @@ __all__ = ["prune_pipeline"]
 CAPTION_DROPOUT = 0.1
 
 
+@usual_modes()
 def prune_pipeline(
     pipe: DiffusionPipeline,
     images=None,
@@ -72,7 +76,8 @@ def prune_pipeline(
         **options: Fields of `GFPruneConfig`, such as `target="macs", ratio=0.3`.
 
     Returns:
-        A pipeline of the same class, with the same other components.
+        A pipeline of the same class, with the same other components. Names of local folders that these were loaded from are
+        left out of its configurations, so that they are not published.
 
     Raises:
         ImportError: The runtime of `latency_backend` is not installed.
@@ -114,8 +119,21 @@ def prune_pipeline(
     if recovery:
         pruner.recover(denoiser, recovery_batches(batches, process, seed))
     small = copy.copy(pipe)
-    small.register_modules(**{family.component: pruner.compact()})
-    return small
+    parts_of_small = {name: _without_folder(part) for name, part in vars(pipe).items() if _is_local(part)}
+    small.register_modules(**{**parts_of_small, family.component: pruner.compact()})
+    return _without_folder(small) if _is_local(small) else small
+
+
+def _is_local(part: object) -> bool:
+    """Whether the configuration of a pipeline or a component names the local folder that it was loaded from."""
+    return isinstance(part, ConfigMixin) and os.path.isdir(part.config.get("_name_or_path") or "")
+
+
+def _without_folder(part: ConfigMixin) -> ConfigMixin:
+    """The same without this name. Everything else is shared."""
+    other = copy.copy(part)
+    other._internal_dict = FrozenDict({name: value for name, value in part.config.items() if name != "_name_or_path"})
+    return other
 
 
 def _drawn(

@@ -1,4 +1,4 @@
-"""Float32 without TF32, bfloat16 or autocast inside, for small differences of large sums."""
+"""Float32 without TF32, bfloat16 or autocast inside, for small differences of large sums, and PyTorch's usual modes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["ieee_float32", "own_forward"]
+__all__ = ["ieee_float32", "own_forward", "usual_modes"]
 
 
 def _older_flags() -> tuple[str, bool] | None:
@@ -47,6 +47,16 @@ def ieee_float32() -> Iterator[None]:
             _set_older_flags(*older)
         for owner, precision in zip(owners, before):
             owner.fp32_precision = precision
+
+
+@contextmanager
+def usual_modes() -> Iterator[None]:
+    """Context without inference mode, whose tensors take no gradients and count no changes, and without a default device.
+
+    It can be used as a decorator.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DDPMPipeline
 from peft import LoraConfig
 from torch.optim.swa_utils import AveragedModel
 
-from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune import GradientFlowPruner, prune_pipeline
 from diffusers_gfprune.pruning.masking import dense_parameters
 from helpers.architectures import build
 from helpers.families import build as build_family
@@ -150,7 +151,56 @@ def test_recovery_is_not_run_under_autocast() -> None:
 
 
 def test_adapters_are_named() -> None:
+    """What the message says is enough, and half of it is not."""
+    message = r"^the model has adapters \(style\): call unload_lora\(\), after fuse_lora\(\) to keep their effect"
     unet = build_family("condition", "base")
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
-    with pytest.raises(ValueError, match="the model has adapters \\(style\\): fuse or delete them before pruning"):
+    for change in (lambda: None, unet.fuse_lora):
+        change()
+        with pytest.raises(ValueError, match=message):
+            GradientFlowPruner(unet, config(), SCHEDULER)
+    unet.unload_lora()
+    GradientFlowPruner(unet, config(), SCHEDULER)
+    unet = build_family("condition", "base")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    unet.delete_adapters("style")  # leaves the layers around the original ones
+    with pytest.raises(ValueError, match=message.replace("style", "without a name")):
         GradientFlowPruner(unet, config(), SCHEDULER)
+
+
+def test_fused_projections_and_eight_bits_are_named() -> None:
+    """Diffusers unfuses projections by other processors; the fused weights stay."""
+    unet = build_family("condition", "base")
+    unet.fuse_qkv_projections()
+    unet.unfuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"additional parameter .*\.to_qkv\.weight: load it again without fuse_qkv_proj"):
+        GradientFlowPruner(unet, config(), SCHEDULER)
+    unet = build("fine-units")
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r" is torch.float8_e4m3fn: load the model without layerwise casting to prune it$"):
+        GradientFlowPruner(unet, config(), SCHEDULER)
+
+
+# --- PyTorch's modes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_pruned_in_inference_mode_can_be_trained() -> None:
+    pipe, pruner = DDPMPipeline(build("fine-units"), SCHEDULER), pruner_of()
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    with torch.inference_mode():
+        small = prune_pipeline(pipe, images, ratio=0.3, recovery=False).unet
+        compacted = pruner.compact()
+    for model in (small, compacted):
+        run(model.requires_grad_(True)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_default_device_changes_nothing() -> None:
+    """As of notebooks that begin with `torch.set_default_device("cuda")`."""
+    pipe = DDPMPipeline(build("fine-units"), SCHEDULER)
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    plain = prune_pipeline(pipe, images, ratio=0.3).unet
+    with torch.device("meta"):
+        found = prune_pipeline(pipe, images, ratio=0.3).unet
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name

@@ -58,6 +58,18 @@ def test_the_denoiser_is_pruned_and_nothing_else_changes(name: str, tmp_path: Pa
     assert type(found) is type(getattr(small, denoiser))
 
 
+def test_names_of_local_folders_are_left_out(tmp_path: Path) -> None:
+    """They would be published with the pipeline. The dense pipeline keeps its own."""
+    PIPELINES["ldm"](tmp_path / "made").save_pretrained(tmp_path / "private")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "private")
+    small = prune_pipeline(pipe, images(), **given("ldm"), **BUDGET)
+    small.save_pretrained(tmp_path / "small")
+    for path in (tmp_path / "small").rglob("*.json"):
+        assert "private" not in path.read_text(), path
+    assert "private" in str(pipe.vqvae.config["_name_or_path"]) and "private" in str(pipe.config["_name_or_path"])
+    assert all(mine is theirs for mine, theirs in zip(small.vqvae.parameters(), pipe.vqvae.parameters(), strict=True))
+
+
 def test_stable_diffusion_3_is_pruned_without_t5(tmp_path: Path) -> None:
     """Its zeros are as wide as the model's tokens. What is saved loads as the dense pipeline does, without T5 by name."""
     pipe = sd3(tmp_path / "sd3", has_t5=False, num_layers=1)

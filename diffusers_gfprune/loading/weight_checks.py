@@ -24,7 +24,7 @@ FLOATS = {
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
-FUSED = r"\.to_(qkv|kv)\.(weight|bias)$"  # projections of attention
+FUSED = r"\.to_(added_)?(qkv|kv)\.(weight|bias)$"  # projections of attention
 BUFFER = 2**20  # bytes per read
 PIECE = 2**15 - 1  # values per check: larger pieces would be divided among threads, which is slower
 
@@ -112,10 +112,12 @@ def _check_largest(name: str, largest: float, dtype: torch.dtype) -> None:
 
 def _check_fused(name: str, whole, header: Mapping) -> None:
     """Diffusers loads to_q, to_k and to_v only, so a fused projection that was trained separately would be lost."""
-    letters = re.search(FUSED, name)[1]
-    sources = [re.sub(FUSED, rf".to_{letter}.\2", name) for letter in letters]
+    added, letters = re.search(FUSED, name).group(1, 2)
+    form = ".add_{}_proj" if added else ".to_{}"  # add_q_proj etc. of a second stream
+    sources = [re.sub(FUSED, rf"{form.format(letter)}.\3", name) for letter in letters]
     if header.keys() >= set(sources):
         parts = [whole.get_tensor(source) for source in sources]
         if not torch.equal(torch.cat(parts), whole.get_tensor(name)):
-            listed = f"{', '.join(f'to_{letter}' for letter in letters[:-1])} and to_{letters[-1]}"
+            parts = [form.format(letter).removeprefix(".") for letter in letters]
+            listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
             raise ValueError(f"the weight {name} differs from {listed}: unfuse projections before training")

@@ -24,12 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from ..families.lookup import family_of
+from ..precision import usual_modes
 from .blocks import removed_blocks
 from .channel_groups import ChannelGroup, slices_by_dimension
 from .masking import MASKS_MODULE, check_mask, dense_name, dense_parameters
 from .optimizer_state import kept_state
 
 __all__ = ["CompactionPlan", "carry_ema", "carry_optimizer", "check_ema", "compact", "plan_compaction"]
+
+# Settings of modules that are not in the configuration: rates of dropout of layers and labels, and FreeU
+CARRIED = ("p", "dropout_prob", "s1", "s2", "b1", "b2")
 
 
 @dataclass
@@ -142,6 +146,7 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
     return plan
 
 
+@usual_modes()
 def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
     """Build the small model. The masked model is not modified.
 
@@ -150,7 +155,8 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
         plan: Output of `plan_compaction` for this model.
 
     Returns:
-        A model with the same outputs, device, dtypes, mode and gradient checkpointing as the masked one.
+        A model with the same outputs, device, dtypes, mode, gradient checkpointing, FreeU and rates of dropout as the masked
+        one.
     """
     tables = {
         "layer_channels": plan.layer_channels,
@@ -177,6 +183,11 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
             setattr(small.get_submodule(owner), leaf, unet.get_buffer(name).clone())
     for name, parameter in kept.items():
         small.get_parameter(name).requires_grad_(parameter.requires_grad)
+    modules = dict(unet.named_modules())
+    for name, module in small.named_modules():
+        for setting in CARRIED:
+            if hasattr(modules.get(name), setting) and (setting != "p" or isinstance(module, nn.Dropout)):
+                setattr(module, setting, getattr(modules[name], setting))
     if unet.is_gradient_checkpointing:
         small.enable_gradient_checkpointing()
     return small.train(unet.training)

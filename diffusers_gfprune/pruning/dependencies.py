@@ -11,6 +11,7 @@ most for models of any size, and does not depend on the model's device, dtype or
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,8 @@ LAYERS = (nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm)  # with prunable cha
 
 def _settings(module: nn.Module | None) -> dict[str, object]:
     """Settings of a module besides its parameters: its class, heads, groups, eps, strides, ..."""
-    states = ("training", "gradient_checkpointing")
+    # What may be changed after loading; rates of dropout are carried over at compaction
+    states = ("training", "gradient_checkpointing", "dropout_prob")
     public = {} if module is None else {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in states}
     plain = {key: value for key, value in public.items() if isinstance(value, (bool, int, float, str, tuple))}
     return {"__class__": type(module).__name__, **plain}
@@ -58,19 +60,29 @@ def meta_twin(unet: nn.Module) -> nn.Module:
         raise ValueError(
             f"the model is already pruned ({type(unet).__name__}): prune the dense model to the smaller budget instead"
         )
-    if getattr(unet, "peft_config", None):
-        raise ValueError(f"the model has adapters ({', '.join(unet.peft_config)}): fuse or delete them before pruning")
+    theirs = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    if getattr(unet, "peft_config", None) or any(".base_layer." in name for name in theirs):
+        names = ", ".join(getattr(unet, "peft_config", None) or ()) or "without a name"
+        raise ValueError(
+            f"the model has adapters ({names}): call unload_lora(), after fuse_lora() to keep their effect; of a pipeline, "
+            f"fuse_lora() and unload_lora_weights()"
+        )
+    if small := [name for name, p in unet.named_parameters() if p.is_floating_point() and p.itemsize < 2]:
+        raise ValueError(
+            f"{small[0]} is {unet.get_parameter(small[0]).dtype}: load the model without layerwise casting to prune it"
+        )
     family.check_supported(unet.config)
     # The pruned class checks these again at compaction
     family.check_arguments({name: value for name, value in unet.config.items() if not name.startswith("_")})
     with torch.device("meta"):
         twin = family.dense_class.from_config(unet.config)
-    theirs = {name: tuple(p.shape) for name, p in unet.named_parameters()}
     for name, parameter in twin.named_parameters():
         if theirs.pop(name, None) != tuple(parameter.shape):
             raise ValueError(f"the model does not match its config: {name} must have shape {tuple(parameter.shape)}")
     if theirs:
-        raise ValueError(f"the model does not match its config: it has an additional parameter {next(iter(theirs))}")
+        first = next(iter(theirs))
+        remedy = ": load it again without fuse_qkv_projections()" if re.search(r"\.to_(added_)?(qkv|kv)\.", first) else ""
+        raise ValueError(f"the model does not match its config: it has an additional parameter {first}{remedy}")
     modules = dict(unet.named_modules())
     for name, module in twin.named_modules():
         if name and not isinstance(module, nn.Dropout):  # the model itself is described by its config

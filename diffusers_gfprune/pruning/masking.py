@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..precision import usual_modes
 from .blocks import RemovableBlock
 from .channel_groups import ChannelGroup, slices_by_dimension
 
@@ -243,6 +244,7 @@ def dense_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     return {dense_name(name): parameter for name, parameter in unet.named_parameters()}
 
 
+@usual_modes()
 def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
     """Attach masks of ones to a dense model in place. Parameters stay the same objects.
 

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..precision import usual_modes
+
 __all__ = ["FIXED", "trace_labels"]
 
 FIXED = 0
@@ -205,6 +207,7 @@ def _mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     return values
 
 
+@usual_modes()
 def trace_labels(
     model: nn.Module, forward: Callable[[], object], modules: Mapping[str, nn.Module], starts: Mapping[Place, int]
 ) -> tuple[Pairs, Pairs]:

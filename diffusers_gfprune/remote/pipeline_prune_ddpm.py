@@ -11,9 +11,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 
+import torch
 from diffusers import DDPMPipeline
+from diffusers.utils import logging
+from safetensors import safe_open
+from torch import nn
 
 __all__ = ["PruneDDPMPipeline"]
+
+logger = logging.get_logger(__name__)
 
 # Files of a pruning run that are copied and uploaded with the model
 REPORT = "pruning_report.json"
@@ -51,6 +57,19 @@ def check_pipeline_index(index: Mapping) -> str:
     if other:
         raise ValueError(f"its {name} has a component {other[0]}; only {' and '.join(COMPONENTS)} are supported")
     return name
+
+
+def has_weights_of(unet: nn.Module, folder: pathlib.Path) -> bool:
+    """Whether a UNet has the weights in the safetensors files of a folder, in its dtype."""
+    files = [path for path in folder.glob("*.safetensors") if re.fullmatch(r"[a-z_]+(-\d+-of-\d+)?", path.stem)]
+    left = unet.state_dict()
+    for path in files or folder.glob("*.safetensors"):  # the latter are of a variant
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():
+                ours, theirs = left.pop(name, None), weights.get_tensor(name)
+                if ours is None or ours.shape != theirs.shape or not torch.equal(ours.cpu(), theirs.to(ours.dtype)):
+                    return False
+    return not left
 
 
 def rename_in_card(card: str, repo_id: str) -> str:
@@ -136,16 +155,14 @@ class PruneDDPMPipeline(DDPMPipeline):
         if not (os.path.exists(target) and os.path.samefile(__file__, target)):
             shutil.copyfile(__file__, target)
         # A model loaded from a run is saved with its card and report, unless the folder has others.
-        source = self.config.get("_name_or_path") or ""
-        if (
-            source
-            and os.path.isfile(os.path.join(source, REPORT))
-            and not os.path.exists(os.path.join(save_directory, REPORT))
-        ):
-            for name in COMPANIONS:
-                if os.path.isfile(os.path.join(source, name)):
+        source, known = self.config.get("_name_or_path") or "", not os.path.exists(os.path.join(save_directory, REPORT))
+        if source and known and os.path.isfile(os.path.join(source, REPORT)):
+            if has_weights_of(self.unet, pathlib.Path(source, "unet")):
+                for name in filter(lambda name: os.path.isfile(os.path.join(source, name)), COMPANIONS):
                     os.makedirs(os.path.dirname(os.path.join(save_directory, name)), exist_ok=True)
                     shutil.copyfile(os.path.join(source, name), os.path.join(save_directory, name))
+            else:
+                logger.warning("The UNet has other weights than that of %s: its card and results are not copied.", source)
         card = pathlib.Path(save_directory, "README.md")
         self._card = card.read_text("utf-8") if card.is_file() else None
         return super().save_pretrained(save_directory, *args, **kwargs)

@@ -163,7 +163,8 @@ def narrow(model: nn.Module, layer_channels: Mapping, norm_group_sizes: Mapping,
         elif isinstance(module, Transformer2DModel):
             module.in_channels, module.out_channels = module.norm.num_channels, channels_of(module.proj_out)[1]
         elif isinstance(module, Attention):
-            module.heads = module.sliceable_head_dim = attention_heads.get(name, module.heads)
+            module.heads = attention_heads.get(name, module.heads)
+            module.sliceable_head_dim = max(2, module.heads)  # slices of a half of it, at least one head
             module.inner_dim = module.inner_kv_dim = module.to_q.out_features
             module.query_dim, module.cross_attention_dim = module.to_q.in_features, module.to_k.in_features
             module.out_dim = module.out_context_dim = module.to_out[0].out_features

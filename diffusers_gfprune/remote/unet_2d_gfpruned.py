@@ -32,7 +32,8 @@ class GFPrunedUNet2DModel(GFPrunedMixin, UNet2DModel):
         ValueError: The widths do not fit together. They are checked before memory is allocated.
     """
 
-    _no_split_modules = ["ResnetBlock2D", "Attention"]
+    # Up blocks join skip connections, which must be on the same device
+    _no_split_modules = ["ResnetBlock2D", "Attention", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"]
     class_file = __file__
     __init__ = pruned_init(UNet2DModel)
 

@@ -202,6 +202,15 @@ def test_weights_of_eight_bits_are_read(tmp_path: Path) -> None:
         check({"x": torch.tensor([1, NAN]).to(torch.float8_e5m2)}, torch.float32, tmp_path)
 
 
+def test_fused_projections_of_a_second_stream_are_compared(tmp_path: Path) -> None:
+    """Those of SD3 are of its text."""
+    parts = {f"a.add_{letter}_proj.weight": torch.rand(2, 3) for letter in "qkv"}
+    whole = torch.cat(list(parts.values()))
+    check({**parts, "a.to_added_qkv.weight": whole}, torch.float32, tmp_path)
+    with pytest.raises(ValueError, match="a.to_added_qkv.weight differs from add_q_proj, add_k_proj and add_v_proj: unfuse"):
+        check({**parts, "a.to_added_qkv.weight": whole + 1}, torch.float32, tmp_path)
+
+
 @pytest.mark.parametrize(("trained", "message"), [(False, None), (True, r"to_qkv.weight differs from to_q, to_k and to_v")])
 def test_fused_projections_are_loaded_unless_trained_alone(trained: bool, message: str | None, tmp_path: Path) -> None:
     """What Diffusers loads are to_q, to_k and to_v, which fused training leaves behind."""

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from diffusers_gfprune.pruning.channel_groups import trace_channel_groups
 from diffusers_gfprune.pruning.compaction import compact, plan_compaction
 from diffusers_gfprune.pruning.masking import attach, dense_parameters
 from diffusers_gfprune.remote.unet_2d_gfpruned import GFPrunedUNet2DModel
+from helpers import families
 from helpers.architectures import ARCHITECTURES, CIFAR10, build, inputs, random_masks
 from helpers.compaction import (
     SEEDS,
@@ -289,3 +291,42 @@ def test_gradient_checkpointing_is_kept(enabled: bool):
     if enabled:
         unet.enable_gradient_checkpointing()
     assert compacted(unet).is_gradient_checkpointing is enabled
+
+
+# --- settings that are not in the configuration ------------------------------------------------------------------------
+
+
+def test_rates_of_dropout_and_freeu_are_carried_over() -> None:
+    """Loops set them after loading; fine-tuning goes on with the compacted model."""
+    dit = families.build("dit", "base").train()
+    labels = [module for module in dit.modules() if isinstance(module, LabelEmbedding)]
+    for module in labels:
+        module.dropout_prob = 0.0
+    dit.transformer_blocks[0].ff.net[1].p = 0.3
+    condition = families.build("condition", "base")
+    condition.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    for model in (dit, condition):
+        groups = trace_channel_groups(model)
+        attach(model, groups)
+        model.channel_masks.set(random_masks(groups, 0))
+        small = compact(model, plan_compaction(model, groups, model.channel_masks.as_dict()))
+        if model is dit:
+            found = [module.dropout_prob for module in small.modules() if isinstance(module, LabelEmbedding)]
+            assert labels and found == [0.0] * len(labels)
+            assert small.transformer_blocks[0].ff.net[1].p == 0.3 and small.transformer_blocks[1].ff.net[1].p == 0.0
+        else:
+            assert [(block.s1, block.s2, block.b1, block.b2) for block in small.up_blocks] == [(0.9, 0.2, 1.2, 1.4)] * 2
+
+
+def test_attention_slices_of_a_single_head() -> None:
+    """Half of one head is none, by which Diffusers divides."""
+    unet = families.build("condition", "base")
+    groups = trace_channel_groups(unet)
+    one = {group.name: torch.arange(group.num_units) < group.num_units // group.heads for group in groups if group.attention}
+    attach(unet, groups).set({name: mask.float() for name, mask in one.items()})
+    small = compact(unet, plan_compaction(unet, groups, unet.channel_masks.as_dict()))
+    assert small.config.attention_heads and set(small.config.attention_heads.values()) == {1}
+    known = families.run(small)
+    for size in ("auto", "max"):
+        small.set_attention_slice(size)
+        torch.testing.assert_close(families.run(small), known, rtol=1e-4, atol=1e-5)
