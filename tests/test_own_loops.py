@@ -191,7 +191,7 @@ def test_a_model_that_is_pruned_in_inference_mode_can_be_trained() -> None:
         small = prune_pipeline(pipe, images, ratio=0.3, recovery=False).unet
         compacted = pruner.compact()
     for model in (small, compacted):
-        run(model.requires_grad_(True)).sum().backward()
+        model.requires_grad_(True)(images, 3).sample.sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
 
 
