@@ -26,6 +26,7 @@ USER_ERRORS = (ValueError, OSError, SafetensorError, ImportError)
 TOKEN = re.compile(r"\b(hf_|hf_oauth_|api_org_)[A-Za-z0-9]{20,}|(?<=Bearer )[^\s'\"]+")
 # Connection errors of the client are not OSErrors, and failed uploads of large files raise a RuntimeError.
 HUB_ERRORS = (OSError, HTTPError, RuntimeError)
+CONNECTION_ERRORS = (HTTPError, ConnectionError, TimeoutError, RuntimeError)
 
 
 def one_line(error: BaseException) -> str:
@@ -81,4 +82,4 @@ def hub_error_reason(error: Exception) -> str:
     if status is not None and status >= 500:
         return f"the server returned status {status}"
     said = TOKEN.sub("***", one_line(error))
-    return said if status is not None else f"the connection failed: {said}"
+    return f"the connection failed: {said}" if status is None and isinstance(error, CONNECTION_ERRORS) else said

@@ -127,7 +127,7 @@ def prune(
     origin = {
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
         "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir, images.drawn_by),
-        "command": command_line(args.words),
+        "command": command_line(args.words, num_processes=accelerator.num_processes),
         "pipeline": describe_pipeline(pipeline),
     }
     if main_process:

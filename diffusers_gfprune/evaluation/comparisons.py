@@ -19,8 +19,14 @@ MACHINE = ("device", "hardware", "threads", "sample_size", "runtime_version")
 
 
 def differing_settings(results: Sequence[Results]) -> list[str]:
-    """Differing settings that make figures incomparable, each with the values of all evaluations."""
-    differing = _differing([{k: v for k, v in result.evaluation.items() if k not in FREE} for result in results])
+    """Differing settings that make figures incomparable, each with the values of all evaluations.
+
+    Similarities to a reference are compared among the evaluations that have one: other figures do not depend on it.
+    """
+    settings = [{k: v for k, v in result.evaluation.items() if k not in FREE} for result in results]
+    similar = [one.pop("similarities") for one in settings if one.get("similarities")]
+    differing = _differing([{k: v for k, v in one.items() if k != "similarities"} for one in settings])
+    differing |= _differing([{"similarities": one} for one in similar])
     return [f"{name}: {', '.join(map(str, values))}" for name, values in differing.items()]
 
 

@@ -4,8 +4,8 @@
     python -m diffusers_gfprune.hub push runs/digits-gfpruned me/ddpm-digits-gfpruned --space me/ddpm-digits-demo
 
 Only the files of the pipeline and of the run are uploaded, after a check that they contain no access tokens or local paths.
-Weights of an earlier push that are not replaced are deleted from the repository, so that it never holds a mixture of two
-models. Files that the repository already has are not uploaded again.
+Weights of an earlier push that are not replaced are deleted from the repository. Files that the repository already has are not
+uploaded again. The client may upload many files in several commits: after a push that failed, push again.
 """
 
 from .pushing import PICTURES, PushError, check_repo_id, prepare_repo, push_checkpoint, push_folder, update_card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -13,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import HUB_ERRORS, hub_error_reason, one_line
 from ..loading.pipeline_files import weight_patterns
 from ..remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, rename_in_card
-from ..reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
+from ..reports.model_card import check_card, is_as_rendered, is_edited, render_card, render_eval_results
 from ..reports.results import read_results
 from .selection import check_nothing_private, files_to_push, read_json, selected
 
@@ -133,6 +134,15 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     return full_id
 
 
+def has_edited_card(api: HfApi, repo_id: str, revision: str | None = None) -> bool:
+    """Whether the card in a repository is one of ours that was edited there."""
+    try:
+        path = api.hf_hub_download(repo_id, "README.md", revision=revision)
+        return is_edited(Path(path).read_text("utf-8"))
+    except (*HUB_ERRORS, ValueError):  # there is none; errors of the connection are met again by the upload
+        return False
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -175,8 +185,12 @@ def push_folder(
         raise failed_push(error, folder, repo_id, **again) from error
     if full_id != repo_id:  # now with its namespace
         update_card(folder, full_id)
+    api, card = HfApi(token=token), (Path(folder) / "README.md").read_text("utf-8")
+    if is_as_rendered(card) and has_edited_card(api, full_id, revision):
+        names.remove("README.md")
+        print(f"warning: the card of {full_id} was edited on the Hub and stays; {folder} has a new one", file=sys.stderr)
     try:
-        commit = HfApi(token=token).upload_folder(
+        commit = api.upload_folder(
             repo_id=full_id,
             folder_path=folder,
             allow_patterns=names,
@@ -192,7 +206,8 @@ def push_folder(
 def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | None = None, commit_message: str) -> None:
     """Push the pipeline of an unfinished run: model, scheduler and code.
 
-    Card and results follow with `push_folder`. Those of an earlier run are deleted, since they do not describe these weights.
+    Card and results follow with `push_folder`. Those of an earlier run are deleted, since they do not describe these weights,
+    except a card that was edited on the Hub.
 
     Args:
         folder: A saved pipeline.
@@ -206,12 +221,14 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
     """
     names = [name for name in selected(Path(folder))[0] if name not in COMPANIONS]
     check_nothing_private(folder, names, token or get_token())
+    api = HfApi(token=token)
+    kept = ("README.md",) if has_edited_card(api, repo_id) else ()
     try:
-        HfApi(token=token).upload_folder(
+        api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=[*weight_patterns(names), *COMPANIONS],
+            delete_patterns=[*weight_patterns(names), *(name for name in COMPANIONS if name not in kept)],
             commit_message=commit_message,
         )
     except (*HUB_ERRORS, ValueError) as error:

@@ -10,6 +10,9 @@ from .pipeline_layouts import PACKAGE, components_of
 
 __all__ = ["file_patterns", "is_unchanged", "weight_patterns"]
 
+# Weights of text encoders
+OF_TRANSFORMERS = ("unet/model*.safetensors", "unet/model*.safetensors.index*.json")
+
 
 def _in_folder(patterns: Sequence[str], folder: str) -> list[str]:
     """Patterns of a `unet` for another component."""
@@ -40,4 +43,4 @@ def is_unchanged(index: Mapping, name: str) -> bool:
 def weight_patterns(names: Sequence[str]) -> list[str]:
     """Patterns of weights of an earlier version, in all folders in which `names` has weights."""
     folders = sorted({name.rpartition("/")[0] for name in names if name.endswith(".safetensors")} | {"unet"})
-    return [pattern for folder in folders for pattern in _in_folder(WEIGHTS, folder)]
+    return [pattern for folder in folders for pattern in _in_folder((*WEIGHTS, *OF_TRANSFORMERS), folder)]

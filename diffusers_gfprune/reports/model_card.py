@@ -30,8 +30,17 @@ from ..metrics.speedup import CONFIDENCE, compare_speeds
 from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, process_of, task_of
 from .results import PRUNING_RUN, ModelFigures, Results
 
-__all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
+__all__ = [
+    "LICENSES",
+    "check_card",
+    "check_eval_results",
+    "is_as_rendered",
+    "is_edited",
+    "render_card",
+    "render_eval_results",
+]
 
+SEAL = "<!-- rendered by diffusers-gfprune"
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
 PACKAGE, DISTRIBUTION = "diffusers_gfprune", "diffusers-gfprune"
@@ -135,15 +144,26 @@ def _similarities(results: Results) -> list[dict]:
     ]
 
 
+def _measured_with(results: Results, report: Mapping) -> Mapping:
+    """The data set that figures were measured with: that of a later evaluation, or the run's."""
+    return results.evaluation.get("dataset") or report["dataset"]
+
+
+def _images_per_step(report: Mapping) -> int:
+    """Images of an optimizer step, over all processes."""
+    arguments = report["arguments"]
+    return arguments["train_batch_size"] * arguments.get("gradient_accumulation_steps", 1) * report.get("num_processes", 1)
+
+
 def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardData:
     base, dataset, pipeline = report["base_model"], report["dataset"], pipeline_of(report)
     task = task_of(pipeline)
-    metrics = [*_distances(results), *_similarities(results)]
+    metrics, measured_with = [*_distances(results), *_similarities(results)], _measured_with(results, report)
     eval_results = [
         EvalResult(
             task_type=task,
-            dataset_type=dataset["hub_id"] or "other",
-            dataset_name=dataset["name"],
+            dataset_type=measured_with["hub_id"] or "other",
+            dataset_name=measured_with["name"],
             metric_type=metric["id"],
             metric_name=metric["title"],
             metric_value=metric["pruned"],
@@ -159,11 +179,14 @@ def _metadata(results: Results, report: Mapping, model_name: str) -> ModelCardDa
     if eval_results:
         options.update(model_name=model_name, eval_results=eval_results, metrics=sorted({metric["id"] for metric in metrics}))
     license = base["license"] or "unknown"
+    options |= {name: base[name] for name in ("license_name", "license_link") if name in base}
     tags = ["diffusers", kind_of(pipeline), *TAGS]
     tags += [GRADIENT_FLOW] if report["config"]["criterion"].startswith(GRADIENT_FLOW) else []
     return ModelCardData(license=license, library_name="diffusers", pipeline_tag=task, tags=tags, **options)
 
 
+# What models of a DDPM predict, by `prediction_type`
+TARGETS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
 FILTERS = {
     "thousands": lambda value: f"{value:,}",
     "percent": lambda value: f"{value:.1%}",
@@ -251,6 +274,8 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             distribution=DISTRIBUTION,
             base_link=_link(report["base_model"], ""),
             dataset_link=_link(report["dataset"], "datasets/"),
+            measured_link=_link(_measured_with(results, report), "datasets/"),
+            target=TARGETS.get(pipeline.get("prediction_type"), "noise" if process_of(pipeline) == "ddpm" else "target"),
             distances=_distances(results),
             similarities=_similarities(results),
             speeds=speeds,
@@ -263,6 +288,8 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             revived=sum(_revived(update) for update in report["mask_updates"]),
             license_known=report["base_model"]["license"] not in (None, "unknown"),
             process=process_of(pipeline),
+            batch_size=_images_per_step(report),
+            taught_alone=report["arguments"].get("distillation_weight") == 1,
             citations=CITATIONS + PROCESS_CITATIONS[process_of(pipeline)],
         )
         metadata = _metadata(results, report, model_name).to_yaml()
@@ -296,7 +323,7 @@ def render_eval_results(results: Results, report: Mapping) -> str | None:
     """
     entries = []
     try:
-        dataset, drawn = report["dataset"]["hub_id"], results.evaluation
+        dataset, drawn = _measured_with(results, report)["hub_id"], results.evaluation
         for metric in _distances(results) if dataset is not None else []:
             samples = f"{drawn['num_images']} samples ({drawn['sampler']}, {drawn['num_inference_steps']} steps)"
             notes = f"{metric['title']}, {samples}, {metric['reference_images']} images. {metric['warning']}".strip()
@@ -333,13 +360,18 @@ def check_eval_results(text: str) -> None:
 
 def _seal(card: str) -> str:
     """A comment with a hash of the card, which reveals later edits."""
-    return f"<!-- rendered by diffusers-gfprune, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
+    return f"{SEAL}, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
 
 
 def is_as_rendered(card: str) -> bool:
     """Whether a card is unchanged since `render_card` rendered it."""
     body, newline, seal = card.removesuffix("\n").rpartition("\n")
     return bool(newline) and seal == _seal(body)
+
+
+def is_edited(card: str) -> bool:
+    """Whether a card was rendered by `render_card` and then changed."""
+    return SEAL in card and not is_as_rendered(card)
 
 
 def _numbers(value: object) -> list[float]:

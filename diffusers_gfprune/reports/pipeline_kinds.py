@@ -21,6 +21,8 @@ KINDS = {
 }
 # Reports of format versions 1 to 3 are of pipelines of pixels, and do not say so
 DDPM = {"class_name": "DDPMPipeline", "component": "unet", "condition": None}
+# Pipelines that do not pass class labels to their model
+WITHOUT_LABELS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline")
 # Classes of the model whose null label, 1000, DiTPipeline always takes
 IMAGENET_CLASSES = 1000
 
@@ -57,6 +59,8 @@ def example_of(pipeline: Mapping) -> str:
     if pipeline["condition"] == "class labels" and pipeline["class_name"] == "DiTPipeline":
         guidance = "" if pipeline["num_classes"] == IMAGENET_CLASSES else ", guidance_scale=1"
         return f"pipe(class_labels=[0]{guidance}).images.pop()"
+    if pipeline["condition"] == "class labels" and pipeline["class_name"] in WITHOUT_LABELS:
+        return "pipe.unet(noisy_images, timesteps, class_labels=labels).sample  # the pipeline passes no labels"
     if pipeline["condition"] == "vectors":
         return "pipe.unet(noisy_images, timesteps, class_labels=vectors).sample  # no stock pipeline passes vectors"
     return "pipe().images.pop()"

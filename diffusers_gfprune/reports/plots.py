@@ -87,7 +87,8 @@ def plot_step_loss(path: Path, losses: Mapping[str, Mapping[str, float]]) -> Non
         timesteps = [float(timestep) for timestep in by_timestep]
         axes[0].semilogy(timesteps, list(by_timestep.values()), marker=".", label=name)
         if not is_distance:
-            axes[1].plot(timesteps, [loss / reference[t] for t, loss in by_timestep.items()], marker=".", label=name)
+            both = [t for t in by_timestep if t in reference]  # continuous times of another schedule are others
+            axes[1].plot([float(t) for t in both], [by_timestep[t] / reference[t] for t in both], marker=".", label=name)
     axes[0].set_title("step loss on held-out images")
     if not is_distance:
         axes[1].set_title(f"the same, divided by that of {list(losses)[-1]}")

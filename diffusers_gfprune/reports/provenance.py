@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
@@ -32,8 +32,14 @@ def portable(value: object) -> object:
     return value
 
 
-def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") -> str:
-    """The command of a run for a shell, one argument per line, without tokens."""
+def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py", num_processes: int = 1) -> str:
+    """The command of a run for a shell, one argument per line, without tokens.
+
+    Args:
+        argv: Arguments of the script.
+        script: The script.
+        num_processes: Number of processes of the run.
+    """
     parts: list[str] = []
     skip = False
     for word in argv:
@@ -46,12 +52,31 @@ def command_line(argv: Sequence[str], script: str = "training/prune_ddpm.py") ->
             parts.append(shlex.quote(word))
         else:
             parts[-1] += " " + shlex.quote(word)
-    return " \\\n    ".join([f"accelerate launch {script}", *parts])
+    launch = "accelerate launch" if num_processes == 1 else f"accelerate launch --multi_gpu --num_processes {num_processes}"
+    return " \\\n    ".join([f"{launch} {script}", *parts])
 
 
-def _known_license(license: object) -> str | None:
-    """A licence id in the Hub's spelling; None if the Hub does not know it."""
-    return license.lower() if isinstance(license, str) and license.lower() in LICENSES else None
+def _license(data: Mapping, hub_id: str | None = None) -> dict[str, str | None]:
+    """The licence in the metadata of a card.
+
+    Args:
+        data: The metadata.
+        hub_id: Repository of the card, which links may be relative to.
+
+    Returns:
+        `license`, an id in the Hub's spelling; None if the Hub does not know it. With `"other"`, also `license_name` and
+        `license_link`, without which it says nothing, and is None.
+    """
+    license = data.get("license")
+    license = license.lower() if isinstance(license, str) and license.lower() in LICENSES else None
+    if license != "other":
+        return {"license": license}
+    name, link = data.get("license_name"), data.get("license_link")
+    if isinstance(link, str) and not re.match(r"https?://", link):
+        link = f"https://huggingface.co/{hub_id}/blob/main/{link.removeprefix('./')}" if hub_id else None
+    if not isinstance(name, str) or not isinstance(link, str):
+        return {"license": None}
+    return {"license": license, "license_name": name, "license_link": link}
 
 
 def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[str, str | None]:
@@ -62,19 +87,20 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        `name`, and `hub_id`, `revision` and `license`, which are None if unknown. A local folder also has `derived_from` if
-        its files identify the models on the Hub that it was made from.
+        `name`, and `hub_id`, `revision` and `license`, which are None if unknown. The licence `"other"` has `license_name` and
+        `license_link`, too. A local folder also has `derived_from` if its files identify the models on the Hub that it was
+        made from.
     """
     source = {"name": str(portable(name_or_path)), "hub_id": None, "revision": revision, "license": None}
     if os.path.isdir(name_or_path):
         source["revision"] = None  # a folder has none
+        cached = SNAPSHOT.search(os.path.realpath(name_or_path))
+        hub_id = None if cached is None else f"{cached[1]}/{cached[2]}"
         readme, data = Path(name_or_path) / "README.md", {}
         if readme.is_file():
             data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-            source["license"] = _known_license(data.get("license"))
-        cached = SNAPSHOT.search(os.path.realpath(name_or_path))
+            source |= _license(data, hub_id)
         if cached is not None:
-            hub_id = f"{cached[1]}/{cached[2]}"
             return {**source, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}
         origins = _origins(Path(name_or_path), data.get("base_model"))
         return {**source, "derived_from": origins} if origins else source
@@ -88,7 +114,7 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
     except HUB_ERRORS:  # offline, with the model in the cache
         return source
     source["revision"] = info.sha
-    source["license"] = _known_license(info.card_data.get("license") if info.card_data is not None else None)
+    source |= _license({} if info.card_data is None else info.card_data.to_dict(), name_or_path)
     return source
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import GradientFlowPruner
 from ..criteria import find_criterion
 from ..data.splits import DataSummary
+from ..distributed import world_size
 from ..evaluation.sample_quality import SampleQuality
 from ..families.lookup import family_of
 from ..formatting import format_duration
@@ -259,6 +260,8 @@ def describe_pipeline(pipeline: TrainedPipeline) -> dict:
         "process": pipeline.process.name,
         "condition": None,
     }
+    if (predicted := pipeline.scheduler.config.get("prediction_type")) is not None and pipeline.process.name == "ddpm":
+        described["prediction_type"] = predicted
     if pipeline.prompts is not None:
         return {**described, "condition": "text"}
     if labels is not None:
@@ -295,6 +298,7 @@ def pruning_report(
     return {
         "format_version": REPORT_VERSION,
         **origin,
+        "num_processes": world_size(),
         "config": pruner.config.to_dict(),
         "arguments": {name: portable(value) for name, value in args.to_dict().items()},
         "phases": {

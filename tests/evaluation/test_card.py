@@ -74,7 +74,8 @@ def test_card_shows_the_figures_of_the_evaluation(arguments: list, tmp_path: Pat
     e = after["evaluation"]
     assert (e["num_images"], e["num_inference_steps"], e["seed"], e["ema"]) == (70, 2, 7, True)
     assert set(e["distances"]) == {"fd_pixels"} and e["distances"]["fd_pixels"]["reference_images"] == 120
-    assert e["command"] == found["command"] and set(e) == {*before["evaluation"], "command"}
+    assert e["command"] == found["command"] and set(e) == {*before["evaluation"], "command", "dataset"}
+    assert e["dataset"] == {"name": "images", "hub_id": None}
     card = (folder / "README.md").read_text()
     assert is_as_rendered(card) and 'from_pretrained("alice/small")' in card
     figures = {**after["pruned"], **after["pruned"]["quality"]}

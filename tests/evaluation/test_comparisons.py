@@ -58,6 +58,15 @@ def test_only_what_figures_depend_on_must_be_the_same() -> None:
     assert found == ["seed: 0, 1", "distances.fid.reference_images: 50000, 10", "new: None, x"]
 
 
+def test_similarities_are_compared_where_there_is_a_reference() -> None:
+    """The dense model is evaluated alone, and pruned ones beside it: their FIDs are comparable."""
+    similar = {"ssim_to_dense": "scikit-image"}
+    alone = results("dense", reference=False, similarities={})
+    assert differing_settings([alone, results("a", similarities=similar), results("b", similarities=similar)]) == []
+    found = differing_settings([alone, results("a", similarities=similar), results("b", similarities={"ssim_to_dense": "x"})])
+    assert found == ["similarities.ssim_to_dense: scikit-image, x"]
+
+
 def test_table() -> None:
     """Numbers as in papers, a dash for missing values, and speed-ups with their uncertainty."""
     lines = comparison_table([results("a"), results("b", None)]).splitlines()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline
-from huggingface_hub import ModelCard, file_download, parse_eval_result_entries, snapshot_download
+from huggingface_hub import HfApi, ModelCard, file_download, parse_eval_result_entries, snapshot_download
 from huggingface_hub.utils import _http
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
@@ -106,6 +106,21 @@ def test_card_edited_by_hand_keeps_its_text(server: HubServer, run: Path) -> Non
     assert on_hub(server)["README.md"].decode() == card.replace('"digits-gfpruned"', f'"{REPO}"')
 
 
+def test_card_edited_on_the_hub_keeps_its_text(server: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also while a later run pushes its checkpoints; but not if the card of the run was edited, too."""
+    push_folder(run, REPO)
+    edited = on_hub(server)["README.md"] + b"\nMine.\n"
+    HfApi().upload_file(path_or_fileobj=edited, path_in_repo="README.md", repo_id=REPO)
+    push_folder(run, REPO)
+    assert on_hub(server)["README.md"] == edited and set(on_hub(server)) == PUSHED
+    assert f"the card of {REPO} was edited on the Hub and stays" in capsys.readouterr().err
+    push_checkpoint(run, REPO, commit_message="Step 5")
+    assert on_hub(server)["README.md"] == edited and "results.json" not in on_hub(server)
+    (run / "README.md").write_text((run / "README.md").read_text() + "\nOurs.\n")
+    push_folder(run, REPO)
+    assert on_hub(server)["README.md"].endswith(b"\nOurs.\n")
+
+
 def test_card_follows_the_results(server: HubServer, run: Path) -> None:
     push_folder(run, REPO)
     results = json.loads((run / "results.json").read_text())
@@ -188,6 +203,24 @@ def test_paths_of_this_machine_are_not_pushed(server: HubServer, run: Path, path
     report["arguments"]["cache_dir"] = path
     (run / "pruning_report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match="pruning_report.json contains the path"):
+        push_folder(run, REPO)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("Trained on /data/private/faces.", "/data/private/faces"),
+        ("See `/workspace/runs/x` (and others).", "/workspace/runs/x"),
+        ("[code](/me/model/blob/main/a.py), https://example.org/a/b and/or/both, ~/runs/x, ../a/b, /usr/bin/env", None),
+    ],
+)
+def test_paths_in_an_edited_card_are_not_pushed(server: HubServer, run: Path, text: str, refused: str | None) -> None:
+    (run / "README.md").write_text((run / "README.md").read_text() + f"\n{text}\n")
+    if refused is None:
+        push_folder(run, REPO)
+        return
+    with pytest.raises(ValueError, match=f"README.md contains the path {refused} of this machine"):
         push_folder(run, REPO)
     assert server.requests == []
 

@@ -302,11 +302,65 @@ def test_results_of_an_evaluation_have_no_card(files):
         render_card(evaluation, report, "me/model")
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.25])
-def test_the_teacher_is_named(files, weight):
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [(1.0, "noise prediction alone."), (0.25, "noise prediction, with weight 0.25, and on the noise itself")],
+)
+def test_the_teacher_is_named(files, weight, words):
     results, report = files
     report["arguments"]["distillation_weight"] = weight
-    assert f"dense model's noise prediction, with weight {weight}" in render_card(results, report, "me/model")
+    assert f"dense model's {words}" in " ".join(render_card(results, report, "me/model").split())
+
+
+@pytest.mark.parametrize(
+    ("predicted", "word"), [(None, "noise"), ("epsilon", "noise"), ("v_prediction", "velocity"), ("sample", "image")]
+)
+def test_what_the_model_predicts_is_named(files, predicted, word):
+    """Step loss and distillation are of that; reports of earlier versions do not say what it is."""
+    results, report = files
+    report["pipeline"] = {"class_name": "DDPMPipeline", "component": "unet", "process": "ddpm", "condition": None}
+    report["pipeline"] |= {} if predicted is None else {"prediction_type": predicted}
+    report["arguments"]["distillation_weight"] = 0.5
+    card = " ".join(render_card(results, report, "me/model").split())
+    assert f"Step loss: {word}-prediction error" in card
+    assert f"dense model's {word} prediction, with weight 0.5, and on the {word} itself" in card
+
+
+def test_a_step_has_the_images_of_all_processes(files):
+    results, report = files
+    report["arguments"] |= {"train_batch_size": 32, "gradient_accumulation_steps": 2}
+    assert "(batch 64, learning rate" in render_card(results, report, "me/model")
+    assert "(batch 256, learning rate" in render_card(results, {**report, "num_processes": 4}, "me/model")
+
+
+def test_figures_of_an_evaluation_are_of_its_data_set(files):
+    """A run without data, or on other images, is evaluated with `evaluate.py --update_model_card`."""
+    results, report = files
+    results["evaluation"]["dataset"] = {"name": "org/other", "hub_id": "org/other"}
+    results["evaluation"]["distances"]["fid"] = {**results["evaluation"]["distances"]["fd_pixels"], "title": "FID"}
+    for role in ROLES:
+        results[role]["quality"]["fid"] = 9.0
+    report["dataset"] = {"name": "org/images", "hub_id": "org/images"}
+    card = render_card(results, report, "me/model")
+    assert header(card)["datasets"] == ["org/images"]
+    assert {result.dataset_name for result in ModelCard(card).data.eval_results} == {"org/other"}
+    link = "[org/other](https://huggingface.co/datasets/org/other)"
+    assert f"Figures were measured on {link}." in card and "training images" not in card
+    assert {entry["dataset"]["id"] for entry in yaml.safe_load(render_eval_results(results, report))} == {"org/other"}
+    report["dataset"] = {"name": "images drawn by the dense model", "hub_id": None}
+    report["dataset"] |= {"drawn": True, "sampler": "DDIM", "measured": False}
+    report["arguments"]["num_teacher_images"] = 100
+    assert f"Measured on {link}." in render_card(results, report, "me/model")
+
+
+def test_another_licence_has_its_name_and_link(files):
+    results, report = files
+    link = "https://huggingface.co/org/dense/blob/main/LICENSE.md"
+    report["base_model"] |= {"license": "other", "license_name": "our-terms", "license_link": link}
+    card = render_card(results, report, "me/model")
+    data = header(card)
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "our-terms", link)
+    assert f"[our-terms]({link}), inherited from the base model." in card
 
 
 @pytest.mark.parametrize(

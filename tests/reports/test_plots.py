@@ -53,6 +53,14 @@ def test_step_losses_and_their_ratio(tmp_path: Path) -> None:
     assert left.get_yscale() == "log" and right.get_title() == "the same, divided by that of dense"
 
 
+def test_step_losses_of_other_noise_levels_have_no_ratio(tmp_path: Path) -> None:
+    """Continuous levels depend on the schedule of the model."""
+    with saved_figures() as figures:
+        plot_step_loss(tmp_path / "loss.png", {"pruned": {"0.5": 0.5, "0.9": 0.3}, "dense": {"0.5": 0.25, "0.8": 0.2}})
+    left, right = figures[0].axes
+    assert lines(left)["pruned"] == ([0.5, 0.9], [0.5, 0.3]) and lines(right)["pruned"] == ([0.5], [2])
+
+
 def test_curves_of_a_run(tmp_path: Path, report: dict) -> None:
     """Each in its own axes, with the phases behind it."""
     curves, updates = report["curves"], report["mask_updates"]

@@ -54,6 +54,28 @@ def test_command_line():
     assert shlex.split(command.replace("\\\n", " ")) == ["accelerate", "launch", "training/prune_ddpm.py", *wanted]
 
 
+def test_command_of_several_processes():
+    command = command_line(["--seed", "3"], num_processes=4)
+    assert command.split(" \\\n")[0] == "accelerate launch --multi_gpu --num_processes 4 training/prune_ddpm.py"
+
+
+@pytest.mark.parametrize(
+    ("link", "found"),
+    [
+        ("LICENSE.md", "https://huggingface.co/alice/dense/blob/main/LICENSE.md"),
+        ("https://example.org/terms", "https://example.org/terms"),
+        (None, None),
+    ],
+)
+def test_another_licence_is_known_by_its_name_and_link(server, link, found):
+    """As of Stable Diffusion 3. Without them, `other` says nothing."""
+    more = f"license_link: {link}\n" if link else ""
+    server.add_repo("alice/dense", {"README.md": f"---\nlicense: other\nlicense_name: our-terms\n{more}---\n".encode()})
+    described = describe_base_model("alice/dense")
+    wanted = {"license": "other", "license_name": "our-terms", "license_link": found} if found else {"license": None}
+    assert {name: value for name, value in described.items() if name.startswith("license")} == wanted
+
+
 def test_local_model_with_and_without_a_card(tmp_path):
     assert describe_base_model(str(tmp_path)) == {"name": tmp_path.name, "hub_id": None, "revision": None, "license": None}
     (tmp_path / "README.md").write_bytes(CARD)
