@@ -86,6 +86,8 @@ def train(terrain: Terrain, small: UNet2DModel, steps: int, count: int) -> UNet2
     process = objective.process.sampled_in(1)
     model = NoisePrediction(small.requires_grad_(True).train())
     optimizer = torch.optim.AdamW(small.parameters(), lr=2e-4)
+    # At a constant rate, the last steps would offset the heights
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     epoch = 0
     with tqdm(total=steps, desc="training") as bar:
         while bar.n < steps:
@@ -94,6 +96,7 @@ def train(terrain: Terrain, small: UNet2DModel, steps: int, count: int) -> UNet2
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                lr_scheduler.step()
                 bar.update()
             epoch += 1
     return small.eval()
