@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -53,9 +53,13 @@ def ieee_float32() -> Iterator[None]:
 def usual_modes() -> Iterator[None]:
     """Context without inference mode, whose tensors take no gradients and count no changes, and without a default device.
 
-    It can be used as a decorator.
+    It changes nothing where neither is set. It can be used as a decorator.
     """
-    with torch.inference_mode(False), torch.device("cpu"):
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
         yield
 
 
