@@ -231,7 +231,8 @@ class RunFolder:
         """Move the hidden folder to its final name, with logs and samples of the training, and delete the checkpoints."""
         for name in ("logs", "samples"):
             if (self.training / name).is_dir():  # copied: a run that is killed here still has them when it resumes
-                shutil.copytree(self.training / name, self.staging / name, dirs_exist_ok=True)
+                shutil.rmtree(self.staging / name, ignore_errors=True)
+                shutil.copytree(self.training / name, self.staging / name, symlinks=True)  # trackers link their latest run
         replaced = self._beside("replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.path.exists():

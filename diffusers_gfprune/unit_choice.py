@@ -187,7 +187,7 @@ class UnitChoice:
         choices = [*choices, self.best_units(ranked, widths)]
         # The least damage is that of a choice that removes too little
         missed = [max(abs(cost.removed(target, self._widths_of(units)) - ratio), BUDGET_TOLERANCE) for units in choices]
-        return [units for units, by in zip(choices, missed) if by <= min(missed)]
+        return [units for units, by in zip(choices, missed) if by <= min(missed) + BUDGET_TOLERANCE / 2]
 
     def _widths_of(self, kept: Mapping[str, Tensor]) -> np.ndarray:
         """Channels of each group with the units that are kept."""

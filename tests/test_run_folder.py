@@ -127,6 +127,7 @@ def test_logs_survive_a_run_that_is_killed_while_it_is_published(tmp_path: Path,
     for name in ("logs", "samples"):
         (folder.training / name).mkdir(parents=True)
         (folder.training / name / "1").write_text(name)
+        (folder.training / name / "latest").symlink_to("gone")  # as trackers do, also to files of another machine
 
     def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
@@ -137,7 +138,7 @@ def test_logs_survive_a_run_that_is_killed_while_it_is_published(tmp_path: Path,
     folder.save(lambda fresh: (fresh / "model_index.json").write_text("{}"))
     folder.publish()
     assert (folder.path / "logs/1").read_text() == "logs" and (folder.path / "samples/1").read_text() == "samples"
-    assert not folder.training.exists()
+    assert (folder.path / "logs/latest").is_symlink() and not folder.training.exists()
 
 
 def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,7 @@ def train(
     identity["num_processes"] = accelerator.num_processes
     which = args.resume_from_checkpoint
     if which is not None and (checkpoint := checkpoints.find(which)) is not None:
+        checkpoint.identity = {name: value for name, value in checkpoint.identity.items() if name not in free}
         checkpoints.check_identity(checkpoint, identity)
         try:
             state.restore(checkpoint)

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import HUB_ERRORS, hub_error_reason, one_line
 from ..loading.pipeline_files import weight_patterns
-from ..remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, rename_in_card
-from ..reports.model_card import check_card, is_as_rendered, is_edited, render_card, render_eval_results
+from ..remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, REPORT, rename_in_card
+from ..reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
 from ..reports.results import read_results
 from .selection import check_nothing_private, files_to_push, read_json, selected
 
@@ -134,13 +134,16 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     return full_id
 
 
-def has_edited_card(api: HfApi, repo_id: str, revision: str | None = None) -> bool:
-    """Whether the card in a repository is one of ours that was edited there."""
-    try:
-        path = api.hf_hub_download(repo_id, "README.md", revision=revision)
-        return is_edited(Path(path).read_text("utf-8"))
-    except (*HUB_ERRORS, ValueError):  # there is none; errors of the connection are met again by the upload
-        return False
+def _card_was_edited(api: HfApi, folder: str | os.PathLike, repo_id: str, revision: str | None) -> bool:
+    """Whether the card in a repository is that of this run, and was edited there."""
+    found = []
+    for name in (REPORT, "README.md"):
+        try:
+            found.append(Path(api.hf_hub_download(repo_id, name, revision=revision)).read_bytes())
+        except (EntryNotFoundError, RevisionNotFoundError):
+            return False
+    report, card = found
+    return report == (Path(folder) / REPORT).read_bytes() and not is_as_rendered(card.decode("utf-8", "replace"))
 
 
 def push_folder(
@@ -186,10 +189,14 @@ def push_folder(
     if full_id != repo_id:  # now with its namespace
         update_card(folder, full_id)
     api, card = HfApi(token=token), (Path(folder) / "README.md").read_text("utf-8")
-    if is_as_rendered(card) and has_edited_card(api, full_id, revision):
-        names.remove("README.md")
-        print(f"warning: the card of {full_id} was edited on the Hub and stays; {folder} has a new one", file=sys.stderr)
     try:
+        if is_as_rendered(card) and _card_was_edited(api, folder, full_id, revision):
+            names.remove("README.md")
+            print(
+                f"warning: the card of {full_id} was edited on the Hub and stays: to replace it by {folder}/README.md, delete "
+                f"it there first",
+                file=sys.stderr,
+            )
         commit = api.upload_folder(
             repo_id=full_id,
             folder_path=folder,
@@ -206,8 +213,7 @@ def push_folder(
 def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | None = None, commit_message: str) -> None:
     """Push the pipeline of an unfinished run: model, scheduler and code.
 
-    Card and results follow with `push_folder`. Those of an earlier run are deleted, since they do not describe these weights,
-    except a card that was edited on the Hub.
+    Card and results follow with `push_folder`. Those of an earlier run are deleted, since they do not describe these weights.
 
     Args:
         folder: A saved pipeline.
@@ -221,14 +227,12 @@ def push_checkpoint(folder: str | os.PathLike, repo_id: str, *, token: str | Non
     """
     names = [name for name in selected(Path(folder))[0] if name not in COMPANIONS]
     check_nothing_private(folder, names, token or get_token())
-    api = HfApi(token=token)
-    kept = ("README.md",) if has_edited_card(api, repo_id) else ()
     try:
-        api.upload_folder(
+        HfApi(token=token).upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=[*weight_patterns(names), *(name for name in COMPANIONS if name not in kept)],
+            delete_patterns=[*weight_patterns(names), *COMPANIONS],
             commit_message=commit_message,
         )
     except (*HUB_ERRORS, ValueError) as error:

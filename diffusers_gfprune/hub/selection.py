@@ -18,9 +18,10 @@ from ..remote.pipeline_prune_ddpm import COMPANIONS
 
 __all__ = ["check_nothing_private", "files_to_push", "read_json", "selected"]
 
-# A path of two or more parts; not in URLs, as the target of a link, or in words such as and/or/both
-ABSOLUTE = re.compile(r"(?<![\w/.:)\]>~-])(?<!\]\()/[\w.~-]+(?:/[\w.~-]+)+")
-SYSTEM = ("/usr/", "/bin/", "/dev/", "/etc/")  # the same everywhere
+# Paths in text below folders that hold private ones: other words with slashes are parts of links, formulas and code
+PRIVATE = re.compile(
+    r"(?:^|(?<=[\s(\"'`=:])|(?<=file://))/(?:home|Users|root|mnt|media|data|scratch|workspace|Volumes)(?:/[\w.~-]+)+", re.M
+)
 NEEDED = ("model_index.json", "scheduler/scheduler_config.json", "pruning_report.json", "results.json")
 
 
@@ -122,7 +123,7 @@ def check_nothing_private(folder: str | os.PathLike, names: Sequence[str], token
             raise ValueError(f"{root / name} contains an access token: remove it before you push")
         private = [place for place in sorted(places) if place in text]
         if name.endswith(".md"):
-            private += [path.rstrip(".") for path in ABSOLUTE.findall(text) if not path.startswith(SYSTEM)]
+            private += [path.rstrip(".") for path in PRIVATE.findall(text)]
         if name.endswith(".json") and not is_unchanged(index, name):
             private += [string for string in _strings(read_json(root / name)) if os.path.isabs(string)]
         if private:

@@ -155,8 +155,8 @@ def compact(unet: nn.Module, plan: CompactionPlan) -> nn.Module:
         plan: Output of `plan_compaction` for this model.
 
     Returns:
-        A model with the same outputs, device, dtypes, mode, gradient checkpointing, FreeU and rates of dropout as the masked
-        one.
+        A model with the same outputs, device, dtypes, mode, gradient checkpointing and rates of dropout as the masked one.
+        FreeU has the same factors, but scales the first half of the channels that are left.
     """
     tables = {
         "layer_channels": plan.layer_channels,

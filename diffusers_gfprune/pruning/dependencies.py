@@ -63,10 +63,11 @@ def meta_twin(unet: nn.Module) -> nn.Module:
     theirs = {name: tuple(p.shape) for name, p in unet.named_parameters()}
     if getattr(unet, "peft_config", None) or any(".base_layer." in name for name in theirs):
         names = ", ".join(getattr(unet, "peft_config", None) or ()) or "without a name"
-        raise ValueError(
-            f"the model has adapters ({names}): call unload_lora(), after fuse_lora() to keep their effect; of a pipeline, "
-            f"fuse_lora() and unload_lora_weights()"
-        )
+        remedy = "merge them, and load the result into a model without adapters"
+        if hasattr(unet, "unload_lora"):
+            remedy = "call unload_lora(), after fuse_lora() to keep their effect; of a pipeline, fuse_lora() and "
+            remedy += "unload_lora_weights()"
+        raise ValueError(f"the model has adapters ({names}): {remedy}")
     if small := [name for name, p in unet.named_parameters() if p.is_floating_point() and p.itemsize < 2]:
         raise ValueError(
             f"{small[0]} is {unet.get_parameter(small[0]).dtype}: load the model without layerwise casting to prune it"

@@ -62,7 +62,7 @@ def check_pipeline_index(index: Mapping) -> str:
 def has_weights_of(unet: nn.Module, folder: pathlib.Path) -> bool:
     """Whether a UNet has the weights in the safetensors files of a folder, in its dtype."""
     files = [path for path in folder.glob("*.safetensors") if re.fullmatch(r"[a-z_]+(-\d+-of-\d+)?", path.stem)]
-    left = unet.state_dict()
+    left = getattr(unet, "_orig_mod", unet).state_dict()  # without the names of torch.compile
     for path in files or folder.glob("*.safetensors"):  # the latter are of a variant
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():

@@ -27,20 +27,12 @@ from huggingface_hub import (
 from ..configuration import criterion_of
 from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
+from ..remote.pipeline_prune_ddpm import rename_in_card
 from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, process_of, task_of
 from .results import PRUNING_RUN, ModelFigures, Results
 
-__all__ = [
-    "LICENSES",
-    "check_card",
-    "check_eval_results",
-    "is_as_rendered",
-    "is_edited",
-    "render_card",
-    "render_eval_results",
-]
+__all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
 
-SEAL = "<!-- rendered by diffusers-gfprune"
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
 PACKAGE, DISTRIBUTION = "diffusers_gfprune", "diffusers-gfprune"
@@ -301,7 +293,7 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
         raise ValueError(f"results.json or pruning_report.json has a malformed field: {error}") from error
     card = f"---\n{metadata}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
     check_card(card)
-    return f"{card}\n{_seal(card)}\n"
+    return f"{card}\n{_own_seal(card)}\n"
 
 
 def render_eval_results(results: Results, report: Mapping) -> str | None:
@@ -360,18 +352,18 @@ def check_eval_results(text: str) -> None:
 
 def _seal(card: str) -> str:
     """A comment with a hash of the card, which reveals later edits."""
-    return f"{SEAL}, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
+    return f"<!-- rendered by diffusers-gfprune, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
+
+
+def _own_seal(card: str) -> str:
+    """The seal of a card, whose examples may name another repository later (`rename_in_card`)."""
+    return _seal(rename_in_card(card, DISTRIBUTION))
 
 
 def is_as_rendered(card: str) -> bool:
-    """Whether a card is unchanged since `render_card` rendered it."""
+    """Whether a card is unchanged since `render_card` rendered it, but for the repository in its examples."""
     body, newline, seal = card.removesuffix("\n").rpartition("\n")
-    return bool(newline) and seal == _seal(body)
-
-
-def is_edited(card: str) -> bool:
-    """Whether a card was rendered by `render_card` and then changed."""
-    return SEAL in card and not is_as_rendered(card)
+    return bool(newline) and seal in (_own_seal(body), _seal(body))  # the latter of earlier versions
 
 
 def _numbers(value: object) -> list[float]:

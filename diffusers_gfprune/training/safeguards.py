@@ -72,7 +72,9 @@ def find_checkpoint(
         accelerator.print(f"no checkpoint in {checkpoints.folder}: starting from the beginning")
         return None
     checkpoints.check_identity(checkpoint, identity)
-    for line in changed_settings(checkpoint.settings, run_settings(args, accelerator)):
+    before, now = checkpoint.settings, run_settings(args, accelerator)
+    both = before.keys() & now.keys()  # checkpoints of other versions have others
+    for line in changed_settings(*({name: values[name] for name in both} for values in (before, now))):
         warn(accelerator, f"warning: resuming with a changed setting: {line}")
     if later := checkpoints.later_than(step):
         names = ", ".join(path.name for path in later)

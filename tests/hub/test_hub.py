@@ -107,18 +107,32 @@ def test_card_edited_by_hand_keeps_its_text(server: HubServer, run: Path) -> Non
 
 
 def test_card_edited_on_the_hub_keeps_its_text(server: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
-    """Also while a later run pushes its checkpoints; but not if the card of the run was edited, too."""
+    """Also without the comment at its end; but not if the card of the run was edited, too, or over another run."""
     push_folder(run, REPO)
-    edited = on_hub(server)["README.md"] + b"\nMine.\n"
+    edited = on_hub(server)["README.md"].partition(b"<!-- rendered")[0] + b"\nMine.\n"
     HfApi().upload_file(path_or_fileobj=edited, path_in_repo="README.md", repo_id=REPO)
     push_folder(run, REPO)
     assert on_hub(server)["README.md"] == edited and set(on_hub(server)) == PUSHED
     assert f"the card of {REPO} was edited on the Hub and stays" in capsys.readouterr().err
-    push_checkpoint(run, REPO, commit_message="Step 5")
-    assert on_hub(server)["README.md"] == edited and "results.json" not in on_hub(server)
-    (run / "README.md").write_text((run / "README.md").read_text() + "\nOurs.\n")
+    rendered = (run / "README.md").read_text()
+    (run / "README.md").write_text(rendered + "\nOurs.\n")
     push_folder(run, REPO)
     assert on_hub(server)["README.md"].endswith(b"\nOurs.\n")
+    (run / "README.md").write_text(rendered)
+    report = json.loads((run / "pruning_report.json").read_text())
+    (run / "pruning_report.json").write_text(json.dumps({**report, "dense_step_loss": 0.5}))
+    push_folder(run, REPO)
+    assert on_hub(server)["README.md"] == (run / "README.md").read_bytes()
+
+
+def test_card_under_another_name_is_no_edited_one(server: HubServer, run: Path) -> None:
+    """The pipeline is pushed by itself, then the run, with new results."""
+    PruneDDPMPipeline.from_pretrained(run).push_to_hub(REPO)
+    results = json.loads((run / "results.json").read_text())
+    results["pruned"]["quality"]["ssim_to_dense"] = 0.1234
+    (run / "results.json").write_text(json.dumps(results))
+    push_folder(run, REPO)
+    assert b"| 0.1234 |" in on_hub(server)["README.md"]
 
 
 def test_card_follows_the_results(server: HubServer, run: Path) -> None:
@@ -212,7 +226,10 @@ def test_paths_of_this_machine_are_not_pushed(server: HubServer, run: Path, path
     [
         ("Trained on /data/private/faces.", "/data/private/faces"),
         ("See `/workspace/runs/x` (and others).", "/workspace/runs/x"),
-        ("[code](/me/model/blob/main/a.py), https://example.org/a/b and/or/both, ~/runs/x, ../a/b, /usr/bin/env", None),
+        ("[mine](/home/alice/faces)", "/home/alice/faces"),
+        ("file:///Users/alice/faces", "/Users/alice/faces"),
+        ("[code](/me/model/blob/main/a.py), https://example.org/data/b and/or/both, ~/runs/x, ../data/b, /usr/bin/env", None),
+        ('<img src="/me/model/resolve/main/x.png"> `from_pretrained("/path/to/model")` ${OUT}/data/x $a/data/b$', None),
     ],
 )
 def test_paths_in_an_edited_card_are_not_pushed(server: HubServer, run: Path, text: str, refused: str | None) -> None:

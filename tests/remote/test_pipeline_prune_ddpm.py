@@ -311,6 +311,10 @@ def test_results_stay_with_the_weights_that_were_measured(tmp_path: Path):
     assert (tmp_path / "same/results.json").exists() and (tmp_path / "same/README.md").read_text() == "{}"
     PruneDDPMPipeline.from_pretrained(tmp_path / "run", torch_dtype=torch.float16).save_pretrained(tmp_path / "half")
     assert (tmp_path / "half/results.json").exists()
+    compiled = PruneDDPMPipeline.from_pretrained(tmp_path / "run")
+    compiled.unet = torch.compile(compiled.unet)
+    compiled.save_pretrained(tmp_path / "compiled")
+    assert (tmp_path / "compiled/results.json").exists()
     with torch.no_grad():
         loaded.unet.conv_in.weight[0, 0] += 1e-3
     loaded.save_pretrained(tmp_path / "trained")
