@@ -5,6 +5,7 @@ A pruned class is saved with its model as one self-contained file, whose text `G
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -196,12 +197,30 @@ class GFPrunedMixin:
             (folder / f"diffusion_pytorch_model.safetensors.index{variant}.json").unlink(missing_ok=True)
         card = folder / "README.md"
         self._card = card.read_text("utf-8") if card.is_file() else None
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        alone = given.get("variant") or not given.get("is_main_process", True)
+        with contextlib.nullcontext() if alone else _variants_aside(folder):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _upload_folder(self, working_dir, *args, **kwargs):
         if self._card is not None:  # Diffusers has just replaced it by a generic card
             pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
         return super()._upload_folder(working_dir, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _variants_aside(folder: pathlib.Path):
+    """Context in which sharded weights of variants are in another folder: Diffusers deletes them before it saves others."""
+    aside = folder.with_name(f".{folder.name}.variants")  # left there by a process that was killed, they come back, too
+    try:
+        for path in folder.glob("diffusion_pytorch_model.*-of-*.safetensors"):
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
+        yield
+    finally:
+        if aside.is_dir():
+            for path in aside.iterdir():
+                path.rename(folder / path.name)
+            aside.rmdir()
 
 
 def pruned_init(dense_class: type):

@@ -338,15 +338,21 @@ def test_the_shipped_pipeline_saves_into_its_own_folder(tmp_path: Path):
 
 
 def test_variants_lie_side_by_side(tmp_path: Path):
-    """A half-precision variant neither overwrites the main weights nor keeps them from loading."""
+    """A half-precision variant neither overwrites the main weights nor keeps them from loading, and is not deleted by them."""
     pruned = pruned_pipeline()
     pruned.save_pretrained(tmp_path)
     half = PruneDDPMPipeline(unet=copy.deepcopy(pruned.unet).half(), scheduler=pruned.scheduler)
     half.save_pretrained(tmp_path, variant="fp16")
     assert files_in(tmp_path) == sorted([*SAVED_FILES, "unet/diffusion_pytorch_model.fp16.safetensors"])
     assert np.array_equal(sample(quiet(DiffusionPipeline.from_pretrained(tmp_path))), sample(pruned))
-    loaded = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
-    assert all(torch.equal(value, half.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+    half.save_pretrained(tmp_path / "sharded", variant="fp16", max_shard_size="30KB")
+    pruned.save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded/unet").glob("*.fp16-*.safetensors"))) > 2
+    assert not list((tmp_path / "sharded").glob(".*"))
+    for folder in (tmp_path, tmp_path / "sharded"):
+        loaded = DiffusionPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float16)
+        assert all(torch.equal(value, half.unet.state_dict()[name]) for name, value in loaded.unet.state_dict().items())
+    assert torch.equal(DiffusionPipeline.from_pretrained(tmp_path / "sharded").unet.conv_in.weight, pruned.unet.conv_in.weight)
 
 
 # --- loading -----------------------------------------------------------------------------------------------------------
