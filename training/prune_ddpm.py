@@ -183,7 +183,7 @@ def prune(
     )
 
     # 3. train and prune; 4. measure, save, plot
-    with interruption:
+    with interruption, contextlib.closing(tracking):  # an error begins a line of its own below the progress bar
         train(run, state, tracking, interruption)
     accelerator.end_training()
     if main_process:
