@@ -190,7 +190,7 @@ def peer_table(found: Found, dataset: str) -> str:
             f"| {TITLES[dataset]} | {run['seed']} | 50 % | {peer['macs_removed']:.1%} | {peer['step_loss_dense']:.4f} | "
             f"{peer['step_loss_after_pruning']:.4f} | x {drift:.3f} |"
         )
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))  # runs with other training prune the same model
 
 
 def time_table(data: dict[str, Found], times: dict) -> str:

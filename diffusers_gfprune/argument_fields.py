@@ -54,10 +54,10 @@ def check_range(allowed: Range, **values: float | None) -> None:
         ValueError: A number is not finite or not in the range.
     """
     for name, value in values.items():
-        if value is not None and not math.isfinite(value):  # reports are JSON, which has no infinity
-            raise ValueError(f"{name}={value} must be finite")
         if value is not None and not allowed.holds(value):
             raise ValueError(f"{name}={value} must {allowed.words}")
+        if value is not None and not math.isfinite(value):  # reports are JSON, which has no infinity
+            raise ValueError(f"{name}={value} must be finite")
 
 
 def check_fields(arguments: object, allowed: Range, *names: str) -> None:

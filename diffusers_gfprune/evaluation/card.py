@@ -97,7 +97,8 @@ def merged_run_results(measured: Results, results: Results) -> Results:
     depends |= {name: e[name] for name in (*names, "sample_size", "device", "dtype", "versions")}
     depends |= {name: e[name] for name in OPTIONAL if name in e}
     depends["distances"] = {name: described for name, described in e["distances"].items() if is_frechet(name)}
-    depends["dataset"] = {name: e["dataset"][name] for name in ("name", "hub_id")}  # not always that of training
+    if "dataset" in e:  # not always that of training
+        depends["dataset"] = {name: e["dataset"][name] for name in ("name", "hub_id")}
     depends["command"] = results.command
     return replace(measured, **figures, evaluation=depends)
 

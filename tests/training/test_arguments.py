@@ -42,7 +42,7 @@ def test_a_token_is_not_stored_by_a_tracker(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_numbers_are_finite() -> None:
     """Checkpoints and reports are JSON, which has no infinity: the run would stop when it writes the first of them."""
-    for value in ("inf", "nan"):
-        with pytest.raises(ValueError, match=f"^max_grad_norm={value} must be finite$"):
+    for value, words in (("inf", "be finite"), ("nan", "not be negative")):
+        with pytest.raises(ValueError, match=f"^max_grad_norm={value} must {words}$"):
             parse_arguments([*MODEL, "--max_grad_norm", value])
     assert parse_arguments([*MODEL, "--max_grad_norm", "0"]).training.max_grad_norm == 0  # none is clipped
