@@ -155,8 +155,8 @@ class PruneDDPMPipeline(DDPMPipeline):
         if not (os.path.exists(target) and os.path.samefile(__file__, target)):
             shutil.copyfile(__file__, target)
         # A model loaded from a run is saved with its card and report, unless the folder has others.
-        source, known = self.config.get("_name_or_path") or "", not os.path.exists(os.path.join(save_directory, REPORT))
-        if source and known and os.path.isfile(os.path.join(source, REPORT)):
+        source, has_others = self.config.get("_name_or_path") or "", os.path.exists(os.path.join(save_directory, REPORT))
+        if source and not has_others and os.path.isfile(os.path.join(source, REPORT)):
             if has_weights_of(self.unet, pathlib.Path(source, "unet")):
                 for name in filter(lambda name: os.path.isfile(os.path.join(source, name)), COMPANIONS):
                     os.makedirs(os.path.dirname(os.path.join(save_directory, name)), exist_ok=True)
