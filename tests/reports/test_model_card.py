@@ -15,7 +15,6 @@ from diffusers_gfprune.reports.model_card import (
     CITATIONS,
     LICENSES,
     PROCESS_CITATIONS,
-    check_card,
     check_eval_results,
     is_as_rendered,
 )
@@ -385,7 +384,7 @@ def test_no_teacher_is_named_where_there_was_none(files, change):
     results, report = files
     del report["arguments"]["distillation_weight"]
     report["arguments"].update(change)
-    assert "noise prediction, with weight" not in render_card(results, report, "me/model")
+    assert "Distillation" not in render_card(results, report, "me/model")
 
 
 PATHS = [
@@ -438,56 +437,6 @@ def test_figures_that_are_not_finite_are_refused(files, path, value):
     at[path[-1]] = value
     with pytest.raises(ValueError, match="finite"):
         render_card(results, report, "me/model")
-
-
-HEADER = {
-    "license": "mit",
-    "library_name": "diffusers",
-    "pipeline_tag": "unconditional-image-generation",
-    "tags": ["diffusers"],
-}
-
-
-def card_with(**changes: object) -> str:
-    data = {key: value for key, value in {**HEADER, **changes}.items() if value is not None}
-    return f"---\n{yaml.safe_dump(data)}---\n\n# A model\n"
-
-
-def test_a_plain_card_passes():
-    check_card(card_with())
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"license": "Apache 2"}, "license='Apache 2'"),
-        ({"license": None}, "license=None"),
-        ({"pipeline_tag": "image-making"}, "pipeline_tag='image-making'"),
-        ({"library_name": "torch"}, "library_name='torch'"),
-        ({"tags": ["two words"]}, "tags"),
-        ({"tags": "diffusers"}, "tags"),
-        ({"base_model": "/home/me/model"}, "'/home/me/model'"),
-        ({"datasets": ["a/b/c"]}, "'a/b/c'"),
-        ({"datasets": "a/b/c"}, "'a/b/c'"),
-        ({"license": ["mit"]}, "license=['mit']"),
-        ({"model-index": [{"name": "x", "results": []}]}, "model-index"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_cards_that_the_hub_would_show_wrongly(changes, named):
-    with pytest.raises(ValueError, match=re.escape(named)):
-        check_card(card_with(**changes))
-
-
-@pytest.mark.parametrize("card", ["# no metadata\n", "---\nlicense: [mit\n---\n# broken\n"], ids=["none", "broken"])
-def test_cards_without_readable_metadata(card):
-    with pytest.raises(ValueError, match="metadata"):
-        check_card(card)
-
-
-@pytest.mark.parametrize("changes", [{"base_model": ["org/a", "org/b"]}, {"datasets": []}, {"datasets": "org/x"}], ids=str)
-def test_metadata_that_people_write(changes):
-    check_card(card_with(**changes))
 
 
 MALFORMED = [("report", "config", []), ("results", "dense", {"macs": None}), ("report", "mask_updates", 3)]
