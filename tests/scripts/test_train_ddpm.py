@@ -84,6 +84,12 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, mon
     monkeypatch.setattr(train_ddpm, "training_step", one_step)
     with pytest.raises(ValueError, match="another run: learning_rate was 0.0005, is 0.001"):
         start("parts", "--resume_from_checkpoint", "latest", "--learning_rate", "1e-3")
+    for manifest in (tmp_path / "parts.training").glob("checkpoint-*/checkpoint.json"):
+        content = json.loads(manifest.read_text())
+        assert "max_broken_images" not in content["identity"]
+        del content["crc32"]  # as earlier versions wrote it
+        content["identity"] |= {"max_broken_images": 10, "validation_steps": 500}
+        manifest.write_text(json.dumps(content))
     parts = start("parts", "--resume_from_checkpoint", "latest", "--max_broken_images", "7")  # as a run asks that met too many
     assert parts.read_bytes() == whole.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"unet.json", "whole", "parts"}

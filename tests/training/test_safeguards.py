@@ -128,3 +128,16 @@ def test_the_death_of_a_loading_process_is_explained(tmp_path: Path) -> None:
             raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match="something else"), safeguards.explained_worker_death(run, state):
         raise RuntimeError("something else")
+
+
+def test_settings_that_an_older_checkpoint_does_not_have_are_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, {}, {"learning_rate": 0.1, "ratio": 0.5}, {}, {})
+    now = {"learning_rate": 0.2, "ratio": 0.5, "eval_images": 1000}
+    monkeypatch.setattr(safeguards, "run_settings", lambda args, accelerator: now)
+    args = SimpleNamespace(checkpoints=SimpleNamespace(resume_from_checkpoint="latest"))
+    assert safeguards.find_checkpoint(args, Accelerator(), checkpoints, {}).step == 3
+    said = capsys.readouterr().err
+    assert "changed setting: learning_rate was 0.1, is 0.2" in said and said.count("changed setting") == 1
