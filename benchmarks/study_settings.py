@@ -111,7 +111,7 @@ IMPORTANCE = ("--timestep_sampling", "importance")
 OURS = (*MENDED, *IMPORTANCE)
 # The peak learning rate of a recipe, where rows had another one before; and others that it is compared with
 RATE = {"cifar10": ("--learning_rate", "2.4e-3")}
-OTHER_RATES = {"digits": ("2e-3",), "cifar10": ("3e-4", "1.2e-3")}
+OTHER_RATES = {"digits": ("2e-3",), "cifar10": ("3e-4", "1.2e-3", "4.8e-3")}
 STEEPER = ("--sensitivity_exponent", "0.5")  # for sums with a smaller spread than the default's
 NO_TEACHER = ("--distillation_weight", "0")
 DIGITS = ("digits",)

@@ -12,7 +12,7 @@ import study_latency
 import study_report
 import torch
 from blocks_by_hand import order_by_hand, remove_by_hand
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from study_settings import LATENT, SETTINGS, TEACHERS
 
 from diffusers_gfprune.metrics.model_size import count_macs
@@ -23,12 +23,12 @@ from helpers.study import run_of
 FIRST = [LATENT[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LATENT[1:])]
 BY_HAND = {
     "digits-dit": [f"transformer_blocks.{index}" for index in (1, 3, 5, 2, 4)],
-    # Second pairs of both stages, outer first; the middle; the first pairs, inner first
+    # One pair in down stages, two in up stages, of which BK-SDM keeps the first and the last: the middle, then the inner stage
     "digits-ldm": [
-        *("up_blocks.1.resnets.1", "up_blocks.0.attentions.1", "up_blocks.0.resnets.1"),
         *("mid_block.attentions.0", "mid_block.resnets.0", "mid_block.resnets.1"),
-        *("down_blocks.1.attentions.0", "down_blocks.1.resnets.0", "up_blocks.0.attentions.0", "up_blocks.0.resnets.0"),
-        "up_blocks.1.resnets.0",
+        *("down_blocks.1.attentions.0", "down_blocks.1.resnets.0"),
+        *("up_blocks.0.attentions.0", "up_blocks.0.attentions.1", "up_blocks.0.resnets.0", "up_blocks.0.resnets.1"),
+        *("up_blocks.1.resnets.0", "up_blocks.1.resnets.1"),
     ],
 }
 
@@ -44,6 +44,22 @@ def models() -> dict[str, ModelMixin]:
 @pytest.mark.parametrize("name", BY_HAND)
 def test_blocks_go_in_the_order_of_their_sources(name: str, models: dict[str, ModelMixin]) -> None:
     assert order_by_hand(models[name]) == BY_HAND[name]
+
+
+def test_the_second_of_three_pairs_goes_first_as_in_bk_sdm() -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        layers_per_block=2,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        add_attention=False,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    order = order_by_hand(unet)
+    first = ["down_blocks.0.resnets.1", "up_blocks.1.resnets.1", "down_blocks.1.resnets.1", "up_blocks.0.resnets.1"]
+    assert order[:4] == first  # up stages have three pairs, and keep the first and the third
+    assert order[4:6] == ["mid_block.resnets.0", "mid_block.resnets.1"]
 
 
 @pytest.mark.parametrize("name", FIRST)
