@@ -31,7 +31,7 @@ from cost import Trainer, half_masked, paired, scorer
 from diffusers import UNet2DModel
 from models import batches_for, build
 
-from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.run_folder import RunFolder
@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES, REPEATS, SCORING_BATCHES, RECOVERIES = (
     {"digits": 64, "cifar10": 16},
     {"digits": 15, "cifar10": 3},
-    {"digits": 2, "cifar10": 1},
+    {"digits": 2, "cifar10": 2},
     {"digits": 5, "cifar10": 1},
 )
 
@@ -77,8 +77,8 @@ def median_seconds(function: Callable[[int], object], repeats: int = 5) -> float
     return statistics.median(times)
 
 
-def measure_steps(model: str, hvp: str) -> dict[str, float]:
-    """Ratios to a plain dense step on the same images; `hvp` as in `cost.scorer`."""
+def measure_steps(model: str, config: GFPruneConfig) -> dict[str, float]:
+    """Ratios to a plain dense step on the same images; scores are those of `config`."""
     dense, size, repeats = build(model), BATCH_SIZES[model], REPEATS[model]
     batches = batches_for(dense, size, 1)
     several = batches_for(dense, size, SCORING_BATCHES[model])
@@ -90,7 +90,7 @@ def measure_steps(model: str, hvp: str) -> dict[str, float]:
         "compacted_step": (Trainer(small, batches).steps, plain.steps),
         "distilled_compacted_step": (Distilled(copy.deepcopy(small), batches, dense).steps, plain.steps),
         "scoring_per_batch": (
-            scorer(copy.deepcopy(dense), several, hvp),
+            scorer(copy.deepcopy(dense), several, config.hvp if config.takes_hessian else "none", config.hessian_batches),
             Trainer(copy.deepcopy(dense), several).steps,
         ),
     }
@@ -202,7 +202,7 @@ def main() -> None:
         for model in args.models:
             words = ["--recipe", model]
             config = parse_arguments(words).pruning.config(1)
-            steps, state = measure_steps(model, config.hvp if config.takes_hessian else "none"), measure_state(model, words)
+            steps, state = measure_steps(model, config), measure_state(model, words)
             found[model] = {"steps": steps, "state": state, "together": put_together(model, words, steps, state)}
             args.output.write_text(json.dumps(found, indent=2) + "\n")
     print(table(json.loads(args.output.read_text())))

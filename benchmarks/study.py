@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     teacher = TEACHERS[options.dataset]
     if not (ROOT / teacher).is_dir():
-        target = {"digits": "teacher", "cifar10": "cifar10-teacher"}[options.dataset]
+        target = {"digits": "teacher", "cifar10": "cifar10-teacher"}.get(options.dataset, "latent-teachers")
         sys.exit(f"study.py: error: dataset={options.dataset} needs {teacher}: make {target}, and copy its result there")
     chosen = [
         setting
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         and (options.settings is None or setting.name in options.settings)
         and (options.part is None or setting.part in options.part)
     ]
-    # Scratch uses the widths of the default setting, which runs first
+    # Scratch uses the widths of the setting two-phase, which runs first
     work = [(s, seed) for late in (False, True) for seed in options.seeds for s in chosen if (s.kind == "scratch") == late]
     if options.dataset in LATENT and not (dense := dense_digits(options.dataset, options)).exists():
         options.runs.mkdir(parents=True, exist_ok=True)

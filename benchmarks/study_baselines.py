@@ -2,7 +2,7 @@
 
     python benchmarks/study_baselines.py --baseline torch-pruning --results DIR --recipe digits --seed 0 --output_dir DIR
 
-- `scratch`: random weights in the widths that the default setting chose with the same seed, from its results in `--results`.
+- `scratch`: random weights in the widths that the setting two-phase chose with the same seed, from its results in `--results`.
 - `torch-pruning`: Torch-Pruning's pruner with the settings of Diff-Pruning's `ddpm_prune.py` (Fang et al., arXiv 2305.10924):
   gradients summed over the timesteps in order until the loss falls below a twentieth of the largest, Taylor importance of
   single weights, one uniform pruning ratio for all layers, attention by heads, output convolution not pruned, attributes of
@@ -206,7 +206,7 @@ def gradient_batch(args: Arguments, pipeline: TrainedPipeline, images: ImageSour
 
 
 def scratch(args: Arguments, unet: nn.Module, results_folder: Path) -> tuple[nn.Module, dict]:
-    """A model with random weights in the widths of the default setting with the same seed."""
+    """A model with random weights in the widths of the setting two-phase with the same seed."""
     path = results_folder / f"two-phase-seed{args.run.seed}.json"
     if not path.is_file():
         raise ValueError(f"results={results_folder} holds no {path.name}: run the setting two-phase first")

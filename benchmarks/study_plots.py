@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Container
 from pathlib import Path
 
 import matplotlib
@@ -39,9 +40,9 @@ def curve(run: Run, dataset: str, metric: str) -> tuple[list[int], list[float]]:
     return [*curves["quality_steps"], run["steps"]], [*curves["quality"][key], run["pruned"][key]]
 
 
-def stand_in(name: str, found: Found) -> str:
-    """The name of a row, or of its row of `EARLIER` if it has no results."""
-    return name if name in found else EARLIER.get(name, name)
+def stand_in(name: str, found: Found, timed: Container[str] | None = None) -> str:
+    """The name of a row, or of its row of `EARLIER` if it has no results; `timed`: or none of these times."""
+    return name if name in found and (timed is None or name in timed) else EARLIER.get(name, name)
 
 
 def plot_curves(path: Path, data: dict[str, Found], shown: dict[str, str], times: dict | None = None) -> None:
@@ -55,16 +56,21 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict[str, str], times
         shown: Colours by setting; a row of `EARLIER` stands for one without results.
         times: Results of `study_time.py`, for quality over time.
     """
-    data = {dataset: found for dataset, found in data.items() if any(stand_in(name, found) in found for name in shown)}
+    timed = {dataset: None if times is None else times[dataset]["settings"] for dataset in data}
+    data = {
+        dataset: found
+        for dataset, found in data.items()
+        if any(stand_in(name, found, timed[dataset]) in found for name in shown)
+    }
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
             seen: list[float] = []
             drawn: list[Run] = []
             for name, colour in shown.items():
-                name = stand_in(name, found)
+                name = stand_in(name, found, timed[dataset])
                 runs = [run for run in found.get(name, []) if run["curves"].get("quality_steps")]
-                if not runs or (times is not None and name not in times[dataset]["settings"]):
+                if not runs or (times is not None and name not in timed[dataset]):
                     continue
                 steps = curve(runs[0], dataset, metric)[0]
                 values = list(zip(*(curve(run, dataset, metric)[1] for run in runs)))
@@ -96,15 +102,17 @@ def plot_curves(path: Path, data: dict[str, Found], shown: dict[str, str], times
 
 
 def plot_budgets(path: Path, data: dict[str, Found]) -> None:
-    """Plot quality over the removed share of MACs. Bars are standard deviations; hollow points have one seed."""
+    """Plot quality over the removed share of MACs. Bars are standard deviations; hollow points have one seed.
+
+    Where a row has no results at the smallest budget, its row of `EARLIER` is drawn, too, dashed.
+    """
     figure_, axes = plt.subplots(len(data), 2, figsize=(10, 3.4 * len(data)), squeeze=False, constrained_layout=True)
     for row, (dataset, found) in zip(axes, data.items()):
         for axis, metric in zip(row, ("distance", "ssim_to_dense")):
             drawn: list[Run] = []
-            for name in ("default", "no-recovery", "diff-pruning", "magnitude"):
-                colour = CURVES[name]
-                if name + BUDGETS[0] not in found and EARLIER.get(name, name) + BUDGETS[0] in found:
-                    name = EARLIER.get(name, name)
+            rows = [(name, CURVES[name], "-") for name in ("default", "no-recovery", "diff-pruning", "magnitude")]
+            rows += [(EARLIER[n], colour, "--") for n, colour, _ in rows if n in EARLIER and n + BUDGETS[0] not in found]
+            for name, colour, line in rows:
                 points = []
                 for ending in BUDGETS:
                     drawn += found.get(name + ending, [])
@@ -118,7 +126,8 @@ def plot_budgets(path: Path, data: dict[str, Found]) -> None:
                     means = [statistics.mean(groups[share]) for share in shares]
                     errors = [deviation(groups[share]) for share in shares]
                     label = title_of(name)
-                    axis.errorbar([100 * s for s in shares], means, errors, marker="o", capsize=3, label=label, color=colour)
+                    places, style = [100 * s for s in shares], {"label": label, "color": colour, "linestyle": line}
+                    axis.errorbar(places, means, errors, marker="o", capsize=3, **style)
                     single = [(100 * s, mean) for s, mean in zip(shares, means) if len(groups[s]) == 1]
                     for place, mean in single:
                         axis.plot(place, mean, "o", color=colour, markerfacecolor="white", zorder=3)

@@ -69,8 +69,8 @@ def test_the_readme_says_what_was_measured() -> None:
     text = (one_shot.ROOT / "README.md").read_text()
     shown = {
         "`prune()`": next(iter(one_shot.ROWS)),
-        "Diff-Pruning's choice, with the same least squares": f"Diff-Pruning{one_shot.RECOVERED}",
-        "Diff-Pruning's choice": "Diff-Pruning",
+        "Diff-Pruning's criterion, with the same least squares": f"Diff-Pruning{one_shot.RECOVERED}",
+        "Diff-Pruning's criterion": "Diff-Pruning",
     }
     for title, name in shown.items():
         cells = " | ".join(f"{rows[name][str(ratio)]['ssim']:.3f}" for ratio in one_shot.RATIOS)

@@ -42,7 +42,8 @@ def test_the_plan_is_that_of_the_recipe() -> None:
 
 def run_of(final: float, middle: float) -> dict:
     curves = {"quality_steps": [30], "quality": {"fd_efflite0": [middle]}}
-    return {"dense": {"fd_efflite0": 20.0}, "pruned": {"fd_efflite0": final}, "steps": 90, "curves": curves}
+    dense, pruned = {"fd_efflite0": 20.0, "macs": 100}, {"fd_efflite0": final, "macs": 57}
+    return {"dense": dense, "pruned": pruned, "steps": 90, "curves": curves}
 
 
 def test_the_gap_left_predicts_the_distance() -> None:
@@ -51,8 +52,19 @@ def test_the_gap_left_predicts_the_distance() -> None:
     assert paper_scale.gap_left(ours, rivals, 90) == pytest.approx([0.2, 0.3])
     assert paper_scale.gap_left(ours, rivals, 30) == pytest.approx([0.25, 0.5])
     middle, end = paper_scale.distance_table({"no-recovery": ours, "diff-pruning": rivals}).splitlines()[2:]
-    assert middle.split(" | ")[1:] == ["2", "30", "0.38 ± 0.18", "4.60 ± 0.19 |"]  # 4.19 + 1.10 x share
-    assert end.split(" | ")[1:] == ["2", "90", "0.25 ± 0.07", "4.46 ± 0.08 |"]
+    assert middle.split(" | ")[3:] == ["43%", "2", "30", "0.38 ± 0.18", "4.60 ± 0.19 |"]  # 4.19 + 1.10 x share
+    assert end.split(" | ")[3:] == ["43%", "2", "90", "0.25 ± 0.07", "4.46 ± 0.08 |"]
+
+
+def test_either_rival_is_compared_where_it_was_measured() -> None:
+    """The second was measured at the end only: 10 above the dense model, of which 4 and 6 are left."""
+    other = run_of(30.0, 0.0)
+    other["curves"] = {}
+    ours = [run_of(24.0, 30.0), run_of(26.0, 40.0)]
+    found = {"default": ours, "diff-pruning": [run_of(40.0, 60.0)], "torch-pruning": [other]}
+    rows = [row.split(" | ") for row in paper_scale.distance_table(found).splitlines()[2:]]
+    assert [row[5:7] for row in rows] == [["30", "0.38 ± 0.18"], ["90", "0.25 ± 0.07"], ["90", "0.50 ± 0.14"]]
+    assert [row[2] for row in rows] == ["Diff-Pruning, one-shot"] * 2 + ["Torch-Pruning as in Diff-Pruning's script"]
 
 
 def test_it_has_what_it_reads() -> None:

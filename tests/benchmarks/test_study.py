@@ -146,6 +146,22 @@ def test_time_is_that_of_steps_and_rankings(tmp_path: Path) -> None:
     assert ssim == {title: (seconds, [0.45, 0.9])}
 
 
+def test_earlier_rivals_are_drawn_where_others_have_no_times_or_budgets(tmp_path: Path) -> None:
+    """A rival without a time, or without results at 30 %, would be missing in a picture."""
+    found = {name: [results_of(name, 0, ssim)] for name, ssim in (("default", 0.9), ("diff-pruning", 0.8))}
+    found |= {f"one-shot-diff-pruning{end}": [results_of("one-shot-diff-pruning", 0, 0.7)] for end in ("", "-30")}
+    own = {"compacted": 1.0, "ranking": 0.0, "recovery": 0.0, "teacher": 0.0, "features": 0.0}
+    times = {"digits": {"masked": 1.0, "settings": dict.fromkeys(("default", "one-shot-diff-pruning"), own)}}
+    with saved_figures() as figures:
+        study_report.plot_curves(tmp_path / "steps.png", {"digits": found}, study_report.CURVES)
+        study_report.plot_curves(tmp_path / "time.png", {"digits": found}, study_report.CURVES, times)
+        study_report.plot_budgets(tmp_path / "macs.png", {"digits": found})
+    steps, time = ({*lines(figure.axes[1])} for figure in figures[:2])
+    ours, rival, earlier = (SETTINGS[name].title for name in ("default", "diff-pruning", "one-shot-diff-pruning"))
+    assert steps == {ours, rival} and time == {ours, earlier}
+    assert {ours, rival, earlier} == {text.get_text() for text in figures[2].axes[0].get_legend().get_texts()}
+
+
 @pytest.mark.slow
 def test_pieces_of_a_run_are_timed(tmp_path: Path) -> None:
     """For the settings that have results, with what each does."""
@@ -243,7 +259,11 @@ def test_no_results_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "wanted"),
-    [("cifar10", "benchmarks/cifar10/teacher: make cifar10-teacher"), ("digits", "training/digits/teacher: make teacher")],
+    [
+        ("cifar10", "benchmarks/cifar10/teacher: make cifar10-teacher"),
+        ("digits", "training/digits/teacher: make teacher"),
+        ("digits-ldm", "training/digits/ldm: make latent-teachers"),
+    ],
 )
 def test_a_teacher_that_is_not_there_is_one_line(
     dataset: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
