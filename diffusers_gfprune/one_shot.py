@@ -233,8 +233,8 @@ def prune_unet(
     pruner = None
     if images is None:
         check_range(at_least(1), num_teacher_images=num_teacher_images)
-        pruner = GradientFlowPruner(copy.deepcopy(unet), config, process)  # checks the budget before images are drawn
         conditions = drawn_conditions(unet, class_labels, num_teacher_images, null_label)
+        pruner = GradientFlowPruner(copy.deepcopy(unet), config, process)  # checks the budget before images are drawn
         class_labels = conditions.of(range(num_teacher_images)).get("class_labels")
         images = draw_images(unet, process, num_teacher_images, conditions, None, seed, num_inference_steps, batch_size)
     pixels = images_to_tensor(images, unet.config.in_channels)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .argument_fields import FRACTION, at_least, check_range
 from .diffusion.batch import DiffusionBatch
-from .diffusion.class_labels import check_labels, label_dropout_of
+from .diffusion.class_labels import LabelDropout, check_labels, label_dropout_of
 from .diffusion.schedulers import training_process
 from .drawn_images import NUM_TEACHER_IMAGES, draw_images
 from .metrics.conditions import SampleConditions
@@ -91,20 +91,26 @@ def prune_pipeline(
     parts.check_process()
     process = training_process(parts.scheduler).sampled_in(num_inference_steps)
     spec = ModelSpec.of(denoiser, parts.codec, parts.prompts)
-    # Before images are drawn or encoded, which may take hours: labels and the budget
-    label_dropout_of(spec.labels, null_label, label_dropout)
-    pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, process)
+    # What is given is checked before layers are timed, and the budget before images are drawn or encoded
+    dropout = label_dropout_of(spec.labels, null_label, label_dropout)
     if images is None:
         check_range(at_least(1), num_teacher_images=num_teacher_images)
-        shared = (null_label, seed, num_inference_steps, batch_size)
-        images, class_labels, prompts = _drawn(parts, spec, num_teacher_images, class_labels, prompts, *shared)
-    pixels = images_to_tensor(images, spec.channels)
-    if tuple(pixels.shape[2:]) != spec.size:
-        size = "x".join(map(str, spec.size))
-        raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the pipeline makes images of {size}")
+        conditions = drawn_conditions(denoiser, class_labels, num_teacher_images, null_label)
+        prompts = _in_turn(prompts, num_teacher_images)
+        _check_prompts(spec, prompts, num_teacher_images)
+    else:
+        pixels = images_to_tensor(images, spec.channels)
+        _check_size(spec, pixels)
+        class_labels = with_vectors(denoiser, class_labels, len(pixels))
+        _check_labels(spec, class_labels, len(pixels), dropout)
+        _check_prompts(spec, prompts, len(pixels))
+    pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, process)
+    if images is None:
+        options_of_images = {"seed": seed, "num_inference_steps": num_inference_steps, "batch_size": batch_size}
+        pixels = _drawn(parts, spec, num_teacher_images, conditions, prompts, options_of_images)
+        class_labels = conditions.of(range(num_teacher_images)).get("class_labels")
     generator = torch.Generator().manual_seed(seed)
-    class_labels = with_vectors(denoiser, class_labels, len(pixels))
-    conditioning = _labels(spec, class_labels, len(pixels), null_label, label_dropout, generator)
+    conditioning = _labels(class_labels, dropout, generator)
     conditioning |= _texts(spec, prompts, len(pixels), caption_dropout, generator, denoiser.device)
     clean = pixels
     if spec.codec is not None:
@@ -140,54 +146,60 @@ def _drawn(
     parts: PipelineParts,
     spec: ModelSpec,
     count: int,
-    class_labels: Tensor | Callable[[range], Tensor] | None,
+    conditions: SampleConditions,
     prompts: Sequence[str] | None,
-    null_label: int | None,
-    seed: int,
-    num_inference_steps: int | None,
-    batch_size: int,
-) -> tuple[Tensor, Tensor | None, list[str] | None]:
-    """Images that the dense model draws, with their labels or prompts."""
-    conditions = drawn_conditions(parts.denoiser, class_labels, count, null_label)
+    options: Mapping[str, int | None],
+) -> Tensor:
+    """Images that the dense model draws with their labels or prompts; `options` of `draw_images`."""
+    if prompts is not None:
+        conditions = SampleConditions(_texts(spec, prompts, count, 0.0, torch.Generator(), parts.denoiser.device))
+    return draw_images(parts.denoiser, parts.scheduler, count, conditions, codec=spec.codec, **options)
+
+
+def _in_turn(prompts: Sequence[str] | None, count: int) -> list[str] | None:
+    """As many prompts as images."""
     if isinstance(prompts, str) or (prompts is not None and len(prompts) == 0):
         raise ValueError("prompts must be a list of texts, at least one")
-    if prompts is not None:
-        prompts = [prompts[number % len(prompts)] for number in range(count)]
-    device = parts.denoiser.device
-    if spec.prompts is not None or prompts is not None:
-        texts = _texts(spec, prompts, count, 0.0, torch.Generator(), device)
-        conditions = SampleConditions(texts)
-    options = {"codec": spec.codec, "seed": seed, "num_inference_steps": num_inference_steps, "batch_size": batch_size}
-    images = draw_images(parts.denoiser, parts.scheduler, count, conditions, **options)
-    return images, conditions.of(range(count)).get("class_labels"), prompts
+    return None if prompts is None else [prompts[number % len(prompts)] for number in range(count)]
 
 
-def _labels(
-    spec: ModelSpec,
-    labels: Tensor | None,
-    count: int,
-    null_label: int | None,
-    label_dropout: float | None,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Class labels as conditioning, some of them replaced by the null label, or vectors."""
+def _check_size(spec: ModelSpec, pixels: Tensor) -> None:
+    if tuple(pixels.shape[2:]) != spec.size:
+        size = "x".join(map(str, spec.size))
+        raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels, but the pipeline makes images of {size}")
+
+
+def _check_labels(spec: ModelSpec, labels: Tensor | None, count: int, dropout: LabelDropout | None) -> None:
     if spec.vector_size is not None:
-        return {"class_labels": labels}
+        return
     if (labels is None) != (spec.labels is None):
         raise ValueError(
             "class_labels=None must be labels of the images: the model is class conditional"
             if labels is None
             else "class_labels must be None: the model takes no labels"
         )
-    dropout = label_dropout_of(spec.labels, null_label, label_dropout)
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"class_labels has {len(labels)} labels for {count} images")
+    if labels is not None and dropout is not None:
+        check_labels(labels.tolist(), dropout.null_label)
+
+
+def _check_prompts(spec: ModelSpec, prompts: Sequence[str] | None, count: int) -> None:
+    if (prompts is None) != (spec.prompts is None):
+        raise ValueError(
+            "prompts=None must be a prompt for each image: the model takes text"
+            if prompts is None
+            else "prompts must be None: the model takes no text"
+        )
+    if prompts is not None and (isinstance(prompts, str) or len(prompts) != count):
+        raise ValueError(f"prompts must be a list of {count} texts, one for each image")
+
+
+def _labels(labels: Tensor | None, dropout: LabelDropout | None, generator: torch.Generator) -> dict[str, Tensor]:
+    """Class labels as conditioning, some of them replaced by the null label, or vectors."""
     if labels is None:
         return {}
-    if len(labels) != count:
-        raise ValueError(f"class_labels has {len(labels)} labels for {count} images")
-    if dropout is None:
-        return {"class_labels": labels}
-    check_labels(labels.tolist(), dropout.null_label)
-    return {"class_labels": dropout.several(labels, generator)}
+    return {"class_labels": labels if dropout is None else dropout.several(labels, generator)}
 
 
 def _texts(
@@ -199,16 +211,8 @@ def _texts(
     device: torch.device,
 ) -> dict[str, Tensor]:
     """Embeddings of prompts as conditioning, some of them replaced by those of the empty prompt."""
-    if (prompts is None) != (spec.prompts is None):
-        raise ValueError(
-            "prompts=None must be a prompt for each image: the model takes text"
-            if prompts is None
-            else "prompts must be None: the model takes no text"
-        )
     if prompts is None:
         return {}
-    if isinstance(prompts, str) or len(prompts) != count:
-        raise ValueError(f"prompts must be a list of {count} texts, one for each image")
     spec.prompts.warn_of_long(prompts)
     with spec.prompts.on(device):
         encoded, null = spec.prompts.encode(prompts), spec.prompts.null()

@@ -9,7 +9,20 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-__all__ = ["ieee_float32", "own_forward", "usual_modes"]
+__all__ = ["check_float64", "ieee_float32", "own_forward", "usual_modes"]
+
+
+def check_float64(device: torch.device) -> None:
+    """Check that a device has float64, in which scores, least squares and metrics are summed.
+
+    Raises:
+        ValueError: It is an Apple GPU, which has none.
+    """
+    if device.type == "mps":
+        raise ValueError(
+            "device=mps has no float64, in which scores, least squares and metrics are summed: use the CPU, in scripts by "
+            "accelerate launch --cpu"
+        )
 
 
 def _older_flags() -> tuple[str, bool] | None:

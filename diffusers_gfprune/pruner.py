@@ -40,13 +40,14 @@ from .distributed import check_identical
 from .families.lookup import family_of
 from .latency.budget import measured_latency_model
 from .latency.calibration import LatencyCheck, latency_meter
+from .precision import usual_modes
 from .pruning import masking
 from .pruning.blocks import trace_groups
 from .pruning.compaction import CompactionPlan, carry_ema, carry_optimizer, check_ema, compact, plan_compaction
 from .pruning.cost_model import CostModel
 from .pruning.damage_curves import DamageCurve
 from .pruning.pruner_state import MaskPath, MaskUpdate, PrunerState, check_plan, plan_settings
-from .pruning.recovery import RIDGE, recover
+from .pruning.recovery import RIDGE, recover, recover_averaged
 from .ranking import Ranking
 from .scoring.context import check_batch, check_criterion
 from .unit_choice import UnitChoice, possible_widths
@@ -96,6 +97,7 @@ class GradientFlowPruner:
         ValueError: The model or its scheduler cannot be pruned, or the budget cannot be met. The model is unchanged.
     """
 
+    @usual_modes()
     def __init__(
         self,
         unet: ModelMixin,
@@ -217,21 +219,21 @@ class GradientFlowPruner:
         """Type of the device that the budget is for: in a runtime the CPU, otherwise that of the model."""
         return "cpu" if self.config.latency_runtime is not None else next(self.unet.parameters()).device.type
 
-    def _plan_widths(self) -> None:
-        """Compute the widths that are possible. Latency has been measured before."""
-        self._planned_for = self._device_type()
-        self.choice = UnitChoice(self.cost, self.config, self._device_type())
+    def _plan_widths(self, device_type: str | None = None) -> None:
+        """Compute the widths that are possible, by default on the device of the budget. Latency has been measured before."""
+        device_type = device_type or self._device_type()
+        self.choice, self._planned_for = UnitChoice(self.cost, self.config, device_type), device_type
         self.channel_multiple, self.ladders = self.choice.channel_multiple, self.choice.ladders
         self.planned_widths = self.choice.planned_widths
         self.ranking = Ranking(self.unet, self.process, self.config, self.choice)
 
     def _fixed_widths(self, share: float) -> np.ndarray | None:
-        """Widths that a ranking must keep: None before one has met the whole budget, or if they do not depend on scores.
+        """Widths that a ranking must keep: None before one has met the whole budget, or if scores never change them.
 
         After that, units are only exchanged within their groups. Scores change slightly between rankings; with binary masks,
         moving one unit from a group to another would raise the loss without a gain.
         """
-        if not self.history or self._by_hand or self.config.ranking not in ("joint", "sensitivity", "curves"):
+        if not self.history or self._by_hand or self.choice.widths_are_planned:
             return None
         before = self.schedule.sparsity(self.schedule.goal_step(self.history[-1].step))
         return self.kept_channels() if share == before == 1 else None
@@ -248,6 +250,7 @@ class GradientFlowPruner:
 
     # --- the schedule ---
 
+    @usual_modes()
     def step(
         self,
         step: int,
@@ -312,24 +315,12 @@ class GradientFlowPruner:
         decisions = {"averaged scores": self.scores, "kept units": chosen, "masks": starts}
         check_identical({f"{what} of {name}": tensors[name] for what, tensors in decisions.items() for name in tensors})
         before, self.kept = self.kept, chosen
-        widths = self.kept_channels()
         value = self.schedule.mask_value(goal)
         goals = {name: torch.where(kept, 1.0, value) for name, kept in self.kept.items()}
         self._path, self._by_hand = MaskPath(step, goal, starts, goals), False
-        update = MaskUpdate(
-            step=step,
-            phase="soft" if step < self.schedule.soft_steps else "hard",
-            sparsity=self.cost.removed(self.config.target, widths),
-            mask_value=value,
-            kept_units=sum(int(kept.sum()) for kept in self.kept.values()),
-            revived_units=sum(int((self.kept[name] & ~before[name]).sum()) for name in self.kept),
-            newly_pruned_units=sum(int((~self.kept[name] & before[name]).sum()) for name in self.kept),
-            kept_channels=int(self.cost.channels(widths)),
-            macs=self.cost.macs(widths),
-            params=self.cost.parameters(widths),
-        )
-        self.history.append(update)
-        return update
+        phase, widths = "soft" if step < self.schedule.soft_steps else "hard", self.kept_channels()
+        self.history.append(MaskUpdate.of(step, phase, value, before, chosen, self.cost, self.config.target, widths))
+        return self.history[-1]
 
     def _follow_path(self, step: int) -> None:
         """Set masks to their position at `step` between the last ranking and its goal."""
@@ -371,9 +362,10 @@ class GradientFlowPruner:
             self.ranking.curves,
         )
         saved = state.to_dict()
-        saved["values"]["plan"] = plan_settings(self.config)
+        saved["values"] |= {"plan": plan_settings(self.config), "planned_for": self._planned_for}
         return saved
 
+    @usual_modes()
     def load_state_dict(self, state: Mapping) -> None:
         """Continue from the output of `state_dict`.
 
@@ -394,10 +386,11 @@ class GradientFlowPruner:
         if (loaded.latency is None) != (self.latency is None):
             raise ValueError(f"the pruner's state must have the same target as this pruner, target={self.config.target}")
         loaded.check_ranking(self.config.ranking)
+        planned_for = state["values"].get("planned_for") if loaded.history else None  # earlier versions did not save it
         if loaded.latency is not None:
-            self._latency_model.load_dict(loaded.latency["model"])
-            self.latency = loaded.latency
-            self._plan_widths()
+            self._load_latency(loaded.latency, planned_for)
+        elif planned_for not in (None, self._planned_for):
+            self._plan_widths(planned_for)
         if self._is_masked():
             self.unet.channel_masks.set(loaded.masks, check=False)  # heads may differ until the goal
         else:
@@ -406,12 +399,24 @@ class GradientFlowPruner:
         self.ranking.scores, self.ranking.changes, self.ranking.curves = loaded.scores, loaded.changes, loaded.curves
         self.finished, self._path, self._by_hand = loaded.finished, loaded.path, loaded.by_hand
 
+    def _load_latency(self, latency: Mapping, device_type: str | None) -> None:
+        """Plan with the times of a state; if this fails, times and widths stay."""
+        before = self._latency_model.to_dict()
+        try:
+            self._latency_model.load_dict(latency["model"])
+            self._plan_widths(device_type)
+        except (LookupError, TypeError, ValueError) as error:
+            self._latency_model.load_dict(before)
+            raise ValueError(f"latency of the pruner's state cannot be used: {error}") from error
+        self.latency = dict(latency)
+
     # --- the end ---
 
     def compaction_plan(self) -> CompactionPlan:
         """The plan of `compact`; masks must be binary."""
         return plan_compaction(self.unet, self.groups, self.unit_masks)
 
+    @usual_modes()
     def recover(
         self, dense: ModelMixin, calibration_batches: Sequence[CalibrationBatch], ridge: float = RIDGE, ema=None
     ) -> dict[str, float]:
@@ -440,13 +445,7 @@ class GradientFlowPruner:
         plan = self.compaction_plan()
         if ema is None:
             return recover(dense, self.unet, plan, batches, self.process, ridge)
-        check_ema(ema, self.unet)
-        before = [parameter.detach().clone() for parameter in self.unet.parameters()]
-        gaps = recover(dense, self.unet, plan, batches, self.process, ridge)
-        with torch.no_grad():
-            for shadow, old, new in zip(ema.shadow_params, before, self.unet.parameters()):
-                shadow += (new - old).to(shadow)
-        return gaps
+        return recover_averaged(dense, self.unet, ema, plan, batches, self.process, ridge)
 
     def compact(self, optimizer: torch.optim.Optimizer | None = None, ema=None) -> ModelMixin:
         """Build the small model from binary masks. Its outputs equal those of the masked model.

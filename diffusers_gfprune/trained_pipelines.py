@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -88,8 +89,8 @@ class TrainedPipeline(NamedTuple):
 
     Attributes:
         denoiser: The model that is pruned, on the CPU, in float32.
-        scheduler: The scheduler, with the class and configuration in which it was saved; for SDXL's Euler scheduler, the
-            `DDPMScheduler` of its training.
+        scheduler: The scheduler, with the class and configuration in which it was saved, and those settings that its pipeline
+            gives it (Stable Diffusion's never clips latents); for SDXL's Euler scheduler, the `DDPMScheduler` of its training.
         process: Process of the training.
         kind: Class of the pipeline.
         folder: The loaded folder, with the files of all components.
@@ -215,7 +216,7 @@ def load_pipeline(
         name, families = _families(index)
         component = families[0].component  # all models of a pipeline have the same component name
         layout = check_index(index, component)
-        scheduler = _load_scheduler(folder, index, latents=layout.autoencoder is not None)
+        scheduler = _load_scheduler(folder, index, layout)
         process = training_process(scheduler)
         check_process(name, process)
         classes = {named: kind for family in families for named, kind in _classes(family, pruned).items()}
@@ -278,17 +279,21 @@ def _download(name: str, revision: str | None) -> Path:
         raise
 
 
-def _load_scheduler(folder: Path, index: dict, latents: bool):
+def _load_scheduler(folder: Path, index: dict, layout: PipelineLayout):
+    """The scheduler, with the settings that its pipeline gives it; those that it does not know are left out."""
     component = index["scheduler"][1]
     config = DDPMScheduler.load_config(component_folder(folder, "scheduler"))
-    if latents and is_ddpm_sampled_by_euler(component, config):  # its files are copied as they are
+    if layout.autoencoder is not None and is_ddpm_sampled_by_euler(component, config):  # its files are copied as they are
         return ddpm_of_euler(config)
     check_scheduler_class(component)
     named = config.get("_class_name", component)  # Diffusers does not check the class of the configuration
     check_scheduler_class(named)
     if TRAINABLE_SCHEDULERS[named] is not TRAINABLE_SCHEDULERS[component]:
         raise ValueError(f"its scheduler is a {component}, but scheduler_config.json is of a {named}")
-    return getattr(diffusers, component).from_pretrained(component_folder(folder, "scheduler"))
+    kind = getattr(diffusers, component)
+    known = inspect.signature(kind.__init__).parameters
+    given = {name: value for name, value in layout.scheduler.items() if name in known}
+    return kind.from_pretrained(component_folder(folder, "scheduler"), **given)
 
 
 def _load_codec(folder: Path, index: dict, layout: PipelineLayout, denoiser: ModelMixin) -> LatentCodec | None:

@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -311,6 +318,21 @@ def test_a_pipeline_that_is_sampled_by_euler_is_trained_as_a_ddpm(tmp_path: Path
     assert files[0] == files[1]
     with pytest.raises(ValueError, match="scheduler=EulerDiscreteScheduler is not supported"):
         load_pipeline(str(tmp_path / "trailing"))
+
+
+def test_stable_diffusion_never_clips_latents(tmp_path: Path) -> None:
+    """Its pipeline changes two settings that files of early repositories lack; others keep what theirs says."""
+    for name, clips in (("sd", False), ("ldm", True)):
+        pipe = PIPELINES[name](tmp_path / name)
+        pipe.scheduler = DDIMScheduler(**BETAS)
+        pipe.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "scheduler/scheduler_config.json"
+        kept = json.loads(file.read_text())
+        file.write_text(json.dumps({key: kept[key] for key in kept if key not in ("clip_sample", "steps_offset")}))
+        found = load_pipeline(str(tmp_path / name))
+        sampler, stock = found.process.sampler(10, latents=True).ddim, found.stock().scheduler
+        assert sampler.config.clip_sample == stock.config.clip_sample == clips
+        assert sampler.config.steps_offset == stock.config.steps_offset == (name == "sd")
 
 
 def test_learned_variances_need_a_scheduler_that_fits(tmp_path: Path) -> None:

@@ -103,6 +103,71 @@ def test_widths_are_planned_for_the_device_of_the_first_ranking(monkeypatch: pyt
         other.step(0, [])
 
 
+@pytest.mark.parametrize("ranking", ["group", "sensitivity", "curves"])
+def test_a_run_continues_with_the_widths_of_its_device(ranking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths of GPUs have other multiples. A run that continues is made on the CPU, or goes on there."""
+
+    def made() -> GradientFlowPruner:
+        return pruner_of(channel_multiple="auto", ranking=ranking)
+
+    whole = made()
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientFlowPruner, "_device_type", lambda self: "cuda")
+        for step in range(7):
+            whole.step(step, batches())
+    resumed = made()
+    assert resumed.ladders != whole.ladders  # those of a CPU
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.ladders == whole.ladders and (resumed.planned_widths == whole.planned_widths).all()
+    for pruner in (whole, resumed):
+        for step in range(7, 21):
+            pruner.step(step, batches())
+    assert resumed.history == whole.history and resumed.finished
+    assert all(torch.equal(mask, whole.masks[name]) for name, mask in resumed.masks.items())
+
+
+@pytest.mark.parametrize("ranking", ["group", "global", "sensitivity"])
+def test_widths_stay_once_masks_are_binary(ranking: str) -> None:
+    """Scores of the moment change from ranking to ranking; blocks and widths that follow them would come and go."""
+    pruner = pruner_of(criterion="random", ranking=ranking, depth="allow", revival_margin=0.0, score_decay=0.0)
+    widths = set()
+    for step in range(21):
+        update = pruner.step(step, [])
+        if update is not None and update.phase == "hard":
+            widths.add(tuple(pruner.kept_channels()))
+    assert len(widths) == 1 and pruner.finished
+
+
+class Times:
+    """Times of layers, as a number."""
+
+    shares = 1
+
+    def to_dict(self) -> dict:
+        return {"shares": self.shares}
+
+    def load_dict(self, values: dict) -> None:
+        self.shares = int(values["shares"])
+
+
+@pytest.mark.parametrize("latency", [{}, {"model": {"shares": "damaged"}}, {"model": {"shares": 2}}])
+def test_a_state_that_cannot_be_planned_changes_nothing(latency: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layer times are incomplete or damaged, or leave no widths for the budget."""
+    pruner = pruner_of()
+    pruner.latency, pruner._latency_model, before = {"model": {"shares": 1}}, Times(), pruner.choice
+    state = pruner.state_dict()
+    state["values"]["latency"] = latency
+
+    def fails(*arguments) -> None:
+        raise ValueError("ratio cannot be met")
+
+    monkeypatch.setattr("diffusers_gfprune.pruner.UnitChoice", fails)
+    with pytest.raises(ValueError, match="latency of the pruner's state cannot be used: "):
+        pruner.load_state_dict(state)
+    assert pruner.latency == {"model": pruner._latency_model.to_dict()} == {"model": {"shares": 1}}
+    assert pruner.choice is before
+
+
 def test_wrapped_optimizers_are_carried() -> None:
     forget_accelerator()
     unet = build("fine-units").train()
@@ -204,3 +269,13 @@ def test_a_default_device_changes_nothing() -> None:
         found = prune_pipeline(pipe, images, ratio=0.3).unet
     for name, weight in plain.state_dict().items():
         assert torch.equal(found.state_dict()[name], weight), name
+    states = []
+    for device in ("cpu", "meta"):
+        dense = build("fine-units")
+        with torch.device(device):
+            pruner = GradientFlowPruner(copy.deepcopy(dense), one_shot(criterion="gradient-flow"), SCHEDULER)
+            pruner.step(0, batches())
+            pruner.recover(dense, batches())
+            pruner.load_state_dict(pruner.state_dict())
+        states.append(pruner.compact().state_dict())
+    assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())

@@ -147,9 +147,18 @@ def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:
         ("sd", {"prompts": "a cat"}, "prompts must be a list of 8 texts"),
         ("sd", {"caption_dropout": 1.0}, "caption_dropout=1.0 must be in"),
         ("ldm", {"total_steps": 5}, "total_steps=5: one-shot pruning has no schedule"),
+        ("ldm", {"images": "nonsense"}, "images"),
+        ("ldm", {"images": None, "num_teacher_images": 0}, "num_teacher_images=0 must be at least 1"),
+        ("sd", {"images": None, "prompts": []}, "prompts must be a list of texts, at least one"),
+        ("sd", {"images": None, "prompts": None}, "prompts=None must be a prompt for each image"),
+        ("dit", {"images": None}, "class_labels must be None with images=None"),
     ],
 )
-def test_what_does_not_fit_is_one_line(name: str, arguments: dict, message: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_line(
+    name: str, arguments: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the pruner is made, which may time layers for minutes."""
+    monkeypatch.setattr("diffusers_gfprune.pipeline_pruning.GradientFlowPruner", lambda *_: pytest.fail("a pruner is made"))
     options = {"images": images(), **given(name), **BUDGET, **arguments}
     with pytest.raises(ValueError, match=f"^{message}"):
         prune_pipeline(PIPELINES[name](tmp_path / name), **options)

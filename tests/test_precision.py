@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from diffusers_gfprune import precision
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.one_shot import prune_unet
-from diffusers_gfprune.precision import ieee_float32
+from diffusers_gfprune.precision import check_float64, ieee_float32
 from helpers.architectures import build
 
 
@@ -92,3 +92,11 @@ def test_step_losses_and_recovery_are_inside(training_precision: None) -> None:
     seen.clear()
     prune_unet(unet, DDPMScheduler(), images, ratio=0.3, criterion="magnitude")  # which needs no forward pass itself
     assert seen and all(flags == [False, False, "highest"] for flags in seen)
+
+
+def test_apple_gpus_are_refused() -> None:
+    """Before anything is scored or measured: a TypeError would end the run at its first sum in float64."""
+    check_float64(torch.device("cpu"))
+    check_float64(torch.device("cuda", 1))
+    with pytest.raises(ValueError, match="device=mps has no float64, .*: use the CPU, in scripts by accelerate launch --cpu"):
+        check_float64(torch.device("mps", 0))

@@ -29,10 +29,11 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_gfprune.argument_fields import argument, at_least, check_fields
+from diffusers_gfprune.argument_fields import NOT_NEGATIVE, POSITIVE, argument, at_least, check_fields
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.ddpm import check_variance_type
 from diffusers_gfprune.diffusion.schedulers import training_process
 from diffusers_gfprune.errors import one_line_errors
 from diffusers_gfprune.evaluation.trials import try_sampling
@@ -42,6 +43,7 @@ from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.model_spec import ModelSpec
+from diffusers_gfprune.precision import check_float64
 from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
@@ -67,7 +69,7 @@ class TrainArguments:
     train_batch_size: int = argument(128, "Number of images per step and process (>= 1).")
     max_train_steps: int = argument(8000, "Number of optimizer steps (>= 1).")
     learning_rate: float = argument(5e-4, "Peak learning rate of AdamW, with cosine decay.")
-    lr_warmup_steps: int = argument(500, "Steps of linear warm-up.")
+    lr_warmup_steps: int = argument(500, "Steps of linear warm-up (>= 0).")
     validation_steps: int = argument(500, "Steps between measurements of the held-out loss (>= 1).")
     checkpointing_steps: int = argument(1000, "Steps between checkpoints (>= 1).")
     resume_from_checkpoint: str | None = argument(
@@ -77,6 +79,8 @@ class TrainArguments:
     def __post_init__(self) -> None:
         names = ("train_batch_size", "max_train_steps", "validation_steps", "checkpointing_steps")
         check_fields(self, at_least(1), *names)
+        check_fields(self, NOT_NEGATIVE, "lr_warmup_steps")
+        check_fields(self, POSITIVE, "learning_rate")
 
 
 class DenseTraining:
@@ -147,6 +151,7 @@ def main() -> None:
     args, data_args = parser.parse_args_into_dataclasses()
     folder = RunFolder(args.output_dir, False, (data_args.dataset_name, data_args.train_data_dir))
     accelerator = Accelerator(mixed_precision="no")
+    check_float64(accelerator.device)
     with folder if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             folder.lock()
@@ -167,10 +172,14 @@ def train(
         unet = family_named("UNet2DModel").dense_class.from_config(json.loads(Path(args.model_config).read_text()))
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"model_config={args.model_config} is not a valid UNet2DModel config: {error}") from error
-    if unet.config.sample_size is None:
-        raise ValueError(f"model_config={args.model_config} has no sample_size")
-    scheduler = DDPMScheduler()
+    scheduler, family = DDPMScheduler(), family_of(unet)
     process = training_process(scheduler)
+    try:  # that the pipeline can be sampled, and pruned
+        family.check_trainable(unet.config)
+        family.check_process(unet.config, process)
+        check_variance_type(scheduler, family.has_learned_variance(unet.config), pipeline_splits=False)
+    except ValueError as error:
+        raise ValueError(f"model_config={args.model_config} cannot be trained: {error}") from error
     images, held_out = load_images(data_args, ModelSpec.of(unet))
     if main_process:
         print("\n".join(f"{title:5} {line}" for title, line in zip(("data:", "", ""), images.summary.lines())))

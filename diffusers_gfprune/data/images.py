@@ -290,6 +290,8 @@ def _check_model(args: DataArguments, spec: ModelSpec) -> None:
         for name in ("caption_column", "caption_dropout"):
             if (value := getattr(args, name)) not in (None, 0):
                 raise ValueError(f"{name}={value} needs a text-conditional model")
+    if args.label_column is not None and spec.labels is None and spec.vector_size is None:
+        raise ValueError(f"label_column={args.label_column} needs a class-conditional model")
 
 
 def check_drawn(args: DataArguments, spec: ModelSpec) -> None:

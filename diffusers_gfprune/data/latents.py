@@ -88,6 +88,10 @@ class CaptionTexts:
         with prompts.on(device):
             self.null = prompts.null()
 
+    def no_prompt(self) -> dict[str, Tensor]:
+        """Conditioning without a caption, with one row. Sizes are not in it: an image has the same ones with its caption."""
+        return {name: values for name, values in self.null.items() if name not in SIZES}
+
     def conditioning(self, number: int | None, sizes: Tensor) -> dict[str, Tensor]:
         """Conditioning of a caption by its number, or without a caption, for an image with these `time_ids`."""
 
@@ -198,7 +202,7 @@ class LatentRows(IndexedSource):
         return {**labels, **self.texts.conditioning(number, self.split.moments.read("time_ids", row))}
 
     def null_conditioning(self) -> dict[str, Tensor]:
-        return super().null_conditioning() if self.texts is None else dict(self.texts.null)
+        return super().null_conditioning() if self.texts is None else self.texts.no_prompt()
 
     def notes(self) -> tuple[str, ...]:
         (channels, height, width), size = self._shape, self.decoder.size

@@ -93,7 +93,7 @@ def read_prompts(path: str) -> list[str]:
         ValueError: The file cannot be read as UTF-8, or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"teacher_prompts={path} cannot be read: {reason}") from error
@@ -227,7 +227,7 @@ class TeacherImages(IndexedSource):
         self, denoiser: ModelMixin, scheduler, spec: ModelSpec, conditions: SampleConditions, device: torch.device | str
     ) -> Shards:
         options = {**self._sampler, "guidance_scale": self.args.teacher_guidance_scale}
-        identity = model_identity(denoiser, scheduler, spec.codec)
+        identity = model_identity(denoiser, scheduler, spec.codec, device=device)
         prompts = {}
         if self.texts is not None:
             digest = hashlib.sha256(json.dumps(self.texts.texts).encode()).hexdigest()
@@ -306,7 +306,7 @@ class TeacherImages(IndexedSource):
         return torch.tensor([height, width, 0, 0, height, width]).float()
 
     def null_conditioning(self) -> dict[str, Tensor]:
-        return super().null_conditioning() if self.texts is None else dict(self.texts.null)
+        return super().null_conditioning() if self.texts is None else self.texts.no_prompt()
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"drawn by the dense model in {self.drawn_by}, and kept in {self.folder}", *self._changes]

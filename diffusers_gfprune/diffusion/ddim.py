@@ -86,7 +86,7 @@ class SpacedDDIMScheduler(DDIMScheduler):
     """DDIM with quadratic spacing, in which every step goes to the next timestep of the sequence.
 
     Diffusers always steps down by T // S. That is the next timestep for leading spacing, and for trailing spacing if S
-    divides T, but not for linspace.
+    divides T, but not for linspace. Its trailing timesteps may end with one too many, -1, whose noise level is that of T - 1.
 
     Quadratic spacing is an argument of `set_timesteps`, since the configuration does not allow this value.
     """
@@ -103,6 +103,8 @@ class SpacedDDIMScheduler(DDIMScheduler):
             quadratic: Space the timesteps quadratically and ignore the configured spacing.
         """
         super().set_timesteps(num_inference_steps, device)
+        # With trailing spacing, rounding of Diffusers' float steps adds timestep -1 for some numbers of steps (201 of 1,000)
+        self.timesteps = self.timesteps[:num_inference_steps]
         if quadratic:
             top = np.sqrt(self.config.num_train_timesteps * QUADRATIC_SHARE)
             rising = np.unique((np.linspace(0, top, num_inference_steps) ** 2).astype(np.int64))
@@ -197,6 +199,6 @@ def make_sampler(
         )
         raise ValueError(
             f"timestep_spacing={timestep_spacing} starts at timestep {first}, where {cause} of the scheduler leaves only "
-            f"noise, which prediction_type=epsilon cannot denoise: use leading with at most {steps // 2} steps"
+            f"noise, which prediction_type=epsilon cannot denoise: use leading with at most {steps // (2 + offset)} steps"
         )
     return ddim

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import USER_ERRORS, one_line
+from ..precision import check_float64
 
 __all__ = ["ERRORS", "PROGRAM", "main_first", "make_accelerator", "together"]
 
@@ -39,7 +40,7 @@ def make_accelerator(timeout: timedelta = TIMEOUT, **options) -> Accelerator:
         options: Further arguments of `Accelerator`.
 
     Raises:
-        ValueError: The `Accelerator` sees another number of processes than were launched.
+        ValueError: The `Accelerator` sees another number of processes than were launched, or a device without float64.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
@@ -48,6 +49,7 @@ def make_accelerator(timeout: timedelta = TIMEOUT, **options) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         **options,
     )
+    check_float64(accelerator.device)
     if accelerator.num_processes != processes:
         raise ValueError(f"WORLD_SIZE={processes} processes were launched, but Accelerate sees {accelerator.num_processes}")
     return accelerator

@@ -10,7 +10,7 @@ The denoiser is not named here: its family knows its component and its pipelines
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..diffusion.process import DiffusionProcess
 from ..remote.pipeline_prune_ddpm import PIPELINES, check_pipeline_index
@@ -33,6 +33,7 @@ class PipelineLayout:
         splits_variances: Whether the pipeline removes learned variances from the output before its scheduler sees it.
         max_length: Number of tokens that it cuts prompts to; None: the tokenizer's limit. If there are three text encoders,
             that of the last one.
+        scheduler: Settings that the pipeline gives its scheduler, whatever its file says.
     """
 
     autoencoder: str | None = None
@@ -41,6 +42,7 @@ class PipelineLayout:
     processes: tuple[str, ...] = ("ddpm",)
     splits_variances: bool = False
     max_length: int | None = None
+    scheduler: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -58,7 +60,11 @@ LAYOUTS = {
     "LDMPipeline": PipelineLayout("vqvae", processes=_NOISE),
     "DiTPipeline": PipelineLayout("vae", splits_variances=True),
     "StableDiffusionPipeline": PipelineLayout(
-        "vae", (_TEXT,), ("safety_checker", "feature_extractor", "image_encoder"), processes=_NOISE
+        "vae",
+        (_TEXT,),
+        ("safety_checker", "feature_extractor", "image_encoder"),
+        processes=_NOISE,
+        scheduler={"clip_sample": False, "steps_offset": 1},  # in its constructor
     ),
     "StableDiffusionXLPipeline": PipelineLayout(
         "vae", (_TEXT, _SECOND), ("feature_extractor", "image_encoder"), processes=_NOISE

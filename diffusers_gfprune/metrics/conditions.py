@@ -144,12 +144,12 @@ def guided(
     Args:
         predict: Returns the prediction of a model for its inputs.
         inputs: Inputs with the conditions of the images.
-        null: Conditioning with the same shapes for "no condition".
+        null: Conditioning with the same shapes for "no condition"; what it has not stays, such as the sizes of images.
         guidance_scale: The scale s; 1: no guidance, and one forward pass.
     """
     if guidance_scale == 1:
         return predict(inputs)
-    doubled = {name: torch.cat([values, null[name]]) for name, values in inputs.conditioning.items()}
+    doubled = {name: torch.cat([values, null.get(name, values)]) for name, values in inputs.conditioning.items()}
     both = ModelInputs(torch.cat([inputs.sample] * 2), torch.cat([inputs.timesteps] * 2), doubled)
     conditioned, unconditioned = predict(both).float().chunk(2)
     return unconditioned + guidance_scale * (conditioned - unconditioned)

@@ -43,8 +43,8 @@ def median_interval(values: Iterable[float], confidence: float = CONFIDENCE) -> 
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must be between 0 and 1")
     ordered = sorted(values)
-    k, below = 0, 0  # below: number of subsets of at most k rounds, of 2^n subsets
-    while 2 * (below := below + math.comb(len(ordered), k)) <= (1 - confidence) * 2 ** len(ordered):
+    k, below = 0, 0  # below: number of subsets of at most k rounds, of 2^n subsets; exact, as both exceed any float
+    while 2 * (below := below + math.comb(len(ordered), k)) / 2 ** len(ordered) <= 1 - confidence:
         k += 1
     return (ordered[k - 1], ordered[-k]) if k else None
 

@@ -39,7 +39,7 @@ class StepLoss:
         conditioning: Conditioning of each image by name, for conditional models, such as `class_labels` with shape
             `(images,)`.
         grid: Number of evenly spread timesteps (>= 1; limited to the scheduler's). The numbers of images per timestep differ
-            by at most one. With fewer than 1,024 images, each image is used at several timesteps.
+            by at most one. With 512 images or fewer, each is used at several timesteps.
         seed: Seed for the noise.
         batch_size: Number of images in one forward pass.
         reference: Model whose outputs are the targets, for processes without any other; ignored if the process has targets.

@@ -13,6 +13,7 @@
               latency              measured times for a latency budget (`latency.budget`), or null
               curves               `DamageCurve.to_dict()` by group name with ranking="curves", or null
               plan                 budget and schedule (`plan_settings`), which a run that continues must share
+              planned_for          type of the device that possible widths are for; a run continues with them on any device
 
 All other tensors have the shape `(num_units,)`. Group names contain dots, but no slashes. Tensors are stored as safetensors,
 values as JSON, which restore every number bit for bit. Other options are not stored, as they follow from the configuration.
@@ -23,10 +24,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .channel_groups import ChannelGroup
+from .cost_model import CostModel
 from .damage_curves import DamageCurve
 from .masking import check_mask
 
@@ -61,6 +64,43 @@ class MaskUpdate:
     kept_channels: int
     macs: float
     params: float
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        phase: str,
+        mask_value: float,
+        before: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor],
+        cost: CostModel,
+        target: str,
+        widths: np.ndarray,
+    ) -> MaskUpdate:
+        """The changes from one choice of units to the next.
+
+        Args:
+            step: As the attribute.
+            phase: Likewise.
+            mask_value: Likewise.
+            before: Kept units of the previous ranking by group name, bool with shape `(num_units,)`.
+            kept: Those of this one.
+            cost: The cost model.
+            target: The cost of the budget.
+            widths: Channels that each group keeps, with shape `(groups,)`.
+        """
+        return cls(
+            step=step,
+            phase=phase,
+            sparsity=cost.removed(target, widths),
+            mask_value=mask_value,
+            kept_units=sum(int(units.sum()) for units in kept.values()),
+            revived_units=sum(int((units & ~before[name]).sum()) for name, units in kept.items()),
+            newly_pruned_units=sum(int((~units & before[name]).sum()) for name, units in kept.items()),
+            kept_channels=int(cost.channels(widths)),
+            macs=cost.macs(widths),
+            params=cost.parameters(widths),
+        )
 
     def to_dict(self) -> dict:
         """All fields, for JSON."""

@@ -37,7 +37,7 @@ from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from ..metrics.peak_memory import allocated_at_most
 from ..precision import ieee_float32, own_forward
-from .compaction import CompactionPlan
+from .compaction import CompactionPlan, check_ema
 from .least_squares import MAX_FEATURES, LeastSquares
 from .masking import dense_parameters
 from .side_by_side import Pair, side_by_side
@@ -106,9 +106,27 @@ def recover(
     limit = _memory(next(dense.parameters()).device) if pass_bytes is None else pass_bytes
     joined = _concatenate(batches).split(max(1, limit // run.bytes_of_a_row))
     device = next(masked.parameters()).device
-    with ieee_float32(), torch.autocast(device.type, enabled=False), own_forward(dense), own_forward(masked):
+    eager = torch.compiler.set_stance("force_eager")  # compiled code leaves out the hooks that see inputs of layers
+    with ieee_float32(), torch.autocast(device.type, enabled=False), own_forward(dense), own_forward(masked), eager:
         run.mend(joined, process)
     return run.mended
+
+
+@torch.no_grad()
+def recover_averaged(
+    dense: nn.Module, masked: nn.Module, ema, plan: CompactionPlan, batches: Sequence[DiffusionBatch], process, ridge: float
+) -> dict[str, float]:
+    """`recover`, with a Diffusers `EMAModel` of the masked model, whose averages change by as much as the weights.
+
+    Raises:
+        ValueError: As in `recover`, or the average belongs to another model.
+    """
+    check_ema(ema, masked)
+    before = [parameter.detach().clone() for parameter in masked.parameters()]
+    gaps = recover(dense, masked, plan, batches, process, ridge)
+    for shadow, old, new in zip(ema.shadow_params, before, masked.parameters()):
+        shadow += (new - old).to(shadow)
+    return gaps
 
 
 def recovery_macs(model: nn.Module, rows: int = ROWS) -> int:

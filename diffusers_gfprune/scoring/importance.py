@@ -36,6 +36,7 @@ from ..configuration import GFPruneConfig
 from ..criteria import Criterion, find_criterion, register_criterion
 from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, gather_rows
+from ..precision import check_float64
 from ..pruning.channel_groups import ChannelGroup
 from .context import JointScores, Scores, ScoringContext, equal_batches
 from .hessian_product import HESSIAN_PRODUCTS
@@ -143,6 +144,7 @@ def scoring_context(
     """
     criterion = find_criterion(config.criterion)
     _check_batches(batches, criterion)
+    check_float64(next(unet.parameters()).device)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in unet.parameters()):
         unet = copy.deepcopy(unet).float()
     context = ScoringContext(unet, groups, batches, process, config, ranking)

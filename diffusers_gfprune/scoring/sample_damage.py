@@ -61,6 +61,10 @@ class SampleDamage:
         rows: int,
     ) -> None:
         self.context, self.batch = context, batch.to(context.device)
+        # Pixels are in [-1, 1]; what has other values is not clipped to them, on any rank
+        beyond = [(self.batch.clean.abs() > 1).float().mean()]
+        mean_over_ranks(beyond)
+        self._latents = bool(beyond[0] > 0)
         masks = context.unet.channel_masks
         with masks.replaced(dense):
             sample, inputs, predictions = self._trajectory([])
@@ -88,7 +92,8 @@ class SampleDamage:
     def _trajectory(self, given: Sequence[Tensor]) -> tuple[Tensor, list[ModelInputs], list[Tensor]]:
         """Sample with the first predictions given. Returns the samples, and inputs and predictions of each step."""
         process, dtype = self.context.process, self.context.unet.dtype
-        sampler = process.sampler(min(SAMPLING_STEPS, process.num_train_timesteps), None)
+        steps, spacing, _ = process.fit_sampling(min(SAMPLING_STEPS, process.num_train_timesteps), None)
+        sampler = process.sampler(steps, spacing, latents=self._latents)
         generators = [torch.Generator().manual_seed(number) for number in range(len(self.batch))]  # if steps add noise
         conditioning = self.batch.inputs(process, dtype).conditioning
         x, inputs, predictions = self.batch.noise.float() * sampler.init_noise_sigma, [], []

@@ -21,6 +21,7 @@ from ..data.sources import HeldOut, ImageSource
 from ..data.teacher_images import TeacherImages
 from ..diffusion.batch import DiffusionBatch
 from ..diffusion.latents import LatentCodec
+from ..diffusion.placement import moved
 from ..diffusion.process import DiffusionProcess
 from ..diffusion.prompts import PromptEncoder
 from ..evaluation.processes import make_accelerator
@@ -139,19 +140,18 @@ def make_pruner(
 ) -> GradientFlowPruner:
     """Create the pruner of a run and attach its masks.
 
-    For a latency budget, models are timed on the training device, unless a checkpoint has their times. Layer times are cached
-    beside the Hub's cache, or in `evaluation_cache_dir`.
+    Widths are planned for the training device. For a latency budget, models are timed there, unless a checkpoint has their
+    times. Layer times are cached beside the Hub's cache, or in `evaluation_cache_dir`. The model returns to where it was.
 
     Raises:
         ValueError: The model cannot be pruned, or the budget cannot be met.
     """
     config = args.pruning.config(args.training.max_train_steps)
-    if config.target == "latency":
-        unet.to(accelerator.device)
     known = None if checkpoint is None else checkpoint.values["pruner"].get("latency")
     folder = args.evaluation.evaluation_cache_dir
     cache_dir = default_cache_dir() if folder is None else Path(folder)
-    return GradientFlowPruner(unet, config, process, latency=known, latency_cache_dir=cache_dir)
+    with moved([unet], accelerator.device):
+        return GradientFlowPruner(unet, config, process, latency=known, latency_cache_dir=cache_dir)
 
 
 def check_training(args: Arguments, dense: nn.Module, process: DiffusionProcess) -> None:

@@ -116,6 +116,7 @@ def test_conditioning_of_sdxl_has_the_sizes_of_the_image(tmp_path: Path) -> None
     assert shapes == {"encoder_hidden_states": (4, 8, 40), "text_embeds": (4, 12), "time_ids": (4, 6)}
     assert batch.conditioning["time_ids"].tolist() == [[20, 40, 0, 8, 16, 16]] * 4  # also without a caption
     assert held_out.conditioning["time_ids"].tolist() == [[20, 40, 0, 8, 16, 16]] * 2
+    assert set(images.null_conditioning()) == {"encoder_hidden_states", "text_embeds"}  # sizes are those of each image
     dropped = (batch.conditioning["encoder_hidden_states"] == 0).all(dim=(1, 2))
     assert dropped.tolist() == (batch.conditioning["text_embeds"] == 0).all(dim=1).tolist()
     expected = prompts.encode([list("abcdef")[row] for row in held_out.rows])

@@ -234,6 +234,8 @@ def test_validation_split_and_labels(streaming: bool, tmp_path: Path) -> None:
     assert labels.dtype == torch.int64 and labels.tolist() == [0, 1, 2]
     assert numbers_of(train.head(100)) == [0, 1, 2, 3, 4, 5]
     assert [image.label for image in train.in_order()] == [0, 1, 2, 3, 0, 1]
+    with pytest.raises(ValueError, match="^label_column=label needs a class-conditional model"):
+        load(folder, streaming=streaming, label_column="label")
     with pytest.raises(ValueError, match="label 1 of row 1.* must be at least 0 and less than num_class_embeds=1"):
         load(folder, model_spec(classes=1), streaming=streaming, validation_images=3)
 

@@ -181,6 +181,14 @@ def test_arguments_without_effect_are_refused(name: str, value: object) -> None:
         TeacherArguments(**{name: value})
 
 
+def test_images_of_another_device_are_others(unet: UNet2DModel, tmp_path: Path) -> None:
+    """The model is moved to draw them; their key names the device that they are drawn on."""
+    images = teacher(tmp_path, unet)
+    given = (unet, SCHEDULER, ModelSpec.of(unet), SampleConditions())
+    keys = [images._shards(*given, device).describe(range(3)) for device in ("cpu", "meta")]
+    assert [key["device"] for key in keys] == ["cpu", "meta"] and keys[0] == {**keys[1], "device": "cpu"}
+
+
 def test_arguments_of_data_sets_are_refused_without_one(unet: UNet2DModel) -> None:
     """And so are those that are about text, and another resolution."""
     spec = ModelSpec.of(unet)
@@ -196,7 +204,7 @@ def test_arguments_of_data_sets_are_refused_without_one(unet: UNet2DModel) -> No
 
 
 def test_what_does_not_fit_the_model_is_refused(unet: UNet2DModel, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n", "utf-8-sig")  # as some editors save it
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
     with pytest.raises(ValueError, match="does not fit the model, which takes no text"):
         teacher(tmp_path, unet, teacher_prompts=str(tmp_path / "prompts.txt"))

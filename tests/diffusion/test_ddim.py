@@ -56,6 +56,25 @@ def test_every_step_goes_to_the_next_timestep(spacing: str, steps: int) -> None:
     torch.testing.assert_close(moved, scheduler.add_noise(clean, noise, torch.tensor([second])), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("timesteps", [7, 50, 1000])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
+def test_every_number_of_steps_has_as_many_timesteps(spacing: str, timesteps: int) -> None:
+    """Diffusers 0.42.1 adds timestep -1 to 62 numbers of trailing steps, such as 201 of 1,000."""
+    scheduler = SpacedDDIMScheduler(num_train_timesteps=timesteps, timestep_spacing=spacing)
+    for steps in range(1, timesteps + 1):
+        scheduler.set_timesteps(steps)
+        visited = scheduler.timesteps
+        assert len(visited) == steps and visited[-1] >= 0 and (visited.diff() < 0).all()
+
+
+def test_what_is_advised_for_zero_terminal_snr_works() -> None:
+    """Also with an offset, which shifts the first of T / 2 leading timesteps to the last one."""
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, steps_offset=1)
+    with pytest.raises(ValueError, match="use leading with at most 333 steps"):
+        sampler_of(scheduler, 500, "leading")
+    assert sampler_of(scheduler, 333, "leading").timesteps[0] < 999
+
+
 @pytest.mark.parametrize(
     ("timesteps", "steps", "spacing", "expected", "said"),
     [

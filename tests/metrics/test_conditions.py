@@ -60,6 +60,9 @@ def test_guidance_is_its_equation() -> None:
     assert [len(call.sample) for call in calls] == [4, 4]
     assert guided(predict, inputs, null, 1.0).flatten().tolist() == [11, 22]
     assert len(calls[-1].sample) == 2
+    sizes = torch.tensor([[20.0], [40.0]])  # an image has the same ones with and without its caption
+    guided(predict, ModelInputs(inputs.sample, inputs.timesteps, {**inputs.conditioning, "time_ids": sizes}), null, 3.0)
+    assert calls[-1].conditioning["time_ids"].flatten().tolist() == [20, 40, 20, 40]
 
 
 def test_samples_are_guided() -> None:

@@ -172,6 +172,7 @@ def test_the_interval_of_a_median_by_hand() -> None:
     assert median_interval(range(5)) is None
     assert median_interval([5, 3, 1, 4, 2, 0]) == (0, 5)
     assert median_interval(range(10)) == (1, 8)
+    assert median_interval(range(2000)) == (955, 1044)  # numbers of subsets that no float holds
     assert median_interval(range(20)) == (5, 14)  # 1 - 2 (1 + 20 + 190 + 1140 + 4845 + 15504) / 2^20 = 0.9586
     assert median_interval(range(10), confidence=0.75) == (2, 7)
     with pytest.raises(ValueError, match="confidence=1 must be between 0 and 1"):

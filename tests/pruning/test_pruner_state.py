@@ -149,6 +149,7 @@ def test_names_are_as_documented(twins: tuple):
         "latency": None,
         "curves": None,
         "plan": plan_settings(pruner.config),
+        "planned_for": "cpu",
     }
     update = step(pruner, 0) and pruner.history[0]
     later = pruner.state_dict()

@@ -99,6 +99,24 @@ def test_layers_before_the_first_removed_unit_do_not_change() -> None:
     assert not any(name.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block")) for name in changed)
 
 
+def test_compiled_parts_are_mended_too() -> None:
+    """Compiled code does not call the hooks that see what a layer reads."""
+    found = []
+    for compiled in (False, True):
+        dense = build("base")
+        model, plan = masked(dense, random_masks(trace_groups(dense), seed=3))
+        if compiled:
+            for part in (dense.mid_block, model.mid_block):
+                part.compile(backend="eager")
+        for network in (dense, model):
+            network(torch.zeros(16, 1, 8, 8), torch.zeros(16, dtype=torch.int64))  # compiles
+        gaps = recover(dense, model, plan, [batch_for(dense)], PROCESS)
+        found.append((gaps, {name: value.clone() for name, value in model.state_dict().items()}))
+    (gaps, weights), (others, other_weights) = found
+    assert gaps == others and any(name.startswith("mid_block") for name in gaps)
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+
+
 def test_nothing_changes_without_removed_units() -> None:
     dense = build("base")
     model, plan = masked(dense, {})

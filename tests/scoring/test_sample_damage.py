@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -73,6 +73,29 @@ def test_changes_of_steps_add_up_with_their_signs() -> None:
             assert damage.of_present() == 0
         with masks.replaced({"first": torch.tensor([1.0, 0.0])}):
             assert damage.of_present() == pytest.approx((0.25 * (3 * 3.0 - 2 * 1.0 + 0.5)) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "scale", "clips"),
+    [(DPMSolverMultistepScheduler, 1, True), (DPMSolverMultistepScheduler, 3, False), (DDPMScheduler, 3, True)],
+)
+def test_latents_are_not_clipped(scheduler: type, scale: float, clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels are clipped to [-1, 1] in every step, latents only if their scheduler says so.
+
+    Ten leading timesteps would leave out the noisiest of 15: their spacing is fitted."""
+    model = Constant()
+    slices = (GroupSlice("first", "weight", 0, (0, 1), "output"), GroupSlice("first", "bias", 0, (0, 1), "output"))
+    group = ChannelGroup("first", 2, slices, ((0,), (1,)))
+    attach(model, [group])
+    samplers, process = [], DDPMProcess(scheduler(num_train_timesteps=15))
+    make = process.sampler
+    monkeypatch.setattr(process, "sampler", lambda *given, **options: samplers.append(make(*given, **options)) or samplers[-1])
+    batch = calibration_batches(scale * images(4), process, batch_size=4)
+    with scoring_context(model, [group], batch, process, CONFIG) as (_, context), torch.no_grad():
+        ones, narrower = {"first": torch.ones(2)}, {"first": torch.tensor([0.0, 1.0])}
+        SampleDamage(context, batch[0], ones, narrower, measured=3, rows=2)
+    assert {sampler.ddim.config.clip_sample for sampler in samplers} == {clips}
+    assert {len(sampler.timesteps) for sampler in samplers} == {10} and samplers[0].timesteps[0] == 14
 
 
 @pytest.mark.slow

@@ -95,6 +95,30 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, mon
     assert {path.name for path in tmp_path.iterdir()} == {"unet.json", "whole", "parts"}
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"in_channels": 1, "out_channels": 3}, "out_channels=3 must be in_channels=1, or 2 with learned variances"),
+        ({"out_channels": 2}, "the model has learned variances, which variance_type=fixed_small of the scheduler does not"),
+        ({"sample_size": None}, "sample_size=None in its config"),
+    ],
+)
+def test_models_that_no_pipeline_samples_are_refused(
+    config: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they are trained."""
+    monkeypatch.setattr("sys.argv", ["train_ddpm.py", *map(str, command(tmp_path, "teacher", **config))])
+    monkeypatch.setattr(train_ddpm, "load_images", lambda *_: pytest.fail("images are loaded"))
+    with pytest.raises(ValueError, match=f"model_config=.*unet.json cannot be trained: {message}"):
+        train_ddpm.main()
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for name, wrong in (("lr_warmup_steps", -5), ("learning_rate", 0.0), ("train_batch_size", 0)):
+        with pytest.raises(ValueError, match=f"{name}={wrong} must"):
+            train_ddpm.TrainArguments(model_config="x", output_dir="y", **{name: wrong})
+
+
 def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     assert_one_error(run_script("training/train_ddpm.py", *command(tmp_path, "teacher")), "output_dir=")
