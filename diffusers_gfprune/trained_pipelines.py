@@ -159,9 +159,18 @@ class TrainedPipeline(NamedTuple):
         """Copy the components of a latent pipeline without its denoiser, or only their settings and vocabularies."""
         for name in components_of(self.index) if self.codec is not None else ():
             if name != family_of(self.denoiser).component:
-                is_vae = name == LAYOUTS[self.kind.__name__].autoencoder
-                config = _filled_in(self.folder, name, self.index[name][1]) if is_vae else {}
-                copy_component(self.folder, folder, name, config, weights)
+                copy_component(self.folder, folder, name, self._settings(name), weights)
+
+    def _settings(self, name: str) -> dict[str, object]:
+        """Settings of a component that its file lacks, or that its pipeline changes.
+
+        A pipeline in memory has them. Schedulers that are made from the configuration of its scheduler do not: settings that
+        were not in a file become the defaults of Diffusers again.
+        """
+        layout = LAYOUTS[self.kind.__name__]
+        if name == "scheduler":
+            return {key: value for key, value in layout.scheduler.items() if key in self.scheduler.config}
+        return _filled_in(self.folder, name, self.index[name][1]) if name == layout.autoencoder else {}
 
     def save(self, denoiser: ModelMixin, folder: str | os.PathLike) -> None:
         """Save the pipeline with another denoiser.

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffusers_gfprune import GradientFlowPruner
+from diffusers_gfprune.diffusion.schedulers import training_process
 from diffusers_gfprune.families.lookup import family_of
 from diffusers_gfprune.metrics.model_size import count_parameters
 from diffusers_gfprune.pipeline_parts import PipelineParts
@@ -333,6 +334,14 @@ def test_stable_diffusion_never_clips_latents(tmp_path: Path) -> None:
         sampler, stock = found.process.sampler(10, latents=True).ddim, found.stock().scheduler
         assert sampler.config.clip_sample == stock.config.clip_sample == clips
         assert sampler.config.steps_offset == stock.config.steps_offset == (name == "sd")
+        # What is saved keeps them in schedulers that users make from its scheduler
+        found.save(found.denoiser, tmp_path / f"{name} pruned")
+        swapped = DDIMScheduler.from_config(DDIMScheduler.from_pretrained(tmp_path / f"{name} pruned/scheduler").config)
+        assert (swapped.config.clip_sample, swapped.config.steps_offset) == (clips, name == "sd")
+        # As do samples of a pipeline that Diffusers has loaded
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
+        sampler = training_process(PipelineParts.of(pipe).scheduler).sampler(10, latents=True).ddim
+        assert (sampler.config.clip_sample, sampler.config.steps_offset) == (clips, name == "sd")
 
 
 def test_learned_variances_need_a_scheduler_that_fits(tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ def make_sampler(
         told = f"timestep_spacing={timestep_spacing} with num_inference_steps={num_inference_steps}"
         raise ValueError(f"{told} {wrong}: use trailing")
     quadratic = timestep_spacing == "quadratic"
-    options: dict = {} if quadratic else {"timestep_spacing": timestep_spacing}
+    # What a pipeline has set in place of a default would become the default again
+    options: dict = {"steps_offset": offset} | ({} if quadratic else {"timestep_spacing": timestep_spacing})
     if latents:
         options["clip_sample"] = latent_config(scheduler.config)["clip_sample"]
     if training.config.trained_betas is None and training.config.beta_schedule not in DDIM_BETA_SCHEDULES:

@@ -30,7 +30,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pkl", ".pt", ".pth")
 # Files of components without pickles and code
 COPIED = (".json", ".model", ".safetensors", ".txt")
-SETTINGS = ("config.json", "tokenizer_config.json")
+SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 # Entries of these files that say where a model or tokenizer was loaded from
 PLACES = ("_name_or_path", "name_or_path")
 # Buffers of text encoders in old repositories; later versions of transformers compute them
@@ -162,7 +162,7 @@ def copy_component(
         source: Folder of the pipeline.
         folder: Folder of the copy.
         component: Name of the component.
-        config: Entries to set in its `config.json`.
+        config: Entries to set in its `config.json` or `scheduler_config.json`.
         weights: Whether weights are copied, too.
     """
     variant, target = variant_in(source / component, component), folder / component
@@ -174,7 +174,7 @@ def copy_component(
             continue
         content = read_config(path) if path.name in SETTINGS or variant_of(path.name) is not None else {}
         changed = {key: value for key, value in content.items() if not (key in PLACES and _is_local(value))}
-        changed |= config or {} if path.name == "config.json" else {}
+        changed |= config or {} if path.name in ("config.json", "scheduler_config.json") else {}
         if variant is not None and variant_of(path.name) == variant:  # an index
             changed["weight_map"] = {key: _default_name(name, variant) for key, name in content["weight_map"].items()}
         if changed == content:
