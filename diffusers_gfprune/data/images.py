@@ -30,7 +30,7 @@ from .latents import make_latents
 from .sources import HeldOut, ImageRows, ImageSource, ImageStream
 from .splits import DataSummary, held_out_candidates, train_split
 
-__all__ = ["DataArguments", "check_drawn", "load_images"]
+__all__ = ["DataArguments", "check_drawn", "check_source", "load_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def load_images(args: DataArguments, spec: ModelSpec) -> tuple[ImageSource, Held
             images.
     """
     _check_model(args, spec)
-    _check_source(args)
+    check_source(args)
     source = f"dataset_name={args.dataset_name}" if args.dataset_name else f"train_data_dir={args.train_data_dir}"
     with load_errors(source):
         splits = _load_splits(args)
@@ -304,7 +304,12 @@ def check_drawn(args: DataArguments, spec: ModelSpec) -> None:
     _check_model(args, spec)
 
 
-def _check_source(args: DataArguments) -> None:
+def check_source(args: DataArguments) -> None:
+    """Check that the arguments name one data set.
+
+    Raises:
+        ValueError: They name none or two, or one that is not a folder.
+    """
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError(
             f"give the images either as dataset_name or as train_data_dir, not both or none "
