@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 
-from ..argument_fields import FRACTION, NOT_NEGATIVE, argument, at_least, check_fields
+from ..argument_fields import FRACTION, NOT_NEGATIVE, argument, at_least, check_fields, expand_home
 from ..diffusion.class_labels import check_labels, label_dropout_of
 from ..metrics.cache import default_cache_dir
 from ..model_spec import ModelSpec
@@ -125,6 +125,7 @@ class DataArguments:
         check_fields(self, at_least(1), "shuffle_buffer_size", "validation_images")
         check_fields(self, NOT_NEGATIVE, "max_broken_images", "dataloader_num_workers")
         check_fields(self, FRACTION, "label_dropout", "caption_dropout")
+        expand_home(self, "cache_dir", "encoding_cache_dir")
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} must be at least 1 pixel")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..argument_fields import argument, at_least, check_fields
+from ..argument_fields import argument, at_least, check_fields, expand_home
 from ..data.images import DataArguments, check_source
 from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.quality import SamplingSettings
@@ -75,6 +75,9 @@ class OutputArguments:
         "Folder that keeps samples and features. An interrupted evaluation resumes from it, and later evaluations with the "
         "same dense model or data reuse it (default: next to the Hub's cache).",
     )
+
+    def __post_init__(self) -> None:
+        expand_home(self, "output_dir", "evaluation_cache_dir")
 
 
 @dataclass

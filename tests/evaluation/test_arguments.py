@@ -34,6 +34,15 @@ def test_output_folders_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parse_evaluate_arguments(["--compare", "a", "b", "--output_dir", "c"]).output_dir == "c"
 
 
+def test_home_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave `--output_dir=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("output_dir", "evaluation_cache_dir", "cache_dir", "encoding_cache_dir")
+    args = parse_evaluate_arguments([*MODEL, *(f"--{name}=~/{name}" for name in names)])
+    found = (args.output_dir, args.output.evaluation_cache_dir, args.data.cache_dir, args.data.encoding_cache_dir)
+    assert found == tuple(str(tmp_path / name) for name in names)
+
+
 def test_lists() -> None:
     args = parse_evaluate_arguments(
         [*MODEL, "--features", "inception", "dinov2", "--speed_batch_sizes", "1", "8", "--speed_modes", "eager", "compiled"]
