@@ -103,6 +103,8 @@ class SpacedDDIMScheduler(DDIMScheduler):
             quadratic: Space the timesteps quadratically and ignore the configured spacing.
         """
         super().set_timesteps(num_inference_steps, device)
+        # For some numbers of steps, such as 201 of 1,000, rounding gives trailing spacing one more, which is -1
+        self.timesteps = self.timesteps[self.timesteps >= 0]
         if quadratic:
             top = np.sqrt(self.config.num_train_timesteps * QUADRATIC_SHARE)
             rising = np.unique((np.linspace(0, top, num_inference_steps) ** 2).astype(np.int64))

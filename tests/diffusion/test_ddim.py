@@ -42,9 +42,14 @@ def test_steps_are_those_of_diffusers(prediction_type: str, spacing: str, eta: f
         torch.testing.assert_close(moved, expected)
 
 
-@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 10), ("trailing", 501), ("trailing", 7), ("leading", 7)])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("linspace", 10), ("trailing", 501), ("trailing", 201), ("trailing", 7), ("leading", 7)]
+)
 def test_every_step_goes_to_the_next_timestep(spacing: str, steps: int) -> None:
-    """Diffusers 0.42.1 goes from timestep 999 to 899 with linspace of 10 steps, and next predicts at 888."""
+    """Diffusers 0.42.1 goes from timestep 999 to 899 with linspace of 10 steps, and next predicts at 888.
+
+    With trailing spacing of 201 steps, its rounding gives 202 timesteps, of which the last is -1.
+    """
     scheduler = SpacedDDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     visited = scheduler.timesteps.tolist()
