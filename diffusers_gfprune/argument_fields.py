@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field
 from typing import Any, NamedTuple
 
-__all__ = ["FRACTION", "NOT_NEGATIVE", "POSITIVE", "SHARE", "Range", "argument", "at_least", "check_fields", "check_range"]
+__all__ = [
+    *("FRACTION", "NOT_NEGATIVE", "POSITIVE", "SHARE", "Range"),
+    *("argument", "at_least", "check_fields", "check_range", "expand_home"),
+]
 
 
 def argument(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
@@ -67,3 +71,15 @@ def check_fields(arguments: object, allowed: Range, *names: str) -> None:
         ValueError: An attribute is not in the range.
     """
     check_range(allowed, **{name: getattr(arguments, name) for name in names})
+
+
+def expand_home(arguments: object, *names: str) -> None:
+    """Replace `~` at the start of paths, which shells leave in `--output_dir=~/x` as it is.
+
+    Args:
+        arguments: The object.
+        names: Its attributes that are paths, or None.
+    """
+    for name in names:
+        if (path := getattr(arguments, name)) is not None:
+            setattr(arguments, name, os.path.expanduser(path))

@@ -87,7 +87,7 @@ def load_terrain(wheel: str | None = None) -> Terrain:
         terrain = Terrain(unet.eval(), label_network.requires_grad_(False), CMStochasticIterativeScheduler(), float("nan"))
         error = _error(terrain, path)
     if not error < LIMIT:
-        raise ValueError(f"the converted UNet differs from onnxruntime by {error:.1e}, but must by less than {LIMIT:g}")
+        raise ValueError(f"the converted UNet differs from onnxruntime by {error:.1e}, but must differ by less than {LIMIT:g}")
     return Terrain(terrain.unet, terrain.label_network, terrain.scheduler, error)
 
 

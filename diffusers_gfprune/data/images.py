@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import torch
 
-from ..argument_fields import FRACTION, NOT_NEGATIVE, argument, at_least, check_fields
+from ..argument_fields import FRACTION, NOT_NEGATIVE, argument, at_least, check_fields, expand_home
 from ..diffusion.class_labels import check_labels, label_dropout_of
 from ..metrics.cache import default_cache_dir
 from ..model_spec import ModelSpec
@@ -30,7 +30,7 @@ from .latents import make_latents
 from .sources import HeldOut, ImageRows, ImageSource, ImageStream
 from .splits import DataSummary, held_out_candidates, train_split
 
-__all__ = ["DataArguments", "check_drawn", "load_images"]
+__all__ = ["DataArguments", "check_drawn", "check_source", "load_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ class DataArguments:
         check_fields(self, at_least(1), "shuffle_buffer_size", "validation_images")
         check_fields(self, NOT_NEGATIVE, "max_broken_images", "dataloader_num_workers")
         check_fields(self, FRACTION, "label_dropout", "caption_dropout")
+        expand_home(self, "cache_dir", "encoding_cache_dir")
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} must be at least 1 pixel")
 
@@ -153,7 +154,7 @@ def load_images(args: DataArguments, spec: ModelSpec) -> tuple[ImageSource, Held
             images.
     """
     _check_model(args, spec)
-    _check_source(args)
+    check_source(args)
     source = f"dataset_name={args.dataset_name}" if args.dataset_name else f"train_data_dir={args.train_data_dir}"
     with load_errors(source):
         splits = _load_splits(args)
@@ -306,7 +307,12 @@ def check_drawn(args: DataArguments, spec: ModelSpec) -> None:
     _check_model(args, spec)
 
 
-def _check_source(args: DataArguments) -> None:
+def check_source(args: DataArguments) -> None:
+    """Check that the arguments name one data set.
+
+    Raises:
+        ValueError: They name none or two, or one that is not a folder.
+    """
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError(
             f"give the images either as dataset_name or as train_data_dir, not both or none "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import diffusers
 import torch
@@ -20,11 +20,16 @@ from ..families.lookup import FAMILIES
 from ..metrics.quality import GUIDANCE
 from ..metrics.sampling import to_uint8
 from ..metrics.speed import seconds_of
-from .models import Choices, Models, ShownModel
+from .models import Choices, Models, ShownModel, without_reference
 
 __all__ = ["MAX_IMAGES", "Drawing", "Settings", "draw", "try_drawing"]
 
 MAX_IMAGES = 16
+# Schedulers that divide by the distance of successive timesteps; others repeat some of them by design
+MULTISTEP = (
+    *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"),
+    "UniPCMultistepScheduler",
+)
 MAX_SEED = 2**32 - 1
 
 
@@ -100,7 +105,7 @@ def draw(model: ShownModel, settings: Settings, choices: Choices) -> Drawing:
         choices: What can be chosen.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of its range, or samples are not finite.
     """
     settings.check(choices)
     pipe, count = model.pipeline, int(settings.num_images)
@@ -116,23 +121,27 @@ def draw(model: ShownModel, settings: Settings, choices: Choices) -> Drawing:
     }
     given = {name: value for name, value in of_images.items() if name in taken}
     generator = torch.Generator().manual_seed(int(settings.seed))
-    drawn = []
+    drawn, denoiser = [], _denoiser(pipe)
     labelled = choices.classes and "class_labels" not in taken
-    with _labelled(_denoiser(pipe), of_images["class_labels"]) if labelled else nullcontext():
+    with _finite(model, denoiser), _labelled(denoiser, of_images["class_labels"]) if labelled else nullcontext():
         seconds = seconds_of(
             lambda: drawn.append(pipe(**given, num_inference_steps=steps, generator=generator, output_type="np").images),
             pipe.device,
         )
     images = torch.from_numpy(drawn[0]).float().permute(0, 3, 1, 2)
+    _check_finite(model, images, denoiser.dtype)  # of the autoencoder, too
     return Drawing(to_uint8(images).float() / 255, seconds, changes)
 
 
-def try_drawing(models: Models, num_images: int = 1) -> None:
+def try_drawing(models: Models, num_images: int = 1) -> Models:
     """Draw images of each model in one step: errors are found before the page opens, and the first call is often slow.
 
     Args:
         models: The models.
         num_images: Number of images.
+
+    Returns:
+        The models, without the reference if it cannot be sampled and was not requested.
 
     Raises:
         ValueError: A model cannot be sampled.
@@ -143,7 +152,11 @@ def try_drawing(models: Models, num_images: int = 1) -> None:
         try:
             draw(model, settings, models.choices)
         except Exception as error:  # whatever a pipeline raises
-            raise ValueError(f"{model.name} cannot be sampled: {one_line(error)}") from error
+            failed = ValueError(f"{model.name} cannot be sampled: {one_line(error)}")
+            if model is models.reference and not models.requested:
+                return replace(models, reference=None, notice=without_reference(failed))
+            raise failed from error
+    return models
 
 
 def _in_turn(values: Sequence, count: int) -> list:
@@ -164,6 +177,7 @@ def _set_scheduler(model: ShownModel, settings: Settings) -> tuple[int, tuple[st
         scheduler = kind.from_config(config, timestep_spacing=fitted)
     try:
         scheduler.set_timesteps(steps)
+        _check_timesteps(scheduler)
     except (ValueError, IndexError) as error:  # some need several steps
         raise ValueError(
             f"num_inference_steps={steps} is not possible with scheduler={settings.scheduler}: {one_line(error)}"
@@ -172,8 +186,43 @@ def _set_scheduler(model: ShownModel, settings: Settings) -> tuple[int, tuple[st
     return steps, changes
 
 
+def _check_timesteps(scheduler) -> None:
+    """Check the timesteps that Diffusers chose.
+
+    Raises:
+        ValueError: One is negative, or one is repeated where steps have no length of zero.
+    """
+    timesteps = scheduler.timesteps.tolist()
+    if min(timesteps) < 0:
+        raise ValueError(f"Diffusers rounds the last timestep to {min(timesteps):g}")
+    if type(scheduler).__name__ in MULTISTEP and len({*timesteps}) < len(timesteps):
+        repeated = next(timestep for timestep in timesteps if timesteps.count(timestep) > 1)
+        raise ValueError(f"Diffusers takes timestep {repeated:g} twice")
+
+
 def _denoiser(pipe: DiffusionPipeline) -> ModelMixin:
     return next(pipe.components[family.component] for family in FAMILIES if family.component in pipe.components)
+
+
+def _check_finite(model: ShownModel, values: Tensor, dtype: torch.dtype) -> None:
+    """Check values before pipelines and schedulers clip them, which hides infinite ones, or they are rounded to 8 bits.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    if not torch.isfinite(values).all():
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"samples of {model.name} in {name} are not finite: check the model's weights and dtype")
+
+
+@contextmanager
+def _finite(model: ShownModel, denoiser: ModelMixin) -> Iterator[None]:
+    """Context in which all predictions of a model are checked."""
+    hook = denoiser.register_forward_hook(lambda module, args, output: _check_finite(model, output[0], module.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ..reports.provenance import portable
 from ..reports.results import read_results
 from ..trained_pipelines import TrainedPipeline, load_pipeline
 
-__all__ = ["Choices", "Models", "ShownModel", "load_models"]
+__all__ = ["Choices", "Models", "ShownModel", "load_models", "without_reference"]
 
 REPORT = "pruning_report.json"
 # Beside the pipeline's own scheduler
@@ -95,6 +95,7 @@ class Models:
         report: Content of `pruning_report.json`; None if there is none.
         speed: How fast the pruned model is, as the run measured it; None if it did not.
         notice: Why there is no reference; None if there is one.
+        requested: Whether the reference was requested. Otherwise the page goes without it if it cannot be shown.
     """
 
     pruned: ShownModel
@@ -103,6 +104,7 @@ class Models:
     report: Mapping | None = None
     speed: str | None = None
     notice: str | None = None
+    requested: bool = False
 
 
 def load_models(
@@ -119,14 +121,14 @@ def load_models(
     Args:
         name: Folder or Hub id of the pruned pipeline.
         reference: Folder or Hub id of the dense pipeline (default: the one that the report of the run names, if it can be
-            loaded).
+            loaded and fits on the device).
         revision: Branch, tag or commit of the pruned pipeline on the Hub.
         reference_revision: Branch, tag or commit of `reference` on the Hub.
         device: Device to sample on (default: a GPU, if there is one).
         dtype: One of `DTYPES`.
 
     Raises:
-        ValueError: A pipeline cannot be loaded, or both make different images.
+        ValueError: A pipeline cannot be loaded, does not fit on the device, or both make different images.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
@@ -138,25 +140,32 @@ def load_models(
     if dtype in UNUSABLE_DTYPES.get(kind, ()):
         usable = [other for other in DTYPES if other not in UNUSABLE_DTYPES[kind]]
         raise ValueError(f"dtype={dtype} must be {' or '.join(usable)}: a {kind} of Diffusers makes no pictures in {dtype}")
-    report, notice, dense = read_report(name, revision), None, None
-    if reference is not None:
-        dense = _matching(trained, reference, reference_revision)
-    else:
-        try:
-            reference, reference_revision = named_reference(report)
-            dense = _matching(trained, reference, reference_revision)
-        except ValueError as error:
-            notice = f"The dense model is not shown: {one_line(error)}"
-            print(f"{notice}. Pass --reference to show one", file=sys.stderr)
+    report, requested, notice, dense = read_report(name, revision), reference is not None, None, None
     shown = _shown(name, trained, place, dtype)
+    try:
+        if not requested:
+            reference, reference_revision = named_reference(report)
+        dense = _shown(reference, _matching(trained, reference, reference_revision), place, dtype)
+    except ValueError as error:
+        if requested:
+            raise
+        notice = without_reference(error)
     return Models(
         pruned=shown,
-        reference=None if dense is None else _shown(reference, dense, place, dtype),
+        reference=dense,
         choices=choices_of(trained, shown.pipeline, (report or {}).get("arguments", {}).get("null_label")),
         report=report,
         speed=measured_speed(name, revision),
         notice=notice,
+        requested=requested,
     )
+
+
+def without_reference(error: ValueError) -> str:
+    """Say why a page goes without the dense model, on the terminal and in the returned notice."""
+    notice = f"The dense model is not shown: {one_line(error)}"
+    print(f"{notice}. Pass --reference to show one", file=sys.stderr)
+    return notice
 
 
 def _place(device: str | None) -> torch.device:

@@ -52,9 +52,9 @@ def make_page(models: Models) -> gr.Blocks:
         models: The models, which are tried first.
 
     Raises:
-        ValueError: A model cannot be sampled.
+        ValueError: A model cannot be sampled, other than a reference that was not requested.
     """
-    try_drawing(models, _default_images(models))
+    models = try_drawing(models, _default_images(models))
     title = models.pruned.name
     of_both = "of the dense and of the pruned model, from the same noise: the two images of a pair have the same place"
     with gr.Blocks(title=title, analytics_enabled=False) as page:
@@ -79,7 +79,7 @@ def make_page(models: Models) -> gr.Blocks:
                 settings = _settings(dict(zip(inputs, values)))
                 reference = models.reference and draw(models.reference, settings, models.choices)
                 drawn = draw(models.pruned, settings, models.choices)
-            except (ValueError, RuntimeError) as error:  # RuntimeError: no memory is left
+            except Exception as error:  # whatever a pipeline raises
                 raise gr.Error(one_line(error)) from error
             shown = [drawn.images]
             if reference is not None:

@@ -8,6 +8,9 @@ The model predicts eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Sali
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -17,7 +20,7 @@ from .batch import check_integers
 from .ddim import fit_spacing, make_sampler
 from .process import DEFAULT_SPACING, DiffusionProcess, Sampler, gaussian_noise
 
-__all__ = ["DDPMProcess", "check_variance_type"]
+__all__ = ["DDPMProcess", "check_variance_type", "process_entries"]
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -26,6 +29,16 @@ _PROCESS = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
     "rescale_betas_zero_snr",
 )
+
+
+def process_entries(config: Mapping) -> dict:
+    """Entries of a scheduler's configuration that define the process, with Diffusers' defaults for those that it lacks.
+
+    Args:
+        config: Configuration of a scheduler with discrete noise levels.
+    """
+    known = inspect.signature(DDPMScheduler).parameters
+    return {name: config.get(name, known[name].default) for name in _PROCESS}
 
 
 class DDPMProcess(DiffusionProcess):
@@ -61,7 +74,7 @@ class DDPMProcess(DiffusionProcess):
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_train_timesteps={steps} of the scheduler must be an integer of at least 1")
         try:
-            process = DDPMScheduler(**{name: config[name] for name in _PROCESS if name in config})
+            process = DDPMScheduler(**process_entries(config))
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"the betas of the scheduler cannot be computed: {one_line(error)}") from error
         _check_noise_levels(process, scheduler)

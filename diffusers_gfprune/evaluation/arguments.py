@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..argument_fields import argument, at_least, check_fields
-from ..data.images import DataArguments
+from ..argument_fields import argument, at_least, check_fields, expand_home
+from ..data.images import DataArguments, check_source
 from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.quality import SamplingSettings
 from ..metrics.speed import DTYPES
@@ -22,6 +22,11 @@ FEATURES = ("auto", "none", "inception", "efflite0", "dinov2", "pixels")
 DINOV2 = "facebook/dinov2-large"
 # Default number of samples of each model, as for published figures
 NUM_IMAGES = 50_000
+# Data arguments without an effect on the images and captions of an evaluation
+TRAINING_ONLY = (
+    *("random_flip", "center_crop", "shuffle_buffer_size", "dataloader_num_workers"),
+    *("label_dropout", "caption_dropout"),
+)
 
 
 @dataclass
@@ -70,6 +75,9 @@ class OutputArguments:
         "Folder that keeps samples and features. An interrupted evaluation resumes from it, and later evaluations with the "
         "same dense model or data reuse it (default: next to the Hub's cache).",
     )
+
+    def __post_init__(self) -> None:
+        expand_home(self, "output_dir", "evaluation_cache_dir")
 
 
 @dataclass
@@ -172,7 +180,8 @@ class EvaluateArguments:
             if s.num_images == 0 or s.features == ["none"]:
                 raise ValueError(f"images_dir={m.images_dir} needs images and --features to measure anything")
         if s.num_images == 0:
-            self._refuse("num_images 0", [s], ("num_images", *(["features"] if s.features == ["none"] else [])))
+            allowed = ("num_images", "eval_batch_size", *(["features"] if s.features == ["none"] else []))
+            self._refuse("num_images 0", [s], allowed)
         if not self.cost.speed_settings():
             self._refuse("speed_batch_sizes 0", [self.cost], ("speed_batch_sizes", "step_loss_timesteps"))
         self._refuse_training()
@@ -184,6 +193,7 @@ class EvaluateArguments:
             raise ValueError("streaming=True needs --num_reference_images: the number of images in a stream is unknown")
         if self.output.update_model_card:
             self._check_update()
+        check_source(self.data)  # before models are downloaded
 
     def _refuse(self, argument: str, groups: list, allowed: tuple[str, ...]) -> None:
         """Raise an error for arguments that would be ignored."""
@@ -194,10 +204,12 @@ class EvaluateArguments:
                     raise ValueError(f"{value.name}={getattr(group, value.name)} cannot be combined with --{argument}")
 
     def _refuse_training(self) -> None:
-        for name in ("random_flip", "shuffle_buffer_size", "dataloader_num_workers", "label_dropout"):
+        for name in TRAINING_ONLY:
             value = getattr(self.data, name)
             if value != DataArguments.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={value} is for training only: an evaluation reads real images in order, unchanged")
+                raise ValueError(
+                    f"{name}={value} is for training only: an evaluation reads real images in order, cropped at the centre"
+                )
 
     def _check_update(self) -> None:
         m = self.model

@@ -92,9 +92,10 @@ def merged_run_results(measured: Results, results: Results) -> Results:
             quality={k: v for k, v in measured_now.quality.items() if is_frechet(k) or k in SIMILARITIES},
         )
     e = results.evaluation
-    names = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed", "step_loss_images")
+    names = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed")
+    names += ("step_loss_images", "step_loss_timesteps", "sample_size", "device", "dtype", "versions")
     depends = {name: value for name, value in measured.evaluation.items() if name not in OPTIONAL}
-    depends |= {name: e[name] for name in (*names, "sample_size", "device", "dtype", "versions")}
+    depends |= {name: e[name] for name in names}
     depends |= {name: e[name] for name in OPTIONAL if name in e}
     depends["distances"] = {name: described for name, described in e["distances"].items() if is_frechet(name)}
     if "dataset" in e:  # not always that of training

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..diffusion.consistency import ConsistencyProcess
+from ..diffusion.ddpm import process_entries
 from ..metrics.speedup import describe_speedup
 from ..reports.results import ModelFigures, Results
 
@@ -14,20 +16,62 @@ __all__ = ["common_reference", "comparison_table", "differing_machines", "differ
 
 # What may differ in a comparison: `differing_machines` reports it.
 FREE = ("versions", "hardware", "threads", "num_processes")
+SIMILARITIES = ("ssim_to_dense", "psnr_to_dense")
+# What a data set is called
+NAMES = ("name", "hub_id", "config_name")
+LONG = 16
 SETTING = ("batch_size", "dtype", "mode", "memory_format")
 MACHINE = ("device", "hardware", "threads", "sample_size", "runtime_version")
 
 
 def differing_settings(results: Sequence[Results]) -> list[str]:
-    """Differing settings that make figures incomparable, each with the values of all evaluations.
+    """Differing settings that make figures incomparable, each with the values of all evaluations that it matters to.
 
-    Similarities to a reference are compared among the evaluations that have one: other figures do not depend on it.
+    Those with similarities to a reference model, or with distances to its outputs as step loss, must have the same reference,
+    by its weights: other figures do not depend on it. Those with a step loss of a DDPM must have the same process. Data are
+    compared by their content where that is recorded, and else by name.
     """
-    settings = [{k: v for k, v in result.evaluation.items() if k not in FREE} for result in results]
-    similar = [one.pop("similarities") for one in settings if one.get("similarities")]
-    differing = _differing([{k: v for k, v in one.items() if k != "similarities"} for one in settings])
-    differing |= _differing([{"similarities": one} for one in similar])
-    return [f"{name}: {', '.join(map(str, values))}" for name, values in differing.items()]
+    settings = [{k: v for k, v in one.evaluation.items() if k not in (*FREE, "similarities")} for one in results]
+    differing = _differing(_without_names(settings))
+    kinds = [one.evaluation["similarities"] for one in results if one.evaluation.get("similarities")]
+    differing |= _differing([{"similarities": kind} for kind in kinds])
+    related = [one.reference_model for one in results if one.reference_model is not None and _depends_on_reference(one)]
+    differing |= _differing([{"reference_model": {"weights": reference.weights}} for reference in related])
+    schedulers = [one.model.scheduler for one in results if one.model.step_loss is not None and one.model.scheduler]
+    ddpms = [scheduler for scheduler in schedulers if "beta_schedule" in scheduler]
+    differing |= _differing([{"scheduler": process_entries(scheduler)} for scheduler in ddpms])
+    return [f"{name}: {', '.join(map(_words, values))}" for name, values in differing.items()]
+
+
+def _words(value: object) -> str:
+    """A setting for a message; a scheduler may have a thousand betas."""
+    return f"a list of {len(value)}" if isinstance(value, list) and len(value) > LONG else str(value)
+
+
+def _depends_on_reference(result: Results) -> bool:
+    """Whether some of the figures are relations to the reference model."""
+    no_target = result.evaluation.get("sampler") == ConsistencyProcess.sampler_title
+    similar = any(result.model.quality.get(metric) is not None for metric in SIMILARITIES)
+    return similar or (no_target and result.model.step_loss is not None)
+
+
+def _without_names(settings: Sequence[dict]) -> Sequence[dict]:
+    """Settings without names of the data, where hashes of all images that were read are recorded, and equal.
+
+    The same images have many names: that of the Hub, and relative and absolute paths of copies.
+    """
+    hashes = [_hashes(one) for one in settings]
+    if None in hashes or len({*hashes}) > 1:
+        return settings
+    content = [{k: v for k, v in (one.get("dataset") or {}).items() if k not in NAMES} for one in settings]
+    return [{**one, "dataset": dataset} for one, dataset in zip(settings, content)]
+
+
+def _hashes(evaluation: Mapping) -> tuple | None:
+    """Hashes of the real images of distances and of the held-out images; None if one that was read has none."""
+    real, held_out = (evaluation.get("dataset") or {}).get("fingerprint"), evaluation.get("step_loss_fingerprint")
+    missing = (evaluation.get("distances") and real is None) or (evaluation.get("step_loss_images") and held_out is None)
+    return None if missing else (real, held_out)
 
 
 def differing_machines(results: Sequence[Results]) -> dict[str, list]:

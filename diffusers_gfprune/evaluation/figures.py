@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -39,11 +40,13 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
     """
     settings, lines, count, seconds = inputs.settings, ["plan:"], inputs.num_images, 0.0
     missing = samples.unsampled() if inputs.models else []
+    # Without samples, the step loss has the largest batches
+    tried = settings if count else replace(settings, num_images=args.data.validation_images * args.cost.step_loss_timesteps)
     for index, (argument, pipeline) in enumerate(inputs.models.items()):
         name, denoiser = getattr(args.model, argument), pipeline.denoiser
         cost = f"{count_parameters(denoiser):,} parameters, {count_macs(denoiser):,} MACs"
         lines.append(f"  {argument:16} {name}: {cost}")
-        per_image = try_sampling(f"{argument}={name}", denoiser, pipeline.scheduler, settings, pipeline.codec)
+        per_image = try_sampling(f"{argument}={name}", denoiser, pipeline.scheduler, tried, pipeline.codec)
         if count:
             seconds += per_image * settings.num_inference_steps * missing[index]
     if inputs.folder_images is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
+from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields, expand_home
 from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.speed import DTYPES, SpeedSetting, parse_settings
 from ..runtimes.requirements import check_runtimes
@@ -93,6 +93,7 @@ class EvaluationArguments(SpeedArguments):
         super().__post_init__()
         check_fields(self, at_least(1), "validation_steps", "eval_batch_size", "ddim_num_inference_steps")
         check_fields(self, at_least(2), "eval_reference_images")
+        expand_home(self, "evaluation_cache_dir")
         if self.inception_weights is not None and self.eval_features != "inception":
             raise ValueError(f"inception_weights={self.inception_weights} needs eval_features=inception")
         if self.eval_steps and not self.eval_images:

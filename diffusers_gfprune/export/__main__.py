@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained = load_pipeline(name, revision, pruned=True)
         parts = PipelineParts(family_of(trained.denoiser), trained.denoiser, trained.scheduler, trained.codec, trained.prompts)
         description = export_parts(parts, output_dir, options)
-        size = sum(path.stat().st_size for path in Path(output_dir).rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in Path(output_dir).expanduser().rglob("*") if path.is_file())
         print(f"exported to {output_dir}: {options.format}, {options.dtype}, {format_size(size)}")
         print(describe_errors(description))
 

@@ -29,6 +29,8 @@ from .writers import compile_program, has_compiler, write_program
 __all__ = ["ExportOptions", "export_parts", "export_pipeline"]
 
 
+# Options of the samples of fp16 and int8
+OF_SAMPLES = ("prompts", "num_images", "num_inference_steps")
 # nncf quantizes ONNX models that are one protobuf message, weights included
 PROTOBUF_LIMIT = 2**31
 
@@ -43,7 +45,8 @@ class ExportOptions:
         batch: `"dynamic"`, or the number of samples of every forward pass (>= 1), which some runtimes run faster.
         compile: Whether to compile the model for this machine, too, with AOTInductor; only with `torch`.
         prompts: Prompts for the samples of fp16 and int8, for models of text.
-        num_images: Number of samples (>= 1) that fp16 and int8 are compared by, and that calibrate int8.
+        num_images: Number of samples (>= 1) that fp16 and int8 are compared by, and that calibrate int8. Like `prompts` and
+            `num_inference_steps`, it is not for `"fp32"`, which draws none.
         num_inference_steps: Number of sampling steps of these samples (>= 1); consistency models are sampled in one.
         overwrite_output_dir: Whether to replace an existing folder.
 
@@ -66,6 +69,11 @@ class ExportOptions:
         check_fields(self, at_least(1), "num_images", "num_inference_steps")
         if isinstance(self.prompts, str) or not self.prompts:
             raise ValueError(f"prompts={self.prompts!r} must be a list of texts")
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        if self.dtype == "fp32":
+            for name in OF_SAMPLES:
+                if (value := getattr(self, name)) != ExportOptions.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name}={value} needs dtype=fp16 or int8: no samples are drawn for fp32")
         if self.compile and self.format != "torch":
             raise ValueError(f"compile=True must be False with format={self.format}: AOTInductor compiles for format=torch")
 
@@ -108,6 +116,9 @@ def export_pipeline(pipe: DiffusionPipeline, output_dir: str | os.PathLike, **op
 def export_parts(parts: PipelineParts, output_dir: str | os.PathLike, options: ExportOptions) -> ExportDescription:
     """Export the denoiser of a pipeline by its parts (see `export_pipeline`)."""
     options.check_installed()
+    if any(options.prompts) and parts.prompts is None:
+        name = type(parts.denoiser).__name__
+        raise ValueError(f"prompts={options.prompts} must be left out: this {name} is not a model of text")
     size = 4 * count_parameters(parts.denoiser)
     if (options.format, options.dtype) == ("onnx", "int8") and size >= PROTOBUF_LIMIT:
         raise ValueError(
@@ -130,8 +141,8 @@ def export_parts(parts: PipelineParts, output_dir: str | os.PathLike, options: E
 
 def _reference(parts: PipelineParts, options: ExportOptions) -> Reference:
     """Samples of the model in float32, and its inputs meanwhile."""
-    batch_size, prompts = parse_batch(options.batch), tuple(options.prompts)
-    return sampled_reference(parts, batch_size, options.num_images, options.num_inference_steps, prompts)
+    batch_size = parse_batch(options.batch)
+    return sampled_reference(parts, batch_size, options.num_images, options.num_inference_steps, options.prompts)
 
 
 def _write(parts: PipelineParts, folder: Path, options: ExportOptions, reference: Reference | None) -> ExportDescription:
@@ -175,14 +186,20 @@ def _checked(
     for file in [COMPILED_FILE, description.file] if options.compile else [description.file]:
         exported = load_exported(folder, trust_remote_code=True, compiled=file == COMPILED_FILE)
         checks += [{"file": file, **row} for row in relative_errors(parts, exported, description.batch_size)]
-    errors = [row["max_relative_error"] for row in checks]
-    if not all(error < limit for error in errors):  # also raises for NaN
+    for row in checks:
+        if not math.isfinite(row["max_relative_error"]):
+            advice = "" if options.dtype == "fp32" else ": use fp32"
+            raise ValueError(
+                f"dtype={options.dtype}: the export gives values that are not finite at timestep {row['timestep']:g}{advice}"
+            )
+    worst = max(row["max_relative_error"] for row in checks)
+    if worst >= limit:
         raise ValueError(
-            f"the export differs from PyTorch by a relative error of {max(errors):.1e}, but must by less than {limit:g}: "
+            f"the export differs from PyTorch by a relative error of {worst:.1e}, but must differ by less than {limit:g}: "
             f"nothing was written"
         )
     similarity = None if reference is None else reference.similarity(exported)
-    description = replace(description, checks=tuple(checks), max_relative_error=max(errors), similarity=similarity)
+    description = replace(description, checks=tuple(checks), max_relative_error=worst, similarity=similarity)
     description.save(folder)
     (folder / "README.md").write_text(export_card(description, parts.family.component))
     return description

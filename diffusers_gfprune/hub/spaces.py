@@ -1,4 +1,4 @@
-"""A Space that shows a pruned model beside the dense one: the page of `python -m diffusers_gfprune.demo`, on the Hub.
+"""A Space that shows a pruned model, beside the dense one if the Hub has it: the page of `diffusers_gfprune.demo`, on the Hub.
 
     app.py              opens the page for the model's repository
     README.md           settings of the Space: SDK and its version, model
@@ -36,7 +36,7 @@ PYTHON_VERSION = "3.11"
 # Folders of the package that the page does not need
 LEFT_OUT = ("data", "evaluation", "export", "model_cards", "objectives", "scripts", "training")
 APP = '''\
-"""Images of {repo_id} beside those of the dense model, from the same noise. Written by diffusers-gfprune {version}."""
+"""Images of {repo_id}{beside}. Written by diffusers-gfprune {version}."""
 
 from diffusers_gfprune.demo.models import load_models
 from diffusers_gfprune.demo.page import launch, make_page
@@ -50,8 +50,7 @@ README = """\
 
 # {title}
 
-Images of [{repo_id}](https://huggingface.co/{repo_id}), a pruned diffusion model, beside those of the dense model{base}, from
-the same noise.
+Images of [{repo_id}](https://huggingface.co/{repo_id}), a pruned diffusion model{beside}.
 
 The page is that of `python -m diffusers_gfprune.demo {repo_id}`. `diffusers_gfprune/` is the source of diffusers-gfprune
 {version} (Apache-2.0), without what only training needs.
@@ -101,16 +100,22 @@ def write_space(
         app_file="app.py",
         license="apache-2.0",
         models=[repo_id, *([base] if base else [])],
-        short_description="A pruned diffusion model beside the dense one",
+        short_description=f"A pruned diffusion model{' beside the dense one' if base else ''}",
     ).to_yaml()
     arguments = repr(repo_id) if revision is None else f"{repo_id!r}, revision={revision!r}"
-    link = f" ([{base}](https://huggingface.co/{base}))" if base else ""
-    (root / "app.py").write_text(APP.format(repo_id=repo_id, version=__version__, arguments=arguments), "utf-8")
-    (root / "README.md").write_text(
-        README.format(metadata=metadata, title=title, repo_id=repo_id, base=link, version=__version__), "utf-8"
-    )
+    words = {"repo_id": repo_id, "version": __version__}
+    app = APP.format(**words, beside=_beside("") if base else "", arguments=arguments)
+    (root / "app.py").write_text(app, "utf-8")
+    beside = _beside(f" ([{base}](https://huggingface.co/{base}))") if base else ""
+    readme = README.format(**words, beside=beside, metadata=metadata, title=title)
+    (root / "README.md").write_text(readme, "utf-8")
     (root / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements()), "utf-8")
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def _beside(link: str) -> str:
+    """What a page shows beside the pruned model, if the dense one is on the Hub."""
+    return f", beside those of the dense model{link}, from the same noise"
 
 
 def prepare_space(space_id: str, *, token: str | None = None, private: bool | None = None) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
+from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields, expand_home
 from ..configuration import DEVICES, PRESETS, GFPruneConfig
 from ..data.images import DataArguments
 from ..data.teacher_images import TeacherArguments
@@ -61,7 +60,7 @@ class OutputArguments:
 
     def __post_init__(self) -> None:
         check_fields(self, NOT_NEGATIVE, "save_model_steps")
-        self.output_dir = os.path.expanduser(self.output_dir)  # shells leave --output_dir=~/x as it is
+        expand_home(self, "output_dir")
 
 
 @dataclass

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -162,6 +165,52 @@ def test_settings_of_one_drawing_leave_no_trace_in_the_next(models: Models) -> N
     assert torch.equal(draw(models.pruned, Settings(1, STEPS), models.choices).images, before.images)
 
 
+@pytest.mark.fast_variants(1)
+@pytest.mark.parametrize("kind", ["pixels", "sd"])
+def test_most_steps_give_finite_images_or_one_line(kind: str, tmp_path: Path) -> None:
+    """Some multistep methods take a timestep twice then, and divide by zero."""
+    pipe = latent_pipelines.sd(tmp_path / "parts") if kind == "sd" else tiny_pipeline()
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, num_train_timesteps=50)
+    pipe.save_pretrained(tmp_path / "model")
+    models = load_models(str(tmp_path / "model"))
+    refused = set()
+    for scheduler in models.choices.schedulers:
+        try:
+            assert draw(models.pruned, Settings(1, 50, scheduler), models.choices).images.isfinite().all()
+        except ValueError as error:
+            assert re.fullmatch(
+                f"num_inference_steps=50 is not possible with scheduler={scheduler}: Diffusers takes timestep [0-9]+ twice",
+                str(error),
+            )
+            refused.add(scheduler)
+    assert refused == ({"DPMSolverMultistepScheduler"} if kind == "pixels" else set())  # the other has steps_offset=1
+
+
+def test_timesteps_that_are_rounded_below_zero_are_refused(models: Models) -> None:
+    with pytest.raises(ValueError, match="^num_inference_steps=201 is not possible with scheduler=DDIMScheduler: .* to -1$"):
+        draw(models.pruned, Settings(1, 201), models.choices)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler"])
+def test_samples_that_are_not_finite_are_no_black_pictures(tmp_path: Path, scheduler: str) -> None:
+    """Even where a scheduler clips what the model predicts."""
+    tiny_pipeline().save_pretrained(tmp_path / "broken")
+    models = load_models(str(tmp_path / "broken"))
+    models.pruned.pipeline.unet.conv_out.bias.fill_(math.inf)  # such weights are not loaded
+    with pytest.raises(ValueError, match="^samples of broken in float32 are not finite: check the model's weights and dtype$"):
+        draw(models.pruned, Settings(1, STEPS, scheduler), models.choices)
+    assert not models.pruned.pipeline.unet._forward_hooks
+
+
+def test_decoded_samples_that_are_not_finite(tmp_path: Path) -> None:
+    """Of an autoencoder that does not fit the dtype."""
+    models = load_models(str(latent_pipelines.save("sd", tmp_path / "broken")))
+    with torch.no_grad():
+        models.pruned.pipeline.vae.decoder.conv_out.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="^samples of broken in float32 are not finite"):
+        draw(models.pruned, Settings(1, STEPS), models.choices)
+
+
 def test_equal_models_have_an_empty_difference(models: Models) -> None:
     settings = Settings(2, STEPS, "DDPMScheduler")  # its noise is drawn from the seed, too
     dense, pruned = (draw(model, settings, models.choices) for model in (models.reference, models.pruned))
@@ -214,3 +263,21 @@ def test_what_cannot_be_sampled_is_found_before_the_page_opens(models: Models, m
     monkeypatch.setattr(models.pruned.pipeline.unet, "forward", fail)
     with pytest.raises(ValueError, match="cannot be sampled: no such luck"):
         try_drawing(models)
+
+
+def test_a_reference_that_was_not_requested_may_fail(
+    models: Models, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The page then shows the pruned model alone, and says why."""
+    assert models.requested and try_drawing(models) == models
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no such\nluck")
+
+    monkeypatch.setattr(models.reference.pipeline.unet, "forward", fail)
+    with pytest.raises(ValueError, match="cannot be sampled: no such luck"):
+        try_drawing(models)
+    left = try_drawing(replace(models, requested=False))
+    notice = f"The dense model is not shown: {models.reference.name} cannot be sampled: no such luck"
+    assert (left.pruned, left.reference, left.notice) == (models.pruned, None, notice)
+    assert capsys.readouterr().err.splitlines()[-1] == f"{notice}. Pass --reference to show one"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMPipeline
 
 from diffusers_gfprune import PruneDDPMPipeline
 from diffusers_gfprune.demo.drawing import Settings, draw
@@ -83,6 +84,29 @@ def test_without_the_dense_model_the_pruned_one_is_shown_alone(run: Path, capsys
         models = load_models(str(run))
         assert models.reference is None and models.notice.startswith(f"The dense model is not shown: {message}")
         assert capsys.readouterr().err.splitlines()[-1].endswith("Pass --reference to show one")
+
+
+def test_without_memory_for_the_dense_model_the_pruned_one_is_shown_alone(
+    folders: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it was requested."""
+    write_report(run, name="dense")
+    monkeypatch.chdir(folders)
+    place, placed = DDPMPipeline.to, []
+
+    def to(pipe, *arguments, **options):
+        placed.append(pipe)
+        if len(placed) == 2:
+            raise torch.OutOfMemoryError("no memory\nis left")
+        return place(pipe, *arguments, **options)
+
+    monkeypatch.setattr(DDPMPipeline, "to", to)
+    message = "dense does not fit on device=cpu in dtype=float32: no memory is left"
+    models = load_models(str(run), device="cpu")
+    assert models.reference is None and models.notice == f"The dense model is not shown: {message}"
+    placed.clear()
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_models(str(run), "dense", device="cpu")
 
 
 def test_models_of_other_images_are_refused(folders: Path, tmp_path: Path) -> None:

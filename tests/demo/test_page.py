@@ -43,6 +43,17 @@ def test_page_draws_both_models(served: tuple[Models, str]) -> None:
         client.predict(4, 3, "DDIMScheduler", -1, api_name="/draw")
 
 
+def test_any_error_of_a_pipeline_is_one_line(served: tuple[Models, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    models, url = served
+
+    def fail(*arguments, **options):
+        raise IndexError("no such\nluck")
+
+    monkeypatch.setattr(models.pruned.pipeline.unet, "forward", fail)
+    with pytest.raises(AppError, match="^no such luck$"):
+        Client(url, verbose=False).predict(1, 3, "DDIMScheduler", 7, api_name="/draw")
+
+
 def test_page_names_no_font_or_script_of_another_host(served: tuple[Models, str]) -> None:
     """What a browser asks for is in test_browser.py."""
     url = served[1]

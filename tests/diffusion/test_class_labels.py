@@ -278,7 +278,7 @@ def test_an_evaluation_replaces_what_a_run_says_of_the_null_label(known: str) ->
     }
     for found in figures.values():
         found.step_loss_null_label = loss
-    evaluation = {**measured["evaluation"], "eta": 0.0, "distances": {}}
+    evaluation = {**measured["evaluation"], "eta": 0.0, "distances": {}, "step_loss_timesteps": 16}
     evaluation = {name: value for name, value in evaluation.items() if name not in ("null_label", "guidance_scale")}
     results = Results(EVALUATION, figures["pruned"], figures["dense"], evaluation | settings, "evaluate.py")
     merged = merged_run_results(Results.from_dict(measured), results)

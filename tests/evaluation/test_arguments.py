@@ -34,12 +34,26 @@ def test_output_folders_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parse_evaluate_arguments(["--compare", "a", "b", "--output_dir", "c"]).output_dir == "c"
 
 
+def test_home_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave `--output_dir=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("output_dir", "evaluation_cache_dir", "cache_dir", "encoding_cache_dir")
+    args = parse_evaluate_arguments([*MODEL, *(f"--{name}=~/{name}" for name in names)])
+    found = (args.output_dir, args.output.evaluation_cache_dir, args.data.cache_dir, args.data.encoding_cache_dir)
+    assert found == tuple(str(tmp_path / name) for name in names)
+
+
 def test_lists() -> None:
     args = parse_evaluate_arguments(
         [*MODEL, "--features", "inception", "dinov2", "--speed_batch_sizes", "1", "8", "--speed_modes", "eager", "compiled"]
     )
     assert args.samples.features == ["inception", "dinov2"] and len(args.cost.speed_settings()) == 4
     assert parse_evaluate_arguments([*MODEL, "--speed_batch_sizes", "0"]).cost.speed_settings() == []
+
+
+def test_the_step_loss_has_a_batch_size_without_samples() -> None:
+    args = parse_evaluate_arguments([*MODEL, "--num_images", "0", "--eval_batch_size", "4"])
+    assert args.samples.settings().batch_size == 4
 
 
 @pytest.mark.parametrize(
@@ -73,6 +87,9 @@ def test_lists() -> None:
         ([*MODEL, "--features", "auto", "pixels"], "features=auto pixels must name each network once, or be auto or none"),
         ([*MODEL, "--features", "none"], "features=none without --reference_model leaves nothing to measure on samples"),
         ([*MODEL, "--features", "pixels", "--inception_weights", "x"], "inception_weights=x needs --features inception"),
+        (["--model", "a/b"], "give the images either as dataset_name or as train_data_dir, not both or none"),
+        (["--images_dir", "."], "give the images either as dataset_name or as train_data_dir, not both or none"),
+        ([*MODEL, "--train_data_dir", "."], "give the images either as dataset_name or as train_data_dir, not both or none"),
         ([*MODEL, "--streaming"], "streaming=True needs --num_reference_images"),
         ([*MODEL, "--dinov2_model", "x"], "dinov2_model=x needs --features dinov2"),
         ([*MODEL, "--num_images", "0", "--seed", "5"], "seed=5 cannot be combined with --num_images 0"),
@@ -82,6 +99,8 @@ def test_lists() -> None:
             "speed_modes=.* cannot be combined with --speed_batch_",
         ),
         ([*MODEL, "--random_flip"], "random_flip=True is for training"),
+        ([*MODEL, "--center_crop"], "center_crop=True is for training"),
+        ([*MODEL, "--caption_dropout", "0.2"], "caption_dropout=0.2 is for training"),
         ([*MODEL, "--dataloader_num_workers", "2"], "dataloader_num_workers=2 is for training"),
         ([*MODEL, "--step_loss_timesteps", "0"], "step_loss_timesteps=0 must be at least 1"),
         ([*MODEL, "--speed_batch_sizes", "4", "0"], "speed_batch_sizes=0 must be at least 1, or 0 alone"),

@@ -18,6 +18,7 @@ from helpers.architectures import build, pruned
 from helpers.evaluations import run, save_dense, save_pruned, write_images
 from helpers.hub import CARD, contents
 
+ADDED = ("command", "dataset", "step_loss_timesteps")
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 
@@ -74,10 +75,12 @@ def test_card_shows_the_figures_of_the_evaluation(arguments: list, tmp_path: Pat
     e = after["evaluation"]
     assert (e["num_images"], e["num_inference_steps"], e["seed"], e["ema"]) == (70, 2, 7, True)
     assert set(e["distances"]) == {"fd_pixels"} and e["distances"]["fd_pixels"]["reference_images"] == 120
-    assert e["command"] == found["command"] and set(e) == {*before["evaluation"], "command", "dataset"}
+    assert e["command"] == found["command"] and set(e) == {*before["evaluation"], *ADDED}
+    assert e["step_loss_timesteps"] == 4  # that of a run is the default
     assert e["dataset"] == {"name": "images", "hub_id": None}
     card = (folder / "README.md").read_text()
     assert is_as_rendered(card) and 'from_pretrained("alice/small")' in card
+    assert "held-out images, with fixed noise and\n  4 timesteps." in card
     figures = {**after["pruned"], **after["pruned"]["quality"]}
     for name in ("fd_pixels", "ssim_to_dense", "step_loss"):
         assert f"{figures[name]:.4g}" in card and f"{before['pruned'][name]:.4g}" not in card

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, PNDMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -82,10 +83,68 @@ def test_table() -> None:
 def test_reference_is_shown_where_all_have_the_same() -> None:
     a, b = results("a"), results("b")
     assert common_reference([a, b]) == a.reference_model
+    assert common_reference([a, results("b", reference=False)]) is None
     b.reference_model.weights = "01010101"
     assert common_reference([a, b]) is None
-    assert common_reference([a, results("b", reference=False)]) is None
-    assert "reference" not in comparison_table([a, b])
+    a.model.quality = b.model.quality = {"fid": 4.0}
+    assert differing_settings([a, b]) == [] and "reference" not in comparison_table([a, b])
+
+
+def test_similarities_are_to_one_reference() -> None:
+    """By its weights, whatever it is called. Distances to real images do not depend on it."""
+    a, b, alone = results("a"), results("b"), results("dense", reference=False)
+    b.reference_model.name = "copy"
+    assert differing_settings([a, alone, b]) == []
+    b.reference_model.weights = "01010101"
+    assert differing_settings([a, alone, b]) == ["reference_model.weights: 0a0b0c0d, 01010101"]
+    b.model.quality = {"fid": 4.0}
+    assert differing_settings([a, alone, b]) == []
+
+
+def test_step_loss_of_consistency_models_is_to_one_reference() -> None:
+    """It is a distance to the outputs of the reference; that of other models is not."""
+    for sampler, found in (
+        ("multistep consistency sampling", ["reference_model.weights: 0a0b0c0d, 01010101"]),
+        ("Euler's method", []),
+    ):
+        pair = results("a", sampler=sampler), results("b", sampler=sampler)
+        for one in pair:
+            one.model.quality = {}
+        pair[1].reference_model.weights = "01010101"
+        assert differing_settings(pair) == found
+        pair[1].model.step_loss = None
+        assert differing_settings(pair) == []
+
+
+def test_step_loss_depends_on_the_process_of_a_ddpm() -> None:
+    """Not on how its scheduler samples. Entries that a class of schedulers lacks have their defaults."""
+    a, b = results("a"), results("b")
+    a.model.scheduler = dict(DDPMScheduler().config)
+    b.model.scheduler = dict(PNDMScheduler(steps_offset=1).config)
+    assert differing_settings([a, b]) == []
+    b.model.scheduler |= {"prediction_type": "v_prediction", "trained_betas": [0.01] * 1000}
+    assert differing_settings([a, b]) == [
+        "scheduler.trained_betas: None, a list of 1000",
+        "scheduler.prediction_type: epsilon, v_prediction",
+    ]
+    b.model.step_loss = None
+    assert differing_settings([a, b]) == []
+
+
+def test_data_are_compared_by_content() -> None:
+    """A folder has many paths. Without a hash of what was read, only names tell data apart."""
+    names = ({"name": "data/digits"}, {"name": "digits"})
+    common = {"step_loss_images": 8, "step_loss_fingerprint": "0123abcd"}
+    pair = [results("a", dataset={**name, "fingerprint": "f00d"}, **common) for name in names]
+    assert differing_settings(pair) == []
+    named = "dataset.name: data/digits, digits"
+    pair[1].evaluation["dataset"]["fingerprint"] = "beef"
+    assert differing_settings(pair) == [named, "dataset.fingerprint: f00d, beef"]
+    for missing in ({"step_loss_fingerprint": None}, {"dataset": {"fingerprint": None}}):
+        pair = [results("a", **{**common, "dataset": {"fingerprint": "f00d"}, **missing}) for _ in names]
+        for one, name in zip(pair, names):
+            one.evaluation["dataset"] = {**name, **one.evaluation["dataset"]}
+        assert differing_settings(pair) == [named]
 
 
 def test_latency_is_shown_where_all_were_timed_alike() -> None:

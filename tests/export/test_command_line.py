@@ -21,12 +21,14 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_says_what_it_exported(pipeline: Path, tmp_path: Path) -> None:
+def test_it_says_what_it_exported(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave `--output_dir=~/export` as it is."""
     folder = tmp_path / "export"
-    run = run_script("diffusers_gfprune.export", pipeline, "--format", "torch", "--batch", "2", "--output_dir", folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = run_script("diffusers_gfprune.export", pipeline, "--format", "torch", "--batch", "2", "--output_dir=~/export")
     assert run.returncode == 0, run.stderr
     first, second = run.stdout.splitlines()
-    assert first.startswith(f"exported to {folder}: torch, fp32, ") and first.endswith("KiB")
+    assert first.startswith("exported to ~/export: torch, fp32, ") and first.endswith("KiB")
     assert second.startswith("maximum relative error to PyTorch ") and second.endswith("(4 timesteps, batch 2)")
     assert json.loads((folder / "export.json").read_text())["batch_size"] == 2
     assert load_exported(folder, trust_remote_code=True).config.sample_size == 8

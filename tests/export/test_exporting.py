@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -108,9 +109,12 @@ def test_fp16_with_a_fixed_number_of_samples(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "mine").write_text("mine")
     options = {"format": "torch", "dtype": "fp16", "batch": 2, "num_images": 3, "num_inference_steps": 2}
-    with pytest.raises(ValueError, match="already exists"):
-        pipe.export(folder, **options)
+    for overwrite, message in ((False, "already exists"), (True, "holds mine and no export.json: it is not an earlier")):
+        with pytest.raises(ValueError, match=message):
+            pipe.export(folder, **options, overwrite_output_dir=overwrite)
     assert files(folder) == {"mine"}
+    (folder / "mine").unlink()
+    pipe.export(folder, format="torch", overwrite_output_dir=True)
 
     description = pipe.export(folder, **options, overwrite_output_dir=True)
     assert files(folder) == COMMON | FILES["torch"]
@@ -137,9 +141,33 @@ def test_an_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         return trace(parts, other, batch_size)
 
     monkeypatch.setattr(exporting, "trace", another)
-    with pytest.raises(ValueError, match=r"^the export differs from PyTorch by a relative error of 1.\de-02, but must by"):
+    with pytest.raises(
+        ValueError, match=r"^the export differs from PyTorch by a relative error of 1.\de-02, but must differ by"
+    ):
         tiny_pipeline().export(tmp_path / "export", format="torch")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1e5, -1e5])
+def test_values_that_half_precision_does_not_hold_are_told(size: float, tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(size)
+    options = {"format": "torch", "dtype": "fp16", "num_images": 1, "num_inference_steps": 1}
+    message = "^dtype=fp16: the export gives values that are not finite at timestep 0: use fp32$"
+    with pytest.raises(ValueError, match=message):
+        pipe.export(tmp_path / "export", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_is_no_number_is_not_hidden_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"batch_size": 1, "timestep": timestep, "max_relative_error": error}
+        for timestep, error in ((0, 0.5), (333, math.nan), (999, 0.25))
+    ]
+    monkeypatch.setattr(exporting, "relative_errors", lambda *_: rows)
+    with pytest.raises(ValueError, match="^dtype=fp32: the export gives values that are not finite at timestep 333$"):
+        tiny_pipeline().export(tmp_path / "export", format="torch")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
@@ -158,6 +186,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         ({"batch": 0}, "batch=0 must be dynamic or a number of samples"),
         ({"batch": "all"}, "batch=all must be dynamic or a number of samples"),
         ({"compile": True}, "compile=True must be False with format=onnx"),
+        ({"num_images": 3}, "num_images=3 needs dtype=fp16 or int8: no samples are drawn for fp32"),
+        ({"num_inference_steps": 3}, "num_inference_steps=3 needs dtype=fp16 or int8"),
+        ({"prompts": ["a cat"]}, r"prompts=\('a cat',\) needs dtype=fp16 or int8"),
+        ({"prompts": ["a cat"], "dtype": "fp16"}, r"prompts=\('a cat',\) must be left out: this UNet2DModel is not a"),
         ({"prompts": "a cat"}, "prompts='a cat' must be a list of texts"),
         ({"num_images": 0}, "num_images=0 must be at least 1"),
     ],

@@ -64,9 +64,21 @@ def test_settings_of_a_space(tmp_path: Path) -> None:
     app = (tmp_path / "app.py").read_text()
     compile(app, "app.py", "exec")
     assert f"load_models('{REPO}')" in app
+    assert card.data.short_description == "A pruned diffusion model beside the dense one"
+    beside = "beside those of the dense model"
+    assert f"{beside}, from the same noise. Written" in app and f"{beside} ([org/dense]" in card.text
     write_space(tmp_path / "branch", REPO, SPACE, {"base_model": {"hub_id": None}}, revision="v2")
     assert f"load_models('{REPO}', revision='v2')" in (tmp_path / "branch/app.py").read_text()
     assert SpaceCard.load(tmp_path / "branch/README.md").data.models == [REPO]
+
+
+def test_a_space_without_the_dense_model_does_not_speak_of_it(tmp_path: Path) -> None:
+    """It is a folder of the machine that pruned it, so the page shows the pruned model alone."""
+    write_space(tmp_path, REPO, SPACE, {"base_model": {"name": "teacher", "hub_id": None}})
+    card, app = SpaceCard.load(tmp_path / "README.md"), (tmp_path / "app.py").read_text()
+    assert card.data.short_description == "A pruned diffusion model"
+    assert "a pruned diffusion model.\n" in card.text and app.startswith(f'"""Images of {REPO}. Written by')
+    assert not [text for text in (card.text, app) if "dense" in text or "noise" in text]
 
 
 def test_requirements_are_those_of_the_extra() -> None:
