@@ -171,13 +171,15 @@ def _set_scheduler(model: ShownModel, settings: Settings) -> tuple[int, tuple[st
     scheduler = kind.from_config(config)
     spacing = scheduler.config.get("timestep_spacing", "leading")
     steps, fitted, changes = int(settings.num_inference_steps), spacing, ()
-    if training_process(training_scheduler(model.scheduler)).name == "ddpm":
+    discrete = training_process(training_scheduler(model.scheduler)).name == "ddpm"  # others may have negative timesteps
+    if discrete:
         steps, fitted, changes = fit_spacing(scheduler, steps, spacing)
     if fitted != spacing:
         scheduler = kind.from_config(config, timestep_spacing=fitted)
     try:
         scheduler.set_timesteps(steps)
-        _check_timesteps(scheduler)
+        if discrete:
+            _check_timesteps(scheduler)
     except (ValueError, IndexError) as error:  # some need several steps
         raise ValueError(
             f"num_inference_steps={steps} is not possible with scheduler={settings.scheduler}: {one_line(error)}"
@@ -187,7 +189,7 @@ def _set_scheduler(model: ShownModel, settings: Settings) -> tuple[int, tuple[st
 
 
 def _check_timesteps(scheduler) -> None:
-    """Check the timesteps that Diffusers chose.
+    """Check the timesteps that Diffusers chose for a DDPM.
 
     Raises:
         ValueError: One is negative, or one is repeated where steps have no length of zero.

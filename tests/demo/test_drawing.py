@@ -135,6 +135,8 @@ def test_schedulers_that_do_not_clip_are_not_asked_to(tmp_path: Path, monkeypatc
     monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", lambda text, *more: said.append(text))
     try_drawing(models)
     assert not [text for text in said if "clip_sample" in text]
+    draw(models.pruned, Settings(1, 4, "EDMEulerScheduler", SEED, **CALLS["sd"][0]), models.choices)
+    assert models.pruned.pipeline.scheduler.timesteps.min() < 0  # logarithms of noise levels
 
 
 def test_labels_of_a_model_of_pixels(tmp_path: Path) -> None:
