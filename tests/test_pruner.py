@@ -253,6 +253,18 @@ def test_one_shot_preset():
     assert count_macs(pruner.compact()) == update.macs
 
 
+@pytest.mark.parametrize("depth", ["none", "allow"])
+def test_a_second_pruner_of_a_model_is_refused(depth: str):
+    """As when a cell of a notebook is run twice. The first one goes on; after `detach` there may be another."""
+    unet = build("fine-units")
+    first = GradientFlowPruner(unet, one_shot(depth=depth))
+    with pytest.raises(ValueError, match=r"^the model already has channel masks: detach\(\) its GradientFlowPruner, or load"):
+        GradientFlowPruner(unet, one_shot(depth=depth))
+    first.step(0, [])
+    assert mask_values(first) == [0.0, 1.0]
+    GradientFlowPruner(first.detach(), one_shot(depth=depth))
+
+
 def test_ranking_leaves_weights_gradients_and_mode_alone():
     """Scoring happens between training steps: accumulated gradients are not its to touch."""
     unet = build("fine-units").train()
