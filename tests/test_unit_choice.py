@@ -13,7 +13,7 @@ from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE, width_ladder
 from diffusers_gfprune.pruning.cost_model import CostModel
 from diffusers_gfprune.pruning.depth import remove_by_sensitivity
-from diffusers_gfprune.pruning.joint import UnitDamage, choose_jointly
+from diffusers_gfprune.pruning.joint import UnitDamage, joint_candidates
 from diffusers_gfprune.unit_choice import UnitChoice
 from helpers.architectures import build
 
@@ -46,7 +46,7 @@ def test_steps_that_save_nothing_alone_do_not_end_the_search(ratio: float) -> No
     """Kernels take as long for 17 channels as for 32: a group loses several units at once, or none."""
     cost = timed("fine-units", in_blocks_of_16)
     damage = UnitDamage(random_scores(cost, rows=16), {name: 0.01 * s for name, s in random_scores(cost).items()})
-    kept = choose_jointly(cost, "latency", ratio, [width_ladder(group, 1, 0.1) for group in cost.groups], damage)
+    kept = joint_candidates(cost, "latency", ratio, [width_ladder(group, 1, 0.1) for group in cost.groups], damage)[0]
     assert cost.removed("latency", widths_of(cost, kept)) == pytest.approx(ratio, abs=2 * BUDGET_TOLERANCE)
 
 
