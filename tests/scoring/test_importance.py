@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -393,6 +394,12 @@ def test_records_of_builtin_criteria() -> None:
     [
         ({"derivatives": 3}, "derivatives=3 must be one of 0, 1, 2"),
         ({"ranking": "layer"}, "ranking=layer must be one of joint, group, sensitivity, curves, global"),
+        ({"sensitivity_exponent": -1}, "^sensitivity_exponent=-1 must be a number >= 0"),
+        ({"passes": -1}, "^passes=-1 must be a number >= 0"),
+        ({"passes": math.nan}, "^passes=nan must be a number >= 0"),
+        ({"block_passes": -0.5}, "^block_passes=-0.5 must be a number >= 0"),
+        ({"activation_memory": 0}, "^activation_memory=0 must be a number > 0"),
+        ({"activation_memory": math.inf}, "^activation_memory=inf must be a number > 0"),
     ],
 )
 def test_records_out_of_range_are_refused(properties: dict, message: str) -> None:
