@@ -148,7 +148,7 @@ class UnitChoice:
             return self._sensitive_widths(ratio, ordered)
         if self.config.ranking in ("group", "sensitivity"):
             return remove_per_group(cost, target, ratio, ladders, damage)
-        comparable = normalize_scores(scores, [cost.groups[block].name for block in cost.inner])
+        comparable = normalize_scores(scores, cost.groups)
         return allocate_global(cost, target, ratio, ladders, [comparable[group.name] for group in cost.groups])
 
     def _sensitive_widths(self, ratio: float, scores: Sequence[Tensor]) -> np.ndarray:

@@ -4,7 +4,8 @@ There are three ways to remove the share `ratio` of the dense cost:
 
 - group: every group keeps the same share of its channels, found by bisection;
 - sensitivity: a group loses more if this saves more cost and if its scores are lower;
-- global: the lowest-scored units of all groups are removed first.
+- global: the channels with the lowest scores of all groups are removed first, unit by unit. Scores of units are divided by
+  their number of channels, and by the mean over the channels of the group (`scoring.importance.normalize_scores`).
 
 All end with single steps of single groups towards the target, so that it is met to within one unit of one group. Widths come
 from the ladders of `budget`. The first two keep the blocks that the ladders leave (`with_blocks`), which `depth` chooses; the

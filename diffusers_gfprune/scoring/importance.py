@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,6 +36,7 @@ from ..configuration import GFPruneConfig
 from ..criteria import Criterion, find_criterion, register_criterion
 from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, gather_rows
+from ..pruning.blocks import RemovableBlock
 from ..pruning.channel_groups import ChannelGroup
 from .context import JointScores, Scores, ScoringContext, equal_batches
 from .hessian_product import HESSIAN_PRODUCTS
@@ -214,21 +215,30 @@ def _stacked(older: Tensor, newer: Tensor) -> Tensor:
     return total
 
 
-def normalize_scores(scores: Scores, blocks: Collection[str] = ()) -> Scores:
-    """Make scores of different groups comparable: divide the scores of each group by their mean absolute value.
+def normalize_scores(scores: Scores, groups: Sequence[ChannelGroup]) -> Scores:
+    """Make scores of different groups comparable: divide those of each group by the mean absolute score of a channel.
+
+    A mean over units would make the scores of channels small where units are large. Removable blocks have one score each, and
+    are divided by the mean over all of them: on average, a block counts as much as a channel.
 
     Args:
-        scores: Scores by group name.
-        blocks: Names of removable blocks, which have one score each and are divided by the mean over all of them.
+        scores: Scores by group name, each with shape `(num_units,)`.
+        groups: The groups.
 
     Returns:
         New scores; a group of zeros is unchanged.
     """
     tiny = torch.finfo(torch.float32).tiny
-    together = torch.cat([scores[name] for name in blocks]) if blocks else None
-    return {
-        name: values / (together if name in blocks else values).abs().mean().clamp_min(tiny) for name, values in scores.items()
-    }
+    blocks = [scores[group.name] for group in groups if isinstance(group, RemovableBlock)]
+    normalized = {}
+    for group in groups:
+        values = scores[group.name]
+        if isinstance(group, RemovableBlock):
+            mean = torch.cat(blocks).abs().mean()
+        else:
+            mean = values.abs().sum() / max(1, int(group.unit_sizes.sum()))
+        normalized[group.name] = values / mean.clamp_min(tiny)
+    return normalized
 
 
 # --- criteria ----------------------------------------------------------------------------------------------------------
