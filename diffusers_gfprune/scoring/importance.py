@@ -14,6 +14,9 @@ unit c:
     magnitude               sum_c theta^2       Li et al., arXiv 1608.08710, with the squared L2 norm
     random                  uniform in [0, 1)
 
+With masks of 1/2 (`score_at="midpoint"`), derivatives by weights have this factor, and their sums are divided by it
+(`ScoringContext.reduce`).
+
 A criterion is a function that maps a `ScoringContext` to scores by group name, with a record (`criteria.Criterion`).
 `register_criterion` adds a criterion:
 
@@ -277,7 +280,8 @@ def _theta_hg(context: ScoringContext) -> Scores:
     for chosen in batches:
         hg = product(context, chosen)
         theta_hg = {name: value.mul_(context.parameters[name].detach()) for name, value in hg.items()}
-        part, share = context.reduce(theta_hg, context.config.aggregation), equal_batches(chosen[0], context.batches)
+        part = context.reduce(theta_hg, context.config.aggregation, derivatives=True)
+        share = equal_batches(chosen[0], context.batches)
         for name, values in part.items() if len(batches) > 1 else ():
             total[name] = total.get(name, 0) + values / share
     return total or part
@@ -286,7 +290,7 @@ def _theta_hg(context: ScoringContext) -> Scores:
 @register_criterion("taylor", title="Taylor", derivatives=1)
 def _taylor(context: ScoringContext) -> Scores:
     gradient = context.mean_gradient(context.batches)
-    return context.reduce({n: context.parameters[n].detach() * g for n, g in gradient.items()}, "abs")
+    return context.reduce({n: context.parameters[n].detach() * g for n, g in gradient.items()}, "abs", derivatives=True)
 
 
 @register_criterion("diff-pruning", title="Diff-Pruning", derivatives=1)
@@ -309,7 +313,8 @@ def _diff_pruning(context: ScoringContext) -> Scores:
     total = context.summed_gradients(
         context.loss(batch, weights) / equal_batches(batch, context.batches) for batch, weights in counted
     )
-    return context.reduce({n: context.parameters[n].detach() * g for n, g in total.items()}, "sum_abs")
+    theta_g = {n: context.parameters[n].detach() * g for n, g in total.items()}
+    return context.reduce(theta_g, "sum_abs", derivatives=True)
 
 
 @register_criterion("magnitude", **WEIGHTS_ONLY)
