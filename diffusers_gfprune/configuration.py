@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from .criteria import RANKINGS, find_criterion
 from .metrics.speed import DTYPES, SpeedSetting
@@ -171,7 +171,10 @@ class GFPruneConfig:
     soft_fraction: float = field(default=0.1, metadata={"help": "N: end of the soft phase, as a share of total_steps."})
     hard_fraction: float = field(default=0.2, metadata={"help": "M: end of the hard phase, as a share of total_steps."})
     update_interval: int | None = field(
-        default=None, metadata={"help": "Steps between rankings (>= 1; default: a tenth of the soft phase)."}
+        default=None,
+        metadata={
+            "help": "Steps between rankings (>= 1; default: a tenth of the soft phase, or without one, of the hard phase)."
+        },
     )
     sparsity_schedule: str = _choice("cubic", SCHEDULES, "Shape of s_t, which rises to the target.")
     mask_schedule: str = _choice("linear", SCHEDULES, "Shape of p_t, which falls from 1 to 0.")
@@ -223,8 +226,13 @@ class GFPruneConfig:
             if not str(self.channel_multiple).isdecimal() or int(self.channel_multiple) < 1:
                 raise ValueError(f"channel_multiple={self.channel_multiple} must be auto or a number, at least 1")
             self.channel_multiple = int(self.channel_multiple)
-        if self.latency_batch_size < 1:
-            raise ValueError(f"latency_batch_size={self.latency_batch_size} must be at least 1")
+        for name in ("latency_batch_size", "total_steps", "update_interval"):
+            value = getattr(self, name)
+            if value is None and name == "update_interval":
+                continue
+            if not (value >= 1 and value % 1 == 0):  # neither NaN nor infinite
+                raise ValueError(f"{name}={value} must be a whole number, at least 1")
+            setattr(self, name, int(value))
         if self.target == "latency":
             try:
                 self.latency_setting()
@@ -236,15 +244,11 @@ class GFPruneConfig:
         for name in ("revival_margin", "sensitivity_exponent"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number >= 0")
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps} must be at least 1")
         if not 0 <= self.soft_fraction <= self.hard_fraction <= 1:
             raise ValueError(
                 f"soft_fraction={self.soft_fraction} and hard_fraction={self.hard_fraction} must satisfy "
                 f"0 <= soft_fraction <= hard_fraction <= 1"
             )
-        if self.update_interval is not None and self.update_interval < 1:
-            raise ValueError(f"update_interval={self.update_interval} must be at least 1")
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> GFPruneConfig:
@@ -292,10 +296,15 @@ class GFPruneConfig:
         """Read the output of `to_dict`, of this version or an earlier one.
 
         Raises:
-            ValueError: A value is out of range, or a removed option does not have its only accepted value.
+            ValueError: A value is out of range, a name is not that of an option, or a removed option does not have its only
+                accepted value.
         """
         for name, left in REMOVED.items():
             if values.get(name, left) != left:
                 raise ValueError(f"{name}={values[name]} of an earlier version must be {left}, the only value supported")
         kept = {name: value for name, value in values.items() if name not in ("flow_metric", *REMOVED)}
+        known = [option.name for option in fields(cls)]
+        for name in kept:
+            if name not in known:
+                raise ValueError(f"{name}={kept[name]} must be left out: this version has no such option")
         return cls(**{**kept, "criterion": criterion_of(values)})

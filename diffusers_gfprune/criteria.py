@@ -6,6 +6,7 @@ are in `scoring.importance`; `register_criterion` adds others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,6 +65,11 @@ class Criterion:
         for name, choices in (("derivatives", (0, 1, 2)), ("ranking", RANKINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(map(str, choices))}")
+        for name in ("sensitivity_exponent", "passes", "block_passes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number >= 0")
+        if not 0 < self.activation_memory < math.inf:
+            raise ValueError(f"activation_memory={self.activation_memory} must be a number > 0")
         if self.ranking == "joint" and self.joint is None:
             raise ValueError("ranking=joint needs a function that measures joint changes: pass joint")
 

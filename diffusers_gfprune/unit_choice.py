@@ -77,6 +77,16 @@ def possible_widths(cost: CostModel, config: GFPruneConfig, device_type: str) ->
         multiple //= 2
 
 
+def _check_ratio(ratio: float) -> None:
+    """Check the share of a cost to remove.
+
+    Raises:
+        ValueError: It is not in [0, 1].
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio={ratio} must be in [0, 1]: it is the share of the target cost to remove")
+
+
 class UnitChoice:
     """Chooses units for a budget.
 
@@ -114,7 +124,11 @@ class UnitChoice:
             ratio: Share of the target cost to remove, in [0, 1].
             scores: Scores by group name, each with shape `(num_units,)`.
             curves: With `ranking="curves"`, the damage curve of each group by name.
+
+        Raises:
+            ValueError: The ratio is out of range.
         """
+        _check_ratio(ratio)
         cost, target, ladders = self.cost, self.config.target, self.ladders
         if ratio == 0:
             return cost.dense
@@ -134,7 +148,7 @@ class UnitChoice:
             return self._sensitive_widths(ratio, ordered)
         if self.config.ranking in ("group", "sensitivity"):
             return remove_per_group(cost, target, ratio, ladders, damage)
-        comparable = normalize_scores(scores, [cost.groups[block].name for block in cost.inner])
+        comparable = normalize_scores(scores, cost.groups)
         return allocate_global(cost, target, ratio, ladders, [comparable[group.name] for group in cost.groups])
 
     def _sensitive_widths(self, ratio: float, scores: Sequence[Tensor]) -> np.ndarray:
@@ -173,7 +187,11 @@ class UnitChoice:
         Returns:
             Choices that meet the budget, or are as near to it as the nearest; one with `start`. True for kept units by group
             name, each with shape `(num_units,)`.
+
+        Raises:
+            ValueError: The ratio is out of range.
         """
+        _check_ratio(ratio)
         separate = {name: SEPARATE * values.double() + (bonus or {}).get(name, 0) for name, values in scores.items()}
         damage, attention_unit = UnitDamage(changes, separate), self.config.attention_unit
         if start is not None:

@@ -16,6 +16,7 @@ INVALID = [
     ("depth", "deep"),
     ("attention_unit", "head"),
     ("latency_batch_size", 0),
+    ("latency_batch_size", 1.5),
     ("latency_dtype", "int8"),
     ("latency_backend", "tensorrt"),
     ("target_device", "tpu"),
@@ -45,11 +46,15 @@ INVALID = [
     ("sensitivity_exponent", float("inf")),
     ("sensitivity_exponent", float("nan")),
     ("total_steps", 0),
+    ("total_steps", 2.5),
+    ("total_steps", float("nan")),
+    ("total_steps", float("inf")),
     ("soft_fraction", -0.1),
     ("soft_fraction", 0.3),  # later than hard_fraction, 0.2
     ("hard_fraction", 1.2),
     ("hard_fraction", 0.05),  # earlier than soft_fraction, 0.1
     ("update_interval", 0),
+    ("update_interval", 2.5),
     ("update_interval", -5),
 ]
 
@@ -124,6 +129,13 @@ def test_the_exponent_is_that_of_the_criterion() -> None:
 def test_ends_of_ranges_are_accepted(name: str, value) -> None:
     """Ranges are closed at their lower end."""
     assert getattr(GFPruneConfig(**{name: value}), name) == value
+
+
+def test_whole_numbers_are_integers() -> None:
+    """As steps and batch sizes are used in ranges."""
+    config = GFPruneConfig(total_steps=1e4, update_interval=500.0)
+    assert (type(config.total_steps), type(config.update_interval)) == (int, int)
+    assert config.schedule().update_steps() == [0, 500, 1500]
 
 
 def test_equal_fractions_are_accepted() -> None:
@@ -234,3 +246,9 @@ def test_options_that_are_gone_are_not_forgotten() -> None:
     """Nothing that was chosen otherwise is read as if it were the same."""
     with pytest.raises(ValueError, match="score_slices=output of an earlier version must be all"):
         GFPruneConfig.from_dict({"criterion": "taylor", "score_slices": "output"})
+
+
+def test_options_that_are_unknown_are_refused() -> None:
+    """Of a later version, or misspelt."""
+    with pytest.raises(ValueError, match="^warp=9 must be left out: this version has no such option$"):
+        GFPruneConfig.from_dict({**GFPruneConfig().to_dict(), "warp": 9})

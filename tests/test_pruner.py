@@ -253,6 +253,18 @@ def test_one_shot_preset():
     assert count_macs(pruner.compact()) == update.macs
 
 
+@pytest.mark.parametrize("depth", ["none", "allow"])
+def test_a_second_pruner_of_a_model_is_refused(depth: str):
+    """As when a cell of a notebook is run twice. The first one goes on; after `detach` there may be another."""
+    unet = build("fine-units")
+    first = GradientFlowPruner(unet, one_shot(depth=depth))
+    with pytest.raises(ValueError, match=r"^the model already has channel masks: detach\(\) its GradientFlowPruner, or load"):
+        GradientFlowPruner(unet, one_shot(depth=depth))
+    first.step(0, [])
+    assert mask_values(first) == [0.0, 1.0]
+    GradientFlowPruner(first.detach(), one_shot(depth=depth))
+
+
 def test_ranking_leaves_weights_gradients_and_mode_alone():
     """Scoring happens between training steps: accumulated gradients are not its to touch."""
     unet = build("fine-units").train()
@@ -267,7 +279,7 @@ def test_ranking_leaves_weights_gradients_and_mode_alone():
         assert torch.equal(parameter.grad, torch.full_like(parameter, 0.5))
 
 
-# --- units that scores would keep  -----------------------------------------------------------------------------------
+# --- units that scores would keep --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranking", ["group", "sensitivity", "global"])
@@ -283,3 +295,13 @@ def test_units_that_scores_would_keep(ranking: str):
         assert kept["conv_in"].tolist() == sorted(kept["conv_in"].tolist())  # the last units have the highest scores
     assert mask_values(pruner) == [1.0]
     assert all(flags.all() for flags in pruner.kept.values())
+
+
+@pytest.mark.parametrize("ratio", [1.7, -0.1, float("nan")])
+@pytest.mark.parametrize("ranking", ["group", "sensitivity"])
+def test_a_ratio_out_of_range_is_refused(ranking: str, ratio: float):
+    """It would lead to the narrowest model."""
+    pruner = GradientFlowPruner(build("fine-units"), one_shot(ratio=0.5, ranking=ranking))
+    scores = {group.name: rising(group.name, group.num_units) for group in pruner.groups}
+    with pytest.raises(ValueError, match=rf"^ratio={ratio} must be in \[0, 1\]"):
+        pruner.choose_units(scores, ratio)

@@ -75,7 +75,7 @@ def test_budget_is_met_by_the_compacted_model(depth: str, ranking: str, scripted
     assert update.sparsity == pytest.approx(removed, abs=1e-9)
     assert update.params == count_parameters(small)
     torch.testing.assert_close(run(small), run(pruner.unet), rtol=1e-4, atol=1e-5)
-    assert small.config.removed_blocks or (depth, ranking) == ("allow", "global")  # whose scores are relative to their mean
+    assert small.config.removed_blocks
     if depth == "only":
         assert (small.config.layer_channels, small.config.attention_heads) == ({}, {})
     else:

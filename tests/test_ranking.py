@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.one_shot import one_shot_config, prune_unet
 from diffusers_gfprune.pruning.blocks import RemovableBlock
+from diffusers_gfprune.pruning.depth import NEAR, saved_by_blocks
 from diffusers_gfprune.scoring import group_damage, importance, removals
 from helpers.architectures import build
 from helpers.pruners import SCHEDULER, batches, config, images, mask_values, one_shot, quick_curves
@@ -219,7 +221,22 @@ def test_damage_curves_choose_blocks(depth: str) -> None:
     blocks = {group.name for group in pruner.groups if isinstance(group, RemovableBlock)}
     removed = {name for name in blocks if not pruner.kept[name].any()}
     assert all(pruner.damage_curves[name].widths == (0,) for name in blocks)
-    assert removed if depth == "only" else all(pruner.kept[name].all() for name in blocks - removed)
+    damage = {name: pruner.damage_curves[name].damages[0] for name in blocks}
+    assert all(value > 0 for value in damage.values())
+    if depth == "allow":
+        return
+    saved = saved_by_blocks(pruner.cost, "macs", pruner.cost.dense)
+    shares = {pruner.groups[index].name: share for index, share in saved.items()}
+    near = max(NEAR, abs(update.sparsity - 0.2)) - 1e-4
+    others = [
+        chosen
+        for count in range(1, len(blocks))
+        for chosen in combinations(sorted(blocks), count)
+        if abs(sum(shares[name] for name in chosen) - 0.2) <= near
+    ]
+    assert removed and len(others) > 5
+    least = sum(damage[name] for name in removed)
+    assert all(sum(damage[name] for name in chosen) >= least * (1 - 1e-9) for chosen in others)
 
 
 @quick

@@ -7,15 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from diffusers_gfprune import GFPruneConfig, unit_choice
 from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE, width_ladder
 from diffusers_gfprune.pruning.cost_model import CostModel
 from diffusers_gfprune.pruning.depth import remove_by_sensitivity
-from diffusers_gfprune.pruning.joint import UnitDamage, choose_jointly
+from diffusers_gfprune.pruning.joint import UnitDamage, joint_candidates
 from diffusers_gfprune.unit_choice import UnitChoice
-from helpers.architectures import build
+from helpers.architectures import CIFAR10, build
 
 
 def timed(name: str, time_of: Callable[[CostModel, np.ndarray], float], depth: str = "none") -> CostModel:
@@ -46,7 +47,7 @@ def test_steps_that_save_nothing_alone_do_not_end_the_search(ratio: float) -> No
     """Kernels take as long for 17 channels as for 32: a group loses several units at once, or none."""
     cost = timed("fine-units", in_blocks_of_16)
     damage = UnitDamage(random_scores(cost, rows=16), {name: 0.01 * s for name, s in random_scores(cost).items()})
-    kept = choose_jointly(cost, "latency", ratio, [width_ladder(group, 1, 0.1) for group in cost.groups], damage)
+    kept = joint_candidates(cost, "latency", ratio, [width_ladder(group, 1, 0.1) for group in cost.groups], damage)[0]
     assert cost.removed("latency", widths_of(cost, kept)) == pytest.approx(ratio, abs=2 * BUDGET_TOLERANCE)
 
 
@@ -61,6 +62,29 @@ def test_a_choice_that_removes_too_little_is_not_a_candidate(monkeypatch: pytest
     monkeypatch.setattr(unit_choice, "joint_candidates", lambda *arguments: [dense])
     (only,) = choice.joint_units(0.3, scores, random_scores(cost, rows=4))
     assert all(torch.equal(only[name], found[1][name]) for name in only)
+
+
+def test_large_units_are_removed_as_often_as_small_ones() -> None:
+    """By random scores of units, whatever their scale in each group."""
+    with torch.device("meta"):
+        unet = UNet2DModel(**CIFAR10)
+    cost = CostModel(unet, trace_groups(unet))
+    options = {"criterion": "random", "ranking": "global", "ratio": 0.3, "total_steps": 1, "channel_multiple": 1}
+    choice = UnitChoice(cost, GFPruneConfig.from_preset("one-shot", **options), "cpu")
+    removed: dict[int, list[float]] = {}
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {
+            group.name: torch.rand(group.num_units, generator=generator) * 10.0 ** (index % 3)
+            for index, group in enumerate(cost.groups)
+        }
+        for group, width in zip(cost.groups, choice.widths(0.3, scores)):
+            if group.num_units:
+                size = round(group.unit_sizes.float().mean().item())
+                removed.setdefault(size, []).append(1 - (width - len(group.fixed)) / group.unit_sizes.sum().item())
+    shares = {size: np.mean(values) for size, values in removed.items()}
+    assert min(shares) == 1 and max(shares) > 8
+    assert max(shares.values()) < 1.5 * min(shares.values()), shares
 
 
 def test_times_that_fall_with_the_width_are_no_savings() -> None:

@@ -4,7 +4,8 @@ There are three ways to remove the share `ratio` of the dense cost:
 
 - group: every group keeps the same share of its channels, found by bisection;
 - sensitivity: a group loses more if this saves more cost and if its scores are lower;
-- global: the lowest-scored units of all groups are removed first.
+- global: the channels with the lowest scores of all groups are removed first, unit by unit. Scores of units are divided by
+  their number of channels, and by the mean over the channels of the group (`scoring.importance.normalize_scores`).
 
 All end with single steps of single groups towards the target, so that it is met to within one unit of one group. Widths come
 from the ladders of `budget`. The first two keep the blocks that the ladders leave (`with_blocks`), which `depth` chooses; the
@@ -16,7 +17,8 @@ plain sum of scores, the case beta -> infinity, ignores this. The damage for sum
 
     x_g  =  lambda (W_g / S_g)^beta
 
-with lambda found by bisection; beta = 0 is the same share for all. The exponent should be smaller for criteria whose sums
+with lambda found by bisection; beta = 0 is the same share for all. A group without scores goes to its narrowest width before
+the others lose anything to speak of; their shares stay in proportion. The exponent should be smaller for criteria whose sums
 spread further: 0.3 suits sums in the metric of predictions. Sums in the metric of weights spread over about half as many
 decades (measurements, also of other exponents: benchmarks/README.md).
 """
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _SMALLEST = 1e-12  # of the largest sensitivity, and of the largest share
+_LARGEST = 1e6  # share, relative to the median of groups with a score
 
 
 def _nearest(ladder: Sequence[int], width: float) -> int:
@@ -175,9 +178,14 @@ def sensitive_proportions(
     widest = np.array([ladder[0] for ladder in ladders])
     saved = np.maximum(cost.marginal(target, widest), 0.0) * widest  # measured times can fall with the width
     # A group of zeros reaches its floor first, but shares stay finite.
-    gain = saved / np.maximum(sensitivity, _SMALLEST * sensitivity.max() if sensitivity.any() else 1.0)
+    least = _SMALLEST * sensitivity.max() if sensitivity.any() else 1.0
+    gain = saved / np.maximum(sensitivity, least)
     gain[list(cost.inner)] = 0.0
-    proportions = np.maximum((gain / (gain.max() or 1.0)) ** exponent, _SMALLEST)
+    most = gain.max() or 1.0
+    scored = gain[(sensitivity > least) & (gain > 0)]
+    if exponent > 0 and len(scored):  # the shares of others are in proportion, however large that of a group of zeros
+        most = min(most, np.median(scored) * 10 ** min(math.log10(_LARGEST) / exponent, 300.0))
+    proportions = np.maximum(np.minimum(gain / most, 1.0) ** exponent, _SMALLEST)
     proportions[list(cost.inner)] = 1.0
     return proportions
 

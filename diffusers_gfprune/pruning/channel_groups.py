@@ -194,8 +194,8 @@ def trace_channel_groups(unet: nn.Module) -> list[ChannelGroup]:
         The groups, in the order of the model's modules.
 
     Raises:
-        ValueError: The configuration has a block that cannot be pruned, the model is of an unknown family or already pruned,
-            or its parameters do not match its configuration.
+        ValueError: The configuration has a block that cannot be pruned, the model is of an unknown family, already masked or
+            already pruned, or its parameters do not match its configuration.
     """
     family, twin = family_of(unet), meta_twin(unet)
     modules, attentions = dict(twin.named_modules()), family.attentions(twin)

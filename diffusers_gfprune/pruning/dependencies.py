@@ -24,9 +24,10 @@ from ..families.base import Family
 from ..families.lookup import family_of
 from .tracing import FIXED, trace_labels
 
-__all__ = ["Components", "join", "meta_twin", "trace_components"]
+__all__ = ["MASKS_MODULE", "Components", "check_unmasked", "join", "meta_twin", "trace_components"]
 
 LAYERS = (nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm)  # with prunable channels
+MASKS_MODULE = "channel_masks"  # of a masked model (`masking`)
 
 
 # --- a copy on the meta device -----------------------------------------------------------------------------------------
@@ -48,13 +49,24 @@ def _check_settings(name: str, settings: dict, expected: dict) -> None:
             raise ValueError(f"the model does not match its config: {name}.{key}={settings.get(key)!r} must be {value!r}")
 
 
+def check_unmasked(unet: nn.Module) -> None:
+    """Check that a model has no masks.
+
+    Raises:
+        ValueError: It has masks, of a `GradientFlowPruner` that was made before.
+    """
+    if hasattr(unet, MASKS_MODULE):
+        raise ValueError("the model already has channel masks: detach() its GradientFlowPruner, or load the model again")
+
+
 def meta_twin(unet: nn.Module) -> nn.Module:
     """A model with the same configuration on the meta device.
 
     Raises:
-        ValueError: The model is of an unknown family, is already pruned, has a block that cannot be pruned, or does not match
-            its configuration.
+        ValueError: The model is of an unknown family, is already masked or pruned, has a block that cannot be pruned, or does
+            not match its configuration.
     """
+    check_unmasked(unet)
     family = family_of(unet)
     if family.is_pruned(unet):
         raise ValueError(

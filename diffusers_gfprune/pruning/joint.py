@@ -48,7 +48,7 @@ from .channel_groups import ChannelGroup
 from .cost_model import CostModel
 from .joint_search import LEAST_GAIN, SHORTLIST, Search, Step, UnitDamage
 
-__all__ = ["SEPARATE", "UnitDamage", "choose_jointly", "exchange_units", "joint_candidates", "predicted_damage"]
+__all__ = ["SEPARATE", "UnitDamage", "exchange_units", "joint_candidates"]
 
 SEPARATE = 1.0  # weight of the second term of D, for what fills `UnitDamage.separate`
 ROUNDS = 5  # of local search
@@ -98,22 +98,6 @@ class _StepCosts:
             return
         for index in self._neighbours[group]:
             self._saved[index].clear()
-
-
-def choose_jointly(
-    cost: CostModel,
-    target: str,
-    ratio: float,
-    ladders: Sequence[Sequence[int]],
-    damage: UnitDamage,
-    attention_unit: str = "head_dim",
-) -> dict[str, Tensor]:
-    """Choose the units to keep, with the least predicted damage for a budget: the first of `joint_candidates`.
-
-    Returns:
-        True for kept units by group name, each with shape `(num_units,)`.
-    """
-    return joint_candidates(cost, target, ratio, ladders, damage, attention_unit)[0]
 
 
 def joint_candidates(
@@ -245,22 +229,6 @@ def _widenings(search: Search, costs: _StepCosts, rungs: Sequence[np.ndarray]) -
         if step is not None:
             adds = max(-costs.saved(search.widths, step), LEAST_GAIN)
             yield -search.damage_after(step.change, step.separate) / adds, step
-
-
-def predicted_damage(
-    groups: Sequence[ChannelGroup], kept: Mapping[str, Tensor], damage: UnitDamage, attention_unit: str = "head_dim"
-) -> float:
-    """D of the units that are not kept, >= 0.
-
-    Args:
-        groups: The channel groups.
-        kept: True for kept units by group name, each with shape `(num_units,)`.
-        damage: Measured changes of all units.
-        attention_unit: As in `width_ladder`.
-    """
-    search = Search(groups, damage, attention_unit)
-    search.start_from(kept)
-    return search.damage()
 
 
 def exchange_units(

@@ -33,10 +33,9 @@ from torch.nn.utils import parametrize
 from ..precision import usual_modes
 from .blocks import RemovableBlock
 from .channel_groups import ChannelGroup, slices_by_dimension
+from .dependencies import MASKS_MODULE, check_unmasked
 
-__all__ = ["ChannelMasks", "attach", "check_mask", "dense_name", "dense_parameters", "detach"]
-
-MASKS_MODULE = "channel_masks"
+__all__ = ["MASKS_MODULE", "ChannelMasks", "attach", "check_mask", "dense_name", "dense_parameters", "detach"]
 
 
 def check_mask(group: ChannelGroup, mask: Tensor) -> None:
@@ -258,8 +257,7 @@ def attach(unet: nn.Module, groups: Sequence[ChannelGroup]) -> ChannelMasks:
     Raises:
         ValueError: The model already has masks.
     """
-    if hasattr(unet, MASKS_MODULE):
-        raise ValueError("the model already has channel masks: detach them first")
+    check_unmasked(unet)
     masks = ChannelMasks(groups)
     modules = dict(unet.named_modules())
     for (module_name, parameter_name, dim), pieces in slices_by_dimension(groups).items():

@@ -21,7 +21,7 @@ from ..diffusion.schedulers import training_process
 from ..distributed import mean_over_ranks, world_size
 from ..families.lookup import family_of
 from ..pruning.channel_groups import ChannelGroup
-from ..pruning.masking import dense_parameters
+from ..pruning.masking import MASKS_MODULE, dense_parameters
 
 __all__ = ["JointScores", "Scores", "ScoringContext", "check_batch", "check_criterion", "equal_batches"]
 
@@ -173,16 +173,21 @@ class ScoringContext:
         """Gradient of the mean loss over the images of batches, on all ranks."""
         return self.summed_gradients(self.loss(batch) / equal_batches(batch, batches) for batch in batches)
 
-    def reduce(self, contributions: Mapping[str, Tensor], aggregation: str) -> Scores:
+    def reduce(self, contributions: Mapping[str, Tensor], aggregation: str, derivatives: bool = False) -> Scores:
         """Sum per-weight contributions over the slices of each unit.
 
         Args:
             contributions: For each name in `parameters`, a tensor with the parameter's shape.
             aggregation: `"signed"` (sum), `"abs"` (absolute value of the sum) or `"sum_abs"` (sum of absolute values).
+            derivatives: Whether contributions are derivatives by weights, times any values. With `score_at="midpoint"` they
+                have the factor m of their unit's mask: weights that produce it are multiplied by m, and those that read it
+                read a multiple of m. Sums are then divided by m, so that halved and kept units are compared alike.
 
         Returns:
             Scores by group name, float32 with shape `(num_units,)`.
         """
+        masks = getattr(self.unet, MASKS_MODULE, None)
+        by_mask = derivatives and self.config.score_at == "midpoint" and masks is not None and not masks.all_ones
         along: dict[tuple[str, int], Tensor] = {}
         scores = {}
         for group in self.groups:
@@ -197,5 +202,8 @@ class ScoringContext:
                 part = part.sum(dim=0, keepdim=True) if piece.role == "branch" else part
                 total = part.clone() if total is None else total.add_(part)
             total = group.unit_sums(total)
+            if by_mask:
+                mask = masks[group.name].to(total)
+                total = total / torch.where(mask == 0, 1, mask)
             scores[group.name] = total.abs() if aggregation == "abs" else total
         return scores

@@ -16,6 +16,10 @@ so that one sum of products serves all widths of all groups that a layer reads. 
 images of the ranking with further noise. Of convolutions with more than `MAX_FEATURES` features, only the weights at the
 centre of the kernel are mended, for what the centre of the kernel read. Damage of groups that are narrowed together is not
 measured: `pruning.curve_allocation` adds up that of single groups.
+
+The slightly narrower model of `sample_damage`, by which steps are weighed, has all its blocks, and every group of channels at
+its first measured width. If only blocks may go, the branches of all blocks are multiplied by 3/4 instead. On the digits
+teacher, the damage of its 11 blocks is then in nearly the order of what sampling without them changes (rank correlation 0.99).
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from ..distributed import mean_over_ranks, world_size
 from ..pruning.blocks import RemovableBlock
 from ..pruning.budget import select_units
 from ..pruning.channel_groups import ChannelGroup
-from ..pruning.damage_curves import DamageCurve, measured_widths
+from ..pruning.damage_curves import SHARES, DamageCurve, measured_widths
 from ..pruning.least_squares import MAX_FEATURES, drawn_rows, features
 from ..pruning.masking import dense_parameters
 from .context import ScoringContext
@@ -91,10 +95,12 @@ def damage_curves(
         masks = context.unet.channel_masks
         ones = {group.name: torch.ones(group.num_units) for group in groups}
         blocks = {group.name for group in groups if isinstance(group, RemovableBlock)}  # they cannot be a little narrower
-        narrower = ones | {name: (~w[0][1]).float() for name, w in points.items() if w and name not in blocks}
+        narrower = {name: (~w[0][1]).float() for name, w in points.items() if w and name not in blocks}
+        if not narrower:  # only blocks may go; a part of all of them does not depend on scores
+            narrower = {name: torch.full((1,), 1 - SHARES[0]) for name in blocks}
         start = _at_most(context.batches, max(1, SAMPLES // world_size()))
         in_samples = SampleDamage(
-            context, start, ones, narrower, max(1, MEASURED_SAMPLES // world_size()), max(map(len, context.batches))
+            context, start, ones, ones | narrower, max(1, MEASURED_SAMPLES // world_size()), max(map(len, context.batches))
         )
         fitted = world_size() * sum(len(batch) for batch in context.batches) + FIT_SAMPLES
         fit = repeated_batches(context.batches, context.process, fitted, seed)[len(context.batches) :]

@@ -14,6 +14,9 @@ unit c:
     magnitude               sum_c theta^2       Li et al., arXiv 1608.08710, with the squared L2 norm
     random                  uniform in [0, 1)
 
+With masks of 1/2 (`score_at="midpoint"`), derivatives by weights have this factor, and their sums are divided by it
+(`ScoringContext.reduce`).
+
 A criterion is a function that maps a `ScoringContext` to scores by group name, with a record (`criteria.Criterion`).
 `register_criterion` adds a criterion:
 
@@ -26,7 +29,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +40,7 @@ from ..criteria import Criterion, find_criterion, register_criterion
 from ..diffusion.batch import DiffusionBatch
 from ..distributed import check_identical, gather_rows
 from ..precision import check_float64
+from ..pruning.blocks import RemovableBlock
 from ..pruning.channel_groups import ChannelGroup
 from .context import JointScores, Scores, ScoringContext, equal_batches
 from .hessian_product import HESSIAN_PRODUCTS
@@ -216,21 +220,30 @@ def _stacked(older: Tensor, newer: Tensor) -> Tensor:
     return total
 
 
-def normalize_scores(scores: Scores, blocks: Collection[str] = ()) -> Scores:
-    """Make scores of different groups comparable: divide the scores of each group by their mean absolute value.
+def normalize_scores(scores: Scores, groups: Sequence[ChannelGroup]) -> Scores:
+    """Make scores of different groups comparable: divide those of each group by the mean absolute score of a channel.
+
+    A mean over units would make the scores of channels small where units are large. Removable blocks have one score each, and
+    are divided by the mean over all of them: on average, a block counts as much as a channel.
 
     Args:
-        scores: Scores by group name.
-        blocks: Names of removable blocks, which have one score each and are divided by the mean over all of them.
+        scores: Scores by group name, each with shape `(num_units,)`.
+        groups: The groups.
 
     Returns:
         New scores; a group of zeros is unchanged.
     """
     tiny = torch.finfo(torch.float32).tiny
-    together = torch.cat([scores[name] for name in blocks]) if blocks else None
-    return {
-        name: values / (together if name in blocks else values).abs().mean().clamp_min(tiny) for name, values in scores.items()
-    }
+    blocks = [scores[group.name] for group in groups if isinstance(group, RemovableBlock)]
+    normalized = {}
+    for group in groups:
+        values = scores[group.name]
+        if isinstance(group, RemovableBlock):
+            mean = torch.cat(blocks).abs().mean()
+        else:
+            mean = values.abs().sum() / max(1, int(group.unit_sizes.sum()))
+        normalized[group.name] = values / mean.clamp_min(tiny)
+    return normalized
 
 
 # --- criteria ----------------------------------------------------------------------------------------------------------
@@ -269,7 +282,8 @@ def _theta_hg(context: ScoringContext) -> Scores:
     for chosen in batches:
         hg = product(context, chosen)
         theta_hg = {name: value.mul_(context.parameters[name].detach()) for name, value in hg.items()}
-        part, share = context.reduce(theta_hg, context.config.aggregation), equal_batches(chosen[0], context.batches)
+        part = context.reduce(theta_hg, context.config.aggregation, derivatives=True)
+        share = equal_batches(chosen[0], context.batches)
         for name, values in part.items() if len(batches) > 1 else ():
             total[name] = total.get(name, 0) + values / share
     return total or part
@@ -278,7 +292,7 @@ def _theta_hg(context: ScoringContext) -> Scores:
 @register_criterion("taylor", title="Taylor", derivatives=1)
 def _taylor(context: ScoringContext) -> Scores:
     gradient = context.mean_gradient(context.batches)
-    return context.reduce({n: context.parameters[n].detach() * g for n, g in gradient.items()}, "abs")
+    return context.reduce({n: context.parameters[n].detach() * g for n, g in gradient.items()}, "abs", derivatives=True)
 
 
 @register_criterion("diff-pruning", title="Diff-Pruning", derivatives=1)
@@ -301,7 +315,8 @@ def _diff_pruning(context: ScoringContext) -> Scores:
     total = context.summed_gradients(
         context.loss(batch, weights) / equal_batches(batch, context.batches) for batch, weights in counted
     )
-    return context.reduce({n: context.parameters[n].detach() * g for n, g in total.items()}, "sum_abs")
+    theta_g = {n: context.parameters[n].detach() * g for n, g in total.items()}
+    return context.reduce(theta_g, "sum_abs", derivatives=True)
 
 
 @register_criterion("magnitude", **WEIGHTS_ONLY)

@@ -13,7 +13,13 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from diffusers_gfprune.pruning.allocation import _polish, allocate_by_sensitivity, allocate_global, allocate_per_group
+from diffusers_gfprune.pruning.allocation import (
+    _polish,
+    allocate_by_sensitivity,
+    allocate_global,
+    allocate_per_group,
+    sensitive_proportions,
+)
 from diffusers_gfprune.pruning.budget import (
     BUDGET_TOLERANCE,
     aligned_ladder,
@@ -350,6 +356,25 @@ def test_sensitivity_is_a_sum_of_absolute_values_on_any_scale() -> None:
     kept = allocate_by_sensitivity(cost, "macs", 0.2, ladders, scores, 0.5)
     assert kept[3] == ladders[3][-1]
     assert cost.removed("macs", kept) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("exponent", [0.3, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("smallest", [0.0, 1e-10])
+def test_a_group_of_zeros_leaves_the_shares_of_others_in_proportion(exponent: float, smallest: float) -> None:
+    """Its own share is far above theirs, but they do not become alike, nor by a group in which nothing can be removed."""
+    cost = cost_of("base")
+    ladders, scores = ladders_of(cost), random_scores(cost)
+    scores = [score * (1 + index % 3) for index, score in enumerate(scores)]
+    before = sensitive_proportions(cost, "macs", ladders, scores, exponent)
+    scores[3] = smallest * scores[3]
+    after = sensitive_proportions(cost, "macs", ladders, scores, exponent)
+    others = np.array([group.num_units > 0 for group in cost.groups])
+    others[3] = False
+    assert before[others].max() > 1.5 * before[others].min()
+    assert after[others] / after[others].max() == pytest.approx(before[others] / before[others].max(), rel=1e-9)
+    assert after[3] / after[others].max() > 10
+    kept = allocate_by_sensitivity(cost, "macs", 0.3, ladders, scores, exponent)
+    assert kept[3] == ladders[3][-1] and cost.removed("macs", kept) == pytest.approx(0.3, abs=BUDGET_TOLERANCE)
 
 
 def test_global_ranking_takes_the_group_with_lower_scores_first() -> None:

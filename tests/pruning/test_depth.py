@@ -23,9 +23,10 @@ from diffusers_gfprune.pruning.depth import (
     remove_per_group,
     saved_by_blocks,
 )
-from diffusers_gfprune.pruning.joint import UnitDamage, choose_jointly, predicted_damage
+from diffusers_gfprune.pruning.joint import UnitDamage, joint_candidates
 from helpers.architectures import build
 from helpers.blocks import HIDDEN, BlockCosts
+from helpers.joint import predicted_damage
 
 MACS = "macs"
 
@@ -218,8 +219,8 @@ def test_joint_depth_is_never_worse_than_joint_widths(level: float, ratio: float
     ladders = cost.ladders()
     for seed in range(3):
         damage = random_damage(cost, level, seed)
-        found = choose_jointly(cost, MACS, ratio, ladders, damage)
-        alone = choose_jointly(cost, MACS, ratio, [ladder if len(ladder) > 2 else [1] for ladder in ladders], damage)
+        found = joint_candidates(cost, MACS, ratio, ladders, damage)[0]
+        alone = joint_candidates(cost, MACS, ratio, [ladder if len(ladder) > 2 else [1] for ladder in ladders], damage)[0]
         assert cost.removed(MACS, widths_of(cost, found)) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
         assert predicted_damage(cost.groups, found, damage) <= predicted_damage(cost.groups, alone, damage) * (1 + 1e-9)
         gone = sum(not found[cost.groups[block].name].item() for block in cost.inner)
@@ -234,7 +235,7 @@ def test_joint_choice_of_blocks_only() -> None:
     changes = dict(damage.changes)
     changes["block 3"] = -changes["block 1"]
     damage = UnitDamage(changes, dict.fromkeys(changes, torch.zeros(1)) | {f"inside {k}": torch.zeros(10) for k in range(4)})
-    kept = choose_jointly(cost, MACS, 0.4, cost.ladders(channels=False), damage)
+    kept = joint_candidates(cost, MACS, 0.4, cost.ladders(channels=False), damage)[0]
     assert [k for k in range(4) if not kept[f"block {k}"]] == [1, 3]
     assert all(kept[f"inside {k}"].all() for k in range(4))
 
@@ -248,5 +249,5 @@ def test_joint_choice_of_blocks_for_a_budget_between_two_numbers_of_them(seed: i
     single = [
         predicted_damage(cost.groups, everything | {f"block {k}": torch.zeros(1, dtype=torch.bool)}, damage) for k in range(5)
     ]
-    kept = choose_jointly(cost, MACS, 0.2, cost.ladders(channels=False), damage)
+    kept = joint_candidates(cost, MACS, 0.2, cost.ladders(channels=False), damage)[0]
     assert [k for k in range(5) if not kept[f"block {k}"]] == [int(np.argmin(single))]

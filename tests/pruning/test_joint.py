@@ -13,8 +13,9 @@ from diffusers_gfprune.pruning import joint, joint_search
 from diffusers_gfprune.pruning.budget import BUDGET_TOLERANCE, select_units, width_ladder
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, trace_channel_groups
 from diffusers_gfprune.pruning.cost_model import CostModel
-from diffusers_gfprune.pruning.joint import UnitDamage, choose_jointly, exchange_units, predicted_damage
+from diffusers_gfprune.pruning.joint import UnitDamage, exchange_units, joint_candidates
 from helpers.architectures import build
+from helpers.joint import predicted_damage
 
 
 def cost_of(name: str) -> CostModel:
@@ -47,7 +48,7 @@ def test_the_budget_is_met_with_widths_of_the_ladders(name: str, target: str, at
     cost = cost_of(name)
     ladders = [width_ladder(group, 1, 0.1, attention_unit) for group in cost.groups]
     for ratio in (0.1, 0.5, 0.7):
-        kept = choose_jointly(cost, target, ratio, ladders, random_damage(cost), attention_unit)
+        kept = joint_candidates(cost, target, ratio, ladders, random_damage(cost), attention_unit)[0]
         widths = widths_of(cost.groups, kept)
         assert cost.removed(target, widths) == pytest.approx(ratio, abs=BUDGET_TOLERANCE)
         assert all(width in ladder for width, ladder in zip(widths, ladders))
@@ -60,7 +61,7 @@ def test_the_budget_is_met_with_widths_of_the_ladders(name: str, target: str, at
 
 def test_nothing_is_removed_at_ratio_zero() -> None:
     cost = cost_of("fine-units")
-    kept = choose_jointly(cost, "macs", 0.0, [width_ladder(group) for group in cost.groups], random_damage(cost))
+    kept = joint_candidates(cost, "macs", 0.0, [width_ladder(group) for group in cost.groups], random_damage(cost))[0]
     assert all(units.all() for units in kept.values())
 
 
@@ -74,7 +75,7 @@ def test_units_that_cancel_are_removed_together() -> None:
     changes[first][:, 3], changes[second][:, 5] = large, -large
     nothing = {name: torch.zeros(values.shape[1]) for name, values in changes.items()}
     damage, ladders = UnitDamage(changes, nothing), [width_ladder(group, 1, 0.1) for group in cost.groups]
-    kept = choose_jointly(cost, "channels", 0.5, ladders, damage)
+    kept = joint_candidates(cost, "channels", 0.5, ladders, damage)[0]
     assert kept[first][3] == kept[second][5]
     alone = {name: values.square().sum(dim=0) for name, values in changes.items()}
     choice = {
@@ -106,7 +107,7 @@ def test_small_cases_come_near_the_best_of_all_choices(seed: int) -> None:
     groups = tiny_groups()
     cost, ladders = ChannelCount(groups), [width_ladder(group, 1, 0.1) for group in groups]
     damage = random_damage(cost, rows=64, seed=seed)
-    kept = choose_jointly(cost, "channels", 9 / 21, ladders, damage)
+    kept = joint_candidates(cost, "channels", 9 / 21, ladders, damage)[0]
     assert widths_of(groups, kept).sum() == 12
     sizes = torch.cat([group.unit_sizes for group in groups]).numpy()
     sets = np.array(list(product([False, True], repeat=15)))
@@ -141,14 +142,14 @@ def test_exchanges_keep_widths_and_lower_the_damage() -> None:
 def test_the_second_search_improves_on_the_greedy_one(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = cost_of("fine-units")
     damage, ladders = random_damage(cost), [width_ladder(group, 1, 0.1) for group in cost.groups]
-    found = predicted_damage(cost.groups, choose_jointly(cost, "macs", 0.5, ladders, damage), damage)
+    found = predicted_damage(cost.groups, joint_candidates(cost, "macs", 0.5, ladders, damage)[0], damage)
     monkeypatch.setattr(joint, "ROUNDS", 0)
-    greedy = predicted_damage(cost.groups, choose_jointly(cost, "macs", 0.5, ladders, damage), damage)
+    greedy = predicted_damage(cost.groups, joint_candidates(cost, "macs", 0.5, ladders, damage)[0], damage)
     assert found < 0.98 * greedy
 
 
 def test_the_same_damage_gives_the_same_choice() -> None:
     cost = cost_of("fine-units")
     ladders = [width_ladder(group, 1, 0.1) for group in cost.groups]
-    first, second = (choose_jointly(cost, "macs", 0.5, ladders, random_damage(cost)) for _ in range(2))
+    first, second = (joint_candidates(cost, "macs", 0.5, ladders, random_damage(cost))[0] for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -107,7 +107,7 @@ def test_attach_twice_is_refused():
     """Two masks on one weight would multiply."""
     unet, masks = masked()
     before = masks.as_dict()
-    with pytest.raises(ValueError, match="already"):
+    with pytest.raises(ValueError, match="already has channel masks"):
         attach(unet, traced())
     assert unet.channel_masks is masks
     assert all(torch.equal(mask, before[name]) for name, mask in masks.as_dict().items())

@@ -124,8 +124,10 @@ def test_a_copy_of_a_kept_unit_is_free_to_remove(monkeypatch: pytest.MonkeyPatch
     assert all(curve.widths == () for other, curve in found.items() if other != name)
 
 
-def test_steps_are_weighed_by_a_model_with_all_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slightly narrower one. A block can only go whole, and without all of them nothing is left of the samples."""
+@pytest.mark.parametrize("depth", ["allow", "only"])
+def test_steps_are_weighed_by_a_model_with_all_its_blocks(depth: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slightly narrower one. A block can only go whole, and without all of them nothing is left of the samples. Where no
+    channels go, a part of each block does."""
 
     class Seen(Exception):
         pass
@@ -133,7 +135,7 @@ def test_steps_are_weighed_by_a_model_with_all_its_blocks(monkeypatch: pytest.Mo
     def see(context, start, ones, narrower, *others):
         raise Seen(narrower)
 
-    config = GFPruneConfig(criterion="magnitude", total_steps=1, depth="allow", channel_multiple=1)
+    config = GFPruneConfig(criterion="magnitude", total_steps=1, depth=depth, channel_multiple=1)
     pruner = GradientFlowPruner(build("fine-units"), config, SCHEDULER)
     scores = {group.name: torch.arange(group.num_units).float() for group in pruner.groups}
     monkeypatch.setattr(group_damage, "SampleDamage", see)
@@ -142,8 +144,8 @@ def test_steps_are_weighed_by_a_model_with_all_its_blocks(monkeypatch: pytest.Mo
         damage_curves(pruner.unet, pruner.groups, calibration, SCHEDULER, config, scores, pruner.ladders)
     (narrower,) = seen.value.args
     blocks = [group.name for group in pruner.groups if isinstance(group, RemovableBlock)]
-    assert blocks and all(narrower[name].all() for name in blocks)
-    assert not all(mask.all() for mask in narrower.values())
+    assert blocks and {narrower[name].item() for name in blocks} == {1.0 if depth == "allow" else 0.75}
+    assert all(mask.all() for name, mask in narrower.items() if name not in blocks) == (depth == "only")
 
 
 @pytest.mark.slow

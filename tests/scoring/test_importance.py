@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -286,6 +287,21 @@ def test_score_at_matters_only_where_masks_are_not_ones(trained: Setting, criter
         assert all(torch.equal(ones[name], unmasked[name]) for name in ones)
 
 
+@pytest.mark.parametrize("criterion", ["gradient-flow", "exact", "taylor", "diff-pruning"])
+def test_halved_units_are_scored_like_others(trained: Setting, criterion: str) -> None:
+    """At the midpoint of a random choice, scores of the units that it removes change as much as those that it keeps."""
+    halved = copy.deepcopy(trained)
+    masking.attach(halved.unet, trained.groups)
+    generator = torch.Generator().manual_seed(1)
+    removed = {group.name: torch.rand(group.num_units, generator=generator) < 0.25 for group in trained.groups}
+    halved.unet.channel_masks.set({name: torch.where(units, 0.5, 1.0) for name, units in removed.items()}, check=False)
+    options = {"criterion": criterion, **CRITERIA.get(criterion, {})}
+    dense, found = (halved.scores(**options, score_at=score_at) for score_at in ("dense", "midpoint"))
+    change = torch.cat([found[name] / dense[name] for name in removed])
+    units = torch.cat(list(removed.values()))
+    assert change[units].median().item() == pytest.approx(change[~units].median().item(), rel=0.3)
+
+
 def test_diff_pruning_with_threshold_zero_is_the_plain_sum(trained: Setting) -> None:
     """Without a threshold every timestep counts: sum_c |theta g| with g of the mean loss, up to the number of batches."""
     one = Setting(trained.unet, trained.groups, trained.batches[:1], trained.scheduler)
@@ -393,6 +409,12 @@ def test_records_of_builtin_criteria() -> None:
     [
         ({"derivatives": 3}, "derivatives=3 must be one of 0, 1, 2"),
         ({"ranking": "layer"}, "ranking=layer must be one of joint, group, sensitivity, curves, global"),
+        ({"sensitivity_exponent": -1}, "^sensitivity_exponent=-1 must be a number >= 0"),
+        ({"passes": -1}, "^passes=-1 must be a number >= 0"),
+        ({"passes": math.nan}, "^passes=nan must be a number >= 0"),
+        ({"block_passes": -0.5}, "^block_passes=-0.5 must be a number >= 0"),
+        ({"activation_memory": 0}, "^activation_memory=0 must be a number > 0"),
+        ({"activation_memory": math.inf}, "^activation_memory=inf must be a number > 0"),
     ],
 )
 def test_records_out_of_range_are_refused(properties: dict, message: str) -> None:

@@ -14,6 +14,7 @@ from diffusers_gfprune.configuration import GFPruneConfig
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.diffusion.ddpm import DDPMProcess
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup, GroupSlice
+from diffusers_gfprune.pruning.masking import attach
 from diffusers_gfprune.scoring.importance import score_units
 from helpers.toy import Toy
 
@@ -49,7 +50,12 @@ class Noiseless(DDPMProcess):
 
 
 def two_channel_scores(
-    model: TwoChannels, images: Sequence[float] = (1.0,), timesteps: Sequence[int] = (0,), units=((0,), (1,)), **options
+    model: TwoChannels,
+    images: Sequence[float] = (1.0,),
+    timesteps: Sequence[int] = (0,),
+    units=((0,), (1,)),
+    masks: Sequence[float] | None = None,
+    **options,
 ) -> list[float]:
     """Scores of the two channels, or of the units that they make up, for images of one pixel, no noise (so that the target is
     0), all in one batch."""
@@ -57,6 +63,8 @@ def two_channel_scores(
     if model.first.bias is not None:
         slices.append(GroupSlice("first", "bias", 0, (0, 1), "output"))
     group = ChannelGroup("first", 2, tuple(slices), units)
+    if masks is not None:
+        attach(model, [group]).set({"first": torch.tensor(masks)})
     clean = torch.tensor(images).view(-1, 1, 1, 1)
     batch = DiffusionBatch(clean, torch.zeros_like(clean), torch.tensor(timesteps))
     return score_units(model, [group], [batch], Noiseless(DDPMScheduler()), GFPruneConfig(**options))["first"].tolist()
@@ -71,6 +79,23 @@ def test_taylor_by_hand() -> None:
     """|sum_c theta g| over a and b."""
     expected = [1 * 6 + 3 * 2, abs(2 * -2 + -1 * 4)]
     assert two_channel_scores(hand_model(), criterion="taylor") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # s = a.(m b) = -1/2, L = s^2 and dL/dm = 2 s a b = (-3, 2), once by what produces a channel, once by what reads it
+        ({"criterion": "taylor"}, [6, 4]),
+        ({"criterion": "diff-pruning"}, [6, 4]),
+        ({"criterion": "taylor", "score_at": "masked"}, [3, 4]),  # as they are
+        ({"criterion": "taylor", "score_at": "dense"}, [12, 8]),
+        ({"criterion": "magnitude"}, [1 + 9, 4 + 1]),
+    ],
+)
+def test_scores_at_the_midpoint_by_hand(options: dict, expected: list[float]) -> None:
+    """Derivatives by weights have the factor 1/2 of a mask, which says nothing of the unit."""
+    found = two_channel_scores(hand_model(), masks=(0.5, 1.0), **{"score_at": "midpoint", **options})
+    assert found == pytest.approx(expected)
 
 
 def test_channels_of_one_unit_by_hand() -> None:
