@@ -16,7 +16,7 @@ from diffusers_gfprune import GradientFlowPruner, prune_pipeline
 from diffusers_gfprune.pruning.masking import dense_parameters
 from helpers.architectures import build
 from helpers.families import build as build_family
-from helpers.pruners import SCHEDULER, batches, config, mask_values, one_shot, run
+from helpers.pruners import SCHEDULER, Script, batches, config, mask_values, one_shot, run
 from helpers.scripts import forget_accelerator
 
 
@@ -127,12 +127,17 @@ def test_a_run_continues_with_the_widths_of_its_device(ranking: str, monkeypatch
 
 
 @pytest.mark.parametrize("ranking", ["group", "global", "sensitivity"])
-def test_widths_stay_once_masks_are_binary(ranking: str) -> None:
+def test_widths_stay_once_masks_are_binary(ranking: str, scripted: list[Script]) -> None:
     """Scores of the moment change from ranking to ranking; blocks and widths that follow them would come and go."""
-    pruner = pruner_of(criterion="random", ranking=ranking, depth="allow", revival_margin=0.0, score_decay=0.0)
+
+    def noise(seed: int) -> Script:
+        return lambda name, units: torch.rand(units, generator=torch.Generator().manual_seed(seed * 1000 + len(name))) + 0.1
+
+    scripted += [noise(seed) for seed in range(9)]
+    pruner = pruner_of(criterion="scripted", ranking=ranking, depth="allow", revival_margin=0.0, score_decay=0.0)
     widths = set()
     for step in range(21):
-        update = pruner.step(step, [])
+        update = pruner.step(step, batches())
         if update is not None and update.phase == "hard":
             widths.add(tuple(pruner.kept_channels()))
     assert len(widths) == 1 and pruner.finished

@@ -109,7 +109,8 @@ def test_compiled_parts_are_mended_too() -> None:
             for part in (dense.mid_block, model.mid_block):
                 part.compile(backend="eager")
         for network in (dense, model):
-            network(torch.zeros(16, 1, 8, 8), torch.zeros(16, dtype=torch.int64))  # compiles
+            for size in (16, 2):  # compiles, for any number of images
+                network(torch.zeros(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64))
         gaps = recover(dense, model, plan, [batch_for(dense)], PROCESS)
         found.append((gaps, {name: value.clone() for name, value in model.state_dict().items()}))
     (gaps, weights), (others, other_weights) = found
