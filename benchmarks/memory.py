@@ -5,7 +5,8 @@
 The models are built on the meta device from their published configurations, so that no weights are needed. Memory is the
 estimate that a run prints in its plan (`training/estimate.py`): weights, gradients and Adam's moments in float32, averaged
 weights, the dense model as teacher, and the activations that autograd keeps, counted on fake tensors under bfloat16 autocast.
-Scoring runs in float32. VAE and text encoders are off the device, since images and captions are encoded before training.
+Scoring runs in float32. The memory of a ranking is that of its larger part: scores, or recovery, which follows them at every
+ranking by default. VAE and text encoders are off the device, since images and captions are encoded before training.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, U
 
 from diffusers_gfprune.formatting import format_size
 from diffusers_gfprune.metrics.model_size import count_parameters, parameter_bytes
+from diffusers_gfprune.pruning.recovery import recovery_bytes
 from diffusers_gfprune.training.estimate import StepEstimate, count_activations, memory_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +113,10 @@ def measure(published: Published, options: Mapping[str, bool]) -> dict[str, dict
         def peak(size: int, phase: str = phase, one: int = one, two: int = two) -> int:
             activations = one + (size - 1) * (two - one)
             estimate = StepEstimate(size, 0.0, size, parameter_bytes(model), activations, size, activations)
-            return getattr(memory_plan(estimate, CARD_BYTES, teacher=True, device="cuda", **options), phase)
+            plan = memory_plan(
+                *(estimate, CARD_BYTES), teacher=True, recovery_bytes=recovery_bytes(model), device="cuda", **options
+            )
+            return getattr(plan, phase)
 
         fitting = [size for size in SIZES if peak(size) <= CARD_BYTES]
         found[phase] = {"one_image": peak(1), "largest_batch": max(fitting, default=0)}

@@ -1,7 +1,8 @@
-"""Fields of argument dataclasses, from which command lines are generated, and checks of their values."""
+"""Fields of argument dataclasses, from which command lines are generated, their help, and checks of their values."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import MISSING, field
 from typing import Any, NamedTuple
 
 __all__ = [
-    *("FRACTION", "NOT_NEGATIVE", "POSITIVE", "SHARE", "Range"),
+    *("FRACTION", "NOT_NEGATIVE", "POSITIVE", "SHARE", "ArgumentHelp", "Range"),
     *("argument", "at_least", "check_fields", "check_range", "expand_home"),
 ]
 
@@ -26,6 +27,31 @@ def argument(default: Any = MISSING, help: str = "", choices: Sequence[str] | No
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class ArgumentHelp(argparse.HelpFormatter):
+    """Formatter of `--help`: each argument with one spelling, its choices, and its default if it has one.
+
+    A default of None is left out, since the help text says what happens then, and so is that of a flag that is off.
+    """
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = next(name for name in action.option_strings if name.startswith("--"))
+        return f"{name} VALUE [VALUE ...]" if action.nargs == "+" else name
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._StoreFalseAction):  # `HfArgumentParser` gives it the help of the positive option
+            return f"Turns --{action.dest} off."
+        text, default = action.help or "", action.default
+        if action.choices and "Choices:" not in text:
+            text += f" Choices: {', '.join(map(str, action.choices))}."
+        if action.required or default in (None, argparse.SUPPRESS, []) or default is False:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
 
 
 class Range(NamedTuple):

@@ -82,7 +82,7 @@ class GFPruneConfig:
     channel_multiple: str = field(
         default="auto",
         metadata={
-            "help": "The number of kept channels of a group is a multiple of this (a number >= 1). auto: of the block size of "
+            "help": "Widths below the dense one are multiples of this (a number >= 1). auto: of the block size of "
             "target_device, as far as norm groups and the budget allow."
         },
     )
@@ -93,8 +93,7 @@ class GFPruneConfig:
     depth: str = _choice(
         "none",
         DEPTHS,
-        "Whether whole residual blocks may be removed, such as a residual block of a UNet or a layer of a transformer: none, "
-        "besides channels (allow), or no channels but blocks (only).",
+        "Whether whole residual blocks may be removed. none: channels only; allow: channels and blocks; only: blocks only.",
     )
     attention_unit: str = _choice("head_dim", ATTENTION_UNITS, "Shrink all heads equally, or remove whole heads.")
     latency_batch_size: int = field(
@@ -117,8 +116,8 @@ class GFPruneConfig:
     criterion: str = field(
         default="gradient-flow",
         metadata={
-            "help": "Importance criterion: gradient-flow (in the metric of predictions), gradient-flow-weights (theta * H g, "
-            "as published), taylor, diff-pruning, magnitude or random; in Python, also a registered one."
+            "help": "Importance criterion: gradient-flow (in the metric of predictions), gradient-flow-weights (theta * H g; "
+            "as published with --preset paper), taylor, diff-pruning, magnitude or random; in Python, also a registered one."
         },
     )
     hvp: str = _choice(
@@ -130,7 +129,10 @@ class GFPruneConfig:
         "gradient-flow-weights: g and H of the mean loss over all calibration batches, or of each batch separately.",
     )
     aggregation: str = _choice(
-        "sum_abs", AGGREGATIONS, "gradient-flow-weights: sum of theta * H g over a unit: sum, |sum| or sum of |.|."
+        "sum_abs",
+        AGGREGATIONS,
+        "gradient-flow-weights: signed: sum of theta * H g over a unit; abs: absolute value of this sum; sum_abs: sum of "
+        "absolute values.",
     )
     score_at: str | None = field(
         default=None,
@@ -144,10 +146,10 @@ class GFPruneConfig:
     ranking: str | None = field(
         default=None,
         metadata={
-            "help": "How pruning is distributed over groups: by the least joint change of predictions (joint, for "
-            "gradient-flow; best without training), the same share for all (group), more where costs are high and scores low "
-            "(sensitivity), by measured damage (curves), or the lowest scores of all units (global). Default: sensitivity "
-            f"for gradient flow, else group. Choices: {', '.join(RANKINGS)}.",
+            "help": "How groups share the pruning: by the least joint change of predictions (joint, for gradient-flow; best "
+            "without recovery and training), all alike (group), more where costs are high and scores low (sensitivity), by "
+            "measured damage (curves), or the lowest scores of all units (global). Default: sensitivity for gradient flow, "
+            f"else group. Choices: {', '.join(RANKINGS)}.",
             "choices": list(RANKINGS),
         },
     )
@@ -163,13 +165,17 @@ class GFPruneConfig:
     )
     diff_pruning_threshold: float = field(
         default=0.05,
-        metadata={"help": "diff-pruning: skip timesteps whose loss is below this share of the largest loss."},
+        metadata={"help": "diff-pruning: skip timesteps whose loss is below this share of the largest loss, in [0, 1)."},
     )
 
     # schedule
     total_steps: int = field(default=100_000, metadata={"help": "Total number of training steps (>= 1)."})
-    soft_fraction: float = field(default=0.1, metadata={"help": "N: end of the soft phase, as a share of total_steps."})
-    hard_fraction: float = field(default=0.2, metadata={"help": "M: end of the hard phase, as a share of total_steps."})
+    soft_fraction: float = field(
+        default=0.1, metadata={"help": "N: end of the soft phase, as a share of all training steps, in [0, hard_fraction]."}
+    )
+    hard_fraction: float = field(
+        default=0.2, metadata={"help": "M: end of the hard phase, as a share of all training steps, in [soft_fraction, 1]."}
+    )
     update_interval: int | None = field(
         default=None,
         metadata={

@@ -13,9 +13,9 @@ The defaults differ from the published form in these ways, each an option:
   between rankings (`interpolate_masks`), and a unit is revived only if its score is clearly higher (`revival_margin`).
 - The share of pruned units rises as a cubic (`sparsity_schedule`).
 - Layers differ in importance. Scores also determine the share of channels that each group loses (`ranking="sensitivity"`), or
-  the damage of narrowing each group is measured (`ranking="curves"`). Without training after it, units of all groups are
-  better chosen together, by what they change jointly. The best of a few such choices is found by measuring what they change
-  (`ranking="joint"`).
+  the damage of narrowing each group is measured (`ranking="curves"`). Without recovery and training after it,
+  units of all groups are better chosen together, by what they change jointly. The best of a few such choices is found by
+  measuring what they change (`ranking="joint"`).
 
 In training runs, the dense model is the teacher, layers that read pruned channels are refitted by least squares (`recovery`),
 and more timesteps are drawn where student and teacher are far apart (`timestep_sampling`).

@@ -29,7 +29,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_gfprune.argument_fields import NOT_NEGATIVE, POSITIVE, argument, at_least, check_fields
+from diffusers_gfprune.argument_fields import NOT_NEGATIVE, POSITIVE, ArgumentHelp, argument, at_least, check_fields
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
@@ -68,7 +68,7 @@ class TrainArguments:
     output_dir: str = argument(help="Folder for the pipeline.")
     train_batch_size: int = argument(128, "Number of images per step and process (>= 1).")
     max_train_steps: int = argument(8000, "Number of optimizer steps (>= 1).")
-    learning_rate: float = argument(5e-4, "Peak learning rate of AdamW, with cosine decay.")
+    learning_rate: float = argument(5e-4, "Peak learning rate of AdamW, with cosine decay (> 0).")
     lr_warmup_steps: int = argument(500, "Steps of linear warm-up (>= 0).")
     validation_steps: int = argument(500, "Steps between measurements of the held-out loss (>= 1).")
     checkpointing_steps: int = argument(1000, "Steps between checkpoints (>= 1).")
@@ -147,7 +147,9 @@ class DenseTraining:
 
 def main() -> None:
     interruption = Interruption()  # knows the launcher from here on
-    parser = HfArgumentParser((TrainArguments, DataArguments), description=__doc__.splitlines()[0])
+    parser = HfArgumentParser(
+        (TrainArguments, DataArguments), description=__doc__.splitlines()[0], formatter_class=ArgumentHelp
+    )
     args, data_args = parser.parse_args_into_dataclasses()
     folder = RunFolder(args.output_dir, False, (data_args.dataset_name, data_args.train_data_dir))
     accelerator = Accelerator(mixed_precision="no")

@@ -1,9 +1,9 @@
 """Loading of local folders: their files and splits, and names that `datasets` would treat as patterns.
 
 - Hidden files, and everything in hidden folders (`.ipynb_checkpoints`, `__MACOSX`), are ignored.
-- All image files form one split, regardless of their names. Folders define splits only if every image lies in a folder with
-  the name of a split, and there are folders for training and for validation or test (`train/`, `test/`). `datasets`
-  documents this layout. It would also derive splits from file names, and then load only part of a set.
+- All image files form one split, regardless of their names. Folders define splits only if there are folders with the names
+  of splits for training and for validation or test (`train/`, `test/`), as `datasets` documents. Images outside of them are
+  then an error. `datasets` would also derive splits from file names, and then load only part of a set.
 - Folders written by `save_to_disk` are loaded as such.
 - Everything else (parquet files, a README that lists data files) is loaded by `datasets`.
 """

@@ -55,8 +55,8 @@ class DataArguments:
     dataset_config_name: str | None = argument(None, "Configuration of the data set.")
     train_data_dir: str | None = argument(
         None,
-        "Local folder of image files. All except hidden files are used, with any names; only sub-folders train/ with "
-        "validation/ or test/ define splits.",
+        "Local folder of image files. All except hidden files are used, with any names. Only sub-folders train/ with "
+        "validation/ or test/ define splits; every image must then lie in one of them.",
     )
     train_split_name: str | None = argument(None, "Split of the data set to train on (default: train, else the first one).")
     validation_split_name: str | None = argument(
@@ -83,7 +83,7 @@ class DataArguments:
         "label).",
     )
     resolution: int | None = argument(
-        None, "Expected sample_size of the model in pixels, only checked: images are resized to the model's."
+        None, "Expected sample_size of the model in pixels (>= 1), only checked: images are resized to the model's."
     )
     caption_column: str | None = argument(
         None,

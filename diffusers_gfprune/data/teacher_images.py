@@ -68,7 +68,9 @@ class TeacherArguments:
     teacher_num_inference_steps: int | None = argument(
         None, "Number of sampling steps for each of them (>= 1; default: 50, 1 for consistency models)."
     )
-    teacher_guidance_scale: float = argument(1.0, "Scale of classifier-free guidance for them (1: none, as in training).")
+    teacher_guidance_scale: float = argument(
+        1.0, "Scale of classifier-free guidance for them (>= 0; 1: none, as in training)."
+    )
     teacher_prompts: str | None = argument(
         None, "Text file with a prompt in each line, for text-conditional models: images have them in turn."
     )

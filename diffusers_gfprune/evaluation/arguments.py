@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..argument_fields import argument, at_least, check_fields, expand_home
+from ..argument_fields import ArgumentHelp, argument, at_least, check_fields, expand_home
 from ..data.images import DataArguments, check_source
 from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.quality import SamplingSettings
@@ -88,8 +87,8 @@ class SampleArguments:
 
     num_images: int | None = argument(
         None,
-        "Number of samples of each model (>= 2; 0: no sampling; default: 50,000), or number of first images of images_dir to "
-        "use (default: all).",
+        "Number of samples of each model (>= 2; 0: no sampling; default: 50,000). With images_dir: use this number of its "
+        "first images, or all of them if it is not given.",
     )
     num_inference_steps: int | None = argument(
         None, "Number of sampling steps (>= 1; default: 100 DDIM steps, 1 for consistency models, else 50)."
@@ -102,7 +101,7 @@ class SampleArguments:
     eta: float = argument(0.0, "Share of DDPM's noise in each step, in [0, 1]; 0: deterministic.")
     seed: int = argument(1234, "Seed for the samples' noise (>= 0).")
     guidance_scale: float = argument(
-        1.0, "Scale of classifier-free guidance, for models with a null label or of text (1: none)."
+        1.0, "Scale of classifier-free guidance, for models with a null label or of text (>= 0; 1: none)."
     )
     eval_batch_size: int = argument(128, "Number of samples in one forward pass (>= 1).")
     features: list[str] = argument(
@@ -247,7 +246,7 @@ def parse_evaluate_arguments(argv: list[str] | None = None) -> EvaluateArguments
     parser = HfArgumentParser(
         (ModelArguments, OutputArguments, DataArguments, SampleArguments, CostArguments),
         description="Measure a diffusion model, dense or pruned: distances to real images, similarity to the dense one, cost.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ArgumentHelp,
         allow_abbrev=False,
     )
     return EvaluateArguments(*parser.parse_args_into_dataclasses(words), words)

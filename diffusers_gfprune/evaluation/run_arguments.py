@@ -62,7 +62,8 @@ class EvaluationArguments(SpeedArguments):
     eval_features: str = argument(
         "auto",
         "Features of the Fréchet distance: raw pixels, EfficientNet-Lite0, Inception (FID) or DINOv2; auto: pixels for "
-        "images of up to 1,024 values, else none. Use evaluate.py with many images for a FID to publish.",
+        "images of up to 1,024 values, if samples and real images outnumber these, else none. Use evaluate.py with many "
+        "images for a FID to publish.",
         choices=["auto", "none", "pixels", "efflite0", "inception", "dinov2"],
     )
     eval_reference_images: int = argument(10_000, "Maximum number of training images that samples are compared with (>= 2).")
@@ -81,7 +82,7 @@ class EvaluationArguments(SpeedArguments):
     timestep_spacing: str = argument("leading", "How DDIM spaces its timesteps.", choices=TIMESTEP_SPACINGS)
     eval_seed: int = argument(1234, "Seed for the samples' noise (>= 0).")
     guidance_scale: float = argument(
-        1.0, "Scale of classifier-free guidance for these samples, of models with a null label or of text (1: none)."
+        1.0, "Scale of classifier-free guidance for these samples, of models with a null label or of text (>= 0; 1: none)."
     )
     speed_modes: list[str] = argument(
         ["eager", "compiled"],

@@ -73,8 +73,8 @@ class ObjectiveArguments:
 
     snr_gamma: float | None = argument(
         None,
-        "Weigh noise and distillation by timestep, min(SNR, gamma) as for predicted samples (> 0; Min-SNR weighting; 5 is "
-        "recommended; default: all timesteps alike).",
+        "Min-SNR weighting: errors of the predicted image count min(SNR, gamma); noise predictions get min(1, gamma / SNR), "
+        "so that low noise counts less (> 0; 5 is recommended; default: all timesteps alike).",
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ loses others may need. A factor that all groups have in common changes no alloca
 C is not a sum over groups, since a layer costs the product of two widths. The search therefore moves along ladders with exact
 costs (`cost_model`, or the times of a `LatencyModel`). It starts from the same share of every group. (1) With costs that are
 linear around the widths found so far, and so a sum over groups, dynamic programming over cost finds the best widths of all.
-(2) Groups take up to `REACH` steps, alone or in pairs and in opposite directions, as long as the sum falls and the budget is
+(2) Groups take up to three steps, alone or in pairs and in opposite directions, as long as the sum falls and the budget is
 met. Both are repeated a few times, and the best widths on the way are taken.
 
 A removable block (`blocks`) has the widths 1 and 0. Its damage replaces those of the groups inside. With blocks, the search

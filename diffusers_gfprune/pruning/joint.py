@@ -5,7 +5,7 @@ of E |v_c|^2 over the channels c of u. Changes of different units add up or canc
 layer looks expensive alone can be cheap to remove together with an earlier one. The damage of removing a set R of units, with
 R_g in group g, is estimated by
 
-    D(R) = E |sum_{u in R} v_u|^2 + SEPARATE sum_g (n_g / k_g)^LOAD sum_{u in R_g} I_u
+    D(R) = E |sum_{u in R} v_u|^2 + sum_g (n_g / k_g) sum_{u in R_g} I_u
 
 The first term is the joint first-order change. The second holds what remains if changes do not cancel as predicted; it grows
 as a group keeps k_g of its n_g channels, since the first-order change underestimates the damage of the last channels.

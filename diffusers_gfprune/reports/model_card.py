@@ -141,6 +141,19 @@ def _measured_with(results: Results, report: Mapping) -> Mapping:
     return results.evaluation.get("dataset") or report["dataset"]
 
 
+# Terms of the loss that compare more than predictions with the dense model, by the argument that is their weight
+FURTHER_TERMS = {
+    "feature_distillation_weight": "block outputs",
+    "sensitivity_matching_weight": "responses to small changes of the input",
+}
+
+
+def _further_terms(report: Mapping) -> list[str]:
+    """What the training loss compares with the dense model beside its prediction, with the weights."""
+    weights = {name: report["arguments"].get(name) for name in FURTHER_TERMS}  # earlier versions lack some
+    return [f"{FURTHER_TERMS[name]} (weight {weight:g})" for name, weight in weights.items() if weight]
+
+
 def _images_per_step(report: Mapping) -> int:
     """Images of an optimizer step, over all processes."""
     arguments = report["arguments"]
@@ -281,7 +294,8 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             license_known=report["base_model"]["license"] not in (None, "unknown"),
             process=process_of(pipeline),
             batch_size=_images_per_step(report),
-            taught_alone=report["arguments"].get("distillation_weight") == 1,
+            taught_only=report["arguments"].get("distillation_weight") == 1,
+            further_terms=_further_terms(report),
             citations=CITATIONS + PROCESS_CITATIONS[process_of(pipeline)],
         )
         metadata = _metadata(results, report, model_name).to_yaml()

@@ -13,9 +13,9 @@ lambda |W' - W|^2, are those of Optimal Brain Surgeon for a set of weights (Hass
     W' = W - W_R (P_RR)^-1 P_R,:
 
 so that one sum of products serves all widths of all groups that a layer reads. Inputs x are those of the dense model, on
-images of the ranking with further noise. Of convolutions with more than `MAX_FEATURES` features, only the weights at the
-centre of the kernel are mended, for what the centre of the kernel read. Damage of groups that are narrowed together is not
-measured: `pruning.curve_allocation` adds up that of single groups.
+images of the ranking with further noise. Of convolutions with more than 8,192 features, only the weights at the centre of the
+kernel are mended, for what the centre of the kernel read. Damage of groups that are narrowed together is not measured:
+`pruning.curve_allocation` adds up that of single groups.
 
 The slightly narrower model of `sample_damage`, by which steps are weighed, has all its blocks, and every group of channels at
 its first measured width. If only blocks may go, the branches of all blocks are multiplied by 3/4 instead. On the digits

@@ -5,7 +5,8 @@ unit c:
 
     gradient-flow           E |df/dm_c|^2       the squared gradient norm that removing c causes, in the metric of
                                                 predictions f (`natural_gradient`)
-    gradient-flow-weights   sum_c theta (H g)   the same in the metric of weights, arXiv 2501.09464; derived as in GraSP
+    gradient-flow-weights   sum_c |theta (H g)| the same in the metric of weights; with `aggregation="signed"`, without
+                                                absolute values, as published in arXiv 2501.09464. Derived as in GraSP
                                                 (Wang et al., arXiv 2002.07376): removing c changes ||g||^2 by
                                                 -2 theta_c . (H g)_c to first order
     taylor                  | sum_c theta g |   Molchanov et al., arXiv 1906.10771

@@ -39,7 +39,7 @@ times less than the removal does. Blocks are few, so that their change is measur
 The values r^T df/dm_u of the same probes, summed over the channels of a unit, tell what units change together: for a set R of
 units, |sum_{u in R} v_u|^2 = E (sum_{u in R} r^T df/dm_u)^2 (`pruning.joint`). They are kept as rows, one for each image and
 probe. Probes are independent with mean 0, also those of two rankings on the same images. Adding two rows, of different images
-or rankings, therefore leaves the expected square unchanged: at most `ROWS` rows are kept, and an average over rankings has as
+or rankings, therefore leaves the expected square unchanged: at most 1,024 rows are kept, and an average over rankings has as
 many. Rows of blocks hold r^T v_b.
 """
 

@@ -56,7 +56,7 @@ class OutputArguments:
     dry_run: bool = argument(False, "Print the plan and stop.")
     preset: str = argument("default", "Defaults: ours, those of the paper, or one-shot pruning.", choices=SCRIPT_PRESETS)
     save_model_steps: int = argument(0, "Save the pipeline every so many fine-tuning steps (0: only at the end).")
-    seed: int = argument(0, "Seed for batches, noise, timesteps and calibration images.")
+    seed: int = argument(0, "Seed for images, noise and timesteps (>= 0).")
 
     def __post_init__(self) -> None:
         check_fields(self, NOT_NEGATIVE, "save_model_steps")

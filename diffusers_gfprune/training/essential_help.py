@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..argument_fields import ArgumentHelp
+
 __all__ = ["ESSENTIAL", "add_help_all"]
 
 HELP_ALL = ("--help_all", "--help-all")
@@ -29,35 +31,25 @@ ESSENTIAL = {
 }
 
 
-class EssentialHelp(argparse.HelpFormatter):
-    """Lists the arguments of `ESSENTIAL`, each with one spelling and its default, if any."""
+class EssentialHelp(ArgumentHelp):
+    """Lists the arguments of `ESSENTIAL` only."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30)
+        super().__init__(prog)
         self._shown = {"help", *(name for names in ESSENTIAL.values() for name in names)}
 
     def add_argument(self, action: argparse.Action) -> None:
         if action.dest in self._shown or set(HELP_ALL) & set(action.option_strings):
             super().add_argument(action)
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return next(name for name in action.option_strings if name.startswith("--"))
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        if action.choices and "Choices:" not in text:
-            text += f" Choices: {', '.join(map(str, action.choices))}."
-        has_default = action.default not in (None, argparse.SUPPRESS) and action.default is not False
-        return f"{text} (default: %(default)s)" if has_default else text
-
 
 def add_help_all(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Add `--help_all` to a parser and shorten its `--help`.
 
     Args:
-        parser: The parser; its formatter is replaced unless the command line contains `--help_all`.
+        parser: The parser, which gets the formatter of short help, or that of full help if the command line contains
+            `--help_all`.
         words: The command line.
     """
     parser.add_argument(*HELP_ALL, action="help", help="show all arguments and exit")
-    if not set(HELP_ALL) & set(words):
-        parser.formatter_class = EssentialHelp
+    parser.formatter_class = ArgumentHelp if set(HELP_ALL) & set(words) else EssentialHelp

@@ -44,7 +44,7 @@ class TrainingArguments:
     use_8bit_adam: bool = argument(False, "Use the 8-bit AdamW of bitsandbytes.")
     max_grad_norm: float = argument(1.0, "Maximum gradient norm; larger gradients are clipped (>= 0; 0: never).")
     dropout: float | None = argument(
-        None, "Dropout of the residual blocks in training, in [0, 1) (default: from the model's config)."
+        None, "Dropout of the residual blocks of a UNet in training, in [0, 1) (default: from the model's config)."
     )
     use_ema: bool = argument(False, "Average the weights; samples and saved models use the average.")
     ema_max_decay: float = argument(0.9999, "Maximum decay of the averaged weights, in [0, 1).")

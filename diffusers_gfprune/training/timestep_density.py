@@ -10,9 +10,8 @@ images and Nichol and Dhariwal (arXiv 2102.09672, section 3.3) timesteps. In pla
 the model's output, which needs no further pass. Its square is proportional to the squared error of the image, and to the
 square of the image's weight in the loss (`objective.BatchLoss`).
 
-[0, 1) is divided into `PARTS` equal parts, with one p each. Means of squares are over about the last
-`UPDATE_STEPS / (1 - DECAY)` steps and over all processes. A share `UNIFORM` of the draws ignores them, so that no weight is
-larger than 1 / `UNIFORM`. Until all parts have been seen, p is 1.
+[0, 1) is divided into 32 equal parts, with one p each. Means of squares are over about the last 100 steps and over all
+processes. A tenth of the draws ignores them, so that no weight is larger than 10. Until all parts have been seen, p is 1.
 
 u may be drawn independently or be stratified. If it is stratified, each part gets its share of every batch.
 """

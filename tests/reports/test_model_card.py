@@ -312,6 +312,42 @@ def test_the_teacher_is_named(files, weight, words):
 
 
 @pytest.mark.parametrize(
+    ("weight", "further", "words"),
+    [
+        (
+            *(1.0, {"feature_distillation_weight": 0.03}),
+            "trained on the dense model's noise prediction. Further terms of the loss are distances to its block outputs "
+            "(weight 0.03).",
+        ),
+        (
+            *(0.5, {"feature_distillation_weight": 0.03, "sensitivity_matching_weight": 0.05}),
+            "with the remaining weight. Further terms of the loss are distances to its block outputs (weight 0.03) and its "
+            "responses to small changes of the input (weight 0.05).",
+        ),
+        (
+            *(0.0, {"sensitivity_matching_weight": 0.05}),
+            "- Distillation: trained on the noise itself. Further terms of the loss are distances to the dense model's "
+            "responses to small changes of the input (weight 0.05).",
+        ),
+    ],
+)
+def test_further_terms_of_the_loss_are_named(files, weight, further, words):
+    results, report = files
+    report["arguments"] |= {"distillation_weight": weight, **further}
+    card = " ".join(render_card(results, report, "me/model").split())
+    assert words in card and "prediction alone" not in card
+
+
+def test_further_terms_of_a_consistency_model_are_named(files):
+    results, report = files
+    report["pipeline"] |= {"class_name": "ConsistencyModelPipeline", "process": "consistency"}
+    report["arguments"] |= {"distillation_weight": 1.0, "feature_distillation_weight": 0.1}
+    card = " ".join(render_card(results, report, "me/model").split())
+    assert "trained by the output of the dense model, in distance of the images that both make in one step. Further" in card
+    assert "distances to its block outputs (weight 0.1)." in card
+
+
+@pytest.mark.parametrize(
     ("predicted", "word"), [(None, "noise"), ("epsilon", "noise"), ("v_prediction", "velocity"), ("sample", "image")]
 )
 def test_what_the_model_predicts_is_named(files, predicted, word):
