@@ -106,8 +106,13 @@ def recover(
     limit = _memory(next(dense.parameters()).device) if pass_bytes is None else pass_bytes
     joined = _concatenate(batches).split(max(1, limit // run.bytes_of_a_row))
     device = next(masked.parameters()).device
-    eager = torch.compiler.set_stance("force_eager")  # compiled code leaves out the hooks that see inputs of layers
-    with ieee_float32(), torch.autocast(device.type, enabled=False), own_forward(dense), own_forward(masked), eager:
+    with (
+        ieee_float32(),
+        torch.autocast(device.type, enabled=False),
+        own_forward(dense),
+        own_forward(masked),
+        torch.compiler.set_stance("force_eager"),  # compiled code leaves out the hooks that see inputs of layers
+    ):
         run.mend(joined, process)
     return run.mended
 
