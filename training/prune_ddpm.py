@@ -114,7 +114,7 @@ def prune(
     args = dataclasses.replace(args, data=dataclasses.replace(args.data, **images.choices()))
     make_batches(args, accelerator, images, process, first_batch=0)  # checks that there are enough images
     checkpoints = Checkpoints(folder.training, args.checkpoints.checkpoints_total_limit)
-    identity = run_identity(args, dense, pipeline.codec, pipeline.prompts)
+    identity = run_identity(args, dense, process, pipeline.codec, pipeline.prompts)
     checkpoint = find_checkpoint(args, accelerator, checkpoints, identity) if resuming else None
     pruner = make_pruner(args, accelerator, unet, process, checkpoint)
     if main_process and checkpoint is None and not args.run.dry_run:
@@ -128,12 +128,13 @@ def prune(
         "base_model": describe_base_model(args.model.pretrained_model_name_or_path, args.model.revision),
         "dataset": describe_dataset(args.data.dataset_name, args.data.train_data_dir, images.drawn_by),
         "command": command_line(args.words, num_processes=accelerator.num_processes),
+        "num_processes": accelerator.num_processes,
         "pipeline": describe_pipeline(pipeline),
     }
     if main_process:
         estimate = estimate_run(args, accelerator, dense, process)
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
-        for change in sample_quality.changes:
+        for change in (*args.training.doubts(), *sample_quality.changes):
             warn(accelerator, f"warning: {change}")
         for line in rehearse_run(args, pruner, sample_quality, len(held_out), origin, folder, pipeline):
             print(f"  {line}")

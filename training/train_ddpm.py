@@ -36,6 +36,7 @@ from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.diffusion.ddpm import check_variance_type
 from diffusers_gfprune.diffusion.schedulers import training_process
 from diffusers_gfprune.errors import one_line_errors
+from diffusers_gfprune.evaluation.processes import make_accelerator
 from diffusers_gfprune.evaluation.trials import try_sampling
 from diffusers_gfprune.families.lookup import family_named, family_of
 from diffusers_gfprune.interruption import Interruption, StoppedBySignal, asked_to_stop
@@ -43,7 +44,6 @@ from diffusers_gfprune.metrics.model_size import parameter_bytes
 from diffusers_gfprune.metrics.quality import SamplingSettings
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.model_spec import ModelSpec
-from diffusers_gfprune.precision import check_float64
 from diffusers_gfprune.reports.plots import save_sample_rows
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.checkpointing import Checkpoint, Checkpoints
@@ -152,8 +152,7 @@ def main() -> None:
     )
     args, data_args = parser.parse_args_into_dataclasses()
     folder = RunFolder(args.output_dir, False, (data_args.dataset_name, data_args.train_data_dir))
-    accelerator = Accelerator(mixed_precision="no")
-    check_float64(accelerator.device)
+    accelerator = make_accelerator(mixed_precision="no")
     with folder if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             folder.lock()
@@ -187,14 +186,11 @@ def train(
         print("\n".join(f"{title:5} {line}" for title, line in zip(("data:", "", ""), images.summary.lines())))
     step_loss = StepLoss(held_out.samples, process, held_out.conditioning)
     state = DenseTraining(args, unet.to(accelerator.device).train(), accelerator)
-    free = ("model_config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "validation_steps")
-    free += ("max_broken_images", "dataloader_num_workers", "cache_dir", "encoding_cache_dir")
-    identity = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}
-    identity |= {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    identity["num_processes"] = accelerator.num_processes
+    identity = run_identity(args, data_args, unet, accelerator.num_processes)
     which = args.resume_from_checkpoint
     if which is not None and (checkpoint := checkpoints.find(which)) is not None:
-        checkpoint.identity = {name: value for name, value in checkpoint.identity.items() if name not in free}
+        # Checkpoints of earlier versions name more
+        checkpoint.identity = {name: value for name, value in checkpoint.identity.items() if name in identity}
         checkpoints.check_identity(checkpoint, identity)
         try:
             state.restore(checkpoint)
@@ -255,6 +251,16 @@ def train(
     if main_process:
         state.ema.copy_to(unet.parameters())
         save(DDPMPipeline(unet=unet, scheduler=scheduler), folder, shown)
+
+
+def run_identity(args: TrainArguments, data_args: DataArguments, unet: ModelMixin, num_processes: int) -> dict:
+    """Values by name that must not change when the run is resumed."""
+    free = ("model_config", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "validation_steps")
+    free += ("max_broken_images", "cache_dir", "encoding_cache_dir")
+    if not data_args.streaming:  # loading processes divide a stream
+        free += ("dataloader_num_workers",)
+    given = {name: value for name, value in {**asdict(args), **asdict(data_args)}.items() if name not in free}
+    return {**given, **{n: v for n, v in unet.config.items() if not n.startswith("_")}, "num_processes": num_processes}
 
 
 def training_step(args: TrainArguments, state: DenseTraining, batch: DiffusionBatch, process, accelerator) -> None:

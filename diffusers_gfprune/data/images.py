@@ -125,7 +125,7 @@ class DataArguments:
         check_fields(self, at_least(1), "shuffle_buffer_size", "validation_images")
         check_fields(self, NOT_NEGATIVE, "max_broken_images", "dataloader_num_workers")
         check_fields(self, FRACTION, "label_dropout", "caption_dropout")
-        expand_home(self, "cache_dir", "encoding_cache_dir")
+        expand_home(self, "train_data_dir", "cache_dir", "encoding_cache_dir")
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} must be at least 1 pixel")
 

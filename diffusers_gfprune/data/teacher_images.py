@@ -29,7 +29,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields
+from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields, expand_home
 from ..diffusion.class_labels import label_dropout_of
 from ..diffusion.placement import moved
 from ..diffusion.schedulers import training_process
@@ -83,6 +83,7 @@ class TeacherArguments:
     def __post_init__(self) -> None:
         check_fields(self, at_least(1), "num_teacher_images", "teacher_num_inference_steps")
         check_fields(self, NOT_NEGATIVE, "teacher_guidance_scale")
+        expand_home(self, "teacher_prompts", "teacher_images_dir")
         for given in fields(self) if self.train_data != "teacher" else ():
             if (value := getattr(self, given.name)) != given.default:
                 raise ValueError(f"{given.name}={value} needs train_data=teacher")

@@ -53,6 +53,7 @@ class ModelArguments:
         for name, needs in (("revision", "model"), ("reference_revision", "reference_model"), ("reference_model", "model")):
             if getattr(self, name) is not None and getattr(self, needs) is None:
                 raise ValueError(f"{name}={getattr(self, name)} needs --{needs}")
+        expand_home(self, "images_dir")
         if self.images_dir is not None and not Path(self.images_dir).is_dir():
             raise ValueError(f"images_dir={self.images_dir} is not a folder")
 

@@ -212,3 +212,7 @@ class Family(ABC):
     def block_outputs(self, model: nn.Module) -> dict[str, str]:
         """Blocks whose outputs are compared in distillation, in execution order: the name of the layer that produces the
         output channels, by block name."""
+
+    def stream(self, output: Any) -> Tensor:
+        """The stream of the sample in what a block of `block_outputs` returns."""
+        return output[0] if isinstance(output, tuple) else output  # down blocks of UNets also return skips

@@ -165,3 +165,6 @@ class SD3Transformer2DFamily(dit_transformer_2d.DiTTransformer2DFamily):
             )
             for index in range(1, last)
         }
+
+    def stream(self, output: tuple[Tensor | None, Tensor]) -> Tensor:
+        return output[1]  # after that of the text, which the last block does not have

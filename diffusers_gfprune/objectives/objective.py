@@ -36,6 +36,7 @@ from ..diffusion.batch import DiffusionBatch, ModelInputs
 from ..diffusion.ddpm import DDPMProcess
 from ..diffusion.process import DiffusionProcess
 from ..diffusion.schedulers import training_process
+from ..families.base import Family
 from ..families.lookup import family_of
 from ..pruning.masking import ChannelMasks
 from .distillation_features import BlockOutputDistance
@@ -148,9 +149,9 @@ class _HookState:
         self.paired = 0
 
 
-def _keep_output(state: _HookState, name: str, module: nn.Module, args: tuple, output) -> None:
+def _keep_output(state: _HookState, family: Family, name: str, module: nn.Module, args: tuple, output) -> None:
     if state.features:
-        state.outputs[name] = output[0] if isinstance(output, tuple) else output  # down blocks also return skips
+        state.outputs[name] = family.stream(output)
 
 
 def _drop_alike(state: _HookState, module: nn.Dropout, args: tuple, output: Tensor) -> Tensor | None:
@@ -180,7 +181,7 @@ class NoisePrediction(nn.Module):
         self.unet, self.has_features, self.hook_state = unet, features, _HookState()
         self.family = family_of(unet)
         for name in self.family.block_outputs(unet) if features else ():
-            unet.get_submodule(name).register_forward_hook(functools.partial(_keep_output, self.hook_state, name))
+            unet.get_submodule(name).register_forward_hook(functools.partial(_keep_output, self.hook_state, self.family, name))
         for module in unet.modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
                 module.register_forward_hook(functools.partial(_drop_alike, self.hook_state))

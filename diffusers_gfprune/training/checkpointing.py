@@ -140,7 +140,8 @@ class Checkpoints:
         path = self.folder / f"checkpoint-{step}"
         fresh = self.folder / f".{path.name}.saving"
         try:
-            shutil.rmtree(fresh, ignore_errors=True)
+            for left in self.folder.glob(".checkpoint-*"):  # by processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
             fresh.mkdir(parents=True)
             for part, content in tensors.items():
                 save_file(_packed(content), fresh / f"{part}.safetensors")
@@ -160,8 +161,8 @@ class Checkpoints:
             if isinstance(error, (OSError, SafetensorError)):
                 raise CheckpointError(f"checkpoint-{step} could not be saved in {self.folder}: {error}") from error
             raise
-        for left in self.later_than(step):
-            self._remove(left)
+        for later in self.later_than(step):
+            self._remove(later)
         if self.total_limit:
             for old in self.paths()[self.total_limit :]:
                 self._remove(old)
@@ -174,13 +175,6 @@ class Checkpoints:
             shutil.rmtree(leaving, ignore_errors=True)
             os.replace(path, leaving)
             shutil.rmtree(leaving, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Remove all checkpoints, including incomplete ones of a killed process."""
-        for path in self.paths():
-            self._remove(path)
-        for left in self.folder.glob(".checkpoint-*") if self.folder.is_dir() else ():
-            shutil.rmtree(left, ignore_errors=True)
 
     def load(self, path: Path) -> Checkpoint:
         """Read a checkpoint.

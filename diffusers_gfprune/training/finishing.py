@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..errors import HUB_ERRORS, first_line, hub_error_reason
@@ -50,10 +51,18 @@ def prepared_space(args: Arguments) -> str | None:
 
 
 def save_model(run: Run, state: TrainingState) -> None:
-    """Save the current pipeline, and push it with `hub_strategy=every_save`. A failed push does not stop the run."""
+    """Save the current pipeline, and push it with `hub_strategy=every_save`. If either fails, the run goes on."""
     args = run.args
-    with state.averaged() as unet:
-        run.folder.save(partial(run.pipeline.save, unet))
+    try:
+        with state.averaged() as unet:
+            run.folder.save(partial(run.pipeline.save, unet))
+    except (OSError, SafetensorError) as error:
+        tqdm.write(
+            f"warning: the model of step {state.step} could not be saved in {run.folder.staging}: {first_line(error)}; "
+            f"training continues",
+            file=sys.stderr,
+        )
+        return
     if run.repo_id is not None and args.hub.hub_strategy == "every_save":
         message = f"Step {state.step} of {args.training.max_train_steps}"
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from ..argument_fields import FRACTION, NOT_NEGATIVE, POSITIVE, argument, at_least, check_fields
+from ..argument_fields import FRACTION, NOT_NEGATIVE, POSITIVE, argument, at_least, check_fields, expand_home
 
 __all__ = ["CheckpointArguments", "PrecisionArguments", "TrackingArguments", "TrainingArguments"]
 
 LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+# The last learning rate of Diffusers' polynomial schedule
+POLYNOMIAL_END = 1e-7
 TIMESTEP_SAMPLINGS = ["importance", "stratified", "independent"]
 TRACKERS = ["none", "tensorboard", "wandb", "trackio"]
 
@@ -54,8 +56,20 @@ class TrainingArguments:
         check_fields(self, NOT_NEGATIVE, "lr_warmup_steps", "adam_weight_decay", "max_grad_norm")
         check_fields(self, POSITIVE, "learning_rate", "adam_epsilon")
         check_fields(self, FRACTION, "adam_beta1", "adam_beta2", "ema_max_decay", "dropout")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"learning_rate={self.learning_rate:g} must be greater than {POLYNOMIAL_END:g}, the last one of "
+                f"lr_scheduler=polynomial"
+            )
         if self.use_8bit_adam:
             _check_installed("use_8bit_adam", True, "bitsandbytes")
+
+    def doubts(self) -> list[str]:
+        """A line for each combination of arguments that works, and is hardly meant."""
+        warmup, steps = self.lr_warmup_steps, self.max_train_steps
+        if warmup < steps:
+            return []
+        return [f"lr_warmup_steps={warmup} is not less than max_train_steps={steps}: the learning rate never reaches its peak"]
 
 
 @dataclass
@@ -97,6 +111,7 @@ class CheckpointArguments:
 
     def __post_init__(self) -> None:
         check_fields(self, NOT_NEGATIVE, "checkpointing_steps", "checkpoints_total_limit")
+        expand_home(self, "resume_from_checkpoint")
 
 
 @dataclass

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import GradientFlowPruner
 from ..criteria import find_criterion
 from ..data.splits import DataSummary
-from ..distributed import world_size
 from ..evaluation.sample_quality import SampleQuality
 from ..families.lookup import family_of
 from ..formatting import format_duration
@@ -290,7 +289,8 @@ def pruning_report(
         pruner: The pruner after the last step.
         curves: Curves recorded during the run.
         dense_step_loss: Step loss of the base model.
-        origin: `base_model`, `dataset` and `command` (see `provenance`), and `pipeline` (see `describe_pipeline`).
+        origin: `base_model`, `dataset` and `command` (see `provenance`), `num_processes`, and `pipeline` (see
+            `describe_pipeline`).
         diagnostics: Known failures of the method that were detected.
         broken: Images that could not be read.
         timestep_density: How often timesteps were drawn at the end (`TimestepDensity.describe`).
@@ -298,7 +298,6 @@ def pruning_report(
     return {
         "format_version": REPORT_VERSION,
         **origin,
-        "num_processes": world_size(),
         "config": pruner.config.to_dict(),
         "arguments": {name: portable(value) for name, value in args.to_dict().items()},
         "phases": {

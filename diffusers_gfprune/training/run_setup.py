@@ -39,6 +39,7 @@ from .checkpointing import Checkpoint, Checkpoints
 from .estimate import StepEstimate, estimate_step
 
 __all__ = [
+    "SCHEDULER",
     "Run",
     "RunImages",
     "check_training",
@@ -58,6 +59,9 @@ REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_M
 # Arguments of evaluation that make curves of sample quality differ
 MEASURED_BY = ("eval_images", "eval_features", "eval_reference_images", "eval_seed", "guidance_scale")
 MEASURED_BY += ("ddim_num_inference_steps", "timestep_spacing")
+
+# Beginning of the names of the process's entries in the identity of a run
+SCHEDULER = "scheduler."
 
 
 @dataclass(kw_only=True)
@@ -168,18 +172,24 @@ def check_training(args: Arguments, dense: nn.Module, process: DiffusionProcess)
 
 
 def run_identity(
-    args: Arguments, dense: nn.Module, codec: LatentCodec | None = None, prompts: PromptEncoder | None = None
+    args: Arguments,
+    dense: nn.Module,
+    process: DiffusionProcess,
+    codec: LatentCodec | None = None,
+    prompts: PromptEncoder | None = None,
 ) -> dict:
     """Values by name that must not change when a run is resumed from a checkpoint.
 
     Args:
         args: The command line.
         dense: The dense model.
+        process: Its process.
         codec: VAE of a latent model.
         prompts: Text encoders of a model of text.
     """
     component = family_of(dense).component
     architecture = {f"{component}.{name}": value for name, value in dense.config.items() if not name.startswith("_")}
+    noise = {f"{SCHEDULER}{name}": value for name, value in process.scheduler.config.items() if not name.startswith("_")}
     frozen = {"autoencoder": codec, "text encoders": prompts}
     names = (
         *("target", "ratio", "channel_multiple", "target_device", "min_keep_ratio", "attention_unit"),
@@ -188,6 +198,7 @@ def run_identity(
     )
     return {
         **architecture,
+        **noise,
         "weights of the dense model": tensors_fingerprint(dict(dense.named_parameters())),
         **{name: encoder.identity() for name, encoder in frozen.items() if encoder is not None},
         **{name: getattr(args.pruning, name) for name in names},

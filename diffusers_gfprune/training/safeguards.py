@@ -22,7 +22,7 @@ from ..interruption import Interruption, StoppedBySignal, asked_to_stop
 from .arguments import Arguments
 from .checkpointing import Checkpoint, CheckpointError, Checkpoints, changed_settings
 from .diagnostics import check_hessian_gradient_product, compare_with_magnitude, diagnose
-from .run_setup import Run, run_settings
+from .run_setup import SCHEDULER, Run, run_settings
 from .state import TrainingState
 from .tracking import PHASE_NAMES, Tracking
 
@@ -71,7 +71,11 @@ def find_checkpoint(
     if checkpoint is None:
         accelerator.print(f"no checkpoint in {checkpoints.folder}: starting from the beginning")
         return None
-    checkpoints.check_identity(checkpoint, identity)
+    known = checkpoint.identity  # those of earlier versions do not name the scheduler
+    named = any(name.startswith(SCHEDULER) for name in known)
+    checkpoints.check_identity(
+        checkpoint, {name: value for name, value in identity.items() if named or not name.startswith(SCHEDULER)}
+    )
     before, now = checkpoint.settings, run_settings(args, accelerator)
     both = before.keys() & now.keys()  # checkpoints of other versions have others
     for line in changed_settings(*({name: values[name] for name in both} for values in (before, now))):

@@ -11,6 +11,7 @@ Trackers are those of Accelerate. Trackers group names by the part before the sl
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from functools import partial
 
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..diffusion.placement import moved
-from ..errors import one_line
+from ..errors import first_line, one_line
 from ..evaluation.sample_quality import SampleQuality
 from ..pruner import MaskUpdate
 from ..reports.plots import save_sample_grid
@@ -148,8 +149,13 @@ class Tracking:
         with state.averaged() as unet:
             samples = sample(unet)
         path = self.folder.training / "samples" / f"step-{state.step}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_sample_grid(path, self.dense_samples, samples, rows=max(1, -(-count // 16)))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_sample_grid(path, self.dense_samples, samples, rows=max(1, -(-count // 16)))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            tqdm.write(f"warning: {path} could not be saved: {first_line(error)}; training continues", file=sys.stderr)
+            return
         grid = torch.cat([self.dense_samples, samples])  # dense above pruned
         pictures = (255 * grid.permute(0, 2, 3, 1)).round().clamp(0, 255).to(torch.uint8).numpy()
         for tracker in self.accelerator.trackers:

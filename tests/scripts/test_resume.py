@@ -126,6 +126,15 @@ def test_a_checkpoint_of_another_model_is_refused(whole_run: tuple[Path, Path], 
         run_here(tmp_path / "run", "--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", tmp_path / "model")
 
 
+def test_a_checkpoint_of_another_noise_schedule_is_refused(whole_run: tuple[Path, Path], tmp_path: Path) -> None:
+    place(whole_run[1], tmp_path / "run", 5)
+    shutil.copytree(TEACHER, tmp_path / "model")
+    path = tmp_path / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
+    with pytest.raises(ValueError, match=r"another run: scheduler.prediction_type was epsilon, is v_prediction$"):
+        run_here(tmp_path / "run", "--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", tmp_path / "model")
+
+
 def test_changed_settings_are_listed(whole_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     place(whole_run[1], tmp_path / "run", 14)
     run_here(tmp_path / "run", "--resume_from_checkpoint", "latest", "--learning_rate", 1e-3, "--distillation_weight", 0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path, form: str) -> None:
         torch.testing.assert_close(
             two_weights[name], weight, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+    assert [report["num_processes"] for report in reports] == [1, 2]
+    batches = [re.search(r"batch (\d+)", (tmp_path / name / "README.md").read_text())[1] for name in ("one", "two")]
+    assert batches == ["16", "16"]
     losses = [report["curves"]["validation_loss"] for report in reports]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from diffusers import DDPMPipeline
 from sklearn.datasets import load_digits
 
+from diffusers_gfprune.data.images import DataArguments
 from diffusers_gfprune.metrics.model_size import count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.one_shot import images_to_tensor
@@ -117,6 +119,19 @@ def test_numbers_out_of_range_are_refused() -> None:
     for name, wrong in (("lr_warmup_steps", -5), ("learning_rate", 0.0), ("train_batch_size", 0)):
         with pytest.raises(ValueError, match=f"{name}={wrong} must"):
             train_ddpm.TrainArguments(model_config="x", output_dir="y", **{name: wrong})
+
+
+def test_loading_processes_divide_a_stream_and_nothing_else() -> None:
+    """With another number of them, a resumed run would see some images twice and others never."""
+    args = train_ddpm.TrainArguments(model_config="x", output_dir="y")
+    unet = SimpleNamespace(config={"in_channels": 1, "_name_or_path": "z"})
+
+    def identity(workers: int, streaming: bool) -> dict:
+        data = DataArguments(dataset_name="x", dataloader_num_workers=workers, streaming=streaming)
+        return train_ddpm.run_identity(args, data, unet, 1)
+
+    assert identity(0, False) == identity(4, False) and identity(0, True) != identity(4, True)
+    assert identity(0, True)["in_channels"] == 1 and "_name_or_path" not in identity(0, True)
 
 
 def test_an_existing_folder_is_refused(tmp_path: Path) -> None:

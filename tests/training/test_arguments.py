@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from diffusers_gfprune.runtimes import requirements
@@ -38,6 +40,35 @@ def test_a_token_is_not_stored_by_a_tracker(monkeypatch: pytest.MonkeyPatch) -> 
         parse_arguments([*MODEL, *hub, "--report_to", "wandb"])
     assert "hf_secret" not in str(raised.value)
     parse_arguments([*MODEL, *hub, "--report_to", "tensorboard"])
+
+
+def test_home_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave `--output_dir=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("output_dir", "evaluation_cache_dir", "cache_dir", "encoding_cache_dir", "resume_from_checkpoint")
+    names += ("teacher_images_dir", "teacher_prompts", "train_data_dir")
+    given = [f"--{name}=~/{name}" for name in names]
+    found = parse_arguments([*MODEL[:2], "--train_data", "teacher", *given]).to_dict()
+    assert {name: found[name] for name in names} == {name: str(tmp_path / name) for name in names}
+
+
+def test_a_rate_that_cannot_fall_is_refused() -> None:
+    """Diffusers' own error would come after images are encoded, and names no argument."""
+    words = [*MODEL, "--lr_scheduler", "polynomial", "--learning_rate"]
+    with pytest.raises(ValueError, match=r"^learning_rate=1e-07 must be greater than 1e-07, the last one of lr_scheduler=poly"):
+        parse_arguments([*words, "1e-7"])
+    parse_arguments([*words, "2e-7"])
+    parse_arguments([*MODEL, "--learning_rate", "1e-7"])
+
+
+def test_a_warm_up_that_does_not_end_is_said() -> None:
+    def doubts(warmup: int) -> list[str]:
+        return parse_arguments([*MODEL, "--max_train_steps", "100", "--lr_warmup_steps", str(warmup)]).training.doubts()
+
+    assert doubts(99) == []
+    assert doubts(100) == [
+        "lr_warmup_steps=100 is not less than max_train_steps=100: the learning rate never reaches its peak"
+    ]
 
 
 def test_numbers_are_finite() -> None:

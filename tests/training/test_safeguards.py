@@ -141,3 +141,14 @@ def test_settings_that_an_older_checkpoint_does_not_have_are_not_changed(
     assert safeguards.find_checkpoint(args, Accelerator(), checkpoints, {}).step == 3
     said = capsys.readouterr().err
     assert "changed setting: learning_rate was 0.1, is 0.2" in said and said.count("changed setting") == 1
+
+
+def test_the_noise_schedule_of_an_older_checkpoint_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safeguards, "run_settings", lambda args, accelerator: {})
+    args = SimpleNamespace(checkpoints=SimpleNamespace(resume_from_checkpoint="latest"))
+    checkpoints, now = Checkpoints(tmp_path), {"seed": 0, "scheduler.beta_end": 0.02}
+    checkpoints.save(3, {"seed": 0}, {}, {}, {})
+    assert safeguards.find_checkpoint(args, Accelerator(), checkpoints, now).step == 3
+    checkpoints.save(4, {"seed": 0, "scheduler.beta_end": 0.01}, {}, {}, {})
+    with pytest.raises(ValueError, match=r"another run: scheduler.beta_end was 0.01, is 0.02$"):
+        safeguards.find_checkpoint(args, Accelerator(), checkpoints, now)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from diffusers_gfprune.run_folder import RunFolder
+from diffusers_gfprune.training import tracking
 from diffusers_gfprune.training.arguments import parse_arguments
 from diffusers_gfprune.training.tracking import Tracking
 from helpers.figures import cells
@@ -85,6 +91,32 @@ def test_other_trackers_get_curves_and_samples(tracker: str, tmp_path: Path, mon
     else:
         assert {path.parent.name for path in (tmp_path / "trackio").rglob("*.png")} == {"3", "6"}
         assert {path.name for path in tmp_path.iterdir()} == {"runs", "trackio"}
+
+
+def test_a_full_disk_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """No half picture is left."""
+
+    @dataclass
+    class Settings:
+        num_images: int = 0
+
+        def sample(self, unet: object, **options) -> torch.Tensor:
+            return torch.zeros(self.num_images, 1, 8, 8)
+
+    def write(path: Path, *args, **options) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracking, "save_sample_grid", write)
+    quality = SimpleNamespace(settings=Settings(), scheduler=None, codec=None, conditions=None, dense=nn.Linear(1, 1))
+    args = parse_arguments(["--pretrained_model_name_or_path", "m", "--dataset_name", "d"])
+    state = SimpleNamespace(averaged=contextlib.nullcontext, step=6)
+    accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), trackers=[])
+    Tracking(args, accelerator, RunFolder(str(tmp_path / "run"), False), quality).log_samples(state)
+    assert "step-6.png could not be saved: " in (said := capsys.readouterr().err) and said.endswith("training continues\n")
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_tracker_that_does_not_start_is_named(tmp_path: Path) -> None:
