@@ -28,11 +28,12 @@ from pathlib import Path
 
 import torch
 from cost import Trainer, half_masked, paired, scorer
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from models import batches_for, build
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
+from diffusers_gfprune.diffusion.schedulers import training_process
 from diffusers_gfprune.pruner import MaskUpdate
 from diffusers_gfprune.run_folder import RunFolder
 from diffusers_gfprune.training.arguments import parse_arguments
@@ -118,7 +119,7 @@ def measure_state(model: str, words: list[str]) -> dict[str, float]:
             parameter.grad = torch.randn_like(parameter)
         state.optimizer.step()
         checkpoints = Checkpoints(run_folder.training, args.checkpoints.checkpoints_total_limit)
-        identity, settings = run_identity(args, dense), run_settings(args, accelerator)
+        identity, settings = run_identity(args, dense, training_process(DDPMScheduler())), run_settings(args, accelerator)
         save_seconds = median_seconds(
             lambda index: checkpoints.save(index, identity, settings, state.tensors(), state.values())
         )

@@ -55,7 +55,9 @@ def test_home_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_rate_that_cannot_fall_is_refused() -> None:
     """Diffusers' own error would come after images are encoded, and names no argument."""
     words = [*MODEL, "--lr_scheduler", "polynomial", "--learning_rate"]
-    with pytest.raises(ValueError, match=r"^learning_rate=1e-07 must be greater than 1e-07, the last one of lr_scheduler=poly"):
+    with pytest.raises(
+        ValueError, match=r"^learning_rate=1e-07 must be greater than 1e-07, the last one of lr_scheduler=poly"
+    ):
         parse_arguments([*words, "1e-7"])
     parse_arguments([*words, "2e-7"])
     parse_arguments([*MODEL, "--learning_rate", "1e-7"])
