@@ -248,7 +248,9 @@ def prune_unet(
         if class_labels is None:
             raise ValueError(f"null_label={null_label} needs class_labels for the images")
         check_labels(class_labels.tolist(), dropout.null_label)
-    if pruner is None:
+    conditioning = {} if class_labels is None else {"class_labels": class_labels}
+    family_of(unet).check_conditioning(unet, conditioning, len(pixels))
+    if pruner is None:  # it may time layers for minutes: everything else was checked
         pruner = GradientFlowPruner(copy.deepcopy(unet), config, process, sample_size=tuple(pixels.shape[2:]))
     batches = calibration_batches(pixels, process, batch_size, class_labels, seed, dropout)
     pruner.step(0, batches)

@@ -103,6 +103,8 @@ def prune_pipeline(
         _check_size(spec, pixels)
         class_labels = with_vectors(denoiser, class_labels, len(pixels))
         _check_labels(spec, class_labels, len(pixels), dropout)
+        if class_labels is not None and spec.prompts is None:
+            family.check_conditioning(denoiser, {"class_labels": class_labels}, len(pixels))
         _check_prompts(spec, prompts, len(pixels))
     pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, process)
     if images is None:

@@ -140,6 +140,7 @@ def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:
             r"class_labels has shape \(8,\) and dtype torch.float32: it must be integers",
         ),
         ("dit", {"class_labels": torch.full((8,), 4)}, "class_labels has null_label=4, which no image may have"),
+        ("dit", {"class_labels": torch.full((8,), 5)}, "class_labels range from 5 to 5; with num_embeds_ada_norm=4 of the"),
         ("dit", {"prompts": list("abcdefgh")}, "prompts must be None: the model takes no text"),
         ("ldm", {"class_labels": torch.zeros(8, dtype=torch.long)}, "class_labels must be None: the model takes no labels"),
         ("ldm", {"images": images(size=8)}, "images have 8x8 pixels, but the pipeline makes images of 16x16"),
