@@ -205,8 +205,8 @@ def prune_unet(
             models with `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function that maps a range of
             image numbers to them; with `images=None`, drawn images have the vectors in turn.
         seed: Seed for calibration noise, timesteps and label dropout.
-        label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
-            the model's training.
+        label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label): at least one
+            label if it is not 0, and never all. Use the value of the model's training.
         null_label: Label for "no label", in models trained for classifier-free guidance.
         recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
         num_teacher_images: Number of images that are drawn with `images=None` (>= 1).

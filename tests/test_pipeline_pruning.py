@@ -165,6 +165,39 @@ def test_what_does_not_fit_is_one_line(
         prune_pipeline(PIPELINES[name](tmp_path / name), **options)
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "dropped"),
+    [
+        (1, {}, 0),
+        (2, {}, 1),
+        (8, {"caption_dropout": 0.25}, 2),
+        (2, {"caption_dropout": 0.9}, 1),
+        (8, {"caption_dropout": 0.0}, 0),
+    ],
+)
+def test_prompts_lose_their_share_but_one_stays(
+    count: int, options: dict, dropped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one image, scores and recovery would see the empty prompt only."""
+
+    class Seen(Exception):
+        """Holds the calibration batches."""
+
+    class Stub:
+        def __init__(self, *_) -> None: ...
+
+        def step(self, step: int, batches: list) -> None:
+            raise Seen(batches)
+
+    monkeypatch.setattr("diffusers_gfprune.pipeline_pruning.GradientFlowPruner", Stub)
+    pipe = PIPELINES["sd"](tmp_path / "sd")
+    with pytest.raises(Seen) as caught:
+        prune_pipeline(pipe, images(count), **given("sd", count), **options, **BUDGET)
+    [batch], name = caught.value.args[0], "encoder_hidden_states"
+    null = PipelineParts.of(pipe).prompts.null()[name]
+    assert sum(torch.equal(row[None], null) for row in batch.conditioning[name]) == dropped
+
+
 # --- without data -------------------------------------------------------------------------------------------------------
 
 
