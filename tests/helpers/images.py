@@ -22,9 +22,10 @@ def random_images(count: int, channels: int = 1, side: int = 8, seed: int = 0) -
     return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def model_spec(size: int = 8, channels: int = 1, classes: int | None = None) -> ModelSpec:
-    """What the images need to know of a model."""
-    return ModelSpec((size, size), channels, None if classes is None else ClassLabels(classes))
+def model_spec(size: int | tuple[int, int] = 8, channels: int = 1, classes: int | None = None) -> ModelSpec:
+    """What the images need to know of a model; one number means a square, two are height and width."""
+    size = (size, size) if isinstance(size, int) else size
+    return ModelSpec(size, channels, None if classes is None else ClassLabels(classes))
 
 
 def encode(pixels: np.ndarray | Image.Image, form: str = "png") -> bytes:
