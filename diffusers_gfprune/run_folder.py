@@ -44,6 +44,10 @@ class RunFolder:
 
     Until then all files are written to a hidden folder beside it, so that write errors appear early.
 
+    Attributes:
+        path: The folder, which is no link.
+        name: Its name as it was given, possibly that of a link.
+
     Args:
         output_dir: The folder. If it is a symbolic link, it is the folder that the link points to, and the link stays.
         overwrite: Whether to replace an existing folder, at the end of the run.
@@ -55,7 +59,8 @@ class RunFolder:
     def __init__(
         self, output_dir: str, overwrite: bool, inputs: Sequence[str | None] = (), marker: str | None = "model_index.json"
     ) -> None:
-        self.path = Path(os.path.realpath(os.path.expanduser(output_dir)))
+        given = os.path.expanduser(output_dir)
+        self.path, self.name = Path(os.path.realpath(given)), os.path.basename(os.path.abspath(given))
         self.overwrite, self.marker = overwrite, marker
         self.inputs = [Path(os.path.realpath(name)) for name in inputs if name and Path(name).exists()]
         self.staging = self._beside("incomplete")

@@ -44,6 +44,7 @@ def test_a_link_stays_where_the_folder_it_points_to_is_replaced(tmp_path: Path) 
     (tmp_path / "link").symlink_to(tmp_path / "disk/run")
     for number in range(2):
         folder = RunFolder(str(tmp_path / "link"), overwrite=True)
+        assert (folder.path, folder.name) == (tmp_path / "disk/run", "link")
         folder.check()
         with folder:
             folder.prepare()
