@@ -205,8 +205,8 @@ def prune_unet(
             models with `class_embed_type="identity"`: vectors with shape `(images, size)`, or a function that maps a range of
             image numbers to them; with `images=None`, drawn images have the vectors in turn.
         seed: Seed for calibration noise, timesteps and label dropout.
-        label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label). Use the value of
-            the model's training.
+        label_dropout: Share of labels replaced by `null_label`, in [0, 1) (default: 0.1 with a null label): at least one
+            label if it is not 0, and never all. Use the value of the model's training.
         null_label: Label for "no label", in models trained for classifier-free guidance.
         recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
         num_teacher_images: Number of images that are drawn with `images=None` (>= 1).
@@ -248,7 +248,9 @@ def prune_unet(
         if class_labels is None:
             raise ValueError(f"null_label={null_label} needs class_labels for the images")
         check_labels(class_labels.tolist(), dropout.null_label)
-    if pruner is None:
+    conditioning = {} if class_labels is None else {"class_labels": class_labels}
+    family_of(unet).check_conditioning(unet, conditioning, len(pixels))
+    if pruner is None:  # it may time layers for minutes: everything else was checked
         pruner = GradientFlowPruner(copy.deepcopy(unet), config, process, sample_size=tuple(pixels.shape[2:]))
     batches = calibration_batches(pixels, process, batch_size, class_labels, seed, dropout)
     pruner.step(0, batches)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .argument_fields import FRACTION, at_least, check_range
 from .diffusion.batch import DiffusionBatch
-from .diffusion.class_labels import LabelDropout, check_labels, label_dropout_of
+from .diffusion.class_labels import LabelDropout, check_labels, label_dropout_of, number_dropped
 from .diffusion.schedulers import training_process
 from .drawn_images import NUM_TEACHER_IMAGES, draw_images
 from .metrics.conditions import SampleConditions
@@ -66,9 +66,11 @@ def prune_pipeline(
         prompts: One prompt for each image, for models of text; with `images=None`, images have them in turn.
         batch_size: Number of images in a calibration batch, and of those that are drawn at a time (>= 1).
         seed: Seed of latents, noise, timesteps and dropout.
-        label_dropout: Share of labels replaced by the null label, in [0, 1) (default: 0.1 with a null label).
+        label_dropout: Share of labels replaced by the null label, in [0, 1) (default: 0.1 with a null label): at least one
+            label if it is not 0, and never all.
         null_label: Label for "no label" (default: that of the architecture, if it has one).
-        caption_dropout: Share of prompts replaced by the empty prompt, in [0, 1).
+        caption_dropout: Share of prompts replaced by the empty prompt, in [0, 1): at least one prompt if it is not 0, and
+            never all.
         recovery: Whether layers that read pruned channels make up for them by least squares (`pruning.recovery`).
         num_teacher_images: Number of images that are drawn with `images=None` (>= 1).
         num_inference_steps: For consistency models, the steps that the pruned model will be sampled with: only their noise
@@ -103,6 +105,8 @@ def prune_pipeline(
         _check_size(spec, pixels)
         class_labels = with_vectors(denoiser, class_labels, len(pixels))
         _check_labels(spec, class_labels, len(pixels), dropout)
+        if class_labels is not None and spec.prompts is None:
+            family.check_conditioning(denoiser, {"class_labels": class_labels}, len(pixels))
         _check_prompts(spec, prompts, len(pixels))
     pruner = GradientFlowPruner(copy.deepcopy(denoiser), config, process)
     if images is None:
@@ -216,7 +220,7 @@ def _texts(
     spec.prompts.warn_of_long(prompts)
     with spec.prompts.on(device):
         encoded, null = spec.prompts.encode(prompts), spec.prompts.null()
-    dropped = torch.randperm(count, generator=generator)[: max(1, round(dropout * count)) if dropout else 0]
+    dropped = torch.randperm(count, generator=generator)[: number_dropped(dropout, count)]
     for name, values in null.items():
         encoded[name] = encoded[name].clone()
         encoded[name][dropped] = values

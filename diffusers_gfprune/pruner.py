@@ -202,7 +202,8 @@ class GradientFlowPruner:
         ratio = self.config.ratio if ratio is None else ratio
         if widths is None and self.config.ranking == "joint":
             if self.ranking.changes is None:
-                raise ValueError("units were not ranked yet: ranking=joint needs joint changes, or pass widths")
+                why = "the checkpoint of a finished run has none" if self.history else "units were not ranked yet"
+                raise ValueError(f"{why}: ranking=joint needs joint changes, or pass widths")
             return self.choice.joint_units(ratio, scores, self.ranking.changes)[0]
         if widths is None and self.config.ranking == "curves" and self.ranking.curves is None:
             raise ValueError("units were not ranked yet: ranking=curves needs damage curves, or pass widths")

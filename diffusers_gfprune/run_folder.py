@@ -44,8 +44,12 @@ class RunFolder:
 
     Until then all files are written to a hidden folder beside it, so that write errors appear early.
 
+    Attributes:
+        path: The folder, which is no link.
+        name: Its name as it was given, possibly that of a link.
+
     Args:
-        output_dir: The folder.
+        output_dir: The folder. If it is a symbolic link, it is the folder that the link points to, and the link stays.
         overwrite: Whether to replace an existing folder, at the end of the run.
         inputs: Paths that the run reads and must not replace.
         marker: File at the top of every result. A folder without it is not replaced, unless it is empty. None: the caller
@@ -55,9 +59,10 @@ class RunFolder:
     def __init__(
         self, output_dir: str, overwrite: bool, inputs: Sequence[str | None] = (), marker: str | None = "model_index.json"
     ) -> None:
-        self.path = Path(os.path.abspath(os.path.expanduser(output_dir)))
+        given = os.path.expanduser(output_dir)
+        self.path, self.name = Path(os.path.realpath(given)), os.path.basename(os.path.abspath(given))
         self.overwrite, self.marker = overwrite, marker
-        self.inputs = [Path(os.path.abspath(name)) for name in inputs if name and Path(name).exists()]
+        self.inputs = [Path(os.path.realpath(name)) for name in inputs if name and Path(name).exists()]
         self.staging = self._beside("incomplete")
         self.training = self.path.with_name(f"{self.path.name}.training")
         self._locked: IO[str] | None = None
@@ -150,7 +155,7 @@ class RunFolder:
             ValueError: One is.
         """
         for argument, name in folders.items():
-            path = None if name is None else Path(os.path.abspath(name))
+            path = None if name is None else Path(os.path.realpath(name))
             if path is not None and (self.path == path or self.path in path.parents):
                 raise ValueError(f"{argument}={path} must not be in output_dir={self.path}")
 

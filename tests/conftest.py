@@ -1,12 +1,20 @@
-"""Settings of all tests: one thread per process (tests run in parallel), no network access."""
+"""Settings of all tests: one thread per process (tests run in parallel), no network access, caches of their own."""
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from helpers.environment import isolate
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # pytest's processes share the caches of the first
+    home = tempfile.mkdtemp(prefix="diffusers-gfprune-tests-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    isolate(os.environ, Path(home))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes that tests start find the helpers, too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))

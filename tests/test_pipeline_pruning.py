@@ -120,13 +120,16 @@ def test_recovery_brings_predictions_back(tmp_path: Path) -> None:
     assert errors[1] < 0.7 * errors[0]
 
 
-def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recovery", [True, False])
+def test_the_result_follows_from_the_seed(recovery: bool, tmp_path: Path) -> None:
+    """Recovery draws other noise; without it, only the choice of units depends on the seed."""
     pipe = PIPELINES["dit"](tmp_path / "dit")
     labels = given("dit")["class_labels"]
-    small = [
-        prune_pipeline(pipe, images(), class_labels=given, seed=0, **BUDGET).transformer for given in (labels, labels.tolist())
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in small)))
+    first, same, other = (
+        prune_pipeline(pipe, images(), class_labels=given, seed=seed, recovery=recovery, **BUDGET).transformer.state_dict()
+        for given, seed in ((labels, 0), (labels.tolist(), 0), (labels, 1))
+    )
+    assert tensors_fingerprint(first) == tensors_fingerprint(same) != tensors_fingerprint(other)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,7 @@ def test_the_result_follows_from_the_seed(tmp_path: Path) -> None:
             r"class_labels has shape \(8,\) and dtype torch.float32: it must be integers",
         ),
         ("dit", {"class_labels": torch.full((8,), 4)}, "class_labels has null_label=4, which no image may have"),
+        ("dit", {"class_labels": torch.full((8,), 5)}, "class_labels range from 5 to 5; with num_embeds_ada_norm=4 of the"),
         ("dit", {"prompts": list("abcdefgh")}, "prompts must be None: the model takes no text"),
         ("ldm", {"class_labels": torch.zeros(8, dtype=torch.long)}, "class_labels must be None: the model takes no labels"),
         ("ldm", {"images": images(size=8)}, "images have 8x8 pixels, but the pipeline makes images of 16x16"),
@@ -162,6 +166,39 @@ def test_what_does_not_fit_is_one_line(
     options = {"images": images(), **given(name), **BUDGET, **arguments}
     with pytest.raises(ValueError, match=f"^{message}"):
         prune_pipeline(PIPELINES[name](tmp_path / name), **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "dropped"),
+    [
+        (1, {}, 0),
+        (2, {}, 1),
+        (8, {"caption_dropout": 0.25}, 2),
+        (2, {"caption_dropout": 0.9}, 1),
+        (8, {"caption_dropout": 0.0}, 0),
+    ],
+)
+def test_prompts_lose_their_share_but_one_stays(
+    count: int, options: dict, dropped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one image, scores and recovery would see the empty prompt only."""
+
+    class Seen(Exception):
+        """Holds the calibration batches."""
+
+    class Stub:
+        def __init__(self, *_) -> None: ...
+
+        def step(self, step: int, batches: list) -> None:
+            raise Seen(batches)
+
+    monkeypatch.setattr("diffusers_gfprune.pipeline_pruning.GradientFlowPruner", Stub)
+    pipe = PIPELINES["sd"](tmp_path / "sd")
+    with pytest.raises(Seen) as caught:
+        prune_pipeline(pipe, images(count), **given("sd", count), **options, **BUDGET)
+    [batch], name = caught.value.args[0], "encoder_hidden_states"
+    null = PipelineParts.of(pipe).prompts.null()[name]
+    assert sum(torch.equal(row[None], null) for row in batch.conditioning[name]) == dropped
 
 
 # --- without data -------------------------------------------------------------------------------------------------------

@@ -133,6 +133,16 @@ def test_choosing_before_a_ranking_needs_widths() -> None:
     assert sum(int(units.sum()) for units in chosen.values()) < sum(group.num_units for group in pruner.groups)
 
 
+def test_the_checkpoint_of_a_finished_run_has_no_joint_changes() -> None:
+    """The message does not say that units were never ranked."""
+    first, resumed = (GradientFlowPruner(build("fine-units"), one_shot(ratio=0.5, **JOINT), SCHEDULER) for _ in range(2))
+    first.step(0, batches())
+    assert first.finished and first.choose_units(first.scores)
+    resumed.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="^the checkpoint of a finished run has none: ranking=joint needs joint changes, or"):
+        resumed.choose_units(resumed.scores)
+
+
 @pytest.mark.slow
 def test_pruning_without_training_and_recovery_chooses_units_together() -> None:
     """By default, where the criterion measures joint changes, and where blocks may go."""

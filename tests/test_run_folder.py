@@ -38,6 +38,23 @@ def test_overwriting_replaces_only_at_the_end(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_link_stays_where_the_folder_it_points_to_is_replaced(tmp_path: Path) -> None:
+    """Every time; the files of the run are beside that folder."""
+    (tmp_path / "disk/run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/run")
+    for number in range(2):
+        folder = RunFolder(str(tmp_path / "link"), overwrite=True)
+        assert (folder.path, folder.name) == (tmp_path / "disk/run", "link")
+        folder.check()
+        with folder:
+            folder.prepare()
+            (folder.staging / "model_index.json").write_text(str(number))
+            folder.publish()
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "link/model_index.json").read_text() == str(number)
+        assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["run"]
+
+
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"), overwrite=False)
     with pytest.raises(ValueError, match="nan"), folder:
@@ -191,6 +208,16 @@ def test_what_the_run_reads_is_never_replaced(name: str, tmp_path: Path) -> None
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match="which this run reads"):
         RunFolder(str(tmp_path / name), overwrite=True, inputs=[str(tmp_path / "model"), None]).check()
+
+
+@pytest.mark.parametrize(("output", "given"), [("model", "link"), ("link", "model"), ("link", "link/inner"), (".", "link")])
+def test_what_the_run_reads_is_known_behind_a_link(output: str, given: str, tmp_path: Path) -> None:
+    (tmp_path / "model/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with pytest.raises(ValueError, match="which this run reads"):
+        RunFolder(str(tmp_path / output), overwrite=True, inputs=[str(tmp_path / given)]).check()
+    with pytest.raises(ValueError, match="encoding_cache_dir=.* must not be in output_dir="):
+        RunFolder(str(tmp_path / output), overwrite=True).check_outside(encoding_cache_dir=tmp_path / given)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,17 @@ from torch import Tensor
 
 from ..argument_fields import FRACTION, check_range
 
-__all__ = ["ClassLabels", "LabelDropout", "check_labels", "label_dropout_of", "make_label_dropout", "real_labels"]
+__all__ = [
+    *(
+        "ClassLabels",
+        "LabelDropout",
+        "check_labels",
+        "label_dropout_of",
+        "make_label_dropout",
+        "number_dropped",
+        "real_labels",
+    ),
+]
 
 # Default probability, as used by Ho and Salimans and by DiT
 LABEL_DROPOUT = 0.1
@@ -45,6 +55,19 @@ class ClassLabels(NamedTuple):
     argument: str = "num_class_embeds"
 
 
+def number_dropped(share: float, count: int) -> int:
+    """How many of `count` labels or prompts are replaced: the rounded share, but at least one, and never all.
+
+    With one, a few images also include the null condition. The last condition stays, however few images there are: without
+    any, only predictions for the null condition would be seen.
+
+    Args:
+        share: Share to replace, in [0, 1); with 0, none is.
+        count: Number of labels or prompts (>= 1).
+    """
+    return min(max(1, round(share * count)), count - 1) if share > 0 else 0
+
+
 @dataclass(frozen=True)
 class LabelDropout:
     """Random replacement of labels by the null label.
@@ -62,14 +85,13 @@ class LabelDropout:
         return self.null_label if uniform < self.probability else label
 
     def several(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Replace the rounded share of labels, but at least one, so that a few images also include the null label.
+        """Replace a share of labels (see `number_dropped`).
 
         Args:
             labels: Integers with shape `(n,)`.
             generator: Random generator that selects the labels.
         """
-        count = max(1, round(self.probability * len(labels))) if self.probability > 0 else 0
-        dropped = labels.clone()
+        count, dropped = number_dropped(self.probability, len(labels)), labels.clone()
         dropped[torch.randperm(len(labels), generator=generator)[:count].to(labels.device)] = self.null_label
         return dropped
 
@@ -89,8 +111,8 @@ def make_label_dropout(
         num_classes: Number of classes of its data; None: unknown.
 
     Raises:
-        ValueError: The model is unconditional, the null label is unknown, out of range or a class of the data, or
-            `label_dropout` is out of range.
+        ValueError: The model is unconditional, the null label is unknown, out of range, a class of the data or the only label,
+            or `label_dropout` is out of range.
     """
     check_range(FRACTION, label_dropout=label_dropout)
     given = {"null_label": null_label, "label_dropout": label_dropout or None}
@@ -103,6 +125,8 @@ def make_label_dropout(
         null_label = num_classes if num_class_embeds - 1 == num_classes else None  # by convention
     elif not 0 <= null_label < num_class_embeds:
         raise ValueError(f"null_label={null_label} must be from 0 to {num_class_embeds - 1}, the model's num_class_embeds - 1")
+    elif num_class_embeds == 1:
+        raise ValueError(f"null_label={null_label} must be None: it is the only label of the model, with num_class_embeds=1")
     elif num_classes is not None and null_label < num_classes:
         raise ValueError(f"null_label={null_label} must not be one of the {num_classes} classes of the data")
     if null_label is None:

@@ -94,11 +94,26 @@ def _check_index(path: Path, component: str) -> None:
     """Check that an index of sharded weights names safetensors beside it.
 
     Raises:
-        ValueError: It names another file.
+        ValueError: It is malformed, or names another file.
     """
-    for name in set(read_config(path)["weight_map"].values()):
+    for name in sorted(set(_weight_map(path, component).values())):
         if variant_of(name) is None or name.endswith(".json"):
             raise ValueError(f"its {component} has {path.name}, which names {name}: only safetensors beside it are loaded")
+
+
+def _weight_map(path: Path, component: str) -> dict[str, str]:
+    """Files of weights by name, from an index of sharded weights.
+
+    Raises:
+        ValueError: The index is malformed.
+    """
+    try:
+        found = read_config(path).get("weight_map")
+    except ValueError:  # no JSON, or no UTF-8
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"its {component} has {path.name}, which is no index: weight_map must be an object of file names")
+    return found
 
 
 def load_model(folder: Path, component: str, class_name: str, classes: Mapping[str, type[nn.Module]]) -> nn.Module:
@@ -176,7 +191,8 @@ def copy_component(
         changed = {key: value for key, value in content.items() if not (key in PLACES and _is_local(value))}
         changed |= config or {} if path.name in ("config.json", "scheduler_config.json") else {}
         if variant is not None and variant_of(path.name) == variant:  # an index
-            changed["weight_map"] = {key: _default_name(name, variant) for key, name in content["weight_map"].items()}
+            names = _weight_map(path, component)
+            changed["weight_map"] = {key: _default_name(name, variant) for key, name in names.items()}
         if changed == content:
             shutil.copyfile(path, target / path.name)
         else:
@@ -197,7 +213,8 @@ def check_copied(source: Path, component: str) -> None:
     """Check that a component can be copied.
 
     Raises:
-        ValueError: The folder of the component is missing, or has its weights as pickles or as several variants only.
+        ValueError: The folder of the component is missing, has its weights as pickles or as several variants only, or has a
+            malformed index of weights.
     """
     folder = source / component
     if not folder.is_dir():
@@ -206,4 +223,7 @@ def check_copied(source: Path, component: str) -> None:
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles and all(variant_of(name) is None for name in names):
         raise ValueError(f"its {component} has {pickles[0]}: only safetensors are copied, not pickles")
+    for name in sorted(names):
+        if variant_of(name) is not None and name.endswith(".json"):
+            _weight_map(folder / name, component)
     variant_in(folder, component)

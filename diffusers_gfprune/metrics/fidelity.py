@@ -117,9 +117,15 @@ def frechet_distance_pixels(images: Tensor, reference: Tensor) -> float:
         The squared distance d^2 >= 0 (up to rounding).
 
     Raises:
-        ValueError: There are not more images than pixel values, so the covariance would be singular.
+        ValueError: No pixel varies in the reference, or there are not more images than pixel values, so that the covariance
+            would be singular.
     """
     varies = reference.flatten(1).double().std(dim=0) > CONSTANT
+    if not varies.any():
+        raise ValueError(
+            f"reference: no pixel of its {len(reference)} images varies by more than {CONSTANT:g}, but a distance needs "
+            f"images that differ"
+        )
     pixels = [batch.flatten(1)[:, varies] for batch in (images, reference)]
     for values in pixels:
         if len(values) <= values.shape[1]:

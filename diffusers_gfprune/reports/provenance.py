@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
 from ..errors import HUB_ERRORS
+from ..families.lookup import FAMILIES
 from .model_card import LICENSES
 
 __all__ = ["command_line", "describe_base_model", "describe_dataset", "installed_versions", "package_versions", "portable"]
@@ -125,7 +126,8 @@ def _origins(folder: Path, base_model: object) -> list[str]:
     """
     named = base_model if isinstance(base_model, list) else [base_model]
     named = [name for name in named if isinstance(name, str) and HUB_ID.fullmatch(name)]
-    for name in ("unet/config.json", "model_index.json"):
+    denoisers = dict.fromkeys(f"{family.component}/config.json" for family in FAMILIES)
+    for name in (*denoisers, "model_index.json"):
         if named:
             break
         try:

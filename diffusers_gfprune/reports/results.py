@@ -124,7 +124,7 @@ class Results:
             ValueError: The values are not results, or a field is missing or malformed.
         """
         version, kind = values.get("format_version"), values.get("kind", PRUNING_RUN)
-        if kind not in ROLES or version not in range(1, FORMAT_VERSION + 1):
+        if kind not in [*ROLES] or version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
                 f"kind={kind} and format_version={version} must be one of {', '.join(ROLES)} and 1 to {FORMAT_VERSION}"
             )

@@ -99,7 +99,7 @@ def finish(run: Run, state: TrainingState) -> None:
     plot_widths(folder.staging / "widths.png", report)
     if samples is not None:
         save_sample_grid(folder.staging / "samples.png", dense_samples, samples)
-    update_card(folder.staging, run.repo_id or args.hub.hub_model_id or folder.path.name)
+    update_card(folder.staging, run.repo_id or args.hub.hub_model_id or folder.name)
     folder.publish()
     print_results(measured, folder)
 

@@ -25,7 +25,7 @@ SMALL = encode(np.zeros((4, 9), dtype=np.uint8))
 COLOUR = encode(np.array([[[255, 0, 0]]], dtype=np.uint8).repeat(8, 0).repeat(8, 1))
 
 
-def decoder(size: int = 8, channels: int = 1, classes: int | None = None, **options) -> ImageDecoder:
+def decoder(size: int | tuple[int, int] = 8, channels: int = 1, classes: int | None = None, **options) -> ImageDecoder:
     return ImageDecoder("image", datasets.Image(), model_spec(size, channels, classes), **options)
 
 
@@ -89,32 +89,43 @@ def test_mode_of_a_data_set_does_not_clip_sixteen_bits() -> None:
     assert decode(encoded(encode(noise_image(8, 8, "RGB")))).shape == (1, 8, 8)  # asked for by the data set
 
 
-@pytest.mark.parametrize(("height", "width"), [(12, 16), (16, 12), (9, 30)])
-def test_not_square_images_are_scaled_to_cover_and_cropped(height: int, width: int) -> None:
+SIZES = [(8, 8), (6, 10), (10, 6)]  # height and width
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (16, 12), (10, 30)])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_images_of_another_shape_are_scaled_to_cover_and_cropped(size: tuple[int, int], height: int, width: int) -> None:
     picture = noise_image(height, width)
-    scale = 8 / min(height, width)
+    scale = max(size[0] / height, size[1] / width)
     scaled = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
-    left, top = round((scaled.width - 8) / 2), round((scaled.height - 8) / 2)
-    expected = tensor(scaled.crop((left, top, left + 8, top + 8)))
-    torch.testing.assert_close(decoder()(encoded(encode(picture))), expected, atol=1e-6, rtol=0)
+    left, top = round((scaled.width - size[1]) / 2), round((scaled.height - size[0]) / 2)
+    expected = tensor(scaled.crop((left, top, left + size[1], top + size[0])))
+    image = encoded(encode(picture))
+    torch.testing.assert_close(decoder(size)(image), expected, atol=1e-6, rtol=0)
+    pixels, sizes = decoder(size).centred(image)
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
+    assert sizes == (height, width, top, left, *size)
 
 
-def test_crop_goes_to_every_edge_and_no_further() -> None:
-    wide, high = noise_image(8, 11), noise_image(11, 8)
-    decode = decoder()
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_crop_goes_to_every_edge_and_no_further(size: tuple[int, int]) -> None:
+    height, width = size
+    wide, high = noise_image(height, width + 3), noise_image(height + 3, width)
+    decode = decoder(size)
     for number, start in ((0.0, 0), (0.26, 1), (0.74, 2), (np.nextafter(1, 0), 3)):
         pixels = decode(encoded(encode(wide)), (0.9, number, 0.9))
-        torch.testing.assert_close(pixels, tensor(wide.crop((start, 0, start + 8, 8))), atol=1e-6, rtol=0)
+        torch.testing.assert_close(pixels, tensor(wide.crop((start, 0, start + width, height))), atol=1e-6, rtol=0)
         pixels = decode(encoded(encode(high)), (number, 0.9, 0.9))
-        torch.testing.assert_close(pixels, tensor(high.crop((0, start, 8, start + 8))), atol=1e-6, rtol=0)
+        torch.testing.assert_close(pixels, tensor(high.crop((0, start, width, start + height))), atol=1e-6, rtol=0)
 
 
-def test_crop_at_the_centre_and_flip_if_asked() -> None:
-    image = encoded(encode(noise_image(8, 14)))
-    centre = decoder()(image)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_crop_at_the_centre_and_flip_if_asked(size: tuple[int, int]) -> None:
+    image = encoded(encode(noise_image(10, 14)))
+    centre = decoder(size)(image)
     for uniforms in ((0.0, 0.0, 0.0), (0.9, 0.9, 0.9)):
-        assert torch.equal(decoder(center_crop=True)(image, uniforms), centre)
-    flipping = decoder(center_crop=True, random_flip=True)
+        assert torch.equal(decoder(size, center_crop=True)(image, uniforms), centre)
+    flipping = decoder(size, center_crop=True, random_flip=True)
     assert torch.equal(flipping(image, (0, 0, 0.49)), centre.flip(2))
     assert torch.equal(flipping(image, (0, 0, 0.51)), centre)
     assert torch.equal(flipping(image), centre)

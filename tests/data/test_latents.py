@@ -155,16 +155,18 @@ def test_broken_images_are_replaced_and_counted(tmp_path: Path, caplog: pytest.L
         load_latents(tmp_path / "data", latent_spec())
 
 
-def test_crops_are_at_the_centre(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "left"), [((SIZE, SIZE), 8), ((SIZE, SIZE + 8), 4)])
+def test_crops_are_at_the_centre(size: tuple[int, int], left: int, tmp_path: Path) -> None:
     codec = LatentCodec(vq_model())
     wide = [noise_image(number, SIZE, 2 * SIZE) for number in range(6)]
-    images, _ = load_latents(write_images(tmp_path / "data", wide), latent_spec(codec))
+    images, _ = load_latents(write_images(tmp_path / "data", wide), latent_spec(codec, size))
     drawn = torch.cat([batch["clean"] for batch in batches(images, 4)])
+    assert drawn.shape[2:] == (size[0] // 2, size[1] // 2)
     distances = distances_to(drawn.flatten(1), codec.draw(expected_moments(images, codec)).flatten(1))
     assert distances.min(dim=1).values.max() < 1e-3
     assert "cropped at the centre" in images.summary.lines()[2]
     stored = [images.split.moments.read("time_ids", row).tolist() for row in range(6)]
-    assert stored == [[16, 32, 0, 8, 16, 16]] * 6  # height and width, top and left of the crop, height and width of the crop
+    assert stored == [[16, 32, 0, left, *size]] * 6  # height and width, top and left of the crop, height and width of the crop
 
 
 def test_small_and_greyscale_images(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from diffusers_gfprune.data.batches import calibration_batches, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, check_drawn
 from diffusers_gfprune.data.teacher_images import TeacherArguments, TeacherImages, read_prompts
 from diffusers_gfprune.diffusion.latents import LatentCodec
+from diffusers_gfprune.diffusion.prompts import PromptEncoder
 from diffusers_gfprune.evaluation.sample_quality import RealFeatures
 from diffusers_gfprune.metrics.cache import TensorCache
 from diffusers_gfprune.metrics.conditions import SampleConditions, label_conditions
@@ -22,8 +24,8 @@ from diffusers_gfprune.metrics.features import feature_network
 from diffusers_gfprune.metrics.sampling import denoised, sample_images
 from diffusers_gfprune.model_spec import ModelSpec
 from helpers.architectures import build
-from helpers.latent_models import autoencoder
-from helpers.latent_pipelines import DIT, LATENT_SIZE
+from helpers.latent_models import autoencoder, text_encoder
+from helpers.latent_pipelines import DIT, LATENT_SIZE, sd
 from helpers.processes import ddpm
 
 SCHEDULER = DDPMScheduler()
@@ -142,6 +144,52 @@ def test_images_are_drawn_once(
     resumed = teacher(tmp_path / "parts", unet)
     resumed.prepare()
     assert calls == [range(4), range(4, 8), range(8, 9)] and torch.equal(resumed.head(6), drawn.head(6))
+
+
+def test_images_of_other_conditions_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance, the null label, which no image has, prompts and their encoder: each is drawn, and once."""
+    calls: list[range] = []
+
+    def zeros(model, scheduler, span: range, size: tuple[int, int], **_):
+        calls.append(span)
+        yield torch.zeros(len(span), model.config.in_channels, *size)
+
+    monkeypatch.setattr(teacher_images, "denoised", zeros)
+
+    def is_drawn(images: TeacherImages) -> bool:
+        before = len(calls)
+        images.prepare()
+        return len(calls) == before + 1
+
+    def drawn_twice(make: Callable[[], TeacherImages]) -> tuple[bool, bool]:
+        return is_drawn(make()), is_drawn(make())
+
+    codec, labelled, transformer = LatentCodec(autoencoder()), build("class-embedding"), dit()
+    pipe = sd(tmp_path / "sd")
+    texts = {name: write_prompts(tmp_path / f"{name}.txt", name) for name in ("cat", "dog")}
+
+    def text(name: str, seed: int = 0) -> TeacherImages:
+        encoder = PromptEncoder([pipe.tokenizer], [text_encoder(pipe.tokenizer, seed=seed)])
+        given = TeacherArguments("teacher", 6, STEPS, teacher_prompts=texts[name], teacher_images_dir=str(tmp_path / "text"))
+        spec = ModelSpec.of(pipe.unet, codec, encoder)
+        return TeacherImages(given, DataArguments(validation_images=3), pipe.unet, SCHEDULER, spec)
+
+    for make in (
+        lambda: teacher(tmp_path, transformer, codec),
+        lambda: teacher(tmp_path, transformer, codec, teacher_guidance_scale=3.0),
+        lambda: teacher(tmp_path, labelled),
+        lambda: teacher(tmp_path, labelled, data={"null_label": 9}),
+        lambda: teacher(tmp_path, labelled, data={"null_label": 8}),
+        lambda: text("cat"),
+        lambda: text("dog"),
+        lambda: text("cat", seed=1),
+    ):
+        assert drawn_twice(make) == (True, False)
+
+
+def write_prompts(path: Path, text: str) -> str:
+    path.write_text(f"a {text}\n")
+    return str(path)
 
 
 def test_images_go_to_loading_processes_and_features(drawn: TeacherImages) -> None:

@@ -63,6 +63,7 @@ def test_arguments_win_over_the_convention(arguments: tuple, expected: LabelDrop
         ((None, None, 0.1), "label_dropout=0.1 needs a class-conditional model"),
         ((11, 11), "null_label=11 must be from 0 to 10"),
         ((11, -1), "null_label=-1 must be from 0 to 10"),
+        ((1, 0), "null_label=0 must be None: it is the only label of the model, with num_class_embeds=1"),
         ((11, 3, None, 10), "null_label=3 must not be one of the 10 classes"),
         ((10, None, 0.1, 10), "label_dropout=0.1 needs null_label: .*num_class_embeds=10 and 10 classes"),
         ((10, None, 0.1, None), "needs null_label: .* an unknown number of classes"),
@@ -79,8 +80,10 @@ def test_labels_below_the_share_are_dropped() -> None:
     assert [dropout.one(label, uniform) for label, uniform in ((1, 0.1), (2, 0.3), (3, 0.29), (4, 0.9))] == [10, 2, 10, 4]
 
 
-@pytest.mark.parametrize(("probability", "count", "dropped"), [(0.25, 8, 2), (0.1, 3, 1), (0.0, 8, 0)])
-def test_several_labels_lose_their_share_and_at_least_one(probability: float, count: int, dropped: int) -> None:
+@pytest.mark.parametrize(
+    ("probability", "count", "dropped"), [(0.25, 8, 2), (0.1, 3, 1), (0.0, 8, 0), (0.1, 1, 0), (0.1, 2, 1), (0.99, 8, 7)]
+)
+def test_several_labels_lose_their_share_and_at_least_one_but_never_all(probability: float, count: int, dropped: int) -> None:
     labels = torch.arange(count)
     found = LabelDropout(99, probability).several(labels, torch.Generator().manual_seed(0))
     assert int((found == 99).sum()) == dropped and torch.equal(found[found != 99], labels[found != 99])

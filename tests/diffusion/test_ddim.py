@@ -27,9 +27,17 @@ def sampler_of(scheduler, *options) -> SpacedDDIMScheduler:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_steps_are_those_of_diffusers(prediction_type: str, spacing: str, eta: float) -> None:
+@pytest.mark.parametrize(
+    "limit",
+    [
+        *({}, {"clip_sample": False}, {"clip_sample_range": 0.25}),
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
+    ],
+    ids=str,
+)
+def test_steps_are_those_of_diffusers(prediction_type: str, spacing: str, eta: float, limit: dict) -> None:
     """Where the number of steps divides the timesteps, every step is that of Diffusers, to rounding."""
-    options = {"prediction_type": prediction_type, "timestep_spacing": spacing}
+    options = {"prediction_type": prediction_type, "timestep_spacing": spacing, **limit}
     ours, theirs = SpacedDDIMScheduler(**options), DDIMScheduler(**options)
     ours.set_timesteps(10)
     theirs.set_timesteps(10)
@@ -37,9 +45,11 @@ def test_steps_are_those_of_diffusers(prediction_type: str, spacing: str, eta: f
     generator = torch.Generator().manual_seed(0)
     for timestep in ours.timesteps:
         x, prediction, noise = (torch.randn(2, 1, 4, 4, generator=generator) for _ in range(3))
-        moved = ours.step(prediction, timestep, x, eta=eta, variance_noise=noise).prev_sample
-        expected = theirs.step(prediction, timestep, x, eta=eta, variance_noise=noise).prev_sample
-        torch.testing.assert_close(moved, expected)
+        moved, expected = (
+            scheduler.step(prediction, timestep, x, eta=eta, variance_noise=noise) for scheduler in (ours, theirs)
+        )
+        torch.testing.assert_close(moved.prev_sample, expected.prev_sample)
+        torch.testing.assert_close(moved.pred_original_sample, expected.pred_original_sample)
 
 
 @pytest.mark.parametrize(("spacing", "steps"), [("linspace", 10), ("trailing", 501), ("trailing", 7), ("leading", 7)])

@@ -213,3 +213,27 @@ def test_identity_follows_encoder_and_tokenizer(tmp_path: Path) -> None:
     ]
     assert identities[0] == before == one_encoder(tmp_path / "a").identity()
     assert len({str(identity) for identity in identities}) == 4
+
+
+def test_identity_of_several_encoders_follows_each_of_them(tmp_path: Path) -> None:
+    """And what "no prompt" is: the empty prompt, or zeros."""
+    components, encoder = two_encoders(tmp_path / "a")
+    other = {**components, "text_encoder_2": projecting_text_encoder(components["tokenizer_2"], seed=7)}
+    others = [
+        two_encoders(tmp_path / "a", force_zeros_for_empty_prompt=False)[1],
+        PromptEncoder.of_pipeline(other, image_size=(16, 24)),
+        PromptEncoder.of_pipeline({**components, "tokenizer_2": tokenizer(tmp_path / "b", words=("zero",))}, (16, 24)),
+    ]
+    assert encoder.identity() == two_encoders(tmp_path / "a")[1].identity()
+    assert len({str(each.identity()) for each in (encoder, *others)}) == 4
+
+
+def test_identity_of_joined_encoders_follows_their_width(tmp_path: Path) -> None:
+    """Without T5, tokens of CLIP are filled up with zeros to the width of the model."""
+    parts = {name: part for name, part in three_text_encoders(tmp_path).items() if not name.endswith("_3")}
+
+    def identity(width: int) -> dict:
+        takes = {"encoder_hidden_states": torch.zeros(1, 9, width), "pooled_projections": torch.zeros(1, 24)}
+        return PromptEncoder.of_pipeline(parts, max_length=16, takes=takes).identity()
+
+    assert identity(44) == identity(44) != identity(48)

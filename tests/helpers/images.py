@@ -10,15 +10,22 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.class_labels import ClassLabels
 from diffusers_gfprune.model_spec import ModelSpec
 
 
-def model_spec(size: int = 8, channels: int = 1, classes: int | None = None) -> ModelSpec:
-    """What the images need to know of a model."""
-    return ModelSpec((size, size), channels, None if classes is None else ClassLabels(classes))
+def random_images(count: int, channels: int = 1, side: int = 8, seed: int = 0) -> Tensor:
+    """Images in [0, 1] with shape `(count, channels, side, side)`."""
+    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def model_spec(size: int | tuple[int, int] = 8, channels: int = 1, classes: int | None = None) -> ModelSpec:
+    """What the images need to know of a model; one number means a square, two are height and width."""
+    size = (size, size) if isinstance(size, int) else size
+    return ModelSpec(size, channels, None if classes is None else ClassLabels(classes))
 
 
 def encode(pixels: np.ndarray | Image.Image, form: str = "png") -> bytes:
@@ -33,7 +40,7 @@ def numbered(number: int) -> bytes:
     return encode(np.full((8, 8), number, dtype=np.uint8))
 
 
-def numbers_of(pixel_values: torch.Tensor) -> list[int]:
+def numbers_of(pixel_values: Tensor) -> list[int]:
     """Numbers of a batch of numbered images."""
     return ((pixel_values[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 

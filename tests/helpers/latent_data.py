@@ -40,10 +40,10 @@ def write_images(folder: Path, images: Sequence[bytes], captions: Sequence | Non
     return folder
 
 
-def latent_spec(codec: LatentCodec | None = None, **options) -> ModelSpec:
-    """A model of latents of 8x8 from images of 16x16 pixels."""
+def latent_spec(codec: LatentCodec | None = None, size: tuple[int, int] = (SIZE, SIZE), **options) -> ModelSpec:
+    """A model of latents from images with this height and width in pixels, which are halved."""
     codec = codec or LatentCodec(autoencoder())
-    return ModelSpec((SIZE, SIZE), codec.pixel_channels, codec=codec, **options)
+    return ModelSpec(size, codec.pixel_channels, codec=codec, **options)
 
 
 def prompt_encoder(folder: Path, pooled: bool = False) -> PromptEncoder:

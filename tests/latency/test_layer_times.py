@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from diffusers_gfprune.latency import layer_times
 from diffusers_gfprune.latency.layer_forwards import EagerLayers, RuntimeLayers
@@ -86,6 +87,43 @@ def test_tables_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert measured == [1, 2, 1] and "is made again" in capsys.readouterr().err
     get()
     assert measured == [1, 2, 1]
+
+
+def test_tables_are_those_of_their_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that times depend on is another table. What a model was loaded from is not."""
+    measured = []
+
+    def fake(dense, grids, calls, layers, device, progress) -> list[np.ndarray]:
+        measured.append(None)
+        return [np.array([[0.1, 0.3]])]
+
+    monkeypatch.setattr(layer_times, "measure_shares", fake)
+    monkeypatch.setattr(layer_times, "prepare_forward", lambda *args: PreparedForward(lambda: None, []))
+    norm = Grid(Norm((8, 8), 4, silu=True), (0,), (8, 16))
+    known = {"unet": build("one-level"), "grids": [norm], "calls": [(0, 0, 16)], "setting": SpeedSetting(1, "float32")}
+
+    def is_measured(**changes) -> bool:
+        before = len(measured)
+        for _ in range(2):  # the second time, it is in the cache
+            layer_shares(**{**known, **changes}, cache=TensorCache(tmp_path))
+        return len(measured) == before + 1
+
+    assert is_measured() and not is_measured()
+    assert is_measured(setting=SpeedSetting(1, "bfloat16")) and is_measured(sample_size=16)
+    assert is_measured(unet=UNet2DModel.from_config({**known["unet"].config, "attention_head_dim": 4}))
+    assert is_measured(calls=[(0, 0, 8)]) and is_measured(grids=[Grid(norm.workload, (0,), (4, 16))])
+    assert is_measured(grids=[Grid(Norm((8, 8), 2, silu=True), (0,), (8, 16))])
+    for place, other in (
+        ("torch.get_num_threads", lambda: 999),
+        ("torch.__version__", "99.0.0"),
+        ("hardware_name", lambda device: "abacus"),
+        ("uses_tf32", lambda device: True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"diffusers_gfprune.latency.layer_times.{place}", other)
+            assert is_measured(), place
+    known["unet"].register_to_config(_name_or_path="elsewhere")
+    assert not is_measured()
 
 
 def test_tables_of_a_runtime_depend_on_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,22 @@ def test_several_variants_without_default_weights_are_not_copied(tmp_path: Path)
         check_copied(tmp_path, "vae")
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": []}}', "[", "3"]
+)
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_malformed_index_is_one_line(content: str, variant: str | None, tmp_path: Path) -> None:
+    """Whether the component would be loaded or copied."""
+    autoencoder().save_pretrained(tmp_path / "vae", max_shard_size="20KB", variant=variant)
+    [path] = (tmp_path / "vae").glob("*.index*.json")
+    path.write_text(content)
+    message = f"^its vae has {path.name}, which is no index: weight_map must be an object of file names$"
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path, "vae", "AutoencoderKL", KNOWN)
+    with pytest.raises(ValueError, match=message):
+        check_copied(tmp_path, "vae")
+
+
 def test_an_index_names_nothing_but_safetensors(tmp_path: Path) -> None:
     autoencoder().save_pretrained(tmp_path / "vae", max_shard_size="20KB")
     path = tmp_path / "vae" / f"{WEIGHTS}.index.json"

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from helpers.architectures import build
+from helpers.images import random_images
 from helpers.processes import ddpm
 from helpers.zero_model import Zero
-
-
-def random_images(count: int, channels: int = 1, side: int = 8, seed: int = 0) -> Tensor:
-    """Images in [0, 1] with shape `(count, channels, side, side)`."""
-    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed))
-
 
 # --- step loss ---------------------------------------------------------------------------------------------------------
 

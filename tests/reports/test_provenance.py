@@ -103,6 +103,7 @@ CACHED = f"/root/hub/models--alice--dense/snapshots/{COMMIT}/unet"
         ({"README.md": "---\nbase_model: [org/a, org/b]\n---\n", "model_index.json": "{}"}, ["org/a", "org/b"]),
         ({"unet/config.json": json.dumps({"_name_or_path": CACHED})}, ["alice/dense"]),
         ({"unet/config.json": json.dumps({"_name_or_path": CACHED.replace("/", "\\")})}, ["alice/dense"]),
+        ({"transformer/config.json": json.dumps({"_name_or_path": CACHED})}, ["alice/dense"]),
         ({"model_index.json": json.dumps({"_name_or_path": "alice/known"})}, ["alice/known"]),
         ({"model_index.json": json.dumps({"_name_or_path": "runs/teacher"})}, None),  # a folder, as likely
         ({"model_index.json": json.dumps({"_name_or_path": "/data/models/dense"})}, None),

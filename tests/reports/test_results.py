@@ -93,6 +93,7 @@ def test_results_of_a_run_of_format_3_are_read() -> None:
         ({"format_version": 5}, "kind=evaluation and format_version=5 must be one of pruning run, evaluation and 1 to 4"),
         ({"format_version": None}, "format_version=None"),
         ({"kind": "test"}, "kind=test"),
+        ({"kind": ["evaluation"]}, r"kind=\['evaluation'\] and format_version=4 must be one of pruning run"),
         ({"evaluation": [1]}, "evaluation="),
         ({"command": 3}, "command=3"),
         ({"model": None}, "missing or malformed"),

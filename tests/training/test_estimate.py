@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -164,10 +165,17 @@ def test_scoring_holds_what_the_plan_says(name, size, hvp, teacher) -> None:
 # --- time --------------------------------------------------------------------------------------------------------------
 
 
-def test_step_of_the_digits_teacher_is_timed_whole(teacher) -> None:
+def test_step_of_the_digits_teacher_is_timed_whole(teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each forward and backward takes a quarter of a second."""
+
+    def quarter(step: Callable[[], None], device: torch.device) -> float:
+        step()
+        return 0.25
+
+    monkeypatch.setattr("diffusers_gfprune.training.estimate.seconds_of", quarter)
     estimate = estimate_step(teacher, DDPMScheduler(), 8, device="cpu", scoring_batch_size=4)
     assert (estimate.batch_size, estimate.timed_batch_size, estimate.scoring_batch_size) == (8, 8, 4)
-    assert 0.001 < estimate.seconds < 5
+    assert estimate.seconds == 0.25
     assert estimate.weight_bytes == bytes_of(teacher)
     assert estimate.activation_bytes == count_activations(teacher, 8)
     assert estimate.scoring_activation_bytes == count_activations(teacher, 4)

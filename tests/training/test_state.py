@@ -57,6 +57,18 @@ def compacted_state(*words: str) -> TrainingState:
     return state
 
 
+def test_the_optimizer_is_that_of_the_command_line_before_and_after_compaction() -> None:
+    words = ("--adam_beta1", "0.5", "--adam_beta2", "0.75", "--adam_weight_decay", "0.125", "--adam_epsilon", "0.25")
+    state = make_state(*words, "--learning_rate", "0.0625")
+    for _ in range(2):
+        (group,) = state.optimizer.param_groups
+        found = [group[name] for name in ("betas", "weight_decay", "eps", "lr")]
+        assert type(state.optimizer.optimizer) is torch.optim.AdamW and found == [(0.5, 0.75), 0.125, 0.25, 0.0625]
+        if not state.compacted:
+            state.pruner.step(0, [])
+            state.compact()
+
+
 def test_dropout_is_that_of_the_command_line_before_and_after_compaction() -> None:
     state = make_state("--dropout", "0.25")
     for _ in range(2):

@@ -119,6 +119,15 @@ def test_a_full_disk_does_not_end_a_run(
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.parametrize(("more", "project"), [((), "diffusers-gfprune"), (("--tracker_project_name", "faces"), "faces")])
+def test_the_project_of_the_tracker_is_that_of_the_command_line(more: tuple, project: str, tmp_path: Path) -> None:
+    started = []
+    words = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--report_to", "tensorboard", *more]
+    accelerator = SimpleNamespace(init_trackers=lambda name, **_: started.append(name), is_main_process=True)
+    Tracking(parse_arguments(words), accelerator, RunFolder(str(tmp_path / "run"), False), None)
+    assert started == [project]
+
+
 def test_a_tracker_that_does_not_start_is_named(tmp_path: Path) -> None:
     """Before images are encoded or drawn; each tracker has its own errors."""
 
