@@ -26,15 +26,8 @@ from torch import Tensor
 from ..argument_fields import FRACTION, check_range
 
 __all__ = [
-    *(
-        "ClassLabels",
-        "LabelDropout",
-        "check_labels",
-        "label_dropout_of",
-        "make_label_dropout",
-        "number_dropped",
-        "real_labels",
-    ),
+    *("ClassLabels", "LabelDropout", "check_labels", "label_dropout_of", "make_label_dropout", "number_dropped"),
+    "real_labels",
 ]
 
 # Default probability, as used by Ho and Salimans and by DiT
