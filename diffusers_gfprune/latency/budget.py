@@ -23,7 +23,7 @@ from ..pruning.budget import select_units
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.compaction import compact, plan_compaction
 from ..pruning.cost_model import CostModel
-from ..pruning.depth import plan_widths
+from ..pruning.depth import is_reachable, plan_widths
 from .calibration import TimePair, calibrate, latency_meter
 from .layer_times import layer_shares
 from .model import LatencyModel
@@ -93,8 +93,7 @@ def measured_latency_model(
         model.set_shares(
             layer_shares(unet, model.grids, model.calls, setting, sample_size, TensorCache(cache_dir), progress=layers)
         )
-        ladders = ladders_for(cost)
-        narrowest = np.array([ladder[-1] for ladder in ladders])
+        narrowest = np.array([ladder[-1] for ladder in ladders_for(cost)])
         bar = tqdm(desc="timing models", unit="model", disable=not progress)
         with bar, latency_meter(unet, setting, sample_size) as measure_model:
 
@@ -103,8 +102,9 @@ def measured_latency_model(
                 bar.update()
                 return pair
 
-            def planned() -> np.ndarray:
-                return plan_widths(cost, "latency", ratio, ladders)
+            def planned() -> np.ndarray | None:
+                ladders = ladders_for(cost)  # anew, since possible widths depend on the correction, too
+                return plan_widths(cost, "latency", ratio, ladders) if is_reachable(cost, "latency", ratio, ladders) else None
 
             calibration = calibrate(model, ratio, narrowest, planned, measured)
         return {"model": model.to_dict(), "calibration": calibration}

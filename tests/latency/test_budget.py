@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import UNet2DModel
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, one_shot, prune_pipeline
 from diffusers_gfprune.latency import budget as latency_budget
@@ -73,6 +74,23 @@ def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
     assert check.pair.share == machine.share(small) and not check.missed
     assert "asked for 40.0% less, predicted 40" in str(check)
     assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.66])
+def test_the_widths_that_were_measured_are_the_plan(machine: Machine, monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    """Also where the correction makes other multiples possible than the layer times alone."""
+    unet, measured, model_of = build("three-levels"), [], latency_budget.model_of_widths
+
+    def model_of_widths(*arguments) -> UNet2DModel:
+        measured.append(arguments[2])
+        return model_of(*arguments)
+
+    monkeypatch.setattr(latency_budget, "model_of_widths", model_of_widths)
+    config = GFPruneConfig(**{**CONFIG.to_dict(), "channel_multiple": "auto", "ranking": "group", "ratio": ratio})
+    pruner = GradientFlowPruner(copy.deepcopy(unet), config)
+    assert any((pruner.planned_widths == widths).all() for widths in measured)
+    small = model_of(unet, pruner.groups, pruner.planned_widths)
+    assert pruner.latency["calibration"][-1]["measured"] == machine.share(small) == pytest.approx(ratio, abs=0.03)
 
 
 def test_a_machine_that_cannot_compile_is_found_before_layers_are_timed(
