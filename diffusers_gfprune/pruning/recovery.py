@@ -154,12 +154,13 @@ def recovery_bytes(model: nn.Module) -> int:
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Features and outputs of all layers that recovery may change."""
+    """Features at most, and outputs, of all layers that recovery may change.
+
+    A kernel changes as a whole if few enough inputs are kept, however many the dense layer has.
+    """
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            outputs, inputs = layer.weight.shape[:2]
-            size = layer.weight[0].numel()
-            yield size if size <= MAX_FEATURES else inputs, outputs
+            yield min(layer.weight[0].numel(), MAX_FEATURES), len(layer.weight)
 
 
 def _rows(rows: int, size: int) -> int:
