@@ -298,6 +298,14 @@ def test_bad_input(options: dict, message: str) -> None:
         recover(masked=model, plan=plan, process=PROCESS, **options)
 
 
+def test_a_masked_model_is_not_the_dense_one() -> None:
+    pruner = GradientFlowPruner(build("base"), one_shot(ratio=0.3), SCHEDULER)
+    pruner.step(0, batches())
+    for model in (pruner.unet, copy.deepcopy(pruner.unet)):
+        with pytest.raises(ValueError, match="^dense has channel masks: it must be a copy of the model from before"):
+            pruner.recover(model, [batch_for(build("base"))])
+
+
 def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of a quarter of the machine's memory would end a process in a container."""
     monkeypatch.setattr(recovery, "CONTAINER_LIMITS", (tmp_path / "none", tmp_path / "limit"))
