@@ -38,7 +38,7 @@ from .diffusion.batch import DiffusionBatch
 from .diffusion.schedulers import training_process
 from .distributed import check_identical
 from .families.lookup import family_of
-from .latency.budget import measured_latency_model
+from .latency.budget import check_setting, measured_latency_model
 from .latency.calibration import LatencyCheck, latency_meter
 from .precision import usual_modes
 from .pruning import masking
@@ -280,6 +280,8 @@ class GradientFlowPruner:
             raise ValueError(f"step={step} is before the last ranking, at step {last}: number training steps over all epochs")
         if step == last:  # such as with accumulated gradients
             return None
+        if (due := self.schedule.next_update(last)) is not None and due < step:
+            raise ValueError(f"step={step}: the ranking at step {due} was missed: call step() before every training step")
         update = None
         self._follow_path(step)
         if self.schedule.is_update(step):
@@ -287,12 +289,6 @@ class GradientFlowPruner:
             update = self._update(step, [DiffusionBatch.of(batch) for batch in batches])
             self._follow_path(step)
         if step >= self.schedule.end_steps:
-            if not self.history:
-                raise ValueError(f"step={step} is after the last ranking, but units were never ranked: call step() from 0 on")
-            if not self._by_hand and not all(((mask == 0) | (mask == 1)).all() for mask in self.unit_masks.values()):
-                raise ValueError(
-                    f"step={step}: rankings after step {last} were missed: call step() before every training step"
-                )
             self.finished = True
             if not self.choice.widths_are_planned:
                 self.choice.warn_if_missed(self.history[-1].sparsity)
@@ -403,6 +399,7 @@ class GradientFlowPruner:
         """Plan with the times of a state; if this fails, times and widths stay."""
         before = self._latency_model.to_dict()
         try:
+            check_setting(latency, self.config.latency_setting())
             self._latency_model.load_dict(latency["model"])
             self._plan_widths(device_type)
         except (LookupError, TypeError, ValueError) as error:

@@ -49,12 +49,33 @@ def test_steps_do_not_go_back() -> None:
     assert mask_values(pruner)[-1] == 1
 
 
-def test_missed_rankings_are_said_before_compaction() -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(("last", "step", "missed"), [(0, 5, 3), (0, 40, 3), (6, 12, 9), (9, 14, 13)])
+def test_missed_rankings_are_said_at_once(last: int, step: int, missed: int, resumed: bool) -> None:
+    """Not only where masks end between 0 and 1: with fewer rankings, they would jump."""
     pruner = pruner_of(ranking="group")
-    with pytest.raises(ValueError, match="rankings after step 0 were missed: call step\\(\\) before every training step"):
-        for step in range(0, 40, 5):
-            pruner.step(step, [])
-    assert not pruner.finished
+    for done in range(last + 1):
+        pruner.step(done, [])
+    if resumed:
+        state, pruner = pruner.state_dict(), pruner_of(ranking="group")
+        pruner.load_state_dict(state)
+    before = pruner.state_dict()["values"]
+    message = rf"^step={step}: the ranking at step {missed} was missed: call step\(\) before every training step$"
+    with pytest.raises(ValueError, match=message):
+        pruner.step(step, pytest.fail)
+    assert pruner.state_dict()["values"] == before and not pruner.finished
+
+
+def test_a_first_step_after_the_first_ranking_is_refused() -> None:
+    with pytest.raises(ValueError, match="^step=1: the ranking at step 0 was missed"):
+        pruner_of().step(1, [])
+
+
+def test_steps_between_rankings_may_be_left_out() -> None:
+    pruner = pruner_of(ranking="group")
+    for step in [*pruner.schedule.update_steps(), pruner.schedule.end_steps]:
+        pruner.step(step, [])
+    assert pruner.finished and mask_values(pruner) == [0.0, 1.0]
 
 
 def test_a_ranking_that_fails_leaves_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

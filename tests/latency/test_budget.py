@@ -186,6 +186,28 @@ def test_a_run_that_goes_on_measures_nothing_and_plans_the_same(machine: Machine
         by_macs.check_latency(unet, unet)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("latency_batch_size", 16, "latency_batch_size=1, which must be 16:"),
+        ("latency_dtype", "bfloat16", "latency_dtype=float32, which must be bfloat16:"),
+        ("latency_backend", "compile", "latency_backend=eager, which must be compiled:"),
+    ],
+)
+def test_times_of_another_setting_are_refused(machine: Machine, name: str, value: object, words: str) -> None:
+    """Another batch size takes other time for the same widths. Times of earlier versions have no setting."""
+    first = GradientFlowPruner(build("three-levels"), CONFIG)
+    state = first.state_dict()
+    latency = json.loads(json.dumps(first.latency))
+    config = GFPruneConfig(**{**CONFIG.to_dict(), name: value})
+    with pytest.raises(ValueError, match=f"^times were measured with {words} measure them again$"):
+        GradientFlowPruner(build("three-levels"), config, latency=latency)
+    del latency["setting"]
+    other = GradientFlowPruner(build("three-levels"), config, latency=latency)
+    with pytest.raises(ValueError, match=f"^latency of the pruner's state cannot be used: times were measured with {words}"):
+        other.load_state_dict(state)
+
+
 def test_time_that_no_width_changes_is_an_error_before_any_training(machine: Machine) -> None:
     """The narrowest model is measured, and what it saves is the most that can be asked for; the model is left alone."""
     machine.constant = 0.7
