@@ -27,6 +27,7 @@ from .metrics.conditions import SampleConditions, conditions_of_vectors, label_c
 from .metrics.model_size import spatial_size
 from .precision import usual_modes
 from .pruner import GradientFlowPruner
+from .pruning.dependencies import check_unhooked
 
 __all__ = [
     *("calibration_batches", "drawn_conditions", "images_to_tensor", "one_shot_config", "prune_unet", "recovery_batches"),
@@ -228,6 +229,7 @@ def prune_unet(
     if pipeline is not None:
         check_process(pipeline, process)
     family_of(unet).check_process(unet.config, process)
+    check_unhooked(unet)
     process = process.sampled_in(num_inference_steps)
     dropout = make_label_dropout(unet.config.num_class_embeds, null_label, label_dropout)
     pruner = None

@@ -9,10 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from torch.optim.swa_utils import AveragedModel
 
 from diffusers_gfprune import GradientFlowPruner, prune_pipeline
+from diffusers_gfprune.one_shot import prune_unet
 from diffusers_gfprune.pruning.masking import dense_parameters
 from helpers.architectures import build
 from helpers.families import build as build_family
@@ -270,6 +272,29 @@ def test_fused_projections_and_eight_bits_are_named() -> None:
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     with pytest.raises(ValueError, match=r" is torch.float8_e4m3fn: load the model without layerwise casting to prune it$"):
         GradientFlowPruner(unet, config(), SCHEDULER)
+
+
+def offload(model: torch.nn.Module) -> None:
+    apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+def cast(model: torch.nn.Module) -> None:
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient-flow"])
+@pytest.mark.parametrize(("change", "hook"), [(offload, "group_offloading"), (cast, "layerwise_casting")])
+def test_hooks_of_diffusers_are_named(change, hook: str, criterion: str) -> None:
+    """Before the model is copied, which most of them do not survive; weights in bfloat16 would stay so."""
+    unet, images = build("fine-units"), torch.zeros(4, 1, 8, 8)
+    change(unet)
+    message = rf"^the model has hooks of Diffusers \(.*{hook}.* of .*\): load it again without them$"
+    with pytest.raises(ValueError, match=message):
+        GradientFlowPruner(unet, config(criterion=criterion), SCHEDULER)
+    with pytest.raises(ValueError, match=message):
+        prune_unet(unet, SCHEDULER, images, criterion=criterion)
+    with pytest.raises(ValueError, match=message.replace("the model", "the unet of the pipeline")):
+        prune_pipeline(DDPMPipeline(unet, SCHEDULER), images, criterion=criterion)
 
 
 # --- PyTorch's modes ---------------------------------------------------------------------------------------------------
