@@ -250,6 +250,11 @@ def prune_unet(
         if class_labels is None:
             raise ValueError(f"null_label={null_label} needs class_labels for the images")
         check_labels(class_labels.tolist(), dropout.null_label)
+    if unet.config.sample_size is None and not family_of(unet).is_pruned(unet):
+        try:
+            family_of(unet).check_sample_size(unet.config, tuple(pixels.shape[2:]))
+        except ValueError as error:
+            raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels: {error}") from None
     if pruner is None:
         pruner = GradientFlowPruner(copy.deepcopy(unet), config, process, sample_size=tuple(pixels.shape[2:]))
     batches = calibration_batches(pixels, process, batch_size, class_labels, seed, dropout)

@@ -117,6 +117,8 @@ class GradientFlowPruner:
         self.schedule = config.schedule()
         self.history: list[MaskUpdate] = []
         self.groups = trace_groups(unet, config.depth)
+        if sample_size is not None:
+            family_of(unet).check_sample_size(unet.config, sample_size)
         self.cost, self.latency = CostModel(unet, self.groups, sample_size), None
         if config.target == "latency":
             self._latency_model, self.latency = measured_latency_model(
