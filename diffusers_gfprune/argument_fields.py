@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, field
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 __all__ = [
     *("FRACTION", "NOT_NEGATIVE", "POSITIVE", "SHARE", "ArgumentHelp", "Range"),
-    *("argument", "at_least", "check_fields", "check_range", "expand_home"),
+    *("argument", "at_least", "check_fields", "check_range", "check_types", "expand_home"),
 ]
 
 
@@ -97,6 +98,41 @@ def check_fields(arguments: object, allowed: Range, *names: str) -> None:
         ValueError: An attribute is not in the range.
     """
     check_range(allowed, **{name: getattr(arguments, name) for name in names})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+# Words for values of a type, and whether a value is one
+TYPES: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: _is_number(value) and value % 1 == 0),  # neither NaN nor infinite
+    float: ("a number", _is_number),
+    str: ("text", lambda value: isinstance(value, str)),
+}
+
+
+def check_types(arguments: object, other: Collection[str] = ()) -> None:
+    """Check the fields of a dataclass by their declared types. Whole numbers such as 1e4 become integers, in place.
+
+    Args:
+        arguments: The object.
+        other: Names of fields that are not checked.
+
+    Raises:
+        ValueError: A value has another type.
+    """
+    for name, declared in get_type_hints(type(arguments)).items():
+        kinds = get_args(declared) or (declared,)  # such as (int, NoneType)
+        value = getattr(arguments, name)
+        if name in other or (value is None and type(None) in kinds):
+            continue
+        words, holds = TYPES[kinds[0]]
+        if not holds(value):
+            raise ValueError(f"{name}={value!r} must be {words}")
+        if kinds[0] is int:
+            setattr(arguments, name, int(value))
 
 
 def expand_home(arguments: object, *names: str) -> None:

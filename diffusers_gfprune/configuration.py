@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
+from .argument_fields import Range, at_least, check_fields, check_types
 from .criteria import RANKINGS, find_criterion
 from .metrics.speed import DTYPES, SpeedSetting
 from .pruning.blocks import DEPTHS
@@ -22,6 +23,7 @@ LATENCY_MODES = {"eager": "eager", "compile": "compiled", **{runtime: runtime fo
 LATENCY_BACKENDS = tuple(LATENCY_MODES)
 HVP_METHODS = ("exact", "finite-difference")
 SCORE_AT = ("midpoint", "dense", "masked")
+SEEDS = Range("fit into 64 bits, from -2**63 to 2**63 - 1", lambda seed: -(2**63) <= seed < 2**63)
 AGGREGATIONS = ("signed", "abs", "sum_abs")
 HESSIAN_BATCHES = ("mean", "each")
 
@@ -71,7 +73,7 @@ class GFPruneConfig:
     """Options of `GradientFlowPruner`. Every field is described in its `metadata["help"]`.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: A value is out of range or has another type.
     """
 
     _argument_group_name = "pruning"
@@ -197,6 +199,7 @@ class GFPruneConfig:
     pruning_seed: int = field(default=0, metadata={"help": "Seed of the random criterion."})
 
     def __post_init__(self) -> None:
+        check_types(self, other=["channel_multiple"])  # a number or a word
         criterion = find_criterion(self.criterion)
         for name in ("ranking", "sensitivity_exponent"):
             if getattr(self, name) is None:
@@ -232,13 +235,8 @@ class GFPruneConfig:
             if not str(self.channel_multiple).isdecimal() or int(self.channel_multiple) < 1:
                 raise ValueError(f"channel_multiple={self.channel_multiple} must be auto or a number, at least 1")
             self.channel_multiple = int(self.channel_multiple)
-        for name in ("latency_batch_size", "total_steps", "update_interval"):
-            value = getattr(self, name)
-            if value is None and name == "update_interval":
-                continue
-            if not (value >= 1 and value % 1 == 0):  # neither NaN nor infinite
-                raise ValueError(f"{name}={value} must be a whole number, at least 1")
-            setattr(self, name, int(value))
+        check_fields(self, at_least(1), "latency_batch_size", "total_steps", "update_interval")
+        check_fields(self, SEEDS, "pruning_seed")
         if self.target == "latency":
             try:
                 self.latency_setting()

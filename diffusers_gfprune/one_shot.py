@@ -27,6 +27,7 @@ from .metrics.conditions import SampleConditions, conditions_of_vectors, label_c
 from .metrics.model_size import spatial_size
 from .precision import usual_modes
 from .pruner import GradientFlowPruner
+from .pruning.dependencies import check_unhooked
 
 __all__ = [
     *("calibration_batches", "drawn_conditions", "images_to_tensor", "one_shot_config", "prune_unet", "recovery_batches"),
@@ -228,6 +229,7 @@ def prune_unet(
     if pipeline is not None:
         check_process(pipeline, process)
     family_of(unet).check_process(unet.config, process)
+    check_unhooked(unet)
     process = process.sampled_in(num_inference_steps)
     dropout = make_label_dropout(unet.config.num_class_embeds, null_label, label_dropout)
     pruner = None
@@ -250,6 +252,11 @@ def prune_unet(
         check_labels(class_labels.tolist(), dropout.null_label)
     conditioning = {} if class_labels is None else {"class_labels": class_labels}
     family_of(unet).check_conditioning(unet, conditioning, len(pixels))
+    if unet.config.sample_size is None and not family_of(unet).is_pruned(unet):
+        try:
+            family_of(unet).check_sample_size(unet.config, tuple(pixels.shape[2:]))
+        except ValueError as error:
+            raise ValueError(f"images have {pixels.shape[2]}x{pixels.shape[3]} pixels: {error}") from None
     if pruner is None:  # it may time layers for minutes: everything else was checked
         pruner = GradientFlowPruner(copy.deepcopy(unet), config, process, sample_size=tuple(pixels.shape[2:]))
     batches = calibration_batches(pixels, process, batch_size, class_labels, seed, dropout)

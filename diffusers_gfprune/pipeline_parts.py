@@ -7,6 +7,7 @@ import logging
 from typing import NamedTuple
 
 from diffusers import DiffusionPipeline, ModelMixin, VQModel
+from torch import nn
 
 from .diffusion.latents import LatentCodec
 from .diffusion.prompts import PromptEncoder
@@ -15,6 +16,7 @@ from .families.base import Family
 from .families.lookup import FAMILIES
 from .loading.pipeline_layouts import LAYOUTS, check_process
 from .metrics.model_size import spatial_size
+from .pruning.dependencies import check_unhooked
 
 __all__ = ["PipelineParts"]
 
@@ -49,11 +51,14 @@ class PipelineParts(NamedTuple):
             pruned: Whether a pruned denoiser is accepted.
 
         Raises:
-            ValueError: The pipeline is not supported, or its denoiser is pruned.
+            ValueError: The pipeline is not supported, its denoiser is pruned, or a component has hooks.
         """
         family, denoiser = _denoiser(pipe, pruned)
         layout, codec, prompts = LAYOUTS[type(pipe).__name__], None, None
         scheduler = pipe.scheduler if layout.autoencoder is None else training_scheduler(pipe.scheduler)
+        for name in (family.component, *layout.loaded):
+            if isinstance(pipe.components[name], nn.Module):
+                check_unhooked(pipe.components[name], f"the {name} of the pipeline")
         components = {name: copy.deepcopy(pipe.components[name]) for name in layout.loaded}
         if layout.autoencoder is not None:
             vae = components[layout.autoencoder]

@@ -1,4 +1,4 @@
-"""Float32 without TF32, bfloat16 or autocast inside, for small differences of large sums, and PyTorch's usual modes."""
+"""What float32 layers compute in; float32 without TF32, bfloat16 or autocast inside; and PyTorch's usual modes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-__all__ = ["check_float64", "ieee_float32", "own_forward", "usual_modes"]
+__all__ = ["check_float64", "float32_description", "ieee_float32", "own_forward", "usual_modes"]
 
 
 def check_float64(device: torch.device) -> None:
@@ -39,6 +39,33 @@ def _set_older_flags(matmul: str, convolution: bool) -> None:
         warnings.simplefilter("ignore")  # deprecation of the older flags
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = convolution
+
+
+def _float32_precisions(device_type: str) -> dict[str, str]:
+    """What float32 products and convolutions may be computed in: `ieee`, `tf32` or `bf16`."""
+    backends, cuda = torch.backends, device_type == "cuda"
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
+        owners = (backends.cuda.matmul, backends.cudnn.conv) if cuda else (backends.mkldnn.matmul, backends.mkldnn.conv)
+        matmul, convolution = (owner.fp32_precision for owner in owners)
+    else:
+        lower = {"high": "tf32", "medium": "tf32"} if cuda else {"medium": "bf16"}
+        matmul = lower.get(torch.get_float32_matmul_precision(), "ieee")
+        convolution = "tf32" if cuda and backends.cudnn.allow_tf32 else "ieee"
+    return {"matmul": matmul, "convolution": convolution}
+
+
+def float32_description(device: torch.device) -> dict[str, bool | str]:
+    """What float32 layers of a device compute in, as JSON values for results and keys of caches.
+
+    Returns:
+        `tf32`: whether some may use TensorFloat-32, which is PyTorch's default for convolutions on GPUs that have it. And
+        where it is not float32, `float32_matmul` and `float32_convolution`: `"tf32"` or `"bf16"`.
+    """
+    lower = {}
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        precisions = _float32_precisions(device.type)
+        lower = {f"float32_{name}": value for name, value in precisions.items() if value not in ("ieee", "none")}
+    return {"tf32": "tf32" in lower.values(), **lower}
 
 
 @contextmanager

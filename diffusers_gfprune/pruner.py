@@ -38,7 +38,7 @@ from .diffusion.batch import DiffusionBatch
 from .diffusion.schedulers import training_process
 from .distributed import check_identical
 from .families.lookup import family_of
-from .latency.budget import measured_latency_model
+from .latency.budget import check_setting, measured_latency_model
 from .latency.calibration import LatencyCheck, latency_meter
 from .precision import usual_modes
 from .pruning import masking
@@ -117,6 +117,8 @@ class GradientFlowPruner:
         self.schedule = config.schedule()
         self.history: list[MaskUpdate] = []
         self.groups = trace_groups(unet, config.depth)
+        if sample_size is not None:
+            family_of(unet).check_sample_size(unet.config, sample_size)
         self.cost, self.latency = CostModel(unet, self.groups, sample_size), None
         if config.target == "latency":
             self._latency_model, self.latency = measured_latency_model(
@@ -281,6 +283,8 @@ class GradientFlowPruner:
             raise ValueError(f"step={step} is before the last ranking, at step {last}: number training steps over all epochs")
         if step == last:  # such as with accumulated gradients
             return None
+        if (due := self.schedule.next_update(last)) is not None and due < step:
+            raise ValueError(f"step={step}: the ranking at step {due} was missed: call step() before every training step")
         update = None
         self._follow_path(step)
         if self.schedule.is_update(step):
@@ -288,12 +292,6 @@ class GradientFlowPruner:
             update = self._update(step, [DiffusionBatch.of(batch) for batch in batches])
             self._follow_path(step)
         if step >= self.schedule.end_steps:
-            if not self.history:
-                raise ValueError(f"step={step} is after the last ranking, but units were never ranked: call step() from 0 on")
-            if not self._by_hand and not all(((mask == 0) | (mask == 1)).all() for mask in self.unit_masks.values()):
-                raise ValueError(
-                    f"step={step}: rankings after step {last} were missed: call step() before every training step"
-                )
             self.finished = True
             if not self.choice.widths_are_planned:
                 self.choice.warn_if_missed(self.history[-1].sparsity)
@@ -404,6 +402,7 @@ class GradientFlowPruner:
         """Plan with the times of a state; if this fails, times and widths stay."""
         before = self._latency_model.to_dict()
         try:
+            check_setting(latency, self.config.latency_setting())
             self._latency_model.load_dict(latency["model"])
             self._plan_widths(device_type)
         except (LookupError, TypeError, ValueError) as error:

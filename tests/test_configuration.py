@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from diffusers_gfprune.configuration import PRESETS, GFPruneConfig
@@ -56,6 +58,8 @@ INVALID = [
     ("update_interval", 0),
     ("update_interval", 2.5),
     ("update_interval", -5),
+    ("pruning_seed", 1.5),
+    ("pruning_seed", 2**70),
 ]
 
 
@@ -65,6 +69,32 @@ def test_invalid_field_is_refused_by_name_and_value(name: str, value) -> None:
     with pytest.raises(ValueError) as error:
         GFPruneConfig(**{name: value})
     assert f"{name}={value}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("interpolate_masks", "false", "True or False"),
+        ("interpolate_masks", 1, "True or False"),
+        ("ratio", None, "a number"),
+        ("ratio", True, "a number"),
+        ("min_keep_ratio", "0.1", "a number"),
+        ("sensitivity_exponent", "0.3", "a number"),
+        ("latency_batch_size", "4", "a whole number"),
+        ("update_interval", "4", "a whole number"),
+        ("total_steps", None, "a whole number"),
+        ("criterion", ["taylor"], "text"),
+        ("ranking", 1, "text"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(name: str, value: object, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value!r}')} must be {words}$"):
+        GFPruneConfig(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = GFPruneConfig(ratio=np.float32(0.5), total_steps=np.int64(100))
+    assert config.ratio == 0.5 and type(config.total_steps) is int
 
 
 def test_signed_scores_do_not_rank_blocks() -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMPipeline
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from torch.optim.swa_utils import AveragedModel
 
 from diffusers_gfprune import GradientFlowPruner, prune_pipeline
+from diffusers_gfprune.one_shot import prune_unet
 from diffusers_gfprune.pruning.masking import dense_parameters
 from helpers.architectures import build
 from helpers.families import build as build_family
@@ -49,12 +51,33 @@ def test_steps_do_not_go_back() -> None:
     assert mask_values(pruner)[-1] == 1
 
 
-def test_missed_rankings_are_said_before_compaction() -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(("last", "step", "missed"), [(0, 5, 3), (0, 40, 3), (6, 12, 9), (9, 14, 13)])
+def test_missed_rankings_are_said_at_once(last: int, step: int, missed: int, resumed: bool) -> None:
+    """Not only where masks end between 0 and 1: with fewer rankings, they would jump."""
     pruner = pruner_of(ranking="group")
-    with pytest.raises(ValueError, match="rankings after step 0 were missed: call step\\(\\) before every training step"):
-        for step in range(0, 40, 5):
-            pruner.step(step, [])
-    assert not pruner.finished
+    for done in range(last + 1):
+        pruner.step(done, [])
+    if resumed:
+        state, pruner = pruner.state_dict(), pruner_of(ranking="group")
+        pruner.load_state_dict(state)
+    before = pruner.state_dict()["values"]
+    message = rf"^step={step}: the ranking at step {missed} was missed: call step\(\) before every training step$"
+    with pytest.raises(ValueError, match=message):
+        pruner.step(step, pytest.fail)
+    assert pruner.state_dict()["values"] == before and not pruner.finished
+
+
+def test_a_first_step_after_the_first_ranking_is_refused() -> None:
+    with pytest.raises(ValueError, match="^step=1: the ranking at step 0 was missed"):
+        pruner_of().step(1, [])
+
+
+def test_steps_between_rankings_may_be_left_out() -> None:
+    pruner = pruner_of(ranking="group")
+    for step in [*pruner.schedule.update_steps(), pruner.schedule.end_steps]:
+        pruner.step(step, [])
+    assert pruner.finished and mask_values(pruner) == [0.0, 1.0]
 
 
 def test_a_ranking_that_fails_leaves_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +272,29 @@ def test_fused_projections_and_eight_bits_are_named() -> None:
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     with pytest.raises(ValueError, match=r" is torch.float8_e4m3fn: load the model without layerwise casting to prune it$"):
         GradientFlowPruner(unet, config(), SCHEDULER)
+
+
+def offload(model: torch.nn.Module) -> None:
+    apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+def cast(model: torch.nn.Module) -> None:
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient-flow"])
+@pytest.mark.parametrize(("change", "hook"), [(offload, "group_offloading"), (cast, "layerwise_casting")])
+def test_hooks_of_diffusers_are_named(change, hook: str, criterion: str) -> None:
+    """Before the model is copied, which most of them do not survive; weights in bfloat16 would stay so."""
+    unet, images = build("fine-units"), torch.zeros(4, 1, 8, 8)
+    change(unet)
+    message = rf"^the model has hooks of Diffusers \(.*{hook}.* of .*\): load it again without them$"
+    with pytest.raises(ValueError, match=message):
+        GradientFlowPruner(unet, config(criterion=criterion), SCHEDULER)
+    with pytest.raises(ValueError, match=message):
+        prune_unet(unet, SCHEDULER, images, criterion=criterion)
+    with pytest.raises(ValueError, match=message.replace("the model", "the unet of the pipeline")):
+        prune_pipeline(DDPMPipeline(unet, SCHEDULER), images, criterion=criterion)
 
 
 # --- PyTorch's modes ---------------------------------------------------------------------------------------------------

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from diffusers_gfprune import GradientFlowPruner
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
+from diffusers_gfprune.one_shot import prune_unet
 from diffusers_gfprune.pruning.masking import dense_parameters
 from helpers.architectures import build
 from helpers.pruners import Script, batches, config, mask_values, one_shot, rising, run, train_step
@@ -157,6 +159,22 @@ def test_a_model_without_a_sample_size_needs_one():
     pruner.step(0, [])
     removed = 1 - count_macs(pruner.compact(), sample_size=16) / count_macs(unet_of_size(None), sample_size=16)
     assert removed == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("size", [9, 0, -8, (16,), (8, 9), 16.0, True])
+def test_sizes_that_the_model_cannot_halve_are_refused(size: object) -> None:
+    """By the argument's name, before costs are counted; of images, by their size."""
+    unet = unet_of_size(None)
+    assert len(unet.config.block_out_channels) == 2
+    message = rf"^sample_size={re.escape(repr(size))} must be one or two multiples of 2, up to 16384"
+    with pytest.raises(ValueError, match=message):
+        GradientFlowPruner(unet, config(), sample_size=size)
+    assert not hasattr(unet, "channel_masks")
+
+
+def test_images_that_the_model_cannot_halve_are_refused() -> None:
+    with pytest.raises(ValueError, match="^images have 9x9 pixels: sample_size=9 must be one or two multiples of 2, up to"):
+        prune_unet(unet_of_size(None), DDPMScheduler(), torch.zeros(2, 1, 9, 9))
 
 
 def unet_of_size(sample_size: int | None) -> UNet2DModel:

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 
 from ..fingerprints import tensors_fingerprint
 from ..formatting import format_duration
-from ..metrics.model_size import count_macs, count_parameters, hardware_name, uses_tf32, weight_file_bytes
+from ..metrics.model_size import count_macs, count_parameters, hardware_name, weight_file_bytes
 from ..metrics.quality import Quality
 from ..metrics.step_loss import StepLoss
+from ..precision import float32_description
 from ..reports.provenance import describe_base_model, describe_dataset, package_versions, portable
 from ..reports.results import ModelFigures
 from .arguments import EvaluateArguments
@@ -156,7 +157,7 @@ def describe_evaluation(
         "step_loss_timesteps": args.cost.step_loss_timesteps if inputs.models else 0,
         "step_loss_fingerprint": fingerprint,
         "similarities": SIMILARITIES if len(inputs.models) == 2 and inputs.num_images else {},
-        "tf32": uses_tf32(accelerator.device),
+        **float32_description(accelerator.device),
         "device": accelerator.device.type,
         "hardware": hardware_name(accelerator.device),
         "threads": torch.get_num_threads(),

@@ -84,6 +84,12 @@ class Family(ABC):
             config: All arguments of the dense class, by name, from an untrusted config.json.
         """
 
+    def check_sample_size(self, config: Mapping[str, Any], size: int | tuple[int, int]) -> None:
+        """Check a height and width that take the place of those of a valid configuration."""
+        square = isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]
+        plain = {name: value for name, value in config.items() if not name.startswith("_")}
+        self.check_arguments({**plain, "sample_size": size[0] if square else size})
+
     @abstractmethod
     def check_supported(self, config: Mapping[str, Any]) -> None:
         """Check that a valid configuration can be pruned."""

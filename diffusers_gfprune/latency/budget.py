@@ -8,6 +8,7 @@ checkpoint instead, since a second measurement would lead to other widths.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from ..pruning.budget import select_units
 from ..pruning.channel_groups import ChannelGroup
 from ..pruning.compaction import compact, plan_compaction
 from ..pruning.cost_model import CostModel
-from ..pruning.depth import plan_widths
+from ..pruning.depth import is_reachable, plan_widths
 from .calibration import TimePair, calibrate, latency_meter
 from .layer_times import layer_shares
 from .model import LatencyModel
 
-__all__ = ["measured_latency_model", "model_of_widths"]
+__all__ = ["check_setting", "measured_latency_model", "model_of_widths"]
 
 
 def model_of_widths(
@@ -47,6 +48,23 @@ def model_of_widths(
         for group, width in zip(groups, widths)
     }
     return compact(unet, plan_compaction(unet, groups, masks))
+
+
+def check_setting(measurements: Mapping, setting: SpeedSetting) -> None:
+    """Check that a latency model was measured in a setting; earlier versions did not save it.
+
+    Args:
+        measurements: Second return value of `measured_latency_model`.
+        setting: Settings of the forward passes that a budget is for.
+
+    Raises:
+        ValueError: It was measured in another one.
+    """
+    saved = measurements.get("setting") or {}
+    for name, value in dataclasses.asdict(setting).items():
+        if saved.get(name, value) != value:
+            option = "latency_backend" if name == "mode" else f"latency_{name}"
+            raise ValueError(f"times were measured with {option}={saved[name]}, which must be {value}: measure them again")
 
 
 def measured_latency_model(
@@ -77,11 +95,11 @@ def measured_latency_model(
         progress: Whether progress bars are shown, for layers and for models.
 
     Returns:
-        The latency model, and JSON values to restore it: `model`, and `calibration`, the measured models.
+        The latency model, and JSON values to restore it: `setting`, `model`, and `calibration`, the measured models.
 
     Raises:
         ImportError: The runtime is not installed.
-        ValueError: `measurements` belong to another model, or the measurement failed on rank 0; the latter on every rank.
+        ValueError: `measurements` belong to another model or setting, or the measurement failed on rank 0; the latter on every rank.
     """
     model = LatencyModel(unet, groups, sample_size, setting.runtime)
     cost = CostModel(unet, groups, sample_size, model.seconds)
@@ -93,8 +111,7 @@ def measured_latency_model(
         model.set_shares(
             layer_shares(unet, model.grids, model.calls, setting, sample_size, TensorCache(cache_dir), progress=layers)
         )
-        ladders = ladders_for(cost)
-        narrowest = np.array([ladder[-1] for ladder in ladders])
+        narrowest = np.array([ladder[-1] for ladder in ladders_for(cost)])
         bar = tqdm(desc="timing models", unit="model", disable=not progress)
         with bar, latency_meter(unet, setting, sample_size) as measure_model:
 
@@ -103,14 +120,16 @@ def measured_latency_model(
                 bar.update()
                 return pair
 
-            def planned() -> np.ndarray:
-                return plan_widths(cost, "latency", ratio, ladders)
+            def planned() -> np.ndarray | None:
+                ladders = ladders_for(cost)  # anew, since possible widths depend on the correction, too
+                return plan_widths(cost, "latency", ratio, ladders) if is_reachable(cost, "latency", ratio, ladders) else None
 
             calibration = calibrate(model, ratio, narrowest, planned, measured)
-        return {"model": model.to_dict(), "calibration": calibration}
+        return {"setting": dataclasses.asdict(setting), "model": model.to_dict(), "calibration": calibration}
 
     measurements = made_by_first_rank(measure) if measurements is None else dict(measurements)
     if "model" not in measurements:
         raise ValueError("the measured times are damaged: they must have an entry model")
+    check_setting(measurements, setting)
     model.load_dict(measurements["model"])
     return model, measurements

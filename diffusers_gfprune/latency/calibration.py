@@ -7,6 +7,8 @@ if a compiler fuses layers. Models of planned widths are therefore built and tim
 2. a model with the widths planned for the requested ratio is measured. The pair (predicted, measured) corrects the prediction
    (`Correction`), and widths are planned again, until measurement and ratio agree.
 
+The correction that is left is the one by which the nearest of these models was planned: planning again leads to its widths.
+
 The measured share of a pair of models is a median over rounds. Each round times both models once, in alternating order:
 
     share = median_r (1 - t_small(r) / t_dense(r))        spread = 1.25 sigma / sqrt(rounds)
@@ -32,7 +34,7 @@ from ..metrics.model_size import spatial_size
 from ..metrics.speed import SpeedSetting, compilation, prepare_forward, seconds_of, timed_device
 from .layer_forwards import Forward
 from .layer_times import Timer
-from .model import LatencyModel
+from .model import Correction, LatencyModel
 
 __all__ = ["LATENCY_TOLERANCE", "LatencyCheck", "TimePair", "calibrate", "latency_meter"]
 
@@ -135,7 +137,7 @@ def calibrate(
     model: LatencyModel,
     ratio: float,
     narrowest: np.ndarray,
-    plan: Callable[[], np.ndarray],
+    plan: Callable[[], np.ndarray | None],
     measure: Callable[[np.ndarray], TimePair],
 ) -> list[dict]:
     """Correct a latency model by measured models, in place (see the module docstring).
@@ -144,11 +146,12 @@ def calibrate(
         model: The latency model, with its table and without a correction.
         ratio: Share of the dense time to remove, in (0, 1).
         narrowest: Minimum number of channels of each group, with shape `(groups,)`.
-        plan: Returns the widths that remove `ratio` according to the current `model`.
+        plan: Returns the widths that remove `ratio` according to the current `model`; None: it is out of reach.
         measure: Builds a model with the given widths and times it.
 
     Returns:
-        For every measured model, `predicted` before the measurement, `measured`, `spread` and `rounds`.
+        For every measured model, `predicted` before the measurement, `measured`, `spread` and `rounds`; last the one with the
+        widths that `plan` returns from now on, if the ratio is in reach.
     """
     measurements = []
 
@@ -167,15 +170,27 @@ def calibrate(
     pair = measured(narrowest)
     model.correction = replace(model.correction, constant=model.explain(narrowest, pair.share))
     learn(narrowest, pair)
-    if pair.share <= ratio:
-        return measurements  # out of reach: the budget raises an error
+    tried: list[tuple[float, Correction, dict]] = []  # error, correction by which widths were planned, measurement
     for _ in range(MODELS):
-        widths = plan()
+        correction, widths = model.correction, plan()
+        if widths is None:
+            break
         pair = measured(widths)
-        if abs(pair.share - ratio) <= max(CLOSE_ENOUGH, 2 * pair.spread):
-            break  # without a further correction, so that these widths remain the plan
+        tried.append((abs(pair.share - ratio), correction, measurements[-1]))
+        if tried[-1][0] <= max(CLOSE_ENOUGH, 2 * pair.spread):
+            break
         learn(widths, pair)
-    return measurements
+    if not tried:
+        return measurements  # out of reach: the budget raises an error
+    error, model.correction, nearest = min(tried, key=lambda each: each[0])
+    if error > LATENCY_TOLERANCE:
+        logger.warning(
+            "ratio=%g of latency is not met: the nearest of %d measured models saves %.1f %%",
+            ratio,
+            len(measurements),
+            100 * nearest["measured"],
+        )
+    return [*(each for each in measurements if each is not nearest), nearest]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..metrics.cache import TensorCache
-from ..metrics.model_size import hardware_name, spatial_size, uses_tf32
+from ..metrics.model_size import hardware_name, spatial_size
 from ..metrics.speed import SpeedSetting, prepare_forward, seconds_of, timed_device
+from ..precision import float32_description
 from ..runtimes.requirements import runtime_versions
 from .layer_forwards import EagerLayers, Forward, Layers, RuntimeLayers
 from .layer_workloads import Inputs, Workload
@@ -38,7 +39,7 @@ __all__ = ["Grid", "layer_shares", "machine_description", "measure_shares"]
 Timer = Callable[[Forward, torch.device], float]
 GridPoint = tuple[int, int, int]  # index of a grid, input and output channels
 
-FORMAT = 1  # of the cache; entries of other formats are measured again
+FORMAT = 2  # of the cache; entries of other formats are measured again
 ROUNDS = (5, 25)  # minimum, maximum
 SECONDS = 2.0  # time limit for a workload, beyond the minimum number of rounds
 DENSE_SECONDS = 15.0  # the same for the dense forward pass
@@ -71,7 +72,7 @@ def machine_description(device: torch.device) -> dict:
         "hardware": hardware_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "tf32": uses_tf32(device),
+        **float32_description(device),
     }
 
 

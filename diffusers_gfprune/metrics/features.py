@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from ..errors import first_line
 from ..fingerprints import tensors_fingerprint
+from ..precision import float32_description
 from .cache import default_cache_dir
-from .model_size import uses_tf32
 
 __all__ = ["NETWORKS", "FeatureNetwork", "feature_network", "resize_clean"]
 
@@ -151,7 +151,7 @@ class ImageNetwork(FeatureNetwork):
     def identity(self) -> dict[str, str | bool]:
         resizing = f"clean-fid, PIL, bicubic, float32, {self.size}x{self.size}"
         identity = {"name": self.name, "layer": self.layer, "weights": self.weights, "resizing": resizing}
-        return {**identity, "device": self.device.type, "tf32": uses_tf32(self.device)}
+        return {**identity, "device": self.device.type, **float32_description(self.device)}
 
     def to(self, device: torch.device | str) -> ImageNetwork:
         self.device = torch.device(device)

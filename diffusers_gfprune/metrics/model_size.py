@@ -26,7 +26,6 @@ __all__ = [
     "parameter_bytes",
     "spatial_size",
     "trace_forward",
-    "uses_tf32",
     "weight_file_bytes",
 ]
 
@@ -146,13 +145,6 @@ def hardware_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def uses_tf32(device: torch.device) -> bool:
-    """Whether float32 products or convolutions may use TensorFloat-32, which is PyTorch's default for convolutions."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
 
 
 def weight_file_bytes(unet: nn.Module) -> int:

@@ -24,7 +24,7 @@ from ..families.base import Family
 from ..families.lookup import family_of
 from .tracing import FIXED, trace_labels
 
-__all__ = ["MASKS_MODULE", "Components", "check_unmasked", "join", "meta_twin", "trace_components"]
+__all__ = ["MASKS_MODULE", "Components", "check_unhooked", "check_unmasked", "join", "meta_twin", "trace_components"]
 
 LAYERS = (nn.Conv2d, nn.Linear, nn.Embedding, nn.GroupNorm)  # with prunable channels
 MASKS_MODULE = "channel_masks"  # of a masked model (`masking`)
@@ -59,12 +59,28 @@ def check_unmasked(unet: nn.Module) -> None:
         raise ValueError("the model already has channel masks: detach() its GradientFlowPruner, or load the model again")
 
 
+def check_unhooked(model: nn.Module, title: str = "the model") -> None:
+    """Check that a model has no hooks of Diffusers: they move or cast weights, or skip layers, and most cannot be copied.
+
+    Args:
+        model: The model.
+        title: What it is called in the error.
+
+    Raises:
+        ValueError: It has hooks, such as those of `enable_group_offload` and `enable_layerwise_casting`.
+    """
+    for name, module in model.named_modules():
+        if hooks := getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
+            where = f"{', '.join(hooks)} of {name or 'the whole model'}"
+            raise ValueError(f"{title} has hooks of Diffusers ({where}): load it again without them")  # most have no way back
+
+
 def meta_twin(unet: nn.Module) -> nn.Module:
     """A model with the same configuration on the meta device.
 
     Raises:
-        ValueError: The model is of an unknown family, is already masked or pruned, has a block that cannot be pruned, or does
-            not match its configuration.
+        ValueError: The model is of an unknown family, is already masked or pruned, has hooks or a block that cannot be pruned,
+            or does not match its configuration.
     """
     check_unmasked(unet)
     family = family_of(unet)
@@ -84,6 +100,7 @@ def meta_twin(unet: nn.Module) -> nn.Module:
         raise ValueError(
             f"{small[0]} is {unet.get_parameter(small[0]).dtype}: load the model without layerwise casting to prune it"
         )
+    check_unhooked(unet)
     family.check_supported(unet.config)
     # The pruned class checks these again at compaction
     family.check_arguments({name: value for name, value in unet.config.items() if not name.startswith("_")})

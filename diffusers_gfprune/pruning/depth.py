@@ -202,6 +202,12 @@ def remove_per_group(
         low, high = (low, middle) if excess(middle) >= 0 else (middle + 1, high)
     for count in {low, max(low - 1, 0)} - tried.keys():
         excess(count)
+    # Near the largest budget, the narrowest channels do not save enough without more blocks
+    for count in range(low + 1, len(order) + 1):
+        if min(missed for (missed, _), _ in tried.values()) <= BUDGET_TOLERANCE - NEAR:
+            break
+        if count not in tried:
+            excess(count)
     return min(tried.values(), key=lambda candidate: candidate[0])[1]
 
 

@@ -11,8 +11,8 @@ change, so that lambda -> infinity leaves the weights as they are, and the bias 
 lambda is `ridge` times the mean of sum x_i^2 over features i.
 
 G has as many rows as there are features: C k^2 for a kernel of k x k and C input channels. For C = 2,560 and k = 3 it would
-take 4 GiB. Where there are more than 8,192 features, only the weights at the centre of the kernel change, which read C
-features.
+take 4 GiB. Where kept channels give more than 8,192 features, only the weights at the centre of the kernel change, which read
+C features.
 
 Layers of large images read more rows than are needed. `drawn_rows` chooses those of an image by a seed of this image. The sums
 are thus the same, but for the order of additions, however images are split over batches and processes.

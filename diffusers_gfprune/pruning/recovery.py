@@ -39,7 +39,7 @@ from ..metrics.peak_memory import allocated_at_most
 from ..precision import ieee_float32, own_forward
 from .compaction import CompactionPlan, check_ema
 from .least_squares import MAX_FEATURES, LeastSquares
-from .masking import dense_parameters
+from .masking import MASKS_MODULE, dense_parameters
 from .side_by_side import Pair, side_by_side
 
 __all__ = ["RIDGE", "ROWS", "recover", "recovery_bytes", "recovery_macs"]
@@ -88,7 +88,7 @@ def recover(
         For each mended layer by name, in the order of execution: the size of its gap before, relative to its outputs.
 
     Raises:
-        ValueError: An argument is out of range, there is no batch, or the models do not have the same layers.
+        ValueError: An argument is out of range, there is no batch, or the models do not have the same layers, or both masks.
     """
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge={ridge} must be a number greater than 0")
@@ -96,6 +96,8 @@ def recover(
         raise ValueError(f"rows={rows} must be at least 1")
     if not batches:
         raise ValueError("recovery needs at least one calibration batch")
+    if hasattr(dense, MASKS_MODULE):
+        raise ValueError("dense has channel masks: it must be a copy of the model from before its GradientFlowPruner was made")
     shapes = [{n: p.shape for n, p in dense_parameters(model).items()} for model in (dense, masked)]
     if shapes[0] != shapes[1]:
         name = next(iter(set(shapes[0].items()) ^ set(shapes[1].items())))[0]
@@ -154,12 +156,13 @@ def recovery_bytes(model: nn.Module) -> int:
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Features and outputs of all layers that recovery may change."""
+    """Features at most, and outputs, of all layers that recovery may change.
+
+    A kernel changes as a whole if few enough inputs are kept, however many the dense layer has.
+    """
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            outputs, inputs = layer.weight.shape[:2]
-            size = layer.weight[0].numel()
-            yield size if size <= MAX_FEATURES else inputs, outputs
+            yield min(layer.weight[0].numel(), MAX_FEATURES), len(layer.weight)
 
 
 def _rows(rows: int, size: int) -> int:

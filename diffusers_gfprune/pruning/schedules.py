@@ -104,6 +104,10 @@ class PruningSchedule:
             return not smooth
         return step < self.end_steps and (step - self.soft_steps) % self.update_interval == 0
 
+    def next_update(self, step: int) -> int | None:
+        """The first step after `step` at which channels are ranked; None: there is none."""
+        return next((update for update in self.update_steps() if update > step), None)
+
     def goal_step(self, step: int) -> int:
         """The step whose s_t and p_t a ranking at `step` uses: with `interpolate` the next ranking or N, else `step`."""
         if self.interpolate and step < self.soft_steps:

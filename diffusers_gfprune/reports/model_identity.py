@@ -8,7 +8,7 @@ from torch import nn
 from ..diffusion.latents import LatentCodec
 from ..fingerprints import tensors_fingerprint
 from ..metrics.conditions import SampleConditions
-from ..metrics.model_size import uses_tf32
+from ..precision import float32_description
 from .provenance import installed_versions
 
 __all__ = ["model_identity"]
@@ -37,7 +37,7 @@ def model_identity(
         "unet": repr(sorted(config.items())),
         "scheduler": repr(sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))),
         "device": device.type,
-        "tf32": uses_tf32(device),
+        **float32_description(device),
         "dtype": str(next(unet.parameters()).dtype),
         "versions": installed_versions("diffusers-gfprune", "diffusers", "torch"),
         **({} if codec is None else {"codec": codec.identity()}),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import UNet2DModel
 
 from diffusers_gfprune import GFPruneConfig, GradientFlowPruner, one_shot, prune_pipeline
 from diffusers_gfprune.latency import budget as latency_budget
@@ -73,6 +74,23 @@ def test_the_time_asked_for_is_the_time_that_goes(machine: Machine) -> None:
     assert check.pair.share == machine.share(small) and not check.missed
     assert "asked for 40.0% less, predicted 40" in str(check)
     assert pruner.history[-1].sparsity == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.66])
+def test_the_widths_that_were_measured_are_the_plan(machine: Machine, monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    """Also where the correction makes other multiples possible than the layer times alone."""
+    unet, measured, model_of = build("three-levels"), [], latency_budget.model_of_widths
+
+    def model_of_widths(*arguments) -> UNet2DModel:
+        measured.append(arguments[2])
+        return model_of(*arguments)
+
+    monkeypatch.setattr(latency_budget, "model_of_widths", model_of_widths)
+    config = GFPruneConfig(**{**CONFIG.to_dict(), "channel_multiple": "auto", "ranking": "group", "ratio": ratio})
+    pruner = GradientFlowPruner(copy.deepcopy(unet), config)
+    assert any((pruner.planned_widths == widths).all() for widths in measured)
+    small = model_of(unet, pruner.groups, pruner.planned_widths)
+    assert pruner.latency["calibration"][-1]["measured"] == machine.share(small) == pytest.approx(ratio, abs=0.03)
 
 
 def test_a_machine_that_cannot_compile_is_found_before_layers_are_timed(
@@ -166,6 +184,28 @@ def test_a_run_that_goes_on_measures_nothing_and_plans_the_same(machine: Machine
         by_macs.load_state_dict(state)
     with pytest.raises(ValueError, match="target=macs must be latency"):
         by_macs.check_latency(unet, unet)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("latency_batch_size", 16, "latency_batch_size=1, which must be 16:"),
+        ("latency_dtype", "bfloat16", "latency_dtype=float32, which must be bfloat16:"),
+        ("latency_backend", "compile", "latency_backend=eager, which must be compiled:"),
+    ],
+)
+def test_times_of_another_setting_are_refused(machine: Machine, name: str, value: object, words: str) -> None:
+    """Another batch size takes other time for the same widths. Times of earlier versions have no setting."""
+    first = GradientFlowPruner(build("three-levels"), CONFIG)
+    state = first.state_dict()
+    latency = json.loads(json.dumps(first.latency))
+    config = GFPruneConfig(**{**CONFIG.to_dict(), name: value})
+    with pytest.raises(ValueError, match=f"^times were measured with {words} measure them again$"):
+        GradientFlowPruner(build("three-levels"), config, latency=latency)
+    del latency["setting"]
+    other = GradientFlowPruner(build("three-levels"), config, latency=latency)
+    with pytest.raises(ValueError, match=f"^latency of the pruner's state cannot be used: times were measured with {words}"):
+        other.load_state_dict(state)
 
 
 def test_time_that_no_width_changes_is_an_error_before_any_training(machine: Machine) -> None:

@@ -32,8 +32,10 @@ class Straight:
     def explain(self, kept: np.ndarray, measured: float) -> float:
         return 0.5
 
-    def plan(self, ratio: float) -> np.ndarray:
-        """The width that removes a share, as a budget would find it."""
+    def plan(self, ratio: float) -> np.ndarray | None:
+        """The width that removes a share, as a budget would find it; None: even a width of 10 removes less."""
+        if self.removed(np.array([10])) < ratio:
+            return None
         return np.array([min(range(1, 101), key=lambda width: abs(self.removed(np.array([width])) - ratio))])
 
 
@@ -57,6 +59,21 @@ def test_what_is_asked_for_is_measured_in_the_end(truth) -> None:
     assert len(found) <= 5
     assert model.correction.dense_seconds == 2.0 and model.correction.constant == 0.5
     assert found[0]["measured"] == truth(0.9)
+
+
+def test_the_plan_in_the_end_is_a_measured_one(caplog: pytest.LogCaptureFixture) -> None:
+    """The nearest, where a machine answers otherwise each time and no model comes near; its measurement is the last."""
+    answers = iter([0.9, 0.3, 0.47, 0.33, 0.5])  # of the narrowest model, then of planned ones
+    measured = {}
+
+    def truth(wanted: float) -> float:
+        measured[round(wanted, 2)] = next(answers)
+        return measured[round(wanted, 2)]
+
+    model, found = run(truth, 0.4)
+    assert [each["measured"] for each in found] == [0.9, 0.3, 0.33, 0.5, 0.47]
+    assert measured[round(1 - model.plan(0.4)[0] / 100, 2)] == 0.47
+    assert "ratio=0.4 of latency is not met: the nearest of 5 measured models saves 47.0 %" in caplog.text
 
 
 def test_a_right_prediction_is_measured_once() -> None:

@@ -318,8 +318,9 @@ def test_identity_tells_where_features_are_made(efflite0: FeatureNetwork, monkey
     """Those of a GPU, or of products in TensorFloat-32, are others."""
     here = efflite0.identity()
     assert (here["device"], here["tf32"]) == ("cpu", False)
-    monkeypatch.setattr("diffusers_gfprune.metrics.features.uses_tf32", lambda device: True)
-    assert efflite0.identity() == {**here, "tf32": True}
+    lower = {"tf32": True, "float32_convolution": "tf32"}
+    monkeypatch.setattr("diffusers_gfprune.metrics.features.float32_description", lambda device: lower)
+    assert efflite0.identity() == {**here, **lower}
 
 
 def test_efflite0_recognises_photographs(efflite0: FeatureNetwork) -> None:

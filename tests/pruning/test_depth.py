@@ -134,6 +134,18 @@ def test_the_same_share_of_blocks_and_channels() -> None:
     assert (remove_per_group(cost, MACS, 0.0, cost.ladders(), dict.fromkeys(cost.inner, 1.0)) == cost.dense).all()
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_nearly_everything_that_can_go_goes(seed: int) -> None:
+    """With the same share of the blocks as of the channels, the narrowest channels would not save enough."""
+    unet = build("three-levels")
+    cost = CostModel(unet, trace_groups(unet, "allow"))
+    ladders = [width_ladder(group, 1, 0.1, "head_dim") for group in cost.groups]
+    most = cost.removed("channels", np.array([ladder[-1] for ladder in ladders]))
+    scores = torch.rand(len(cost.groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    widths = remove_per_group(cost, "channels", most - 0.002, ladders, {block: scores[block] for block in cost.inner})
+    assert cost.removed("channels", widths) == pytest.approx(most - 0.002, abs=BUDGET_TOLERANCE)
+
+
 def test_a_block_goes_when_it_costs_less_than_thinning() -> None:
     cost, exponent = BlockCosts([40, 40]), 0.3
     ladders = cost.ladders()

@@ -19,7 +19,7 @@ from diffusers_gfprune.pruning.blocks import trace_groups
 from diffusers_gfprune.pruning.channel_groups import ChannelGroup
 from diffusers_gfprune.pruning.compaction import CompactionPlan, compact, plan_compaction
 from diffusers_gfprune.pruning.masking import attach, dense_parameters
-from diffusers_gfprune.pruning.recovery import recover, recovery_bytes
+from diffusers_gfprune.pruning.recovery import recover, recovery_bytes, recovery_macs
 from helpers import families
 from helpers.architectures import build, random_masks
 from helpers.processes import ddpm
@@ -298,6 +298,14 @@ def test_bad_input(options: dict, message: str) -> None:
         recover(masked=model, plan=plan, process=PROCESS, **options)
 
 
+def test_a_masked_model_is_not_the_dense_one() -> None:
+    pruner = GradientFlowPruner(build("base"), one_shot(ratio=0.3), SCHEDULER)
+    pruner.step(0, batches())
+    for model in (pruner.unet, copy.deepcopy(pruner.unet)):
+        with pytest.raises(ValueError, match="^dense has channel masks: it must be a copy of the model from before"):
+            pruner.recover(model, [batch_for(build("base"))])
+
+
 def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of a quarter of the machine's memory would end a process in a container."""
     monkeypatch.setattr(recovery, "CONTAINER_LIMITS", (tmp_path / "none", tmp_path / "limit"))
@@ -317,3 +325,15 @@ def test_memory_of_the_sums() -> None:
         sums = least_squares.LeastSquares(layer, inputs, outputs)
         held.append(2 * (sums.gram.nbytes + sums.cross.nbytes))
     assert recovery_bytes(torch.nn.ModuleList(layers)) == pytest.approx(max(held), rel=0.02)
+
+
+@pytest.mark.parametrize("kept", [1280, 910])
+def test_cost_of_the_sums_holds_for_any_number_of_kept_inputs(kept: int) -> None:
+    """Of 1,280 inputs only the centre of the kernel is mended, of 910 all of it, with 8,190 features."""
+    layer = torch.nn.Conv2d(1280, 20, 3, device="meta")
+    sums = least_squares.LeastSquares(layer, torch.arange(kept), torch.arange(20))
+    assert sums.centre == (kept == 1280)
+    size = len(sums.gram)
+    assert recovery_bytes(layer) >= 0.999 * 2 * 8 * size * (size + 20)
+    assert recovery_macs(layer) >= 0.999 * (recovery.ROWS * size * (size + 20) + size**3 // 3)
+    assert recovery_bytes(layer) <= 2 * 8 * 8192 * (8192 + 20)
