@@ -99,7 +99,8 @@ def measured_latency_model(
 
     Raises:
         ImportError: The runtime is not installed.
-        ValueError: `measurements` belong to another model or setting, or the measurement failed on rank 0; the latter on every rank.
+        ValueError: `measurements` belong to another model or setting, or the measurement failed on rank 0; the latter on every
+            rank.
     """
     model = LatencyModel(unet, groups, sample_size, setting.runtime)
     cost = CostModel(unet, groups, sample_size, model.seconds)

@@ -117,7 +117,7 @@ def test_tables_are_those_of_their_setting(tmp_path: Path, monkeypatch: pytest.M
         ("torch.get_num_threads", lambda: 999),
         ("torch.__version__", "99.0.0"),
         ("hardware_name", lambda device: "abacus"),
-        ("uses_tf32", lambda device: True),
+        ("float32_description", lambda device: {"tf32": True, "float32_matmul": "tf32"}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"diffusers_gfprune.latency.layer_times.{place}", other)
