@@ -14,7 +14,7 @@ Parts of the study:
     phases      length and effect of the two phases
     schedules   shapes of s_t and p_t
     iterations  the same, with sample quality at every ranking until masks freeze
-    revival     whether pruned channels may be revived
+    revival     whether pruned units may be revived
     scores      options of the score that arXiv 2501.09464 leaves open
     data        without data: the dense model draws the images
     depth       widths and blocks of the latent models of the digits, which also run some rows of the earlier part
@@ -282,8 +282,8 @@ def _revival() -> list[Setting]:
     rows = [
         ("frozen-first", "ranked by the first scores alone", ("--score_decay", "0.999999", "--revival_margin", "1e3")),
         ("no-revival", "none comes back in another's place", ("--revival_margin", "1e3")),
-        ("free-revival", "channels come back at once", ("--revival_margin", "0")),
-        ("no-memory", "channels come back at once, scores of the moment", ("--revival_margin", "0", "--score_decay", "0")),
+        ("free-revival", "units come back at once", ("--revival_margin", "0")),
+        ("no-memory", "units come back at once, scores of the moment", ("--revival_margin", "0", "--score_decay", "0")),
         ("mask-jumps", "masks jump at rankings", ("--interpolate_masks", "false")),
     ]
     return [Setting(name, title, "revival", (*arguments, *OFTEN), datasets=DIGITS) for name, title, arguments in rows]
