@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ..hub import PICTURES, update_card
 from ..metrics.model_size import count_macs, count_parameters
-from ..remote.pipeline_prune_ddpm import EVAL_RESULTS
-from ..reports.model_card import is_as_rendered, render_card
+from ..remote.pipeline_prune_ddpm import EVAL_RESULTS, is_as_rendered
+from ..reports.model_card import render_card
 from ..reports.results import PRUNING_RUN, ModelFigures, Results, read_results
 from ..run_folder import write_json
 from .inputs import Inputs
@@ -91,6 +91,7 @@ def merged_run_results(measured: Results, results: Results) -> Results:
             step_loss_null_label=measured_now.step_loss_null_label,
             quality={k: v for k, v in measured_now.quality.items() if is_frechet(k) or k in SIMILARITIES},
         )
+    figures["model"].weights = results.model.weights
     e = results.evaluation
     names = ("num_images", "sampler", "num_inference_steps", "timestep_spacing", "eta", "seed")
     names += ("step_loss_images", "step_loss_timesteps", "sample_size", "device", "dtype", "versions")

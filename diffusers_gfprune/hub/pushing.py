@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import HUB_ERRORS, hub_error_reason, one_line
 from ..loading.pipeline_files import weight_patterns
-from ..remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, REPORT, rename_in_card
-from ..reports.model_card import check_card, is_as_rendered, render_card, render_eval_results
+from ..remote.pipeline_prune_ddpm import COMPANIONS, EVAL_RESULTS, REPORT, is_as_rendered, rename_in_card, run_on_hub
+from ..reports.model_card import check_card, render_card, render_eval_results
 from ..reports.results import read_results
-from .selection import check_nothing_private, files_to_push, read_json, selected
+from .selection import check_measured, check_nothing_private, files_to_push, read_json, selected
 
 __all__ = [
     "PICTURES",
@@ -134,18 +134,6 @@ def prepare_repo(repo_id: str, *, token: str | None = None, private: bool | None
     return full_id
 
 
-def _card_was_edited(api: HfApi, folder: str | os.PathLike, repo_id: str, revision: str | None) -> bool:
-    """Whether the card in a repository is that of this run, and was edited there."""
-    found = []
-    for name in (REPORT, "README.md"):
-        try:
-            found.append(Path(api.hf_hub_download(repo_id, name, revision=revision)).read_bytes())
-        except (EntryNotFoundError, RevisionNotFoundError):
-            return False
-    report, card = found
-    return report == (Path(folder) / REPORT).read_bytes() and not is_as_rendered(card.decode("utf-8", "replace"))
-
-
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -171,13 +159,14 @@ def push_folder(
         URL of the commit.
 
     Raises:
-        ValueError: The folder is not a finished run, its card is not valid, or a file contains a token or a local path.
-            Nothing is pushed.
+        ValueError: The folder is not a finished run, its results are of other weights, its card is not valid, or a file
+            contains a token or a local path. Nothing is pushed.
         PushError: The server or the connection failed; the folder is intact.
     """
     # All local checks run before anything is created on the Hub.
     check_repo_id(repo_id)
     files_to_push(folder)
+    check_measured(folder)
     update_card(folder, repo_id)
     names, _ = files_to_push(folder)
     check_nothing_private(folder, names, token or get_token())
@@ -190,7 +179,9 @@ def push_folder(
         update_card(folder, full_id)
     api, card = HfApi(token=token), (Path(folder) / "README.md").read_text("utf-8")
     try:
-        if is_as_rendered(card) and _card_was_edited(api, folder, full_id, revision):
+        report, theirs = run_on_hub(full_id, token, revision)
+        of_this_run = theirs is not None and report == (Path(folder) / REPORT).read_bytes()
+        if of_this_run and is_as_rendered(card) and not is_as_rendered(theirs):
             names.remove("README.md")
             print(
                 f"warning: the card of {full_id} was edited on the Hub and stays: to replace it by {folder}/README.md, delete "

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from ..errors import TOKEN, one_line
+from ..fingerprints import tensors_fingerprint
 from ..loading.pipeline_files import file_patterns, is_unchanged
 from ..loading.pipeline_layouts import PACKAGE, components_of
-from ..remote.pipeline_prune_ddpm import COMPANIONS
+from ..remote.pipeline_prune_ddpm import COMPANIONS, weight_files
+from ..reports.results import read_results
 
-__all__ = ["check_nothing_private", "files_to_push", "read_json", "selected"]
+__all__ = ["check_measured", "check_nothing_private", "files_to_push", "read_json", "selected"]
 
 # Paths in text below folders that hold private ones: other words with slashes are parts of links, formulas and code
 PRIVATE = re.compile(
@@ -43,12 +46,7 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     going, left_out = selected(root)
     present = [*going, *left_out]
     _check_there(folder, NEEDED, present)
-    components = components_of(read_json(root / "model_index.json"))
-    denoisers = [name for name, (library, _) in components.items() if library == PACKAGE]
-    if not denoisers:
-        classes = ", ".join(f"{name}: {class_name}" for name, (_, class_name) in components.items())
-        raise ValueError(f"folder={folder} does not contain a pruned model: its model_index.json has {classes}")
-    denoiser = denoisers[0]
+    denoiser = _denoiser_of(root)
     _check_there(folder, (f"{denoiser}/config.json", f"{denoiser}/{PACKAGE}.py"), present)
     if not any(fnmatch.fnmatchcase(name, f"{denoiser}/*.safetensors") for name in going):
         raise ValueError(f"folder={folder} has no weights: {denoiser}/diffusion_pytorch_model.safetensors is missing")
@@ -59,6 +57,49 @@ def files_to_push(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{root / name} is damaged: {one_line(error)}") from error
     return going, left_out
+
+
+def check_measured(folder: str | os.PathLike) -> None:
+    """Check that the figures of a run are those of its weights.
+
+    Weights in another precision than the measured ones cannot be told from others, and pass. So do those of results that do
+    not have `weights`, as of earlier versions.
+
+    Args:
+        folder: A finished run (see `files_to_push`).
+
+    Raises:
+        ValueError: They are figures of other weights, or cannot be read.
+    """
+    root, tensors = Path(folder), {}
+    denoiser, results = _denoiser_of(root), read_results(root)
+    if results.model.weights is None:
+        return
+    for path in weight_files(root / denoiser):
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if dtypes == {results.evaluation.get("dtype")} and tensors_fingerprint(tensors) != results.model.weights:
+        raise ValueError(
+            f"folder={folder}: its results.json is of other weights than those in {denoiser}: measure these with "
+            f"training/evaluate.py --update_model_card, or push the folder that was measured"
+        )
+
+
+def _denoiser_of(root: Path) -> str:
+    """Name of the component that is a pruned model.
+
+    Raises:
+        ValueError: There is none.
+    """
+    components = components_of(read_json(root / "model_index.json"))
+    denoisers = [name for name, (library, _) in components.items() if library == PACKAGE]
+    if not denoisers:
+        classes = ", ".join(f"{name}: {class_name}" for name, (_, class_name) in components.items())
+        raise ValueError(f"folder={root} does not contain a pruned model: its model_index.json has {classes}")
+    return denoisers[0]
 
 
 def _check_there(folder: str | os.PathLike, needed: Sequence[str], present: Sequence[str]) -> None:

@@ -43,13 +43,16 @@ def component_folder(folder: Path, name: str) -> Path:
 
 
 def variant_of(file: str) -> str | None:
-    """Variant of a weights file: `""` for the default, None if it is not a weights file in safetensors format."""
+    """Variant of a weights file: `""` for the default, None if it is not a weights file in safetensors format.
+
+    Diffusers also loads shards in its earlier naming, `<stem>-00001-of-00002.fp16.safetensors`.
+    """
     match = re.fullmatch(
-        rf"(?:{'|'.join(STEMS)})(?:\.(?P<plain>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors"
-        r"(?:\.index(?:\.(?P<sharded>[\w-]+))?\.json)?",
+        rf"(?:{'|'.join(STEMS)})(?:\.(?P<plain>[\w-]+?))?(?:-\d+-of-\d+(?:\.(?P<earlier>[\w-]+))?)?\.safetensors"
+        r"(?:(?:\.(?P<earlier_index>[\w-]+))?\.index(?:\.(?P<index>[\w-]+))?\.json)?",
         file,
     )
-    return None if match is None else match["plain"] or match["sharded"] or ""
+    return None if match is None else next(filter(None, match.groups()), "")
 
 
 def variant_to_load(variants: Iterable[str | None], component: str) -> str | None:

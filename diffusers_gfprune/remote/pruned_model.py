@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import json
+import os
 import pathlib
 import re
 import typing
@@ -67,6 +68,7 @@ class GFPrunedMixin:
     _keys_to_ignore_on_load_unexpected = [r"\.to_(qkv|kv|added_qkv)\.(weight|bias)$"]  # copies, made by fuse_projections
     _auto_class = "AutoModel"  # config.json then names this file for AutoModel with trust_remote_code
     _card: str | None = None
+    _replaced: tuple[pathlib.Path, pathlib.Path] | None = None  # the index that a save may write, and what it then replaces
     checks: LoadingChecks = LoadingChecks()
 
     def check_widths(self) -> None:
@@ -187,21 +189,31 @@ class GFPrunedMixin:
         given = inspect.signature(ModelMixin.save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
         if not given.get("safe_serialization", True):
             raise ValueError("safe_serialization=False: pruned models are saved as safetensors only")
-        folder = pathlib.Path(save_directory)
-        if given.get("is_main_process", True) and not folder.is_file():
+        folder = pathlib.Path(os.path.abspath(save_directory))
+        is_main, self._replaced = given.get("is_main_process", True) and not folder.is_file(), None
+        if is_main:
             # Before the weights, so that an upload by the base class includes this file.
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "diffusers_gfprune.py").write_bytes(self.source().encode())
             # Diffusers does not remove the index of an earlier, sharded save, and would load by it.
             variant = f".{given['variant']}" if given.get("variant") else ""
-            (folder / f"diffusion_pytorch_model.safetensors.index{variant}.json").unlink(missing_ok=True)
+            index = folder / f"diffusion_pytorch_model.safetensors.index{variant}.json"
+            index.unlink(missing_ok=True)
+            self._replaced = index, folder / f"diffusion_pytorch_model{variant}.safetensors"
         card = folder / "README.md"
         self._card = card.read_text("utf-8") if card.is_file() else None
-        alone = given.get("variant") or not given.get("is_main_process", True)
+        alone = given.get("variant") or not is_main
         with contextlib.nullcontext() if alone else _variants_aside(folder):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
+        self._remove_replaced()
+
+    def _remove_replaced(self) -> None:
+        """Remove the single file of an earlier save if this save has written shards: Diffusers loads by their index."""
+        if self._replaced is not None and self._replaced[0].is_file():
+            self._replaced[1].unlink(missing_ok=True)
 
     def _upload_folder(self, working_dir, *args, **kwargs):
+        self._remove_replaced()
         if self._card is not None:  # Diffusers has just replaced it by a generic card
             pathlib.Path(working_dir, "README.md").write_text(self._card, "utf-8")
         return super()._upload_folder(working_dir, *args, **kwargs)
@@ -209,8 +221,12 @@ class GFPrunedMixin:
 
 @contextlib.contextmanager
 def _variants_aside(folder: pathlib.Path):
-    """Context in which sharded weights of variants are in another folder: Diffusers deletes them before it saves others."""
-    aside = folder.with_name(f".{folder.name}.variants")  # left there by a process that was killed, they come back, too
+    """Context in which sharded weights of variants are in another folder: Diffusers deletes them before it saves others.
+
+    Args:
+        folder: An absolute path.
+    """
+    aside = folder.parent / f".{folder.name}.variants"  # left there by a process that was killed, they come back, too
     try:
         for path in folder.glob("diffusion_pytorch_model.*-of-*.safetensors"):
             aside.mkdir(exist_ok=True)

@@ -6,7 +6,6 @@ error. `check_card` checks what the Hub's client does not: licence ids, tags, ta
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import re
@@ -27,15 +26,15 @@ from huggingface_hub import (
 from ..configuration import criterion_of
 from ..errors import one_line
 from ..metrics.speedup import CONFIDENCE, compare_speeds
-from ..remote.pipeline_prune_ddpm import rename_in_card
+from ..remote.pipeline_prune_ddpm import DISTRIBUTION, seal_of
 from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, process_of, task_of
 from .results import PRUNING_RUN, ModelFigures, Results
 
-__all__ = ["LICENSES", "check_card", "check_eval_results", "is_as_rendered", "render_card", "render_eval_results"]
+__all__ = ["LICENSES", "check_card", "check_eval_results", "render_card", "render_eval_results"]
 
 METHOD = "[gradient-flow pruning](https://arxiv.org/abs/2501.09464)"
 GRADIENT_FLOW = "gradient-flow"
-PACKAGE, DISTRIBUTION = "diffusers_gfprune", "diffusers-gfprune"
+PACKAGE = "diffusers_gfprune"
 TAGS = ["pruning", "model-compression", "diffusers-gfprune"]
 NOT_FID = "Not FID: compare it with nothing else."
 CITATIONS = """\
@@ -307,7 +306,7 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
         raise ValueError(f"results.json or pruning_report.json has a malformed field: {error}") from error
     card = f"---\n{metadata}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, text)}"
     check_card(card)
-    return f"{card}\n{_own_seal(card)}\n"
+    return f"{card}\n{seal_of(card)}\n"
 
 
 def render_eval_results(results: Results, report: Mapping) -> str | None:
@@ -362,22 +361,6 @@ def check_eval_results(text: str) -> None:
         number = isinstance(entry.value, (int, float)) and not isinstance(entry.value, bool)
         if not number or not math.isfinite(entry.value):
             raise ValueError(f"value={entry.value!r} of {entry.task_id} in the evaluation results must be a finite number")
-
-
-def _seal(card: str) -> str:
-    """A comment with a hash of the card, which reveals later edits."""
-    return f"<!-- rendered by diffusers-gfprune, {hashlib.sha256(card.encode()).hexdigest()[:16]} -->"
-
-
-def _own_seal(card: str) -> str:
-    """The seal of a card, whose examples may name another repository later (`rename_in_card`)."""
-    return _seal(rename_in_card(card, DISTRIBUTION))
-
-
-def is_as_rendered(card: str) -> bool:
-    """Whether a card is unchanged since `render_card` rendered it, but for the repository in its examples."""
-    body, newline, seal = card.removesuffix("\n").rpartition("\n")
-    return bool(newline) and seal in (_own_seal(body), _seal(body))  # the latter of earlier versions
 
 
 def _numbers(value: object) -> list[float]:

@@ -14,6 +14,7 @@ from ..criteria import find_criterion
 from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
 from ..families.lookup import family_of
+from ..fingerprints import tensors_fingerprint
 from ..formatting import format_duration
 from ..metrics.model_size import count_macs, count_parameters, spatial_size, weight_file_bytes
 from ..metrics.sampling import image_shape
@@ -224,6 +225,7 @@ def results(
     """
     models, settings = {"dense": dense, "pruned": pruned}, args.evaluation.speed_settings()
     figures = {name: model_figures(name, models[name], losses) for name, losses in zip(models, step_losses)}
+    figures["pruned"].weights = tensors_fingerprint(pruned.state_dict())  # a push checks the saved ones against it
     for row in measure_speed(models, settings, progress="speed") if settings else ():
         figures[row.pop("model")].speed.append(row)
     evaluation = describe_evaluation(args, pruned, sample_quality, num_held_out) | sample_quality.conditions.description

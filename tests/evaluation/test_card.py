@@ -12,7 +12,8 @@ import pytest
 from diffusers_gfprune.hub import files_to_push, update_card
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.quality import SamplingSettings
-from diffusers_gfprune.reports.model_card import is_as_rendered, render_card
+from diffusers_gfprune.remote.pipeline_prune_ddpm import is_as_rendered
+from diffusers_gfprune.reports.model_card import render_card
 from diffusers_gfprune.reports.results import Results
 from helpers.architectures import build, pruned
 from helpers.evaluations import run, save_dense, save_pruned, write_images
@@ -72,6 +73,7 @@ def test_card_shows_the_figures_of_the_evaluation(arguments: list, tmp_path: Pat
         assert after[name]["step_loss"] == found[argument]["step_loss"] != before[name]["step_loss"]
         shown = {k: v for k, v in found[argument]["quality"].items() if k != "kd_pixels"}
         assert after[name]["quality"] == shown
+    assert after["pruned"]["weights"] == found["model"]["weights"]  # those that a push looks for
     e = after["evaluation"]
     assert (e["num_images"], e["num_inference_steps"], e["seed"], e["ema"]) == (70, 2, 7, True)
     assert set(e["distances"]) == {"fd_pixels"} and e["distances"]["fd_pixels"]["reference_images"] == 120

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from diffusers import DDPMPipeline
 from huggingface_hub import HfApi, ModelCard, file_download, parse_eval_result_entries, snapshot_download
 from huggingface_hub.utils import _http
 
 from diffusers_gfprune import GFPrunedUNet2DModel, PruneDDPMPipeline
+from diffusers_gfprune.fingerprints import tensors_fingerprint
 from diffusers_gfprune.hub import PushError, files_to_push, push_checkpoint, push_folder, update_card
 from diffusers_gfprune.hub.__main__ import main
 from diffusers_gfprune.remote.pipeline_prune_ddpm import rename_in_card
@@ -184,6 +184,22 @@ def test_checkpoint_is_pushed_without_results(server: HubServer, run: Path) -> N
     push_folder(run, REPO)  # from an earlier run with other weights
     push_checkpoint(run, REPO, commit_message="Step 5 of 10")
     assert set(on_hub(server)) == {name for name in PUSHED if "/" in name or name in ("model_index.json", "pipeline.py")}
+
+
+def test_results_of_other_weights_are_not_pushed(server: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
+    """The UNet was trained further after the run; the command that lists the files says so, too."""
+    results, unet = json.loads((run / "results.json").read_text()), GFPrunedUNet2DModel.from_pretrained(run / "unet")
+    results["pruned"]["weights"] = tensors_fingerprint(unet.state_dict())
+    (run / "results.json").write_text(json.dumps(results))
+    push_folder(run, "alice/measured")
+    with torch.no_grad():
+        unet.conv_in.weight[0, 0] += 1e-3
+    unet.save_pretrained(run / "unet")
+    before, asked = digest(run), len(server.requests)
+    for push in (lambda: push_folder(run, REPO), lambda: main(["push", str(run), REPO, "--dry_run"])):
+        with pytest.raises((ValueError, SystemExit), match="its results.json is of other weights than those in unet"):
+            push()
+    assert digest(run) == before and len(server.requests) == asked and not capsys.readouterr().out
 
 
 def test_renaming_leaves_other_models_alone(run: Path) -> None:
@@ -385,64 +401,3 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
         main(["push", str(tmp_path / "nothing"), REPO])
     assert re.fullmatch(r"python -m diffusers_gfprune.hub: error: folder=.*nothing is not a folder", error.value.code)
-
-
-# --- from Python -------------------------------------------------------------------------------------------------------
-
-
-def test_pipeline_of_a_run_is_pushed_with_its_card(server: HubServer, run: Path) -> None:
-    PruneDDPMPipeline.from_pretrained(run).push_to_hub(REPO)
-    pushed = on_hub(server)
-    assert set(pushed) == PUSHED
-    assert pushed["README.md"] == (run / "README.md").read_bytes().replace(b'"digits-gfpruned"', b'"alice/digits"')
-    assert pushed["unet/diffusers_gfprune.py"] == CODE
-
-
-def test_saving_with_push_to_hub_keeps_the_card(server: HubServer, run: Path) -> None:
-    card = (run / "README.md").read_bytes()
-    PruneDDPMPipeline.from_pretrained(run).save_pretrained(str(run), push_to_hub=True, repo_id=REPO)
-    assert on_hub(server)["README.md"].replace(b'"alice/digits"', b'"digits-gfpruned"') == card
-    assert (run / "README.md").read_bytes() == card
-    assert set(on_hub(server)) == PUSHED
-
-
-def test_pipeline_pushes_nothing_that_lies_beside_it(server: HubServer, run: Path) -> None:
-    (run / "checkpoint-5").mkdir()
-    for name in ("optimizer.bin", "checkpoint-5/.env", "unet/optimizer.safetensors"):
-        (run / name).write_text("stays")
-    PruneDDPMPipeline.from_pretrained(run).save_pretrained(str(run), push_to_hub=True, repo_id=REPO)
-    assert set(on_hub(server)) == PUSHED
-
-
-def test_pipeline_of_diffusers_keeps_the_card_on_the_hub(server: HubServer, run: Path) -> None:
-    push_folder(run, REPO)
-    card = on_hub(server)["README.md"]
-    pipe = DDPMPipeline.from_pretrained(REPO)
-    assert type(pipe) is DDPMPipeline
-    pipe.push_to_hub(REPO)
-    assert ModelCard(on_hub(server)["README.md"].decode()).text == ModelCard(card.decode()).text
-    assert set(on_hub(server)) == PUSHED
-
-
-def test_model_alone(server: HubServer, run: Path, tmp_path: Path) -> None:
-    unet = GFPrunedUNet2DModel.from_pretrained(run, subfolder="unet")
-    unet.push_to_hub("alice/unet")
-    assert {"config.json", "diffusers_gfprune.py", "diffusion_pytorch_model.safetensors"} < set(on_hub(server, "alice/unet"))
-    again = GFPrunedUNet2DModel.from_pretrained("alice/unet")
-    assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), again.state_dict().values()))
-
-    folder = tmp_path / "unet"
-    unet.save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# My model\n")
-    unet.save_pretrained(str(folder), push_to_hub=True, repo_id="alice/carded")
-    assert on_hub(server, "alice/carded")["README.md"] == (folder / "README.md").read_bytes()
-
-
-def test_model_into_its_subfolder(server: HubServer, run: Path) -> None:
-    push_folder(run, REPO)
-    before = on_hub(server)
-    GFPrunedUNet2DModel.from_pretrained(REPO, subfolder="unet").push_to_hub(REPO, subfolder="unet")
-    after = on_hub(server)
-    old, new = (json.loads(files.pop("unet/config.json")) for files in (before, after))
-    assert new == {**old, "removed_blocks": None}  # the table of blocks came later than this repository
-    assert after == {**before, "unet/diffusers_gfprune.py": CODE}

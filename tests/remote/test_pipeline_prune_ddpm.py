@@ -301,29 +301,6 @@ def test_files_of_the_working_directory_are_not_taken_along(tmp_path: Path, monk
     assert files_in(tmp_path / "saved") == SAVED_FILES
 
 
-def test_results_stay_with_the_weights_that_were_measured(tmp_path: Path):
-    """A pipeline loaded from a run takes its card along, unless its UNet has been trained or replaced."""
-    pruned_pipeline().save_pretrained(tmp_path / "run")
-    for name in ("pruning_report.json", "results.json", "README.md"):
-        (tmp_path / "run" / name).write_text("{}")
-    loaded = PruneDDPMPipeline.from_pretrained(tmp_path / "run")
-    loaded.save_pretrained(tmp_path / "same")
-    assert (tmp_path / "same/results.json").exists() and (tmp_path / "same/README.md").read_text() == "{}"
-    PruneDDPMPipeline.from_pretrained(tmp_path / "run", torch_dtype=torch.float16).save_pretrained(tmp_path / "half")
-    assert (tmp_path / "half/results.json").exists()
-    compiled = PruneDDPMPipeline.from_pretrained(tmp_path / "run")
-    compiled.unet = torch.compile(compiled.unet)
-    compiled.save_pretrained(tmp_path / "compiled")
-    assert (tmp_path / "compiled/results.json").exists()
-    with torch.no_grad():
-        loaded.unet.conv_in.weight[0, 0] += 1e-3
-    loaded.save_pretrained(tmp_path / "trained")
-    loaded.register_modules(unet=dense_pipeline().unet)
-    loaded.save_pretrained(tmp_path / "replaced")
-    for name in ("trained", "replaced"):
-        assert not set(files_in(tmp_path / name)) & {"pruning_report.json", "results.json", "README.md"}
-
-
 def test_the_shipped_pipeline_saves_into_its_own_folder(tmp_path: Path):
     """With pipeline.py, that very file is running, and must not be copied onto itself."""
     pruned_pipeline().save_pretrained(tmp_path)

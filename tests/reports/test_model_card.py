@@ -10,13 +10,13 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from diffusers_gfprune.diffusion.schedulers import TRAINABLE_SCHEDULERS
+from diffusers_gfprune.remote.pipeline_prune_ddpm import is_as_rendered
 from diffusers_gfprune.reports import model_card
 from diffusers_gfprune.reports.model_card import (
     CITATIONS,
     LICENSES,
     PROCESS_CITATIONS,
     check_eval_results,
-    is_as_rendered,
 )
 from diffusers_gfprune.reports.results import Results
 

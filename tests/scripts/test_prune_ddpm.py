@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_gfprune
+from diffusers_gfprune.fingerprints import tensors_fingerprint
 from diffusers_gfprune.metrics.model_size import count_macs, count_parameters
 from diffusers_gfprune.metrics.step_loss import StepLoss
 from diffusers_gfprune.one_shot import images_to_tensor
@@ -97,6 +98,7 @@ def test_run_meets_its_budget(finished_run: tuple[Path, str]) -> None:
     unet = diffusers_gfprune.GFPrunedUNet2DModel.from_pretrained(output / "unet")
     assert count_macs(unet) == results["pruned"]["macs"]
     assert count_parameters(unet) == results["pruned"]["parameters"]
+    assert tensors_fingerprint(unet.state_dict()) == results["pruned"]["weights"]  # averaged ones
 
 
 def test_report_is_consistent(finished_run: tuple[Path, str]) -> None:
