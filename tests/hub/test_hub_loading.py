@@ -332,6 +332,11 @@ except ValueError as error:
     found["untrusted"] = str(error)
 pipe = DiffusionPipeline.from_pretrained(REPO, trust_remote_code=True)
 found["samples"] = samples(pipe).tolist()
+for load, words in ((DiffusionPipeline, {"device_map": "balanced"}), (AutoModel, {"subfolder": "unet"})):
+    try:
+        load.from_pretrained(REPO, trust_remote_code=True, **words)
+    except ValueError as error:
+        found[load.__name__] = str(error)
 pipe.save_pretrained(OUT)
 again = DiffusionPipeline.from_pretrained(OUT, trust_remote_code=True)
 found["again"] = samples(again).tolist()
@@ -376,6 +381,12 @@ def stranger(world: tuple[HubServer, Path], tmp_path_factory: pytest.TempPathFac
 def test_without_trust_the_error_says_what_to_do(stranger: tuple[dict, Path]) -> None:
     message = stranger[0]["untrusted"]
     assert "unet" in message and "diffusers_gfprune.py" in message and "trust_remote_code=True" in message
+
+
+def test_what_diffusers_refuses_though_trusted(stranger: tuple[dict, Path]) -> None:
+    """As of Diffusers 0.42; docs/guides/sharing.md says so."""
+    assert "contains custom code" in stranger[0]["DiffusionPipeline"]
+    assert "does not appear to have any custom code" in stranger[0]["AutoModel"]
 
 
 def test_with_trust_the_code_is_run(stranger: tuple[dict, Path]) -> None:

@@ -24,7 +24,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
-from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import Attention, AttnProcessor, JointAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -129,9 +128,15 @@ def _(model: nn.Module, folder: Path) -> None:
 
 @feature("group offload")
 def _(model: nn.Module, folder: Path) -> None:
-    cpu, offloaded = torch.device("cpu"), copy.deepcopy(model)
-    apply_group_offloading(offloaded, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-    same(model, offloaded)
+    if not model._supports_group_offloading:
+        with pytest.raises(ValueError, match="does not support group offloading"):
+            model.enable_group_offload(onload_device=torch.device("cpu"))
+        assert family_of(model).dense_class.__name__ == "DiTTransformer2DModel"  # docs/supported.md
+        return
+    for how in ({"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}):
+        offloaded = copy.deepcopy(model)
+        offloaded.enable_group_offload(onload_device=torch.device("cpu"), **how)
+        same(model, offloaded)
 
 
 @feature("layerwise casting")
