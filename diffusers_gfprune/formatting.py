@@ -1,8 +1,19 @@
-"""Formatting of durations and sizes."""
+"""Formatting of numbers, durations and sizes."""
 
 from __future__ import annotations
 
-__all__ = ["format_duration", "format_size"]
+__all__ = ["format_count", "format_duration", "format_size"]
+
+
+def format_count(count: int, one: str, several: str | None = None) -> str:
+    """A number and its noun, as in "1 step" and "1,500 steps".
+
+    Args:
+        count: The number.
+        one: The singular.
+        several: The plural (default: the singular with an s).
+    """
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
 def format_duration(seconds: float) -> str:

@@ -1,10 +1,15 @@
-"""formatting.py: units of durations and sizes."""
+"""formatting.py: numbers, and units of durations and sizes."""
 
 from __future__ import annotations
 
 import pytest
 
-from diffusers_gfprune.formatting import format_duration, format_size
+from diffusers_gfprune.formatting import format_count, format_duration, format_size
+
+
+def test_counts() -> None:
+    assert [format_count(count, "step") for count in (0, 1, 2, 1500)] == ["0 steps", "1 step", "2 steps", "1,500 steps"]
+    assert [format_count(count, "batch", "batches") for count in (1, 2)] == ["1 batch", "2 batches"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields, ex
 from ..diffusion.class_labels import label_dropout_of
 from ..diffusion.placement import moved
 from ..diffusion.schedulers import training_process
+from ..formatting import format_count
 from ..metrics.cache import default_cache_dir
 from ..metrics.conditions import SampleConditions, conditions_of_vectors, label_conditions
 from ..metrics.model_size import spatial_size
@@ -171,7 +172,7 @@ class TeacherImages(IndexedSource):
         wanted = args.teacher_num_inference_steps or process.default_drawing_steps
         steps, spacing, self._changes = process.fit_sampling(wanted)
         self._sampler = {"num_inference_steps": steps, "timestep_spacing": spacing}
-        self.drawn_by = f"{steps} step{'s' if steps > 1 else ''} of {process.sampler_title}"
+        self.drawn_by = f"{format_count(steps, 'step')} of {process.sampler_title}"
         folder = args.teacher_images_dir
         self.folder = default_cache_dir() / "teacher_images" if folder is None else Path(folder)
         self._shape = (denoiser.config.in_channels, *spatial_size(denoiser))

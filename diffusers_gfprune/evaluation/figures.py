@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ..fingerprints import tensors_fingerprint
-from ..formatting import format_duration
+from ..formatting import format_count, format_duration
 from ..metrics.model_size import count_macs, count_parameters, hardware_name, weight_file_bytes
 from ..metrics.quality import Quality
 from ..metrics.step_loss import StepLoss
@@ -57,7 +57,7 @@ def describe_plan(args: EvaluateArguments, inputs: Inputs, samples: Samples, rea
         lines.append(f"  {'samples':16} none")
     else:
         spacing = "" if settings.timestep_spacing is None else f" ({settings.timestep_spacing}), eta {settings.eta:g}"
-        steps = f"{settings.num_inference_steps} step{'s' if settings.num_inference_steps > 1 else ''}"
+        steps = format_count(settings.num_inference_steps, "step")
         drawn = f"{steps}{spacing}, seed {settings.seed}"
         drawn += f", guidance {settings.guidance_scale:g}" if settings.guidance_scale != 1 else ""
         lines.append(f"  {'samples':16} {count:,} of each model: {settings.sampler}, {drawn}")

@@ -15,7 +15,7 @@ from ..data.splits import DataSummary
 from ..evaluation.sample_quality import SampleQuality
 from ..families.lookup import family_of
 from ..fingerprints import tensors_fingerprint
-from ..formatting import format_duration
+from ..formatting import format_count, format_duration
 from ..metrics.model_size import count_macs, count_parameters, spatial_size, weight_file_bytes
 from ..metrics.sampling import image_shape
 from ..metrics.speed import measure_speed
@@ -103,8 +103,8 @@ def describe_plan(
     timed = "" if whole else f", extrapolated from {estimate.timed_batch_size}"
     about = "about" if whole else "at most"  # small batches take more time for an image
     lines += [
-        f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {len(updates)} rankings of "
-        f"{args.pruning.calibration_batches} calibration batches{recovery}",
+        f"  steps      soft {soft}, hard {end - soft}, fine-tuning {total - end}; {format_count(len(updates), 'ranking')} of "
+        f"{format_count(args.pruning.calibration_batches, 'calibration batch', 'calibration batches')}{recovery}",
         f"  time       {about} {format_duration(_seconds(pruner, args, estimate, end, len(updates)))} without evaluation "
         f"({estimate.seconds:.3f} s for a dense forward and backward of {estimate.batch_size} images{timed})",
     ]

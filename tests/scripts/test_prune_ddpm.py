@@ -143,7 +143,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     run = run_short(*digits(tmp_path / "run", "--dry_run", *DEFAULT_RECOVERY))
     assert run.returncode == 0, run.stderr
     assert "macs" in run.stdout and re.search("time       (about|at most) ", run.stdout) and "conv_in" in run.stdout
-    assert " rankings of 1 calibration batches, recovery at each" in run.stdout
+    assert " rankings of 1 calibration batch, recovery at each" in run.stdout
     assert "even cut" in run.stdout and "ranking=sensitivity will choose other widths" in run.stdout
     assert "dataset_name=training/digits, splits train (1,500), validation (297): 1,797 images in all" in run.stdout
     assert "1,500 training images of train, 16 held-out images of validation" in run.stdout
