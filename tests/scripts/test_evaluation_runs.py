@@ -241,7 +241,7 @@ def test_plan_alone(world: Path, tmp_path: Path, capsys) -> None:
 
 def test_more_steps_than_timesteps_are_made_to_fit_and_said(world: Path, tmp_path: Path, capsys) -> None:
     arguments = ("--model", world / "dense", "--dataset_name", world / "images", "--dry_run")
-    for steps, drawn in ((1001, "1000 steps (leading)"), (501, "501 steps (trailing)")):
+    for steps, drawn in ((1001, "1,000 steps (leading)"), (501, "501 steps (trailing)")):
         run(tmp_path, *arguments, "--num_inference_steps", steps)
         printed = capsys.readouterr()
         assert drawn in printed.out and f"num_inference_steps={steps}" in printed.err
