@@ -227,7 +227,7 @@ BESIDE = {
     "features": (None, "independent", "two-phase"),
     "timesteps": (None, "one-shot-diff-pruning", "one-shot-magnitude"),
     "rates": ("default", "diff-pruning"),
-    "igsm": (None, "two-phase", "one-shot-diff-pruning"),
+    "igsm": ("default", "diff-pruning"),
     "recovery": (None, "independent", "two-phase"),
     "convergence": (None, "two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
 }

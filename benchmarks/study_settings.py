@@ -1,7 +1,8 @@
 """Settings of the study: each is the run of a data set's recipe with a few changed arguments.
 
-Rows of main, budget, data and rates have the training of today's recipes: timesteps by importance, suitable learning rates.
-Others have independent timesteps and, on CIFAR-10 images, a lower learning rate, unless they say otherwise; and no recovery.
+Rows of main, budget, data and rates have the training of today's recipes: timesteps by importance, suitable learning rates,
+and so have two of igsm. Others have independent timesteps and, on CIFAR-10 images, a lower learning rate, unless they say
+otherwise; and no recovery.
 
 Parts of the study:
 
@@ -21,7 +22,8 @@ Parts of the study:
     features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
     timesteps   how timesteps of training are drawn and weighed
     rates       other learning rates, for the default and its rivals
-    igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels
+    igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels; with the default's
+                training; and its losses for the default
     recovery    least squares before compaction or at rankings, in two phases and in one shot, at 30, 50 and 70 % of the
                 MACs removed
     convergence runs of a tenth of the steps, beside the rivals' whole runs
@@ -381,13 +383,15 @@ def _igsm() -> list[Setting]:
     }
     pruned = (*ONE_SHOT, "--criterion", "diff-pruning", "--diff_pruning_threshold", "0.04", *UNIFORM)
     losses = ("--distillation_weight", "0.5")
+    published = (*pruned, *losses, "--dropout", "0.1")
     constant = ("--learning_rate", "2e-4", "--lr_scheduler", "constant", "--lr_warmup_steps", "0")
+    today = {dataset: (*words, *RATE.get(dataset, ())) for dataset, words in matching.items()}
     rows = [
-        ("igsm", "IGSM: Diff-Pruning, one-shot, its losses and schedule", (*pruned, *losses, "--dropout", "0.1", *constant)),
-        ("igsm-cosine", "IGSM with the learning rates of all other rows", (*pruned, *losses, "--dropout", "0.1")),
-        ("igsm-losses", "gradient flow, two phases, losses of IGSM", losses),
+        ("igsm", "IGSM: Diff-Pruning, one-shot, its losses and schedule", (*published, *constant), matching),
+        ("igsm-today", "IGSM with timesteps and learning rates of the default", (*published, *IMPORTANCE), today),
+        ("igsm-losses", "gradient flow, two phases (default), losses of IGSM", (*OURS, *losses), today),
     ]
-    return [Setting(name, title, "igsm", arguments, own=matching) for name, title, arguments in rows]
+    return [Setting(name, title, "igsm", arguments, own=own) for name, title, arguments, own in rows]
 
 
 def _recovery() -> list[Setting]:
