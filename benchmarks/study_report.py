@@ -211,14 +211,15 @@ def time_table(data: dict[str, Found], times: dict) -> str:
 
 # Parts with a table for each data set
 PARTS = (
-    *("main", "budget", "earlier", "earlier-budget", "widths", "metric", "phases", "schedules", "scores", "data", "features"),
-    *("timesteps", "rates", "igsm", "recovery", "convergence"),
+    *("main", "budget", "earlier", "earlier-budget", "widths", "width-budgets", "metric", "phases", "schedules", "scores"),
+    *("data", "features", "timesteps", "rates", "igsm", "recovery", "convergence"),
 )
 # The default with the learning rate of other parts
 EARLIER_DEFAULT = {"digits": "default", "cifar10": "rate-3e-4"}
 # Rows of other parts to compare the rows of a part with; None: the row of `EARLIER_DEFAULT`
 BESIDE = {
     "widths": ("two-phase", "one-shot-gradient-flow"),
+    "width-budgets": ("default", "default-30", "default-70"),
     "budget": ("default", "diff-pruning", "magnitude"),
     "earlier-budget": ("two-phase", "one-shot-diff-pruning", "one-shot-magnitude"),
     "metric": ("two-phase", "one-shot-gradient-flow", "two-phase-group", "one-shot-group"),

@@ -1,8 +1,8 @@
 """Settings of the study: each is the run of a data set's recipe with a few changed arguments.
 
-Rows of main, budget, data and rates have the training of today's recipes: timesteps by importance, suitable learning rates,
-and so have two of igsm. Others have independent timesteps and, on CIFAR-10 images, a lower learning rate, unless they say
-otherwise; and no recovery.
+Rows of main, budget, width-budgets, data and rates have the training of today's recipes: timesteps by importance, suitable
+learning rates. So have two of igsm. Others have independent timesteps and, on CIFAR-10 images, a lower learning rate, unless
+they say otherwise; and no recovery.
 
 Parts of the study:
 
@@ -10,7 +10,8 @@ Parts of the study:
     budget      the same at 30 % and 70 % of the MACs removed
     earlier     more rivals, with the training before: criteria, one-shot and progressive, with the dense model as teacher
                 and without; earlier-budget has the main ones at 30 % and 70 %
-    widths      the share of channels that each group loses, by criterion
+    widths      the share of channels that each group loses, by criterion; width-budgets has the default with other widths
+                than its own, at each budget
     metric      gradient norms in weights, as published, instead of predictions
     phases      length and effect of the two phases
     schedules   shapes of s_t and p_t
@@ -211,20 +212,22 @@ def _widths() -> list[Setting]:
         ("ranking-curves", "gradient flow, two phases, widths by damage curves", MEASURED),
         ("one-shot-curves", "gradient flow, one-shot, widths by damage curves", (*ONE_SHOT, *MEASURED)),
     ]
-    # What widths by damage curves are to be level with, at each budget
-    for percent in (30, 70):
-        for name, title, arguments in (
-            ("ranking-curves", "widths by damage curves", MEASURED),
-            ("two-phase-group", "the same share of every group", UNIFORM),
-            ("exponent-0.7", "widths by sensitivity, exponent 0.7", ("--sensitivity_exponent", "0.7")),
-        ):
-            told = f"gradient flow, two phases, {title}, {percent} % removed"
-            rows.append((f"{name}-{percent}", told, (*arguments, "--ratio", f"0.{percent // 10}")))
     everywhere = ("ranking-curves", "two-phase-group", "exponent-0.7")
-    return [
+    found = [
         Setting(name, title, "widths", arguments, datasets=EVERY if name in everywhere else DATASETS)
         for name, title, arguments in rows
     ]
+    # With today's training and recovery, beside the default at each budget
+    for percent in (50, 30, 70):
+        ending, words = ("", "") if percent == 50 else (f"-{percent}", f", {percent} % removed")
+        for name, title, ranked in (
+            ("default-curves", "widths by damage curves", MEASURED),
+            ("default-group", "the same share of every group", UNIFORM),
+        ):
+            told = f"gradient flow, two phases (default), {title}{words}"
+            arguments = (*ranked, *OURS, "--ratio", f"0.{percent // 10}")
+            found.append(Setting(f"{name}{ending}", told, "width-budgets", arguments, own=RATE))
+    return found
 
 
 def _metric() -> list[Setting]:
