@@ -38,6 +38,7 @@ from diffusers_gfprune.evaluation.processes import ERRORS, PROGRAM, main_first, 
 from diffusers_gfprune.evaluation.sample_quality import RealFeatures
 from diffusers_gfprune.evaluation.samples import Samples, folder_source, model_source, shards
 from diffusers_gfprune.evaluation.trials import try_features
+from diffusers_gfprune.interruption import Interruption, StoppedBySignal
 from diffusers_gfprune.metrics.cache import TensorCache, default_cache_dir
 from diffusers_gfprune.metrics.conditions import SampleConditions
 from diffusers_gfprune.metrics.quality import Quality
@@ -54,6 +55,7 @@ FILES = {"results.json", "samples.png", "step_loss.png", "table.md", "comparison
 
 def main(argv: list[str] | None = None) -> None:
     """Run an evaluation or a comparison."""
+    interruption = Interruption()  # made first, to know the launcher
     args = parse_evaluate_arguments(argv)
     cache_dir = Path(args.output.evaluation_cache_dir or default_cache_dir())
     folder = RunFolder(args.output_dir, args.output.overwrite_output_dir, args.inputs, marker=None)
@@ -108,8 +110,14 @@ def main(argv: list[str] | None = None) -> None:
             unit="image",
             disable=not main_process,
         ) as bar:
-            real.make(*share, bar.update)  # first, to report errors in real images early
-            samples.make(*share, bar.update)
+
+            def advance(count: int) -> None:
+                bar.update(count)
+                if interruption.signal is not None:  # only the end of the launcher: signals to this process stop it at once
+                    raise StoppedBySignal(interruption.signal)
+
+            real.make(*share, advance)  # first, to report errors in real images early
+            samples.make(*share, advance)
         # A failed process has printed its error and exited; the launcher ends the processes that wait here.
         accelerator.wait_for_everyone()
         accelerator.end_training()

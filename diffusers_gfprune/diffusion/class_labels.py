@@ -27,7 +27,6 @@ from ..argument_fields import FRACTION, check_range
 
 __all__ = [
     *("ClassLabels", "LabelDropout", "check_labels", "label_dropout_of", "make_label_dropout", "number_dropped"),
-    "real_labels",
 ]
 
 # Default probability, as used by Ho and Salimans and by DiT
@@ -173,20 +172,3 @@ def check_labels(labels: Iterable[int], null_label: int, what: str = "class_labe
     """
     if null_label in set(labels):
         raise ValueError(f"{what} has null_label={null_label}, which no image may have")
-
-
-def real_labels(num_class_embeds: int | None, numbers: range, null_label: int | None = None) -> Tensor | None:
-    """Labels of samples: the real classes in turn, by the number of the sample.
-
-    Args:
-        num_class_embeds: Number of labels of the model; None: it is unconditional.
-        numbers: Numbers of the samples.
-        null_label: Label to leave out.
-
-    Returns:
-        int64 with shape `(len(numbers),)`; None for an unconditional model.
-    """
-    if num_class_embeds is None:
-        return None
-    classes = torch.tensor([label for label in range(num_class_embeds) if label != null_label])
-    return classes[torch.tensor(list(numbers), dtype=torch.long) % len(classes)]

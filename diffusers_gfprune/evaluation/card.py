@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..hub import PICTURES, update_card
+from ..hub import PICTURES, check_edited_card, update_card
 from ..metrics.model_size import count_macs, count_parameters
 from ..remote.pipeline_prune_ddpm import EVAL_RESULTS, is_as_rendered
 from ..reports.model_card import render_card
@@ -45,7 +45,8 @@ def check_run(run: Path, inputs: Inputs) -> None:
     """Check, before long work, that a run can take the figures of these models.
 
     Raises:
-        ValueError: The run cannot be read or written, its card cannot be rendered, or its models are others.
+        ValueError: The run cannot be read or written, its card cannot be rendered or was edited into one that the Hub cannot
+            show, or its models are others.
     """
     try:
         measured, report = read_results(run), json.loads((run / "pruning_report.json").read_text())
@@ -54,9 +55,13 @@ def check_run(run: Path, inputs: Inputs) -> None:
     if measured.kind != PRUNING_RUN:
         raise ValueError(f"update_model_card=True: {run} holds results of an {measured.kind}, not of a {PRUNING_RUN}")
     render_card(measured, report, run.resolve().name)
+    check_edited_card(run)
     for argument in ("model", "reference_model"):
         unet = inputs.models[argument].denoiser
         _check_same(getattr(measured, argument), argument, count_parameters(unet), count_macs(unet))
+    # The pruned model may have been trained further. Runs of earlier versions did not record the weights of the dense one.
+    if measured.reference_model.weights not in (None, inputs.weights["reference_model"]):
+        raise ValueError("reference_model has other weights than the dense model of the run, of the same architecture")
     if not os.access(run, os.W_OK):
         raise ValueError(f"update_model_card=True: {run} cannot be written")
 

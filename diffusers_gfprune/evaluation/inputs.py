@@ -21,6 +21,7 @@ from ..data.sources import HeldOut, ImageSource
 from ..diffusion.pixel_values import is_greyscale, needs_pixels, pixel_values, with_channels
 from ..errors import HUB_ERRORS, one_line
 from ..families.lookup import family_of
+from ..fingerprints import tensors_fingerprint
 from ..metrics.conditions import SampleConditions, label_conditions, row_conditions
 from ..metrics.features import FeatureNetwork, feature_network
 from ..metrics.quality import SamplingSettings
@@ -114,6 +115,7 @@ class Inputs:
     Attributes:
         models: Pipelines of `model` and, if given, `reference_model`, with denoisers on the device; empty for a folder of
             images.
+        weights: CRC-32 of their weights in float32, if a model card is to be updated, else empty.
         folder_images: Images of the evaluated folder; None if models are evaluated.
         images: Real images.
         held_out: Images in [-1, 1] for the step loss, and their labels, if any, as conditioning.
@@ -124,6 +126,7 @@ class Inputs:
     """
 
     models: dict[str, TrainedPipeline]
+    weights: dict[str, str]
     folder_images: FolderImages | None
     images: ImageSource
     held_out: HeldOut
@@ -172,7 +175,8 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     Raises:
         ValueError: An input is missing, damaged, or does not match the others.
     """
-    s, models, folder_images = args.samples, _load_models(args, device), None
+    s, folder_images = args.samples, None
+    models, weights = _load_models(args, device)
     if args.model.images_dir is not None:
         folder_images = FolderImages(args.model.images_dir, s.num_images, args.data.resolution)
     if models and args.cost.speed_settings() and device.type not in ("cpu", "cuda"):
@@ -196,7 +200,7 @@ def load_inputs(args: EvaluateArguments, device: torch.device) -> Inputs:
     settings, changes = replace(s.settings(), null_label=images.decoder.null_label), ()
     if models:
         settings, changes = settings.fitted(models["model"].process)  # both models have the same number of timesteps
-    inputs = Inputs(models, folder_images, images, held_out, networks, count, settings, changes if count else ())
+    inputs = Inputs(models, weights, folder_images, images, held_out, networks, count, settings, changes if count else ())
     if models and models["model"].prompts is None:
         inputs.conditions.check_guidance(settings.guidance_scale)
     return inputs
@@ -224,10 +228,11 @@ def _with_null_label(args: EvaluateArguments, spec: ModelSpec) -> DataArguments:
     return replace(args.data, null_label=recorded) if isinstance(recorded, int) else args.data
 
 
-def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, TrainedPipeline]:
+def _load_models(args: EvaluateArguments, device: torch.device) -> tuple[dict[str, TrainedPipeline], dict[str, str]]:
+    """The attributes `models` and `weights` of `Inputs`."""
     m = args.model
     names = {"model": (m.model, m.revision), "reference_model": (m.reference_model, m.reference_revision)}
-    models = {}
+    models, weights = {}, {}
     for argument, (name, revision) in names.items():
         if name is None:
             continue
@@ -238,6 +243,8 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, Tra
                 f"step_loss_timesteps={args.cost.step_loss_timesteps} must be at most the {steps} timesteps that "
                 f"{argument}={name} was trained with"
             )
+        if args.output.update_model_card:
+            weights[argument] = tensors_fingerprint(pipeline.denoiser.state_dict())
         pipeline.denoiser.requires_grad_(False).eval().to(device)
         if m.dtype != "float32":
             pipeline.denoiser.to(getattr(torch, m.dtype))
@@ -246,7 +253,7 @@ def _load_models(args: EvaluateArguments, device: torch.device) -> dict[str, Tra
         makes = [pipeline.makes() for pipeline in models.values()]
         if makes[0] != makes[1]:
             raise ValueError(f"reference_model={m.reference_model} generates {makes[1]}, but the model {makes[0]}")
-    return models
+    return models, weights
 
 
 def _load_networks(

@@ -8,13 +8,23 @@ Weights of an earlier push that are not replaced are deleted from the repository
 uploaded again. The client may upload many files in several commits: after a push that failed, push again.
 """
 
-from .pushing import PICTURES, PushError, check_repo_id, prepare_repo, push_checkpoint, push_folder, update_card
+from .pushing import (
+    PICTURES,
+    PushError,
+    check_edited_card,
+    check_repo_id,
+    prepare_repo,
+    push_checkpoint,
+    push_folder,
+    update_card,
+)
 from .selection import check_nothing_private, files_to_push
 from .spaces import prepare_space, push_space, write_space
 
 __all__ = [
     "PICTURES",
     "PushError",
+    "check_edited_card",
     "check_nothing_private",
     "check_repo_id",
     "files_to_push",

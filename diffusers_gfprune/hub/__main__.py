@@ -11,7 +11,7 @@ from huggingface_hub import get_token
 
 from ..errors import one_line_errors
 from ..formatting import format_size
-from .pushing import check_repo_id, push_folder
+from .pushing import check_edited_card, check_repo_id, push_folder
 from .selection import check_measured, check_nothing_private, files_to_push, read_json
 from .spaces import push_space, write_space
 
@@ -35,6 +35,7 @@ def _print_files(args: argparse.Namespace) -> None:
     """List what would be pushed."""
     names, left = files_to_push(args.folder)
     check_measured(args.folder)
+    check_edited_card(args.folder)
     check_nothing_private(args.folder, names, args.token or get_token())
     names = sorted({*names, "README.md"})
     print(f"would push to {args.repo_id}{' (private)' if args.private else ''}:")

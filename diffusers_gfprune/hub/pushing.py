@@ -21,6 +21,7 @@ from .selection import check_measured, check_nothing_private, files_to_push, rea
 __all__ = [
     "PICTURES",
     "PushError",
+    "check_edited_card",
     "check_repo_id",
     "failed_push",
     "prepare_repo",
@@ -53,8 +54,8 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
     pictures = {what: name for what, name in PICTURES.items() if (root / name).is_file()}
     card, readme = render_card(results, report, repo_id, pictures), root / "README.md"
     if readme.exists() and not is_as_rendered(readme.read_text("utf-8")):
+        check_edited_card(root)
         card = rename_in_card(readme.read_text("utf-8"), repo_id)
-        check_card(card)
     entries = render_eval_results(results, report)
     (root / EVAL_RESULTS).unlink(missing_ok=True)
     if entries is not None:
@@ -63,6 +64,23 @@ def update_card(folder: str | os.PathLike, repo_id: str) -> None:
     complete = readme.with_name(".README.md.incomplete")
     complete.write_text(card, "utf-8")
     os.replace(complete, readme)
+
+
+def check_edited_card(folder: str | os.PathLike) -> None:
+    """Check that the Hub can show the card of a run, if it was edited.
+
+    Args:
+        folder: A finished run.
+
+    Raises:
+        ValueError: It cannot (see `check_card`).
+    """
+    readme = Path(folder, "README.md")
+    if readme.exists() and not is_as_rendered(card := readme.read_text("utf-8")):
+        try:
+            check_card(card)
+        except ValueError as error:
+            raise ValueError(f"{readme} was edited: {error}") from error
 
 
 def failed_push(

@@ -129,14 +129,18 @@ def is_as_rendered(card: str) -> bool:
 
 def run_on_hub(repo_id: str, token: str | None = None, revision: str | None = None) -> tuple[bytes | None, str | None]:
     """Report and card in a repository; None for what it does not have, or if there is no such branch."""
-    found = []
-    for name in (REPORT, "README.md"):
-        try:
-            path = hub_utils.hf_hub_download(repo_id, name, token=token, revision=revision)
-            found.append(pathlib.Path(path).read_bytes())
-        except (hub_utils.EntryNotFoundError, hub_utils.RevisionNotFoundError):
-            found.append(None)
-    report, card = found
+    try:
+        info = hub_utils.model_info(repo_id, revision=revision, token=token)
+    except hub_utils.RevisionNotFoundError:
+        return None, None
+    # A commit names its files. By the name of a branch, files that the server fails to send would be absent, or old ones.
+    there = {file.rfilename for file in info.siblings or ()}
+    report, card = (
+        pathlib.Path(hub_utils.hf_hub_download(repo_id, name, token=token, revision=info.sha)).read_bytes()
+        if name in there
+        else None
+        for name in (REPORT, "README.md")
+    )
     return report, None if card is None else card.decode("utf-8", "replace")
 
 

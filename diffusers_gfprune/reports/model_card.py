@@ -25,6 +25,7 @@ from huggingface_hub import (
 
 from ..configuration import criterion_of
 from ..errors import one_line
+from ..formatting import format_count
 from ..metrics.speedup import CONFIDENCE, compare_speeds
 from ..remote.pipeline_prune_ddpm import DISTRIBUTION, seal_of
 from .pipeline_kinds import TASKS, example_of, kind_of, pipeline_of, process_of, task_of
@@ -127,7 +128,10 @@ def _distances(results: Results) -> list[dict]:
 def _similarities(results: Results) -> list[dict]:
     if not results.evaluation["num_images"]:
         return []
-    titles = {"ssim_to_dense": ("ssim", "SSIM to the dense samples"), "psnr_to_dense": ("psnr", "PSNR to the dense samples")}
+    titles = {
+        "ssim_to_dense": ("ssim", "SSIM to the dense samples"),
+        "psnr_to_dense": ("psnr", "PSNR to the dense samples (dB)"),
+    }
     return [
         {"id": name, "title": title, "pruned": results.model.quality[key]}
         for key, (name, title) in titles.items()
@@ -194,7 +198,8 @@ TARGETS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
 FILTERS = {
     "thousands": lambda value: f"{value:,}",
     "percent": lambda value: f"{value:.1%}",
-    "change": lambda value: f"{-value:+.1%}",
+    "change": lambda value: f"{0.0 - round(value, 3):+.1%}",  # no minus zero
+    "count": format_count,
     "mebibytes": lambda value: f"{value / 2**20:.2f} MiB",
     "milliseconds": lambda value: "-" if value is None else f"{value:.2f} ms",
     "share": lambda value: f"{value:.0%}",
@@ -203,16 +208,23 @@ FILTERS = {
 }
 
 
-def _strict(form: Callable[[object], str]) -> Callable[[object], str]:
+def _strict(form: Callable[..., str]) -> Callable[..., str]:
     """A filter whose error names a missing field, which formatting alone does not, and that refuses NaN and infinity."""
 
-    def checked(value: object) -> str:
+    def checked(value: object, *options: str) -> str:
         str(value)  # raises if it is undefined
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("the card would show a figure that is not finite")
-        return form(value)
+        return form(value, *options)
 
     return checked
+
+
+def _removed_parts(report: Mapping) -> list[str]:
+    """What was removed. Groups of channels inside of removed blocks keep nothing."""
+    blocks = ["residual blocks"] if report.get("removed_blocks") else []
+    narrowed = any(0 < group["kept_channels"] < group["dense_channels"] for group in report["channel_groups"])
+    return [*(["channels"] if narrowed or not blocks else []), *blocks]
 
 
 def _speeds(dense: ModelFigures, pruned: ModelFigures) -> tuple[list[dict], float | None]:
@@ -270,6 +282,7 @@ def render_card(results: Results, report: Mapping, repo_id: str, pictures: Mappi
             model_name=model_name,
             pictures=shown,
             removed=removed,
+            removed_parts=_removed_parts(report),
             criterion=criterion,
             method=METHOD if criterion.startswith(GRADIENT_FLOW) else f"structured pruning (criterion `{criterion}`)",
             package=PACKAGE,

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -18,7 +19,7 @@ SHOWN_QUALITY = ("fid", "ssim_to_dense")
 __all__ = ["plot_pruning", "plot_step_loss", "plot_widths", "sample_grid", "save_sample_grid", "save_sample_rows"]
 
 
-def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 16, rows: int = 2) -> None:
+def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 16, rows: int | None = 2) -> None:
     """Samples of the dense model above those of the pruned one, each column from the same noise.
 
     Args:
@@ -26,10 +27,13 @@ def save_sample_grid(path: Path, dense: Tensor, pruned: Tensor, columns: int = 1
         dense: Images in [0, 1] with shape `(n, channels, height, width)`.
         pruned: Images of the same range and shape.
         columns: Number of pairs in a row.
-        rows: Number of rows of pairs.
+        rows: Number of full rows of pairs, at most; None: all pairs, the last row filled up with grey.
     """
     columns = min(columns, len(dense))
-    pairs = list(zip(dense.split(columns), pruned.split(columns)))[: min(rows, len(dense) // columns)]
+    if rows is None:
+        grey = dense.new_full((-len(dense) % columns, *dense.shape[1:]), 0.5)
+        dense, pruned = torch.cat([dense, grey]), torch.cat([pruned, grey])
+    pairs = list(zip(dense.split(columns), pruned.split(columns)))[: len(dense) // columns][:rows]
     save_sample_rows(path, [row for pair in pairs for row in pair], columns=columns)
 
 

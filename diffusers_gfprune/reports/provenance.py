@@ -9,12 +9,14 @@ import os
 import platform
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
-from ..errors import HUB_ERRORS
+from ..errors import HUB_ERRORS, one_line
 from ..families.lookup import FAMILIES
 from .model_card import LICENSES
 
@@ -80,6 +82,15 @@ def _license(data: Mapping, hub_id: str | None = None) -> dict[str, str | None]:
     return {"license": license, "license_name": name, "license_link": link}
 
 
+def _metadata(readme: Path) -> dict:
+    """The metadata of a local card. Of one that cannot be read, it is empty, with a warning: a run does not depend on it."""
+    try:
+        return ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError) as error:  # the client passes on errors of its YAML parser
+        print(f"warning: {readme} cannot be read, so its licence is not recorded: {one_line(error)}", file=sys.stderr)
+        return {}
+
+
 def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[str, str | None]:
     """Name, Hub id, commit and licence of the dense model, as far as they are known. The model must be loaded before.
 
@@ -99,7 +110,7 @@ def describe_base_model(name_or_path: str, revision: str | None = None) -> dict[
         hub_id = None if cached is None else f"{cached[1]}/{cached[2]}"
         readme, data = Path(name_or_path) / "README.md", {}
         if readme.is_file():
-            data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+            data = _metadata(readme)
             source |= _license(data, hub_id)
         if cached is not None:
             return {**source, "name": hub_id, "hub_id": hub_id, "revision": cached[3]}

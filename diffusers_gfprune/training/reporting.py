@@ -225,7 +225,8 @@ def results(
     """
     models, settings = {"dense": dense, "pruned": pruned}, args.evaluation.speed_settings()
     figures = {name: model_figures(name, models[name], losses) for name, losses in zip(models, step_losses)}
-    figures["pruned"].weights = tensors_fingerprint(pruned.state_dict())  # a push checks the saved ones against it
+    for name, model in models.items():  # a push and a later evaluation check theirs against it
+        figures[name].weights = tensors_fingerprint(model.state_dict())
     for row in measure_speed(models, settings, progress="speed") if settings else ():
         figures[row.pop("model")].speed.append(row)
     evaluation = describe_evaluation(args, pruned, sample_quality, num_held_out) | sample_quality.conditions.description

@@ -151,7 +151,7 @@ class Tracking:
         path = self.folder.training / "samples" / f"step-{state.step}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_sample_grid(path, self.dense_samples, samples, rows=max(1, -(-count // 16)))
+            save_sample_grid(path, self.dense_samples, samples, rows=None)
         except OSError as error:
             path.unlink(missing_ok=True)
             tqdm.write(f"warning: {path} could not be saved: {first_line(error)}; training continues", file=sys.stderr)

@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers_gfprune import PruneDDPMPipeline
 from diffusers_gfprune.data import batches as training_batches
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
-from diffusers_gfprune.diffusion.class_labels import LabelDropout, make_label_dropout, real_labels
+from diffusers_gfprune.diffusion.class_labels import LabelDropout, make_label_dropout
 from diffusers_gfprune.one_shot import calibration_batches
 from diffusers_gfprune.reports.model_card import render_card
 from diffusers_gfprune.scripts import prune_ddpm
@@ -88,13 +88,6 @@ def test_several_labels_lose_their_share_and_at_least_one_but_never_all(probabil
     found = LabelDropout(99, probability).several(labels, torch.Generator().manual_seed(0))
     assert int((found == 99).sum()) == dropped and torch.equal(found[found != 99], labels[found != 99])
     assert torch.equal(labels, torch.arange(count))
-
-
-def test_samples_are_of_real_classes_in_turn() -> None:
-    assert real_labels(3, range(2, 7)).tolist() == [2, 0, 1, 2, 0]
-    assert real_labels(3, range(2, 7), null_label=2).tolist() == [0, 1, 0, 1, 0]
-    assert real_labels(3, range(3), null_label=0).tolist() == [1, 2, 1]
-    assert real_labels(None, range(3)) is None
 
 
 # --- in batches ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def test_edited_card_keeps_its_text(arguments: list, tmp_path: Path, capsys: pyt
     assert json.loads((tmp_path / "small/results.json").read_text())["evaluation"]["seed"] == 7
 
 
+def test_an_edited_card_that_the_hub_cannot_show_is_refused_before_sampling(
+    arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = tmp_path / "small/README.md"
+    card.write_text(re.sub("license: .*", "license: my-own", card.read_text()))
+    monkeypatch.setattr(SamplingSettings, "sample", None)
+    with pytest.raises(ValueError, match="README.md was edited: license='my-own' of the card must be a licence id of the Hub"):
+        run(tmp_path, *arguments)
+
+
 def test_run_without_a_card_gets_one(arguments: list, tmp_path: Path) -> None:
     (tmp_path / "small/README.md").unlink()
     run(tmp_path, *arguments)
@@ -193,6 +204,7 @@ class Killed:
     [
         ({"pruned": {"macs": 1}}, "model has [0-9,]+ parameters and .* MACs, but the pruned model of the run has .* and 1"),
         ({"dense": {"parameters": 5}}, "reference_model has .* parameters and .*, but the dense model of the run has 5 and"),
+        ({"dense": {"weights": "0123abcd"}}, "reference_model has other weights than the dense model of the run"),
         ({"evaluation": None}, "malformed|lacks"),
         (None, "results.json cannot be read"),
     ],

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,25 @@ def test_card_edited_on_the_hub_keeps_its_text(server: HubServer, run: Path, cap
     (run / "pruning_report.json").write_text(json.dumps({**report, "dense_step_loss": 0.5}))
     push_folder(run, REPO)
     assert on_hub(server)["README.md"] == (run / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize(("status", "times"), [(503, 2), (429, 99)])
+def test_card_edited_on_the_hub_survives_a_server_that_does_not_answer(
+    server: HubServer, run: Path, status: int, times: int
+) -> None:
+    """Copies of an earlier push, in the cache, do not count, nor is a file absent that the server fails to send."""
+    push_folder(run, REPO)
+    push_folder(run, REPO)
+    edited = on_hub(server)["README.md"].partition(b"<!-- rendered")[0] + b"\nMine.\n"
+    HfApi().upload_file(path_or_fileobj=edited, path_in_repo="README.md", repo_id=REPO)
+    server.fail("HEAD", f"/{REPO}/resolve/.*", status=status, times=times)
+    refused = pytest.raises(PushError, match="try again: python -m diffusers_gfprune.hub push")
+    with refused if times > 2 else nullcontext():  # the client tries more often than twice
+        push_folder(run, REPO)
+    assert on_hub(server)["README.md"] == edited
+    server.heal()
+    push_folder(run, REPO)
+    assert on_hub(server)["README.md"] == edited
 
 
 def test_card_under_another_name_is_no_edited_one(server: HubServer, run: Path) -> None:
@@ -395,6 +415,14 @@ def test_dry_run_lists_and_asks_nobody(server: HubServer, run: Path, capsys: pyt
     assert [line.split()[-1] for line in printed.splitlines()[1:-1]] == sorted(PUSHED)
     assert printed.splitlines()[-1] == "would leave out: optimizer.bin"
     assert server.requests == [] and digest(run) == before
+
+
+def test_dry_run_checks_an_edited_card(server: HubServer, run: Path) -> None:
+    update_card(run, REPO)
+    (run / "README.md").write_text((run / "README.md").read_text().replace("pipeline_tag: ", "pipeline_tag: my-"))
+    with pytest.raises(SystemExit) as error:
+        main(["push", str(run), REPO, "--dry_run"])
+    assert "README.md was edited: pipeline_tag='my-unconditional-image-generation' of the card must be" in error.value.code
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

@@ -497,3 +497,24 @@ def test_licences_and_citations():
     assert {"apache-2.0", "mit", "cc-by-4.0", "openrail", "unknown", "other"} <= LICENSES
     assert "2501.09464" in CITATIONS and "Denoising Diffusion Probabilistic Models" in PROCESS_CITATIONS["ddpm"]
     assert set(PROCESS_CITATIONS) == {process.name for process in TRAINABLE_SCHEDULERS.values()}
+
+
+def test_only_what_was_removed_is_said_to_be(files) -> None:
+    """Channels, blocks, or both. Groups of channels inside of removed blocks keep nothing."""
+    results, report = files
+    assert "Whole\nchannels are removed: the model" in render_card(results, report, "me/small")
+    report["removed_blocks"] = ["mid_block.attentions.0"]
+    assert "Whole\nchannels and residual blocks are removed: the model" in render_card(results, report, "me/small")
+    for number, group in enumerate(report["channel_groups"]):
+        group["kept_channels"] = 0 if number == 0 else group["dense_channels"]
+    assert "Whole\nresidual blocks are removed: the model" in render_card(results, report, "me/small")
+
+
+def test_numbers_of_one_and_nothing(files) -> None:
+    results, report = files
+    report["config"]["ratio"], report["mask_updates"] = 0.3, report["mask_updates"][:1]
+    results["evaluation"]["num_images"] = 1
+    results["pruned"]["parameters"] = results["dense"]["parameters"]
+    card = render_card(results, report, "me/small")
+    for words in ("remove 30.0% of `macs`", "- Samples: 1 image, ", "- 1 ranking; 0 revivals of pruned units", "| +0.0% |"):
+        assert words in card

@@ -33,6 +33,12 @@ def test_dense_samples_are_above_pruned_ones(tmp_path: Path) -> None:
     assert (drawn == drawn[:, :, :1, :1, :1]).all()
 
 
+def test_grids_of_all_rows_are_filled_up_with_grey(tmp_path: Path) -> None:
+    save_sample_grid(tmp_path / "grid.png", shades(0, 0.2, 0.4), shades(0.1, 0.3, 0.6), columns=2, rows=None)
+    drawn = cells(tmp_path / "grid.png", columns=2)
+    assert drawn[:, :, 0, 0, 0].tolist() == [[0, 51], [26, 77], [102, 128], [153, 128]]
+
+
 def test_rows_of_samples_are_models(tmp_path: Path) -> None:
     save_sample_rows(tmp_path / "rows.png", [shades(0, 1, 0), shades(1, 0.2)])
     assert cells(tmp_path / "rows.png", columns=2)[:, :, 0, 0, 0].tolist() == [[0, 255], [255, 51]]

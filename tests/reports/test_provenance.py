@@ -82,6 +82,14 @@ def test_local_model_with_and_without_a_card(tmp_path):
     assert describe_base_model(str(tmp_path))["license"] == "cc-by-4.0"
 
 
+@pytest.mark.parametrize("header", [b"license: [mit", b"title: @me", b"a: b\n\tc: d", b"- mit", b"title: \xff\xfe"])
+def test_a_local_card_that_cannot_be_read_is_a_warning(tmp_path, capsys, header):
+    (tmp_path / "README.md").write_bytes(b"---\n" + header + b"\n---\n# Mine\n")
+    assert describe_base_model(str(tmp_path))["license"] is None
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}/README.md cannot be read, so its licence is not recorded: ")
+
+
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -326,3 +329,16 @@ def test_failure_on_the_way_leaves_no_folder_and_what_was_made(world: Path, tmp_
     monkeypatch.setattr(quality_module, "kernel_distance", kernel)
     monkeypatch.setattr(SamplingSettings, "sample", fail)
     assert run(tmp_path, *arguments)["model"]["quality"]["kd_pixels"] > 0
+
+
+def test_ends_with_its_launcher(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which ends first. An evaluation that went on would keep the next one from the folder."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as of `accelerate launch`
+    parents = itertools.chain([os.getppid()], itertools.repeat(1))
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    arguments = ("--model", world / "pruned", "--dataset_name", world / "images", "--num_images", 70)
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, *arguments)
+    assert error.value.code == 128 + signal.SIGTERM and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert run(tmp_path, *arguments)["model"]["quality"]["fd_pixels"] > 0
