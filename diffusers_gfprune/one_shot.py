@@ -170,6 +170,8 @@ def one_shot_config(batch_size: int, recovery: bool, options: Mapping[str, Any])
             )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not isinstance(recovery, bool):  # in training runs it is a name, and "none" is true
+        raise ValueError(f"recovery={recovery!r} must be True or False")
     together = not recovery or options.get("depth", GFPruneConfig.depth) != "none"
     criterion = find_criterion(options.get("criterion", GFPruneConfig.criterion))
     if options.get("ranking") is None and together and criterion.joint is not None:
@@ -277,9 +279,11 @@ def drawn_conditions(
     family = family_of(unet)
     if (size := family.vector_size(unet.config)) is not None:
         return conditions_of_vectors(class_labels, count, size)
+    labels = family.class_labels(unet.config)
     if class_labels is not None:
-        raise ValueError("class_labels must be None with images=None: the model draws images of its classes in turn")
-    return label_conditions(family.class_labels(unet.config), null_label)
+        drawn = "the model takes no labels" if labels is None else "the model draws images of its classes in turn"
+        raise ValueError(f"class_labels must be None with images=None: {drawn}")
+    return label_conditions(labels, null_label)
 
 
 def with_vectors(unet: ModelMixin, class_labels: Tensor | Callable[[range], Tensor] | None, count: int) -> Tensor | None:

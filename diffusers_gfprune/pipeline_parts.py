@@ -92,11 +92,16 @@ class PipelineParts(NamedTuple):
 def _denoiser(pipe: DiffusionPipeline, pruned: bool) -> tuple[Family, ModelMixin]:
     """Family and denoiser of a pipeline."""
     name = type(pipe).__name__
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"pipe is a {name}, not a pipeline: load one with DiffusionPipeline.from_pretrained")
     for family in FAMILIES:
         model = pipe.components.get(family.component)
         if name in family.pipelines and isinstance(model, family.dense_class):
             if family.is_pruned(model) and not pruned:
-                raise ValueError(f"the {family.component} of the pipeline is already pruned")
+                raise ValueError(
+                    f"the {family.component} of the pipeline is already pruned: prune the dense model to the smaller budget "
+                    f"instead"
+                )
             return family, model
     for family in FAMILIES if name in LAYOUTS else ():
         if name in family.pipelines:

@@ -26,6 +26,12 @@ LABELS = torch.arange(8) % 4
         ("base", {"images": images()[:, :, :4]}, "images have 4x8 pixels, but the model's sample_size is 8x8"),
         ("base", {"images": images() * 3}, "images have values from "),
         ("base", {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ("base", {"recovery": "none"}, "recovery='none' must be True or False"),
+        (
+            "base",
+            {"images": None, "class_labels": LABELS},
+            "class_labels must be None with images=None: the model takes no",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(name: str, arguments: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

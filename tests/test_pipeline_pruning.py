@@ -101,7 +101,7 @@ def test_pipelines_of_pixels_are_pruned_as_by_prune() -> None:
     pixels = images(size=8)[:, :1]
     small = prune_pipeline(pipe, pixels, **BUDGET)
     assert count_macs(small.unet) < 0.75 * count_macs(pipe.unet)
-    with pytest.raises(ValueError, match="the unet of the pipeline is already pruned"):
+    with pytest.raises(ValueError, match="the unet of the pipeline is already pruned: prune the dense model to the"):
         prune_pipeline(small, pixels, **BUDGET)
 
 
@@ -248,6 +248,15 @@ def test_what_cannot_be_is_said_before_images_are_drawn(
             prune_pipeline(PIPELINES["dit"](tmp_path / "dit"), **options)
         else:
             PruneDDPMPipeline(build("class-embedding"), DDPMScheduler(num_train_timesteps=10)).prune(**options)
+
+
+@pytest.mark.parametrize("pipe", ["training/digits/teacher", build("base")], ids=["path", "unet"])
+def test_what_is_no_pipeline_is_named(pipe: object) -> None:
+    name = type(pipe).__name__
+    with pytest.raises(
+        ValueError, match=f"^pipe is a {name}, not a pipeline: load one with DiffusionPipeline.from_pretrained$"
+    ):
+        prune_pipeline(pipe, **BUDGET)
 
 
 def test_a_compiled_model_is_named() -> None:

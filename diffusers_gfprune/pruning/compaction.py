@@ -102,7 +102,10 @@ def plan_compaction(unet: nn.Module, groups: Sequence[ChannelGroup], masks: Mapp
         check_mask(group, mask)
         if not ((mask == 0) | (mask == 1)).all():
             between = mask[(mask != 0) & (mask != 1)][0]
-            raise ValueError(f"mask of {group.name} has the value {between:g}: only binary masks can be compacted")
+            raise ValueError(
+                f"mask of {group.name} has the value {between:g}: only binary masks can be compacted, so call step() of the "
+                f"pruner until it has finished"
+            )
         keep[group.name] = group.per_channel(mask).bool()
         if group.attention is not None and group.attention not in gone:
             now = modules[group.attention].heads
