@@ -1,7 +1,6 @@
 """Cards are rendered from results and report alone, and are valid on the Hub."""
 
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -11,48 +10,18 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from diffusers_gfprune.diffusion.schedulers import TRAINABLE_SCHEDULERS
 from diffusers_gfprune.remote.pipeline_prune_ddpm import is_as_rendered
-from diffusers_gfprune.reports import model_card
 from diffusers_gfprune.reports.model_card import (
     CITATIONS,
     LICENSES,
     PROCESS_CITATIONS,
     check_eval_results,
 )
-from diffusers_gfprune.reports.results import Results
+from helpers.cards import ROLES, content, in_format_3, render_card, render_eval_results, speed_rows, with_speed
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = ROOT / "model_cards"
 RUNS = sorted(path.parent for path in CARDS.glob("*/results.json"))
-ROLES = ("dense", "pruned")
-EARLIER = ("parameters", "macs", "weight_file_bytes", "step_loss")  # figures of a model in results of format 3
 PICTURES = {"samples": "samples.png", "widths": "widths.png", "pruning": "pruning.png"}
-
-
-def content(run: Path) -> tuple[dict, dict]:
-    return tuple(json.loads((run / name).read_text()) for name in ("results.json", "pruning_report.json"))
-
-
-def render_card(results: dict, *arguments) -> str:
-    """The card of results as their file has them."""
-    return model_card.render_card(Results.from_dict(results), *arguments)
-
-
-def render_eval_results(results: dict, report: dict) -> str | None:
-    """Evaluation results of results as their file has them."""
-    return model_card.render_eval_results(Results.from_dict(results), report)
-
-
-def speed_rows() -> list[dict]:
-    """Made-up rows of `measure_speed`: eager at two batch sizes, and no compiler."""
-    machine = {"dtype": "float32", "memory_format": "contiguous", "device": "cpu", "hardware": "abacus", "threads": 2}
-    rows = []
-    for batch_size, speedup, low, high in ((1, 1.01, 0.97, 1.04), (16, 1.32, 1.28, 1.35)):
-        for model, times in (("dense", 1.0), ("pruned", speedup)):
-            interval = None if model == "dense" else [low, high]
-            figures = {"latency_ms": 10 * batch_size / times, "speedup": times, "speedup_interval": interval}
-            rows.append({"model": model, "batch_size": batch_size, "mode": "eager", **figures, **machine})
-    failed = {"batch_size": 16, "mode": "compiled", "error": "InvalidCxxCompiler: none of a|b works", **machine}
-    return [*rows, {"model": "dense", **failed}, {"model": "pruned", **failed}]
 
 
 @pytest.fixture
@@ -60,19 +29,6 @@ def files() -> tuple[dict, dict]:
     """Results and report of the default run on the digits, with other figures of speed."""
     results, report = content(CARDS / "digits-gfpruned")
     return with_speed(results, speed_rows()), report
-
-
-def with_speed(results: dict, rows: list[dict]) -> dict:
-    """Results with these rows of speed, each under its model."""
-    own = {role: [{k: v for k, v in row.items() if k != "model"} for row in rows if row["model"] == role] for role in ROLES}
-    return {**results, **{role: {**results[role], "speed": own[role]} for role in ROLES}}
-
-
-def in_format_3(results: dict) -> dict:
-    """The same results as earlier versions had them: quality beside the other figures, and speed apart from the models."""
-    figures = {role: {k: v for k, v in results[role].items() if k in EARLIER} | results[role]["quality"] for role in ROLES}
-    rows = [{"model": role, **row} for role in ROLES for row in results[role]["speed"]]
-    return {"format_version": 3, **figures, "speed": rows, "evaluation": results["evaluation"]}
 
 
 def header(card: str) -> dict:
