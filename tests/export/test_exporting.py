@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_gfprune.export import exporting, load_exported
 from diffusers_gfprune.export.description import FORMATS
@@ -211,11 +211,13 @@ def test_models_too_large_for_nncf_are_refused_before_anything_is_drawn(
 
 
 def test_other_pipelines_are_refused(tmp_path: Path) -> None:
-    class OtherPipeline:
-        components: dict = {}
+    class OtherPipeline(DiffusionPipeline):
+        def __init__(self, scheduler: DDIMScheduler) -> None:
+            super().__init__()
+            self.register_modules(scheduler=scheduler)
 
     with pytest.raises(ValueError, match="^a OtherPipeline is not supported; supported: DDPMPipeline"):
-        exporting.export_pipeline(OtherPipeline(), tmp_path / "export", format="torch")
+        exporting.export_pipeline(OtherPipeline(DDIMScheduler()), tmp_path / "export", format="torch")
 
 
 def test_only_the_installed_format_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
