@@ -62,19 +62,8 @@ OUTPUT = ROOT / "benchmarks/results/study_latency.json"
 BATCH_SIZES = {"digits": (16, 128), "cifar10": (16,), **dict.fromkeys(LATENT, (16,))}
 # Others are short runs, with the widths of these
 PARTS = (
-    *(
-        "main",
-        "budget",
-        "rates",
-        "earlier",
-        "earlier-budget",
-        "widths",
-        "width-budgets",
-        "metric",
-        "depth",
-        "features",
-        "igsm",
-    ),
+    *("main", "budget", "rates", "earlier", "earlier-budget", "widths", "width-budgets", "metric", "depth", "features"),
+    "igsm",
 )
 ROUNDS = 60
 NAMES = [

@@ -458,9 +458,11 @@ class GradientFlowPruner:
             The small model. The masked model is not modified.
 
         Raises:
-            ValueError: Masks are not binary, or the optimizer or average belongs to another model or has unknown state. Both
-                are unchanged.
+            ValueError: Masks are not binary or prune nothing yet, or the optimizer or average belongs to another model or has
+                unknown state. Both are unchanged.
         """
+        if not (self.finished or self._by_hand or any((mask != 1).any() for mask in self.unit_masks.values())):
+            raise ValueError("no unit is pruned yet: call step() of the pruner until it has finished, then compact()")
         plan = self.compaction_plan()
         small = compact(self.unet, plan)
         if ema is not None:

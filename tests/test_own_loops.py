@@ -80,6 +80,15 @@ def test_steps_between_rankings_may_be_left_out() -> None:
     assert pruner.finished and mask_values(pruner) == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(("steps", "message"), [(0, "no unit is pruned yet: call"), (5, "only binary masks can be compacted")])
+def test_unfinished_masks_are_not_compacted(steps: int, message: str) -> None:
+    pruner = pruner_of(ranking="group")
+    for step in range(steps):
+        pruner.step(step, [])
+    with pytest.raises(ValueError, match=message):
+        pruner.compact()
+
+
 def test_a_ranking_that_fails_leaves_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out after units were scored."""
     pruner = GradientFlowPruner(build("fine-units"), config(criterion="gradient-flow", ranking="joint"), SCHEDULER)
@@ -301,7 +310,9 @@ def test_hooks_of_diffusers_are_named(change, hook: str, criterion: str) -> None
 
 
 def test_a_model_that_is_pruned_in_inference_mode_can_be_trained() -> None:
-    pipe, pruner = DDPMPipeline(build("fine-units"), SCHEDULER), pruner_of()
+    pipe, pruner = DDPMPipeline(build("fine-units"), SCHEDULER), pruner_of(ranking="group")
+    for step in [*pruner.schedule.update_steps(), pruner.schedule.end_steps]:
+        pruner.step(step, [])
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     with torch.inference_mode():
         small = prune_pipeline(pipe, images, ratio=0.3, recovery=False).unet

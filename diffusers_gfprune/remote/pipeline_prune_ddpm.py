@@ -80,7 +80,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         try:
             shards |= set(json.loads((folder / name).read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / name} is no index of weights: {error!r}") from error
+            raise ValueError(f"{folder / name} is not an index of weights: {error!r}") from error
     return [folder / name for name in sorted(shards) or found if name.endswith(".safetensors")]
 
 

@@ -107,7 +107,7 @@ def test_weights_are_those_that_the_index_names(run: Path, tmp_path: Path) -> No
     shards[0].unlink()
     assert not has_weights_of(unet, tmp_path / "shards")
     (tmp_path / "shards" / f"{WEIGHTS}.index.json").write_text("[]")
-    with pytest.raises(ValueError, match=f"{WEIGHTS}.index.json is no index of weights"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS}.index.json is not an index of weights"):
         weight_files(tmp_path / "shards")
     assert not has_weights_of(unet, tmp_path / "shards")
 
