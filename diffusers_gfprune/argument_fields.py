@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, field
 from numbers import Real
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 __all__ = [
     *("FRACTION", "NOT_NEGATIVE", "POSITIVE", "SHARE", "ArgumentHelp", "Range"),
-    *("argument", "at_least", "check_fields", "check_range", "check_types", "expand_home"),
+    *("argument", "at_least", "check_fields", "check_range", "check_types", "expand_home", "parse_dataclasses"),
 ]
 
 
-def argument(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
+def argument(default: Any = dataclasses.MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
     """A field of a dataclass that `HfArgumentParser` reads.
 
     Args:
@@ -26,8 +27,8 @@ def argument(default: Any = MISSING, help: str = "", choices: Sequence[str] | No
     """
     metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class ArgumentHelp(argparse.HelpFormatter):
@@ -53,6 +54,29 @@ class ArgumentHelp(argparse.HelpFormatter):
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
         return f"{text} (default: {shown.replace('%', '%%')})"
+
+
+def parse_dataclasses(parser, words: Sequence[str]) -> list:
+    """Parse a command line into dataclasses.
+
+    Args:
+        parser: An `HfArgumentParser`.
+        words: The command line.
+
+    Returns:
+        An instance of each dataclass of the parser.
+
+    Raises:
+        ValueError: An argument is unknown. The message has the most similar one.
+    """
+    *parsed, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if not unknown:
+        return parsed
+    given = unknown[0].partition("=")[0]
+    names = [field.name for group in parser.dataclass_types for field in dataclasses.fields(group) if field.init]
+    similar = difflib.get_close_matches(given.lstrip("-").replace("-", "_"), names, n=1)
+    hint = f"did you mean --{similar[0]}?" if similar and given.startswith("-") else "see --help"
+    raise ValueError(f"unknown argument {given}: {hint}")
 
 
 class Range(NamedTuple):

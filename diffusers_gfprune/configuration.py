@@ -275,6 +275,14 @@ class GFPruneConfig:
         """The runtime that `target="latency"` measures in; None: PyTorch, or another target."""
         return self.latency_setting().runtime if self.target == "latency" else None
 
+    def doubts(self) -> list[str]:
+        """A line for each option that has no effect with the others."""
+        if self.target == "latency":
+            return []
+        unused = [option for option in fields(GFPruneConfig) if option.name.startswith("latency_")]
+        given = [(o.name, getattr(self, o.name)) for o in unused if getattr(self, o.name) != o.default]
+        return [f"{name}={value} has no effect with target={self.target}: it is for target=latency" for name, value in given]
+
     def check_installed(self) -> None:
         """Check for the runtime that `target="latency"` measures in.
 

@@ -178,6 +178,8 @@ def one_shot_config(batch_size: int, recovery: bool, options: Mapping[str, Any])
         options["ranking"] = "joint"
     config = GFPruneConfig.from_preset("one-shot", total_steps=1, **options)
     config.check_installed()
+    for doubt in config.doubts():
+        logger.warning(doubt)
     return config
 
 

@@ -83,7 +83,7 @@ class RunFolder:
             if self.path == name or self.path in name.parents:
                 raise ValueError(f"output_dir={self.path} contains {name}, which this run reads")
         if self.path.exists() and not self.overwrite:
-            raise ValueError(f"output_dir={self.path} already exists: choose another folder, or pass --overwrite_output_dir")
+            raise ValueError(f"output_dir={self.path} already exists: choose another folder, or set overwrite_output_dir")
         self._check_replaced()
         if resuming:
             return

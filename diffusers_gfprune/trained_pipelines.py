@@ -228,6 +228,8 @@ def load_pipeline(
         scheduler = _load_scheduler(folder, index, layout)
         process = training_process(scheduler)
         check_process(name, process)
+        if not pruned and index[component][1] in [family.pruned_class.__name__ for family in families]:
+            raise ValueError(f"its {component} is a {index[component][1]}: it has been pruned already, take the dense model")
         classes = {named: kind for family in families for named, kind in _classes(family, pruned).items()}
         denoiser = load_model(folder, component, index[component][1], classes)
         family = family_of(denoiser)
@@ -276,16 +278,20 @@ def _classes(family: Family, pruned: bool) -> dict[str, type[ModelMixin]]:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """Download the files of a pipeline. `DDPMPipeline.download` takes any pipeline, and runs no code of the repository."""
+    """Download the files of a pipeline. `DDPMPipeline.download` takes any pipeline, and runs no code of the repository.
+
+    Raises:
+        OSError: There is no such repository, or it cannot be read.
+    """
     options = {"revision": revision, "use_safetensors": True}
     try:
         return Path(DDPMPipeline.download(name, **options))
-    except OSError:  # Diffusers finds default weights, or those of a given variant
+    except OSError as error:  # Diffusers finds default weights, or those of a given variant
         with contextlib.suppress(*HUB_ERRORS):
             files = [Path(file).name for file in HfApi().list_repo_files(name, revision=revision)]
             if (variant := variant_to_load(map(variant_of, files), "repository")) is not None:
                 return Path(DDPMPipeline.download(name, variant=variant, **options))
-        raise
+        raise OSError(f"there is no such folder, and as a repository: {first_line(error)}") from error
 
 
 def _load_scheduler(folder: Path, index: dict, layout: PipelineLayout):

@@ -128,6 +128,15 @@ def test_runtimes_are_measured_in_float32() -> None:
     assert GFPruneConfig(target="latency", latency_backend="compile").latency_setting().mode == "compiled"
 
 
+def test_options_of_another_target_are_told() -> None:
+    """With MACs as the target, options of a budget in time do nothing."""
+    assert GFPruneConfig().doubts() == GFPruneConfig(target="latency", latency_batch_size=16).doubts() == []
+    assert GFPruneConfig(latency_batch_size=16, latency_backend="compile").doubts() == [
+        "latency_batch_size=16 has no effect with target=macs: it is for target=latency",
+        "latency_backend=compile has no effect with target=macs: it is for target=latency",
+    ]
+
+
 def test_widths_are_chosen_by_scores_that_tell_how_much_a_group_matters() -> None:
     """Sums of squared weights, for example, do not, but can be requested explicitly."""
     assert GFPruneConfig().ranking == GFPruneConfig(criterion="gradient-flow-weights").ranking == "sensitivity"

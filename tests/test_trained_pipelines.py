@@ -99,6 +99,20 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
         load_pipeline(str(tmp_path), "v9")
 
 
+def test_what_is_neither_a_folder_nor_a_repository_may_be_mistyped() -> None:
+    with pytest.raises(
+        ValueError, match="=runs/no-model cannot be loaded: there is no such folder, and as a repository: C"
+    ):
+        load_pipeline("runs/no-model")
+
+
+def test_a_pruned_model_is_not_pruned_again(tmp_path: Path) -> None:
+    PruneDDPMPipeline(pruned("base"), DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its unet is a GFPrunedUNet2DModel: it has been pruned already, take the dense mod"):
+        load_pipeline(str(tmp_path))
+    assert load_pipeline(str(tmp_path), pruned=True).scheduler.config.num_train_timesteps == 1000
+
+
 def write(kind: type, folder: Path, scheduler, **components) -> Path:
     """A pipeline of random weights."""
     kind(unet=build("base"), scheduler=scheduler, **components).save_pretrained(folder)

@@ -134,7 +134,7 @@ def prune(
     if main_process:
         estimate = estimate_run(args, accelerator, dense, process)
         print(describe_plan(pruner, args, estimate, accelerator.device, images.summary))
-        for change in (*args.training.doubts(), *sample_quality.changes):
+        for change in (*args.pruning.doubts(), *args.training.doubts(), *sample_quality.changes):
             warn(accelerator, f"warning: {change}")
         for line in rehearse_run(args, pruner, sample_quality, len(held_out), origin, folder, pipeline):
             print(f"  {line}")
@@ -372,6 +372,11 @@ def next_batch(run: Run, state: TrainingState, batches) -> tuple[DiffusionBatch,
     return batch.to(run.accelerator.device, non_blocking=True, memory_format=memory_format), times, weights
 
 
-if __name__ == "__main__":
+def run_as_program() -> None:
+    """Run the script with the command line of this process. User errors are one line and exit status 1."""
     with one_line_errors("prune_ddpm.py", ERRORS):
         main()
+
+
+if __name__ == "__main__":
+    run_as_program()

@@ -29,7 +29,15 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_gfprune.argument_fields import NOT_NEGATIVE, POSITIVE, ArgumentHelp, argument, at_least, check_fields
+from diffusers_gfprune.argument_fields import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    ArgumentHelp,
+    argument,
+    at_least,
+    check_fields,
+    parse_dataclasses,
+)
 from diffusers_gfprune.data.batches import BrokenImages, train_dataloader
 from diffusers_gfprune.data.images import DataArguments, load_images
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
@@ -150,7 +158,7 @@ def main() -> None:
     parser = HfArgumentParser(
         (TrainArguments, DataArguments), description=__doc__.splitlines()[0], formatter_class=ArgumentHelp
     )
-    args, data_args = parser.parse_args_into_dataclasses()
+    args, data_args = parse_dataclasses(parser, sys.argv[1:])
     folder = RunFolder(args.output_dir, False, (data_args.dataset_name, data_args.train_data_dir))
     accelerator = make_accelerator(mixed_precision="no")
     with folder if accelerator.is_main_process else contextlib.nullcontext():

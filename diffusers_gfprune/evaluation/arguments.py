@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..argument_fields import ArgumentHelp, argument, at_least, check_fields, expand_home
+from ..argument_fields import ArgumentHelp, argument, at_least, check_fields, expand_home, parse_dataclasses
 from ..data.images import DataArguments, check_source
 from ..diffusion.process import TIMESTEP_SPACINGS
 from ..metrics.quality import SamplingSettings
@@ -250,4 +250,4 @@ def parse_evaluate_arguments(argv: list[str] | None = None) -> EvaluateArguments
         formatter_class=ArgumentHelp,
         allow_abbrev=False,
     )
-    return EvaluateArguments(*parser.parse_args_into_dataclasses(words), words)
+    return EvaluateArguments(*parse_dataclasses(parser, words), words)

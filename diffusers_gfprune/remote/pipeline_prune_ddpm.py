@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -33,6 +34,8 @@ WEIGHTS = ("unet/diffusion_pytorch_model*.safetensors", "unet/diffusion_pytorch_
 DEFAULT_WEIGHTS = "unet/diffusion_pytorch_model.safetensors*"  # a single file, or the index of several; not of a variant
 EARLIER = "earlier_results"  # folder for results of weights that were replaced
 DISTRIBUTION = "diffusers-gfprune"
+# Imported by its name: for an import statement, Diffusers would tell users without it to install a package from PyPI
+PACKAGE = "diffusers_gfprune"
 
 # Pipelines that consist of a pixel-space UNet2DModel and a scheduler
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "PruneDDPMPipeline")
@@ -177,11 +180,11 @@ class PruneDDPMPipeline(DDPMPipeline):
             ValueError: The budget cannot be met, or the images do not fit the model.
         """
         try:
-            from diffusers_gfprune.one_shot import prune_unet
+            one_shot = importlib.import_module(f"{PACKAGE}.one_shot")
         except ImportError as error:
             raise ImportError("prune() needs the package diffusers-gfprune to be installed") from error
 
-        unet = prune_unet(self.unet, self.scheduler, images, pipeline=PruneDDPMPipeline.__name__, **options)
+        unet = one_shot.prune_unet(self.unet, self.scheduler, images, pipeline=PruneDDPMPipeline.__name__, **options)
         return type(self)(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))
 
     def export(self, output_dir, **options):
@@ -200,11 +203,11 @@ class PruneDDPMPipeline(DDPMPipeline):
             ValueError: An option is not supported, the folder cannot be written, or the export differs from the UNet.
         """
         try:
-            from diffusers_gfprune.export import export_pipeline
+            exports = importlib.import_module(f"{PACKAGE}.export")
         except ModuleNotFoundError as error:
             raise ImportError("export() needs the package diffusers-gfprune to be installed") from error
 
-        return export_pipeline(self, output_dir, **options)
+        return exports.export_pipeline(self, output_dir, **options)
 
     @classmethod
     @functools.wraps(DDPMPipeline.load_config.__func__)

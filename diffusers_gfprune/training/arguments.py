@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields, expand_home
+from ..argument_fields import NOT_NEGATIVE, argument, at_least, check_fields, expand_home, parse_dataclasses
 from ..configuration import DEVICES, PRESETS, GFPruneConfig
 from ..data.images import DataArguments
 from ..data.teacher_images import TeacherArguments
@@ -199,4 +199,4 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--preset", choices=list(SCRIPT_PRESETS), default="default")
     parser.set_defaults(**SCRIPT_PRESETS[first_look.parse_known_args(expanded)[0].preset])
-    return Arguments(*parser.parse_args_into_dataclasses(expanded), words)
+    return Arguments(*parse_dataclasses(parser, expanded), words)

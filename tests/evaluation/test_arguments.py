@@ -143,5 +143,5 @@ def test_words_that_are_no_values(words: list[str], message: str, capsys: pytest
 
 
 def test_unknown_argument() -> None:
-    with pytest.raises(ValueError, match="--num_image"):
+    with pytest.raises(ValueError, match=r"^unknown argument --num_image: did you mean --num_images\?$"):
         parse_evaluate_arguments([*MODEL, "--num_image", "5"])

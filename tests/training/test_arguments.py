@@ -24,6 +24,20 @@ def test_a_missing_runtime_is_found_before_any_work(words: tuple[str, ...], monk
     parse_arguments([*MODEL, "--latency_backend", "openvino"])  # MACs are the target
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--raito", "0.3"), r"^unknown argument --raito: did you mean --ratio\?$"),
+        (("--max-train-step=5",), r"^unknown argument --max-train-step: did you mean --max_train_steps\?$"),
+        (("--zzz", "--raito"), "^unknown argument --zzz: see --help$"),
+        (("ratio",), "^unknown argument ratio: see --help$"),
+    ],
+)
+def test_an_unknown_argument_is_named(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*MODEL, *words])
+
+
 def test_a_budget_for_a_runtime_is_for_the_cpu() -> None:
     """Wherever training runs: blocks of channels are those of CPUs."""
     for words, wanted in ((LATENCY, "cpu"), (LATENCY[:2], "cuda"), (LATENCY[2:], "cuda")):
