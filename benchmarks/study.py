@@ -50,7 +50,7 @@ MACHINE = (
     *("--evaluation_cache_dir", "--teacher_images_dir", "--speed_batch_sizes"),
     *("--resume_from_checkpoint", "--checkpointing_steps"),
     "--latency_batch_size",  # in older runs
-    *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps"),
+    *("--output_dir", "--dataset_name", "--baseline", "--results", "--eval_steps", "--fraction", "--share"),
 )
 # Older runs have `--flow_metric` instead of two criteria
 FLOW_METRICS = {"predictions": "gradient-flow", "weights": "gradient-flow-weights"}
@@ -96,7 +96,7 @@ def record(
         "curves": {name: curves[name] for name in names if name in curves},
         "rankings": [{name: update[name] for name in shown} for update in report.get("mask_updates", [])],
         "widths": {group["name"]: group["kept_channels"] for group in report.get("channel_groups", [])},
-        **{name: report[name] for name in ("peer", "removed_blocks") if report.get(name)},
+        **{name: report[name] for name in ("peer", "removed_blocks", "trajectory") if report.get(name)},
     }
 
 
@@ -173,11 +173,11 @@ def run(setting: Setting, dataset: str, seed: int, options: argparse.Namespace) 
     if "--train_data" in setting.arguments:
         extra += ["--teacher_images_dir", str(options.runs / "teacher-images")]
     script, more = "training/prune_ddpm.py", ["--resume_from_checkpoint", "latest", "--checkpointing_steps", "250"]
-    if setting.kind != "prune":
-        script, more = (
-            "benchmarks/study_baselines.py",
-            ["--baseline", setting.kind, "--results", str(options.results / dataset)],
-        )
+    if setting.kind == "trajectory":
+        script, more = "benchmarks/study_trajectory.py", [*setting.more]
+    elif setting.kind != "prune":
+        script = "benchmarks/study_baselines.py"
+        more = ["--baseline", setting.kind, "--results", str(options.results / dataset)]
     words = arguments_of(setting, dataset, seed, extra, curve_steps)
     remembered = ["benchmarks/study_run.py", "--teacher_cache", str(options.runs / f"teacher-{dataset}-seed{seed}")]
     command = [sys.executable, *remembered, script, *words, *more, "--output_dir", str(folder)]

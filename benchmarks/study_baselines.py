@@ -259,7 +259,7 @@ def by_hand(args: Arguments, model: nn.Module) -> tuple[nn.Module, dict]:
     return small, {"removed_blocks": sorted(removed)}
 
 
-def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module | None] | None = None) -> None:
+def main(argv: list[str] | None = None, loss: Callable[[Objective], Objective] | None = None) -> None:
     """Run a baseline; arguments as in `prune_ddpm.main`."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -284,8 +284,8 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
         student, extra = torch_pruning(args, model, process, gradient_batch(args, pipeline, images), step_loss)
     print(f"{options.baseline}: {count_parameters(student):,} parameters, {count_macs(student):,} MACs", flush=True)
     objective = Objective(args.objective, process, teacher=dense)
-    if teacher is not None:
-        objective.teacher = teacher(objective)
+    if loss is not None:
+        objective = loss(objective)
     student = fine_tune(args, student, objective, process, images)
     losses = [measure_step_losses(step_loss, each, images.null_conditioning()) for each in (dense, student)]
     measured, _, _ = results(args, dense, student, quality, len(held_out), losses)

@@ -193,6 +193,29 @@ def peer_table(found: Found, dataset: str) -> str:
     return "\n".join(dict.fromkeys(lines))  # runs with other training prune the same model
 
 
+def trajectory_table(found: Found, dataset: str) -> str:
+    """A table of runs with trajectories, and of errors on trajectories, relative to those on held-out images with noise.
+
+    Errors are sums over the steps of the sampler: over all, and over the first half of them, with the higher noise.
+    """
+    names = ("", "seeds", "distance", "SSIM to dense", "errors on its own trajectories", "first half")
+    names += ("on the dense model's", "first half")
+    lines = [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
+    for name in of_part("trajectory"):
+        if not (runs := found.get(name, [])):
+            continue
+        cells = [spread([figure(run, dataset, metric) for run in runs]) for metric in ("distance", "ssim_to_dense")]
+        for kind in ("own", "dense"):
+            for parts in (1, 2):
+                ratios = []
+                for errors in (run["trajectory"] for run in runs):
+                    steps = len(errors["timesteps"]) // parts
+                    ratios.append(sum(errors[kind][:steps]) / sum(errors["held_out"][:steps]))
+                cells.append(spread(ratios, 2))
+        lines.append(f"| {SETTINGS[name].title} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def time_table(data: dict[str, Found], times: dict) -> str:
     """A table of the time of runs, of their rankings and of recovery, in dense training steps."""
     lines = ["| data | setting | steps | time of a run | of it, rankings | of it, recovery |", "|---" * 6 + "|"]
@@ -256,6 +279,7 @@ def tables(data: dict[str, Found], speeds: dict[str, Speeds] | None = None) -> d
         "iterations": iterations_table,
         "revival": revival_table,
         "peer": peer_table,
+        "trajectory": trajectory_table,
         "equal time": lambda found, dataset: equal_time_table(found, dataset, speeds.get(dataset, {}), 16),
         "equal time 128": lambda found, dataset: equal_time_table(found, dataset, speeds.get(dataset, {}), 128),
     }

@@ -31,6 +31,7 @@ __all__ = ["RememberedTeacher", "remembered"]
 SCRIPTS = {
     "training/prune_ddpm.py": "diffusers_gfprune.scripts.prune_ddpm",
     "benchmarks/study_baselines.py": "study_baselines",
+    "benchmarks/study_trajectory.py": "study_trajectory",
 }
 
 
@@ -62,13 +63,14 @@ class RememberedTeacher(nn.Module):
         return self.cache.get("teacher", key, lambda: {"prediction": answer()})["prediction"]
 
 
-def remembered(folder: Path, objective: Objective) -> nn.Module | None:
-    """The teacher of a loss, with predictions cached in a folder if the loss uses only these, on the CPU."""
+def remembered(folder: Path, objective: Objective) -> Objective:
+    """A loss whose teacher's predictions are cached in a folder, if it uses only these, on the CPU."""
     teacher = objective.teacher
     if teacher is None or objective.arguments.needs_features or objective.arguments.needs_directions:
-        return teacher
-    on_cpu = next(teacher.parameters()).device.type == "cpu"
-    return RememberedTeacher(teacher, TensorCache(folder)) if on_cpu else teacher
+        return objective
+    if next(teacher.parameters()).device.type == "cpu":
+        objective.teacher = RememberedTeacher(teacher, TensorCache(folder))
+    return objective
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("words", nargs=argparse.REMAINDER, help="Arguments of the script.")
     options = parser.parse_args(argv)
     script = importlib.import_module(SCRIPTS[options.script])
-    script.main(options.words, teacher=functools.partial(remembered, options.teacher_cache.resolve()))
+    script.main(options.words, loss=functools.partial(remembered, options.teacher_cache.resolve()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Settings of the study: each is the run of a data set's recipe with a few changed arguments.
 
-Rows of main, budget, width-budgets, data and rates have the training of today's recipes: timesteps by importance, suitable
-learning rates. So have two of igsm. Others have independent timesteps and, on CIFAR-10 images, a lower learning rate, unless
-they say otherwise; and no recovery.
+Rows of main, budget, width-budgets, data, trajectory and rates have the training of today's recipes: timesteps by importance,
+suitable learning rates. So have two of igsm. Others have independent timesteps and, on CIFAR-10 images, a lower learning rate,
+unless they say otherwise; and no recovery.
 
 Parts of the study:
 
@@ -22,6 +22,7 @@ Parts of the study:
     depth       widths and blocks of the latent models of the digits, which also run some rows of the earlier part
     features    block outputs of the teacher in the loss, besides its predictions, and recovery with it
     timesteps   how timesteps of training are drawn and weighed
+    trajectory  the default with states of the sampler's own trajectories at the end of the run
     rates       other learning rates, for the default and its rivals
     igsm        IGSM (arXiv 2506.05398): its losses, weights and schedule, after its choice of channels; with the default's
                 training; and its losses for the default
@@ -90,7 +91,9 @@ class Setting:
         curve_steps: Steps between two points of these curves; None: those of the data set.
         datasets: Data sets that it is run on.
         own: Further arguments by data set.
-        kind: `"prune"` runs `prune_ddpm.py`; `"scratch"`, `"torch-pruning"` and `"by-hand"` run `study_baselines.py`.
+        kind: `"prune"` runs `prune_ddpm.py`; `"scratch"`, `"torch-pruning"` and `"by-hand"` run `study_baselines.py`;
+            `"trajectory"` runs `study_trajectory.py`.
+        more: Arguments of this script that `prune_ddpm.py` does not have.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Setting:
     datasets: tuple[str, ...] = DATASETS
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kind: str = "prune"
+    more: tuple[str, ...] = ()
 
 
 ONE_SHOT = ("--preset", "one-shot", "--calibration_batches", "4")  # a single ranking can use more images
@@ -360,6 +364,18 @@ def _timesteps() -> list[Setting]:
     return [Setting(name, title, "timesteps", arguments, curves=True) for name, title, arguments in rows]
 
 
+def _trajectory() -> list[Setting]:
+    rows = [
+        ("trajectory-none", "gradient flow, two phases (default), run again", "0", "0"),
+        ("trajectory-10", "gradient flow, two phases, trajectories for the last 10 %", "0.1", "1"),
+        ("trajectory-30", "gradient flow, two phases, trajectories in half of the batch for the last 30 %", "0.3", "0.5"),
+    ]
+    return [
+        Setting(name, title, "trajectory", OURS, own=RATE, kind="trajectory", more=("--fraction", fraction, "--share", share))
+        for name, title, fraction, share in rows
+    ]
+
+
 def _rates() -> list[Setting]:
     diff_pruning = (*ONE_SHOT, "--criterion", "diff-pruning", *UNIFORM)
     rows = [("", "gradient flow, two phases (default)", MENDED), ("diff-pruning-", "Diff-Pruning, one-shot", diff_pruning)]
@@ -467,6 +483,7 @@ SETTINGS = {
         _depth,
         _features,
         _timesteps,
+        _trajectory,
         _rates,
         _igsm,
         _recovery,

@@ -100,9 +100,7 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
 
 
 def test_what_is_neither_a_folder_nor_a_repository_may_be_mistyped() -> None:
-    with pytest.raises(
-        ValueError, match="=runs/no-model cannot be loaded: there is no such folder, and as a repository: C"
-    ):
+    with pytest.raises(ValueError, match="=runs/no-model cannot be loaded: there is no such folder, and as a repository: C"):
         load_pipeline("runs/no-model")
 
 

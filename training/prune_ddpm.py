@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_gfprune.diffusion.batch import DiffusionBatch
 from diffusers_gfprune.errors import one_line_errors
@@ -67,12 +67,12 @@ from diffusers_gfprune.training.state import TrainingState, seed_everything
 from diffusers_gfprune.training.tracking import Tracking
 
 
-def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module | None] | None = None) -> None:
+def main(argv: list[str] | None = None, loss: Callable[[Objective], Objective] | None = None) -> None:
     """Run the script.
 
     Args:
         argv: Command line arguments (default: those of this process).
-        teacher: Function of the training loss that returns a replacement for its teacher, for studies of many runs.
+        loss: Function of the training loss that returns its replacement, for studies.
     """
     interruption = Interruption()  # knows the launcher from here on
     args = parse_arguments(argv)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None, teacher: Callable[[Objective], nn.Module
             folder.lock()
             folder.check(resuming=args.checkpoints.resume_from_checkpoint is not None)
         accelerator.wait_for_everyone()
-        prune(args, accelerator, folder, interruption, teacher)
+        prune(args, accelerator, folder, interruption, loss)
 
 
 def prune(
@@ -99,7 +99,7 @@ def prune(
     accelerator: Accelerator,
     folder: RunFolder,
     interruption: Interruption,
-    teacher: Callable[[Objective], nn.Module | None] | None,
+    loss: Callable[[Objective], Objective] | None,
 ) -> None:
     """A run, in its folder, which is locked. See `main`."""
     # 1. model, data; errors are found here, before training
@@ -161,10 +161,10 @@ def prune(
     dense.to(accelerator.device)
     dense_step_losses = measure_step_losses(step_loss, dense, images.null_conditioning()) if main_process else {}
     objective = Objective(args.objective, process, teacher=dense, channel_masks=unet.channel_masks)
-    if teacher is not None:
-        objective.teacher = teacher(objective)
     if args.objective.needs_teacher and args.precision.torch_compile != "no":
         objective.teacher.compile(mode=args.precision.torch_compile, dynamic=False)
+    if loss is not None:
+        objective = loss(objective)
     if not args.objective.needs_teacher:
         dense.to("cpu")  # until it is sampled beside the pruned model
     run = Run(

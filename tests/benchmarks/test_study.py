@@ -237,9 +237,17 @@ def test_only_teachers_that_predict_are_remembered(tmp_path: Path) -> None:
         ({"sensitivity_matching_weight": 0.1}, False),
     ):
         objective = Objective(ObjectiveArguments(**weights), DDPMScheduler(), build("base"), masks)
-        found = remembered(tmp_path, objective)
-        assert isinstance(found, RememberedTeacher) == wanted
-        assert wanted or found is objective.teacher
+        teacher = objective.teacher
+        assert remembered(tmp_path, objective) is objective
+        assert isinstance(objective.teacher, RememberedTeacher) == wanted
+        assert wanted or objective.teacher is teacher
+
+
+def test_the_table_of_trajectories_has_ratios_of_errors() -> None:
+    errors = {"fraction": 0.1, "timesteps": [900, 100], "own": [1.0, 6.0], "dense": [2.0, 3.0], "held_out": [2.0, 2.0]}
+    run = {**results_of("trajectory-10", 0, 0.9), "trajectory": errors}
+    row = study_report.trajectory_table({"trajectory-10": [run]}, "digits").splitlines()[-1]
+    assert row.split(" | ")[1:] == ["1", "0.0400", "0.9000", "1.75", "0.50", "1.25", "1.00 |"]
 
 
 def test_tables_are_replaced_where_they_are_marked(tmp_path: Path) -> None:
