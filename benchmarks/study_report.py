@@ -234,8 +234,8 @@ def time_table(data: dict[str, Found], times: dict) -> str:
 
 # Parts with a table for each data set
 PARTS = (
-    *("main", "budget", "earlier", "earlier-budget", "widths", "width-budgets", "metric", "phases", "schedules", "scores"),
-    *("data", "features", "timesteps", "rates", "igsm", "recovery", "convergence"),
+    *("main", "budget", "steps", "earlier", "earlier-budget", "widths", "width-budgets", "metric", "phases", "schedules"),
+    *("scores", "data", "features", "timesteps", "rates", "igsm", "recovery", "convergence"),
 )
 # The default with the learning rate of other parts
 EARLIER_DEFAULT = {"digits": "default", "cifar10": "rate-3e-4"}

@@ -1,13 +1,14 @@
 """Settings of the study: each is the run of a data set's recipe with a few changed arguments.
 
-Rows of main, budget, width-budgets, data, trajectory and rates have the training of today's recipes: timesteps by importance,
-suitable learning rates. So have two of igsm. Others have independent timesteps and, on CIFAR-10 images, a lower learning rate,
-unless they say otherwise; and no recovery.
+Rows of main, budget, steps, width-budgets, data, trajectory and rates have the training of today's recipes: timesteps by
+importance, suitable learning rates. So have two of igsm. Others have independent timesteps and, on CIFAR-10 images, a lower
+learning rate, unless they say otherwise; and no recovery.
 
 Parts of the study:
 
     main        the default and its rivals, with the same training
     budget      the same at 30 % and 70 % of the MACs removed
+    steps       the same on the digits, in a third of the steps
     earlier     more rivals, with the training before: criteria, one-shot and progressive, with the dense model as teacher
                 and without; earlier-budget has the main ones at 30 % and 70 %
     widths      the share of channels that each group loses, by criterion; width-budgets has the default with other widths
@@ -153,6 +154,11 @@ def _main() -> list[Setting]:
         for percent in (30, 70):
             words = (*chosen, *IMPORTANCE, "--ratio", f"0.{percent // 10}")
             found.append(Setting(f"{name}-{percent}", f"{title}, {percent} % removed", "budget", words, own=RATE))
+    rivals = [setting for setting in found if setting.part == "main" and setting.name not in ("no-recovery", "one-shot")]
+    for whole in rivals:
+        words = (*whole.arguments, *SHORT)
+        short = replace(whole, name=f"{whole.name}-500", part="steps", arguments=words, curves=False, datasets=DIGITS)
+        found.append(replace(short, title=f"{whole.title}, 500 steps"))
     return found
 
 
