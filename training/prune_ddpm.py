@@ -15,8 +15,10 @@ import contextlib
 import copy
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -374,7 +376,7 @@ def next_batch(run: Run, state: TrainingState, batches) -> tuple[DiffusionBatch,
 
 def run_as_program() -> None:
     """Run the script with the command line of this process. User errors are one line and exit status 1."""
-    with one_line_errors("prune_ddpm.py", ERRORS):
+    with one_line_errors(Path(sys.argv[0]).name, ERRORS):
         main()
 
 
