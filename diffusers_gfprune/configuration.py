@@ -256,9 +256,16 @@ class GFPruneConfig:
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> GFPruneConfig:
-        """A preset (one of `PRESETS`) with some fields overridden."""
+        """A preset (one of `PRESETS`) with some fields overridden.
+
+        Raises:
+            TypeError: An option is unknown.
+            ValueError: The preset is unknown, or a value is out of range.
+        """
         if preset not in PRESETS:
             raise ValueError(f"preset={preset} must be one of {', '.join(PRESETS)}")
+        if unknown := overrides.keys() - {option.name for option in fields(cls)}:
+            raise TypeError(f"unknown option {min(unknown)}: it is no argument of the function, and no field of GFPruneConfig")
         return cls(**{**PRESETS[preset], **overrides})
 
     @property

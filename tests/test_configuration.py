@@ -128,6 +128,11 @@ def test_runtimes_are_measured_in_float32() -> None:
     assert GFPruneConfig(target="latency", latency_backend="compile").latency_setting().mode == "compiled"
 
 
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(TypeError, match="^unknown option raito: it is no argument of the function, and no field of GFPruneC"):
+        GFPruneConfig.from_preset("one-shot", raito=0.3, target="macs")
+
+
 def test_options_of_another_target_are_told() -> None:
     """With MACs as the target, options of a budget in time do nothing."""
     assert GFPruneConfig().doubts() == GFPruneConfig(target="latency", latency_batch_size=16).doubts() == []
