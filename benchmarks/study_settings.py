@@ -372,13 +372,12 @@ def _timesteps() -> list[Setting]:
 
 def _trajectory() -> list[Setting]:
     rows = [
-        ("trajectory-none", "gradient flow, two phases (default), run again", "0", "0"),
-        ("trajectory-10", "gradient flow, two phases, trajectories for the last 10 %", "0.1", "1"),
-        ("trajectory-30", "gradient flow, two phases, trajectories in half of the batch for the last 30 %", "0.3", "0.5"),
+        ("trajectory-none", "gradient flow, two phases (default), run again", "0"),
+        ("trajectory-10", "gradient flow, two phases, trajectories for the last 10 %", "0.1"),
     ]
     return [
-        Setting(name, title, "trajectory", OURS, own=RATE, kind="trajectory", more=("--fraction", fraction, "--share", share))
-        for name, title, fraction, share in rows
+        Setting(name, title, "trajectory", OURS, own=RATE, kind="trajectory", more=("--fraction", fraction))
+        for name, title, fraction in rows
     ]
 
 
