@@ -56,7 +56,7 @@ def test_arguments_of_every_setting_are_understood(name: str, dataset: str) -> N
     assert args.run.seed == args.pruning.pruning_seed == 3
     percent = (
         name[-2:]
-        if setting.part in ("budget", "earlier-budget", "width-budgets", "recovery") and name[-3:] in ("-30", "-70")
+        if setting.part in ("budget", "earlier-budget", "width-budgets", "rates", "recovery") and name[-3:] in ("-30", "-70")
         else "50"
     )
     if args.pruning.target == "latency":  # as fast as another row
