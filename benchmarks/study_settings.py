@@ -390,7 +390,6 @@ def _rates() -> list[Setting]:
             words = (*chosen, *IMPORTANCE, "--learning_rate", rate)
             title = f"{title}, learning rate {rate}"
             found.append(Setting(f"{name}rate-{rate}", title, "rates", words, curves=True, datasets=(dataset,)))
-    # Where less is removed, there is less to learn again
     lower = next(setting for setting in found if setting.name == "rate-1.2e-3")
     words, title = (*lower.arguments, "--ratio", "0.3"), f"{lower.title}, 30 % removed"
     return [*found, replace(lower, name="rate-1.2e-3-30", title=title, arguments=words)]
